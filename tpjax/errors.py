@@ -1,0 +1,29 @@
+"""The exceptions tpjax raises on bad input.
+
+Every message names the thing and, where two numbers disagree, both numbers. The command line prints
+the message on one line and exits with status 2; nothing half-written is left behind.
+"""
+
+
+class TpjaxError(Exception):
+    """Base class: catch this to catch everything tpjax raises on purpose."""
+
+
+class ConfigError(TpjaxError, ValueError):
+    """A model configuration is missing a field, contradicts itself, or asks for something unsupported."""
+
+
+class CheckpointError(TpjaxError):
+    """A checkpoint cannot be found, read or trusted, or does not fit its configuration."""
+
+
+class DeviceError(TpjaxError, RuntimeError):
+    """The devices JAX sees cannot carry the requested mesh."""
+
+
+class DownloadError(TpjaxError):
+    """A model could not be fetched, or what arrived is not what was asked for."""
+
+
+class RequestError(TpjaxError, ValueError):
+    """A generation request or one of its sampling parameters is invalid."""

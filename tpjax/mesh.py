@@ -1,0 +1,124 @@
+"""The one-axis device mesh, and faking CPU devices safely.
+
+Nothing here starts a JAX backend until :func:`make_mesh` or :func:`ensure_devices` is called, so
+``import tpjax`` leaves the choice of devices open.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import TYPE_CHECKING
+
+from tpjax.errors import DeviceError
+
+if TYPE_CHECKING:
+    import jax
+
+AXIS = "tp"
+
+_COUNT_FLAG = "--xla_force_host_platform_device_count"
+_COUNT_PATTERN = re.compile(rf"{_COUNT_FLAG}=(\d+)")
+
+# jax 0.10.2 runs every faked device's program on one thread pool sized by the number of cores. With more
+# devices than threads, the devices that reached an all-reduce hold every thread while the others wait for
+# one: the rendezvous never completes and XLA aborts after 40 s. The pool reads its size from NPROC.
+_POOL_THREADS_PER_DEVICE = 4
+_POOL_THREADS_MIN = 32
+
+
+def make_mesh(tp: int | None = None) -> jax.sharding.Mesh:
+    """Returns the mesh ``("tp",)`` over the first ``tp`` devices, with automatic sharding propagation.
+
+    Args:
+        tp: number of devices; ``None`` takes all of them.
+
+    Raises:
+        DeviceError: if fewer than ``tp`` devices are present.
+    """
+    import jax
+
+    devices = jax.devices()
+    tp = len(devices) if tp is None else tp
+    _check_tp(tp)
+    if tp > len(devices):
+        raise DeviceError(_too_few(tp, devices))
+    return jax.make_mesh((tp,), (AXIS,), devices=devices[:tp], axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def fake_devices(count: int) -> None:
+    """Makes JAX's CPU backend present ``count`` devices; call it before JAX starts.
+
+    Sets ``XLA_FLAGS`` and ``NPROC`` for this process. A larger count already in ``XLA_FLAGS`` is kept.
+
+    Raises:
+        DeviceError: if JAX has already started with fewer devices.
+    """
+    _check_tp(count)
+    if _backend_started():
+        import jax
+
+        if len(jax.devices()) < count:
+            raise DeviceError(_too_few(count, jax.devices(), started=True))
+        return
+    flags = os.environ.get("XLA_FLAGS", "")
+    present = _COUNT_PATTERN.search(flags)
+    if present is None:
+        os.environ["XLA_FLAGS"] = f"{flags} {_COUNT_FLAG}={count}".strip()
+    elif int(present[1]) < count:
+        os.environ["XLA_FLAGS"] = _COUNT_PATTERN.sub(f"{_COUNT_FLAG}={count}", flags)
+    guard_rendezvous()
+
+
+def ensure_devices(tp: int) -> None:
+    """Sees to it that ``tp`` devices exist: fakes them, with a line on stderr, if the only device is a CPU.
+
+    Raises:
+        DeviceError: if there are too few devices and they cannot be faked.
+    """
+    _check_tp(tp)
+    if not _backend_started():
+        fake_devices(tp)  # touches the CPU backend only: accelerators ignore both variables
+        import jax
+
+        if tp > 1 and jax.default_backend() == "cpu":
+            print(f"tpjax: the only device is a CPU: faking {jax.device_count()} devices", file=sys.stderr)
+    import jax
+
+    if tp > len(jax.devices()):
+        raise DeviceError(_too_few(tp, jax.devices(), started=True))
+
+
+def guard_rendezvous() -> None:
+    """Sizes the CPU client's thread pool so that faked devices cannot deadlock in a collective.
+
+    Does nothing when no devices are faked or the pool's size was chosen by hand. Called when tpjax is
+    imported, so that a user who only set ``XLA_FLAGS`` is safe too.
+    """
+    present = _COUNT_PATTERN.search(os.environ.get("XLA_FLAGS", ""))
+    if present is not None and int(present[1]) > 1:
+        count = int(present[1])
+        os.environ.setdefault("NPROC", str(max(_POOL_THREADS_MIN, _POOL_THREADS_PER_DEVICE * count)))
+
+
+def _check_tp(tp: int) -> None:
+    if isinstance(tp, bool) or not isinstance(tp, int) or tp < 1:
+        raise DeviceError(f"tp={tp!r} is not a whole number of devices, 1 or more")
+
+
+def _backend_started() -> bool:
+    if "jax" not in sys.modules:
+        return False
+    from jax._src import xla_bridge  # no public call tells this without starting the backend
+
+    return bool(xla_bridge.backends_are_initialized())
+
+
+def _too_few(tp: int, devices: list[jax.Device], *, started: bool = False) -> str:
+    kind = devices[0].platform.upper()
+    message = f"tp={tp} needs {tp} devices, but JAX sees {len(devices)} ({kind})"
+    if kind != "CPU":
+        return f"{message}; use tp={len(devices)} or fewer"
+    when = "; JAX has already started" if started or _backend_started() else ""
+    return f"{message}{when}: call tpjax.fake_devices({tp}) before the first use of JAX"

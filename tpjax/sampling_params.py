@@ -1,0 +1,111 @@
+"""How a request wants its tokens drawn. Plain data: no jax import."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tpjax.errors import RequestError
+
+MAX_LOGPROBS = 20
+MAX_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Sampling parameters, under the names vLLM and transformers use.
+
+    Applied in this order: penalties, ``logit_bias``, temperature, ``top_k``, ``top_p``, ``min_p``.
+
+    Attributes:
+        max_tokens: most tokens to generate.
+        temperature: divides the logits; 0 takes the likeliest token (greedy).
+        top_k: keep the k likeliest tokens, and those that tie with the last of them; 0 keeps all.
+        top_p: keep the likeliest tokens that together hold this probability; 1 keeps all.
+        min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
+        seed: of this request's draws, 0 to 2**32 - 1; ``None``: taken from the engine's.
+        stop: strings that end the text; they are not part of it.
+        stop_token_ids: tokens that end the text besides the model's own.
+        ignore_eos: go on past the model's end-of-text tokens.
+        repetition_penalty: divides (if positive, else multiplies) logits of tokens in prompt or output; 1: none.
+        presence_penalty: subtracted from logits of tokens in the output.
+        frequency_penalty: subtracted once for each time a token is in the output.
+        logit_bias: added to the logits of these token ids.
+        logprobs: also return the log-probability of each token and of this many likeliest ones, 0 to 20,
+            before penalties and temperature; ``None``: none.
+
+    Raises:
+        RequestError: naming the parameter and its value.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        self._check_int("max_tokens", 1)
+        self._check_int("top_k", 0)
+        if self.seed is not None:
+            self._check_int("seed", 0, MAX_SEED)
+        if self.logprobs is not None:
+            self._check_int("logprobs", 0, MAX_LOGPROBS)
+        self._check_float("temperature", 0.0)
+        self._check_float("top_p", 0.0, 1.0, open_low=True)
+        self._check_float("min_p", 0.0, 1.0)
+        self._check_float("repetition_penalty", 0.0, open_low=True)
+        self._check_float("presence_penalty", -2.0, 2.0)
+        self._check_float("frequency_penalty", -2.0, 2.0)
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise RequestError(f"stop={text!r} is not a non-empty string")
+        for token in self.stop_token_ids:
+            if not _is_int(token) or token < 0:
+                raise RequestError(f"stop_token_ids has {token!r}, which is not a token id")
+        for token, bias in self.logit_bias.items():
+            if not _is_int(token) or token < 0:
+                raise RequestError(f"logit_bias has {token!r}, which is not a token id")
+            if not _is_number(bias) or not math.isfinite(bias):
+                raise RequestError(f"logit_bias[{token}]={bias!r} is not a finite number")
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether logits depend on which tokens came before, or on a bias."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0) or bool(self.logit_bias)
+
+    def _check_int(self, name: str, low: int, high: int | None = None) -> None:
+        value = getattr(self, name)
+        if not _is_int(value) or value < low or (high is not None and value > high):
+            bounds = f"{low} or more" if high is None else f"{low} to {high}"
+            raise RequestError(f"{name}={value!r} is not a whole number, {bounds}")
+
+    def _check_float(self, name: str, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+        value = getattr(self, name)
+        fine = _is_number(value) and math.isfinite(value) and low <= value <= high
+        if not fine or (open_low and value == low):
+            over = f"above {low:g}" if open_low else f"{low:g} or more"
+            bounds = over if high == math.inf else f"{over} and at most {high:g}"
+            raise RequestError(f"{name}={value!r} is not a finite number, {bounds}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

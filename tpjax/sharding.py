@@ -1,0 +1,223 @@
+"""How tensors are cut over the mesh: the named specs, the head plan, and the layout of stored weights.
+
+A sharding is written once, where a parameter is declared; everything else reads it back from there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from tpjax.errors import ConfigError
+from tpjax.mesh import AXIS
+
+REPLICATED = P()
+COLUMN = P(None, AXIS)  # [in, out]: each device computes some outputs; no collective
+ROW = P(AXIS, None)  # [in, out]: each device sums over some inputs; one all-reduce follows
+VOCAB = P(AXIS, None)  # [V, D]: each device holds some tokens' rows
+BIAS = P(AXIS)  # [out] of a column-parallel product
+LOGITS = P(None, AXIS)  # [B, V]
+HEADS = P(None, None, AXIS, None, None)  # [B, S, K, queries per group, h]
+PAGES = P(None, AXIS, None, None)  # [pages, K, page_size, h]
+
+
+def constrain(x: jax.Array, spec: P) -> jax.Array:
+    """Fixes the layout of ``x`` at this point of the program; the partitioner moves data as needed."""
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def pad_to_multiple(size: int, of: int) -> int:
+    """The smallest multiple of ``of`` that is at least ``size``."""
+    return -(-size // of) * of
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """Which attention heads each device computes, for any ``tp``.
+
+    Heads are arranged in *slots*: a slot is one KV head with up to ``group_size`` of the query heads that
+    read it. Every device has ``slots_per_device`` slots, so shapes are equal everywhere. Where tp does not
+    divide the KV heads, a KV head may fill several slots (it is replicated and its queries are split), and
+    slots or query places may stay empty (zero weights, and zero rows in ``o_proj``, keep that exact).
+
+    Among all such arrangements the plan takes the one with the fewest weights per device, then the
+    smallest cache.
+
+    Attributes:
+        num_heads: query heads H of the checkpoint.
+        num_kv_heads: KV heads K of the checkpoint; divides H.
+        tp: devices, 1 to 64.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    tp: int
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "num_kv_heads", "tp"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} is less than 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_kv_heads={self.num_kv_heads} is not a divisor of num_heads={self.num_heads}"
+            )
+
+    @cached_property
+    def group_size(self) -> int:
+        """Query places per slot."""
+        return self._shape[0]
+
+    @cached_property
+    def slots_per_device(self) -> int:
+        """KV heads per device, replicas and empty slots included."""
+        return self._shape[1]
+
+    @property
+    def num_slots(self) -> int:
+        """KV heads over all devices, replicas and empty slots included: the K of the cache and of qkv."""
+        return self.tp * self.slots_per_device
+
+    @property
+    def num_padded_heads(self) -> int:
+        """Query places over all devices."""
+        return self.num_slots * self.group_size
+
+    @cached_property
+    def slots(self) -> tuple[tuple[int | None, tuple[int | None, ...]], ...]:
+        """For each slot: its KV head and its query heads; ``None`` marks an empty place."""
+        per_group = self.num_heads // self.num_kv_heads
+        filled: list[tuple[int | None, tuple[int | None, ...]]] = []
+        for kv_head in range(self.num_kv_heads):
+            first = kv_head * per_group
+            for start in range(0, per_group, self.group_size):
+                heads = range(first + start, first + min(start + self.group_size, per_group))
+                filled.append((kv_head, (*heads, *[None] * (self.group_size - len(heads)))))
+        empty = (None, (None,) * self.group_size)
+        return (*filled, *[empty] * (self.num_slots - len(filled)))
+
+    @property
+    def query_padding(self) -> float:
+        """Extra attention-head FLOPs, as a fraction of the checkpoint's."""
+        return self.num_padded_heads / self.num_heads - 1
+
+    @property
+    def kv_padding(self) -> float:
+        """Extra KV-cache bytes over all devices, as a fraction of the checkpoint's."""
+        return self.num_slots / self.num_kv_heads - 1
+
+    @cached_property
+    def _shape(self) -> tuple[int, int]:
+        per_group = self.num_heads // self.num_kv_heads
+
+        def cost(group_size: int) -> tuple[int, int]:
+            slots = math.ceil(self.num_kv_heads * math.ceil(per_group / group_size) / self.tp)
+            # per slot: q and o of each query place, and one k and one v, each hidden_size x head_dim
+            return slots * (2 * group_size + 2), slots
+
+        group_size = min(range(1, per_group + 1), key=lambda g: (*cost(g), -g))
+        return group_size, cost(group_size)[1]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of ``size`` rows of a canonical tensor, from ``start``, stored from position ``at`` on."""
+
+    source: str
+    start: int
+    size: int
+    at: int
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """How one stored parameter is put together from canonical (checkpoint) tensors.
+
+    A stored parameter may be transposed, padded with zeros and fused from several tensors; along ``axis``
+    it is a sequence of segments, everything not covered is zero. Checkpoints never see this: padding and
+    fusing happen at load.
+
+    Attributes:
+        shape: stored shape.
+        axis: stored axis the segments run along.
+        segments: what is stored where.
+        transposed: the canonical tensor is [out, in], as Hugging Face keeps it, and the stored one [in, out].
+        sizes: canonical size along the segments' axis, per source.
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    segments: tuple[Segment, ...]
+    sizes: tuple[tuple[str, int], ...]
+    transposed: bool = False
+
+    def canonical_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each source tensor as the checkpoint holds it."""
+        shapes = {}
+        for source, size in self.sizes:
+            shape = tuple(size if axis == self.axis else n for axis, n in enumerate(self.shape))
+            shapes[source] = shape[::-1] if self.transposed else shape
+        return shapes
+
+    def read(
+        self,
+        read: Callable[[str, tuple[slice, ...]], np.ndarray],
+        index: tuple[slice, ...],
+        dtype: np.dtype,
+    ) -> np.ndarray:
+        """Builds the part ``index`` of the stored array, reading no more of the sources than that part.
+
+        Args:
+            read: ``read(source, index)`` gives that slice of a canonical tensor.
+            index: one slice per stored axis, as ``jax.make_array_from_callback`` passes it.
+            dtype: of the result.
+        """
+        bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)]
+        out = np.zeros([stop - start for start, stop in bounds], dtype)
+        low, high = bounds[self.axis]
+        for segment in self.segments:
+            first, last = max(segment.at, low), min(segment.at + segment.size, high)
+            if first >= last:
+                continue
+            source = [slice(start, stop) for start, stop in bounds]
+            offset = segment.start - segment.at
+            source[self.axis] = slice(first + offset, last + offset)
+            target = [slice(None)] * len(bounds)
+            target[self.axis] = slice(first - low, last - low)
+            if self.transposed:
+                out[tuple(target)] = read(segment.source, tuple(source[::-1])).T
+            else:
+                out[tuple(target)] = read(segment.source, tuple(source))
+        return out
+
+    @property
+    def padding(self) -> int:
+        """Stored elements that no canonical element fills for the first time: zeros and replicas."""
+        other = math.prod(self.shape) // self.shape[self.axis]
+        return math.prod(self.shape) - other * sum(size for _, size in self.sizes)
+
+
+def whole(source: str, shape: tuple[int, ...], *, padded: int | None = None, axis: int = 0) -> WeightLayout:
+    """One tensor as it is, zero-padded along ``axis`` to ``padded``."""
+    stored = tuple(padded if padded and i == axis else n for i, n in enumerate(shape))
+    return WeightLayout(stored, axis, (Segment(source, 0, shape[axis], 0),), ((source, shape[axis]),))
+
+
+def columns(
+    width: int, segments: list[Segment], sizes: dict[str, int], *, in_features: int | None
+) -> WeightLayout:
+    """A column-parallel product's weight [in, width], or its bias [width] where ``in_features`` is None."""
+    shape = (width,) if in_features is None else (in_features, width)
+    return WeightLayout(
+        shape, len(shape) - 1, tuple(segments), tuple(sizes.items()), transposed=in_features is not None
+    )
+
+
+def rows(height: int, segments: list[Segment], sizes: dict[str, int], *, out_features: int) -> WeightLayout:
+    """A row-parallel product's weight [height, out]."""
+    return WeightLayout((height, out_features), 0, tuple(segments), tuple(sizes.items()), transposed=True)

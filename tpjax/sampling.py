@@ -1,0 +1,285 @@
+"""Drawing tokens from logits that stay cut along the vocabulary.
+
+Nothing here gathers [B, V]. Top-k and top-p are both a threshold on the logits, found exactly by narrowing
+down its bits with sums over all devices; the draw itself is an arg-max of logits plus Gumbel noise
+(Gumbel 1954; Maddison et al. 2014, https://arxiv.org/abs/1411.0030), of which each device sends one
+candidate. The noise of a token depends on (seed, position, token id) alone, so every tp draws the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from tpjax.mesh import AXIS
+from tpjax.sampling_params import MAX_LOGPROBS, SamplingParams
+from tpjax.sharding import LOGITS
+
+# Bits of the threshold settled per round; each round is one small all-reduce of 2**bits - 1 sums a row.
+_BITS_PER_ROUND = 4
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SamplingRows:
+    """The sampling parameters of a batch, packed so that a step uploads two small arrays.
+
+    Attributes:
+        floats: temperature, top_p, min_p, repetition, presence and frequency penalty.
+        ints: top_k, seed (as int32 bits), whether to apply history, whether to return log-probabilities.
+    """
+
+    floats: Float[Array, "B 6"]
+    ints: Int[Array, "B 4"]
+
+    @classmethod
+    def pack(cls, params: Sequence[SamplingParams], seeds: Sequence[int], rows: int) -> SamplingRows:
+        """Packs parameters into ``rows`` rows; rows past the last are greedy."""
+        floats = np.tile(np.array([0, 1, 0, 1, 0, 0], np.float32), (rows, 1))
+        ints = np.zeros((rows, 4), np.int32)
+        for row, (p, seed) in enumerate(zip(params, seeds, strict=True)):
+            floats[row] = (
+                p.temperature,
+                p.top_p,
+                p.min_p,
+                p.repetition_penalty,
+                p.presence_penalty,
+                p.frequency_penalty,
+            )
+            # float32 cannot hold a k above 2**24; no vocabulary is that large
+            ints[row] = (
+                min(p.top_k, 2**24),
+                np.uint32(seed).view(np.int32),
+                p.needs_history,
+                p.logprobs is not None,
+            )
+        return cls(floats, ints)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class History:
+    """What penalties and biases need to know of each slot's tokens; all cut along V.
+
+    Attributes:
+        in_prompt: whether the token is in the prompt.
+        counts: how often the token was generated.
+        bias: added to the logits.
+    """
+
+    in_prompt: Bool[Array, "slots V"]
+    counts: Int[Array, "slots V"]
+    bias: Float[Array, "slots V"]
+
+    @classmethod
+    def abstract(cls, slots: int, padded_vocab: int, mesh: Mesh) -> History:
+        """Shapes, dtypes and shardings."""
+
+        def buffer(dtype: type) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((slots, padded_vocab), dtype, sharding=NamedSharding(mesh, LOGITS))
+
+        return cls(buffer(jnp.bool_), buffer(jnp.int32), buffer(jnp.float32))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampled:
+    """The tokens drawn and, where asked for, log-probabilities (else zeros).
+
+    Attributes:
+        tokens: token id per row.
+        logprobs: of the drawn token.
+        top_tokens: the likeliest tokens.
+        top_logprobs: theirs.
+    """
+
+    tokens: Int[Array, "B"]
+    logprobs: Float[Array, "B"]
+    top_tokens: Int[Array, "B top"]
+    top_logprobs: Float[Array, "B top"]
+
+
+def sample(
+    logits: Float[Array, "B V"],
+    rows: SamplingRows,
+    history: History,
+    slots: Int[Array, "B"],
+    positions: Int[Array, "B"],
+    mesh: Mesh,
+) -> tuple[Sampled, History]:
+    """Draws one token per row and counts it in the row's slot.
+
+    Args:
+        logits: float32, cut along V; padding is minus infinity.
+        rows: sampling parameters.
+        history: tokens seen per slot.
+        slots: the slot of each row.
+        positions: the position each drawn token will take; keys the noise.
+        mesh: the mesh the logits are cut over.
+    """
+    cut, whole = LOGITS, P()
+    return jax.shard_map(
+        _sample_shard,
+        mesh=mesh,
+        in_specs=(cut, whole, cut, whole, whole),
+        out_specs=(whole, cut),
+        check_vma=False,
+    )(logits, rows, history, slots, positions)
+
+
+def _sample_shard(
+    logits: Array, rows: SamplingRows, history: History, slots: Array, positions: Array
+) -> tuple[Sampled, History]:
+    """One device's part: ``logits`` and ``history`` hold its share of the vocabulary."""
+    temperature, top_p, min_p = (rows.floats[:, i, None] for i in range(3))
+    top_k, seeds, uses_history, wants_logprobs = (rows.ints[:, i] for i in range(4))
+    share = logits.shape[-1]
+    tokens = jax.lax.axis_index(AXIS) * share + jnp.arange(share)
+
+    scores = jax.lax.cond(
+        jnp.any(uses_history),
+        lambda: _penalise(logits, rows, history, slots),
+        lambda: logits,
+    )
+
+    def draw() -> Array:
+        warm = scores / jnp.where(temperature > 0, temperature, 1.0)
+        top = jax.lax.pmax(warm.max(axis=-1, keepdims=True), AXIS)
+        lowest = jnp.full_like(top, -jnp.inf)
+        floor = jax.lax.cond(
+            jnp.any(top_k > 0),
+            lambda: _threshold(warm, jnp.ones_like(warm), jnp.where(top_k > 0, top_k, jnp.inf)[:, None]),
+            lambda: lowest,
+        )
+        # top_p counts probability among what top_k left, as transformers does
+        mass = jnp.where(warm >= floor, jnp.exp(warm - top), 0.0)
+        total = jax.lax.psum(mass.sum(axis=-1, keepdims=True), AXIS)
+        floor = jnp.maximum(
+            floor,
+            jax.lax.cond(
+                jnp.any(top_p < 1),
+                lambda: _threshold(warm, mass, jnp.where(top_p < 1, top_p * total, jnp.inf)),
+                lambda: lowest,
+            ),
+        )
+        floor = jnp.maximum(floor, top + jnp.log(min_p))
+        noisy = jnp.where(warm >= floor, warm + _gumbel(seeds, positions, tokens), -jnp.inf)
+        return jnp.where(temperature > 0, noisy, scores)
+
+    contest = jax.lax.cond(jnp.any(temperature > 0), draw, lambda: scores)
+    chosen = _winner(contest, tokens)
+
+    nothing = (
+        jnp.zeros(chosen.shape, jnp.float32),
+        jnp.zeros((*chosen.shape, MAX_LOGPROBS), jnp.int32),
+        jnp.zeros((*chosen.shape, MAX_LOGPROBS), jnp.float32),
+    )
+    reported = jax.lax.cond(
+        jnp.any(wants_logprobs), lambda: _logprobs(logits, tokens, chosen), lambda: nothing
+    )
+    mine = (chosen[:, None] == tokens).astype(jnp.int32) * uses_history[:, None]
+    counts = jax.lax.cond(
+        jnp.any(uses_history), lambda: history.counts.at[slots].add(mine), lambda: history.counts
+    )
+    return Sampled(chosen, *reported), History(history.in_prompt, counts, history.bias)
+
+
+def _penalise(logits: Array, rows: SamplingRows, history: History, slots: Array) -> Array:
+    repetition, presence, frequency = (rows.floats[:, i, None] for i in range(3, 6))
+    counts = history.counts[slots]
+    repeated = history.in_prompt[slots] | (counts > 0)
+    scores = jnp.where(repeated, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
+    scores = scores - frequency * counts.astype(jnp.float32) - presence * (counts > 0)
+    scores = scores + history.bias[slots]
+    return jnp.where((rows.ints[:, 2, None] != 0), scores, logits)
+
+
+def _threshold(
+    scores: Float[Array, "B share"], weights: Float[Array, "B share"], target: Float[Array, "B 1"]
+) -> Float[Array, "B 1"]:
+    """The largest value t such that the weights of all scores >= t, over all devices, sum to ``target``.
+
+    Minus infinity where no t does. The order of floats is that of suitably flipped bits, so t is found
+    from its highest bits down, a few at a time.
+    """
+    keys = _ordered(scores)
+    fan = 2**_BITS_PER_ROUND - 1
+    steps = jnp.arange(1, fan + 1, dtype=jnp.uint32)
+
+    def settle(round_: Int[Array, ""], low: UInt[Array, "B 1"]) -> UInt[Array, "B 1"]:
+        shift = (32 - _BITS_PER_ROUND * (round_ + 1)).astype(jnp.uint32)
+        candidates = low + (steps << shift)  # [B, fan], ascending
+        above = keys[:, None, :] >= candidates[:, :, None]
+        sums = jax.lax.psum(jnp.where(above, weights[:, None, :], 0.0).sum(axis=-1), AXIS)
+        reached = (sums >= target).sum(axis=-1, keepdims=True).astype(jnp.uint32)
+        return low + (reached << shift)
+
+    low = jnp.zeros((scores.shape[0], 1), jnp.uint32)
+    low = jax.lax.fori_loop(0, 32 // _BITS_PER_ROUND, settle, low)
+    return _unordered(low)
+
+
+def _ordered(x: Float[Array, "*n"]) -> UInt[Array, "*n"]:
+    """Unsigned integers in the order of the floats."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(0x80000000))
+
+
+def _unordered(keys: UInt[Array, "*n"]) -> Float[Array, "*n"]:
+    """Inverse of :func:`_ordered`; keys under every float give minus infinity."""
+    bits = jnp.where(keys >> 31 == 1, keys & jnp.uint32(0x7FFFFFFF), ~keys)
+    value = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.where(jnp.isnan(value), -jnp.inf, value)
+
+
+def _gumbel(seeds: Int[Array, "B"], positions: Int[Array, "B"], tokens: Int[Array, "share"]) -> Array:
+    """Standard Gumbel noise for each row and token, float32 [B, share]."""
+
+    def bits(seed: Array, position: Array) -> Array:
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
+        folded = jax.vmap(jax.random.fold_in, (None, 0))(key, tokens)
+        return jax.random.key_data(folded)[:, 0]
+
+    drawn = jax.vmap(bits)(jax.lax.bitcast_convert_type(seeds, jnp.uint32), positions)
+    uniform = ((drawn >> 8).astype(jnp.float32) + 0.5) * 2.0**-24  # in (0, 1), both ends excluded
+    return -jnp.log(-jnp.log(uniform))
+
+
+def _winner(scores: Float[Array, "B share"], tokens: Int[Array, "share"]) -> Int[Array, "B"]:
+    """The token of the highest score over all devices; of equals, the lowest id. One small all-gather."""
+    local = jnp.argmax(scores, axis=-1)
+    best = jnp.take_along_axis(scores, local[:, None], axis=-1)[:, 0]
+    token_bits = jax.lax.bitcast_convert_type(tokens[local], jnp.float32)
+    candidates = jax.lax.all_gather(jnp.stack([best, token_bits]), AXIS)  # [tp, 2, B]
+    device = jnp.argmax(candidates[:, 0], axis=0)
+    bits = jnp.take_along_axis(candidates[:, 1], device[None], axis=0)[0]
+    return jax.lax.bitcast_convert_type(bits, jnp.int32)
+
+
+def _logprobs(logits: Array, tokens: Array, chosen: Array) -> tuple[Array, Array, Array]:
+    """Log-probabilities of the chosen and of the likeliest tokens."""
+    top = jax.lax.pmax(logits.max(axis=-1, keepdims=True), AXIS)
+    total = jax.lax.psum(jnp.exp(logits - top).sum(axis=-1, keepdims=True), AXIS)
+    normaliser = top + jnp.log(total)
+    mine = tokens == chosen[:, None]
+    of_chosen = jax.lax.psum(jnp.where(mine, logits, 0.0).sum(axis=-1), AXIS) - normaliser[:, 0]
+    # two stages: the global top-n are among the devices' own top-n
+    values, places = jax.lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+    values = jax.lax.all_gather(values, AXIS, axis=1, tiled=True)
+    ids = jax.lax.all_gather(tokens[places], AXIS, axis=1, tiled=True)
+    count = min(MAX_LOGPROBS, values.shape[-1])
+    values, order = jax.lax.top_k(values, count)
+    ids = jnp.take_along_axis(ids, order, axis=1)
+    pad = ((0, 0), (0, MAX_LOGPROBS - count))
+    return (
+        of_chosen,
+        jnp.pad(ids, pad, constant_values=-1),
+        jnp.pad(values - normaliser, pad, constant_values=-jnp.inf),
+    )

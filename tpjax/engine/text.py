@@ -1,0 +1,60 @@
+"""Generated tokens to text, as they come: whole characters only, and nothing past a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tpjax.tokenizer import IncrementalDetokenizer, Tokenizer
+
+
+class TextStream:
+    """The text of one request.
+
+    Text that might be the beginning of a stop string is held back until it is certain.
+
+    Args:
+        tokenizer: of the model.
+        prompt_ids: the prompt's tokens; they decide about a leading space.
+        stop: strings that end the text.
+
+    Attributes:
+        text: everything given out so far.
+        stopped: whether a stop string was met; the text ends before it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
+        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids=prompt_ids)
+        self._stop = tuple(stop)
+        self._held = ""
+        self.text = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """Takes a token; returns the text that is now certain."""
+        return self._release(self._detokenizer.push(token), last=False)
+
+    def flush(self) -> str:
+        """Returns what was held back; call it when the request has ended."""
+        return self._release(self._detokenizer.flush(), last=True)
+
+    def _release(self, new: str, *, last: bool) -> str:
+        if self.stopped:
+            return ""
+        self._held += new
+        met = [at for at in map(self._held.find, self._stop) if at >= 0]
+        if met:
+            out, self._held, self.stopped = self._held[: min(met)], "", True
+        else:
+            keep = 0 if last else self._possible_stop()
+            cut = len(self._held) - keep
+            out, self._held = self._held[:cut], self._held[cut:]
+        self.text += out
+        return out
+
+    def _possible_stop(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        longest = max(map(len, self._stop), default=1) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
+                return length
+        return 0

@@ -1,0 +1,251 @@
+"""What ``tpjax doctor`` sees: versions, devices, settings, caches, memory, and what looks wrong with them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tpjax.checkpoints import hub
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "orbax-checkpoint",
+    "numpy",
+    "ml_dtypes",
+    "safetensors",
+    "gguf",
+    "tokenizers",
+    "sentencepiece",
+    "huggingface_hub",
+    "transformers",
+    "torch",
+    "libtpu",
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+)
+_OPTIONAL = _PACKAGES[_PACKAGES.index("transformers") :]
+_SETTINGS = re.compile(r"(XLA|JAX|HF|TPJAX|TPU|CUDA|LIBTPU)_\w+|NPROC|XDG_CACHE_HOME|HUGGING_FACE_HUB_TOKEN")
+_SECRETS = re.compile(r"TOKEN|SECRET|PASSWORD|KEY")
+_CREDENTIALS = re.compile(r"//[^/@\s]+@")  # of an address: //user:password@host
+_FAKED = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
+_LITTLE_MEMORY_BYTES = 2 << 30
+
+
+def examine() -> dict[str, Any]:
+    """Returns everything ``tpjax doctor`` shows as plain data; starts JAX. Sizes are in bytes."""
+    packages = {name: _version(name) for name in _PACKAGES}
+    devices = _devices()
+    memory = _memory()
+    return {
+        "tpjax": _version("tpjax"),
+        "python": {"version": platform.python_version(), "executable": sys.executable},
+        "system": {"os": platform.platform(), "machine": platform.machine(), "cores": os.cpu_count()},
+        "packages": packages,
+        "devices": devices,
+        "environment": _environment(),
+        "memory": memory,
+        "caches": _caches(),
+        "warnings": _warnings(packages, devices, memory),
+    }
+
+
+def render(facts: dict[str, Any]) -> RenderableType:
+    """Lays out what :func:`examine` found as a table, followed by its warnings."""
+    from rich.console import Group
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="tpjax doctor", title_justify="left", show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _rows(facts):
+        table.add_row(name, escape(value))
+    warnings = [f"[yellow]warning:[/] {escape(line)}" for line in facts["warnings"]]
+    return Group(table, *(warnings or ["[green]nothing looks wrong[/]"]))
+
+
+def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    devices, memory, system = facts["devices"], facts["memory"], facts["system"]
+    versions = [f"{name} {version}" for name, version in facts["packages"].items() if version]
+    rows = [
+        ("tpjax", facts["tpjax"] or "not installed (run from its source)"),
+        ("Python", f"{facts['python']['version']}  {facts['python']['executable']}"),
+        ("system", f"{system['os']}, {system['cores']} cores"),
+        ("packages", ", ".join(versions)),
+        ("devices", _device_line(devices)),
+        ("memory", f"{_size(memory['available_bytes'])} available of {_size(memory['total_bytes'])}"),
+    ]
+    rows += [(name, value) for name, value in facts["environment"].items()]
+    for cache in facts["caches"]:
+        holds = f"  ({', '.join(cache['models'])})" if cache["models"] else ""
+        rows.append((cache["name"], f"{cache['path']}  {_size(cache['bytes'])}{holds}"))
+    return rows
+
+
+def _device_line(devices: dict[str, Any]) -> str:
+    if devices["error"]:
+        return f"JAX did not start: {devices['error']}"
+    memory = f", {_size(devices['memory_bytes'])} each" if devices["memory_bytes"] else ""
+    faked = " (faked)" if devices["faked"] else ""
+    return f"{devices['count']} x {devices['kind']}{faked}, platform {devices['platform']}{memory}"
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "unknown"
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.3g} {unit}" if unit != "bytes" else f"{count} bytes"
+        count /= 1000  # type: ignore[assignment]
+    return f"{count:.3g} TB"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> dict[str, Any]:
+    """What JAX presents, or the first line of why it did not start."""
+    found = {"platform": None, "count": 0, "kind": None, "memory_bytes": None, "faked": False, "error": None}
+    try:
+        import jax
+
+        devices = jax.local_devices()
+        stats = devices[0].memory_stats() or {}
+    except (ImportError, RuntimeError, AssertionError, OSError) as error:
+        return {**found, "error": (str(error).strip() or type(error).__name__).splitlines()[0]}
+    return {
+        "platform": devices[0].platform,
+        "count": len(devices),
+        "kind": devices[0].device_kind,
+        "memory_bytes": stats.get("bytes_limit"),
+        "faked": devices[0].platform == "cpu" and len(devices) > 1,
+        "error": None,
+    }
+
+
+def _environment() -> dict[str, str]:
+    """The variables that JAX, XLA, Hugging Face and tpjax read, without what is secret in them."""
+    chosen = sorted(name for name in os.environ if _SETTINGS.fullmatch(name))
+    return {
+        name: "(set)" if _SECRETS.search(name) else _CREDENTIALS.sub("//***@", os.environ[name])
+        for name in chosen
+    }
+
+
+def _memory() -> dict[str, int | None]:
+    """The machine's memory, from the kernel where it tells."""
+    total = available = None
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        meminfo = Path("/proc/meminfo").read_text()
+        if found := re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE):
+            available = int(found[1]) * 1024
+    except (OSError, ValueError, AttributeError):
+        pass
+    return {"total_bytes": total, "available_bytes": available}
+
+
+def _caches() -> list[dict[str, Any]]:
+    """The cache folders: tpjax's own, JAX's where it was set elsewhere, and Hugging Face's."""
+    from huggingface_hub import constants
+
+    own = hub.cache_dir()
+    folders = [(f"cache: {folder.name}", folder) for folder in _subfolders(own)] or [("cache", own)]
+    if elsewhere := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        folders.append(("cache: JAX", Path(elsewhere)))
+    folders.append(("cache: Hugging Face", Path(constants.HF_HUB_CACHE)))
+    models = [name for name in hub.ALIASES if hub.is_cached(name)]
+    return [
+        {
+            "name": name,
+            "path": str(path),
+            "bytes": _folder_bytes(path),
+            "models": models if path == own / "models" else _hub_models(path),
+        }
+        for name, path in folders
+    ]
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir())
+    except OSError:
+        return []
+
+
+def _folder_bytes(folder: Path) -> int:
+    """Bytes of the files below a folder; links are not followed, so Hugging Face's blobs count once."""
+    total = 0
+    for parent, _, files in os.walk(folder):
+        for file in files:
+            try:
+                total += os.lstat(os.path.join(parent, file)).st_size
+            except OSError:
+                continue  # removed meanwhile
+    return total
+
+
+def _hub_models(folder: Path) -> list[str]:
+    """Repository ids in a Hugging Face cache folder, whose subfolders are named models--org--name."""
+    names = [path.name.split("--") for path in _subfolders(folder)]
+    return ["/".join(parts[1:]) for parts in names if parts[0] == "models"]
+
+
+def _warnings(packages: dict[str, Any], devices: dict[str, Any], memory: dict[str, int | None]) -> list[str]:
+    warnings = [f"JAX did not start: {devices['error']}"] if devices["error"] else []
+    for name, version in packages.items():
+        if version is None and name not in _OPTIONAL:
+            warnings.append(f"{name} is not installed: reinstall tpjax")
+    if (deadlock := _deadlock(packages["jax"])) is not None:
+        warnings.append(deadlock)
+    if devices["platform"] == "cpu":
+        warnings += _unused_accelerators()
+    if importlib.util.find_spec("pip") is None:
+        warnings.append("this Python has no pip, so `tpjax pull` cannot fetch: run `python -m ensurepip`")
+    available = memory["available_bytes"]
+    if available is not None and available < _LITTLE_MEMORY_BYTES:
+        warnings.append(f"only {_size(available)} of memory are available")
+    return warnings
+
+
+def _deadlock(jax_version: str | None) -> str | None:
+    """Faked devices on an old JAX need a thread each, or a collective waits for ever (see mesh.py)."""
+    faked = _FAKED.search(os.environ.get("XLA_FLAGS", ""))
+    if jax_version is None or faked is None or _numbers(jax_version) >= (0, 12):
+        return None
+    count, threads = int(faked[1]), os.environ.get("NPROC", "")
+    if count < 2 or (threads.isdigit() and int(threads) >= 4 * count):
+        return None
+    return (
+        f"{count} faked devices on jax {jax_version} with NPROC={threads or '(unset)'}: a collective can "
+        f"hang for want of threads and abort after 40 s; unset NPROC, or set NPROC={max(32, 4 * count)}"
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def _unused_accelerators() -> list[str]:
+    """Hardware that is there while JAX only has the CPU: nearly always a missing extra."""
+    warnings = []
+    if os.path.exists("/dev/nvidiactl"):
+        warnings.append("there is an NVIDIA GPU, but JAX runs on the CPU: pip install 'tpjax[cuda]'")
+    if os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"):
+        warnings.append("there is a TPU, but JAX runs on the CPU: pip install 'tpjax[tpu]'")
+    return warnings

@@ -1,0 +1,244 @@
+"""What is where, how much memory it takes, and what a decode step moves between devices."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tpjax.cache import cache_shape, page_bytes_per_device
+from tpjax.checkpoints.load import parameters
+from tpjax.inspect.collectives import Collective, find_collectives, summarise
+from tpjax.runner import Runner
+from tpjax.sharding import PAGES, HeadPlan
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """A parameter, or the same parameter of every layer.
+
+    Attributes:
+        name: dotted path; ``*`` stands for each layer.
+        count: how many tensors the row stands for.
+        spec: how it is cut.
+        shape: stored, over all devices.
+        shard_shape: on one device.
+        bytes_per_device: all of the row's tensors together.
+        padding: stored elements that are zeros or replicas made for this tp, as a fraction of the
+            checkpoint's.
+        replicated: every device holds all of it.
+    """
+
+    name: str
+    count: int
+    spec: str
+    shape: tuple[int, ...]
+    shard_shape: tuple[int, ...]
+    bytes_per_device: int
+    padding: float
+    replicated: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`explain` found. Rich renders it in a terminal, ``_repr_html_`` in a notebook.
+
+    Attributes:
+        model: its name.
+        model_type: its family.
+        tp: devices.
+        platform: of the devices.
+        dtype: of weights and cache.
+        heads: the head plan in words.
+        tensors: parameters.
+        weight_bytes_per_device: all parameters.
+        cache: shape, spec and bytes of the key-value cache.
+        collectives: of one compiled decode step, batch 1.
+        collective_budget: what the design allows per decode step.
+    """
+
+    model: str
+    model_type: str
+    tp: int
+    platform: str
+    dtype: str
+    heads: dict[str, Any]
+    tensors: list[TensorRow]
+    weight_bytes_per_device: int
+    cache: dict[str, Any]
+    collectives: list[Collective]
+    collective_budget: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+    def __rich__(self) -> RenderableType:
+        return Group(
+            Text(f"{self.model} ({self.model_type}) at tp={self.tp} on {self.platform}, {self.dtype}", style="bold"),
+            Text(self.heads["summary"]),
+            self._tensor_table(),
+            self._memory_table(),
+            self._collective_table(),
+        )
+
+    def _repr_html_(self) -> str:
+        console = Console(record=True, file=io.StringIO(), width=140)
+        console.print(self)
+        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+    def _tensor_table(self) -> Table:
+        table = Table(title="weights", title_justify="left")
+        for column in ("tensor", "spec"):
+            table.add_column(column, no_wrap=True)
+        for column in ("global shape", "per device", "bytes/device", "padding"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in self.tensors:
+            times = f" ×{row.count}" if row.count > 1 else ""
+            table.add_row(
+                row.name + times,
+                row.spec,
+                _dims(row.shape),
+                _dims(row.shard_shape),
+                human_bytes(row.bytes_per_device),
+                f"{row.padding:.1%}" if row.padding else "",
+            )
+        return table
+
+    def _memory_table(self) -> Table:
+        table = Table(title="memory per device", title_justify="left")
+        for column in ("what", "size"):
+            table.add_column(column, justify="right" if column == "size" else "left")
+        table.add_row("weights", human_bytes(self.weight_bytes_per_device))
+        cache = self.cache
+        table.add_row(
+            f"KV cache: {cache['num_pages']} pages of {cache['page_size']} positions, "
+            f"{_dims(tuple(cache['shard_shape']))} ×{cache['buffers']}",
+            human_bytes(cache["bytes_per_device"]),
+        )
+        table.add_row("  per token", human_bytes(cache["bytes_per_token_per_device"]))
+        return table
+
+    def _collective_table(self) -> Table:
+        budget = self.collective_budget
+        table = Table(title=f"collectives of a decode step ({budget['rule']})", title_justify="left")
+        for column, right in (("kind", 0), ("result", 0), ("times", 1), ("bytes each", 1), ("bytes", 1), ("when", 0)):
+            table.add_column(column, justify="right" if right else "left")
+        for one in self.collectives:
+            table.add_row(
+                one.kind,
+                one.shapes,
+                str(one.count),
+                human_bytes(one.bytes),
+                human_bytes(one.bytes * one.count),
+                "if a request asks for it" if one.conditional else "always",
+            )
+        if not self.collectives:
+            table.add_row("none", "", "0", "", "", "")
+        return table
+
+
+def explain(runner: Runner, name: str) -> Report:
+    """Describes a runner; it needs no weights, and compiles the decode step if that has not happened yet."""
+    config, mesh, limits = runner.config, runner.mesh, runner.limits
+    rows = _tensor_rows(runner)
+    shape = cache_shape(config, mesh.size, limits.num_pages, limits.page_size)
+    page_bytes = page_bytes_per_device(config, mesh.size, limits.page_size, runner.dtype)
+    program = runner.program("decode", 1, 1)
+    return Report(
+        model=name,
+        model_type=config.model_type,
+        tp=mesh.size,
+        platform=mesh.devices.flat[0].device_kind,
+        dtype=str(jnp.dtype(runner.dtype)),
+        heads=_heads(HeadPlan(config.num_heads, config.num_kv_heads, mesh.size)),
+        tensors=rows,
+        weight_bytes_per_device=sum(row.bytes_per_device for row in rows),
+        cache={
+            "spec": str(PAGES),
+            "shape": shape,
+            "shard_shape": (shape[0], shape[1] // mesh.size, *shape[2:]),
+            "buffers": 2 * config.num_layers,
+            "num_pages": limits.num_pages,
+            "page_size": limits.page_size,
+            "bytes_per_device": page_bytes * limits.num_pages,
+            "bytes_per_token_per_device": page_bytes // limits.page_size,
+        },
+        collectives=summarise(find_collectives(program.as_text())),
+        collective_budget=collective_budget(config.num_layers, mesh.size),
+    )
+
+
+def collective_budget(num_layers: int, tp: int) -> dict[str, Any]:
+    """What one decode step may move: two all-reduces a layer, one for the embedding, one gather to sample."""
+    if tp == 1:
+        return {"all_reduces": 0, "rule": "tp=1: none"}
+    count = 2 * num_layers + 1
+    return {
+        "all_reduces": count,
+        "rule": f"budget: 2 all-reduces × {num_layers} layers + 1 for the embedding = {count}, and sampling",
+    }
+
+
+def human_bytes(count: float) -> str:
+    """Bytes with a binary unit: ``1.5 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+def _dims(shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def _tensor_rows(runner: Runner) -> list[TensorRow]:
+    grouped: dict[tuple[Any, ...], int] = {}
+    for parameter in parameters(runner.abstract_model(), runner.mesh):
+        layout, sharding = parameter.layout, parameter.sharding
+        shard = sharding.shard_shape(layout.shape)
+        stored = math.prod(layout.shape)
+        key = (
+            re.sub(r"^layers\.\d+\.", "layers.*.", parameter.name),
+            str(sharding.spec).removeprefix("PartitionSpec"),
+            layout.shape,
+            shard,
+            math.prod(shard) * np.dtype(parameter.dtype).itemsize,
+            layout.padding / (stored - layout.padding),
+            sharding.is_fully_replicated,
+        )
+        grouped[key] = grouped.get(key, 0) + 1
+    return [
+        TensorRow(name, count, spec, shape, shard, size * count, padding, replicated)
+        for (name, spec, shape, shard, size, padding, replicated), count in grouped.items()
+    ]
+
+
+def _heads(plan: HeadPlan) -> dict[str, Any]:
+    summary = (
+        f"heads: {plan.num_heads} query and {plan.num_kv_heads} KV heads of the checkpoint are computed as "
+        f"{plan.num_padded_heads} and {plan.num_slots} "
+        f"({plan.query_padding:+.0%} attention FLOPs, {plan.kv_padding:+.0%} cache over all devices); "
+        f"each device has {plan.slots_per_device} KV heads with {plan.group_size} query heads each"
+    )
+    return {
+        "num_heads": plan.num_heads,
+        "num_kv_heads": plan.num_kv_heads,
+        "padded_heads": plan.num_padded_heads,
+        "kv_slots": plan.num_slots,
+        "group_size": plan.group_size,
+        "query_padding": plan.query_padding,
+        "kv_padding": plan.kv_padding,
+        "summary": summary,
+    }
+
+

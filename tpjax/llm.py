@@ -1,0 +1,350 @@
+"""``LLM``: the Python face of tpjax."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tpjax.cache import page_bytes_per_device
+from tpjax.checkpoints.hub import cache_dir, resolve
+from tpjax.checkpoints.load import load_decoder, open_checkpoint
+from tpjax.config import ModelConfig
+from tpjax.engine.engine import Engine
+from tpjax.engine.request import FinishReason, Request, TokenLogprobs
+from tpjax.engine.text import TextStream
+from tpjax.errors import ConfigError, RequestError
+from tpjax.mesh import make_mesh
+from tpjax.runner import Limits, Row, Runner
+from tpjax.sampling_params import MAX_SEED, SamplingParams
+from tpjax.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from tpjax.inspect.explain import Report
+
+log = logging.getLogger(__name__)
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PAGE_SIZE = 128
+# What the cache may take where the memory is the user's own: enough for several long conversations.
+_CPU_CACHE_BYTES = 2**30
+_ACCELERATOR_CACHE_FRACTION = 0.85
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt and its continuation.
+
+    Attributes:
+        prompt: the prompt's text; ``None`` where token ids were given.
+        prompt_token_ids: its tokens, special tokens included.
+        text: the continuation, up to a stop string; ``""`` where the model has no tokenizer.
+        token_ids: the continuation's tokens, the ending token included.
+        finish_reason: ``stop`` (an end-of-text token, a stop token or a stop string) or ``length``.
+        logprobs: one entry a token where ``SamplingParams.logprobs`` asked for them.
+    """
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a stream yields: new text and the tokens it came with.
+
+    Attributes:
+        text: whole characters only; may be empty.
+        token_ids: may be empty in the last delta.
+        finish_reason: set in the last delta.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+
+
+class LLM:
+    """A language model, cut over a mesh of devices.
+
+    Args:
+        model: a built-in alias, a Hugging Face id, a directory, or a ``.gguf`` file.
+        tp: devices; ``None`` takes all of them. It need not divide anything.
+        dtype: of weights, activations and cache: ``auto`` (bfloat16 on TPU and GPU, float32 on CPU),
+            ``float32``, ``bfloat16`` or ``float16``.
+        max_model_len: longest sequence, prompt and output together, tokens; ``None``: what the model was
+            made for, as far as the cache has room.
+        max_slots: sequences decoded at once; more are queued.
+        quantize: reserved for quantised execution; only ``None`` is supported.
+        seed: of the draws of requests that bring no seed of their own.
+
+    Attributes:
+        config: the architecture.
+        mesh: the mesh.
+        tokenizer: ``None`` where the checkpoint has none: prompts and completions are then token ids.
+
+    Raises:
+        TpjaxError: naming what does not fit.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        tp: int | None = None,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_slots: int = 8,
+        quantize: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        if quantize is not None:
+            raise ConfigError(f"quantize={quantize!r} is not supported: use None")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+            raise ConfigError(f"seed={seed!r} is not a whole number, 0 to {MAX_SEED}")
+        path = resolve(os.fspath(model))
+        checkpoint = open_checkpoint(path)
+        self.config: ModelConfig = checkpoint.config
+        self.tokenizer: Tokenizer | None = load_tokenizer(path)
+        self.mesh = make_mesh(tp)
+        _use_compilation_cache()
+        self.dtype = resolve_dtype(dtype)
+        limits = plan_limits(self.config, self.mesh.size, self.dtype, max_model_len, max_slots)
+        decoder = load_decoder(checkpoint, self.mesh, self.dtype)
+        self.name = str(model)
+        self.path: Path = path
+        self.runner = Runner(decoder, self.mesh, limits, self.dtype)
+        self.engine = Engine(self.runner)
+        self._seeds = np.random.default_rng(seed)
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence, prompt and output together, tokens."""
+        return self.runner.limits.max_model_len
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Continues prompts, all at once as far as slots and cache allow.
+
+        Args:
+            prompts: texts, or lists of token ids.
+            params: one for all, or one per prompt.
+
+        Returns:
+            One completion per prompt, in order.
+
+        Raises:
+            RequestError: a prompt or parameter is invalid; nothing has run then.
+        """
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        every = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        if len(every) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts came with {len(every)} sampling parameters")
+        requests = [self._request(prompt, p) for prompt, p in zip(prompts, every, strict=True)]
+        for request in requests:
+            self.engine.scheduler.check(request)
+        streams = [self._text(request) for request in requests]
+        try:
+            for request in requests:
+                self.engine.add(request)
+            index = {id(request): i for i, request in enumerate(requests)}
+            while any(request.finish_reason is None for request in requests):
+                for request, tokens in self.engine.step():
+                    self._advance(request, tokens, streams[index[id(request)]])
+        finally:
+            for request in requests:
+                self.engine.cancel(request)
+        return [
+            Completion(
+                prompt if isinstance(prompt, str) else None,
+                list(request.prompt_ids),
+                stream.text if stream else "",
+                request.output_ids,
+                request.finish_reason or "length",
+                request.logprobs if p.logprobs is not None else None,
+            )
+            for prompt, p, request, stream in zip(prompts, every, requests, streams, strict=True)
+        ]
+
+    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Continues one prompt and yields the continuation as it comes.
+
+        The text of all deltas together is that of :meth:`generate`; no delta ends inside a character.
+        Closing the iterator early frees the request's place at once.
+
+        Raises:
+            RequestError: the prompt or a parameter is invalid.
+        """
+        request = self._request(prompt, params or SamplingParams())
+        self.engine.scheduler.check(request)
+        return self._stream(request)
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """The logits after each token, teacher-forced.
+
+        Args:
+            token_ids: T tokens, at most ``max_model_len``.
+
+        Returns:
+            float32 [T, V], V without padding.
+        """
+        tokens = self._checked(token_ids)
+        if len(tokens) > self.max_model_len:
+            raise RequestError(f"{len(tokens)} tokens are over max_model_len={self.max_model_len}")
+        blocks = self.engine.scheduler.blocks
+        pages = blocks.allocate(blocks.pages_for(len(tokens)))
+        chunk = self.runner.chunk_sizes[-1]
+        try:
+            parts = [
+                self.runner.score(
+                    Row(self.runner.limits.max_slots, start, pages, SamplingParams(temperature=0), 0),
+                    tokens[start : start + chunk],
+                )
+                for start in range(0, len(tokens), chunk)
+            ]
+        finally:
+            blocks.release(pages)
+        return np.concatenate(parts)
+
+    def explain(self) -> Report:
+        """What is where, how many bytes it takes, and what a decode step moves between devices."""
+        from tpjax.inspect.explain import explain
+
+        return explain(self.runner, name=self.name)
+
+    def warm_up(self) -> None:
+        """Compiles everything serving can need; afterwards nothing compiles again."""
+        self.runner.warm_up()
+
+    # --- requests ------------------------------------------------------------------------------------------
+
+    def _stream(self, request: Request) -> Iterator[Delta]:
+        stream = self._text(request)
+        self.engine.add(request)
+        try:
+            while request.finish_reason is None:
+                for grown, tokens in self.engine.step():
+                    if grown is not request:
+                        continue
+                    text = self._advance(request, tokens, stream)
+                    if text or tokens or request.finish_reason:
+                        yield Delta(text, tokens, request.finish_reason)
+        finally:
+            self.engine.cancel(request)
+
+    def _request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError(f"{self.path} has no tokenizer: give the prompt as token ids")
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = self._checked(prompt)
+        if params.stop and self.tokenizer is None:
+            raise RequestError(f"stop={params.stop!r} needs a tokenizer, and {self.path} has none")
+        for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
+            self._checked(list(tokens), name)
+        ends = () if params.ignore_eos or self.tokenizer is None else tuple(sorted(self.tokenizer.eos_ids))
+        seed = int(self._seeds.integers(0, MAX_SEED, endpoint=True)) if params.seed is None else params.seed
+        return Request(ids, params, seed, (*params.stop_token_ids, *ends))
+
+    def _checked(self, token_ids: Sequence[int], name: str = "the prompt") -> list[int]:
+        vocab = self.config.vocab_size
+        ids = [int(token) for token in token_ids]
+        for token in ids:
+            if not 0 <= token < vocab:
+                raise RequestError(f"{name} has token id {token}, but the vocabulary has {vocab} (0 to {vocab - 1})")
+        return ids
+
+    def _text(self, request: Request) -> TextStream | None:
+        if self.tokenizer is None:
+            return None
+        return TextStream(self.tokenizer, request.prompt_ids, request.params.stop)
+
+    def _advance(self, request: Request, tokens: list[int], stream: TextStream | None) -> str:
+        """New text of a request; ends it where that meets a stop string."""
+        if stream is None:
+            return ""
+        parts = []
+        for count, token in enumerate(tokens, start=1):
+            ending = token in request.stop_ids and request.finish_reason == "stop" and count == len(tokens)
+            if not ending:  # the token that ends a text is not part of it
+                parts.append(stream.push(token))
+            if stream.stopped:
+                # tokens after the stop string were drawn in the same dispatch: they were never asked for
+                dropped = len(tokens) - count
+                del request.output_ids[len(request.output_ids) - dropped :]
+                del request.logprobs[len(request.output_ids) :]
+                del tokens[count:]
+                request.finish_reason = "stop"
+                break
+        if request.finish_reason is not None:
+            parts.append(stream.flush())
+            self.engine.cancel(request)
+        return "".join(parts)
+
+
+def resolve_dtype(name: str) -> jnp.dtype:
+    """The dtype of that name; ``auto`` follows the backend.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in DTYPES:
+        raise ConfigError(f"dtype={name!r} is not supported: use {', '.join(DTYPES)}")
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def plan_limits(
+    config: ModelConfig, tp: int, dtype: jnp.dtype, max_model_len: int | None, max_slots: int
+) -> Limits:
+    """Sizes of slots, context and cache.
+
+    The cache holds ``max_slots`` sequences of full length where memory allows, and at least one.
+
+    Raises:
+        ConfigError: ``max_model_len`` is over what the model was made for.
+    """
+    longest = config.max_position_embeddings
+    if max_model_len is not None and not 1 <= max_model_len <= longest:
+        raise ConfigError(f"max_model_len={max_model_len} is not between 1 and the model's {longest}")
+    if max_slots < 1:
+        raise ConfigError(f"max_slots={max_slots} is less than 1")
+    page_bytes = page_bytes_per_device(config, tp, PAGE_SIZE, dtype)
+    affordable = max(1, _cache_bytes(tp) // page_bytes)
+    if max_model_len is None:
+        max_model_len = min(longest, affordable * PAGE_SIZE)
+    blocks = -(-max_model_len // PAGE_SIZE)
+    pages = max(blocks, min(max_slots * blocks, affordable))
+    return Limits(max_slots=max_slots, max_model_len=max_model_len, num_pages=pages + 1, page_size=PAGE_SIZE)
+
+
+def _cache_bytes(tp: int) -> int:
+    """Bytes per device the cache may take, weights not yet loaded."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return _CPU_CACHE_BYTES // tp
+    stats = device.memory_stats() or {}
+    free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+    return int(free * _ACCELERATOR_CACHE_FRACTION) // 2
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX was told where to keep them."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,425 @@
+"""The compiled programs of serving, and the device state they pass along.
+
+The only place that splits the model and calls ``jax.jit`` for serving. Weights are flattened once; every
+program takes them as a flat tuple, takes the cache by donation, and is compiled ahead of its first call, so
+a call can never recompile: shapes come from a fixed set of buckets, and ``compiled`` lists the programs.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int
+
+from tpjax import cache as kv
+from tpjax.cache import NULL_PAGE, PagedKVCache, Placement
+from tpjax.config import ModelConfig
+from tpjax.errors import ConfigError
+from tpjax.model import Decoder
+from tpjax.sampling import History, Sampled, SamplingRows, sample
+from tpjax.sampling_params import SamplingParams
+from tpjax.sharding import LOGITS, REPLICATED, pad_to_multiple
+
+log = logging.getLogger(__name__)
+
+STOP_IDS = 8  # stop tokens a row carries to the device; what is over is caught on the host
+NO_TOKEN = -1  # what a finished row yields
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes fixed at start; everything compiled follows from them.
+
+    Attributes:
+        max_slots: sequences decoded at once.
+        max_model_len: tokens of one sequence, prompt and output.
+        num_pages: pages of the cache, the null page included.
+        page_size: positions per cache page.
+        chunk_sizes: prefill lengths, ascending; each divides the page size or is a multiple of it.
+        steps: decode steps of the long dispatch.
+    """
+
+    max_slots: int
+    max_model_len: int
+    num_pages: int
+    page_size: int = 128
+    chunk_sizes: tuple[int, ...] = (32, 128, 256, 512)
+    steps: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("max_slots", "max_model_len", "page_size", "steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} is less than 1")
+        for size in self.chunk_sizes:
+            if size % self.page_size and self.page_size % size:
+                raise ConfigError(f"chunk size {size} neither divides page_size={self.page_size} nor is a multiple")
+        if self.chunk_sizes[-1] % self.page_size:
+            raise ConfigError(f"the largest chunk, {self.chunk_sizes[-1]}, is not a multiple of page_size={self.page_size}")
+        if self.num_pages < self.blocks + 1:
+            raise ConfigError(
+                f"num_pages={self.num_pages} cannot hold one sequence of max_model_len={self.max_model_len}: "
+                f"that takes {self.blocks + 1} pages of {self.page_size}, the null page included"
+            )
+
+    @property
+    def blocks(self) -> int:
+        """Pages of the longest sequence: the width of a block table."""
+        return -(-self.max_model_len // self.page_size)
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Decode batches: powers of two up to ``max_slots``, and ``max_slots``."""
+        powers = [2**i for i in range(self.max_slots.bit_length()) if 2**i < self.max_slots]
+        return (*powers, self.max_slots)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence's part in a dispatch.
+
+    Attributes:
+        slot: where its last token and history are kept, 0 to max_slots - 1.
+        position: of the next token to feed.
+        pages: of its blocks, in order.
+        params: sampling parameters.
+        seed: of its noise.
+        remaining: most tokens it may still yield.
+        stop_ids: tokens that end it.
+    """
+
+    slot: int
+    position: int
+    pages: Sequence[int]
+    params: SamplingParams
+    seed: int
+    remaining: int = 1
+    stop_ids: Sequence[int] = ()
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Rows:
+    """``Row``s as arrays; a row that does not exist uses the spare slot and the null page."""
+
+    ints: Int[Array, "B 3"]  # slot, position, remaining
+    stop_ids: Int[Array, "B stop"]
+    block_tables: Int[Array, "B blocks"]
+    sampling: SamplingRows
+
+    @classmethod
+    def pack(cls, rows: Sequence[Row], limits: Limits, size: int) -> _Rows:
+        ints = np.tile(np.array([limits.max_slots, 0, 0], np.int32), (size, 1))
+        stop_ids = np.full((size, STOP_IDS), NO_TOKEN, np.int32)
+        tables = np.full((size, limits.blocks), NULL_PAGE, np.int32)
+        for i, row in enumerate(rows):
+            ints[i] = (row.slot, row.position, row.remaining)
+            stop_ids[i, : len(row.stop_ids)] = row.stop_ids[:STOP_IDS]
+            tables[i, : len(row.pages)] = row.pages
+        sampling = SamplingRows.pack([row.params for row in rows], [row.seed for row in rows], size)
+        return cls(ints, stop_ids, tables, sampling)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """What lives on the devices between dispatches; every program takes it by donation.
+
+    Attributes:
+        cache: keys and values.
+        tokens: last token of each slot; one spare slot for rows that do not exist.
+        history: what penalties and biases need; a spare slot too.
+    """
+
+    cache: PagedKVCache
+    tokens: Int[Array, "slots"]
+    history: History
+
+
+class Runner:
+    """Runs one model on one mesh.
+
+    Args:
+        model: with its weights.
+        mesh: ``("tp",)``.
+        limits: fixed sizes.
+        dtype: of the cache.
+    """
+
+    def __init__(self, model: Decoder, mesh: Mesh, limits: Limits, dtype: jnp.dtype) -> None:
+        self.config: ModelConfig = model.config
+        self.mesh = mesh
+        self.limits = limits
+        self.dtype = jnp.dtype(dtype)
+        self.compiled: dict[tuple[str, int, int], jax.stages.Compiled] = {}
+        self.compile_seconds = 0.0
+        self._graph, state = nnx.split(model)
+        leaves, self._tree = jax.tree.flatten(state)
+        self._weights: tuple[jax.Array, ...] = tuple(leaves)
+        self._state: State | None = None  # allocated at the first dispatch: explain needs no memory
+
+    # --- what the engine calls -----------------------------------------------------------------------------
+
+    def prefill(self, row: Row, tokens: Sequence[int]) -> Sampled:
+        """Runs a chunk of a prompt and draws the token after it.
+
+        Args:
+            row: its ``position`` is the chunk's first, a multiple of the page size.
+            tokens: the chunk, at most the largest chunk size.
+
+        Returns:
+            Device arrays [1, 1, ...]; of use after the prompt's last chunk only.
+        """
+        size = self.chunk_size(len(tokens))
+        padded = np.zeros((1, size), np.int32)
+        padded[0, : len(tokens)] = tokens
+        rows = _Rows.pack([row], self.limits, 1)
+        program = self.program("prefill", 1, size)
+        self._state, drawn = program(self._weights, self.state, rows, padded, np.int32(len(tokens)))
+        return drawn
+
+    def decode(self, rows: Sequence[Row], steps: int) -> Sampled:
+        """Feeds each row its slot's last token and draws the next, ``steps`` times.
+
+        Args:
+            rows: at most ``max_slots``, in different slots.
+            steps: 1 or ``limits.steps``.
+
+        Returns:
+            Device arrays [steps, batch bucket, ...]; a row that has ended yields ``NO_TOKEN``.
+        """
+        size = next(size for size in self.limits.batch_sizes if size >= len(rows))
+        program = self.program("decode", size, steps)
+        self._state, drawn = program(self._weights, self.state, _Rows.pack(rows, self.limits, size))
+        return drawn
+
+    def score(self, row: Row, tokens: Sequence[int]) -> Float[np.ndarray, "S V"]:
+        """Runs a chunk of a prompt and returns the logits after each of its tokens, float32."""
+        size = self.chunk_size(len(tokens))
+        padded = np.zeros((1, size), np.int32)
+        padded[0, : len(tokens)] = tokens
+        rows = _Rows.pack([row], self.limits, 1)
+        program = self.program("score", 1, size)
+        self._state, logits = program(self._weights, self.state, rows, padded)
+        return np.asarray(logits)[: len(tokens), : self.config.vocab_size]
+
+    def set_history(self, slot: int, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Tells a slot which tokens are in its prompt, clears its counts, and sets its biases."""
+        in_prompt = np.zeros((1, self.padded_vocab), np.bool_)
+        in_prompt[0, list(prompt)] = True
+        bias = np.zeros((1, self.padded_vocab), np.float32)
+        for token, value in params.logit_bias.items():
+            bias[0, token] = value
+        program = self.program("set_history", 1, 1)
+        self._state = program(self.state, np.int32(slot), in_prompt, bias)
+
+    def chunk_size(self, length: int) -> int:
+        """The smallest chunk bucket that holds ``length`` tokens."""
+        return next(size for size in self.chunk_sizes if size >= length)
+
+    @property
+    def chunk_sizes(self) -> tuple[int, ...]:
+        """Chunk buckets of use: none beyond the first that holds the longest sequence."""
+        sizes = self.limits.chunk_sizes
+        enough = next((i for i, size in enumerate(sizes) if size >= self.limits.max_model_len), len(sizes) - 1)
+        return sizes[: enough + 1]
+
+    def warm_up(self) -> None:
+        """Compiles every program that serving can call; afterwards nothing compiles again."""
+        for size in self.chunk_sizes:
+            self.program("prefill", 1, size)
+        for batch in self.limits.batch_sizes:
+            for steps in sorted({1, self.limits.steps}):
+                self.program("decode", batch, steps)
+        self.program("set_history", 1, 1)
+        # a first call also compiles the small transfers around a program
+        null = Row(self.limits.max_slots, 0, (), SamplingParams(temperature=0), 0)
+        jax.block_until_ready((self.prefill(null, [0]), self.decode([null], 1)))
+
+    @property
+    def compile_count(self) -> int:
+        """Programs compiled so far."""
+        return len(self.compiled)
+
+    @property
+    def state(self) -> State:
+        """The state on the devices, allocated when first asked for."""
+        if self._state is None:
+            self._state = self._allocate()
+        return self._state
+
+    @property
+    def padded_vocab(self) -> int:
+        """V with the padding that makes tp divide it."""
+        return pad_to_multiple(self.config.vocab_size, self.mesh.size)
+
+    # --- programs ------------------------------------------------------------------------------------------
+
+    def program(self, kind: str, batch: int, length: int) -> Any:
+        """The compiled program of that kind and bucket.
+
+        Args:
+            kind: ``prefill``, ``decode``, ``score`` or ``set_history``.
+            batch: rows.
+            length: tokens of a chunk, or decode steps.
+        """
+        key = (kind, batch, length)
+        if key not in self.compiled:
+            started = time.perf_counter()
+            with jax.set_mesh(self.mesh):
+                self.compiled[key] = self.lower(kind, batch, length).compile()
+            seconds = time.perf_counter() - started
+            self.compile_seconds += seconds
+            log.info("compiled %s batch=%d length=%d in %.2f s", kind, batch, length, seconds)
+        return self.compiled[key]
+
+    def lower(self, kind: str, batch: int, length: int) -> jax.stages.Lowered:
+        """Traces a program without compiling it, from shapes alone."""
+        rows = jax.tree.map(np.asarray, _Rows.pack([], self.limits, batch))
+        weights, state = self._weights, self.abstract_state()
+        with jax.set_mesh(self.mesh):
+            if kind == "set_history":
+                vocab = (1, self.padded_vocab)
+                arguments = (np.int32(0), np.zeros(vocab, np.bool_), np.zeros(vocab, np.float32))
+                return self._jit(_set_history, donate=0).lower(state, *arguments)
+            if kind == "decode":
+                return self._jit(self._decode(length), donate=1).lower(weights, state, rows)
+            tokens = np.zeros((batch, length), np.int32)
+            if kind == "prefill":
+                return self._jit(self._prefill, donate=1).lower(weights, state, rows, tokens, np.int32(0))
+            return self._jit(self._score, donate=1).lower(weights, state, rows, tokens)
+
+    def abstract_model(self) -> Decoder:
+        """The model without its weights: shapes, dtypes, shardings, and what each parameter is made of."""
+        return self._model([jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding) for w in self._weights])
+
+    def abstract_state(self) -> State:
+        """Shapes, dtypes and shardings of the state."""
+        slots = self.limits.max_slots + 1
+        replicated = NamedSharding(self.mesh, REPLICATED)
+        return State(
+            kv.abstract(
+                self.config,
+                self.mesh,
+                num_pages=self.limits.num_pages,
+                page_size=self.limits.page_size,
+                dtype=self.dtype,
+            ),
+            jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=replicated),
+            History.abstract(slots, self.padded_vocab, self.mesh),
+        )
+
+    def _jit(self, function: Callable[..., Any], donate: int) -> Any:
+        # the state comes out sharded as it went in, so that it can be donated to the next call
+        state = jax.tree.map(lambda buffer: buffer.sharding, self.abstract_state())
+        out: Any = state
+        if function is not _set_history:
+            scored = function == self._score
+            out = (state, NamedSharding(self.mesh, LOGITS if scored else REPLICATED))
+        return jax.jit(function, donate_argnums=donate, out_shardings=out)
+
+    def _allocate(self) -> State:
+        abstract = self.abstract_state()
+
+        def zeros() -> State:
+            return jax.tree.map(lambda buffer: jnp.zeros(buffer.shape, buffer.dtype), abstract)
+
+        shardings = jax.tree.map(lambda buffer: buffer.sharding, abstract)
+        return jax.jit(zeros, out_shardings=shardings)()
+
+    def _model(self, weights: Sequence[Array]) -> Decoder:
+        return nnx.merge(self._graph, jax.tree.unflatten(self._tree, weights))
+
+    def _prefill(
+        self,
+        weights: Sequence[Array],
+        state: State,
+        rows: _Rows,
+        tokens: Int[Array, "1 S"],
+        length: Int[Array, ""],
+    ) -> tuple[State, Sampled]:
+        model = self._model(weights)
+        slots, first = rows.ints[:, 0], rows.ints[:, 1]
+        at = Placement(rows.block_tables, first[:, None] + jnp.arange(tokens.shape[1]))
+        hidden, cache = model(tokens, state.cache, at)
+        last = jax.lax.dynamic_index_in_dim(hidden, length - 1, axis=1, keepdims=False)
+        drawn, history = sample(
+            model.logits(last), rows.sampling, state.history, slots, first + length, self.mesh
+        )
+        state = State(cache, state.tokens.at[slots].set(drawn.tokens), history)
+        return state, jax.tree.map(lambda x: x[None], drawn)
+
+    def _score(
+        self, weights: Sequence[Array], state: State, rows: _Rows, tokens: Int[Array, "1 S"]
+    ) -> tuple[State, Float[Array, "S V"]]:
+        model = self._model(weights)
+        at = Placement(rows.block_tables, rows.ints[:, 1, None] + jnp.arange(tokens.shape[1]))
+        hidden, cache = model(tokens, state.cache, at)
+        return State(cache, state.tokens, state.history), model.logits(hidden[0])
+
+    def _decode(self, steps: int) -> Callable[..., tuple[State, Sampled]]:
+        def step(
+            model: Decoder, state: State, rows: _Rows, alive: Array, positions: Array
+        ) -> tuple[State, Sampled]:
+            slots = jnp.where(alive, rows.ints[:, 0], self.limits.max_slots)
+            # a row that has ended goes on computing, but on the null page and the spare slot
+            at = Placement(jnp.where(alive[:, None], rows.block_tables, NULL_PAGE), positions[:, None])
+            hidden, cache = model(state.tokens[slots][:, None], state.cache, at)
+            drawn, history = sample(
+                model.logits(hidden[:, 0]), rows.sampling, state.history, slots, positions + 1, self.mesh
+            )
+            return State(cache, state.tokens.at[slots].set(drawn.tokens), history), drawn
+
+        def decode(weights: Sequence[Array], state: State, rows: _Rows) -> tuple[State, Sampled]:
+            model = self._model(weights)
+            start, remaining = rows.ints[:, 1], rows.ints[:, 2]
+            if steps == 1:
+                state, drawn = step(model, state, rows, remaining > 0, start)
+                return state, jax.tree.map(lambda x: x[None], drawn)
+
+            def body(
+                i: Array, carry: tuple[State, Array, Sampled]
+            ) -> tuple[State, Array, Sampled]:
+                state, alive, out = carry
+                positions = jnp.where(alive, start + i, 0)
+                state, drawn = step(model, state, rows, alive, positions)
+                drawn = Sampled(
+                    jnp.where(alive, drawn.tokens, NO_TOKEN),
+                    drawn.logprobs,
+                    drawn.top_tokens,
+                    drawn.top_logprobs,
+                )
+                out = jax.tree.map(lambda all_, one: all_.at[i].set(one), out, drawn)
+                ended = jnp.any(drawn.tokens[:, None] == rows.stop_ids, axis=1)
+                return state, alive & ~ended & (i + 1 < remaining), out
+
+            shapes = jax.eval_shape(lambda: step(model, state, rows, remaining > 0, start)[1])
+            out = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), shapes)
+            state, _, out = jax.lax.fori_loop(0, steps, body, (state, remaining > 0, out))
+            return state, out
+
+        return decode
+
+
+def _set_history(
+    state: State,
+    slot: Int[Array, ""],
+    in_prompt: Array,
+    bias: Float[Array, "1 V"],
+) -> State:
+    history = state.history
+    at = (slot, jnp.int32(0))
+    history = History(
+        jax.lax.dynamic_update_slice(history.in_prompt, in_prompt, at),
+        jax.lax.dynamic_update_slice(history.counts, jnp.zeros_like(bias, jnp.int32), at),
+        jax.lax.dynamic_update_slice(history.bias, bias, at),
+    )
+    return State(state.cache, state.tokens, history)

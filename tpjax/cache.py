@@ -8,6 +8,7 @@ state. Page 0 is never given to a sequence: rows and positions that do not exist
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ def abstract(
 ) -> PagedKVCache:
     """The shapes, dtypes and shardings of :func:`allocate`, without the memory."""
     shape = cache_shape(config, mesh.size, num_pages, page_size)
-    buffer = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PAGES))
+    buffer: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PAGES))
     return tuple(LayerCache(buffer, buffer) for _ in range(config.num_layers))
 
 

@@ -137,11 +137,15 @@ class ModelConfig:
             )
         for kind in self.layer_types:
             if kind not in LAYER_TYPES:
-                raise ConfigError(f"layer type {kind!r} is not supported: use one of {', '.join(LAYER_TYPES)}")
+                raise ConfigError(
+                    f"layer type {kind!r} is not supported: use one of {', '.join(LAYER_TYPES)}"
+                )
         if "sliding_attention" in self.layer_types and (
             not isinstance(self.sliding_window, int) or self.sliding_window < 1
         ):
-            raise ConfigError(f"sliding_window={self.sliding_window!r}, but some layers are sliding_attention")
+            raise ConfigError(
+                f"sliding_window={self.sliding_window!r}, but some layers are sliding_attention"
+            )
         if self.activation not in ("silu", "gelu_tanh"):
             raise ConfigError(f"activation={self.activation!r} is not supported: use silu or gelu_tanh")
 

@@ -240,7 +240,7 @@ _LLAMA_LAYER = {
 }
 
 
-def _sizes(fields: Fields) -> dict[str, int]:
+def _sizes(fields: Fields) -> dict[str, Any]:
     """The sizes every family names alike."""
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     head_dim = fields.integer("head_dim", None)
@@ -260,6 +260,11 @@ def _sizes(fields: Fields) -> dict[str, int]:
     }
 
 
+def _all_full(layers: int) -> tuple[LayerType, ...]:
+    kind: LayerType = "full_attention"
+    return (kind,) * layers
+
+
 def _activation(fields: Fields, name: str, default: str) -> Any:
     known = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
     value = fields.get(name, default)
@@ -276,7 +281,7 @@ def _llama(fields: Fields) -> ModelConfig:
         **sizes,
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
         rope=_rope(fields, 10_000.0),
-        layer_types=("full_attention",) * sizes["num_layers"],
+        layer_types=_all_full(sizes["num_layers"]),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
         activation=_activation(fields, "hidden_act", "silu"),
         query_scale=sizes["head_dim"] ** -0.5,
@@ -303,7 +308,7 @@ def _mistral(fields: Fields) -> ModelConfig:
     )
 
 
-def _gguf_sizes(view: GGUFView) -> dict[str, int]:
+def _gguf_sizes(view: GGUFView) -> dict[str, Any]:
     hidden, heads = view.get("embedding_length"), view.get("attention.head_count")
     return {
         "vocab_size": view.vocab_size,
@@ -341,7 +346,7 @@ def _gguf_llama(view: GGUFView) -> ModelConfig:
         **sizes,
         rms_norm_eps=view.get("attention.layer_norm_rms_epsilon"),
         rope=_gguf_rope(view, 10_000.0),
-        layer_types=("full_attention",) * sizes["num_layers"],
+        layer_types=_all_full(sizes["num_layers"]),
         tie_word_embeddings=view.tied,
         query_scale=sizes["head_dim"] ** -0.5,
         attention_bias="blk.0.attn_q.bias" in view.tensor_shapes,
@@ -368,7 +373,7 @@ def _every(pattern: int, layers: int) -> tuple[LayerType, ...]:
 
 
 def _gemma3_config(
-    sizes: dict[str, int],
+    sizes: dict[str, Any],
     *,
     eps: float,
     rope: RopeConfig,

@@ -148,12 +148,11 @@ class LLM:
         Raises:
             RequestError: a prompt or parameter is invalid; nothing has run then.
         """
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        every = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
-        if len(every) != len(prompts):
-            raise RequestError(f"{len(prompts)} prompts came with {len(every)} sampling parameters")
-        requests = [self._request(prompt, p) for prompt, p in zip(prompts, every, strict=True)]
+        each: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
+        every = [params or SamplingParams()] * len(each) if not isinstance(params, Sequence) else list(params)
+        if len(every) != len(each):
+            raise RequestError(f"{len(each)} prompts came with {len(every)} sampling parameters")
+        requests = [self._request(prompt, p) for prompt, p in zip(each, every, strict=True)]
         for request in requests:
             self.engine.scheduler.check(request)
         streams = [self._text(request) for request in requests]
@@ -176,7 +175,7 @@ class LLM:
                 request.finish_reason or "length",
                 request.logprobs if p.logprobs is not None else None,
             )
-            for prompt, p, request, stream in zip(prompts, every, requests, streams, strict=True)
+            for prompt, p, request, stream in zip(each, every, requests, streams, strict=True)
         ]
 
     def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[Delta]:
@@ -265,7 +264,9 @@ class LLM:
         ids = [int(token) for token in token_ids]
         for token in ids:
             if not 0 <= token < vocab:
-                raise RequestError(f"{name} has token id {token}, but the vocabulary has {vocab} (0 to {vocab - 1})")
+                raise RequestError(
+                    f"{name} has token id {token}, but the vocabulary has {vocab} (0 to {vocab - 1})"
+                )
         return ids
 
     def _text(self, request: Request) -> TextStream | None:
@@ -345,6 +346,6 @@ def _cache_bytes(tp: int) -> int:
 
 def _use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, unless JAX was told where to keep them."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.read("jax_compilation_cache_dir") is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -32,7 +32,9 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = norm("post_attention_layernorm")
         self.pre_feedforward_layernorm = norm("pre_feedforward_layernorm") if config.sandwich_norms else None
         self.mlp = MLP(config, tp, dtype)
-        self.post_feedforward_layernorm = norm("post_feedforward_layernorm") if config.sandwich_norms else None
+        self.post_feedforward_layernorm = (
+            norm("post_feedforward_layernorm") if config.sandwich_norms else None
+        )
 
     def __call__(
         self,
@@ -42,6 +44,7 @@ class DecoderLayer(nnx.Module):
         at: Placement,
         window: int | None,
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
+        """The residual after this layer, on every device, and its cache."""
         mixed, cache = self.self_attn(self.input_layernorm(x), rotation, cache, at, window)
         mixed = constrain(mixed, REPLICATED)  # all-reduce over tp
         if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:

@@ -61,9 +61,13 @@ class Limits:
                 raise ConfigError(f"{name}={getattr(self, name)} is less than 1")
         for size in self.chunk_sizes:
             if size % self.page_size and self.page_size % size:
-                raise ConfigError(f"chunk size {size} neither divides page_size={self.page_size} nor is a multiple")
+                raise ConfigError(
+                    f"chunk size {size} neither divides page_size={self.page_size} nor is a multiple"
+                )
         if self.chunk_sizes[-1] % self.page_size:
-            raise ConfigError(f"the largest chunk, {self.chunk_sizes[-1]}, is not a multiple of page_size={self.page_size}")
+            raise ConfigError(
+                f"the largest chunk, {self.chunk_sizes[-1]}, is not a multiple of page_size={self.page_size}"
+            )
         if self.num_pages < self.blocks + 1:
             raise ConfigError(
                 f"num_pages={self.num_pages} cannot hold one sequence of max_model_len={self.max_model_len}: "
@@ -117,9 +121,9 @@ class _Rows:
 
     @classmethod
     def pack(cls, rows: Sequence[Row], limits: Limits, size: int) -> _Rows:
-        ints = np.tile(np.array([limits.max_slots, 0, 0], np.int32), (size, 1))
-        stop_ids = np.full((size, STOP_IDS), NO_TOKEN, np.int32)
-        tables = np.full((size, limits.blocks), NULL_PAGE, np.int32)
+        ints: Any = np.tile(np.array([limits.max_slots, 0, 0], np.int32), (size, 1))
+        stop_ids: Any = np.full((size, STOP_IDS), NO_TOKEN, np.int32)
+        tables: Any = np.full((size, limits.blocks), NULL_PAGE, np.int32)
         for i, row in enumerate(rows):
             ints[i] = (row.slot, row.position, row.remaining)
             stop_ids[i, : len(row.stop_ids)] = row.stop_ids[:STOP_IDS]
@@ -140,7 +144,7 @@ class State:
     """
 
     cache: PagedKVCache
-    tokens: Int[Array, "slots"]
+    tokens: Int[Array, slots]
     history: History
 
 
@@ -229,7 +233,9 @@ class Runner:
     def chunk_sizes(self) -> tuple[int, ...]:
         """Chunk buckets of use: none beyond the first that holds the longest sequence."""
         sizes = self.limits.chunk_sizes
-        enough = next((i for i, size in enumerate(sizes) if size >= self.limits.max_model_len), len(sizes) - 1)
+        enough = next(
+            (i for i, size in enumerate(sizes) if size >= self.limits.max_model_len), len(sizes) - 1
+        )
         return sizes[: enough + 1]
 
     def warm_up(self) -> None:
@@ -299,12 +305,14 @@ class Runner:
 
     def abstract_model(self) -> Decoder:
         """The model without its weights: shapes, dtypes, shardings, and what each parameter is made of."""
-        return self._model([jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding) for w in self._weights])
+        return self._model(
+            [jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding) for w in self._weights]
+        )
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and shardings of the state."""
         slots = self.limits.max_slots + 1
-        replicated = NamedSharding(self.mesh, REPLICATED)
+        tokens: Any = jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=NamedSharding(self.mesh, REPLICATED))
         return State(
             kv.abstract(
                 self.config,
@@ -313,7 +321,7 @@ class Runner:
                 page_size=self.limits.page_size,
                 dtype=self.dtype,
             ),
-            jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=replicated),
+            tokens,
             History.abstract(slots, self.padded_vocab, self.mesh),
         )
 
@@ -335,7 +343,7 @@ class Runner:
         shardings = jax.tree.map(lambda buffer: buffer.sharding, abstract)
         return jax.jit(zeros, out_shardings=shardings)()
 
-    def _model(self, weights: Sequence[Array]) -> Decoder:
+    def _model(self, weights: Sequence[Any]) -> Decoder:
         return nnx.merge(self._graph, jax.tree.unflatten(self._tree, weights))
 
     def _prefill(
@@ -385,9 +393,7 @@ class Runner:
                 state, drawn = step(model, state, rows, remaining > 0, start)
                 return state, jax.tree.map(lambda x: x[None], drawn)
 
-            def body(
-                i: Array, carry: tuple[State, Array, Sampled]
-            ) -> tuple[State, Array, Sampled]:
+            def body(i: Array, carry: tuple[State, Array, Sampled]) -> tuple[State, Array, Sampled]:
                 state, alive, out = carry
                 positions = jnp.where(alive, start + i, 0)
                 state, drawn = step(model, state, rows, alive, positions)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +43,8 @@ class SamplingRows:
     @classmethod
     def pack(cls, params: Sequence[SamplingParams], seeds: Sequence[int], rows: int) -> SamplingRows:
         """Packs parameters into ``rows`` rows; rows past the last are greedy."""
-        floats = np.tile(np.array([0, 1, 0, 1, 0, 0], np.float32), (rows, 1))
-        ints = np.zeros((rows, 4), np.int32)
+        floats: Any = np.tile(np.array([0, 1, 0, 1, 0, 0], np.float32), (rows, 1))
+        ints: Any = np.zeros((rows, 4), np.int32)
         for row, (p, seed) in enumerate(zip(params, seeds, strict=True)):
             floats[row] = (
                 p.temperature,
@@ -82,7 +83,7 @@ class History:
     def abstract(cls, slots: int, padded_vocab: int, mesh: Mesh) -> History:
         """Shapes, dtypes and shardings."""
 
-        def buffer(dtype: type) -> jax.ShapeDtypeStruct:
+        def buffer(dtype: type) -> Any:
             return jax.ShapeDtypeStruct((slots, padded_vocab), dtype, sharding=NamedSharding(mesh, LOGITS))
 
         return cls(buffer(jnp.bool_), buffer(jnp.int32), buffer(jnp.float32))
@@ -100,8 +101,8 @@ class Sampled:
         top_logprobs: theirs.
     """
 
-    tokens: Int[Array, "B"]
-    logprobs: Float[Array, "B"]
+    tokens: Int[Array, B]
+    logprobs: Float[Array, B]
     top_tokens: Int[Array, "B top"]
     top_logprobs: Float[Array, "B top"]
 
@@ -110,8 +111,8 @@ def sample(
     logits: Float[Array, "B V"],
     rows: SamplingRows,
     history: History,
-    slots: Int[Array, "B"],
-    positions: Int[Array, "B"],
+    slots: Int[Array, B],
+    positions: Int[Array, B],
     mesh: Mesh,
 ) -> tuple[Sampled, History]:
     """Draws one token per row and counts it in the row's slot.
@@ -140,6 +141,7 @@ def _sample_shard(
     """One device's part: ``logits`` and ``history`` hold its share of the vocabulary."""
     temperature, top_p, min_p = (rows.floats[:, i, None] for i in range(3))
     top_k, seeds, uses_history, wants_logprobs = (rows.ints[:, i] for i in range(4))
+    uses_history, wants_logprobs = uses_history != 0, wants_logprobs != 0
     share = logits.shape[-1]
     tokens = jax.lax.axis_index(AXIS) * share + jnp.arange(share)
 
@@ -155,7 +157,9 @@ def _sample_shard(
         lowest = jnp.full_like(top, -jnp.inf)
         floor = jax.lax.cond(
             jnp.any(top_k > 0),
-            lambda: _threshold(warm, jnp.ones_like(warm), jnp.where(top_k > 0, top_k, jnp.inf)[:, None]),
+            lambda: _threshold(
+                warm, jnp.ones_like(warm), jnp.where(top_k > 0, top_k.astype(jnp.float32), jnp.inf)[:, None]
+            ),
             lambda: lowest,
         )
         # top_p counts probability among what top_k left, as transformers does
@@ -184,7 +188,7 @@ def _sample_shard(
     reported = jax.lax.cond(
         jnp.any(wants_logprobs), lambda: _logprobs(logits, tokens, chosen), lambda: nothing
     )
-    mine = (chosen[:, None] == tokens).astype(jnp.int32) * uses_history[:, None]
+    mine = ((chosen[:, None] == tokens) & uses_history[:, None]).astype(jnp.int32)
     counts = jax.lax.cond(
         jnp.any(uses_history), lambda: history.counts.at[slots].add(mine), lambda: history.counts
     )
@@ -196,7 +200,7 @@ def _penalise(logits: Array, rows: SamplingRows, history: History, slots: Array)
     counts = history.counts[slots]
     repeated = history.in_prompt[slots] | (counts > 0)
     scores = jnp.where(repeated, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
-    scores = scores - frequency * counts.astype(jnp.float32) - presence * (counts > 0)
+    scores = scores - frequency * counts.astype(jnp.float32) - jnp.where(counts > 0, presence, 0.0)
     scores = scores + history.bias[slots]
     return jnp.where((rows.ints[:, 2, None] != 0), scores, logits)
 
@@ -239,7 +243,7 @@ def _unordered(keys: UInt[Array, "*n"]) -> Float[Array, "*n"]:
     return jnp.where(jnp.isnan(value), -jnp.inf, value)
 
 
-def _gumbel(seeds: Int[Array, "B"], positions: Int[Array, "B"], tokens: Int[Array, "share"]) -> Array:
+def _gumbel(seeds: Int[Array, B], positions: Int[Array, B], tokens: Int[Array, share]) -> Array:
     """Standard Gumbel noise for each row and token, float32 [B, share]."""
 
     def bits(seed: Array, position: Array) -> Array:
@@ -252,7 +256,7 @@ def _gumbel(seeds: Int[Array, "B"], positions: Int[Array, "B"], tokens: Int[Arra
     return -jnp.log(-jnp.log(uniform))
 
 
-def _winner(scores: Float[Array, "B share"], tokens: Int[Array, "share"]) -> Int[Array, "B"]:
+def _winner(scores: Float[Array, "B share"], tokens: Int[Array, share]) -> Int[Array, B]:
     """The token of the highest score over all devices; of equals, the lowest id. One small all-gather."""
     local = jnp.argmax(scores, axis=-1)
     best = jnp.take_along_axis(scores, local[:, None], axis=-1)[:, 0]

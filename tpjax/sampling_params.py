@@ -28,7 +28,8 @@ class SamplingParams:
         stop: strings that end the text; they are not part of it.
         stop_token_ids: tokens that end the text besides the model's own.
         ignore_eos: go on past the model's end-of-text tokens.
-        repetition_penalty: divides (if positive, else multiplies) logits of tokens in prompt or output; 1: none.
+        repetition_penalty: divides (if positive, else multiplies) logits of tokens in prompt or
+            output; 1: none.
         presence_penalty: subtracted from logits of tokens in the output.
         frequency_penalty: subtracted once for each time a token is in the output.
         logit_bias: added to the logits of these token ids.

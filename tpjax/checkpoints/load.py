@@ -22,7 +22,7 @@ from tpjax.checkpoints.gguf import GGUFFile
 from tpjax.checkpoints.safetensors import SafetensorsCheckpoint
 from tpjax.checkpoints.source import TensorInfo, TensorSource
 from tpjax.config import ModelConfig
-from tpjax.errors import CheckpointError, ConfigError
+from tpjax.errors import CheckpointError
 from tpjax.families import (
     FAMILIES,
     GGUFArchitecture,
@@ -31,7 +31,6 @@ from tpjax.families import (
     config_from_hf,
     gguf_architecture,
     gguf_name,
-    hf_name,
 )
 from tpjax.model import Decoder
 from tpjax.sharding import WeightLayout
@@ -112,7 +111,7 @@ class Parameter:
         dtype: stored.
     """
 
-    path: tuple[str | int, ...]
+    path: tuple[Any, ...]
     layout: WeightLayout
     sharding: NamedSharding
     dtype: jnp.dtype
@@ -137,9 +136,7 @@ def parameters(model: Decoder, mesh: Mesh) -> list[Parameter]:
     ]
 
 
-def load_decoder(
-    checkpoint: Checkpoint, mesh: Mesh, dtype: jnp.dtype, *, progress: bool = True
-) -> Decoder:
+def load_decoder(checkpoint: Checkpoint, mesh: Mesh, dtype: jnp.dtype, *, progress: bool = True) -> Decoder:
     """Reads the weights onto the mesh.
 
     Each device's slice is read and built by itself; the host holds no more than one canonical tensor beyond
@@ -157,7 +154,7 @@ def load_decoder(
     model = abstract_decoder(checkpoint.config, mesh, dtype)
     declared = parameters(model, mesh)
     check_tensors(checkpoint, declared)
-    arrays: dict[tuple[str | int, ...], jax.Array] = {}
+    arrays: dict[tuple[Any, ...], jax.Array] = {}
     with _bar(progress) as bar:
         task = bar.add_task("loading weights", total=len(declared))
         for parameter in declared:
@@ -166,7 +163,7 @@ def load_decoder(
     return _with_values(model, arrays)
 
 
-def _with_values(model: Decoder, values: Mapping[tuple[str | int, ...], Any]) -> Decoder:
+def _with_values(model: Decoder, values: Mapping[tuple[Any, ...], Any]) -> Decoder:
     state = nnx.state(model, nnx.Param)
     filled = [(path, variable.replace(values[path])) for path, variable in nnx.to_flat_state(state)]
     nnx.update(model, nnx.from_flat_state(filled))
@@ -263,7 +260,9 @@ class _GGUFSource:
         self._head_dim = config.head_dim
         self._architecture = architecture
         canonical = {
-            gguf: name for name in _canonical_names(config, architecture) for gguf in [gguf_name(name, architecture)]
+            gguf: name
+            for name in _canonical_names(config, architecture)
+            for gguf in [gguf_name(name, architecture)]
         }
         self._names = {canonical.get(name, name): name for name in file.tensors if name != _ROPE_DIVISORS}
         self.tensors: Mapping[str, TensorInfo] = {
@@ -276,7 +275,9 @@ class _GGUFSource:
             return self._read_halves(gguf, index or (slice(None),) * len(self.tensors[name].shape))
         values = self._file.read(gguf, index)
         is_norm = name.endswith("norm.weight")
-        return values - self._architecture.norm_offset if is_norm and self._architecture.norm_offset else values
+        return (
+            values - self._architecture.norm_offset if is_norm and self._architecture.norm_offset else values
+        )
 
     def _read_halves(self, gguf: str, index: tuple[slice, ...]) -> np.ndarray:
         """Rows of q or k, from the order (pair, half) within a head to (half, pair)."""

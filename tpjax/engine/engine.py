@@ -106,7 +106,9 @@ def _collect(requests: list[Request], drawn: Sampled) -> list[tuple[Request, lis
             request.append(token)
             if reported is not None and request.params.logprobs is not None:
                 own, ids, values = (x[step, row].tolist() for x in reported)
-                top = dict(zip(ids[: request.params.logprobs], values[: request.params.logprobs], strict=True))
+                top = dict(
+                    zip(ids[: request.params.logprobs], values[: request.params.logprobs], strict=True)
+                )
                 request.logprobs.append(TokenLogprobs(token, own, top))
         grown.append((request, request.output_ids[before:]))
     return grown

@@ -57,7 +57,9 @@ class Scheduler:
         if not prompt:
             raise RequestError("the prompt is empty: it has 0 tokens, and at least 1 is needed")
         if prompt >= limit:
-            raise RequestError(f"the prompt has {prompt} tokens, but max_model_len={limit} leaves no room to answer")
+            raise RequestError(
+                f"the prompt has {prompt} tokens, but max_model_len={limit} leaves no room to answer"
+            )
         if request.most_tokens > limit:
             raise RequestError(
                 f"the prompt has {prompt} tokens and max_tokens={request.params.max_tokens}: together "
@@ -65,7 +67,9 @@ class Scheduler:
             )
         needed = self.blocks.pages_for(request.most_tokens)
         if needed > self.blocks.capacity:
-            raise RequestError(f"the request needs {needed} cache pages, but there are {self.blocks.capacity}")
+            raise RequestError(
+                f"the request needs {needed} cache pages, but there are {self.blocks.capacity}"
+            )
 
     def add(self, request: Request) -> None:
         """Queues a request.

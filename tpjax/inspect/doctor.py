@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tpjax import __version__
 from tpjax.checkpoints import hub
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def examine() -> dict[str, Any]:
     devices = _devices()
     memory = _memory()
     return {
-        "tpjax": _version("tpjax"),
+        "tpjax": __version__,
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "system": {"os": platform.platform(), "machine": platform.machine(), "cores": os.cpu_count()},
         "packages": packages,
@@ -79,7 +80,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     devices, memory, system = facts["devices"], facts["memory"], facts["system"]
     versions = [f"{name} {version}" for name, version in facts["packages"].items() if version]
     rows = [
-        ("tpjax", facts["tpjax"] or "not installed (run from its source)"),
+        ("tpjax", facts["tpjax"]),
         ("Python", f"{facts['python']['version']}  {facts['python']['executable']}"),
         ("system", f"{system['os']}, {system['cores']} cores"),
         ("packages", ", ".join(versions)),

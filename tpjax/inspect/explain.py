@@ -83,7 +83,10 @@ class Report:
 
     def __rich__(self) -> RenderableType:
         return Group(
-            Text(f"{self.model} ({self.model_type}) at tp={self.tp} on {self.platform}, {self.dtype}", style="bold"),
+            Text(
+                f"{self.model} ({self.model_type}) at tp={self.tp} on {self.platform}, {self.dtype}",
+                style="bold",
+            ),
             Text(self.heads["summary"]),
             self._tensor_table(),
             self._memory_table(),
@@ -130,7 +133,14 @@ class Report:
     def _collective_table(self) -> Table:
         budget = self.collective_budget
         table = Table(title=f"collectives of a decode step ({budget['rule']})", title_justify="left")
-        for column, right in (("kind", 0), ("result", 0), ("times", 1), ("bytes each", 1), ("bytes", 1), ("when", 0)):
+        for column, right in (
+            ("kind", 0),
+            ("result", 0),
+            ("times", 1),
+            ("bytes each", 1),
+            ("bytes", 1),
+            ("when", 0),
+        ):
             table.add_column(column, justify="right" if right else "left")
         for one in self.collectives:
             table.add_row(
@@ -240,5 +250,3 @@ def _heads(plan: HeadPlan) -> dict[str, Any]:
         "kv_padding": plan.kv_padding,
         "summary": summary,
     }
-
-

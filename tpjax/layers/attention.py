@@ -18,7 +18,19 @@ from tpjax.config import ModelConfig
 from tpjax.layers.linear import Linear
 from tpjax.layers.norm import RMSNorm
 from tpjax.layers.rope import Rotation, rotate
-from tpjax.sharding import BIAS, COLUMN, HEADS, REPLICATED, ROW, HeadPlan, Segment, columns, constrain, rows, whole
+from tpjax.sharding import (
+    BIAS,
+    COLUMN,
+    HEADS,
+    REPLICATED,
+    ROW,
+    HeadPlan,
+    Segment,
+    columns,
+    constrain,
+    rows,
+    whole,
+)
 
 _MASKED = -1e30  # finite, so that a page with no visible key gives no NaN
 
@@ -67,6 +79,7 @@ class Attention(nnx.Module):
         at: Placement,
         window: int | None,
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
+        """Each device's share of the sum over heads, and the cache with the new keys and values."""
         group = self.plan.group_size
         qkv = self.qkv_proj(x).reshape(*x.shape[:2], self.plan.num_slots, group + 2, self.head_dim)
         qkv = constrain(qkv, HEADS)
@@ -155,7 +168,9 @@ def reference_attention(
     if window is not None:
         visible &= key_at > at - window
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
-    return jnp.einsum("bkgst,btkh->bskgh", weights, values, preferred_element_type=jnp.float32).astype(query.dtype)
+    return jnp.einsum("bkgst,btkh->bskgh", weights, values, preferred_element_type=jnp.float32).astype(
+        query.dtype
+    )
 
 
 def _qkv_segments(plan: HeadPlan, head_dim: int, kind: str) -> tuple[list[Segment], dict[str, int]]:

@@ -43,6 +43,7 @@ class Linear(nnx.Module):
         self.bias = None if bias is None else parameter(bias, bias_spec or PartitionSpec(), dtype)
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """Multiplies by the weight and adds the bias."""
         # The result keeps the activations' dtype, so that the all-reduce after a row-parallel product moves
         # bfloat16 where the model is bfloat16. Accelerators accumulate in float32 all the same.
         y = jnp.matmul(x, self.weight[...], preferred_element_type=x.dtype)
@@ -65,6 +66,7 @@ class Embedding(nnx.Module):
         self.weight = parameter(whole(source, (vocab_size, hidden_size), padded=padded), VOCAB, dtype)
 
     def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Looks up tokens."""
         return self.weight[...].at[tokens].get(mode="clip")
 
     def attend(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:

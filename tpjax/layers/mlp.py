@@ -11,7 +11,18 @@ from jaxtyping import Array, Float
 from tpjax.config import Activation, ModelConfig
 from tpjax.layers.linear import Linear
 from tpjax.mesh import AXIS
-from tpjax.sharding import BIAS, COLUMN, REPLICATED, ROW, Segment, columns, constrain, pad_to_multiple, rows, whole
+from tpjax.sharding import (
+    BIAS,
+    COLUMN,
+    REPLICATED,
+    ROW,
+    Segment,
+    columns,
+    constrain,
+    pad_to_multiple,
+    rows,
+    whole,
+)
 
 
 def activate(x: Float[Array, "*batch F"], kind: Activation) -> Float[Array, "*batch F"]:
@@ -60,6 +71,7 @@ class MLP(nnx.Module):
         self.tp = tp
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Each device's share of the sum over F; the caller adds the shares up."""
         batch = x.shape[:-1]
         gate_up = self.gate_up_proj(x).reshape(*batch, self.tp, 2, -1)
         gate_up = constrain(gate_up, P(None, None, AXIS, None, None))

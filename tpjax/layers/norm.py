@@ -28,6 +28,7 @@ class RMSNorm(nnx.Module):
         self.offset = config.norm_offset
 
     def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
+        """Norms the last axis."""
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         weight = self.weight[...].astype(jnp.float32) + self.offset

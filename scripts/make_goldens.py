@@ -1,0 +1,139 @@
+#!/usr/bin/env python
+"""Writes tests/goldens: tiny random models and what transformers computes with them.
+
+Needs the `parity` extra. Each tiny model is saved as a Hugging Face directory with `golden.npz` beside it:
+a prompt, the logits after each of its tokens, and the greedy continuation. For the real models the
+logits are kept at some token ids only, to stay small.
+
+    python scripts/make_goldens.py            # the tiny models
+    python scripts/make_goldens.py --real     # and the built-in aliases, from their GGUF files
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+GOLDENS = Path(__file__).resolve().parent.parent / "tests" / "goldens"
+STEPS = 64
+REAL_PROMPT = "The capital of France is Paris. The largest city of Japan is Tokyo, and in 1984 it had 🙂"
+# enough of the vocabulary to notice a wrong row, cheap enough to keep in the repository
+KEPT_STRIDE = 101
+
+
+def tiny_models() -> dict[str, transformers.PretrainedConfig]:
+    """Shapes that nothing divides: 6 query and 2 KV heads, odd vocabularies and widths."""
+    common = {
+        "vocab_size": 131,
+        "hidden_size": 48,
+        "intermediate_size": 90,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.25,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    llama3_rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    return {
+        "llama": transformers.LlamaConfig(
+            **common, num_hidden_layers=2, rope_parameters=llama3_rope, tie_word_embeddings=False
+        ),
+        "llama-bias-tied": transformers.LlamaConfig(
+            **common, num_hidden_layers=2, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+        ),
+        "mistral": transformers.MistralConfig(**common, num_hidden_layers=2, sliding_window=7),
+        "gemma3": transformers.Gemma3TextConfig(
+            **{**common, "num_attention_heads": 4, "num_key_value_heads": 1},
+            num_hidden_layers=3,
+            head_dim=32,
+            query_pre_attn_scalar=24,
+            sliding_window=9,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    }
+
+
+def write_tiny(name: str, config: transformers.PretrainedConfig) -> None:
+    """Saves one tiny model and its golden."""
+    torch.manual_seed(0)
+    config.dtype = torch.float32
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "norm" in parameter_name or parameter_name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.3)  # a norm of ones would hide a missing norm
+        if config.tie_word_embeddings:
+            model.get_input_embeddings().weight.mul_(
+                0.1
+            )  # else each token predicts itself, whatever the layers
+    directory = GOLDENS / name
+    shutil.rmtree(directory, ignore_errors=True)
+    model.save_pretrained(directory)
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    prompt = np.random.default_rng(7).integers(3, config.vocab_size, 40)
+    logits, greedy = run(model, prompt)
+    np.savez_compressed(directory / "golden.npz", prompt=prompt, logits=logits, greedy=greedy)
+    print(f"{name}: logits {logits.shape}, {len(set(greedy))} different tokens of {STEPS}: {greedy[:8]}…")
+
+
+def write_real(name: str) -> None:
+    """Saves the golden of a built-in alias; the weights come from its package."""
+    from tpjax.checkpoints.hub import resolve
+    from tpjax.tokenizer import load_tokenizer
+
+    path = resolve(name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+    prompt = np.array(load_tokenizer(path).encode(REAL_PROMPT))
+    logits, greedy = run(model, prompt)
+    kept = np.unique(np.concatenate([np.arange(0, logits.shape[1], KEPT_STRIDE), logits.argmax(axis=1)]))
+    np.savez_compressed(
+        GOLDENS / f"{name}.npz",
+        prompt=prompt,
+        kept=kept,
+        logits=logits[:, kept],
+        scale=np.abs(logits).max(),
+        greedy=greedy,
+    )
+    print(f"{name}: logits {logits.shape}, {len(set(greedy))} different tokens of {STEPS}: {greedy[:8]}…")
+
+
+@torch.no_grad()
+def run(model: torch.nn.Module, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Logits after each prompt token, and the greedy continuation with no end-of-text rule."""
+    ids = torch.tensor(prompt)[None]
+    logits = model(ids).logits[0].float().numpy()
+    for _ in range(STEPS):
+        ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    return logits, ids[0, len(prompt) :].numpy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--real", action="store_true", help="also the built-in aliases")
+    arguments = parser.parse_args()
+    for name, config in tiny_models().items():
+        write_tiny(name, config)
+    if arguments.real:
+        for name in ("smollm2-135m", "gemma3-270m"):
+            write_real(name)
+
+
+if __name__ == "__main__":
+    main()

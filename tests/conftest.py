@@ -1,0 +1,43 @@
+"""Every test process sees eight faked CPU devices; real models come from the packages the aliases name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import tpjax
+
+tpjax.fake_devices(8)
+
+import jax  # noqa: E402  (after the devices are faked)
+import pytest  # noqa: E402
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def strict_jax(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Dtypes never widen silently, and no program comes from an earlier run's cache."""
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_compilation_cache_dir", os.fspath(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct, Q4_1."""
+    return _model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def gemma3_gguf() -> Path:
+    """Gemma 3 270M, Q4_K_M."""
+    return _model("gemma3-270m")
+
+
+def _model(alias: str) -> Path:
+    from tpjax.checkpoints.hub import resolve
+
+    return resolve(alias)

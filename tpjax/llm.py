@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from tpjax.cache import page_bytes_per_device
 from tpjax.checkpoints.hub import cache_dir, resolve
 from tpjax.checkpoints.load import load_decoder, open_checkpoint
 from tpjax.config import ModelConfig
@@ -22,7 +20,7 @@ from tpjax.engine.request import FinishReason, Request, TokenLogprobs
 from tpjax.engine.text import TextStream
 from tpjax.errors import ConfigError, RequestError
 from tpjax.mesh import make_mesh
-from tpjax.runner import Limits, Row, Runner
+from tpjax.runner import Row, Runner, plan_limits, resolve_dtype
 from tpjax.sampling_params import MAX_SEED, SamplingParams
 from tpjax.tokenizer import Tokenizer, load_tokenizer
 
@@ -30,12 +28,6 @@ if TYPE_CHECKING:
     from tpjax.inspect.explain import Report
 
 log = logging.getLogger(__name__)
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-PAGE_SIZE = 128
-# What the cache may take where the memory is the user's own: enough for several long conversations.
-_CPU_CACHE_BYTES = 2**30
-_ACCELERATOR_CACHE_FRACTION = 0.85
 
 
 @dataclass(frozen=True)
@@ -297,55 +289,8 @@ class LLM:
         return "".join(parts)
 
 
-def resolve_dtype(name: str) -> jnp.dtype:
-    """The dtype of that name; ``auto`` follows the backend.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if name not in DTYPES:
-        raise ConfigError(f"dtype={name!r} is not supported: use {', '.join(DTYPES)}")
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
-
-
-def plan_limits(
-    config: ModelConfig, tp: int, dtype: jnp.dtype, max_model_len: int | None, max_slots: int
-) -> Limits:
-    """Sizes of slots, context and cache.
-
-    The cache holds ``max_slots`` sequences of full length where memory allows, and at least one.
-
-    Raises:
-        ConfigError: ``max_model_len`` is over what the model was made for.
-    """
-    longest = config.max_position_embeddings
-    if max_model_len is not None and not 1 <= max_model_len <= longest:
-        raise ConfigError(f"max_model_len={max_model_len} is not between 1 and the model's {longest}")
-    if max_slots < 1:
-        raise ConfigError(f"max_slots={max_slots} is less than 1")
-    page_bytes = page_bytes_per_device(config, tp, PAGE_SIZE, dtype)
-    affordable = max(1, _cache_bytes(tp) // page_bytes)
-    if max_model_len is None:
-        max_model_len = min(longest, affordable * PAGE_SIZE)
-    blocks = -(-max_model_len // PAGE_SIZE)
-    pages = max(blocks, min(max_slots * blocks, affordable))
-    return Limits(max_slots=max_slots, max_model_len=max_model_len, num_pages=pages + 1, page_size=PAGE_SIZE)
-
-
-def _cache_bytes(tp: int) -> int:
-    """Bytes per device the cache may take, weights not yet loaded."""
-    device = jax.devices()[0]
-    if device.platform == "cpu":
-        return _CPU_CACHE_BYTES // tp
-    stats = device.memory_stats() or {}
-    free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
-    return int(free * _ACCELERATOR_CACHE_FRACTION) // 2
-
-
 def _use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, unless JAX was told where to keep them."""
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

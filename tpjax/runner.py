@@ -8,8 +8,10 @@ a call can never recompile: shapes come from a fixed set of buckets, and ``compi
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +33,11 @@ from tpjax.sharding import LOGITS, REPLICATED, pad_to_multiple
 
 log = logging.getLogger(__name__)
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PAGE_SIZE = 128
+# What the cache may take where the memory is the user's own: enough for several long conversations.
+_CPU_CACHE_BYTES = 2**30
+_ACCELERATOR_CACHE_FRACTION = 0.4  # weights are not loaded yet when this is decided
 STOP_IDS = 8  # stop tokens a row carries to the device; what is over is caught on the host
 NO_TOKEN = -1  # what a finished row yields
 
@@ -84,6 +91,53 @@ class Limits:
         """Decode batches: powers of two up to ``max_slots``, and ``max_slots``."""
         powers = [2**i for i in range(self.max_slots.bit_length()) if 2**i < self.max_slots]
         return (*powers, self.max_slots)
+
+
+def resolve_dtype(name: str) -> jnp.dtype:
+    """The dtype of that name; ``auto`` follows the backend.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in DTYPES:
+        raise ConfigError(f"dtype={name!r} is not supported: use {', '.join(DTYPES)}")
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def plan_limits(
+    config: ModelConfig, tp: int, dtype: jnp.dtype, max_model_len: int | None, max_slots: int
+) -> Limits:
+    """Sizes of slots, context and cache.
+
+    The cache holds ``max_slots`` sequences of full length where memory allows, and at least one.
+
+    Raises:
+        ConfigError: ``max_model_len`` is over what the model was made for.
+    """
+    longest = config.max_position_embeddings
+    if max_model_len is not None and not 1 <= max_model_len <= longest:
+        raise ConfigError(f"max_model_len={max_model_len} is not between 1 and the model's {longest}")
+    if max_slots < 1:
+        raise ConfigError(f"max_slots={max_slots} is less than 1")
+    page_bytes = kv.page_bytes_per_device(config, tp, PAGE_SIZE, dtype)
+    affordable = max(1, _cache_bytes(tp) // page_bytes)
+    if max_model_len is None:
+        max_model_len = min(longest, affordable * PAGE_SIZE)
+    blocks = -(-max_model_len // PAGE_SIZE)
+    pages = max(blocks, min(max_slots * blocks, affordable))
+    return Limits(max_slots=max_slots, max_model_len=max_model_len, num_pages=pages + 1, page_size=PAGE_SIZE)
+
+
+def _cache_bytes(tp: int) -> int:
+    """Bytes per device the cache may take, weights not yet loaded."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return _CPU_CACHE_BYTES // tp
+    stats = device.memory_stats() or {}
+    free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+    return int(free * _ACCELERATOR_CACHE_FRACTION)
 
 
 @dataclass(frozen=True)
@@ -238,14 +292,25 @@ class Runner:
         )
         return sizes[: enough + 1]
 
+    def prepare(self, prompt_tokens: int) -> None:
+        """Compiles what one prompt of that length needs, so that its first tokens do not wait for it."""
+        *full, last = range(0, prompt_tokens, self.chunk_sizes[-1])
+        sizes = {self.chunk_size(prompt_tokens - last)} | ({self.chunk_sizes[-1]} if full else set())
+        self._compile([("decode", 1, self.limits.steps), *(("prefill", 1, size) for size in sizes)])
+
     def warm_up(self) -> None:
         """Compiles every program that serving can call; afterwards nothing compiles again."""
-        for size in self.chunk_sizes:
-            self.program("prefill", 1, size)
-        for batch in self.limits.batch_sizes:
-            for steps in sorted({1, self.limits.steps}):
-                self.program("decode", batch, steps)
-        self.program("set_history", 1, 1)
+        self._compile(
+            [
+                *(
+                    ("decode", batch, steps)
+                    for batch in self.limits.batch_sizes
+                    for steps in {1, self.limits.steps}
+                ),
+                *(("prefill", 1, size) for size in self.chunk_sizes),
+                ("set_history", 1, 1),
+            ]
+        )
         # a first call also compiles the small transfers around a program
         null = Row(self.limits.max_slots, 0, (), SamplingParams(temperature=0), 0)
         jax.block_until_ready((self.prefill(null, [0]), self.decode([null], 1)))
@@ -286,6 +351,12 @@ class Runner:
             self.compile_seconds += seconds
             log.info("compiled %s batch=%d length=%d in %.2f s", kind, batch, length, seconds)
         return self.compiled[key]
+
+    def _compile(self, programs: Sequence[tuple[str, int, int]]) -> None:
+        # XLA compiles outside Python's lock: programs compile side by side
+        with ThreadPoolExecutor(min(len(programs), os.cpu_count() or 1)) as pool:
+            for compiled in [pool.submit(self.program, *key) for key in programs]:
+                compiled.result()
 
     def lower(self, kind: str, batch: int, length: int) -> jax.stages.Lowered:
         """Traces a program without compiling it, from shapes alone."""
@@ -395,7 +466,8 @@ class Runner:
 
             def body(i: Array, carry: tuple[State, Array, Sampled]) -> tuple[State, Array, Sampled]:
                 state, alive, out = carry
-                positions = jnp.where(alive, start + i, 0)
+                # one that has ended stays at the longest, so that windows do not start at page 0 for it
+                positions = jnp.where(alive, start + i, jnp.max(jnp.where(alive, start + i, 0)))
                 state, drawn = step(model, state, rows, alive, positions)
                 drawn = Sampled(
                     jnp.where(alive, drawn.tokens, NO_TOKEN),

@@ -19,7 +19,7 @@ from tpjax.mesh import AXIS
 
 REPLICATED = P()
 COLUMN = P(None, AXIS)  # [in, out]: each device computes some outputs; no collective
-ROW = P(AXIS, None)  # [in, out]: each device sums over some inputs; one all-reduce follows
+ROW = P(None, AXIS)  # [out, in]: each device sums over some inputs; one all-reduce follows
 VOCAB = P(AXIS, None)  # [V, D]: each device holds some tokens' rows
 BIAS = P(AXIS)  # [out] of a column-parallel product
 LOGITS = P(None, AXIS)  # [B, V]
@@ -218,6 +218,6 @@ def columns(
     )
 
 
-def rows(height: int, segments: list[Segment], sizes: dict[str, int], *, out_features: int) -> WeightLayout:
-    """A row-parallel product's weight [height, out]."""
-    return WeightLayout((height, out_features), 0, tuple(segments), tuple(sizes.items()), transposed=True)
+def rows(width: int, segments: list[Segment], sizes: dict[str, int], *, out_features: int) -> WeightLayout:
+    """A row-parallel product's weight [out, width]."""
+    return WeightLayout((out_features, width), 1, tuple(segments), tuple(sizes.items()))

@@ -5,19 +5,24 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from tpjax.cache import cache_shape, page_bytes_per_device
-from tpjax.checkpoints.load import parameters
+from tpjax.checkpoints.hub import resolve
+from tpjax.checkpoints.load import abstract_decoder, check_tensors, open_checkpoint, parameters
 from tpjax.inspect.collectives import Collective, find_collectives, summarise
-from tpjax.runner import Runner
+from tpjax.mesh import make_mesh
+from tpjax.runner import Runner, plan_limits, resolve_dtype
 from tpjax.sharding import PAGES, HeadPlan
 
 
@@ -99,15 +104,15 @@ class Report:
         return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
     def _tensor_table(self) -> Table:
-        table = Table(title="weights", title_justify="left")
+        table = _table("weights")
         for column in ("tensor", "spec"):
-            table.add_column(column, no_wrap=True)
-        for column in ("global shape", "per device", "bytes/device", "padding"):
+            table.add_column(column, overflow="fold")
+        for column in ("shape", "per device", "bytes/dev", "padding"):
             table.add_column(column, justify="right", no_wrap=True)
         for row in self.tensors:
             times = f" ×{row.count}" if row.count > 1 else ""
             table.add_row(
-                row.name + times,
+                row.name.removeprefix("layers.*.").removesuffix(".weight") + times,
                 row.spec,
                 _dims(row.shape),
                 _dims(row.shard_shape),
@@ -117,42 +122,36 @@ class Report:
         return table
 
     def _memory_table(self) -> Table:
-        table = Table(title="memory per device", title_justify="left")
-        for column in ("what", "size"):
-            table.add_column(column, justify="right" if column == "size" else "left")
+        table = _table("memory per device")
+        table.add_column("what")
+        table.add_column("size", justify="right")
         table.add_row("weights", human_bytes(self.weight_bytes_per_device))
         cache = self.cache
         table.add_row(
-            f"KV cache: {cache['num_pages']} pages of {cache['page_size']} positions, "
-            f"{_dims(tuple(cache['shard_shape']))} ×{cache['buffers']}",
+            f"KV cache: {cache['num_pages']} pages of {cache['page_size']} positions\n"
+            f"  {cache['buffers']} buffers of {_dims(cache['shard_shape'])}, cut by {cache['spec']}",
             human_bytes(cache["bytes_per_device"]),
         )
         table.add_row("  per token", human_bytes(cache["bytes_per_token_per_device"]))
         return table
 
     def _collective_table(self) -> Table:
-        budget = self.collective_budget
-        table = Table(title=f"collectives of a decode step ({budget['rule']})", title_justify="left")
-        for column, right in (
-            ("kind", 0),
-            ("result", 0),
-            ("times", 1),
-            ("bytes each", 1),
-            ("bytes", 1),
-            ("when", 0),
-        ):
-            table.add_column(column, justify="right" if right else "left")
+        table = _table(f"collectives of a decode step; {self.collective_budget['rule']}")
+        for column in ("kind", "result", "when"):
+            table.add_column(column, overflow="fold")
+        for column in ("times", "bytes each", "bytes"):
+            table.add_column(column, justify="right", no_wrap=True)
         for one in self.collectives:
             table.add_row(
                 one.kind,
                 one.shapes,
+                "if asked for" if one.conditional else "always",
                 str(one.count),
                 human_bytes(one.bytes),
                 human_bytes(one.bytes * one.count),
-                "if a request asks for it" if one.conditional else "always",
             )
         if not self.collectives:
-            table.add_row("none", "", "0", "", "", "")
+            table.add_row("none", "", "", "0", "", "")
         return table
 
 
@@ -173,7 +172,7 @@ def explain(runner: Runner, name: str) -> Report:
         tensors=rows,
         weight_bytes_per_device=sum(row.bytes_per_device for row in rows),
         cache={
-            "spec": str(PAGES),
+            "spec": _spec(PAGES),
             "shape": shape,
             "shard_shape": (shape[0], shape[1] // mesh.size, *shape[2:]),
             "buffers": 2 * config.num_layers,
@@ -187,6 +186,28 @@ def explain(runner: Runner, name: str) -> Report:
     )
 
 
+def explain_model(
+    model: str, tp: int | None = None, dtype: str = "auto", max_model_len: int | None = None
+) -> Report:
+    """Describes a checkpoint cut over ``tp`` devices without reading a weight.
+
+    Args:
+        model: as ``LLM`` takes it.
+        tp: devices; ``None``: all of them.
+        dtype: as ``LLM`` takes it.
+        max_model_len: longest sequence, tokens.
+
+    Raises:
+        TpjaxError: the checkpoint is not supported, or its configuration and tensors disagree.
+    """
+    checkpoint = open_checkpoint(resolve(model))
+    mesh, kind = make_mesh(tp), resolve_dtype(dtype)
+    decoder = abstract_decoder(checkpoint.config, mesh, kind)
+    check_tensors(checkpoint, parameters(decoder, mesh))
+    limits = plan_limits(checkpoint.config, mesh.size, kind, max_model_len, max_slots=8)
+    return explain(Runner(decoder, mesh, limits, kind), name=model)
+
+
 def collective_budget(num_layers: int, tp: int) -> dict[str, Any]:
     """What one decode step may move: two all-reduces a layer, one for the embedding, one gather to sample."""
     if tp == 1:
@@ -194,7 +215,7 @@ def collective_budget(num_layers: int, tp: int) -> dict[str, Any]:
     count = 2 * num_layers + 1
     return {
         "all_reduces": count,
-        "rule": f"budget: 2 all-reduces × {num_layers} layers + 1 for the embedding = {count}, and sampling",
+        "rule": f"budget: 2 × {num_layers} layers + 1 embedding = {count} all-reduces, and sampling",
     }
 
 
@@ -207,8 +228,18 @@ def human_bytes(count: float) -> str:
     raise AssertionError("unreachable")
 
 
-def _dims(shape: tuple[int, ...]) -> str:
-    return "[" + ", ".join(map(str, shape)) + "]"
+def _dims(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _spec(spec: PartitionSpec) -> str:
+    return (
+        "(" + ", ".join("-" if part is None else str(part) for part in spec) + ")" if spec else "replicated"
+    )
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
 
 
 def _tensor_rows(runner: Runner) -> list[TensorRow]:
@@ -219,7 +250,7 @@ def _tensor_rows(runner: Runner) -> list[TensorRow]:
         stored = math.prod(layout.shape)
         key = (
             re.sub(r"^layers\.\d+\.", "layers.*.", parameter.name),
-            str(sharding.spec).removeprefix("PartitionSpec"),
+            _spec(sharding.spec),
             layout.shape,
             shard,
             math.prod(shard) * np.dtype(parameter.dtype).itemsize,

@@ -8,22 +8,20 @@ held to.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tpjax.cache import LayerCache, Placement
 from tpjax.config import ModelConfig
-from tpjax.layers.linear import Linear
+from tpjax.layers.linear import ColumnLinear, RowLinear
 from tpjax.layers.norm import RMSNorm
 from tpjax.layers.rope import Rotation, rotate
 from tpjax.sharding import (
-    BIAS,
-    COLUMN,
     HEADS,
-    REPLICATED,
-    ROW,
     HeadPlan,
     Segment,
     columns,
@@ -33,6 +31,7 @@ from tpjax.sharding import (
 )
 
 _MASKED = -1e30  # finite, so that a page with no visible key gives no NaN
+_QUERY_BLOCK = 128  # queries of a chunk that share one set of visible keys
 
 
 class Attention(nnx.Module):
@@ -45,26 +44,22 @@ class Attention(nnx.Module):
         self.plan = HeadPlan(config.num_heads, config.num_kv_heads, tp)
         hidden, head_dim = config.hidden_size, config.head_dim
         width = self.plan.num_slots * (self.plan.group_size + 2) * head_dim
-        self.qkv_proj = Linear(
+        self.qkv_proj = ColumnLinear(
             columns(width, *_qkv_segments(self.plan, head_dim, "weight"), in_features=hidden),
-            COLUMN,
-            bias=columns(width, *_qkv_segments(self.plan, head_dim, "bias"), in_features=None)
+            columns(width, *_qkv_segments(self.plan, head_dim, "bias"), in_features=None)
             if config.attention_bias
             else None,
-            bias_spec=BIAS,
-            dtype=dtype,
+            dtype,
         )
-        self.o_proj = Linear(
+        self.o_proj = RowLinear(
             rows(
                 self.plan.num_padded_heads * head_dim,
                 _output_segments(self.plan, head_dim),
                 {"o_proj.weight": config.num_heads * head_dim},
                 out_features=hidden,
             ),
-            ROW,
-            bias=whole("o_proj.bias", (hidden,)) if config.attention_out_bias else None,
-            bias_spec=REPLICATED,
-            dtype=dtype,
+            whole("o_proj.bias", (hidden,)) if config.attention_out_bias else None,
+            dtype,
         )
         self.q_norm = RMSNorm("q_norm.weight", head_dim, config, dtype) if config.qk_norm else None
         self.k_norm = RMSNorm("k_norm.weight", head_dim, config, dtype) if config.qk_norm else None
@@ -88,22 +83,75 @@ class Attention(nnx.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, rotation), rotate(key, rotation)
         cache = cache.write(key, value, at)
-        mixed = paged_attention(query, cache, at, scale=self.scale, window=window)
+        mixed = paged_attention(query, key, value, cache, at, scale=self.scale, window=window)
         return self.o_proj(mixed.reshape(*x.shape[:2], -1)), cache
+
+
+class _Mix(NamedTuple):
+    """An online softmax under way, for rows of queries.
+
+    Attributes:
+        best: highest score seen.
+        total: sum of exp(score - best).
+        values: sum of exp(score - best) times the value.
+    """
+
+    best: Float[Array, "B K rows 1"]
+    total: Float[Array, "B K rows 1"]
+    values: Float[Array, "B K rows h"]
+
+    @classmethod
+    def empty(cls, query: Float[Array, "B K rows h"]) -> _Mix:
+        rows = query.shape[:-1]
+        return cls(
+            jnp.full((*rows, 1), _MASKED, jnp.float32),
+            jnp.zeros((*rows, 1), jnp.float32),
+            jnp.zeros(query.shape, jnp.float32),
+        )
+
+    def attend(
+        self,
+        query: Float[Array, "B K rows h"],
+        keys: Float[Array, "B K T h"],
+        values: Float[Array, "B K T h"],
+        visible: Bool[Array, "B 1 rows T"],
+        scale: float,
+    ) -> _Mix:
+        """Takes in more keys and values.
+
+        A row that sees none of them while it has seen none before gathers weights of 1: they vanish as soon
+        as it sees a key, and every row sees its own in the end.
+        """
+        scores = jnp.einsum("bkqh,bkth->bkqt", query, keys, preferred_element_type=jnp.float32) * scale
+        scores = jnp.where(visible, scores, _MASKED)
+        best = jnp.maximum(self.best, scores.max(axis=-1, keepdims=True))
+        weights, keep = jnp.exp(scores - best), jnp.exp(self.best - best)
+        mixed = jnp.einsum(
+            "bkqt,bkth->bkqh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+        )
+        return _Mix(best, self.total * keep + weights.sum(axis=-1, keepdims=True), self.values * keep + mixed)
 
 
 def paged_attention(
     query: Float[Array, "B S K G h"],
+    key: Float[Array, "B S K h"],
+    value: Float[Array, "B S K h"],
     cache: LayerCache,
     at: Placement,
     *,
     scale: float,
     window: int | None,
 ) -> Float[Array, "B S K G h"]:
-    """Causal attention of each query to the cached keys at or before its position.
+    """Causal attention of each query to the keys at or before its position.
+
+    A single token walks all its pages, its own key's included. A chunk walks the pages before it, then
+    attends to its own keys directly, a block of queries at a time and only to the keys such a block can see:
+    half the work of treating the chunk's keys as pages.
 
     Args:
         query: G query heads for each of the K KV heads.
+        key: of the same tokens; already in the cache.
+        value: likewise.
         cache: holds the keys of every position up to the queries' own.
         at: pages of each sequence, and the queries' positions.
         scale: multiplies query-key products.
@@ -113,43 +161,53 @@ def paged_attention(
         The mixed values, in the query's dtype; softmax and sums are float32.
     """
     batch, length, heads, group, head_dim = query.shape
+    rows = query.swapaxes(1, 2).reshape(batch, heads, length * group, head_dim)
+    row_positions = jnp.repeat(at.positions, group, axis=1)[:, None, :, None]
+    stop = (
+        at.positions[:, -1] // cache.page_size + 1 if length == 1 else at.positions[:, 0] // cache.page_size
+    )
+    mix = _walk(rows, row_positions, cache, at, stop, scale, window)
+    if length > 1:
+        keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        blocks = []
+        for start in range(0, length, _QUERY_BLOCK):
+            end = min(start + _QUERY_BLOCK, length)
+            seen = slice(0 if window is None else max(0, start - window + 1), end)
+            mine = slice(start * group, end * group)
+            visible = _visible(row_positions[:, :, mine], at.positions[:, None, None, seen], window)
+            part = _Mix(*(x[:, :, mine] for x in mix))
+            blocks.append(part.attend(rows[:, :, mine], keys[:, :, seen], values[:, :, seen], visible, scale))
+        mix = _Mix(*(jnp.concatenate(parts, axis=2) for parts in zip(*blocks, strict=True)))
+    mixed = (mix.values / mix.total).astype(query.dtype)
+    return mixed.reshape(batch, heads, length, group, head_dim).swapaxes(1, 2)
+
+
+def _walk(
+    rows: Float[Array, "B K rows h"],
+    row_positions: Int[Array, "B 1 rows 1"],
+    cache: LayerCache,
+    at: Placement,
+    stop: Int[Array, B],
+    scale: float,
+    window: int | None,
+) -> _Mix:
+    """Attends to the cached pages before ``stop``, from the first that any window reaches."""
     page_size = cache.page_size
-    query = query.transpose(0, 2, 3, 1, 4).reshape(batch, heads, group * length, head_dim)
-    positions = jnp.tile(at.positions, (1, group))[:, None, :, None]  # of each row of `query`
-
     first = 0 if window is None else jnp.maximum(jnp.min(at.positions) - (window - 1), 0) // page_size
-    last = jnp.max(at.positions) // page_size + 1
 
-    def page(index: Int[Array, ""], carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        best, total, mixed = carry
+    def page(index: Int[Array, ""], mix: _Mix) -> _Mix:
         pages = jax.lax.dynamic_index_in_dim(at.block_tables, index, axis=1, keepdims=False)
         keys = cache.keys.at[pages].get(mode="promise_in_bounds")
         values = cache.values.at[pages].get(mode="promise_in_bounds")
-        scores = jnp.einsum("bkqh,bkph->bkqp", query, keys, preferred_element_type=jnp.float32) * scale
-        key_positions = index * page_size + jnp.arange(page_size)
-        visible = key_positions <= positions
-        if window is not None:
-            visible &= key_positions > positions - window
-        scores = jnp.where(visible, scores, _MASKED)
-        new_best = jnp.maximum(best, scores.max(axis=-1, keepdims=True))
-        weights = jnp.where(visible, jnp.exp(scores - new_best), 0.0)
-        keep = jnp.exp(best - new_best)
-        total = total * keep + weights.sum(axis=-1, keepdims=True)
-        mixed = mixed * keep + jnp.einsum(
-            "bkqp,bkph->bkqh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
-        )
-        return new_best, total, mixed
+        positions = index * page_size + jnp.arange(page_size)
+        return mix.attend(rows, keys, values, _visible(row_positions, positions, window), scale)
 
-    shape = (batch, heads, group * length)
-    start = (
-        jnp.full((*shape, 1), _MASKED, jnp.float32),
-        jnp.zeros((*shape, 1), jnp.float32),
-        jnp.zeros((*shape, head_dim), jnp.float32),
-    )
-    _, total, mixed = jax.lax.fori_loop(first, last, page, start)
-    # rows that see nothing (padding of a batch) have total 0: give zeros, not NaN
-    mixed = (mixed / jnp.maximum(total, 1e-30)).astype(query.dtype)
-    return mixed.reshape(batch, heads, group, length, head_dim).transpose(0, 3, 1, 2, 4)
+    return jax.lax.fori_loop(first, jnp.max(stop), page, _Mix.empty(rows))
+
+
+def _visible(query_at: Int[Array, ...], key_at: Int[Array, ...], window: int | None) -> Bool[Array, ...]:
+    causal = key_at <= query_at
+    return causal if window is None else causal & (key_at > query_at - window)
 
 
 def reference_attention(
@@ -163,10 +221,7 @@ def reference_attention(
 ) -> Float[Array, "B S K G h"]:
     """What :func:`paged_attention` computes, written as the definition: one softmax over contiguous keys."""
     scores = jnp.einsum("bskgh,btkh->bkgst", query, keys, preferred_element_type=jnp.float32) * scale
-    at, key_at = positions[:, :, None], jnp.arange(keys.shape[1])
-    visible = key_at <= at
-    if window is not None:
-        visible &= key_at > at - window
+    visible = _visible(positions[:, :, None], jnp.arange(keys.shape[1]), window)
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
     return jnp.einsum("bkgst,btkh->bskgh", weights, values, preferred_element_type=jnp.float32).astype(
         query.dtype

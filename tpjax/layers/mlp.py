@@ -9,13 +9,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from tpjax.config import Activation, ModelConfig
-from tpjax.layers.linear import Linear
+from tpjax.layers.linear import ColumnLinear, RowLinear
 from tpjax.mesh import AXIS
 from tpjax.sharding import (
-    BIAS,
-    COLUMN,
-    REPLICATED,
-    ROW,
     Segment,
     columns,
     constrain,
@@ -52,20 +48,16 @@ class MLP(nnx.Module):
             ]
             return cuts, dict.fromkeys(names, width)
 
-        self.gate_up_proj = Linear(
+        self.gate_up_proj = ColumnLinear(
             columns(2 * padded, *gate_up("weight"), in_features=hidden),
-            COLUMN,
-            bias=columns(2 * padded, *gate_up("bias"), in_features=None) if config.mlp_bias else None,
-            bias_spec=BIAS,
-            dtype=dtype,
+            columns(2 * padded, *gate_up("bias"), in_features=None) if config.mlp_bias else None,
+            dtype,
         )
         name = "down_proj.weight"
-        self.down_proj = Linear(
+        self.down_proj = RowLinear(
             rows(padded, [Segment(name, 0, width, 0)], {name: width}, out_features=hidden),
-            ROW,
-            bias=whole("down_proj.bias", (hidden,)) if config.mlp_bias else None,
-            bias_spec=REPLICATED,
-            dtype=dtype,
+            whole("down_proj.bias", (hidden,)) if config.mlp_bias else None,
+            dtype,
         )
         self.activation = config.activation
         self.tp = tp

@@ -1,0 +1,271 @@
+#!/usr/bin/env python
+"""Decode and prefill speed on this machine, as ratios measured in one run.
+
+    python scripts/bench_decode.py                     # SmolLM2-135M, float32; needs the parity extra
+    python scripts/bench_decode.py --no-transformers --json out.json
+
+Each contender is a process of its own, loaded once; then all take turns, round by round, so that a machine
+whose speed drifts drifts under all of them. Figures are medians over the rounds; ratios are taken within a
+round before the median. The read bandwidth is that of `threads` threads summing a buffer as large as the
+weights (NumPy), in the same rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PROMPT_TOKENS = 256
+DECODE_TOKENS = 64
+CONTEXT = 100
+
+
+# --- contenders: each answers one line of work with one line of milliseconds --------------------------------
+
+
+def tpjax_worker(model: str, tp: int, max_model_len: int) -> dict[str, Callable[[], float]]:
+    """Decode (ms a token, at a context of about CONTEXT) and prefill (ms for PROMPT_TOKENS tokens)."""
+    import tpjax
+
+    tpjax.fake_devices(tp)
+    import jax
+    import numpy as np
+
+    from tpjax import LLM, SamplingParams
+    from tpjax.runner import Row
+
+    llm = LLM(model, tp=tp, dtype="float32", max_model_len=max_model_len, max_slots=1)
+    runner = llm.runner
+    steps = runner.limits.steps
+    pages = list(range(1, 1 + -(-512 // runner.limits.page_size)))
+    prompt = np.random.default_rng(0).integers(0, llm.config.vocab_size, PROMPT_TOKENS).tolist()
+
+    def row(position: int, remaining: int) -> Row:
+        return Row(0, position, pages, SamplingParams(temperature=0), seed=0, remaining=remaining)
+
+    def decode() -> float:
+        start = time.perf_counter()
+        for position in range(CONTEXT, CONTEXT + DECODE_TOKENS, steps):
+            drawn = runner.decode([row(position, steps)], steps)
+        jax.block_until_ready(drawn)
+        return (time.perf_counter() - start) * 1e3 / DECODE_TOKENS
+
+    def prefill() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(runner.prefill(row(0, 1), prompt))
+        return (time.perf_counter() - start) * 1e3
+
+    return {"decode": decode, "prefill": prefill}
+
+
+def transformers_worker(model: str) -> dict[str, Callable[[], float]]:
+    """The same work by transformers, float32, its default attention and cache."""
+    import torch
+    import transformers
+
+    from tpjax.checkpoints.hub import resolve
+
+    path = resolve(model)
+    net = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, net.config.vocab_size, (1, PROMPT_TOKENS), generator=generator)
+
+    @torch.inference_mode()
+    def decode() -> float:
+        cache = transformers.DynamicCache(config=net.config)
+        token = net(prompt[:, :CONTEXT], past_key_values=cache).logits[:, -1:].argmax(-1)
+        start = time.perf_counter()
+        for _ in range(DECODE_TOKENS):
+            token = net(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        return (time.perf_counter() - start) * 1e3 / DECODE_TOKENS
+
+    @torch.inference_mode()
+    def prefill() -> float:
+        start = time.perf_counter()
+        net(prompt, logits_to_keep=1)
+        return (time.perf_counter() - start) * 1e3
+
+    return {"decode": decode, "prefill": prefill}
+
+
+def bandwidth_worker(megabytes: int) -> dict[str, Callable[[], float]]:
+    """Reads a buffer with one thread per core; ms a pass."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import numpy as np
+
+    threads = os.cpu_count() or 1
+    parts = [np.ones(megabytes * 2**20 // 4 // threads, np.float32) for _ in range(threads)]
+    pool = ThreadPoolExecutor(threads)
+
+    def read() -> float:
+        best = float("inf")
+        for _ in range(5):
+            start = time.perf_counter()
+            list(pool.map(np.sum, parts))
+            best = min(best, time.perf_counter() - start)
+        return best * 1e3
+
+    return {"read": read}
+
+
+class Contender:
+    """A worker process that stays loaded and works on demand."""
+
+    def __init__(self, name: str, arguments: list[str]) -> None:
+        self.name = name
+        command = [sys.executable, os.fspath(Path(__file__).resolve()), "--worker", *arguments]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, what: str) -> float:
+        """Milliseconds of one piece of work."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(what + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} ended with status {self._process.wait()}")
+        return float(line)
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def serve(work: dict[str, Callable[[], float]]) -> None:
+    """The worker's side."""
+    for line in sys.stdin:
+        print(work[line.strip()](), flush=True)
+
+
+# --- the run ------------------------------------------------------------------------------------------------
+
+
+def weight_bytes(model: str) -> int:
+    """Bytes a decode step must read: every weight once, float32. The tied embedding is the LM head."""
+    from tpjax.checkpoints.hub import resolve
+    from tpjax.checkpoints.load import open_checkpoint
+
+    tensors = open_checkpoint(resolve(model)).source.tensors.values()
+    total = 0
+    for info in tensors:
+        size = 4
+        for dim in info.shape:
+            size *= dim
+        total += size
+    return total
+
+
+def start_seconds(model: str) -> dict[str, float]:
+    """`import tpjax`, and the first token of `tpjax generate` at tp=4, each in a fresh process."""
+    source = "import time; t = time.perf_counter(); import tpjax; print(time.perf_counter() - t)"
+    imports = [float(subprocess.check_output([sys.executable, "-c", source])) for _ in range(5)]
+    command = [sys.executable, "-m", "tpjax.cli", "generate", "The capital of France is"]
+    command += ["--model", model, "--tp", "4", "--temperature", "0", "--max-tokens", "1"]
+    first = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        first.append(time.perf_counter() - start)
+    return {"import": statistics.median(imports), "first_token": statistics.median(first)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m", help="an alias (smollm2-135m)")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each contender (9)")
+    parser.add_argument("--no-transformers", action="store_true", help="leave transformers out")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure of every round")
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        kind, *rest = arguments.worker
+        if kind == "bandwidth":
+            serve(bandwidth_worker(int(rest[0])))
+        elif kind == "transformers":
+            serve(transformers_worker(rest[0]))
+        else:
+            serve(tpjax_worker(rest[0], int(rest[1]), int(rest[2])))
+        return
+
+    read_bytes = weight_bytes(arguments.model)
+    contenders = {
+        "bandwidth": ("bandwidth", str(read_bytes // 2**20)),
+        "tp1": ("tpjax", arguments.model, "1", "512"),
+        "tp1-8192": ("tpjax", arguments.model, "1", "8192"),
+        "tp2": ("tpjax", arguments.model, "2", "512"),
+        "tp3": ("tpjax", arguments.model, "3", "512"),
+        "transformers": ("transformers", arguments.model),
+    }
+    if arguments.no_transformers:
+        del contenders["transformers"]
+    processes = {name: Contender(name, list(worker)) for name, worker in contenders.items()}
+    work = [("bandwidth", "read")]
+    work += [(name, "decode") for name in processes if name != "bandwidth"]
+    work += [(name, "prefill") for name in ("tp1", "transformers") if name in processes]
+    for name, what in work:
+        processes[name].run(what)  # loads and compiles
+    figures: dict[str, list[float]] = {f"{name} {what}": [] for name, what in work}
+    for _ in range(arguments.rounds):
+        for name, what in work:
+            figures[f"{name} {what}"].append(processes[name].run(what))
+    for process in processes.values():
+        process.close()
+    report(figures, read_bytes, start_seconds(arguments.model), arguments)
+
+
+def report(
+    figures: dict[str, list[float]],
+    read_bytes: int,
+    starts: dict[str, float],
+    arguments: argparse.Namespace,
+) -> None:
+    """Prints medians, then ratios against their targets."""
+    print(f"{arguments.model}, float32, {os.cpu_count()} cores, {arguments.rounds} rounds")
+    print(f"{'':24}{'median ms':>12}{'min':>9}{'max':>9}")
+    for name, values in figures.items():
+        print(f"{name:24}{statistics.median(values):12.2f}{min(values):9.2f}{max(values):9.2f}")
+    gb_s = read_bytes / 1e6 / statistics.median(figures["bandwidth read"])
+    print(f"read bandwidth: {gb_s:.1f} GB/s over {read_bytes / 1e6:.0f} MB, the bytes a decode step reads\n")
+
+    def ratio(over: str, under: str) -> float:
+        return statistics.median(a / b for a, b in zip(figures[over], figures[under], strict=True))
+
+    rows: list[tuple[str, float, str, float]] = [
+        ("decode tp=1: share of the bandwidth", ratio("bandwidth read", "tp1 decode"), ">=", 0.70),
+        ("decode tp=2 / tp=1, time", ratio("tp2 decode", "tp1 decode"), "<=", 1.15),
+        ("decode tp=3 / tp=1, time", ratio("tp3 decode", "tp1 decode"), "<=", 1.15),
+        ("max_model_len 8192 / 512, time", ratio("tp1-8192 decode", "tp1 decode"), "<=", 1.05),
+        ("import tpjax, s", starts["import"], "<=", 0.3),
+        ("first token of generate, tp=4, s", starts["first_token"], "<=", 15.0),
+    ]
+    if "transformers decode" in figures:
+        rows += [
+            ("decode: transformers / tpjax", ratio("transformers decode", "tp1 decode"), ">=", 2.2),
+            ("prefill 256: transformers / tpjax", ratio("transformers prefill", "tp1 prefill"), ">=", 1.1),
+        ]
+    results: list[dict[str, Any]] = []
+    for name, value, sign, target in rows:
+        met = value >= target if sign == ">=" else value <= target
+        results.append({"name": name, "value": value, "target": f"{sign} {target}", "met": met})
+        print(f"{name:40}{value:8.2f}   target {sign} {target:<5} {'met' if met else 'MISSED'}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"ms": figures, "ratios": results, "starts": starts}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""What the compiled programs hold: collectives, aliasing, copies, and how many programs there are."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDENS
+
+from tpjax import LLM, SamplingParams
+from tpjax.checkpoints.load import abstract_decoder
+from tpjax.config import ModelConfig, RopeConfig
+from tpjax.inspect.collectives import find_collectives
+from tpjax.mesh import make_mesh
+from tpjax.runner import Limits, Runner
+
+# Large enough that a weight- or cache-sized buffer cannot be mistaken for an activation.
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=1000,
+    hidden_size=96,
+    intermediate_size=200,
+    num_layers=3,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=32,
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-5,
+    rope=RopeConfig(),
+    layer_types=("full_attention",) * 3,
+    tie_word_embeddings=True,
+    query_scale=32**-0.5,
+)
+LIMITS = Limits(max_slots=4, max_model_len=2048, num_pages=65)
+
+
+def abstract_runner(tp: int) -> Runner:
+    mesh = make_mesh(tp)
+    return Runner(abstract_decoder(CONFIG, mesh, jnp.dtype("float32")), mesh, LIMITS, jnp.dtype("float32"))
+
+
+@pytest.fixture(scope="module", params=(1, 3, 4, 8))
+def decode(request: pytest.FixtureRequest) -> tuple[int, jax.stages.Compiled]:
+    return request.param, abstract_runner(request.param).program("decode", 4, 1)
+
+
+def test_collective_budget(decode: tuple[int, jax.stages.Compiled]) -> None:
+    """Two all-reduces a layer, one for the embedding, one small gather to sample; nothing of size V."""
+    tp, program = decode
+    found = find_collectives(program.as_text())
+    always = [one for one in found if not one.conditional]
+    if tp == 1:
+        assert not [one for one in found if one.group_size > 1]
+        return
+    residual = [one for one in always if one.bytes == 4 * CONFIG.hidden_size * 4]
+    assert [one.kind for one in residual] == ["all-reduce"] * (2 * CONFIG.num_layers + 1)
+    small = [one for one in always if one not in residual]
+    assert [one.kind for one in small] == ["all-gather"]
+    assert small[0].bytes == tp * 2 * 4 * 4  # a score and a token id per device and row
+    # samplers that some requests ask for move O(B · 20 · tp) numbers
+    assert max(one.bytes for one in found if one.conditional) <= 4 * 20 * tp * 4
+
+
+def test_cache_is_updated_in_place(decode: tuple[int, jax.stages.Compiled]) -> None:
+    tp, program = decode
+    runner = abstract_runner(tp)
+    state = runner.abstract_state()
+    per_device = sum(
+        int(np.prod(buffer.sharding.shard_shape(buffer.shape))) * buffer.dtype.itemsize
+        for buffer in jax.tree.leaves(state)
+    )
+    analysis = program.memory_analysis()
+    assert analysis.alias_size_in_bytes == per_device  # every buffer of the state, the whole cache included
+    one_buffer = state.cache[0].keys
+    cache_bytes = int(np.prod(one_buffer.sharding.shard_shape(one_buffer.shape))) * 4
+    assert analysis.temp_size_in_bytes < cache_bytes
+
+
+def test_no_weight_or_cache_sized_copy(decode: tuple[int, jax.stages.Compiled]) -> None:
+    tp, program = decode
+    runner = abstract_runner(tp)
+    big = set()
+    for buffer in (*jax.tree.leaves(runner.abstract_state().cache), *runner._weights):
+        if buffer.ndim > 1:
+            big.add(tuple(sorted(buffer.sharding.shard_shape(buffer.shape))))
+    assert copies_of(big, program.as_text()) == []
+
+
+def test_copy_detector_sees_a_copy() -> None:
+    """The test above must be able to fail."""
+    copied = jax.jit(lambda x: (x.T + 0, x)).lower(jnp.zeros((96, 200))).compile().as_text()
+    assert copies_of({(96, 200)}, copied)
+
+
+def copies_of(shapes: set[tuple[int, ...]], hlo: str) -> list[str]:
+    """Copies and transposes whose result has one of the shapes, in any order of dimensions."""
+    found = []
+    for match in re.finditer(r"^\s*\S+ = \w+\[([\d,]+)\]\S* (copy|transpose)\(.*$", hlo, re.MULTILINE):
+        dims = tuple(sorted(int(n) for n in match[1].split(",")))
+        if dims in shapes:
+            found.append(match[0].strip())
+    return found
+
+
+@contextmanager
+def backend_compiles() -> Iterator[list[str]]:
+    """Every program XLA compiles inside the block, by JAX's own events: not by our counter."""
+    events: list[str] = []
+
+    def listen(name: str, duration: float, **_: object) -> None:
+        if name.endswith("backend_compile_duration"):
+            events.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield events
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("tp", (1, 4))
+def test_nothing_compiles_after_warm_up(tp: int) -> None:
+    llm = LLM(GOLDENS / "llama", tp=tp, max_model_len=512, max_slots=3)
+    with backend_compiles() as events:
+        llm.warm_up()
+    assert len(events) >= llm.runner.compile_count > 0  # the listener hears compilations
+    count = llm.runner.compile_count
+    rng = np.random.default_rng(0)
+    with backend_compiles() as events:
+        for length in (1, 2, 31, 32, 33, 100, 127, 128, 129, 300, 480):
+            prompts = [rng.integers(0, 131, max(1, length - 7 * i)).tolist() for i in range(length % 4 + 1)]
+            params = [
+                SamplingParams(
+                    max_tokens=1 + (length + i) % 9,
+                    temperature=i % 2,
+                    top_k=i,
+                    logprobs=i,
+                    presence_penalty=i / 2,
+                )
+                for i in range(len(prompts))
+            ]
+            completions = llm.generate(prompts, params)
+            assert all(completion.token_ids for completion in completions)
+    assert events == []
+    assert llm.runner.compile_count == count
+
+
+@pytest.mark.timeout(200)
+def test_two_thousand_asynchronous_steps_at_tp8() -> None:
+    """What deadlocks jax 0.10.2 with faked devices and a small thread pool; in a process of its own."""
+    program = """
+import tpjax
+tpjax.fake_devices(8)
+from tpjax import LLM, SamplingParams
+from tpjax.runner import Row
+llm = LLM({path!r}, tp=8, max_model_len=256, max_slots=1)
+row = Row(0, 5, [1, 2], SamplingParams(temperature=0), seed=0)
+llm.runner.prefill(row, [5, 6, 7, 8, 9])
+for _ in range(2000):
+    drawn = llm.runner.decode([row], 1)  # never waited for
+print("done", int(drawn.tokens[0, 0]))
+"""
+    source = program.format(path=str(GOLDENS / "llama"))
+    out = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=180)
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert out.stdout.startswith("done")

@@ -50,15 +50,16 @@ class FakeLLM:
         self.model, self.options = model, options
         FakeLLM.made.append(self)
 
+    def prepare(self, prompt, params):
+        self.prepared = (prompt, params)
+
     def stream(self, prompt, params):
+        assert self.prepared == (prompt, params)
         self.prompt, self.params = prompt, params
         for text, ids, reason in self.answer:
             if isinstance(text, BaseException):
                 raise text
             yield types.SimpleNamespace(text=text, token_ids=ids, finish_reason=reason)
-
-    def explain(self):
-        return types.SimpleNamespace(to_dict=lambda: {"tp": self.options["tp"]})
 
 
 @pytest.fixture
@@ -100,9 +101,9 @@ def test_version(capsys):
 
 
 def test_dtypes_are_those_of_the_library():
-    from tpjax import llm
+    from tpjax import runner
 
-    assert llm.DTYPES == cli.DTYPES
+    assert runner.DTYPES == cli.DTYPES
 
 
 def test_help_starts_neither_jax_nor_anything_else_heavy():
@@ -217,7 +218,7 @@ def test_generate_streams_text_and_reports_figures(fake_llm, capsys):
     assert status("generate", "The capital", "--model", fake_llm) == 0
     out, err = capsys.readouterr()
     assert out == " Paris, où 🙂\n"
-    assert err.startswith("tpjax: loaded in 0.0 s, first token after ")
+    assert err.startswith("tpjax: loaded in 0.0 s, compiled in 0.0 s, first token after ")
     assert " ms, 4 tokens (length), " in err
     assert err.endswith(" tokens/s after the first, tp=3, abacus\n")
 
@@ -280,8 +281,12 @@ def test_chat_without_a_tokenizer_is_bad_input(fake_llm, capsys):
 
 def test_explain_as_json(fake_llm, capsys, monkeypatch):
     monkeypatch.setattr("tpjax.mesh.ensure_devices", lambda tp: None)
+    monkeypatch.setattr(
+        "tpjax.inspect.explain.explain_model",
+        lambda model, **options: types.SimpleNamespace(to_dict=lambda: options),
+    )
     assert status("explain", fake_llm, "--tp", "6", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"tp": 6}
+    assert json.loads(capsys.readouterr().out) == {"tp": 6, "dtype": "auto", "max_model_len": None}
 
 
 def test_pull_prints_the_path(tmp_path, capsys):
@@ -399,3 +404,71 @@ def test_doctor_draws_a_table(capsys):
 )
 def test_doctor_sizes(count, text):
     assert doctor._size(count) == text
+
+
+# --- with models -------------------------------------------------------------------------------------------
+
+
+def tpjax_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, as a user runs it."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
+    return subprocess.run(
+        [sys.executable, "-m", "tpjax.cli", *arguments], capture_output=True, text=True, env=environment
+    )
+
+
+def test_generate_at_tp3(smollm2_gguf: Path) -> None:
+    out = tpjax_command(
+        *("generate", "The capital of France is", "--model", "smollm2-135m", "--tp", "3"),
+        *("--temperature", "0", "--max-tokens", "8"),
+    )
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.startswith(" Paris") and out.stdout.endswith("\n")
+    assert out.stderr.splitlines()[0] == "tpjax: the only device is a CPU: faking 3 devices"
+    assert "8 tokens (length)" in out.stderr and "tp=3" in out.stderr
+
+
+def test_explain_reads_no_weights_and_prints_every_table(smollm2_gguf: Path) -> None:
+    out = tpjax_command("explain", "smollm2-135m", "--tp", "4", "--json")
+    assert out.returncode == 0, out.stderr
+    report = json.loads(out.stdout)
+    rows = {row["name"]: row for row in report["tensors"]}
+    qkv = rows["layers.*.self_attn.qkv_proj.weight"]
+    assert (qkv["shape"], qkv["shard_shape"], qkv["count"]) == ([576, 1280], [576, 320], 30)
+    assert qkv["padding"] == pytest.approx(1 / 3)
+    assert qkv["bytes_per_device"] == 30 * 576 * 320 * 4
+    assert rows["embed_tokens.weight"]["shard_shape"] == [49152 // 4, 576]
+    assert report["weight_bytes_per_device"] == sum(row["bytes_per_device"] for row in rows.values())
+    always = [one for one in report["collectives"] if not one["conditional"]]
+    assert [(one["kind"], one["count"], one["bytes"]) for one in always] == [
+        ("all-reduce", 61, 576 * 4),
+        ("all-gather", 1, 4 * 2 * 4),
+    ]
+    assert report["cache"]["bytes_per_token_per_device"] == 2 * 30 * 64 * 4
+    table = tpjax_command("explain", "smollm2-135m", "--tp", "4")
+    for text in ("self_attn.qkv_proj ×30", "576×1280", "33.3%", "all-reduce", "137 MiB"):
+        assert text in table.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        (("--model", "smolm2-135m"), "smollm2-135m"),
+        (
+            ("--model", "smollm2-135m", "--max-model-len", "64", "--max-tokens", "100"),
+            "over max_model_len=64",
+        ),
+        (("--model", "smollm2-135m", "--temperature", "nan"), "temperature=nan"),
+        (("--model", "smollm2-135m", "--top-k", "-1"), "top_k=-1"),
+        (("--model", "smollm2-135m", "--tp", "65536"), "tp=65536 is over 64"),
+        (("--model", "{empty}"), "config.json"),
+    ),
+)
+def test_bad_input_is_one_line_and_exit_2(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, smollm2_gguf: Path
+) -> None:
+    out = tpjax_command("generate", "Hi", *(a.format(empty=tmp_path) for a in arguments))
+    assert out.returncode == 2
+    assert out.stdout == ""
+    errors = [line for line in out.stderr.splitlines() if "faking" not in line]
+    assert len(errors) == 1 and errors[0].startswith("tpjax: error: ") and message in errors[0]

@@ -82,12 +82,9 @@ def _generate(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     llm = _load(args)
     prompt = _chat_prompt(llm, text) if args.chat else text
-    prompt_ids = llm.tokenizer.encode(prompt) if llm.tokenizer and isinstance(prompt, str) else prompt
     loaded = time.perf_counter()
-    figures = Figures(load_s=loaded - start)
-    if 0 < len(prompt_ids) < llm.max_model_len:  # else the request is refused, without waiting for a compiler
-        llm.runner.prepare(len(prompt_ids))
-        figures.compile_s = time.perf_counter() - loaded
+    llm.prepare(prompt, params)  # so that tokens/s does not count the compiler
+    figures = Figures(load_s=loaded - start, compile_s=time.perf_counter() - loaded)
     _print_stream(llm.stream(prompt, params), figures)
     device = llm.mesh.devices.flat[0]
     print(f"tpjax: {figures.line()}, tp={llm.mesh.size}, {device.device_kind}", file=sys.stderr)
@@ -206,9 +203,10 @@ def _show(what: Any) -> None:
     if isinstance(what, str):
         print(what)
         return
-    import rich
+    from rich.console import Console
 
-    rich.print(what)
+    piped = None if sys.stdout.isatty() else 100  # rich would take 80 columns where there is no terminal
+    Console(width=piped).print(what)
 
 
 # --- arguments ---------------------------------------------------------------------------------------------

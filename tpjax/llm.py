@@ -193,6 +193,8 @@ class LLM:
             float32 [T, V], V without padding.
         """
         tokens = self._checked(token_ids)
+        if not tokens:
+            raise RequestError("the list of tokens is empty: at least 1 is needed")
         if len(tokens) > self.max_model_len:
             raise RequestError(f"{len(tokens)} tokens are over max_model_len={self.max_model_len}")
         blocks = self.engine.scheduler.blocks
@@ -215,6 +217,16 @@ class LLM:
         from tpjax.inspect.explain import explain
 
         return explain(self.runner, name=self.name)
+
+    def prepare(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> None:
+        """Compiles what :meth:`stream` needs for this prompt alone, so that its first tokens do not wait.
+
+        Raises:
+            RequestError: the prompt or a parameter is invalid.
+        """
+        request = self._request(prompt, params or SamplingParams())
+        self.engine.scheduler.check(request)
+        self.runner.prepare(len(request.prompt_ids))
 
     def warm_up(self) -> None:
         """Compiles everything serving can need; afterwards nothing compiles again."""

@@ -27,6 +27,7 @@ _COUNT_PATTERN = re.compile(rf"{_COUNT_FLAG}=(\d+)")
 # cores, 4,000 asynchronous steps: 2 threads a device always finish, 2 a device less one always hang. More
 # threads than that cost time, since every product is then cut into more pieces.
 _POOL_THREADS_PER_DEVICE = 2
+_MOST_FAKED = 64  # each takes memory and threads: many more and JAX does not come up
 
 
 def make_mesh(tp: int | None = None) -> jax.sharding.Mesh:
@@ -54,9 +55,11 @@ def fake_devices(count: int) -> None:
     Sets ``XLA_FLAGS`` and ``NPROC`` for this process. A larger count already in ``XLA_FLAGS`` is kept.
 
     Raises:
-        DeviceError: if JAX has already started with fewer devices.
+        DeviceError: if JAX has already started with fewer devices, or ``count`` is over 64.
     """
     _check_tp(count)
+    if count > _MOST_FAKED:
+        raise DeviceError(f"tp={count} is over {_MOST_FAKED}, the most devices a CPU can stand for")
     if _backend_started():
         import jax
 

@@ -1,0 +1,269 @@
+"""Paged attention against its definition, and what the cache's writes touch."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+
+from tpjax.cache import NULL_PAGE, LayerCache, Placement
+from tpjax.inspect.collectives import find_collectives
+from tpjax.layers import attention
+from tpjax.layers.attention import paged_attention, reference_attention
+from tpjax.mesh import make_mesh
+from tpjax.sharding import HEADS, PAGES
+
+PAGE, BLOCKS, PAGES_IN_ALL = 8, 5, 24
+HEADS_KV, GROUP, HEAD_DIM = 3, 2, 4
+SCALE = 0.7
+TRIALS = 4
+
+paged = jax.jit(paged_attention, static_argnames=("scale", "window"))
+refer = jax.jit(reference_attention, static_argnames=("scale", "window"))
+write = jax.jit(LayerCache.write)
+
+
+def tables(rng: np.random.Generator, batch: int, used: list[int]) -> np.ndarray:
+    """Pages in random order, none shared; entries past a sequence's own point anywhere, the null page too."""
+    order = rng.permutation(np.arange(1, PAGES_IN_ALL))
+    table = rng.integers(0, PAGES_IN_ALL, (batch, BLOCKS))
+    for row in range(batch):
+        table[row, : used[row]] = order[row * BLOCKS : row * BLOCKS + used[row]]
+    return table.astype(np.int32)
+
+
+def case(
+    rng: np.random.Generator, positions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, LayerCache, LayerCache, Placement]:
+    """Queries, dense keys and values, the same in pages twice over with different garbage around them."""
+    batch, length = positions.shape
+    contexts = positions.max(axis=1) + 1
+    table = tables(rng, batch, [-(-int(n) // PAGE) for n in contexts])
+    query = rng.normal(size=(batch, length, HEADS_KV, GROUP, HEAD_DIM)).astype(np.float32)
+    dense = rng.normal(size=(2, batch, BLOCKS * PAGE, HEADS_KV, HEAD_DIM)).astype(np.float32)
+    caches = []
+    for _ in range(2):
+        # larger than any real score: if one of these counted, it would decide the softmax
+        filled_pages = rng.uniform(-1e4, 1e4, (2, PAGES_IN_ALL, HEADS_KV, PAGE, HEAD_DIM)).astype(np.float32)
+        for row, context in enumerate(contexts):
+            for at in range(context):
+                filled_pages[:, table[row, at // PAGE], :, at % PAGE] = dense[:, row, at]
+        caches.append(LayerCache(jnp.asarray(filled_pages[0]), jnp.asarray(filled_pages[1])))
+    at = Placement(jnp.asarray(table), jnp.asarray(positions, jnp.int32))
+    return query, dense[0], dense[1], caches[0], caches[1], at
+
+
+def own(dense: np.ndarray, at: Placement) -> np.ndarray:
+    """The keys or values of the tokens themselves."""
+    return np.take_along_axis(dense, np.asarray(at.positions)[:, :, None, None], axis=1)
+
+
+def attend(
+    query: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    cache: LayerCache,
+    at: Placement,
+    window: int | None,
+) -> jax.Array:
+    return paged(query, own(keys, at), own(values, at), cache, at, scale=SCALE, window=window)
+
+
+def random_positions(rng: np.random.Generator, batch: int, length: int, trial: int) -> np.ndarray:
+    """Of single tokens anywhere; of chunks that start together on a page's border."""
+    if length == 1:
+        last = rng.integers(0, BLOCKS * PAGE, batch)
+        borders = (0, PAGE - 1, PAGE, 2 * PAGE - 1, BLOCKS * PAGE - 1)
+        last[0] = borders[trial % len(borders)]  # contexts that end on a page's border are in every batch
+        return last[:, None]
+    first = rng.integers(0, BLOCKS - -(-length // PAGE) + 1) * PAGE
+    return first + np.tile(np.arange(length), (batch, 1))
+
+
+def check(case_: tuple[Any, ...], window: int | None) -> None:
+    query, keys, values, cache, other, at = case_
+    expected = refer(query, keys, values, at.positions, scale=SCALE, window=window)
+    found = attend(query, keys, values, cache, at, window)
+    assert found.dtype == jnp.float32 and found.shape == query.shape
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    # to the last bit: what is beyond a context, in other pages or in no page, is never read
+    np.testing.assert_array_equal(found, attend(query, keys, values, other, at, window))
+
+
+@pytest.mark.parametrize("window", (None, 3, 17))
+@pytest.mark.parametrize(("batch", "length"), ((1, 1), (3, 1), (1, 4), (2, 8), (3, 16)))
+def test_paged_attention_equals_the_reference(batch: int, length: int, window: int | None) -> None:
+    rng = np.random.default_rng((batch, length, window or 0))
+    for trial in range(TRIALS + (length == 1)):
+        check(case(rng, random_positions(rng, batch, length, trial)), window)
+
+
+@pytest.mark.parametrize("window", (None, 17))
+def test_chunks_of_a_batch_may_start_at_different_pages(window: int | None) -> None:
+    rng = np.random.default_rng(1)
+    first = np.array([[0], [24], [8]])
+    check(case(rng, first + np.arange(16)), window)
+
+
+@pytest.mark.parametrize("window", (None, 9))
+@pytest.mark.parametrize("block", (5, 8))
+def test_chunks_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch, block: int, window: int | None) -> None:
+    """A long chunk attends to itself block by block; here the blocks are small instead."""
+    rng = np.random.default_rng((block, window or 0))
+    query, keys, values, cache, _, at = case(rng, np.arange(16) + np.full((2, 1), 8))
+    monkeypatch.setattr(attention, "_QUERY_BLOCK", block)
+    arguments = (query, own(keys, at), own(values, at), cache, at)
+    found = jax.jit(functools.partial(paged_attention, scale=SCALE, window=window))(*arguments)
+    expected = refer(query, keys, values, at.positions, scale=SCALE, window=window)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_reference_attention_by_hand() -> None:
+    """Two positions, one head, written out."""
+    query = jnp.array([1.0, 2.0]).reshape(1, 2, 1, 1, 1)
+    keys = jnp.array([0.5, -1.0]).reshape(1, 2, 1, 1)
+    values = jnp.array([10.0, 20.0]).reshape(1, 2, 1, 1)
+    positions = jnp.array([[0, 1]])
+    out = reference_attention(query, keys, values, positions, scale=2.0, window=None).reshape(-1)
+    weights = np.exp([2 * 2 * 0.5, 2 * 2 * -1.0])
+    np.testing.assert_allclose(out, [10.0, weights @ [10, 20] / weights.sum()], rtol=1e-5)
+    near = reference_attention(query, keys, values, positions, scale=2.0, window=1).reshape(-1)
+    np.testing.assert_allclose(near, [10.0, 20.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("window", (None, 3))
+def test_one_token_at_a_time_equals_a_chunk(window: int | None) -> None:
+    rng = np.random.default_rng(5)
+    positions = np.array([[8 + i for i in range(16)]])
+    query, keys, values, cache, _, at = case(rng, positions)
+    together = attend(query, keys, values, cache, at, window)
+    for i in range(16):
+        one = Placement(at.block_tables, at.positions[:, i : i + 1])
+        alone = attend(query[:, i : i + 1], keys, values, cache, one, window)
+        np.testing.assert_allclose(alone[:, 0], together[:, i], atol=1e-6)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    """The online softmax subtracts the running maximum: rising scores force it to rescale."""
+    rng = np.random.default_rng(6)
+    query, keys, values, _, _, at = case(rng, np.array([[BLOCKS * PAGE - 1]]))
+    keys = keys * 300 * np.linspace(0, 1, BLOCKS * PAGE, dtype=np.float32)[:, None, None]
+    cache = LayerCache(*(jnp.zeros((PAGES_IN_ALL, HEADS_KV, PAGE, HEAD_DIM)) for _ in range(2)))
+    pages = [np.array(part) for part in (cache.keys, cache.values)]
+    for part, dense in zip(pages, (keys, values), strict=True):
+        for position in range(BLOCKS * PAGE):
+            part[np.asarray(at.block_tables)[0, position // PAGE], :, position % PAGE] = dense[0, position]
+    found = attend(query, keys, values, LayerCache(*map(jnp.asarray, pages)), at, None)
+    expected = refer(query, keys, values, at.positions, scale=SCALE, window=None)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+# --- writes ------------------------------------------------------------------------------------------------
+
+
+def filled(rng: np.random.Generator) -> tuple[LayerCache, np.ndarray, np.ndarray]:
+    shape = (PAGES_IN_ALL, HEADS_KV, PAGE, HEAD_DIM)
+    keys, values = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
+    return LayerCache(jnp.asarray(keys), jnp.asarray(values)), keys.copy(), values.copy()
+
+
+def new(rng: np.random.Generator, batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    shape = (batch, length, HEADS_KV, HEAD_DIM)
+    return rng.normal(size=shape).astype(np.float32), rng.normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("batch", (1, 3))
+def test_token_writes(batch: int) -> None:
+    rng = np.random.default_rng(batch)
+    for trial in range(TRIALS):
+        cache, keys, values = filled(rng)
+        positions = random_positions(rng, batch, 1, trial)
+        table = tables(rng, batch, [BLOCKS] * batch)
+        new_keys, new_values = new(rng, batch, 1)
+        written = write(cache, new_keys, new_values, Placement(jnp.asarray(table), jnp.asarray(positions)))
+        for row, at in enumerate(positions[:, 0]):
+            page = table[row, at // PAGE]
+            keys[page, :, at % PAGE], values[page, :, at % PAGE] = new_keys[row, 0], new_values[row, 0]
+        np.testing.assert_array_equal(written.keys, keys)
+        np.testing.assert_array_equal(written.values, values)
+
+
+def test_rows_that_do_not_exist_write_to_the_null_page() -> None:
+    rng = np.random.default_rng(9)
+    cache, keys, values = filled(rng)
+    table = tables(rng, 3, [BLOCKS] * 3)
+    table[1] = NULL_PAGE
+    positions = np.array([[11], [0], [39]])
+    new_keys, new_values = new(rng, 3, 1)
+    written = write(cache, new_keys, new_values, Placement(jnp.asarray(table), jnp.asarray(positions)))
+    for row in (0, 2):
+        page, offset = table[row, positions[row, 0] // PAGE], positions[row, 0] % PAGE
+        keys[page, :, offset], values[page, :, offset] = new_keys[row, 0], new_values[row, 0]
+    np.testing.assert_array_equal(written.keys[1:], keys[1:])
+    np.testing.assert_array_equal(written.values[1:], values[1:])
+
+
+@pytest.mark.parametrize(("batch", "length"), ((1, 4), (2, 8), (2, 24)))
+def test_chunk_writes(batch: int, length: int) -> None:
+    """Whole pages; a chunk shorter than a page fills its beginning; what exceeds the table goes to page 0."""
+    rng = np.random.default_rng(length)
+    for _ in range(TRIALS):
+        cache, keys, values = filled(rng)
+        table = tables(rng, batch, [BLOCKS] * batch)
+        first = rng.integers(0, BLOCKS, batch) * PAGE  # may run over the end of the table
+        positions = first[:, None] + np.arange(length)
+        new_keys, new_values = new(rng, batch, length)
+        written = write(cache, new_keys, new_values, Placement(jnp.asarray(table), jnp.asarray(positions)))
+        for row in range(batch):
+            for i, at in enumerate(positions[row]):
+                if at < BLOCKS * PAGE:
+                    page = table[row, at // PAGE]
+                    keys[page, :, at % PAGE], values[page, :, at % PAGE] = (
+                        new_keys[row, i],
+                        new_values[row, i],
+                    )
+        np.testing.assert_array_equal(written.keys[1:], keys[1:])
+        np.testing.assert_array_equal(written.values[1:], values[1:])
+
+
+# --- cut over devices --------------------------------------------------------------------------------------
+
+
+def write_and_attend(
+    cache: LayerCache, query: jax.Array, keys: jax.Array, values: jax.Array, at: Placement, window: int | None
+) -> tuple[jax.Array, LayerCache]:
+    cache = cache.write(keys, values, at)
+    return paged_attention(query, keys, values, cache, at, scale=SCALE, window=window), cache
+
+
+@pytest.mark.parametrize(("length", "window"), ((1, None), (16, 17)))
+def test_cut_over_three_devices_is_the_same(length: int, window: int | None) -> None:
+    rng = np.random.default_rng(length)
+    query, _, _, cache, _, at = case(rng, random_positions(rng, 2, length, 1))
+    keys, values = new(rng, 2, length)
+    step = jax.jit(functools.partial(write_and_attend, window=window))
+    expected, expected_cache = step(cache, query, keys, values, at)
+
+    mesh: Mesh = make_mesh(3)
+    cut = LayerCache(
+        *(jax.device_put(part, NamedSharding(mesh, PAGES)) for part in (cache.keys, cache.values))
+    )
+    on_mesh = jax.device_put(query, NamedSharding(mesh, HEADS))
+    new_on_mesh = [
+        jax.device_put(part, NamedSharding(mesh, jax.P(None, None, "tp", None))) for part in (keys, values)
+    ]
+    with jax.set_mesh(mesh):
+        program = step.lower(cut, on_mesh, *new_on_mesh, at).compile()
+        found, found_cache = program(cut, on_mesh, *new_on_mesh, at)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    for name in ("keys", "values"):
+        part = getattr(found_cache, name)
+        np.testing.assert_array_equal(part, getattr(expected_cache, name))
+        assert part.sharding.shard_shape(part.shape)[1] == 1  # still one KV head a device
+    assert find_collectives(program.as_text()) == []  # heads are whole on a device: nothing moves

@@ -1,0 +1,143 @@
+"""`ModelConfig` and `RopeConfig` refuse what contradicts itself, by field and both numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from tpjax.config import ModelConfig, RopeConfig
+from tpjax.errors import ConfigError
+
+FIELDS: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_layers": 3,
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope": RopeConfig(),
+    "layer_types": ("full_attention", "sliding_attention", "full_attention"),
+    "sliding_window": 16,
+    "query_scale": 8**-0.5,
+}
+
+
+def config(**changed: Any) -> ModelConfig:
+    return ModelConfig(**{**FIELDS, **changed})
+
+
+def refusal(**changed: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        config(**changed)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+
+@pytest.mark.parametrize("value", (0, -4, True, 1.0, "8", None, math.nan))
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_are_whole_numbers(name: str, value: Any) -> None:
+    assert refusal(**{name: value}) == f"{name}={value!r} is not a whole number, 1 or more"
+
+
+def test_kv_heads_divide_heads() -> None:
+    assert refusal(num_heads=10, num_kv_heads=4) == "num_kv_heads=4 is not a divisor of num_heads=10"
+
+
+def test_head_dim_is_even() -> None:
+    assert "head_dim=7" in refusal(head_dim=7)
+
+
+@pytest.mark.parametrize("value", (0.0, -1.0, math.nan, math.inf, "1e-5", None, 1j))
+@pytest.mark.parametrize("name", ("rms_norm_eps", "embedding_scale", "query_scale"))
+def test_scales_are_positive(name: str, value: Any) -> None:
+    assert refusal(**{name: value}) == f"{name}={value!r} is not a positive number"
+
+
+def test_one_layer_type_a_layer() -> None:
+    message = refusal(layer_types=("full_attention",) * 4)
+    assert message == "layer_types has 4 entries, but num_layers=3"
+
+
+def test_unknown_layer_type() -> None:
+    message = refusal(layer_types=("full_attention", "mamba", "full_attention"))
+    assert message == "layer type 'mamba' is not supported: use one of full_attention, sliding_attention"
+
+
+@pytest.mark.parametrize("window", (None, 0, -3, 2.5, "16", True))
+def test_sliding_layers_need_a_window(window: Any) -> None:
+    assert refusal(sliding_window=window).startswith(f"sliding_window={window!r}")
+
+
+def test_window_is_not_needed_without_sliding_layers() -> None:
+    assert config(layer_types=("full_attention",) * 3, sliding_window=None).sliding_window is None
+
+
+def test_unknown_activation() -> None:
+    assert refusal(activation="relu") == "activation='relu' is not supported: use silu or gelu_tanh"
+
+
+def test_rope_and_window_of_each_kind() -> None:
+    far, near = RopeConfig(theta=1e6), RopeConfig(theta=1e4)
+    both = config(rope=far, rope_sliding=near)
+    assert both.rope_of("full_attention") is far
+    assert both.rope_of("sliding_attention") is near
+    assert config(rope=far).rope_of("sliding_attention") is far
+    assert both.window_of("full_attention") is None
+    assert both.window_of("sliding_attention") == 16
+
+
+def test_configurations_are_frozen_and_hashable() -> None:
+    one = config()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.num_layers = 4  # type: ignore[misc]
+    assert hash(one) == hash(config())
+    assert one == config() != config(num_kv_heads=3)
+
+
+def rope_refusal(**fields: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        RopeConfig(**fields)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", ("yarn", "dynamic", "longrope", "", None))
+def test_unknown_rope(kind: Any) -> None:
+    assert rope_refusal(kind=kind) == f"rope_type={kind!r} is not supported: use default, linear or llama3"
+
+
+@pytest.mark.parametrize("value", (0.0, -8.0, math.nan, math.inf, "8", None))
+@pytest.mark.parametrize("name", ("theta", "factor", "low_freq_factor", "high_freq_factor"))
+def test_rope_numbers_are_positive(name: str, value: Any) -> None:
+    message = rope_refusal(kind="llama3", **{name: value})
+    assert f"rope {name}=" in message and str(value) in message and "is not a positive number" in message
+
+
+@pytest.mark.parametrize("value", (0, -1, "8192", None))
+def test_rope_original_context_is_positive(value: Any) -> None:
+    message = rope_refusal(kind="llama3", factor=8.0, original_max_position_embeddings=value)
+    assert "original_max_position_embeddings" in message and str(value) in message
+
+
+@pytest.mark.parametrize(("low", "high"), ((4.0, 4.0), (5.0, 4.0)))
+def test_rope_band_has_a_width(low: float, high: float) -> None:
+    message = rope_refusal(kind="llama3", low_freq_factor=low, high_freq_factor=high)
+    assert message == f"rope low_freq_factor={low} is not below high_freq_factor={high}"

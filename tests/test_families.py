@@ -1,0 +1,616 @@
+"""`config.json` and GGUF metadata to `ModelConfig`: two generations of transformers give the same."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from tpjax.config import ModelConfig, RopeConfig
+from tpjax.errors import ConfigError
+from tpjax.families import (
+    _INERT,
+    FAMILIES,
+    GGUFView,
+    config_from_gguf,
+    config_from_hf,
+    gguf_architecture,
+    gguf_name,
+    hf_name,
+)
+
+SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+
+# meta-llama/Llama-3.1-8B, as published (transformers 4.43)
+LLAMA_4: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": SCALING,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.0.dev0",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+LLAMA_5: dict[str, Any] = {
+    **{k: v for k, v in LLAMA_4.items() if k not in ("rope_scaling", "rope_theta", "torch_dtype")},
+    "dtype": "bfloat16",
+    "head_dim": 128,
+    "rope_parameters": {**SCALING, "rope_theta": 500000.0},
+    "transformers_version": "5.0.0",
+}
+LLAMA = ModelConfig(
+    model_type="llama",
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    max_position_embeddings=131072,
+    rms_norm_eps=1e-5,
+    rope=RopeConfig(500000.0, "llama3", 8.0, 1.0, 4.0, 8192),
+    layer_types=("full_attention",) * 32,
+    query_scale=128**-0.5,
+)
+
+MISTRAL_4: dict[str, Any] = {
+    "architectures": ["MistralForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 32000,
+}
+MISTRAL_5: dict[str, Any] = {
+    **{k: v for k, v in MISTRAL_4.items() if k not in ("rope_theta", "torch_dtype")},
+    "dtype": "bfloat16",
+    "head_dim": None,
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+}
+
+# google/gemma-3-4b's text part: 34 layers, linear scaling on the global ones
+GEMMA_4: dict[str, Any] = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "max_position_embeddings": 131072,
+    "model_type": "gemma3_text",
+    "num_attention_heads": 8,
+    "num_hidden_layers": 34,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000.0,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "rope_theta": 1000000.0,
+    "sliding_window": 1024,
+    "sliding_window_pattern": 6,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 262208,
+}
+GEMMA_TYPES = ["full_attention" if layer % 6 == 5 else "sliding_attention" for layer in range(34)]
+GEMMA_5: dict[str, Any] = {
+    **{
+        k: v
+        for k, v in GEMMA_4.items()
+        if k
+        not in ("rope_scaling", "rope_theta", "rope_local_base_freq", "sliding_window_pattern", "torch_dtype")
+    },
+    "_sliding_window_pattern": 6,
+    "dtype": "bfloat16",
+    "layer_types": GEMMA_TYPES,
+    "rope_parameters": {
+        "full_attention": {"factor": 8.0, "rope_theta": 1000000.0, "rope_type": "linear"},
+        "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+    },
+    "tie_word_embeddings": True,
+    "use_bidirectional_attention": False,
+}
+
+
+def test_llama() -> None:
+    assert config_from_hf(LLAMA_4) == config_from_hf(LLAMA_5) == LLAMA
+
+
+def test_llama_defaults() -> None:
+    """What older files leave out: KV heads, context, epsilon, RoPE, tying."""
+    needed = (
+        "model_type",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "vocab_size",
+    )
+    config = config_from_hf({name: LLAMA_4[name] for name in needed})
+    assert (config.num_kv_heads, config.head_dim, config.max_position_embeddings) == (32, 128, 2048)
+    assert (config.rms_norm_eps, config.rope) == (1e-6, RopeConfig(theta=10_000.0))
+    assert (config.tie_word_embeddings, config.attention_bias, config.mlp_bias) == (False, False, False)
+
+
+def test_llama_biases_and_tying() -> None:
+    config = config_from_hf(
+        {**LLAMA_4, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
+    )
+    assert (config.attention_bias, config.attention_out_bias, config.mlp_bias) == (True, True, True)
+    assert config.tie_word_embeddings is True
+
+
+def test_old_spelling_of_linear_scaling() -> None:
+    config = config_from_hf({**LLAMA_4, "rope_scaling": {"type": "linear", "factor": 4.0}})
+    assert config.rope == RopeConfig(theta=500000.0, kind="linear", factor=4.0)
+
+
+def test_theta_beside_rope_parameters() -> None:
+    """Files that went through both versions hold both; the new field wins."""
+    both = {**LLAMA_5, "rope_theta": 10_000.0}
+    assert config_from_hf(both) == LLAMA
+    without = {**LLAMA_5, "rope_parameters": SCALING, "rope_theta": 500000.0}
+    assert config_from_hf(without) == LLAMA
+
+
+@pytest.mark.parametrize("raw", (MISTRAL_4, MISTRAL_5))
+def test_mistral_window(raw: Mapping[str, Any]) -> None:
+    number = config_from_hf(raw)
+    assert (number.sliding_window, set(number.layer_types)) == (4096, {"sliding_attention"})
+    null = config_from_hf({**raw, "sliding_window": None})
+    assert (null.sliding_window, set(null.layer_types)) == (None, {"full_attention"})
+    absent = config_from_hf({k: v for k, v in raw.items() if k != "sliding_window"})
+    assert absent == number  # transformers' default is 4096
+    assert config_from_hf({**raw, "sliding_window": 8}).window_of("sliding_attention") == 8
+
+
+def test_mistral() -> None:
+    assert config_from_hf(MISTRAL_4) == config_from_hf(MISTRAL_5)
+    nemo = config_from_hf({**MISTRAL_5, "hidden_size": 5120, "head_dim": 128})
+    assert (nemo.head_dim, nemo.query_scale) == (128, 128**-0.5)  # not 5120 / 32
+
+
+def test_gemma3() -> None:
+    old, new = config_from_hf(GEMMA_4), config_from_hf(GEMMA_5)
+    assert old == new
+    assert new.layer_types == tuple(GEMMA_TYPES)
+    assert new.rope == RopeConfig(theta=1e6, kind="linear", factor=8.0)
+    assert new.rope_sliding == RopeConfig(theta=1e4)  # scaling is for the global layers alone
+    assert (new.sliding_window, new.head_dim, new.query_scale) == (1024, 256, 1 / 16)
+    assert new.embedding_scale == 2560**0.5
+    assert (new.qk_norm, new.sandwich_norms, new.norm_offset) == (True, True, 1.0)
+    assert (new.activation, new.tie_word_embeddings) == ("gelu_tanh", True)
+
+
+@pytest.mark.parametrize("name", ("sliding_window_pattern", "_sliding_window_pattern"))
+def test_gemma3_pattern(name: str) -> None:
+    raw = {k: v for k, v in GEMMA_4.items() if k != "sliding_window_pattern"}
+    kinds = config_from_hf({**raw, name: 3}).layer_types
+    assert [layer for layer, kind in enumerate(kinds) if kind == "full_attention"] == list(range(2, 34, 3))
+    assert config_from_hf(raw).layer_types == tuple(GEMMA_TYPES)  # six by default
+
+
+def test_gemma3_layer_types_win() -> None:
+    types = ["full_attention"] * 33 + ["sliding_attention"]
+    assert config_from_hf({**GEMMA_4, "layer_types": types}).layer_types == tuple(types)
+
+
+def test_gemma3_query_scalar() -> None:
+    assert config_from_hf({**GEMMA_4, "query_pre_attn_scalar": 168}).query_scale == pytest.approx(168**-0.5)
+
+
+def refusal(raw: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        config_from_hf(raw)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("model_type", ("bert", "", None, "LLAMA", 5))
+def test_unsupported_model_type_lists_the_supported(model_type: Any) -> None:
+    message = refusal({**LLAMA_4, "model_type": model_type})
+    assert message == (f"model_type={model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+    assert {"llama", "mistral", "gemma3_text"} <= set(FAMILIES)
+
+
+def test_missing_model_type() -> None:
+    assert refusal({}).startswith("model_type=None is not supported")
+
+
+@pytest.mark.parametrize("raw", ([], None, "llama", 5))
+def test_not_an_object(raw: Any) -> None:
+    assert refusal(raw) == f"config.json holds a {type(raw).__name__}, not an object"
+
+
+UNSUPPORTED: dict[str, Any] = {
+    "quantization_config": {"quant_method": "gptq", "bits": 4},
+    "use_bidirectional_attention": True,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "is_encoder_decoder": True,
+    "partial_rotary_factor": 0.5,
+    "add_cross_attention": True,
+}
+
+
+def test_every_inert_field_is_tested() -> None:
+    assert set(UNSUPPORTED) == set(_INERT)
+
+
+@pytest.mark.parametrize("raw", (LLAMA_4, MISTRAL_4, GEMMA_4), ids=("llama", "mistral", "gemma3"))
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_fields_that_would_change_the_model(name: str, raw: Mapping[str, Any]) -> None:
+    value = UNSUPPORTED[name]
+    assert refusal({**raw, name: value}) == f"config.json: {name}={value!r} is not supported"
+    expected = config_from_hf({k: v for k, v in raw.items() if k != name})
+    for inert in _INERT[name]:
+        assert config_from_hf({**raw, name: inert}) == expected
+
+
+NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+@pytest.mark.parametrize("name", NEEDED)
+@pytest.mark.parametrize("raw", (LLAMA_4, MISTRAL_4, GEMMA_4), ids=("llama", "mistral", "gemma3"))
+def test_missing_field(raw: Mapping[str, Any], name: str) -> None:
+    message = refusal({k: v for k, v in raw.items() if k != name})
+    assert message == f"config.json: field {name!r} is missing"
+
+
+WRONG_TYPES: dict[str, tuple[Any, ...]] = {
+    **{name: ("32", 32.0, True, None, [32]) for name in NEEDED},
+    "num_key_value_heads": ("8", 8.0, False, [8]),
+    "head_dim": ("128", 128.0, [128]),
+    "max_position_embeddings": ("2048", 2048.5, {}),
+    "rms_norm_eps": ("1e-5", True, []),
+    "rope_theta": ("5e5", True, []),
+    "tie_word_embeddings": (0, 1, "false"),
+    "attention_bias": (0, "no"),
+    "mlp_bias": (1, "yes"),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in WRONG_TYPES.items() for v in values])
+def test_field_of_the_wrong_type(name: str, value: Any) -> None:
+    assert refusal({**LLAMA_4, name: value}).startswith(f"config.json: {name}={value!r} is not ")
+
+
+def label(value: Any) -> str:
+    """A test's name: the family, the field, and what the message must have."""
+    if isinstance(value, dict):
+        return str(value.get("model_type") if len(value) > 1 else next(iter(value)))
+    return str(value[0])
+
+
+@pytest.mark.parametrize(
+    ("raw", "change", "named"),
+    (
+        (LLAMA_4, {"hidden_size": 4100}, ("num_attention_heads=32", "hidden_size=4100")),
+        (LLAMA_4, {"num_attention_heads": 0}, ("num_attention_heads=0",)),
+        (LLAMA_4, {"num_key_value_heads": 5}, ("num_kv_heads=5", "num_heads=32")),
+        (LLAMA_4, {"num_key_value_heads": 0}, ("num_kv_heads=0",)),
+        (LLAMA_4, {"hidden_act": "relu"}, ("hidden_act='relu'", "silu")),
+        (LLAMA_4, {"hidden_act": ["silu"]}, ("hidden_act",)),
+        (LLAMA_4, {"head_dim": 0}, ("head_dim=0",)),
+        (LLAMA_4, {"head_dim": -2}, ("head_dim=-2",)),
+        (LLAMA_4, {"num_hidden_layers": -1}, ("num_layers=-1",)),
+        (LLAMA_4, {"model_type": ["llama"]}, ("model_type",)),
+        (LLAMA_4, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ("rope_type='yarn'",)),
+        (LLAMA_4, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ("'llama3'", "low_freq_factor")),
+        (LLAMA_4, {"rope_scaling": {"type": "linear"}}, ("'linear'", "factor")),
+        (LLAMA_4, {"rope_scaling": {"type": "linear", "factor": "4"}}, ("factor",)),
+        (LLAMA_4, {"rope_scaling": {"type": "linear", "factor": 0}}, ("factor=0",)),
+        (LLAMA_4, {"rope_scaling": {"rope_type": ["linear"]}}, ("rope_type",)),
+        (LLAMA_4, {"rope_scaling": "llama3"}, ("rope_scaling",)),
+        (LLAMA_4, {"rope_scaling": {**SCALING, "original_max_position_embeddings": 0}}, ("original_max",)),
+        (LLAMA_5, {"rope_parameters": {"rope_theta": "abc"}}, ("rope_theta", "abc")),
+        (LLAMA_5, {"rope_parameters": [1]}, ("rope_parameters",)),
+        (LLAMA_5, {"rope_parameters": {"partial_rotary_factor": 0.5}}, ("partial_rotary_factor=0.5",)),
+        (MISTRAL_4, {"sliding_window": 0}, ("sliding_window=0",)),
+        (MISTRAL_4, {"sliding_window": "4096"}, ("sliding_window='4096'",)),
+        (GEMMA_4, {"sliding_window_pattern": 0}, ("sliding_window_pattern",)),
+        (GEMMA_4, {"query_pre_attn_scalar": 0}, ("query_pre_attn_scalar",)),
+        (GEMMA_4, {"query_pre_attn_scalar": -1}, ("query_pre_attn_scalar",)),
+        (GEMMA_4, {"layer_types": ["full_attention"]}, ("layer_types has 1 ", "num_layers=34")),
+        (GEMMA_4, {"layer_types": 5}, ("layer_types",)),
+        (GEMMA_4, {"layer_types": ["chunked_attention"] * 34}, ("'chunked_attention'",)),
+        (GEMMA_4, {"hidden_activation": "silly"}, ("hidden_activation='silly'",)),
+        (GEMMA_5, {"rope_parameters": {"rope_type": "default"}}, ("rope_parameters", "per layer type")),
+        (GEMMA_5, {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, ("'yarn'",)),
+        (GEMMA_5, {"rope_parameters": {"full_attention": 5}}, ("rope_parameters",)),
+    ),
+    ids=label,
+)  # fmt: skip
+def test_bad_value(raw: Mapping[str, Any], change: dict[str, Any], named: tuple[str, ...]) -> None:
+    message = refusal({**raw, **change})
+    for part in named:
+        assert part in message
+
+
+# --- GGUF --------------------------------------------------------------------------------------------------
+
+GGUF_LLAMA: dict[str, Any] = {
+    "general.architecture": "llama",
+    "llama.embedding_length": 576,
+    "llama.feed_forward_length": 1536,
+    "llama.block_count": 30,
+    "llama.attention.head_count": 9,
+    "llama.attention.head_count_kv": 3,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.context_length": 8192,
+    "llama.rope.freq_base": 100000.0,
+    "llama.rope.dimension_count": 64,
+}
+GGUF_GEMMA: dict[str, Any] = {
+    "general.architecture": "gemma3",
+    "gemma3.embedding_length": 640,
+    "gemma3.feed_forward_length": 2048,
+    "gemma3.block_count": 18,
+    "gemma3.attention.head_count": 4,
+    "gemma3.attention.head_count_kv": 1,
+    "gemma3.attention.key_length": 256,
+    "gemma3.attention.layer_norm_rms_epsilon": 1e-6,
+    "gemma3.attention.sliding_window": 512,
+    "gemma3.context_length": 32768,
+    "gemma3.rope.freq_base": 1000000.0,
+}
+EMBEDDING = {"token_embd.weight": (49152, 576)}
+
+
+def view(
+    metadata: Mapping[str, Any],
+    *,
+    tensors: Mapping[str, tuple[int, ...]] = EMBEDDING,
+    divisors: tuple[float, ...] | None = None,
+    **changes: Any,
+) -> GGUFView:
+    name = metadata["general.architecture"]
+    changed = {f"{name}.{key.replace('__', '.')}": value for key, value in changes.items()}
+    merged = {k: v for k, v in {**metadata, **changed}.items() if v is not ...}
+    return GGUFView(name, merged, tensors, divisors)
+
+
+def gguf_refusal(of: GGUFView) -> str:
+    with pytest.raises(ConfigError) as error:
+        config_from_gguf(of)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_gguf_llama() -> None:
+    config = config_from_gguf(view(GGUF_LLAMA))
+    assert config == ModelConfig(
+        model_type="llama",
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(theta=100000.0),
+        layer_types=("full_attention",) * 30,
+        tie_word_embeddings=True,
+        query_scale=1 / 8,
+    )
+
+
+def test_gguf_llama_defaults() -> None:
+    config = config_from_gguf(
+        view(GGUF_LLAMA, rope__freq_base=..., rope__dimension_count=..., attention__head_count_kv=...)
+    )
+    assert (config.rope.theta, config.num_kv_heads) == (10_000.0, 9)
+
+
+def test_gguf_tells_tying_and_biases_from_its_tensors() -> None:
+    names = ("output.weight", "blk.0.attn_q.bias", "blk.0.attn_output.bias", "blk.0.ffn_up.bias")
+    config = config_from_gguf(view(GGUF_LLAMA, tensors={**EMBEDDING, **dict.fromkeys(names, (1,))}))
+    assert not config.tie_word_embeddings
+    assert config.attention_bias and config.attention_out_bias and config.mlp_bias
+    only_q = config_from_gguf(view(GGUF_LLAMA, tensors={**EMBEDDING, "blk.0.attn_q.bias": (1,)}))
+    assert (only_q.attention_bias, only_q.attention_out_bias, only_q.mlp_bias) == (True, False, False)
+
+
+def test_gguf_rope_divisors() -> None:
+    divisors = tuple(1.0 + i / 4 for i in range(32))
+    assert config_from_gguf(view(GGUF_LLAMA, divisors=divisors)).rope == RopeConfig(
+        100000.0, divisors=divisors
+    )
+
+
+@pytest.mark.parametrize("metadata", (GGUF_LLAMA, GGUF_GEMMA), ids=("llama", "gemma3"))
+def test_gguf_linear_scaling(metadata: Mapping[str, Any]) -> None:
+    config = config_from_gguf(view(metadata, rope__scaling__type="linear", rope__scaling__factor=8.0))
+    assert (config.rope.kind, config.rope.factor) == ("linear", 8.0)
+    if config.rope_sliding is not None:
+        assert config.rope_sliding == RopeConfig(theta=10_000.0)
+    assert "llama.rope.scaling.factor" in gguf_refusal(view(GGUF_LLAMA, rope__scaling__type="linear"))
+
+
+@pytest.mark.parametrize("metadata", (GGUF_LLAMA, GGUF_GEMMA), ids=("llama", "gemma3"))
+def test_gguf_yarn(metadata: Mapping[str, Any]) -> None:
+    message = gguf_refusal(view(metadata, rope__scaling__type="yarn", rope__scaling__factor=8.0))
+    assert message == "GGUF rope.scaling.type='yarn' is not supported: use none or linear"
+
+
+def test_gguf_experts() -> None:
+    assert "expert_count=8" in gguf_refusal(view(GGUF_LLAMA, expert_count=8))
+    assert config_from_gguf(view(GGUF_LLAMA, expert_count=0)) == config_from_gguf(view(GGUF_LLAMA))
+
+
+def test_gguf_partial_rope() -> None:
+    message = gguf_refusal(view(GGUF_LLAMA, rope__dimension_count=32))
+    assert "rope.dimension_count=32" in message and "head_dim=64" in message
+
+
+def test_gguf_gemma3() -> None:
+    config = config_from_gguf(view(GGUF_GEMMA, tensors={"token_embd.weight": (262144, 640)}))
+    assert (config.model_type, config.vocab_size) == ("gemma3_text", 262144)
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 1, 256)
+    assert [i for i, kind in enumerate(config.layer_types) if kind == "full_attention"] == [5, 11, 17]
+    assert (config.rope, config.rope_sliding) == (RopeConfig(theta=1e6), RopeConfig(theta=1e4))
+    assert (config.sliding_window, config.query_scale, config.norm_offset) == (512, 1 / 16, 1.0)
+    assert config.embedding_scale == 640**0.5
+    assert config.tie_word_embeddings and config.qk_norm and config.sandwich_norms
+    assert config.activation == "gelu_tanh"
+
+
+def test_gguf_gemma3_27b() -> None:
+    """Its queries are scaled by D / H = 168, not by head_dim = 128."""
+    config = config_from_gguf(
+        view(GGUF_GEMMA, embedding_length=5376, block_count=62, attention__head_count=32,
+             attention__head_count_kv=16, attention__key_length=128)
+    )  # fmt: skip
+    assert config.query_scale == pytest.approx(168**-0.5)
+    assert config.head_dim == 128
+
+
+@pytest.mark.parametrize(
+    "key",
+    (
+        "embedding_length",
+        "feed_forward_length",
+        "block_count",
+        "attention.head_count",
+        "attention.layer_norm_rms_epsilon",
+        "context_length",
+    ),
+)
+@pytest.mark.parametrize("metadata", (GGUF_LLAMA, GGUF_GEMMA), ids=("llama", "gemma3"))
+def test_gguf_missing_key(metadata: Mapping[str, Any], key: str) -> None:
+    name = metadata["general.architecture"]
+    message = gguf_refusal(view(metadata, **{key.replace(".", "__"): ...}))
+    assert message == f"the GGUF file has no metadata '{name}.{key}'"
+
+
+def test_gguf_missing_window_and_embedding() -> None:
+    message = gguf_refusal(view(GGUF_GEMMA, attention__sliding_window=...))
+    assert "gemma3.attention.sliding_window" in message
+    assert gguf_refusal(view(GGUF_LLAMA, tensors={})) == "the GGUF file has no tensor 'token_embd.weight'"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    (
+        ({"attention__head_count": 0}, "head"),
+        ({"attention__head_count": [9, 9]}, "head"),
+        ({"attention__head_count_kv": 2}, "num_kv_heads=2"),
+        ({"attention__key_length": 0}, "head_dim=0"),
+        ({"feed_forward_length": [1536] * 30}, "intermediate_size"),
+        ({"block_count": "30"}, "num_layers"),
+        ({"embedding_length": "576"}, "hidden_size"),
+        ({"attention__layer_norm_rms_epsilon": "small"}, "rms_norm_eps"),
+        ({"rope__freq_base": "high"}, "freq_base"),
+    ),
+)
+def test_gguf_bad_value(changes: dict[str, Any], named: str) -> None:
+    assert named in gguf_refusal(view(GGUF_LLAMA, **changes))
+
+
+def test_unsupported_gguf_architecture() -> None:
+    with pytest.raises(ConfigError) as error:
+        gguf_architecture("mamba")
+    assert str(error.value) == "GGUF architecture 'mamba' is not supported; supported are llama, gemma3"
+
+
+# --- names -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("canonical", "hf"),
+    (
+        ("embed_tokens.weight", "model.embed_tokens.weight"),
+        ("norm.weight", "model.norm.weight"),
+        ("lm_head.weight", "lm_head.weight"),
+        ("layers.12.self_attn.q_proj.weight", "model.layers.12.self_attn.q_proj.weight"),
+    ),
+)
+def test_hf_name(canonical: str, hf: str) -> None:
+    assert hf_name(canonical) == hf
+
+
+@pytest.mark.parametrize(
+    ("architecture", "canonical", "gguf"),
+    (
+        ("llama", "embed_tokens.weight", "token_embd.weight"),
+        ("llama", "norm.weight", "output_norm.weight"),
+        ("llama", "lm_head.weight", "output.weight"),
+        ("llama", "layers.0.input_layernorm.weight", "blk.0.attn_norm.weight"),
+        ("llama", "layers.3.self_attn.q_proj.weight", "blk.3.attn_q.weight"),
+        ("llama", "layers.3.self_attn.k_proj.bias", "blk.3.attn_k.bias"),
+        ("llama", "layers.3.self_attn.v_proj.weight", "blk.3.attn_v.weight"),
+        ("llama", "layers.29.self_attn.o_proj.weight", "blk.29.attn_output.weight"),
+        ("llama", "layers.29.post_attention_layernorm.weight", "blk.29.ffn_norm.weight"),
+        ("llama", "layers.29.mlp.gate_proj.weight", "blk.29.ffn_gate.weight"),
+        ("llama", "layers.29.mlp.up_proj.weight", "blk.29.ffn_up.weight"),
+        ("llama", "layers.29.mlp.down_proj.weight", "blk.29.ffn_down.weight"),
+        ("gemma3", "layers.1.self_attn.q_norm.weight", "blk.1.attn_q_norm.weight"),
+        ("gemma3", "layers.1.self_attn.k_norm.weight", "blk.1.attn_k_norm.weight"),
+        # the same names mean other norms: Gemma has one after each block as well
+        ("gemma3", "layers.1.post_attention_layernorm.weight", "blk.1.post_attention_norm.weight"),
+        ("gemma3", "layers.1.pre_feedforward_layernorm.weight", "blk.1.ffn_norm.weight"),
+        ("gemma3", "layers.1.post_feedforward_layernorm.weight", "blk.1.post_ffw_norm.weight"),
+    ),
+)
+def test_gguf_name(architecture: str, canonical: str, gguf: str) -> None:
+    assert gguf_name(canonical, gguf_architecture(architecture)) == gguf
+
+
+@pytest.mark.parametrize(
+    "canonical", ("layers.0.mlp.router.weight", "layers.x.mlp.up_proj.weight", "other.weight")
+)
+def test_gguf_name_that_is_none(canonical: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"'llama' has no tensor for '{canonical}'")):
+        gguf_name(canonical, gguf_architecture("llama"))
+
+
+def test_gguf_names_differ() -> None:
+    """A map that sends two tensors to one would load one of them twice."""
+    for family in FAMILIES.values():
+        for architecture in family.gguf:
+            names = list(architecture.layer_names.values())
+            assert len(names) == len(set(names)), architecture.name
+
+
+def test_only_llama_files_interleave_and_only_gemma_files_offset() -> None:
+    assert gguf_architecture("llama").interleaved_rope
+    assert not gguf_architecture("gemma3").interleaved_rope  # NEOX order in llama.cpp
+    assert (gguf_architecture("llama").norm_offset, gguf_architecture("gemma3").norm_offset) == (0.0, 1.0)

@@ -1,0 +1,193 @@
+"""``LLM`` with the real SmolLM2, and the errors a caller gets."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import GOLDENS
+
+from tpjax import LLM, SamplingParams, TpjaxError
+from tpjax.errors import CheckpointError, ConfigError, DeviceError, RequestError
+
+PROMPT = "The capital of France is"
+
+
+@pytest.fixture(scope="module")
+def llm(smollm2_gguf: Path) -> LLM:
+    return LLM(smollm2_gguf, tp=2, max_model_len=256, max_slots=2)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> LLM:
+    return LLM(GOLDENS / "llama", tp=2, max_model_len=64, max_slots=2)
+
+
+def greedy(max_tokens: int, **extra: object) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0, **extra)
+
+
+def test_generate_and_stream_agree(llm: LLM) -> None:
+    (completion,) = llm.generate(PROMPT, greedy(24))
+    assert completion.text.startswith(" Paris")
+    assert completion.prompt == PROMPT
+    assert llm.tokenizer is not None
+    assert completion.prompt_token_ids == llm.tokenizer.encode(PROMPT)
+    deltas = list(llm.stream(PROMPT, greedy(24)))
+    assert "".join(delta.text for delta in deltas) == completion.text
+    assert [token for delta in deltas for token in delta.token_ids] == completion.token_ids
+    assert [delta.finish_reason for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
+    assert deltas[-1].finish_reason == completion.finish_reason
+    assert len(deltas) > 3  # it did stream
+
+
+def test_end_of_text_ends_and_is_not_text(llm: LLM) -> None:
+    (ended,) = llm.generate(PROMPT, greedy(64))
+    assert ended.finish_reason == "stop"
+    assert llm.tokenizer is not None and ended.token_ids[-1] in llm.tokenizer.eos_ids
+    assert not ended.text.endswith("<|im_end|>")
+    (on,) = llm.generate(PROMPT, greedy(64, ignore_eos=True))
+    assert on.finish_reason == "length" and len(on.token_ids) == 64
+    assert on.token_ids[: len(ended.token_ids)] == ended.token_ids
+
+
+def test_stop_string_and_stop_token(llm: LLM) -> None:
+    (free,) = llm.generate(PROMPT, greedy(20))
+    stop = free.text[6:12]  # crosses a token border
+    (stopped,) = llm.generate(PROMPT, greedy(20, stop=stop))
+    assert stopped.text == free.text[: free.text.index(stop)]
+    assert stopped.finish_reason == "stop"
+    assert len(stopped.token_ids) < len(free.token_ids)
+    third = free.token_ids[2]
+    (by_token,) = llm.generate(PROMPT, greedy(20, stop_token_ids=[third]))
+    assert by_token.token_ids == free.token_ids[: free.token_ids.index(third) + 1]
+    assert by_token.finish_reason == "stop"
+
+
+def test_stream_never_splits_a_character(llm: LLM) -> None:
+    """Emoji and Chinese take several tokens a character; make the model write them by a bias."""
+    assert llm.tokenizer is not None
+    text = "🙂语🎉"
+    wanted = llm.tokenizer.encode(text)
+    params = SamplingParams(
+        max_tokens=60, temperature=1.5, seed=4, ignore_eos=True, logit_bias=dict.fromkeys(wanted, 60.0)
+    )
+    deltas = [delta.text for delta in llm.stream("x", params)]
+    (completion,) = llm.generate("x", params)
+    assert "".join(deltas) == completion.text
+    # an incomplete character may only ever show at the very end, or where the bytes are no character at all
+    for delta in deltas[:-1]:
+        assert delta.encode("utf-8", "strict").decode() == delta
+    decoded = llm.tokenizer.decode(completion.token_ids)
+    assert completion.text == decoded
+
+
+def test_logprobs_are_those_of_the_logits(llm: LLM) -> None:
+    (completion,) = llm.generate(PROMPT, SamplingParams(max_tokens=6, temperature=0.7, seed=2, logprobs=3))
+    assert completion.logprobs is not None and len(completion.logprobs) == 6
+    logits = llm.logits(completion.prompt_token_ids + completion.token_ids)
+    for i, entry in enumerate(completion.logprobs):
+        row = logits[len(completion.prompt_token_ids) - 1 + i].astype(np.float64)
+        logprobs = row - np.log(np.exp(row - row.max()).sum()) - row.max()
+        assert entry.token_id == completion.token_ids[i]
+        assert entry.logprob == pytest.approx(logprobs[entry.token_id], abs=1e-3)
+        assert list(entry.top) == np.argsort(-logprobs)[:3].tolist()
+        assert list(entry.top.values()) == pytest.approx(np.sort(logprobs)[::-1][:3].tolist(), abs=1e-3)
+
+
+def test_seedless_requests_follow_the_engines_seed() -> None:
+    params = SamplingParams(max_tokens=12, temperature=1.0, ignore_eos=True)
+
+    def draw(seed: int) -> list[list[int]]:
+        llm = LLM(GOLDENS / "llama", tp=1, max_model_len=64, max_slots=2, seed=seed)
+        return [c.token_ids for c in llm.generate([[5, 6], [5, 6]], params)]
+
+    first = draw(3)
+    assert first == draw(3)
+    assert first[0] != first[1]  # two requests are two draws
+    assert first != draw(4)
+
+
+def test_abandoned_stream_gives_its_place_back(tiny: LLM) -> None:
+    blocks = tiny.engine.scheduler.blocks
+    free = blocks.free
+    stream = tiny.stream([1, 2, 3], greedy(40, ignore_eos=True))
+    next(stream)
+    assert blocks.free < free
+    stream.close()
+    assert blocks.free == free and not tiny.engine.scheduler.busy
+
+
+def test_without_a_tokenizer_token_ids_go_in_and_out(tiny: LLM) -> None:
+    assert tiny.tokenizer is None
+    (completion,) = tiny.generate([[5, 6, 7]], greedy(4))
+    assert completion.prompt is None and completion.text == "" and len(completion.token_ids) == 4
+    with pytest.raises(RequestError, match="has no tokenizer: give the prompt as token ids"):
+        tiny.generate("text")
+    with pytest.raises(RequestError, match=r"stop=\('x',\) needs a tokenizer"):
+        tiny.generate([[5]], greedy(4, stop="x"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    (
+        ([], greedy(4), "the prompt is empty"),
+        (list(range(64)), greedy(1), "the prompt has 64 tokens, but max_model_len=64"),
+        ([1, 2, 3], greedy(62), "3 tokens and max_tokens=62: together 65, over max_model_len=64"),
+        ([1, 131], greedy(4), "token id 131, but the vocabulary has 131"),
+        ([-1], greedy(4), "token id -1"),
+        ([1], greedy(4, logit_bias={500: 1.0}), "logit_bias has token id 500"),
+        ([1], greedy(4, stop_token_ids=[131]), "stop_token_ids has token id 131"),
+    ),
+)
+def test_bad_request_runs_nothing(tiny: LLM, prompt: list[int], params: SamplingParams, message: str) -> None:
+    free = tiny.engine.scheduler.blocks.free
+    with pytest.raises(RequestError, match=message):
+        tiny.generate([[1, 2], prompt], params if params.max_tokens < 60 else [greedy(1), params])
+    with pytest.raises(RequestError, match=message):
+        tiny.stream(prompt, params)  # at the call, not at the first delta
+    assert tiny.engine.scheduler.blocks.free == free and not tiny.engine.scheduler.busy
+
+
+def test_logits_bounds(tiny: LLM) -> None:
+    assert tiny.logits(list(range(64))).shape == (64, 131)
+    assert tiny.logits(list(range(64))).dtype == np.float32
+    with pytest.raises(RequestError, match="65 tokens are over max_model_len=64"):
+        tiny.logits([1] * 65)
+    with pytest.raises(RequestError, match="empty"):
+        tiny.logits([])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    (
+        ({"tp": 9}, DeviceError, "tp=9 needs 9 devices, but JAX sees 8"),
+        ({"tp": 0}, DeviceError, "tp=0"),
+        ({"dtype": "int3"}, ConfigError, "dtype='int3'"),
+        ({"max_model_len": 513}, ConfigError, "max_model_len=513 is not between 1 and the model's 512"),
+        ({"max_slots": 0}, ConfigError, "max_slots=0"),
+        ({"quantize": "int8"}, ConfigError, "quantize='int8'"),
+        ({"seed": -1}, ConfigError, "seed=-1"),
+    ),
+)
+def test_bad_arguments(arguments: dict[str, object], error: type[TpjaxError], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LLM(GOLDENS / "llama", **arguments)
+
+
+def test_pickles_are_refused(tmp_path: Path) -> None:
+    shutil.copy(GOLDENS / "llama" / "config.json", tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not opened")
+    with pytest.raises(CheckpointError, match="safetensors"):
+        LLM(tmp_path)
+
+
+def test_bfloat16_is_close_to_float32() -> None:
+    """The accelerators' dtype, here for its maths: same shapes, sharding and paths."""
+    prompt = np.load(GOLDENS / "llama" / "golden.npz")["prompt"]
+    exact = np.load(GOLDENS / "llama" / "golden.npz")["logits"]
+    rounded = LLM(GOLDENS / "llama", tp=3, dtype="bfloat16", max_model_len=64, max_slots=1).logits(prompt)
+    error = np.abs(rounded - exact).max() / np.abs(exact).max()
+    assert 1e-5 < error < 0.1

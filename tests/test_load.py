@@ -1,0 +1,354 @@
+"""From files to shards: each device holds exactly its slice, and what does not fit is listed at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from tpjax.checkpoints.load import (
+    Checkpoint,
+    abstract_decoder,
+    load_decoder,
+    open_checkpoint,
+    parameters,
+    read_config,
+)
+from tpjax.checkpoints.source import TensorInfo
+from tpjax.errors import CheckpointError, ConfigError
+from tpjax.mesh import make_mesh
+
+LAYERS, D, H, K, HEAD, F, V = 2, 10, 6, 2, 4, 20, 50
+F32 = jnp.dtype("float32")
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": D,
+    "intermediate_size": F,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": H,
+    "num_key_value_heads": K,
+    "head_dim": HEAD,
+    "vocab_size": V,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+
+
+def tensors(seed: int = 0) -> dict[str, np.ndarray]:
+    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,), "lm_head.weight": (V, D)}
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}."
+        shapes |= {
+            f"{prefix}input_layernorm.weight": (D,),
+            f"{prefix}post_attention_layernorm.weight": (D,),
+            f"{prefix}self_attn.q_proj.weight": (H * HEAD, D),
+            f"{prefix}self_attn.k_proj.weight": (K * HEAD, D),
+            f"{prefix}self_attn.v_proj.weight": (K * HEAD, D),
+            f"{prefix}self_attn.o_proj.weight": (D, H * HEAD),
+            f"{prefix}mlp.gate_proj.weight": (F, D),
+            f"{prefix}mlp.up_proj.weight": (F, D),
+            f"{prefix}mlp.down_proj.weight": (D, F),
+        }
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+TENSORS = tensors()
+
+
+def save(path: Path, weights: Mapping[str, np.ndarray], **config: Any) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps({**CONFIG, **config}))
+    save_file(dict(weights), path / "model.safetensors")
+    return path
+
+
+def load(path: Path, tp: int, dtype: jnp.dtype = F32) -> dict[str, jax.Array]:
+    model = load_decoder(open_checkpoint(path), make_mesh(tp), dtype, progress=False)
+    return {".".join(map(str, key)): leaf for key, leaf in flat(model).items()}
+
+
+def flat(model: Any) -> dict[tuple[Any, ...], jax.Array]:
+    return {key: variable.get_value() for key, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+# --- what each device must hold, put together by hand ------------------------------------------------------
+
+# (KV head, its query heads) of every slot, worked out on paper: six queries over two KV heads.
+SLOTS: dict[int, list[tuple[int | None, list[int | None]]]] = {
+    1: [(0, [0, 1, 2]), (1, [3, 4, 5])],
+    3: [(0, [0, 1, 2]), (1, [3, 4, 5]), (None, [None] * 3)],
+    8: [(0, [0]), (0, [1]), (0, [2]), (1, [3]), (1, [4]), (1, [5]), (None, [None]), (None, [None])],
+}
+
+
+def expected(tp: int, weights: Mapping[str, np.ndarray] = TENSORS) -> dict[str, np.ndarray]:
+    """Every stored parameter as a whole, from the canonical tensors."""
+
+    def padded(x: np.ndarray, axis: int) -> np.ndarray:
+        missing = -x.shape[axis] % tp
+        return np.concatenate(
+            [x, np.zeros_like(x, shape=(*x.shape[:axis], missing, *x.shape[axis + 1 :]))], axis
+        )
+
+    def head(x: np.ndarray, number: int | None) -> np.ndarray:
+        """Columns of one head of a weight [in, H * h], or of o_proj as it is stored, [D, H * h]."""
+        return (
+            np.zeros((D, HEAD), np.float32) if number is None else x[:, number * HEAD : (number + 1) * HEAD]
+        )
+
+    out = {
+        "embed_tokens.weight": padded(weights["model.embed_tokens.weight"], 0),
+        "lm_head.weight": padded(weights["lm_head.weight"], 0),
+        "norm.weight": weights["model.norm.weight"],
+    }
+    for layer in range(LAYERS):
+        source, target = f"model.layers.{layer}.", f"layers.{layer}."
+        q, k, v = (weights[f"{source}self_attn.{name}_proj.weight"].T for name in "qkv")
+        o = weights[f"{source}self_attn.o_proj.weight"]
+        gate, up = (weights[f"{source}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+        down = weights[f"{source}mlp.down_proj.weight"]
+        out |= {
+            f"{target}{name}.weight": weights[f"{source}{name}.weight"]
+            for name in ("input_layernorm", "post_attention_layernorm")
+        }
+        columns, outputs = [], []
+        for kv_head, heads in SLOTS[tp]:
+            columns += [head(q, h) for h in heads] + [head(k, kv_head), head(v, kv_head)]
+            outputs += [head(o, h) for h in heads]
+        out[f"{target}self_attn.qkv_proj.weight"] = np.concatenate(columns, axis=1)
+        out[f"{target}self_attn.o_proj.weight"] = np.concatenate(outputs, axis=1)
+        parts = zip(np.split(padded(gate, 1), tp, axis=1), np.split(padded(up, 1), tp, axis=1), strict=True)
+        out[f"{target}mlp.gate_up_proj.weight"] = np.concatenate(
+            [part for pair in parts for part in pair], axis=1
+        )
+        out[f"{target}mlp.down_proj.weight"] = padded(down, 1)
+    return out
+
+
+CUT_AXIS = {"qkv_proj": 1, "gate_up_proj": 1, "o_proj": 1, "down_proj": 1, "embed_tokens": 0, "lm_head": 0}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("plain") / "model", TENSORS)
+
+
+@pytest.mark.parametrize("tp", (1, 3, 8))
+def test_each_device_holds_its_slice(plain: Path, tp: int) -> None:
+    arrays, whole = load(plain, tp), expected(tp)
+    assert arrays.keys() == whole.keys()
+    for name, array in arrays.items():
+        assert array.dtype == np.float32 and array.shape == whole[name].shape
+        axis = CUT_AXIS.get(name.split(".")[-2])
+        assert len(array.addressable_shards) == tp
+        shares = [whole[name]] * tp if axis is None else np.split(whole[name], tp, axis=axis)
+        for shard in array.addressable_shards:
+            np.testing.assert_array_equal(np.asarray(shard.data), shares[shard.device.id], err_msg=name)
+
+
+def test_sharded_files_and_single_file_are_the_same(plain: Path, tmp_path: Path) -> None:
+    names = sorted(TENSORS)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, of in files.items():
+        save_file({name: TENSORS[name] for name in of}, tmp_path / file)
+    index = {"weight_map": {name: file for file, of in files.items() for name in of}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    one, two = load(plain, 3), load(tmp_path, 3)
+    for name, array in one.items():
+        np.testing.assert_array_equal(array, two[name])
+
+
+def test_bare_backbone(plain: Path, tmp_path: Path) -> None:
+    """``AutoModel.save_pretrained`` leaves the prefix out, and has no head."""
+    bare = {name.removeprefix("model."): x for name, x in TENSORS.items() if name != "lm_head.weight"}
+    arrays = load(save(tmp_path / "bare", bare, tie_word_embeddings=True), 3)
+    whole = expected(3)
+    assert arrays.keys() == whole.keys() - {"lm_head.weight"}
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, whole[name])
+
+
+def test_tied_ignores_an_extra_head(tmp_path: Path) -> None:
+    arrays = load(save(tmp_path / "tied", TENSORS, tie_word_embeddings=True), 1)
+    assert "lm_head.weight" not in arrays
+    np.testing.assert_array_equal(arrays["embed_tokens.weight"], TENSORS["model.embed_tokens.weight"])
+
+
+def test_rotary_buffers_of_old_checkpoints_are_ignored(tmp_path: Path) -> None:
+    extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32) for i in range(LAYERS)}
+    arrays = load(save(tmp_path / "old", TENSORS | extra), 1)
+    assert arrays.keys() == expected(1).keys()
+
+
+def test_bfloat16_checkpoint_to_float32_and_back(tmp_path: Path) -> None:
+    half = {name: x.astype(ml_dtypes.bfloat16) for name, x in TENSORS.items()}
+    path = save(tmp_path / "half", half)
+    whole = expected(3, {name: x.astype(np.float32) for name, x in half.items()})
+    wide, narrow = load(path, 3), load(path, 3, jnp.dtype("bfloat16"))
+    for name in whole:
+        assert (wide[name].dtype, narrow[name].dtype) == (jnp.float32, jnp.bfloat16)
+        np.testing.assert_array_equal(wide[name], whole[name])
+        np.testing.assert_array_equal(np.asarray(narrow[name]).astype(np.float32), whole[name])
+
+
+class Counting:
+    """A source that counts the elements read of each tensor."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self.tensors: Mapping[str, TensorInfo] = source.tensors
+        self.elements: dict[str, int] = {}
+        self.largest = 0
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        out = self._source.read(name, index)
+        self.elements[name] = self.elements.get(name, 0) + out.size
+        self.largest = max(self.largest, out.size)
+        return out
+
+
+def test_only_the_slices_are_read(plain: Path) -> None:
+    """At tp = 8 every element once; k and v once per slot that holds a replica, and norms once in all."""
+    checkpoint = open_checkpoint(plain)
+    source = Counting(checkpoint.source)
+    load_decoder(Checkpoint(plain, checkpoint.config, source), make_mesh(8), F32, progress=False)
+    for name, count in source.elements.items():
+        replicas = 3 if name.split(".")[-2] in ("k_proj", "v_proj") else 1
+        assert count == replicas * np.prod(source.tensors[name].shape), name
+    assert source.elements.keys() == source.tensors.keys()
+    assert source.largest == 7 * D  # a device's rows of the vocabulary
+
+
+def test_abstract_model_holds_no_memory(plain: Path) -> None:
+    mesh = make_mesh(3)
+    model = abstract_decoder(read_config(plain), mesh, F32)
+    for key, leaf in flat(model).items():
+        assert isinstance(leaf, jax.ShapeDtypeStruct), key
+    shapes = {p.name: (p.layout.shape, p.dtype) for p in parameters(model, mesh)}
+    assert shapes == {name: (x.shape, F32) for name, x in expected(3).items()}
+
+
+# --- refusals ----------------------------------------------------------------------------------------------
+
+
+def refusal(path: Path, kind: type[Exception] = CheckpointError) -> str:
+    with pytest.raises(kind) as error:
+        load(path, 1)
+    return str(error.value)
+
+
+def test_every_difference_in_one_message(tmp_path: Path) -> None:
+    wrong = dict(TENSORS)
+    del wrong["model.layers.1.mlp.up_proj.weight"]
+    del wrong["lm_head.weight"]
+    wrong["model.layers.0.self_attn.q_proj.weight"] = np.ones((H * HEAD + 1, D), np.float32)
+    wrong["model.norm.weight"] = np.ones((D, 1), np.float32)
+    wrong["model.layers.2.mlp.up_proj.weight"] = np.ones((F, D), np.float32)
+    wrong["model.layers.0.self_attn.q_proj.bias"] = np.ones(H * HEAD, np.float32)
+    path = save(tmp_path / "wrong", wrong)
+    lines = refusal(path).splitlines()
+    assert lines[0] == f"{path}: configuration and weights disagree on 6 tensors:"
+    assert sorted(line.strip() for line in lines[1:]) == sorted(
+        (
+            "missing     layers.1.mlp.up_proj.weight [20, 10]",
+            "missing     lm_head.weight [50, 10]",
+            "mismatched  layers.0.self_attn.q_proj.weight: "
+            "the configuration says [24, 10], the file has [25, 10]",
+            "mismatched  norm.weight: the configuration says [10], the file has [10, 1]",
+            "unexpected  layers.2.mlp.up_proj.weight [20, 10]",
+            "unexpected  layers.0.self_attn.q_proj.bias [24]",
+        )
+    )
+
+
+def test_a_long_list_is_cut(tmp_path: Path) -> None:
+    extra = {f"model.extra.{i}": np.ones(1, np.float32) for i in range(40)}
+    lines = refusal(save(tmp_path / "extra", TENSORS | extra)).splitlines()
+    assert lines[0].endswith("disagree on 40 tensors:")
+    assert len(lines) == 1 + 20 + 1
+    assert lines[-1].strip() == "… and 20 more"
+
+
+def test_the_wrong_configuration(tmp_path: Path) -> None:
+    """A deeper model than the file: what is missing is named, with its shape."""
+    message = refusal(save(tmp_path / "deeper", TENSORS, num_hidden_layers=3))
+    assert "missing     layers.2.self_attn.q_proj.weight [24, 10]" in message
+    assert "disagree on 9 tensors" in message
+
+
+def test_two_tensors_for_one_name(tmp_path: Path) -> None:
+    """With and without the prefix: taking either silently would be a guess."""
+    both = TENSORS | {"norm.weight": np.zeros(D, np.float32)}
+    assert "norm.weight" in refusal(save(tmp_path / "both", both))
+
+
+def test_missing_path(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "nowhere") == f"{tmp_path / 'nowhere'} does not exist"
+
+
+def test_not_a_model_file(tmp_path: Path) -> None:
+    file = tmp_path / "weights.bin"
+    file.write_bytes(b"x")
+    assert refusal(file) == f"{file} is neither a directory nor a .gguf file"
+
+
+def test_no_config(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    assert refusal(tmp_path) == f"{tmp_path} has no config.json"
+
+
+@pytest.mark.parametrize("text", ("", "{", '{"model_type": "llama",}', "[" * 100_000, "\udcff"))
+def test_broken_config(tmp_path: Path, text: str) -> None:
+    path = save(tmp_path / "broken", TENSORS)
+    (path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    message = refusal(path)
+    assert message.startswith(f"{path / 'config.json'} is not valid JSON: ")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("text", ("[]", "null", '"llama"', "5"))
+def test_config_that_is_no_object(tmp_path: Path, text: str) -> None:
+    path = save(tmp_path / "list", TENSORS)
+    (path / "config.json").write_text(text)
+    assert "not an object" in refusal(path, ConfigError)
+
+
+def test_unsupported_model_type(tmp_path: Path) -> None:
+    message = refusal(save(tmp_path / "bert", TENSORS, model_type="bert"), ConfigError)
+    assert message.startswith("model_type='bert' is not supported; supported are llama, ")
+
+
+@pytest.mark.parametrize("name", ("pytorch_model.bin", "consolidated.00.pth", "model.pt"))
+def test_only_pickles(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'false'\ntR.")  # a pickle that would run a command
+    message = refusal(tmp_path)
+    assert name in message and "never opened" in message and "save_pretrained" in message
+
+
+def test_no_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    message = refusal(tmp_path)
+    assert "no weights" in message and "model.safetensors.index.json" in message
+
+
+def test_read_config_needs_no_weights(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(CONFIG))
+    config = read_config(tmp_path)
+    assert config == read_config(file)
+    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (LAYERS, H, K, HEAD)

@@ -1,0 +1,161 @@
+"""Rotary embeddings against the published formulas, written again here."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tpjax.config import RopeConfig
+from tpjax.layers.rope import Rotation, inverse_frequencies, rotate, rotation
+
+
+def plain(theta: float, head_dim: int) -> list[float]:
+    """Su et al. 2021, section 3.2.2: theta_i = base ** (-2 (i - 1) / d), i = 1 ... d / 2."""
+    return [theta ** (-2 * (i - 1) / head_dim) for i in range(1, head_dim // 2 + 1)]
+
+
+def meta_apply_scaling(freqs: list[float], rope: RopeConfig) -> list[float]:
+    """``apply_scaling`` of Meta's llama-models reference code, its constants taken from the configuration."""
+    old_context_len = rope.original_max_position_embeddings
+    low_freq_wavelen = old_context_len / rope.low_freq_factor
+    high_freq_wavelen = old_context_len / rope.high_freq_factor
+    new_freqs = []
+    for freq in freqs:
+        wavelen = 2 * math.pi / freq
+        if wavelen < high_freq_wavelen:
+            new_freqs.append(freq)
+        elif wavelen > low_freq_wavelen:
+            new_freqs.append(freq / rope.factor)
+        else:
+            smooth = (old_context_len / wavelen - rope.low_freq_factor) / (
+                rope.high_freq_factor - rope.low_freq_factor
+            )
+            new_freqs.append((1 - smooth) * freq / rope.factor + smooth * freq)
+    return new_freqs
+
+
+@pytest.mark.parametrize("theta", (10_000.0, 500_000.0, 1e6))
+@pytest.mark.parametrize("head_dim", (2, 64, 128, 256))
+def test_default(theta: float, head_dim: int) -> None:
+    found = inverse_frequencies(RopeConfig(theta=theta), head_dim)
+    assert found.dtype == np.float32 and found.shape == (head_dim // 2,)
+    np.testing.assert_allclose(found, plain(theta, head_dim), rtol=1e-6)
+
+
+def test_known_values() -> None:
+    """Every eighth of head_dim 64 at base 10,000 is a power of ten to the half."""
+    found = inverse_frequencies(RopeConfig(), 64)
+    np.testing.assert_allclose(found[::8], [1, 10**-1, 10**-2, 10**-3], rtol=1e-6)
+
+
+def test_linear() -> None:
+    found = inverse_frequencies(RopeConfig(theta=1e6, kind="linear", factor=8.0), 256)
+    np.testing.assert_allclose(found, np.array(plain(1e6, 256)) / 8, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "rope"),
+    (
+        (128, RopeConfig(500_000.0, "llama3", 8.0, 1.0, 4.0, 8192)),  # Llama 3.1
+        (64, RopeConfig(500_000.0, "llama3", 32.0, 1.0, 4.0, 8192)),  # Llama 3.2 1B
+        (32, RopeConfig(10_000.0, "llama3", 4.0, 2.0, 8.0, 64)),
+    ),
+)
+def test_llama3(head_dim: int, rope: RopeConfig) -> None:
+    before = plain(rope.theta, head_dim)
+    expected = meta_apply_scaling(before, rope)
+    np.testing.assert_allclose(inverse_frequencies(rope, head_dim), expected, rtol=1e-6)
+    ratios = np.array(before) / np.array(expected)
+    kept, scaled = np.isclose(ratios, 1), np.isclose(ratios, rope.factor)
+    assert kept.any() and scaled.any() and (~kept & ~scaled).any()  # all three bands are exercised
+    assert np.all(np.diff(ratios) >= -1e-9)  # the ramp rises with the wavelength
+
+
+def test_llama3_mid_band_by_hand() -> None:
+    """One frequency of Llama 3.1 inside the ramp: pair 30 of 64, wavelength 2,948 tokens."""
+    frequency = 500_000.0 ** (-60 / 128)
+    wavelength = 2 * math.pi / frequency
+    assert 8192 / 4 < wavelength < 8192
+    smooth = (8192 / wavelength - 1) / 3
+    expected = frequency * (smooth + (1 - smooth) / 8)
+    found = inverse_frequencies(RopeConfig(500_000.0, "llama3", 8.0, 1.0, 4.0, 8192), 128)[30]
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert found == pytest.approx(0.00137189, rel=1e-4)
+
+
+def test_divisors() -> None:
+    divisors = tuple(1.0 + i for i in range(16))
+    found = inverse_frequencies(RopeConfig(theta=500_000.0, divisors=divisors), 32)
+    np.testing.assert_allclose(found, np.array(plain(500_000.0, 32)) / divisors, rtol=1e-6)
+
+
+def test_gguf_divisors_give_llama3() -> None:
+    """llama.cpp's ``rope_freqs.weight`` holds plain / scaled: both forms of one model are the same."""
+    scaled = RopeConfig(500_000.0, "llama3", 32.0, 1.0, 4.0, 8192)
+    before = plain(500_000.0, 64)
+    divisors = tuple(np.float32(np.array(before) / np.array(meta_apply_scaling(before, scaled))).tolist())
+    from_gguf = inverse_frequencies(RopeConfig(theta=500_000.0, divisors=divisors), 64)
+    np.testing.assert_allclose(from_gguf, inverse_frequencies(scaled, 64), rtol=1e-6)
+
+
+POSITIONS = jnp.array([[0, 1, 7, 500], [3, 3, 1000, 2]])
+
+
+def test_rotation_is_cos_and_sin_of_the_angles() -> None:
+    by = rotation(RopeConfig(), 8, POSITIONS)
+    angles = np.asarray(POSITIONS)[..., None] * np.array(plain(10_000.0, 8))
+    assert by.cos.shape == by.sin.shape == (2, 4, 4)
+    assert by.cos.dtype == by.sin.dtype == jnp.float32
+    np.testing.assert_allclose(by.cos, np.cos(angles), atol=1e-4)  # float32 angles up to 1,000 radians
+    np.testing.assert_allclose(by.sin, np.sin(angles), atol=1e-4)
+
+
+def test_rotate_turns_halves_as_complex_numbers() -> None:
+    """Pairs are (i, i + h / 2), as in Hugging Face checkpoints, each turned by its own angle."""
+    x = np.random.default_rng(0).normal(size=(2, 4, 3, 8)).astype(np.float32)
+    out = np.asarray(rotate(jnp.asarray(x), rotation(RopeConfig(), 8, POSITIONS)))
+    turn = np.exp(1j * np.asarray(POSITIONS)[..., None, None] * np.array(plain(10_000.0, 8)))
+    turned = (x[..., :4] + 1j * x[..., 4:]) * turn
+    np.testing.assert_allclose(out, np.concatenate([turned.real, turned.imag], axis=-1), atol=2e-4)
+
+
+def test_rotate_keeps_norms_and_position_zero() -> None:
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 4, 3, 2, 8)).astype(np.float32))  # two head axes
+    out = rotate(x, rotation(RopeConfig(), 8, POSITIONS))
+    assert out.shape == x.shape
+    np.testing.assert_allclose(jnp.linalg.norm(out, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
+    np.testing.assert_array_equal(out[0, 0], x[0, 0])
+    assert float(jnp.abs(out[0, 1] - x[0, 1]).max()) > 0.1
+
+
+@pytest.mark.parametrize(
+    "rope",
+    (RopeConfig(), RopeConfig(kind="linear", factor=4.0), RopeConfig(500_000.0, "llama3", 8.0, 1.0, 4.0, 32)),
+    ids=("default", "linear", "llama3"),
+)
+def test_products_depend_on_relative_positions_alone(rope: RopeConfig) -> None:
+    rng = np.random.default_rng(2)
+    query, key = (jnp.asarray(rng.normal(size=(1, 1, 1, 16)).astype(np.float32)) for _ in range(2))
+
+    def product(query_at: int, key_at: int) -> float:
+        turned = [
+            rotate(x, rotation(rope, 16, jnp.array([[at]]))) for x, at in ((query, query_at), (key, key_at))
+        ]
+        return float(jnp.sum(turned[0] * turned[1]))
+
+    for distance in (0, 1, 13):
+        values = [product(start + distance, start) for start in (0, 5, 40, 300)]
+        np.testing.assert_allclose(values, values[0], atol=2e-4)
+    assert abs(product(1, 0) - product(14, 0)) > 1e-2
+    assert product(7, 7) == pytest.approx(float(jnp.sum(query * key)), abs=1e-4)
+
+
+def test_rotate_keeps_the_dtype() -> None:
+    x = jnp.ones((1, 1, 1, 4), jnp.bfloat16)
+    by = Rotation(jnp.zeros((1, 1, 2), jnp.float32), jnp.ones((1, 1, 2), jnp.float32))
+    out = rotate(x, by)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(out, np.float32)[0, 0, 0], [-1, -1, 1, 1])

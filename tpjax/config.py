@@ -13,6 +13,19 @@ LAYER_TYPES: tuple[LayerType, ...] = ("full_attention", "sliding_attention")
 Activation = Literal["silu", "gelu_tanh"]
 
 
+def check_size(name: str, value: object) -> None:
+    """Raises a ``ConfigError`` unless the value is a whole number, 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}={value!r} is not a whole number, 1 or more")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raises a ``ConfigError`` unless the value is a finite number above 0."""
+    fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not fine or value <= 0:  # type: ignore[operator]
+        raise ConfigError(f"{name}={value!r} is not a positive number")
+
+
 @dataclass(frozen=True)
 class RopeConfig:
     """Rotary position embedding of one kind of layer (Su et al. 2021, https://arxiv.org/abs/2104.09864).
@@ -40,9 +53,8 @@ class RopeConfig:
         if self.kind not in ("default", "linear", "llama3"):
             raise ConfigError(f"rope_type={self.kind!r} is not supported: use default, linear or llama3")
         for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"rope {name}={value} is not a positive number")
+            check_positive(f"rope {name}", getattr(self, name))
+        check_size("rope original_max_position_embeddings", self.original_max_position_embeddings)
         if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise ConfigError(
                 f"rope low_freq_factor={self.low_freq_factor} is not below "
@@ -118,9 +130,7 @@ class ModelConfig:
             "max_position_embeddings",
         )
         for name in sizes:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}={value!r} is not a whole number, 1 or more")
+            check_size(name, getattr(self, name))
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_kv_heads={self.num_kv_heads} is not a divisor of num_heads={self.num_heads}"
@@ -128,9 +138,7 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim} is odd: rotary embeddings need pairs")
         for name in ("rms_norm_eps", "embedding_scale", "query_scale"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name}={value!r} is not a positive number")
+            check_positive(name, getattr(self, name))
         if len(self.layer_types) != self.num_layers:
             raise ConfigError(
                 f"layer_types has {len(self.layer_types)} entries, but num_layers={self.num_layers}"
@@ -140,12 +148,8 @@ class ModelConfig:
                 raise ConfigError(
                     f"layer type {kind!r} is not supported: use one of {', '.join(LAYER_TYPES)}"
                 )
-        if "sliding_attention" in self.layer_types and (
-            not isinstance(self.sliding_window, int) or self.sliding_window < 1
-        ):
-            raise ConfigError(
-                f"sliding_window={self.sliding_window!r}, but some layers are sliding_attention"
-            )
+        if "sliding_attention" in self.layer_types:
+            check_size("sliding_window", self.sliding_window)
         if self.activation not in ("silu", "gelu_tanh"):
             raise ConfigError(f"activation={self.activation!r} is not supported: use silu or gelu_tanh")
 

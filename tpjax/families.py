@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tpjax.config import LayerType, ModelConfig, RopeConfig
+from tpjax.config import LayerType, ModelConfig, RopeConfig, check_positive, check_size
 from tpjax.errors import ConfigError
 
 _REQUIRED: Any = object()
@@ -73,36 +73,45 @@ class Fields:
 
     Attributes:
         raw: the decoded JSON object.
+        where: what the errors call it.
     """
 
     raw: Mapping[str, Any]
+    where: str = "config.json"
 
     def get(self, name: str, default: Any = _REQUIRED) -> Any:
         """The field, or ``default`` where it is absent; ``null`` counts as absent if there is a default."""
         value = self.raw.get(name)
         if value is None and name not in self.raw and default is _REQUIRED:
-            raise ConfigError(f"config.json: field {name!r} is missing")
+            raise ConfigError(f"{self.where}: field {name!r} is missing")
         return default if value is None and default is not _REQUIRED else value
 
     def integer(self, name: str, default: Any = _REQUIRED) -> Any:
         """Like :meth:`get`, for a whole number."""
         value = self.get(name, default)
         if value is not default and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ConfigError(f"config.json: {name}={value!r} is not a whole number")
+            raise ConfigError(f"{self.where}: {name}={value!r} is not a whole number")
         return value
 
     def number(self, name: str, default: Any = _REQUIRED) -> Any:
         """Like :meth:`get`, for a number."""
         value = self.get(name, default)
         if value is not default and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ConfigError(f"config.json: {name}={value!r} is not a number")
+            raise ConfigError(f"{self.where}: {name}={value!r} is not a number")
+        return value
+
+    def mapping(self, name: str) -> Mapping[str, Any]:
+        """An object; empty where it is absent."""
+        value = self.get(name, {})
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{self.where}: {name}={value!r} is not an object")
         return value
 
     def boolean(self, name: str, default: Any = _REQUIRED) -> Any:
         """Like :meth:`get`, for true or false."""
         value = self.get(name, default)
         if value is not default and not isinstance(value, bool):
-            raise ConfigError(f"config.json: {name}={value!r} is not true or false")
+            raise ConfigError(f"{self.where}: {name}={value!r} is not true or false")
         return value
 
 
@@ -152,7 +161,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"config.json holds a {type(raw).__name__}, not an object")
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(f"model_type={model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
     for name, inert in _INERT.items():
         if raw.get(name) not in inert:
@@ -206,22 +215,26 @@ def gguf_name(canonical: str, architecture: GGUFArchitecture) -> str:
 
 def _rope(fields: Fields, default_theta: float) -> RopeConfig:
     """``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (4)."""
-    parameters = fields.get("rope_parameters", None) or fields.get("rope_scaling", None) or {}
+    parameters = fields.mapping("rope_parameters") or fields.mapping("rope_scaling")
     theta = parameters.get("rope_theta", fields.number("rope_theta", default_theta))
     return _rope_from(parameters, theta)
 
 
+_ROPE_FIELDS = (
+    ("linear", ("factor",)),
+    ("llama3", ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
+)
+
+
 def _rope_from(parameters: Mapping[str, Any], theta: float) -> RopeConfig:
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    kind: Any = parameters.get("rope_type", parameters.get("type", "default"))
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError(f"partial_rotary_factor={parameters['partial_rotary_factor']} is not supported")
-    wanted = {
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }.get(kind, ())
+    wanted = next((names for known, names in _ROPE_FIELDS if known == kind), ())
     missing = [name for name in wanted if parameters.get(name) is None]
     if missing:
         raise ConfigError(f"rope_type={kind!r} needs {', '.join(missing)}")
+    check_positive("rope_theta", theta)
     return RopeConfig(theta=float(theta), kind=kind, **{name: parameters[name] for name in wanted})
 
 
@@ -248,16 +261,25 @@ def _sizes(fields: Fields) -> dict[str, Any]:
         if heads < 1 or hidden % heads:
             raise ConfigError(f"num_attention_heads={heads} is not a divisor of hidden_size={hidden}")
         head_dim = hidden // heads
-    return {
-        "vocab_size": fields.integer("vocab_size"),
-        "hidden_size": hidden,
-        "intermediate_size": fields.integer("intermediate_size"),
-        "num_layers": fields.integer("num_hidden_layers"),
-        "num_heads": heads,
-        "num_kv_heads": fields.integer("num_key_value_heads", heads),
-        "head_dim": head_dim,
-        "max_position_embeddings": fields.integer("max_position_embeddings", 2048),
-    }
+    return _checked(
+        {
+            "vocab_size": fields.integer("vocab_size"),
+            "hidden_size": hidden,
+            "intermediate_size": fields.integer("intermediate_size"),
+            "num_layers": fields.integer("num_hidden_layers"),
+            "num_heads": heads,
+            "num_kv_heads": fields.integer("num_key_value_heads", heads),
+            "head_dim": head_dim,
+            "max_position_embeddings": fields.integer("max_position_embeddings", 2048),
+        }
+    )
+
+
+def _checked(sizes: dict[str, Any]) -> dict[str, Any]:
+    """The sizes, before anything is derived from them."""
+    for name, value in sizes.items():
+        check_size(name, value)
+    return sizes
 
 
 def _all_full(layers: int) -> tuple[LayerType, ...]:
@@ -268,7 +290,7 @@ def _all_full(layers: int) -> tuple[LayerType, ...]:
 def _activation(fields: Fields, name: str, default: str) -> Any:
     known = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
     value = fields.get(name, default)
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ConfigError(f"config.json: {name}={value!r} is not supported; supported are {', '.join(known)}")
     return known[value]
 
@@ -310,20 +332,24 @@ def _mistral(fields: Fields) -> ModelConfig:
 
 def _gguf_sizes(view: GGUFView) -> dict[str, Any]:
     hidden, heads = view.get("embedding_length"), view.get("attention.head_count")
-    return {
-        "vocab_size": view.vocab_size,
-        "hidden_size": hidden,
-        "intermediate_size": view.get("feed_forward_length"),
-        "num_layers": view.get("block_count"),
-        "num_heads": heads,
-        "num_kv_heads": view.get("attention.head_count_kv", heads),
-        "head_dim": view.get("attention.key_length", hidden // heads),
-        "max_position_embeddings": view.get("context_length"),
-    }
+    _checked({"hidden_size": hidden, "num_heads": heads})
+    return _checked(
+        {
+            "vocab_size": view.vocab_size,
+            "hidden_size": hidden,
+            "intermediate_size": view.get("feed_forward_length"),
+            "num_layers": view.get("block_count"),
+            "num_heads": heads,
+            "num_kv_heads": view.get("attention.head_count_kv", heads),
+            "head_dim": view.get("attention.key_length", hidden // heads),
+            "max_position_embeddings": view.get("context_length"),
+        }
+    )
 
 
 def _gguf_rope(view: GGUFView, default_theta: float) -> RopeConfig:
-    theta = float(view.get("rope.freq_base", default_theta))
+    theta = view.get("rope.freq_base", default_theta)
+    check_positive("rope.freq_base", theta)
     kind = view.get("rope.scaling.type", "none")
     if kind == "none":
         return RopeConfig(theta=theta, divisors=view.rope_divisors)
@@ -407,15 +433,21 @@ def _gemma3_config(
 
 def _gemma3_text(fields: Fields) -> ModelConfig:
     sizes = _sizes(Fields({"head_dim": 256, "max_position_embeddings": 131_072, **fields.raw}))
-    parameters = fields.get("rope_parameters", None) or {}
+    parameters = fields.mapping("rope_parameters")
     if parameters.get("rope_type"):
         raise ConfigError("config.json: rope_parameters of gemma3_text is given per layer type")
-    full = parameters.get("full_attention") or fields.get("rope_scaling", None) or {}
-    sliding = parameters.get("sliding_attention") or {}
+    per_type = Fields(parameters, "config.json: rope_parameters")
+    full = per_type.mapping("full_attention") or fields.mapping("rope_scaling")
+    sliding = per_type.mapping("sliding_attention")
     theta = full.get("rope_theta", fields.number("rope_theta", 1_000_000.0))
     local_theta = sliding.get("rope_theta", fields.number("rope_local_base_freq", 10_000.0))
     types = fields.get("layer_types", None)
+    if types is not None and not isinstance(types, list | tuple):
+        raise ConfigError(f"config.json: layer_types={types!r} is not a list")
     pattern = fields.integer("sliding_window_pattern", fields.integer("_sliding_window_pattern", 6))
+    check_size("sliding_window_pattern", pattern)
+    scalar = fields.number("query_pre_attn_scalar", 256)
+    check_positive("query_pre_attn_scalar", scalar)
     return _gemma3_config(
         sizes,
         eps=fields.number("rms_norm_eps", 1e-6),
@@ -423,7 +455,7 @@ def _gemma3_text(fields: Fields) -> ModelConfig:
         rope_sliding=_rope_from(sliding, local_theta),
         layer_types=_every(pattern, sizes["num_layers"]) if types is None else tuple(types),
         window=fields.integer("sliding_window", 4096),
-        query_scalar=fields.number("query_pre_attn_scalar", 256),
+        query_scalar=scalar,
         tied=fields.boolean("tie_word_embeddings", True),
         activation=_activation(fields, "hidden_activation", "gelu_pytorch_tanh"),
         bias=fields.boolean("attention_bias", False),

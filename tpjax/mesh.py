@@ -67,10 +67,9 @@ def fake_devices(count: int) -> None:
             raise DeviceError(_too_few(count, jax.devices(), started=True))
         return
     flags = os.environ.get("XLA_FLAGS", "")
-    present = _COUNT_PATTERN.search(flags)
-    if present is None:
+    if not _COUNT_PATTERN.search(flags):
         os.environ["XLA_FLAGS"] = f"{flags} {_COUNT_FLAG}={count}".strip()
-    elif int(present[1]) < count:
+    elif _faked() < count:
         os.environ["XLA_FLAGS"] = _COUNT_PATTERN.sub(f"{_COUNT_FLAG}={count}", flags)
     guard_rendezvous()
 
@@ -100,11 +99,16 @@ def guard_rendezvous() -> None:
     Does nothing when no devices are faked or the pool is large enough. Called when tpjax is imported, so
     that a user who only set ``XLA_FLAGS`` is safe too.
     """
-    present = _COUNT_PATTERN.search(os.environ.get("XLA_FLAGS", ""))
-    count = int(present[1]) if present else 1
+    count = _faked()
     needed = _POOL_THREADS_PER_DEVICE * count
     if count > 1 and _pool_threads() < needed:
         os.environ["NPROC"] = str(needed)
+
+
+def _faked() -> int:
+    """Devices ``XLA_FLAGS`` asks for; of repeated flags the last counts, as in XLA."""
+    counts = _COUNT_PATTERN.findall(os.environ.get("XLA_FLAGS", ""))
+    return int(counts[-1]) if counts else 1
 
 
 def _pool_threads() -> int:

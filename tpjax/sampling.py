@@ -25,6 +25,8 @@ from tpjax.sharding import LOGITS
 
 # Bits of the threshold settled per round; each round is one small all-reduce of 2**bits - 1 sums a row.
 _BITS_PER_ROUND = 4
+_COLDEST = 1e-5
+_LEAST_MASS = 1e-30  # a top_p that float32 rounds to 0 still keeps the likeliest token
 
 
 @jax.tree_util.register_dataclass
@@ -152,7 +154,8 @@ def _sample_shard(
     )
 
     def draw() -> Array:
-        warm = scores / jnp.where(temperature > 0, temperature, 1.0)
+        # colder than this the likeliest token wins in any case, and the quotient stays finite
+        warm = scores / jnp.where(temperature > 0, jnp.maximum(temperature, _COLDEST), 1.0)
         top = jax.lax.pmax(warm.max(axis=-1, keepdims=True), AXIS)
         lowest = jnp.full_like(top, -jnp.inf)
         floor = jax.lax.cond(
@@ -169,7 +172,9 @@ def _sample_shard(
             floor,
             jax.lax.cond(
                 jnp.any(top_p < 1),
-                lambda: _threshold(warm, mass, jnp.where(top_p < 1, top_p * total, jnp.inf)),
+                lambda: _threshold(
+                    warm, mass, jnp.where(top_p < 1, jnp.maximum(top_p * total, _LEAST_MASS), jnp.inf)
+                ),
                 lambda: lowest,
             ),
         )
@@ -268,7 +273,7 @@ def _winner(scores: Float[Array, "B share"], tokens: Int[Array, share]) -> Int[A
 
 
 def _logprobs(logits: Array, tokens: Array, chosen: Array) -> tuple[Array, Array, Array]:
-    """Log-probabilities of the chosen and of the likeliest tokens."""
+    """Log-probabilities of the chosen and of the likeliest tokens; id -1 where there are no more tokens."""
     top = jax.lax.pmax(logits.max(axis=-1, keepdims=True), AXIS)
     total = jax.lax.psum(jnp.exp(logits - top).sum(axis=-1, keepdims=True), AXIS)
     normaliser = top + jnp.log(total)
@@ -281,6 +286,7 @@ def _logprobs(logits: Array, tokens: Array, chosen: Array) -> tuple[Array, Array
     count = min(MAX_LOGPROBS, values.shape[-1])
     values, order = jax.lax.top_k(values, count)
     ids = jnp.take_along_axis(ids, order, axis=1)
+    ids = jnp.where(jnp.isneginf(values), -1, ids)  # a vocabulary below 20 has no more than its tokens
     pad = ((0, 0), (0, MAX_LOGPROBS - count))
     return (
         of_chosen,

@@ -10,6 +10,7 @@ from tpjax.errors import RequestError
 
 MAX_LOGPROBS = 20
 MAX_SEED = 2**32 - 1
+_MAX_FLOAT32 = (2 - 2**-23) * 2.0**127  # the device computes in float32: what is over is infinite there
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,7 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        self._check_containers()
         self._check_int("max_tokens", 1)
         self._check_int("top_k", 0)
         if self.seed is not None:
@@ -80,7 +79,7 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             if not _is_int(token) or token < 0:
                 raise RequestError(f"logit_bias has {token!r}, which is not a token id")
-            if not _is_number(bias) or not math.isfinite(bias):
+            if not _is_number(bias) or not abs(bias) <= _MAX_FLOAT32:
                 raise RequestError(f"logit_bias[{token}]={bias!r} is not a finite number")
 
     @property
@@ -88,6 +87,14 @@ class SamplingParams:
         """Whether logits depend on which tokens came before, or on a bias."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
         return penalties != (1.0, 0.0, 0.0) or bool(self.logit_bias)
+
+    def _check_containers(self) -> None:
+        for name, kinds in (("stop", (str, Sequence)), ("stop_token_ids", Sequence), ("logit_bias", Mapping)):
+            if not isinstance(getattr(self, name), kinds):
+                raise RequestError(f"{name}={getattr(self, name)!r} is not a collection")
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
     def _check_int(self, name: str, low: int, high: int | None = None) -> None:
         value = getattr(self, name)
@@ -97,7 +104,7 @@ class SamplingParams:
 
     def _check_float(self, name: str, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
         value = getattr(self, name)
-        fine = _is_number(value) and math.isfinite(value) and low <= value <= high
+        fine = _is_number(value) and low <= value <= min(high, _MAX_FLOAT32)
         if not fine or (open_low and value == low):
             over = f"above {low:g}" if open_low else f"{low:g} or more"
             bounds = over if high == math.inf else f"{over} and at most {high:g}"

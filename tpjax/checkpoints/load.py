@@ -239,8 +239,11 @@ class _HFSource:
             ignored.append(re.compile(r"lm_head\.weight"))
         # a bare backbone (AutoModel.save_pretrained) leaves out the prefix
         bare = not any(name.startswith("model.") for name in files.tensors)
+        # only `lm_head` stands outside the prefix; another name there is none of the model's
         self._names = {
-            name if bare else name.removeprefix("model."): name
+            name.removeprefix("model.")
+            if bare or name.startswith(("model.", "lm_head."))
+            else f"<outside model.>{name}": name
             for name in files.tensors
             if not any(pattern.fullmatch(name) for pattern in ignored)
         }

@@ -26,7 +26,7 @@ class TokenLogprobs:
     top: dict[int, float]
 
 
-@dataclass
+@dataclass(eq=False)  # two requests that ask the same are two requests all the same
 class Request:
     """A prompt being continued.
 

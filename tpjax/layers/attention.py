@@ -193,6 +193,7 @@ def _walk(
 ) -> _Mix:
     """Attends to the cached pages before ``stop``, from the first that any window reaches."""
     page_size = cache.page_size
+    stop_positions = (stop * page_size)[:, None, None, None]
     first = 0 if window is None else jnp.maximum(jnp.min(at.positions) - (window - 1), 0) // page_size
 
     def page(index: Int[Array, ""], mix: _Mix) -> _Mix:
@@ -200,7 +201,9 @@ def _walk(
         keys = cache.keys.at[pages].get(mode="promise_in_bounds")
         values = cache.values.at[pages].get(mode="promise_in_bounds")
         positions = index * page_size + jnp.arange(page_size)
-        return mix.attend(rows, keys, values, _visible(row_positions, positions, window), scale)
+        # a sequence that starts earlier than the batch's latest must not see its own chunk here already
+        visible = _visible(row_positions, positions, window) & (positions < stop_positions)
+        return mix.attend(rows, keys, values, visible, scale)
 
     return jax.lax.fori_loop(first, jnp.max(stop), page, _Mix.empty(rows))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -265,7 +266,10 @@ class LLM:
 
     def _checked(self, token_ids: Sequence[int], name: str = "the prompt") -> list[int]:
         vocab = self.config.vocab_size
-        ids = [int(token) for token in token_ids]
+        try:
+            ids = [operator.index(token) for token in token_ids]
+        except TypeError as error:
+            raise RequestError(f"{name} is not a list of token ids: {error}") from error
         for token in ids:
             if not 0 <= token < vocab:
                 raise RequestError(

@@ -99,7 +99,7 @@ class Report:
         )
 
     def _repr_html_(self) -> str:
-        console = Console(record=True, file=io.StringIO(), width=140)
+        console = Console(record=True, file=io.StringIO(), width=100, force_jupyter=False)
         console.print(self)
         return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 

@@ -297,6 +297,7 @@ class Runner:
         *full, last = range(0, prompt_tokens, self.chunk_sizes[-1])
         sizes = {self.chunk_size(prompt_tokens - last)} | ({self.chunk_sizes[-1]} if full else set())
         self._compile([("decode", 1, self.limits.steps), *(("prefill", 1, size) for size in sizes)])
+        jax.block_until_ready(self.state)
 
     def warm_up(self) -> None:
         """Compiles every program that serving can call; afterwards nothing compiles again."""

@@ -20,6 +20,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("cache",),
     ("layers",),
     ("model", "sampling"),
+    ("mappings",),
     ("families",),
     ("checkpoints",),
     ("tokenizer",),

@@ -33,7 +33,7 @@ from tpjax.families import (
     gguf_name,
 )
 from tpjax.model import Decoder
-from tpjax.sharding import WeightLayout
+from tpjax.sharding import Layout
 
 _MOST_ROWS_SHOWN = 20
 
@@ -94,7 +94,9 @@ def abstract_decoder(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> Decod
     return _with_values(
         model,
         {
-            parameter.path: jax.ShapeDtypeStruct(parameter.layout.shape, dtype, sharding=parameter.sharding)
+            parameter.path: jax.ShapeDtypeStruct(
+                parameter.layout.shape, parameter.dtype, sharding=parameter.sharding
+            )
             for parameter in parameters(model, mesh)
         },
     )
@@ -112,7 +114,7 @@ class Parameter:
     """
 
     path: tuple[Any, ...]
-    layout: WeightLayout
+    layout: Layout
     sharding: NamedSharding
     dtype: jnp.dtype
 

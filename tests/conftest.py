@@ -1,4 +1,4 @@
-"""Every test process sees eight faked CPU devices; real models come from the packages the aliases name."""
+"""Every test process sees sixteen faked CPU devices; real models come from the packages the aliases name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tpjax
 
-tpjax.fake_devices(8)
+tpjax.fake_devices(16)
 
 import jax  # noqa: E402  (after the devices are faked)
 import pytest  # noqa: E402

@@ -154,8 +154,8 @@ def test_help_starts_neither_jax_nor_anything_else_heavy():
             "temperature=-1.0 is not a finite number",
         ),
         (
-            ["generate", "x", "--model", "nope", "--max-tokens", "0"],
-            "max_tokens=0 is not a whole number, 1 or more",
+            ["generate", "x", "--model", "nope", "--max-tokens", "-1"],
+            "max_tokens=-1 is not a whole number, 0 or more",
         ),
         (["generate", "x", "--model", "nope", "--stop", ""], "stop='' is not a non-empty string"),
         (["generate", "x", "--model", "nope", "--dtype", "int3"], "argument --dtype: invalid choice: 'int3'"),

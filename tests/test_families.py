@@ -20,6 +20,8 @@ from tpjax.families import (
     gguf_name,
     hf_name,
 )
+from tpjax.mappings.fields import Fields
+from tpjax.mappings.quantization import Quantization, quantization_of
 
 SCALING = {
     "factor": 8.0,
@@ -259,7 +261,6 @@ def test_not_an_object(raw: Any) -> None:
 
 
 UNSUPPORTED: dict[str, Any] = {
-    "quantization_config": {"quant_method": "gptq", "bits": 4},
     "use_bidirectional_attention": True,
     "attn_logit_softcapping": 50.0,
     "final_logit_softcapping": 30.0,
@@ -281,6 +282,40 @@ def test_fields_that_would_change_the_model(name: str, raw: Mapping[str, Any]) -
     expected = config_from_hf({k: v for k, v in raw.items() if k != name})
     for inert in _INERT[name]:
         assert config_from_hf({**raw, name: inert}) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    (
+        ({"quant_method": "gptq"}, "quant_method='gptq' is not supported; supported are fp8, mxfp4"),
+        ({"bits": 4}, "field 'quant_method' is missing"),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, "activation_scheme='static' is not supp"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt='e5m2' is not supported: use e4m3"),
+        ({"quant_method": "fp8", "expert_dtype": "fp4"}, "expert_dtype='fp4' is not supported: use fp8"),
+        ({"quant_method": "fp8", "weight_block_size": None}, "weight_block_size=None is not supported"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size=[128] is not supported"),
+    ),
+)  # fmt: skip
+def test_quantization_that_cannot_be_read(settings: dict[str, Any], message: str) -> None:
+    refused = refusal({**LLAMA_4, "quantization_config": settings})
+    assert refused.startswith(f"config.json: quantization_config: {message}")
+
+
+@pytest.mark.parametrize("settings", (None, {}, {"quant_method": "mxfp4"}, {"quant_method": "fp8"}))
+def test_quantization_changes_no_architecture(settings: dict[str, Any] | None) -> None:
+    assert config_from_hf({**LLAMA_4, "quantization_config": settings}) == LLAMA
+
+
+def test_quantization_of() -> None:
+    def read(**settings: Any) -> Quantization | None:
+        return quantization_of(Fields({"quantization_config": settings}))
+
+    assert (read(), read(quant_method="mxfp4")) == (None, Quantization("mxfp4"))
+    # deepseek-ai/DeepSeek-V3.1, as published
+    published = {"activation_scheme": "dynamic", "fmt": "e4m3", "scale_fmt": "ue8m0"}
+    assert read(quant_method="fp8", weight_block_size=[64, 32], **published) == Quantization("fp8", (64, 32))
+    with pytest.raises(ConfigError, match="weight_block_size=0 is not a whole number"):
+        read(quant_method="fp8", weight_block_size=[128, 0])
 
 
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

@@ -23,6 +23,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("mappings",),
     ("families",),
     ("checkpoints",),
+    ("chat_template",),
     ("tokenizer",),
     ("runner",),
     ("engine",),

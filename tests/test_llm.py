@@ -163,7 +163,7 @@ def test_logits_bounds(tiny: LLM) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     (
-        ({"tp": 9}, DeviceError, "tp=9 needs 9 devices, but JAX sees 8"),
+        ({"tp": 17}, DeviceError, "tp=17 needs 17 devices, but JAX sees 16"),
         ({"tp": 0}, DeviceError, "tp=0"),
         ({"dtype": "int3"}, ConfigError, "dtype='int3'"),
         ({"max_model_len": 513}, ConfigError, "max_model_len=513 is not between 1 and the model's 512"),

@@ -205,6 +205,24 @@ def test_bfloat16_checkpoint_to_float32_and_back(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(narrow[name]).astype(np.float32), whole[name])
 
 
+def test_float8_checkpoint_loads_as_what_it_stands_for(tmp_path: Path) -> None:
+    """Projections in blocks of 4 x 3, everything else as it is; no device's slice ends with a block."""
+    stored, values = dict(TENSORS), dict(TENSORS)
+    for name in (name for name in TENSORS if "_proj" in name):
+        weight = TENSORS[name].astype(ml_dtypes.float8_e4m3fn)
+        grid = [-(-size // step) for size, step in zip(weight.shape, (4, 3), strict=True)]
+        scale = np.random.default_rng(1).uniform(0.5, 2, grid).astype(np.float32)
+        stored |= {name: weight, f"{name}_scale_inv": scale}
+        spread = np.kron(scale, np.ones((4, 3), np.float32))[: weight.shape[0], : weight.shape[1]]
+        values[name] = weight.astype(np.float32) * spread
+    settings = {"quant_method": "fp8", "weight_block_size": [4, 3]}
+    arrays = load(save(tmp_path / "float8", stored, quantization_config=settings), 3)
+    whole = expected(3, values)
+    assert arrays.keys() == whole.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, whole[name], err_msg=name)
+
+
 class Counting:
     """A source that counts the elements read of each tensor."""
 

@@ -15,7 +15,7 @@ import pytest
 
 from tpjax.inspect.collectives import find_collectives
 from tpjax.mesh import make_mesh
-from tpjax.sampling import History, Sampled, SamplingRows, sample
+from tpjax.sampling import NAN_TOKEN, History, Sampled, SamplingRows, sample
 from tpjax.sampling_params import SamplingParams
 from tpjax.sharding import pad_to_multiple
 
@@ -33,7 +33,7 @@ def program(tp: int, rows: int = ROWS) -> Callable[..., tuple[Sampled, History]]
     shapes = (
         jax.ShapeDtypeStruct((rows, padded), jnp.float32, sharding=history.bias.sharding),
         SamplingRows(
-            jax.ShapeDtypeStruct((rows, 6), jnp.float32), jax.ShapeDtypeStruct((rows, 4), jnp.int32)
+            jax.ShapeDtypeStruct((rows, 6), jnp.float32), jax.ShapeDtypeStruct((rows, 5), jnp.int32)
         ),
         history,
         jax.ShapeDtypeStruct((rows,), jnp.int32),
@@ -43,7 +43,7 @@ def program(tp: int, rows: int = ROWS) -> Callable[..., tuple[Sampled, History]]
 
     def call(logits: np.ndarray, packed: SamplingRows, past: History, slots: Any, positions: Any) -> Any:
         put = functools.partial(jax.device_put, device=history.bias.sharding)
-        past = History(put(past.in_prompt), put(past.counts), put(past.bias))
+        past = jax.tree.map(put, past)
         return compiled(put(logits), packed, past, np.int32(slots), np.int32(positions))
 
     return call
@@ -77,6 +77,7 @@ def draw(
     positions: Sequence[int] | None = None,
     pasts: Sequence[Past] | None = None,
     rows: int = ROWS,
+    allowed: np.ndarray | None = None,
 ) -> tuple[Sampled, History]:
     """Samples one token a row; ``logits`` [n, V] with n <= rows."""
     count, padded = len(params), pad_to_multiple(V, tp)
@@ -92,8 +93,10 @@ def draw(
         pad(np.array([p.in_prompt for p in pasts]), False, np.bool_),
         pad(np.array([p.counts for p in pasts]), 0, np.int32),
         pad(np.array([p.bias for p in pasts]), 0, np.float32),
+        pad(np.zeros((count, V)) if allowed is None else allowed, False, np.bool_),
     )
-    packed = SamplingRows.pack(params, [0] * count if seeds is None else seeds, rows)
+    masked = [allowed is not None] * count
+    packed = SamplingRows.pack(params, [0] * count if seeds is None else seeds, masked, rows)
     at = np.zeros(rows, np.int32)
     at[:count] = 0 if positions is None else positions
     drawn, past = program(tp, rows)(
@@ -439,9 +442,11 @@ def test_slots_say_whose_history_it_is() -> None:
     mesh = make_mesh(2)
     logits = np.zeros((2, V), np.float32)
     logits[:, 7], logits[:, 9] = 5.0, 4.0
-    history = History(np.zeros((3, V), bool), np.zeros((3, V), np.int32), np.zeros((3, V), np.float32))
+    history = History(*(np.zeros((3, V), dtype) for dtype in (bool, np.int32, np.float32, bool)))
     history.counts[2, 7] = 1
-    rows = SamplingRows.pack([SamplingParams(temperature=0, presence_penalty=2.0)] * 2, [0, 0], 2)
+    rows = SamplingRows.pack(
+        [SamplingParams(temperature=0, presence_penalty=2.0)] * 2, [0, 0], [False] * 2, 2
+    )
     drawn, after = jax.jit(functools.partial(sample, mesh=mesh))(
         logits, rows, history, np.array([2, 0]), np.array([5, 5])
     )
@@ -482,10 +487,8 @@ def test_logprobs_of_a_vocabulary_below_twenty(tp: int) -> None:
     mesh, padded = make_mesh(tp), pad_to_multiple(10, tp)
     logits = np.full((1, padded), -np.inf, np.float32)
     logits[0, :10] = np.arange(10)
-    history = History(
-        np.zeros((1, padded), bool), np.zeros((1, padded), np.int32), np.zeros((1, padded), np.float32)
-    )
-    rows = SamplingRows.pack([SamplingParams(temperature=0, logprobs=20)], [0], 1)
+    history = History(*(np.zeros((1, padded), dtype) for dtype in (bool, np.int32, np.float32, bool)))
+    rows = SamplingRows.pack([SamplingParams(temperature=0, logprobs=20)], [0], [False], 1)
     drawn, _ = jax.jit(functools.partial(sample, mesh=mesh))(
         logits, rows, history, np.array([0]), np.array([0])
     )
@@ -493,6 +496,34 @@ def test_logprobs_of_a_vocabulary_below_twenty(tp: int) -> None:
     assert np.isfinite(drawn.top_logprobs[0, :10]).all()
     assert drawn.top_tokens[0, 10:].tolist() == [-1] * 10
     assert np.isneginf(drawn.top_logprobs[0, 10:]).all()
+
+
+# --- masks, and logits that are not numbers ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tp", (1, 3))
+@pytest.mark.parametrize("temperature", (0, 1))
+def test_mask_allows_what_it_says(tp: int, temperature: float) -> None:
+    """Row by row what is drawn is what would be drawn if the rest had no probability at all."""
+    rng = np.random.default_rng(5)
+    logits = rng.normal(size=(4, V)).astype(np.float32)
+    allowed = rng.random((4, V)) < 0.2
+    params = [SamplingParams(temperature=temperature)] * 4
+    drawn, _ = draw(tp, logits, params, seeds=range(4), allowed=allowed)
+    assert allowed[np.arange(4), drawn.tokens].all()
+    only = np.where(allowed, logits, -1e4).astype(np.float32)
+    assert drawn.tokens.tolist() == draw(tp, only, params, seeds=range(4))[0].tokens.tolist()
+
+
+@pytest.mark.parametrize("tp", (1, 3))
+@pytest.mark.parametrize("params", (SamplingParams(temperature=0), SamplingParams(top_k=5, top_p=0.9)))
+def test_nan_is_told_and_stays_with_its_row(tp: int, params: SamplingParams) -> None:
+    logits = np.random.default_rng(6).normal(size=(4, V)).astype(np.float32)
+    clean = draw(tp, logits, [params] * 4)[0].tokens
+    logits[1, V - 2] = np.nan
+    logits[3] = np.nan
+    tokens = draw(tp, logits, [params] * 4)[0].tokens.tolist()
+    assert tokens == [clean[0], NAN_TOKEN, clean[2], NAN_TOKEN]
 
 
 # --- packing -----------------------------------------------------------------------------------------------
@@ -504,7 +535,7 @@ def test_pack() -> None:
                        presence_penalty=0.5, frequency_penalty=-0.5, logprobs=0),
         SamplingParams(top_k=10**12, logit_bias={3: 1.0}),
     ]  # fmt: skip
-    rows = SamplingRows.pack(params, [2**32 - 1, 2**31], 4)
+    rows = SamplingRows.pack(params, [2**32 - 1, 2**31], [False, True], 4)
     assert rows.floats.dtype == np.float32 and rows.ints.dtype == np.int32
     assert rows.floats.tolist() == [
         [0.5, 0.25, 0.125, 1.5, 0.5, -0.5],
@@ -512,7 +543,7 @@ def test_pack() -> None:
         [0, 1, 0, 1, 0, 0],  # rows that do not exist are greedy
         [0, 1, 0, 1, 0, 0],
     ]
-    assert rows.ints.tolist() == [[7, -1, 1, 1], [2**24, -(2**31), 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert rows.ints.tolist() == [[7, -1, 1, 1, 0], [2**24, -(2**31), 1, 0, 1], [0] * 5, [0] * 5]
 
 
 def test_large_seeds_differ() -> None:
@@ -533,7 +564,7 @@ def test_nothing_of_the_size_of_the_vocabulary_moves() -> None:
     mesh = make_mesh(tp)
     history = History.abstract(3, vocab, mesh)
     logits = jax.ShapeDtypeStruct((rows, vocab), jnp.float32, sharding=history.bias.sharding)
-    packed = jax.tree.map(np.asarray, SamplingRows.pack([], [], rows))
+    packed = jax.tree.map(np.asarray, SamplingRows.pack([], [], [], rows))
     integers = jax.ShapeDtypeStruct((rows,), jnp.int32)
     lowered = jax.jit(functools.partial(sample, mesh=mesh)).lower(logits, packed, history, integers, integers)
     hlo = lowered.compile().as_text()

@@ -16,7 +16,7 @@ NOT_NUMBERS: tuple[Any, ...] = (NAN, INF, -INF, True, "1", None, [1.0], 1j)
 NOT_COUNTS: tuple[Any, ...] = (NAN, INF, 1.0, True, False, "1", [1])
 
 BAD: dict[str, tuple[Any, ...]] = {
-    "max_tokens": (*NOT_COUNTS, None, 0, -1),
+    "max_tokens": (*NOT_COUNTS, None, -1),
     "temperature": (*NOT_NUMBERS, -0.1, -1),
     "top_k": (*NOT_COUNTS, None, -1),
     "top_p": (*NOT_NUMBERS, 0, 0.0, -0.1, 1.0001, 2),
@@ -26,6 +26,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (*NOT_NUMBERS, -2.1, 2.1),
     "frequency_penalty": (*NOT_NUMBERS, -2.1, 2.1),
     "logprobs": (*NOT_COUNTS, -1, 21),
+    "prompt_logprobs": (*NOT_COUNTS, -1, 21),
 }
 
 
@@ -40,7 +41,7 @@ def test_bad_number(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "bounds"),
     (
-        ("max_tokens", 0, "a whole number, 1 or more"),
+        ("max_tokens", -1, "a whole number, 0 or more"),
         ("seed", 2**32, "a whole number, 0 to 4294967295"),
         ("logprobs", 21, "a whole number, 0 to 20"),
         ("temperature", NAN, "a finite number, 0 or more"),

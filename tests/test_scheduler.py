@@ -1,93 +1,48 @@
-"""Scheduler and block manager by themselves, driven by a loop that stands in for the model."""
+"""Scheduler and block manager by themselves: what is run, by hand. tests/test_engine.py tries every order."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
+import hashlib
+import struct
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from tpjax.engine.block_manager import BlockManager
+from tpjax.engine.block_manager import BlockManager, page_key, root_key
 from tpjax.engine.request import Request
 from tpjax.engine.scheduler import Decode, Prefill, Scheduler
 from tpjax.errors import RequestError
 from tpjax.sampling_params import SamplingParams
 
-PAGE, CHUNK = 4, 8
+PAGE = 4
 
 
-def request(prompt: int, tokens: int, **extra: Any) -> Request:
-    return Request(list(range(prompt)), SamplingParams(max_tokens=tokens), seed=0, **extra)
+def request(prompt: int, tokens: int, first: int = 0, **extra: Any) -> Request:
+    return Request(list(range(first, first + prompt)), SamplingParams(max_tokens=tokens), seed=0, **extra)
 
 
-def scheduler(slots: int = 2, longest: int = 40, pages: int = 24) -> Scheduler:
-    return Scheduler(slots, longest, CHUNK, BlockManager(pages + 1, PAGE))
+def scheduler(
+    slots: int = 2, longest: int = 40, pages: int = 24, budget: int = 2, steps: int = 1
+) -> Scheduler:
+    return Scheduler(slots, longest, (2, 4, 8), budget, steps, BlockManager(pages + 1, PAGE))
 
 
-class Loop:
-    """Runs a scheduler as the engine does, and checks at every dispatch what must always hold."""
-
-    def __init__(self, of: Scheduler, pages: int, slots: int, steps: int = 1) -> None:
-        self.scheduler, self.pages, self.slots, self.steps = of, pages, slots, steps
-        self.ended: list[int] = []  # ids of requests, in order
-        self.started: list[int] = []
-        self.order: list[int] = []  # as added
-        self.cancelled: set[int] = set()
-
-    def add(self, one: Request) -> None:
-        self.scheduler.add(one)
-        self.order.append(id(one))
-
-    def cancel(self, one: Request) -> None:
-        self.cancelled.add(id(one))
-        self.scheduler.finish(one)
-        assert one.slot is None and one.pages == []
-
-    def step(self, stop: random.Random | None = None) -> bool:
-        work = self.scheduler.schedule()
-        self.check()
-        if work is None:
-            return False
-        if isinstance(work, Prefill):
-            one = work.request
-            if not work.start:
-                self.started.append(id(one))
-            assert work.start == one.prefilled and work.start % PAGE == 0
-            assert 0 < work.stop - work.start <= CHUNK
-            assert not one.output_ids
-            one.prefilled = work.stop
-            grown = [one] if work.stop == len(one.prompt_ids) else []
-            count = 1
-        else:
-            assert isinstance(work, Decode)
-            assert all(r.prefilled == len(r.prompt_ids) and r.output_ids for r in work.requests)
-            grown, count = work.requests, self.steps
-        for one in grown:
-            for _ in range(count):
-                one.append(stop.choice((7, 8, 9)) if stop else 8)
-                if one.finish_reason is not None:
-                    break
-            assert len(one.prompt_ids) + len(one.output_ids) <= len(one.pages) * PAGE  # room for all of it
-            if one.finish_reason is not None:
-                self.ended.append(id(one))
-                self.scheduler.finish(one)
-        self.check()
-        return True
-
-    def check(self) -> None:
-        running = self.scheduler.running
-        slots = [one.slot for one in running]
-        assert len(running) <= self.slots
-        assert len(set(slots)) == len(slots) and all(slot in range(self.slots) for slot in slots)
-        held = [page for one in running for page in one.pages]
-        assert len(set(held)) == len(held) and 0 not in held  # nobody shares a page; page 0 is nobody's
-        assert all(1 <= page <= self.pages for page in held)
-        assert len(held) + self.scheduler.blocks.free == self.pages
-        assert all(one.slot is None and not one.pages for one in self.scheduler.waiting)
-        assert self.scheduler.busy == bool(running or self.scheduler.waiting)
+def run(of: Scheduler, work: Prefill | Decode, token: int = 1) -> Any:
+    """Does as the engine does, with nothing in between launching and reading; tells what was run."""
+    of.launched(work)
+    if isinstance(work, Prefill):
+        grown, steps = [work.request] * work.final, 1
+        seen: Any = (work.request, work.start, work.stop)
+    else:
+        grown, steps = work.requests, work.steps
+        seen = list(work.requests)
+    for one in list(grown):
+        for _ in range(steps):
+            if one.finish_reason is None:
+                one.append(token)
+        if one.finish_reason is not None:
+            of.finish(one)
+    return seen
 
 
 def test_block_manager() -> None:
@@ -132,73 +87,216 @@ def test_refuses_what_can_never_run(prompt: int, tokens: int, message: str) -> N
 
 def test_takes_what_just_fits() -> None:
     tight = scheduler(slots=1, pages=10)
-    tight.add(request(39, 1))
-    tight.add(request(1, 39))
-    loop = Loop(tight, 10, 1)
-    while loop.step():
-        pass
-    assert len(loop.ended) == 2
+    for one in (request(39, 1), request(1, 39, first=99)):
+        tight.add(one)
+        while (work := tight.schedule()) is not None:
+            run(tight, work)
+        assert len(one.output_ids) == one.params.max_tokens
+    assert tight.preemptions == 0
 
 
-def test_chunks_then_decode_together() -> None:
-    """The whole of a small schedule, by hand: 19 tokens are chunks of 8, 8 and 3."""
-    both = scheduler()
-    long, short = request(19, 2), request(3, 3)
-    both.add(long)
-    both.add(short)
-    seen: list[Any] = []
-    while (work := both.schedule()) is not None:
-        if isinstance(work, Prefill):
-            seen.append((work.request is long, work.start, work.stop))
-            work.request.prefilled = work.stop
-            grown = [work.request] if work.stop == len(work.request.prompt_ids) else []
-        else:
-            seen.append([one is long for one in work.requests])
-            grown = work.requests
-        for one in list(grown):
-            one.append(1)
-            if one.finish_reason:
-                both.finish(one)
-    assert seen == [(True, 0, 8), (True, 8, 16), (True, 16, 19), (False, 0, 3), [True, False], [False]]
-    assert (long.output_ids, short.output_ids) == ([1, 1], [1, 1, 1])
-    assert (long.finish_reason, short.finish_reason) == ("length", "length")
-    assert not both.busy and both.schedule() is None
+def test_chunks_alternate_with_decode_steps() -> None:
+    """The whole of a small schedule: 19 tokens alone are chunks of 8, 8 and 3; beside others, of 2."""
+    of = scheduler()
+    short, long = request(3, 6, first=50), request(11, 2)
+    of.add(short)
+    of.add(long)
+    seen = []
+    while (work := of.schedule()) is not None:
+        seen.append(run(of, work))
+    assert seen == [
+        (short, 0, 3),  # nobody decodes: the largest chunk
+        [short],
+        (long, 0, 2),
+        [short],
+        (long, 2, 4),
+        [short],
+        (long, 4, 6),
+        [short],
+        (long, 6, 8),
+        [short],  # its last
+        (long, 8, 11),  # nobody decodes any more: as much as there is
+        [long],
+    ]
+    alone = request(19, 1, first=200)
+    of.add(alone)
+    assert [run(of, of.schedule()) for _ in range(3)] == [(alone, 0, 8), (alone, 8, 16), (alone, 16, 19)]
+    assert not of.busy and of.schedule() is None
+
+
+def test_a_chunk_that_begins_inside_a_page_ends_in_it() -> None:
+    of = scheduler()
+    short, long = request(1, 4, first=50), request(20, 1)
+    of.add(short)
+    of.add(long)
+    assert [run(of, of.schedule()) for _ in range(2)] == [(short, 0, 1), [short]]
+    assert run(of, of.schedule()) == (long, 0, 2)
+    of.finish(short)  # the budget holds no longer, but this is the middle of a page
+    assert run(of, of.schedule()) == (long, 2, 4)
+    assert run(of, of.schedule()) == (long, 4, 12)
+
+
+def test_several_steps_only_where_nobody_waits() -> None:
+    of = scheduler(slots=1, steps=4)
+    first, second = request(2, 9), request(2, 9, first=50)
+    of.add(first)
+    run(of, of.schedule())
+    work = of.schedule()
+    assert isinstance(work, Decode) and work.steps == 4
+    run(of, work)
+    of.add(second)
+    work = of.schedule()
+    assert isinstance(work, Decode) and work.steps == 1
 
 
 def test_a_large_request_is_not_overtaken() -> None:
     """Small ones that would fit wait behind it, or a stream of them could starve it."""
-    pages = 10
-    tight = scheduler(slots=4, pages=pages)
-    loop = Loop(tight, pages, 4)
-    first, large, small = request(4, 20), request(30, 8), request(2, 2)
+    of = scheduler(slots=4, pages=10)
+    first, large, small = request(24, 8), request(30, 8, first=100), request(2, 2, first=200)
     for one in (first, large, small):
-        loop.add(one)
-    loop.step()
-    assert list(tight.waiting) == [large, small]  # 6 pages run, 10 are needed: small's 1 page stays free
-    while loop.step():
-        pass
-    assert loop.started == loop.order
+        of.add(one)
+    order = []
+    while (work := of.schedule()) is not None:
+        if isinstance(work, Prefill) and work.first:
+            order.append(work.request)
+        run(of, work)
+    assert order == [first, large, small]
     assert first.finish_reason == large.finish_reason == small.finish_reason == "length"
+
+
+def test_the_youngest_is_preempted_and_runs_again_with_what_it_had() -> None:
+    of = scheduler(slots=2, pages=6)
+    old, young = request(8, 12), request(7, 8, first=50)
+    of.add(old)
+    of.add(young)
+    while not of.preemptions:
+        run(of, of.schedule())
+    assert old.slot is not None and young.slot is None and list(of.waiting) == [young]
+    had = list(young.output_ids)
+    assert had and not young.pages
+    while old.finish_reason is None:
+        run(of, of.schedule())
+    work = of.schedule()
+    assert isinstance(work, Prefill) and work.request is young and work.first
+    assert young.prefill_ids == [*young.prompt_ids, *had]
+    # its first page lay in the cache all the time, unless old's last steps needed the place
+    assert work.start == young.prefill_start and work.start % PAGE == 0
+    while (work := of.schedule()) is not None:
+        run(of, work)
+    assert len(young.output_ids) == 8 and len(old.output_ids) == 12
+    assert of.preemptions == 1 and of.blocks.free == 6
+
+
+# --- the prefix cache --------------------------------------------------------------------------------------
+
+
+def finish_alone(of: Scheduler, one: Request) -> Request:
+    of.add(one)
+    while one.finish_reason is None:
+        run(of, of.schedule())
+    return one
+
+
+def test_equal_beginnings_are_computed_once() -> None:
+    of = scheduler()
+    assert finish_alone(of, request(10, 1)).cached_tokens == 0
+    assert of.blocks.free == 24  # nothing is held, and yet:
+    again = finish_alone(of, request(14, 1))
+    assert again.cached_tokens == 8  # two full pages; the third was not full
+    assert finish_alone(of, request(12, 1)).cached_tokens == 8  # the last token is run in any case
+    assert finish_alone(of, request(13, 1)).cached_tokens == 12
+    assert finish_alone(of, request(13, 1, first=1)).cached_tokens == 0
+    assert (of.prefix_hits, of.prefix_queries) == (8 + 8 + 12, 10 + 14 + 12 + 13 + 13)
+
+
+def test_output_is_found_too() -> None:
+    """The next turn of a conversation begins with all of the last one, the last token excepted."""
+    of = scheduler()
+    first = finish_alone(of, request(6, 7))
+    turn = Request([*first.prompt_ids, *first.output_ids, 9, 9], SamplingParams(max_tokens=1), seed=0)
+    assert finish_alone(of, turn).cached_tokens == 12  # 13 tokens, of which the last was never fed
+
+
+def test_salts_share_nothing() -> None:
+    of = scheduler()
+    finish_alone(of, request(12, 1, cache_salt="a"))
+    assert finish_alone(of, request(12, 1, cache_salt="b")).cached_tokens == 0
+    assert finish_alone(of, request(12, 1, cache_salt="a")).cached_tokens == 8
+    assert finish_alone(of, request(12, 1)).cached_tokens == 0
+
+
+def test_twins_that_arrive_together_prefill_once() -> None:
+    of = scheduler(slots=4)
+    twins = [request(12, 3) for _ in range(4)]
+    for one in twins:
+        of.add(one)
+    while (work := of.schedule()) is not None:
+        run(of, work)
+    assert [one.cached_tokens for one in twins] == [0, 8, 8, 8]
+
+
+def test_a_page_in_use_is_shared_and_outlives_its_first_user() -> None:
+    of = scheduler(pages=6)
+    first, second = request(9, 6), request(9, 6)
+    of.add(first)
+    run(of, of.schedule())
+    run(of, of.schedule())
+    of.add(second)
+    run(of, of.schedule())
+    assert second.pages[:2] == first.pages[:2] and second.pages[2] != first.pages[2]
+    shared = first.pages[:2]
+    of.finish(first)
+    assert of.blocks.free == 3
+    with pytest.raises(RequestError):
+        of.blocks.allocate(4)
+    assert not set(of.blocks.allocate(3)) & set(shared)
+
+
+def test_least_recently_used_goes_first_and_ends_before_beginnings() -> None:
+    of = scheduler(pages=6)
+    finish_alone(of, request(9, 1, first=0))
+    finish_alone(of, request(9, 1, first=50))
+    finish_alone(of, request(9, 1, first=0))  # used again: now the younger
+    finish_alone(of, request(16, 1, first=90))  # 4 pages: 2 blank, 2 taken from those of 50...
+    assert finish_alone(of, request(9, 1, first=0)).cached_tokens == 8
+    assert finish_alone(of, request(9, 1, first=50)).cached_tokens == 0
+
+
+def test_prompt_logprobs_need_every_logit() -> None:
+    of = scheduler()
+    finish_alone(of, request(12, 1))
+    asks = Request(list(range(12)), SamplingParams(max_tokens=1, prompt_logprobs=0), seed=0)
+    of.add(asks)
+    assert run(of, of.schedule()) == (asks, 0, 4)  # a page at a time: a chunk's logits are held at once
+    assert asks.cached_tokens == 0
+
+
+def test_keys_depend_on_everything_before() -> None:
+    a, b = root_key(""), root_key("x")
+    assert page_key(a, [1, 2]) != page_key(b, [1, 2])
+    assert page_key(page_key(a, [1, 2]), [3, 4]) != page_key(page_key(a, [2, 1]), [3, 4])
+    assert page_key(a, [1, 2]) == page_key(a, (1, 2))
+    assert len(a) == 32  # SHA-256
+    assert page_key(a, [1, 2]).hex().startswith(hashlib.sha256(a + struct.pack("<2q", 1, 2)).hexdigest())
 
 
 def test_cancel_in_every_state() -> None:
     of = scheduler(slots=1)
-    loop = Loop(of, 24, 1)
-    waiting, prefilling, decoding = request(3, 3), request(20, 3), request(2, 9)
-    loop.add(prefilling)
-    loop.step()
+    waiting, prefilling, decoding = request(3, 3, 90), request(20, 3), request(2, 9, 70)
+    of.add(prefilling)
+    run(of, of.schedule())
     assert prefilling.prefilled == 8
-    loop.cancel(prefilling)
+    of.finish(prefilling)
     assert of.blocks.free == 24 and not of.busy
-    loop.add(decoding)
-    loop.add(waiting)
-    loop.step()
-    loop.step()
+    of.add(decoding)
+    of.add(waiting)
+    run(of, of.schedule())
+    run(of, of.schedule())
     assert len(decoding.output_ids) == 2
-    loop.cancel(waiting)
+    of.finish(waiting)
     assert list(of.waiting) == []
-    loop.cancel(decoding)
-    loop.cancel(decoding)  # again: nothing to free
+    of.finish(decoding)
+    of.finish(decoding)  # again: nothing to free
     assert of.blocks.free == 24 and not of.busy and of.schedule() is None
 
 
@@ -225,6 +323,7 @@ def test_finishing_a_stranger_does_nothing() -> None:
 def test_request_ends_at_a_stop_token_or_at_its_length() -> None:
     one = request(3, 3, stop_ids=(5,))
     assert (one.most_tokens, one.remaining) == (6, 3)
+    one.launched = 1
     one.append(1)
     assert (one.remaining, one.next_position, one.finish_reason) == (2, 3, None)
     one.append(5)
@@ -236,50 +335,3 @@ def test_request_ends_at_a_stop_token_or_at_its_length() -> None:
     three = request(3, 1)
     three.append(9)
     assert three.finish_reason == "length"
-
-
-shapes = st.tuples(st.integers(1, 30), st.integers(1, 12), st.sampled_from(((), (7,))))
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(
-    shapes=st.lists(shapes, min_size=1, max_size=12),
-    slots=st.integers(1, 5),
-    pages=st.integers(11, 40),
-    steps=st.sampled_from((1, 4)),
-    seed=st.integers(0, 2**16),
-)
-def test_any_schedule(
-    shapes: Sequence[tuple[int, int, tuple[int, ...]]], slots: int, pages: int, steps: int, seed: int
-) -> None:
-    """Arrivals and cancellations at random: every request ends exactly once, first come, first served."""
-    rng = random.Random(seed)
-    of = scheduler(slots=slots, longest=44, pages=pages)
-    loop = Loop(of, pages, slots, steps)
-    every = [request(p, t, stop_ids=s) for p, t, s in shapes]
-    for number, one in enumerate(every):
-        one.seed = number
-    coming = list(every)
-    for _ in range(5000):
-        if coming and rng.random() < 0.4:
-            loop.add(coming.pop(0))
-        active = [one for one in (*of.running, *of.waiting) if one.finish_reason is None]
-        if active and rng.random() < 0.08:
-            loop.cancel(rng.choice(active))
-        if not loop.step(rng) and not coming:
-            break
-    else:
-        raise AssertionError("the loop does not end")
-
-    assert of.blocks.free == pages and not of.busy
-    assert sorted(of._slots) == list(range(slots))
-    assert len(loop.ended) == len(set(loop.ended))
-    assert {id(one) for one in every} == set(loop.ended) | loop.cancelled
-    assert not set(loop.ended) & loop.cancelled
-    assert loop.started == [one for one in loop.order if one in set(loop.started)]
-    for one in every:
-        if id(one) in loop.ended:
-            stopped = bool(one.stop_ids) and one.output_ids[-1] in one.stop_ids
-            assert one.finish_reason == ("stop" if stopped else "length")
-            assert stopped or len(one.output_ids) == one.params.max_tokens
-            assert not set(one.output_ids[:-1]) & set(one.stop_ids)

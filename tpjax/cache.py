@@ -28,8 +28,8 @@ class Placement:
 
     Attributes:
         block_tables: page of each block of positions, per sequence.
-        positions: of each token. In a chunk of several tokens they are consecutive and the first is a
-            multiple of the page size.
+        positions: of each token. In a chunk of several tokens they are consecutive; a chunk shorter than a
+            page does not cross into the next, a longer one begins at a page.
     """
 
     block_tables: Int[Array, "B blocks"]
@@ -101,11 +101,11 @@ def _write_token(
 def _write_chunk(
     pages: Float[Array, "pages K page_size h"], new: Float[Array, "B S K h"], at: Placement
 ) -> Float[Array, "pages K page_size h"]:
-    # Chunks start on a page boundary, so whole pages go in with one slice update each: no scatter by token.
+    # A chunk is a part of one page, or whole pages: one slice update each, no scatter by token.
     batch, length = new.shape[:2]
     page_size = pages.shape[2]
     new = new.swapaxes(1, 2)
-    first = at.positions[:, 0] // page_size
+    first, offset = jnp.divmod(at.positions[:, 0], page_size)
     blocks = at.block_tables.shape[1]
     for row in range(batch):
         for block in range(0, length, page_size):
@@ -113,5 +113,7 @@ def _write_chunk(
             # past the table's end there is no page: that is padding, and goes to the null page
             page = jnp.where(index < blocks, at.block_tables[row, jnp.minimum(index, blocks - 1)], NULL_PAGE)
             part = new[row : row + 1, :, block : block + page_size]
-            pages = jax.lax.dynamic_update_slice(pages, part, (page, 0, 0, 0))
+            pages = jax.lax.dynamic_update_slice(
+                pages, part, (page, 0, offset[row] if length < page_size else 0, 0)
+            )
     return pages

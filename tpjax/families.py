@@ -16,6 +16,7 @@ from tpjax.config import ModelConfig
 from tpjax.errors import ConfigError
 from tpjax.mappings import gemma, llama
 from tpjax.mappings.fields import Family, Fields, GGUFArchitecture, GGUFView
+from tpjax.mappings.quantization import quantization_of
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family for lineage in (llama, gemma) for family in lineage.FAMILIES
@@ -23,7 +24,6 @@ FAMILIES: dict[str, Family] = {
 
 # Fields that change what the model computes, and the values under which they change nothing.
 _INERT: dict[str, tuple[Any, ...]] = {
-    "quantization_config": (None,),
     "use_bidirectional_attention": (None, False),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
@@ -47,6 +47,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     for name, inert in _INERT.items():
         if raw.get(name) not in inert:
             raise ConfigError(f"config.json: {name}={raw[name]!r} is not supported")
+    quantization_of(Fields(raw))  # for its refusals: a configuration alone tells what cannot be loaded
     return FAMILIES[model_type].config(Fields(raw))
 
 

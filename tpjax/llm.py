@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -17,8 +17,8 @@ from tpjax.checkpoints.hub import cache_dir, resolve
 from tpjax.checkpoints.load import load_decoder, open_checkpoint
 from tpjax.config import ModelConfig
 from tpjax.engine.engine import Engine
+from tpjax.engine.generation import Delta, Generation
 from tpjax.engine.request import FinishReason, Request, TokenLogprobs
-from tpjax.engine.text import TextStream
 from tpjax.errors import ConfigError, RequestError
 from tpjax.mesh import make_mesh
 from tpjax.runner import Row, Runner, plan_limits, resolve_dtype
@@ -50,21 +50,6 @@ class Completion:
     token_ids: list[int]
     finish_reason: FinishReason
     logprobs: list[TokenLogprobs] | None = None
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What a stream yields: new text and the tokens it came with.
-
-    Attributes:
-        text: whole characters only; may be empty.
-        token_ids: may be empty in the last delta.
-        finish_reason: set in the last delta.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason | None = None
 
 
 class LLM:
@@ -145,30 +130,29 @@ class LLM:
         every = [params or SamplingParams()] * len(each) if not isinstance(params, Sequence) else list(params)
         if len(every) != len(each):
             raise RequestError(f"{len(each)} prompts came with {len(every)} sampling parameters")
-        requests = [self._request(prompt, p) for prompt, p in zip(each, every, strict=True)]
-        for request in requests:
-            self.engine.scheduler.check(request)
-        streams = [self._text(request) for request in requests]
+        running = [
+            Generation(self.request(prompt, p), self.tokenizer) for prompt, p in zip(each, every, strict=True)
+        ]
+        generations = {id(generation.request): generation for generation in running}
         try:
-            for request in requests:
-                self.engine.add(request)
-            index = {id(request): i for i, request in enumerate(requests)}
-            while any(request.finish_reason is None for request in requests):
+            for generation in running:
+                self.engine.add(generation.request)
+            while any(generation.request.finish_reason is None for generation in running):
                 for request, tokens in self.engine.step():
-                    self._advance(request, tokens, streams[index[id(request)]])
+                    self._advance(generations[id(request)], tokens)
         finally:
-            for request in requests:
-                self.engine.cancel(request)
+            for generation in running:
+                self.engine.cancel(generation.request)
         return [
             Completion(
                 prompt if isinstance(prompt, str) else None,
-                list(request.prompt_ids),
-                stream.text if stream else "",
-                request.output_ids,
-                request.finish_reason or "length",
-                request.logprobs if p.logprobs is not None else None,
+                list(generation.request.prompt_ids),
+                generation.text,
+                generation.request.output_ids,
+                generation.request.finish_reason or "length",
+                generation.request.logprobs if p.logprobs is not None else None,
             )
-            for prompt, p, request, stream in zip(each, every, requests, streams, strict=True)
+            for prompt, p, generation in zip(each, every, running, strict=True)
         ]
 
     def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[Delta]:
@@ -180,9 +164,7 @@ class LLM:
         Raises:
             RequestError: the prompt or a parameter is invalid.
         """
-        request = self._request(prompt, params or SamplingParams())
-        self.engine.scheduler.check(request)
-        return self._stream(request)
+        return self._stream(Generation(self.request(prompt, params or SamplingParams()), self.tokenizer))
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """The logits after each token, teacher-forced.
@@ -225,31 +207,24 @@ class LLM:
         Raises:
             RequestError: the prompt or a parameter is invalid.
         """
-        request = self._request(prompt, params or SamplingParams())
-        self.engine.scheduler.check(request)
+        request = self.request(prompt, params or SamplingParams())
         self.runner.prepare(len(request.prompt_ids))
 
     def warm_up(self) -> None:
         """Compiles everything serving can need; afterwards nothing compiles again."""
         self.runner.warm_up()
 
-    # --- requests ------------------------------------------------------------------------------------------
+    def request(self, prompt: str | Sequence[int], params: SamplingParams, **extra: Any) -> Request:
+        """A request for ``engine``, checked against model, tokenizer, context and cache.
 
-    def _stream(self, request: Request) -> Iterator[Delta]:
-        stream = self._text(request)
-        self.engine.add(request)
-        try:
-            while request.finish_reason is None:
-                for grown, tokens in self.engine.step():
-                    if grown is not request:
-                        continue
-                    text = self._advance(request, tokens, stream)
-                    if text or tokens or request.finish_reason:
-                        yield Delta(text, tokens, request.finish_reason)
-        finally:
-            self.engine.cancel(request)
+        Args:
+            prompt: text, or token ids.
+            params: sampling parameters.
+            **extra: further fields of the request (``cache_salt``, ``grammar``).
 
-    def _request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+        Raises:
+            RequestError: the prompt or a parameter is invalid.
+        """
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError(f"{self.path} has no tokenizer: give the prompt as token ids")
@@ -262,7 +237,22 @@ class LLM:
             self._checked(list(tokens), name)
         ends = () if params.ignore_eos or self.tokenizer is None else tuple(sorted(self.tokenizer.eos_ids))
         seed = int(self._seeds.integers(0, MAX_SEED, endpoint=True)) if params.seed is None else params.seed
-        return Request(ids, params, seed, (*params.stop_token_ids, *ends))
+        request = Request(ids, params, seed, (*params.stop_token_ids, *ends), **extra)
+        self.engine.scheduler.check(request)
+        return request
+
+    # --- requests ------------------------------------------------------------------------------------------
+
+    def _stream(self, generation: Generation) -> Iterator[Delta]:
+        request = generation.request
+        self.engine.add(request)
+        try:
+            while request.finish_reason is None:
+                for grown, tokens in self.engine.step():
+                    if grown is request and (delta := self._advance(generation, tokens)):
+                        yield delta
+        finally:
+            self.engine.cancel(request)
 
     def _checked(self, token_ids: Sequence[int], name: str = "the prompt") -> list[int]:
         vocab = self.config.vocab_size
@@ -277,32 +267,11 @@ class LLM:
                 )
         return ids
 
-    def _text(self, request: Request) -> TextStream | None:
-        if self.tokenizer is None:
-            return None
-        return TextStream(self.tokenizer, request.prompt_ids, request.params.stop)
-
-    def _advance(self, request: Request, tokens: list[int], stream: TextStream | None) -> str:
-        """New text of a request; ends it where that meets a stop string."""
-        if stream is None:
-            return ""
-        parts = []
-        for count, token in enumerate(tokens, start=1):
-            ending = token in request.stop_ids and request.finish_reason == "stop" and count == len(tokens)
-            if not ending:  # the token that ends a text is not part of it
-                parts.append(stream.push(token))
-            if stream.stopped:
-                # tokens after the stop string were drawn in the same dispatch: they were never asked for
-                dropped = len(tokens) - count
-                del request.output_ids[len(request.output_ids) - dropped :]
-                del request.logprobs[len(request.output_ids) :]
-                del tokens[count:]
-                request.finish_reason = "stop"
-                break
-        if request.finish_reason is not None:
-            parts.append(stream.flush())
-            self.engine.cancel(request)
-        return "".join(parts)
+    def _advance(self, generation: Generation, tokens: list[int]) -> Delta:
+        delta = generation.advance(tokens)
+        if delta.finish_reason is not None:
+            self.engine.cancel(generation.request)
+        return delta
 
 
 def _use_compilation_cache() -> None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -20,14 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from tpjax import cache as kv
 from tpjax.cache import NULL_PAGE, PagedKVCache, Placement
 from tpjax.config import ModelConfig
 from tpjax.errors import ConfigError
 from tpjax.model import Decoder
-from tpjax.sampling import History, Sampled, SamplingRows, sample
+from tpjax.sampling import NAN_TOKEN, History, Sampled, SamplingRows, sample, score
 from tpjax.sampling_params import SamplingParams
 from tpjax.sharding import LOGITS, REPLICATED, pad_to_multiple
 
@@ -152,6 +152,7 @@ class Row:
         seed: of its noise.
         remaining: most tokens it may still yield.
         stop_ids: tokens that end it.
+        masked: draw only what :meth:`Runner.set_masks` allows its slot.
     """
 
     slot: int
@@ -161,6 +162,7 @@ class Row:
     seed: int
     remaining: int = 1
     stop_ids: Sequence[int] = ()
+    masked: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -182,7 +184,9 @@ class _Rows:
             ints[i] = (row.slot, row.position, row.remaining)
             stop_ids[i, : len(row.stop_ids)] = row.stop_ids[:STOP_IDS]
             tables[i, : len(row.pages)] = row.pages
-        sampling = SamplingRows.pack([row.params for row in rows], [row.seed for row in rows], size)
+        sampling = SamplingRows.pack(
+            [row.params for row in rows], [row.seed for row in rows], [row.masked for row in rows], size
+        )
         return cls(ints, stop_ids, tables, sampling)
 
 
@@ -230,19 +234,39 @@ class Runner:
         """Runs a chunk of a prompt and draws the token after it.
 
         Args:
-            row: its ``position`` is the chunk's first, a multiple of the page size.
+            row: its ``position`` is the chunk's first. A chunk smaller than a page lies within one, a larger
+                one begins at a page.
             tokens: the chunk, at most the largest chunk size.
 
         Returns:
             Device arrays [1, 1, ...]; of use after the prompt's last chunk only.
         """
         size = self.chunk_size(len(tokens))
-        padded = np.zeros((1, size), np.int32)
-        padded[0, : len(tokens)] = tokens
         rows = _Rows.pack([row], self.limits, 1)
         program = self.program("prefill", 1, size)
-        self._state, drawn = program(self._weights, self.state, rows, padded, np.int32(len(tokens)))
+        length = np.int32(len(tokens))
+        self._state, drawn = program(self._weights, self.state, rows, _padded(tokens, size), length)
         return drawn
+
+    def prefill_and_score(
+        self, row: Row, tokens: Sequence[int], targets: Sequence[int]
+    ) -> tuple[Sampled, Sampled]:
+        """Like :meth:`prefill`; also the log-probability after each token of the one that does follow.
+
+        Args:
+            row: as there.
+            tokens: as there.
+            targets: the tokens one later; what follows the prompt's last one is not known.
+
+        Returns:
+            What :meth:`prefill` returns, and device arrays [chunk, ...] with the targets as their tokens.
+        """
+        size = self.chunk_size(len(tokens))
+        rows = _Rows.pack([row], self.limits, 1)
+        program = self.program("prefill_and_score", 1, size)
+        chunk, following, length = _padded(tokens, size), _padded(targets, size), np.int32(len(tokens))
+        self._state, drawn, scored = program(self._weights, self.state, rows, chunk, length, following)
+        return drawn, scored
 
     def decode(self, rows: Sequence[Row], steps: int) -> Sampled:
         """Feeds each row its slot's last token and draws the next, ``steps`` times.
@@ -262,22 +286,35 @@ class Runner:
     def score(self, row: Row, tokens: Sequence[int]) -> Float[np.ndarray, "S V"]:
         """Runs a chunk of a prompt and returns the logits after each of its tokens, float32."""
         size = self.chunk_size(len(tokens))
-        padded = np.zeros((1, size), np.int32)
-        padded[0, : len(tokens)] = tokens
         rows = _Rows.pack([row], self.limits, 1)
         program = self.program("score", 1, size)
-        self._state, logits = program(self._weights, self.state, rows, padded)
+        self._state, logits = program(self._weights, self.state, rows, _padded(tokens, size))
         return np.asarray(logits)[: len(tokens), : self.config.vocab_size]
 
-    def set_history(self, slot: int, prompt: Sequence[int], params: SamplingParams) -> None:
-        """Tells a slot which tokens are in its prompt, clears its counts, and sets its biases."""
+    def set_history(
+        self, slot: int, prompt: Sequence[int], output: Sequence[int], params: SamplingParams
+    ) -> None:
+        """Tells a slot which tokens are in its prompt and its output so far, and sets its biases."""
         in_prompt = np.zeros((1, self.padded_vocab), np.bool_)
         in_prompt[0, list(prompt)] = True
+        counts = np.bincount(np.asarray(output, np.int64), minlength=self.padded_vocab)[None].astype(np.int32)
         bias = np.zeros((1, self.padded_vocab), np.float32)
         for token, value in params.logit_bias.items():
             bias[0, token] = value
         program = self.program("set_history", 1, 1)
-        self._state = program(self.state, np.int32(slot), in_prompt, bias)
+        self._state = program(self.state, np.int32(slot), in_prompt, counts, bias)
+
+    def set_masks(self, masks: Mapping[int, np.ndarray]) -> None:
+        """Says which tokens slots may draw next.
+
+        Args:
+            masks: per slot uint32 [ceil(V / 32)]: bit ``i`` of word ``w`` allows token ``32 * w + i``.
+        """
+        slots: Any = np.full(self.limits.max_slots, self.limits.max_slots, np.int32)
+        words: Any = np.zeros((self.limits.max_slots, -(-self.config.vocab_size // 32)), np.uint32)
+        for row, (slot, mask) in enumerate(masks.items()):
+            slots[row], words[row] = slot, mask
+        self._state = self.program("set_masks", self.limits.max_slots, 1)(self.state, slots, words)
 
     def chunk_size(self, length: int) -> int:
         """The smallest chunk bucket that holds ``length`` tokens."""
@@ -309,7 +346,13 @@ class Runner:
                     for steps in {1, self.limits.steps}
                 ),
                 *(("prefill", 1, size) for size in self.chunk_sizes),
+                *(
+                    ("prefill_and_score", 1, size)
+                    for size in self.chunk_sizes
+                    if size <= self.limits.page_size
+                ),
                 ("set_history", 1, 1),
+                ("set_masks", self.limits.max_slots, 1),
             ]
         )
         # a first call also compiles the small transfers around a program
@@ -339,7 +382,7 @@ class Runner:
         """The compiled program of that kind and bucket.
 
         Args:
-            kind: ``prefill``, ``decode``, ``score`` or ``set_history``.
+            kind: ``prefill``, ``prefill_and_score``, ``decode``, ``score``, ``set_history`` or ``set_masks``.
             batch: rows.
             length: tokens of a chunk, or decode steps.
         """
@@ -365,14 +408,21 @@ class Runner:
         weights, state = self._weights, self.abstract_state()
         with jax.set_mesh(self.mesh):
             if kind == "set_history":
-                vocab = (1, self.padded_vocab)
-                arguments = (np.int32(0), np.zeros(vocab, np.bool_), np.zeros(vocab, np.float32))
-                return self._jit(_set_history, donate=0).lower(state, *arguments)
+                of_slot = [
+                    np.zeros((1, self.padded_vocab), dtype) for dtype in (np.bool_, np.int32, np.float32)
+                ]
+                return self._jit(_set_history, donate=0).lower(state, np.int32(0), *of_slot)
+            if kind == "set_masks":
+                words = np.zeros((batch, -(-self.config.vocab_size // 32)), np.uint32)
+                return self._jit(_set_masks, donate=0).lower(state, np.zeros(batch, np.int32), words)
             if kind == "decode":
                 return self._jit(self._decode(length), donate=1).lower(weights, state, rows)
             tokens = np.zeros((batch, length), np.int32)
             if kind == "prefill":
                 return self._jit(self._prefill, donate=1).lower(weights, state, rows, tokens, np.int32(0))
+            if kind == "prefill_and_score":
+                arguments = (weights, state, rows, tokens, np.int32(0), tokens)
+                return self._jit(self._prefill_and_score, donate=1).lower(*arguments)
             return self._jit(self._score, donate=1).lower(weights, state, rows, tokens)
 
     def abstract_model(self) -> Decoder:
@@ -400,10 +450,14 @@ class Runner:
     def _jit(self, function: Callable[..., Any], donate: int) -> Any:
         # the state comes out sharded as it went in, so that it can be donated to the next call
         state = jax.tree.map(lambda buffer: buffer.sharding, self.abstract_state())
-        out: Any = state
-        if function is not _set_history:
-            scored = function == self._score
-            out = (state, NamedSharding(self.mesh, LOGITS if scored else REPLICATED))
+        whole, cut = (NamedSharding(self.mesh, spec) for spec in (REPLICATED, LOGITS))
+        out: Any = (state, whole)
+        if function in (_set_history, _set_masks):
+            out = state
+        elif function == self._score:
+            out = (state, cut)
+        elif function == self._prefill_and_score:
+            out = (state, whole, whole)
         return jax.jit(function, donate_argnums=donate, out_shardings=out)
 
     def _allocate(self) -> State:
@@ -427,23 +481,45 @@ class Runner:
         length: Int[Array, ""],
     ) -> tuple[State, Sampled]:
         model = self._model(weights)
+        state, hidden = _run_chunk(model, state, rows, tokens)
+        return self._draw_after(model, state, rows, hidden, length)
+
+    def _prefill_and_score(
+        self,
+        weights: Sequence[Array],
+        state: State,
+        rows: _Rows,
+        tokens: Int[Array, "1 S"],
+        length: Int[Array, ""],
+        targets: Int[Array, "1 S"],
+    ) -> tuple[State, Sampled, Sampled]:
+        model = self._model(weights)
+        state, hidden = _run_chunk(model, state, rows, tokens)
+        scored = score(model.logits(hidden[0]), targets[0], self.mesh)
+        return *self._draw_after(model, state, rows, hidden, length), scored
+
+    def _draw_after(
+        self,
+        model: Decoder,
+        state: State,
+        rows: _Rows,
+        hidden: Float[Array, "1 S D"],
+        length: Int[Array, ""],
+    ) -> tuple[State, Sampled]:
         slots, first = rows.ints[:, 0], rows.ints[:, 1]
-        at = Placement(rows.block_tables, first[:, None] + jnp.arange(tokens.shape[1]))
-        hidden, cache = model(tokens, state.cache, at)
         last = jax.lax.dynamic_index_in_dim(hidden, length - 1, axis=1, keepdims=False)
         drawn, history = sample(
             model.logits(last), rows.sampling, state.history, slots, first + length, self.mesh
         )
-        state = State(cache, state.tokens.at[slots].set(drawn.tokens), history)
+        state = State(state.cache, state.tokens.at[slots].set(drawn.tokens), history)
         return state, jax.tree.map(lambda x: x[None], drawn)
 
     def _score(
         self, weights: Sequence[Array], state: State, rows: _Rows, tokens: Int[Array, "1 S"]
     ) -> tuple[State, Float[Array, "S V"]]:
         model = self._model(weights)
-        at = Placement(rows.block_tables, rows.ints[:, 1, None] + jnp.arange(tokens.shape[1]))
-        hidden, cache = model(tokens, state.cache, at)
-        return State(cache, state.tokens, state.history), model.logits(hidden[0])
+        state, hidden = _run_chunk(model, state, rows, tokens)
+        return state, model.logits(hidden[0])
 
     def _decode(self, steps: int) -> Callable[..., tuple[State, Sampled]]:
         def step(
@@ -477,7 +553,7 @@ class Runner:
                     drawn.top_logprobs,
                 )
                 out = jax.tree.map(lambda all_, one: all_.at[i].set(one), out, drawn)
-                ended = jnp.any(drawn.tokens[:, None] == rows.stop_ids, axis=1)
+                ended = jnp.any(drawn.tokens[:, None] == rows.stop_ids, axis=1) | (drawn.tokens == NAN_TOKEN)
                 return state, alive & ~ended & (i + 1 < remaining), out
 
             shapes = jax.eval_shape(lambda: step(model, state, rows, remaining > 0, start)[1])
@@ -491,14 +567,39 @@ class Runner:
 def _set_history(
     state: State,
     slot: Int[Array, ""],
-    in_prompt: Array,
+    in_prompt: Bool[Array, "1 V"],
+    counts: Int[Array, "1 V"],
     bias: Float[Array, "1 V"],
 ) -> State:
     history = state.history
     at = (slot, jnp.int32(0))
     history = History(
         jax.lax.dynamic_update_slice(history.in_prompt, in_prompt, at),
-        jax.lax.dynamic_update_slice(history.counts, jnp.zeros_like(bias, jnp.int32), at),
+        jax.lax.dynamic_update_slice(history.counts, counts, at),
         jax.lax.dynamic_update_slice(history.bias, bias, at),
+        history.allowed,
     )
     return State(state.cache, state.tokens, history)
+
+
+def _set_masks(state: State, slots: Int[Array, B], words: UInt[Array, "B words"]) -> State:
+    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    padded_vocab = state.history.allowed.shape[1]
+    allowed = bits.reshape(len(slots), -1)[:, :padded_vocab].astype(jnp.bool_)
+    allowed = jnp.pad(allowed, ((0, 0), (0, padded_vocab - allowed.shape[1])))
+    history = replace(state.history, allowed=state.history.allowed.at[slots].set(allowed))
+    return State(state.cache, state.tokens, history)
+
+
+def _run_chunk(
+    model: Decoder, state: State, rows: _Rows, tokens: Int[Array, "1 S"]
+) -> tuple[State, Float[Array, "1 S D"]]:
+    at = Placement(rows.block_tables, rows.ints[:, 1, None] + jnp.arange(tokens.shape[1]))
+    hidden, cache = model(tokens, state.cache, at)
+    return State(cache, state.tokens, state.history), hidden
+
+
+def _padded(tokens: Sequence[int], size: int) -> np.ndarray:
+    padded = np.zeros((1, size), np.int32)
+    padded[0, : len(tokens)] = tokens
+    return padded

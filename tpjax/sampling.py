@@ -26,6 +26,7 @@ from tpjax.sharding import LOGITS
 # Bits of the threshold settled per round; each round is one small all-reduce of 2**bits - 1 sums a row.
 _BITS_PER_ROUND = 4
 _COLDEST = 1e-5
+NAN_TOKEN = -2  # drawn where the logits are not numbers
 _LEAST_MASS = 1e-30  # a top_p that float32 rounds to 0 still keeps the likeliest token
 
 
@@ -36,18 +37,21 @@ class SamplingRows:
 
     Attributes:
         floats: temperature, top_p, min_p, repetition, presence and frequency penalty.
-        ints: top_k, seed (as int32 bits), whether to apply history, whether to return log-probabilities.
+        ints: top_k, seed (as int32 bits), whether to apply history, whether to return log-probabilities,
+            whether to draw only what the slot's mask allows.
     """
 
     floats: Float[Array, "B 6"]
-    ints: Int[Array, "B 4"]
+    ints: Int[Array, "B 5"]
 
     @classmethod
-    def pack(cls, params: Sequence[SamplingParams], seeds: Sequence[int], rows: int) -> SamplingRows:
+    def pack(
+        cls, params: Sequence[SamplingParams], seeds: Sequence[int], masked: Sequence[bool], rows: int
+    ) -> SamplingRows:
         """Packs parameters into ``rows`` rows; rows past the last are greedy."""
         floats: Any = np.tile(np.array([0, 1, 0, 1, 0, 0], np.float32), (rows, 1))
-        ints: Any = np.zeros((rows, 4), np.int32)
-        for row, (p, seed) in enumerate(zip(params, seeds, strict=True)):
+        ints: Any = np.zeros((rows, 5), np.int32)
+        for row, (p, seed, mask) in enumerate(zip(params, seeds, masked, strict=True)):
             floats[row] = (
                 p.temperature,
                 p.top_p,
@@ -62,6 +66,7 @@ class SamplingRows:
                 np.uint32(seed).view(np.int32),
                 p.needs_history,
                 p.logprobs is not None,
+                mask,
             )
         return cls(floats, ints)
 
@@ -69,17 +74,19 @@ class SamplingRows:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class History:
-    """What penalties and biases need to know of each slot's tokens; all cut along V.
+    """What penalties, biases and masks need to know of each slot's tokens; all cut along V.
 
     Attributes:
         in_prompt: whether the token is in the prompt.
         counts: how often the token was generated.
         bias: added to the logits.
+        allowed: whether a row that is masked may draw the token next.
     """
 
     in_prompt: Bool[Array, "slots V"]
     counts: Int[Array, "slots V"]
     bias: Float[Array, "slots V"]
+    allowed: Bool[Array, "slots V"]
 
     @classmethod
     def abstract(cls, slots: int, padded_vocab: int, mesh: Mesh) -> History:
@@ -88,7 +95,7 @@ class History:
         def buffer(dtype: type) -> Any:
             return jax.ShapeDtypeStruct((slots, padded_vocab), dtype, sharding=NamedSharding(mesh, LOGITS))
 
-        return cls(buffer(jnp.bool_), buffer(jnp.int32), buffer(jnp.float32))
+        return cls(buffer(jnp.bool_), buffer(jnp.int32), buffer(jnp.float32), buffer(jnp.bool_))
 
 
 @jax.tree_util.register_dataclass
@@ -97,7 +104,7 @@ class Sampled:
     """The tokens drawn and, where asked for, log-probabilities (else zeros).
 
     Attributes:
-        tokens: token id per row.
+        tokens: token id per row; ``NAN_TOKEN`` where logits are not numbers.
         logprobs: of the drawn token.
         top_tokens: the likeliest tokens.
         top_logprobs: theirs.
@@ -137,13 +144,26 @@ def sample(
     )(logits, rows, history, slots, positions)
 
 
+def score(logits: Float[Array, "N V"], tokens: Int[Array, N], mesh: Mesh) -> Sampled:
+    """Log-probabilities of given tokens, and of the likeliest, each under its row of logits."""
+
+    def shard(logits: Array, tokens: Array) -> Sampled:
+        share = logits.shape[-1]
+        mine = jax.lax.axis_index(AXIS) * share + jnp.arange(share)
+        return Sampled(tokens, *_logprobs(logits, mine, tokens))
+
+    return jax.shard_map(shard, mesh=mesh, in_specs=(LOGITS, P()), out_specs=P(), check_vma=False)(
+        logits, tokens
+    )
+
+
 def _sample_shard(
     logits: Array, rows: SamplingRows, history: History, slots: Array, positions: Array
 ) -> tuple[Sampled, History]:
     """One device's part: ``logits`` and ``history`` hold its share of the vocabulary."""
     temperature, top_p, min_p = (rows.floats[:, i, None] for i in range(3))
-    top_k, seeds, uses_history, wants_logprobs = (rows.ints[:, i] for i in range(4))
-    uses_history, wants_logprobs = uses_history != 0, wants_logprobs != 0
+    top_k, seeds, *flags = (rows.ints[:, i] for i in range(5))
+    uses_history, wants_logprobs, masked = (flag != 0 for flag in flags)
     share = logits.shape[-1]
     tokens = jax.lax.axis_index(AXIS) * share + jnp.arange(share)
 
@@ -151,6 +171,11 @@ def _sample_shard(
         jnp.any(uses_history),
         lambda: _penalise(logits, rows, history, slots),
         lambda: logits,
+    )
+    scores = jax.lax.cond(
+        jnp.any(masked),
+        lambda: jnp.where(history.allowed[slots] | ~masked[:, None], scores, -jnp.inf),
+        lambda: scores,
     )
 
     def draw() -> Array:
@@ -180,7 +205,8 @@ def _sample_shard(
         )
         floor = jnp.maximum(floor, top + jnp.log(min_p))
         noisy = jnp.where(warm >= floor, warm + _gumbel(seeds, positions, tokens), -jnp.inf)
-        return jnp.where(temperature > 0, noisy, scores)
+        # a NaN is below every threshold; it must win all the same, to be seen
+        return jnp.where((temperature > 0) & ~jnp.isnan(scores), noisy, scores)
 
     contest = jax.lax.cond(jnp.any(temperature > 0), draw, lambda: scores)
     chosen = _winner(contest, tokens)
@@ -197,7 +223,7 @@ def _sample_shard(
     counts = jax.lax.cond(
         jnp.any(uses_history), lambda: history.counts.at[slots].add(mine), lambda: history.counts
     )
-    return Sampled(chosen, *reported), History(history.in_prompt, counts, history.bias)
+    return Sampled(chosen, *reported), History(history.in_prompt, counts, history.bias, history.allowed)
 
 
 def _penalise(logits: Array, rows: SamplingRows, history: History, slots: Array) -> Array:
@@ -262,14 +288,17 @@ def _gumbel(seeds: Int[Array, B], positions: Int[Array, B], tokens: Int[Array, s
 
 
 def _winner(scores: Float[Array, "B share"], tokens: Int[Array, share]) -> Int[Array, B]:
-    """The token of the highest score over all devices; of equals, the lowest id. One small all-gather."""
+    """The token of the highest score over all devices; of equals, the lowest id. One small all-gather.
+
+    A NaN counts as highest, and gives ``NAN_TOKEN``.
+    """
     local = jnp.argmax(scores, axis=-1)
     best = jnp.take_along_axis(scores, local[:, None], axis=-1)[:, 0]
     token_bits = jax.lax.bitcast_convert_type(tokens[local], jnp.float32)
     candidates = jax.lax.all_gather(jnp.stack([best, token_bits]), AXIS)  # [tp, 2, B]
     device = jnp.argmax(candidates[:, 0], axis=0)
-    bits = jnp.take_along_axis(candidates[:, 1], device[None], axis=0)[0]
-    return jax.lax.bitcast_convert_type(bits, jnp.int32)
+    score, bits = jnp.take_along_axis(candidates, device[None, None], axis=0)[0]
+    return jnp.where(jnp.isnan(score), NAN_TOKEN, jax.lax.bitcast_convert_type(bits, jnp.int32))
 
 
 def _logprobs(logits: Array, tokens: Array, chosen: Array) -> tuple[Array, Array, Array]:

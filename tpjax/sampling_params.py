@@ -20,7 +20,7 @@ class SamplingParams:
     Applied in this order: penalties, ``logit_bias``, temperature, ``top_k``, ``top_p``, ``min_p``.
 
     Attributes:
-        max_tokens: most tokens to generate.
+        max_tokens: most tokens to generate; 0 only runs the prompt.
         temperature: divides the logits; 0 takes the likeliest token (greedy).
         top_k: keep the k likeliest tokens, and those that tie with the last of them; 0 keeps all.
         top_p: keep the likeliest tokens that together hold this probability; 1 keeps all.
@@ -36,6 +36,7 @@ class SamplingParams:
         logit_bias: added to the logits of these token ids.
         logprobs: also return the log-probability of each token and of this many likeliest ones, 0 to 20,
             before penalties and temperature; ``None``: none.
+        prompt_logprobs: the same for each token of the prompt; ``None``: none.
 
     Raises:
         RequestError: naming the parameter and its value.
@@ -55,15 +56,17 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         self._check_containers()
-        self._check_int("max_tokens", 1)
+        self._check_int("max_tokens", 0)
         self._check_int("top_k", 0)
         if self.seed is not None:
             self._check_int("seed", 0, MAX_SEED)
-        if self.logprobs is not None:
-            self._check_int("logprobs", 0, MAX_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                self._check_int(name, 0, MAX_LOGPROBS)
         self._check_float("temperature", 0.0)
         self._check_float("top_p", 0.0, 1.0, open_low=True)
         self._check_float("min_p", 0.0, 1.0)

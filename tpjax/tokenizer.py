@@ -17,15 +17,14 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tpjax.chat_template import ChatTemplates
 from tpjax.checkpoints import gguf_vocab
 from tpjax.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
-    import jinja2
     import tokenizers
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -40,6 +39,7 @@ class Tokenizer:
         bos_id, unk_id, pad_id: ids of these tokens, or None.
         eos_ids: every id that ends generation: the tokenizer's EOS and those the generation settings name.
         special_ids: control tokens, which `decode` leaves out by default.
+        chat_templates: what `apply_chat_template` renders with.
     """
 
     def __init__(
@@ -66,9 +66,7 @@ class Tokenizer:
         """
         self._backend = backend
         self._prefix_ids, self._suffix_ids = list(prefix_ids), list(suffix_ids)
-        self._role_texts = {role: text for role, (text, _) in roles.items()}
-        self._templates = dict(chat_templates)
-        self._compiled: dict[str, jinja2.Template] = {}
+        self.chat_templates = ChatTemplates(chat_templates, {role: text for role, (text, _) in roles.items()})
         self._bytes: dict[int, bytes] = {}
         ids = {role: id_ for role, (_, id_) in roles.items()}
         self.vocab_size: int = backend.vocab_size
@@ -81,7 +79,7 @@ class Tokenizer:
     @property
     def chat_template(self) -> str | None:
         """The Jinja source of the default chat template, or None."""
-        return self._templates.get("default")
+        return self.chat_templates.sources.get("default")
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Special tokens spelled out in it become their ids, as in transformers.
@@ -147,39 +145,9 @@ class Tokenizer:
             RequestError: there is no template, or the template refuses the messages.
             CheckpointError: the template is not valid Jinja.
         """
-        import jinja2
-
-        _check_messages(messages)
-        template = self._template("tool_use" if tools and "tool_use" in self._templates else "default")
-        variables = {**self._role_texts, "documents": None, **kwargs}
-        try:
-            return template.render(
-                messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
-            )
-        # A template is code: it can fail on odd messages in any way, and each is the request's fault.
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ValueError,
-            KeyError,
-            AttributeError,
-            ArithmeticError,
-        ) as error:
-            raise RequestError(f"the chat template refused the messages: {error}") from error
-
-    def _template(self, name: str) -> jinja2.Template:
-        import jinja2
-
-        if name not in self._templates:
-            raise RequestError("this checkpoint has no chat template")
-        if name not in self._compiled:
-            try:
-                self._compiled[name] = _jinja_environment().from_string(self._templates[name])
-            except jinja2.TemplateSyntaxError as error:
-                raise CheckpointError(
-                    f"chat template {name!r}, line {error.lineno}: {error.message}"
-                ) from error
-        return self._compiled[name]
+        return self.chat_templates.render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, **kwargs
+        )
 
     def _visible_bytes(self, token_id: int, skip_special_tokens: bool) -> bytes:
         return b"" if skip_special_tokens and token_id in self.special_ids else self.token_bytes(token_id)
@@ -668,53 +636,3 @@ def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str
         except ValueError as error:
             raise CheckpointError(f"{file}: not UTF-8 text") from error
     return templates
-
-
-# ----------------------------------------------------------------------------------------- chat templates
-
-
-def _check_messages(messages: Any) -> None:
-    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
-        raise RequestError(f"messages must be a non-empty list of messages, got {type(messages).__name__}")
-    for position, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise RequestError(f"messages[{position}] must be an object with a role")
-
-
-def _jinja_environment() -> jinja2.Environment:
-    """The environment transformers renders chat templates in. They are untrusted code, hence the sandbox."""
-    import jinja2
-    import jinja2.ext
-    import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks the assistant's text for training; here it only renders its body."""
-
-        tags = {"generation"}  # noqa: RUF012 -- as the base class declares it
-
-        def parse(self, parser: Any) -> list[Any]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        # Jinja's own filter escapes HTML.
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment

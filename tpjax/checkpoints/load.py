@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tpjax.checkpoints.gguf import GGUFFile
+from tpjax.checkpoints.quantized import dequantized
 from tpjax.checkpoints.safetensors import SafetensorsCheckpoint
 from tpjax.checkpoints.source import TensorInfo, TensorSource
 from tpjax.config import ModelConfig
@@ -32,6 +33,8 @@ from tpjax.families import (
     gguf_architecture,
     gguf_name,
 )
+from tpjax.mappings.fields import Fields
+from tpjax.mappings.quantization import quantization_of
 from tpjax.model import Decoder
 from tpjax.sharding import Layout
 
@@ -67,24 +70,33 @@ def open_checkpoint(path: Path) -> Checkpoint:
         architecture = gguf_architecture(str(file.metadata.get("general.architecture")))
         config = config_from_gguf(_gguf_view(file, architecture))
         return Checkpoint(path, config, _GGUFSource(file, config, architecture))
-    config = read_config(path)
-    return Checkpoint(path, config, _HFSource(SafetensorsCheckpoint(path), config))
+    raw = _read_json(path)
+    config = config_from_hf(raw)
+    files: TensorSource = SafetensorsCheckpoint(path)
+    quantization = quantization_of(Fields(raw))
+    if quantization is not None:
+        files = dequantized(files, quantization, path)
+    return Checkpoint(path, config, _HFSource(files, config))
 
 
 def read_config(path: Path) -> ModelConfig:
     """Reads the architecture alone: from a directory with a ``config.json``, that file, or a GGUF file."""
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
     if path.suffix.lower() == ".gguf" and path.is_file():
         return open_checkpoint(path).config
+    return config_from_hf(_read_json(path))
+
+
+def _read_json(path: Path) -> Any:
+    """The decoded ``config.json`` of a directory, or that file itself."""
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(f"{path} has no config.json")
     try:
-        raw = json.loads(file.read_text())
+        return json.loads(file.read_text())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}") from error
-    return config_from_hf(raw)
 
 
 def abstract_decoder(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> Decoder:
@@ -234,7 +246,7 @@ def _bar(show: bool) -> Progress:
 class _HFSource:
     """A safetensors checkpoint under canonical names."""
 
-    def __init__(self, files: SafetensorsCheckpoint, config: ModelConfig) -> None:
+    def __init__(self, files: TensorSource, config: ModelConfig) -> None:
         self._files = files
         ignored = [re.compile(pattern) for pattern in FAMILIES[config.model_type].ignored]
         if config.tie_word_embeddings:

@@ -2,32 +2,78 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from tpjax.engine.block_manager import BlockManager
 from tpjax.engine.request import Request, TokenLogprobs
 from tpjax.engine.scheduler import Decode, Prefill, Scheduler
 from tpjax.runner import NO_TOKEN, Row, Runner
-from tpjax.sampling import Sampled
+from tpjax.sampling import NAN_TOKEN, Sampled
 from tpjax.sampling_params import SamplingParams
+
+# While others decode, a prompt runs in chunks of this many tokens: what a stream waits for at most.
+PREFILL_BUDGET = 128
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What an engine is doing.
+
+    Attributes:
+        running: requests that hold a slot.
+        waiting: requests in the queue.
+        slots: requests that can run at once.
+        kv_cache_usage: cache pages in use, 0 to 1.
+        preemptions: requests that had to give their pages back, since the start.
+        prefix_queries: prompt tokens looked up in the cache, since the start.
+        prefix_hits: prompt tokens found there.
+        compiles: programs compiled, since the start.
+    """
+
+    running: int
+    waiting: int
+    slots: int
+    kv_cache_usage: float
+    preemptions: int
+    prefix_queries: int
+    prefix_hits: int
+    compiles: int
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """Work under way on the devices: what it will give whom."""
+
+    requests: list[Request]
+    drawn: Sampled
+    scored: _Scored | None = None
 
 
 class Engine:
     """Continues many prompts at once on one runner.
 
+    The next dispatch is launched before the last one's tokens are read, so that the devices do not wait for
+    the host. One thread at a time may use an engine.
+
     Args:
         runner: the compiled model.
+        prefill_budget: most prompt tokens of a dispatch while others decode.
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, prefill_budget: int = PREFILL_BUDGET) -> None:
         limits = runner.limits
         self.runner = runner
         self.scheduler = Scheduler(
             limits.max_slots,
             limits.max_model_len,
-            runner.chunk_sizes[-1],
+            runner.chunk_sizes,
+            prefill_budget,
+            limits.steps,
             BlockManager(limits.num_pages, limits.page_size),
         )
+        self._under_way: _Launched | None = None
 
     def add(self, request: Request) -> None:
         """Queues a request.
@@ -38,77 +84,165 @@ class Engine:
         self.scheduler.add(request)
 
     def cancel(self, request: Request) -> None:
-        """Ends a request early and frees what it holds."""
+        """Ends a request early and frees what it holds; does nothing for one that has ended."""
+        if request.finish_reason is None:
+            request.finish_reason = "abort"
         self.scheduler.finish(request)
 
     def step(self) -> list[tuple[Request, list[int]]]:
-        """Runs one dispatch.
+        """Launches a dispatch, and reads the one launched before it.
 
         Returns:
             The requests that got tokens, and those tokens; an ended request has its ``finish_reason`` set.
         """
+        # a grammar needs the last token to say what may be next: nothing to overlap
+        if self._under_way and any(one.grammar is not None for one in self.scheduler.running):
+            return self._read()
         work = self.scheduler.schedule()
+        launched = None if work is None else self._launch(work)
+        grown = self._read()
+        self._under_way = launched
+        return grown
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything waits, runs, or has not been read."""
+        return self.scheduler.busy or self._under_way is not None
+
+    def stats(self) -> Stats:
+        """What the engine is doing now."""
+        scheduler, blocks = self.scheduler, self.scheduler.blocks
+        return Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            slots=self.runner.limits.max_slots,
+            kv_cache_usage=1 - blocks.free / blocks.capacity,
+            preemptions=scheduler.preemptions,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            compiles=self.runner.compile_count,
+        )
+
+    def _launch(self, work: Prefill | Decode) -> _Launched:
+        launched = self._prefill(work) if isinstance(work, Prefill) else self._decode(work)
+        self.scheduler.launched(work)
+        return launched
+
+    def _prefill(self, work: Prefill) -> _Launched:
+        request, runner = work.request, self.runner
+        if work.first and request.params.needs_history:
+            runner.set_history(_slot(request), request.prompt_ids, request.output_ids, request.params)
+        # what follows an inner chunk is known: nothing is drawn that counts
+        params = request.params if work.final else _GREEDY
+        masked = work.final and request.grammar is not None
+        if masked:
+            self._allow([request])
+        row = Row(_slot(request), work.start, request.pages, params, request.seed, masked=masked)
+        tokens = request.prefill_ids[work.start : work.stop]
+        grows = [request] if work.final else []
+        if request.params.prompt_logprobs is None or request.output_ids:
+            return _Launched(grows, runner.prefill(row, tokens))
+        targets = request.prefill_ids[work.start + 1 : work.stop + 1]
+        drawn, scores = runner.prefill_and_score(row, tokens, targets)
+        return _Launched(grows, drawn, _Scored(request, work.start, targets, scores))
+
+    def _decode(self, work: Decode) -> _Launched:
+        self._allow(work.requests)
+        rows = [
+            Row(
+                slot=_slot(request),
+                position=request.next_position,
+                pages=request.pages,
+                params=request.params,
+                seed=request.seed,
+                remaining=request.remaining,
+                stop_ids=request.stop_ids,
+                masked=request.grammar is not None,
+            )
+            for request in work.requests
+        ]
+        return _Launched(work.requests, self.runner.decode(rows, work.steps))
+
+    def _allow(self, requests: list[Request]) -> None:
+        """Uploads what the grammars among them allow next."""
+        bound = {_slot(one): one.grammar.mask() for one in requests if one.grammar is not None}
+        if bound:
+            self.runner.set_masks(bound)
+
+    def _read(self) -> list[tuple[Request, list[int]]]:
+        """Waits for the work under way and gives each request its own, up to what ends it."""
+        work, self._under_way = self._under_way, None
         if work is None:
             return []
-        grown = self._prefill(work) if isinstance(work, Prefill) else self._decode(work)
-        for request, _ in grown:
+        if work.scored is not None:
+            work.scored.read()
+        tokens = np.asarray(work.drawn.tokens)  # [steps, B]; waits, so that no more than one is ahead
+        reported = None
+        if any(request.params.logprobs is not None for request in work.requests):
+            reported = _host(work.drawn)
+        grown = []
+        for row, request in enumerate(work.requests):
+            if request.finish_reason is not None:
+                continue  # it ended, or was cancelled, after this was launched
+            before = len(request.output_ids)
+            for step, token in enumerate(tokens[:, row].tolist()):
+                if token == NO_TOKEN or request.finish_reason is not None:
+                    break
+                if token == NAN_TOKEN:
+                    request.finish_reason = "error"
+                    request.error = f"the model's logits are not numbers after {_length(request)} tokens"
+                    break
+                if not request.params.max_tokens:  # only the prompt's log-probabilities were asked for
+                    request.finish_reason = "length"
+                    break
+                request.append(token)
+                if reported is not None and request.params.logprobs is not None:
+                    entry = _logprobs(token, request.params.logprobs, *(x[step, row] for x in reported))
+                    request.logprobs.append(entry)
+            grown.append((request, request.output_ids[before:]))
             if request.finish_reason is not None:
                 self.scheduler.finish(request)
         return grown
-
-    def _prefill(self, work: Prefill) -> list[tuple[Request, list[int]]]:
-        request = work.request
-        final = work.stop == len(request.prompt_ids)
-        if not work.start and request.params.needs_history:
-            assert request.slot is not None
-            self.runner.set_history(request.slot, request.prompt_ids, request.params)
-        # what follows an inner chunk is known: nothing is drawn that counts
-        params = request.params if final else _GREEDY
-        row = _row(request, work.start, params)
-        drawn = self.runner.prefill(row, request.prompt_ids[work.start : work.stop])
-        request.prefilled = work.stop
-        return _collect([request], drawn) if final else []
-
-    def _decode(self, work: Decode) -> list[tuple[Request, list[int]]]:
-        rows = [_row(request, request.next_position, request.params) for request in work.requests]
-        steps = self.runner.limits.steps if max(row.remaining for row in rows) > 1 else 1
-        return _collect(work.requests, self.runner.decode(rows, steps))
 
 
 _GREEDY = SamplingParams(temperature=0)
 
 
-def _row(request: Request, position: int, params: SamplingParams) -> Row:
+@dataclass(frozen=True)
+class _Scored:
+    """Log-probabilities of a chunk of a prompt, on their way from the devices."""
+
+    request: Request
+    start: int
+    targets: list[int]
+    scores: Sampled
+
+    def read(self) -> None:
+        """Waits for them and gives them to the request."""
+        request, count = self.request, self.request.params.prompt_logprobs
+        assert count is not None
+        if not self.start:
+            request.prompt_logprobs[:] = [None]  # nothing comes before the first token
+        scores = _host(self.scores)
+        for at, token in enumerate(self.targets):
+            request.prompt_logprobs.append(_logprobs(token, count, *(x[at] for x in scores)))
+
+
+def _host(drawn: Sampled) -> list[np.ndarray]:
+    return [np.asarray(x) for x in (drawn.logprobs, drawn.top_tokens, drawn.top_logprobs)]
+
+
+def _logprobs(
+    token: int, count: int, own: np.ndarray, top_tokens: np.ndarray, top_logprobs: np.ndarray
+) -> TokenLogprobs:
+    top = zip(top_tokens[:count].tolist(), top_logprobs[:count].tolist(), strict=True)
+    return TokenLogprobs(token, float(own), dict(top))
+
+
+def _slot(request: Request) -> int:
     assert request.slot is not None
-    return Row(
-        slot=request.slot,
-        position=position,
-        pages=request.pages,
-        params=params,
-        seed=request.seed,
-        remaining=request.remaining,
-        stop_ids=request.stop_ids,
-    )
+    return request.slot
 
 
-def _collect(requests: list[Request], drawn: Sampled) -> list[tuple[Request, list[int]]]:
-    """Waits for the tokens and gives each request its own, up to the one that ends it."""
-    tokens = np.asarray(drawn.tokens)  # [steps, B]
-    reported = None
-    if any(request.params.logprobs is not None for request in requests):
-        reported = [np.asarray(x) for x in (drawn.logprobs, drawn.top_tokens, drawn.top_logprobs)]
-    grown = []
-    for row, request in enumerate(requests):
-        before = len(request.output_ids)
-        for step, token in enumerate(tokens[:, row].tolist()):
-            if token == NO_TOKEN or request.finish_reason is not None:
-                break
-            request.append(token)
-            if reported is not None and request.params.logprobs is not None:
-                own, ids, values = (x[step, row].tolist() for x in reported)
-                top = dict(
-                    zip(ids[: request.params.logprobs], values[: request.params.logprobs], strict=True)
-                )
-                request.logprobs.append(TokenLogprobs(token, own, top))
-        grown.append((request, request.output_ids[before:]))
-    return grown
+def _length(request: Request) -> int:
+    return len(request.prompt_ids) + len(request.output_ids)

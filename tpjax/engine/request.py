@@ -4,19 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol
 
+from tpjax.engine.block_manager import PageKey, page_key, root_key
 from tpjax.sampling_params import SamplingParams
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Grammar(Protocol):
+    """What limits the tokens a request may draw next, as ``llguidance`` computes it."""
+
+    @property
+    def finished(self) -> bool:
+        """Nothing may follow: the request ends."""
+        ...
+
+    def mask(self) -> Any:
+        """uint32 [ceil(V / 32)]: bit ``i`` of word ``w`` allows token ``32 * w + i``."""
+        ...
+
+    def advance(self, token: int) -> None:
+        """Takes the token that was drawn."""
+        ...
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities at one generated token, from the model's own distribution.
+    """Log-probabilities at one token, from the model's own distribution.
 
     Attributes:
-        token_id: the token drawn.
+        token_id: the token drawn, or the prompt's.
         logprob: its log-probability.
         top: the likeliest tokens' ids and log-probabilities, most likely first.
     """
@@ -35,24 +53,43 @@ class Request:
         params: sampling parameters.
         seed: of its noise.
         stop_ids: tokens that end it (none of the model's own where ``ignore_eos``).
-        output_ids: tokens generated so far.
+        cache_salt: only requests of the same salt share cache pages.
+        grammar: limits the tokens it may draw.
+        output_ids: tokens generated so far, as far as the host has read them.
         logprobs: one entry a generated token, where asked for.
+        prompt_logprobs: one entry a prompt token, ``None`` for the first, where asked for.
         finish_reason: ``None`` while it runs.
+        error: what went wrong, where ``finish_reason`` is ``error``.
+        cached_tokens: prompt tokens whose keys and values were found in the cache.
+        arrival: its number in the order of arrival.
         slot: place in the batch while it runs.
         pages: cache pages it holds, in order of position.
-        prefilled: prompt tokens whose keys and values are in the cache.
+        prefill_ids: what it has to run before it can decode: the prompt and, if it was preempted, its output.
+        prefill_start: how many of these were found in the cache.
+        prefilled: how many of these are in the cache or have been handed to the device.
+        launched: output tokens asked of the device, read or not.
     """
 
     prompt_ids: Sequence[int]
     params: SamplingParams
     seed: int
     stop_ids: tuple[int, ...] = ()
+    cache_salt: str = ""
+    grammar: Grammar | None = None
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: str | None = None
+    cached_tokens: int = 0
+    arrival: int = 0
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
+    prefill_ids: list[int] = field(default_factory=list)
+    prefill_start: int = 0
     prefilled: int = 0
+    launched: int = 0
+    _keys: list[PageKey] = field(default_factory=list)
 
     @property
     def most_tokens(self) -> int:
@@ -61,18 +98,40 @@ class Request:
 
     @property
     def remaining(self) -> int:
-        """Tokens it may still generate."""
-        return self.params.max_tokens - len(self.output_ids)
+        """Tokens it may still be asked for."""
+        return self.params.max_tokens - self.launched
 
     @property
     def next_position(self) -> int:
-        """Position of the last generated token, which the next decode step feeds."""
-        return len(self.prompt_ids) + len(self.output_ids) - 1
+        """Position of the last token asked for, which the next decode step feeds."""
+        return len(self.prompt_ids) + self.launched - 1
+
+    @property
+    def prefilling(self) -> bool:
+        """It runs, and tokens before its next one have not been handed to the device."""
+        return self.prefilled < len(self.prefill_ids)
+
+    @property
+    def decodable(self) -> bool:
+        """A next token can be asked for now: a grammar has to see each before it allows the next."""
+        unread = self.launched > len(self.output_ids)
+        return not self.prefilling and self.remaining > 0 and not (self.grammar and unread)
 
     def append(self, token: int) -> None:
         """Takes a generated token; ends the request where it is a stop token or the last allowed."""
         self.output_ids.append(token)
-        if token in self.stop_ids:
+        if self.grammar is not None:
+            self.grammar.advance(token)
+        if token in self.stop_ids or (self.grammar is not None and self.grammar.finished):
             self.finish_reason = "stop"
-        elif not self.remaining:
+        elif len(self.output_ids) >= self.params.max_tokens:
             self.finish_reason = "length"
+
+    def page_keys(self, page_size: int, pages: int) -> list[PageKey]:
+        """Keys of its first ``pages`` pages, all of whose tokens are known."""
+        if len(self._keys) < pages:
+            tokens = [*self.prompt_ids, *self.output_ids]
+            for page in range(len(self._keys), pages):
+                parent = self._keys[-1] if self._keys else root_key(self.cache_salt)
+                self._keys.append(page_key(parent, tokens[page * page_size : (page + 1) * page_size]))
+        return self._keys[:pages]

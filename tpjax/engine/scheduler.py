@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tpjax.engine.block_manager import BlockManager
@@ -12,40 +14,74 @@ from tpjax.errors import RequestError
 
 @dataclass(frozen=True)
 class Prefill:
-    """Run prompt tokens ``start`` to ``stop`` of a request."""
+    """Run tokens ``start`` to ``stop`` of a request's ``prefill_ids``.
+
+    Attributes:
+        request: whose.
+        start: first token.
+        stop: one past the last.
+        first: nothing of the request has run since it got its slot.
+        final: the token after these is drawn.
+    """
 
     request: Request
     start: int
     stop: int
+    first: bool
+    final: bool
 
 
 @dataclass(frozen=True)
 class Decode:
-    """Run decode steps of these requests."""
+    """Draw the next ``steps`` tokens of these requests."""
 
     requests: list[Request]
+    steps: int
 
 
 class Scheduler:
     """First come, first served, over slots and cache pages.
 
-    A request is admitted when a slot and the pages of its longest possible length are free, so that nothing
-    that runs can run out. Prompts go first, in chunks; then all running requests decode together.
+    One prompt is prefilled at a time, in chunks; while others decode, chunks are small and alternate with
+    their steps, so that a long prompt does not stall them. A request that is admitted holds pages for its
+    prompt only; where pages run out, the youngest is preempted: it gives its pages back, waits at the front,
+    and its tokens are computed again (or found in the cache) when it is admitted again.
+
+    The device runs behind: a request's ``launched`` counts what was asked of it, ``output_ids`` holds what
+    has been read. Pages may be given away while work that writes to them is under way, since the device runs
+    work in order.
 
     Args:
         max_slots: requests that run at once.
         max_model_len: longest sequence, tokens.
-        chunk: prompt tokens per prefill; a multiple of the page size.
+        chunk_sizes: prefill sizes, ascending; each divides the page size or is a multiple of it.
+        budget: most tokens of a prefill while others decode.
+        steps: decode steps of the long dispatch, taken where nobody waits.
         blocks: the cache pages.
     """
 
-    def __init__(self, max_slots: int, max_model_len: int, chunk: int, blocks: BlockManager) -> None:
+    def __init__(
+        self,
+        max_slots: int,
+        max_model_len: int,
+        chunk_sizes: Sequence[int],
+        budget: int,
+        steps: int,
+        blocks: BlockManager,
+    ) -> None:
         self.max_model_len = max_model_len
-        self.chunk = chunk
+        self.chunk_sizes = tuple(chunk_sizes)
+        self.budget = max(budget, chunk_sizes[0])
+        self.steps = steps
         self.blocks = blocks
         self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
+        self.running: list[Request] = []  # in order of arrival
+        self.preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
         self._slots = list(range(max_slots - 1, -1, -1))
+        self._arrivals = itertools.count()
+        self._decode_next = False
 
     def check(self, request: Request) -> None:
         """Refuses what can never run.
@@ -56,7 +92,7 @@ class Scheduler:
         prompt, limit = len(request.prompt_ids), self.max_model_len
         if not prompt:
             raise RequestError("the prompt is empty: it has 0 tokens, and at least 1 is needed")
-        if prompt >= limit:
+        if prompt > limit or (prompt == limit and request.params.max_tokens):
             raise RequestError(
                 f"the prompt has {prompt} tokens, but max_model_len={limit} leaves no room to answer"
             )
@@ -78,17 +114,33 @@ class Scheduler:
             RequestError: it can never run.
         """
         self.check(request)
+        request.arrival = next(self._arrivals)
         self.waiting.append(request)
 
     def schedule(self) -> Prefill | Decode | None:
-        """The next thing to run, or ``None`` when nothing is left."""
-        while self.waiting and self._slots and self._admit(self.waiting[0]):
-            self.running.append(self.waiting.popleft())
-        for request in self.running:
-            prompt = len(request.prompt_ids)
-            if request.prefilled < prompt:
-                return Prefill(request, request.prefilled, min(request.prefilled + self.chunk, prompt))
-        return Decode(list(self.running)) if self.running else None
+        """The next thing to run, or ``None`` when there is nothing to run before more has been read."""
+        self._admit()
+        prefilling = next((one for one in self.running if one.prefilling), None)
+        decoding = [one for one in self.running if one.decodable]
+        if prefilling is not None and not (decoding and self._decode_next):
+            self._decode_next = True
+            return self._prefill(prefilling, self.budget if decoding else self.chunk_sizes[-1])
+        self._decode_next = False
+        steps = 1 if self.waiting or prefilling or any(one.grammar for one in decoding) else self.steps
+        decoding, steps = self._reserve(decoding, steps)
+        if not decoding:
+            return None
+        return Decode(decoding, steps)
+
+    def launched(self, work: Prefill | Decode) -> None:
+        """Takes note that work has been handed to the device."""
+        if isinstance(work, Decode):
+            for one in work.requests:
+                one.launched += min(work.steps, one.remaining)
+            return
+        work.request.prefilled = work.stop
+        work.request.launched += work.final
+        self.publish(work.request)
 
     def finish(self, request: Request) -> None:
         """Frees what an ended or cancelled request holds; does nothing for one that holds nothing."""
@@ -96,20 +148,91 @@ class Scheduler:
             self.running.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
-        if request.slot is not None:
-            self._slots.append(request.slot)
-            request.slot = None
-        self.blocks.release(request.pages)
+        if request.finish_reason != "error":
+            self.publish(request)
+        self._vacate(request)
+
+    def publish(self, request: Request) -> None:
+        """Makes a running request's full pages findable: those whose tokens are all known and computed."""
+        if request.slot is None:
+            return
+        known = len(request.prompt_ids) + len(request.output_ids) - 1  # the last one has not been fed
+        computed = request.prefilled if request.prefilling else max(request.prefilled, known)
+        pages = min(computed // self.blocks.page_size, len(request.pages))
+        keys = request.page_keys(self.blocks.page_size, pages)
+        for page, key in zip(request.pages, keys, strict=False):
+            self.blocks.register(page, key)
 
     @property
     def busy(self) -> bool:
         """Whether anything waits or runs."""
         return bool(self.waiting or self.running)
 
-    def _admit(self, request: Request) -> bool:
-        needed = self.blocks.pages_for(request.most_tokens)
-        if needed > self.blocks.free:
-            return False
-        request.pages = self.blocks.allocate(needed)
+    def _admit(self) -> None:
+        # One prefill at a time: the next finds the pages of the one before it.
+        if not (self.waiting and self._slots) or any(one.prefilling for one in self.running):
+            return
+        request = self.waiting[0]
+        tokens = [*request.prompt_ids, *request.output_ids]
+        page_size = self.blocks.page_size
+        found: list[int] = []
+        if request.params.prompt_logprobs is None:  # these need the logits of every token
+            # the last token is always run: its logits are what the next one is drawn from
+            found = self.blocks.find(request.page_keys(page_size, (len(tokens) - 1) // page_size))
+        new = self.blocks.pages_for(len(tokens)) - len(found)
+        spare = len(self.running)  # else the first step of someone who runs would preempt it again
+        if new + spare > self.blocks.free - self.blocks.unused(found):
+            return
+        self.waiting.popleft()
+        request.pages = self.blocks.take(found) + self.blocks.allocate(new)
         request.slot = self._slots.pop()
-        return True
+        request.prefill_ids = tokens
+        request.prefill_start = request.prefilled = len(found) * page_size
+        request.launched = len(request.output_ids)
+        if not request.output_ids:
+            request.cached_tokens = request.prefilled
+            self.prefix_queries += len(tokens)
+            self.prefix_hits += request.prefilled
+        self.running.append(request)
+        self.running.sort(key=lambda one: one.arrival)
+
+    def _prefill(self, request: Request, most: int) -> Prefill:
+        start, page_size = request.prefilled, self.blocks.page_size
+        if request.params.prompt_logprobs is not None:
+            most = min(most, page_size)  # the logits of the whole chunk are held at once
+        size = max(
+            size for size in self.chunk_sizes if size <= most and start % min(size, page_size) == 0
+        )  # a chunk does not begin inside a page unless it ends in it
+        end = len(request.prefill_ids)
+        stop = min(start + size, end)
+        return Prefill(request, start, stop, first=start == request.prefill_start, final=stop == end)
+
+    def _reserve(self, decoding: list[Request], steps: int) -> tuple[list[Request], int]:
+        """Gets every request the pages of its next steps: fewer steps, or fewer requests, if they run out."""
+
+        def missing(one: Request, steps: int) -> int:
+            stop = one.next_position + min(steps, one.remaining)
+            return max(0, self.blocks.pages_for(stop) - len(one.pages))
+
+        if sum(missing(one, steps) for one in decoding) > self.blocks.free:
+            steps = 1
+        for one in decoding:
+            while one.slot is not None and missing(one, steps) > self.blocks.free:
+                self._preempt(self.running[-1])
+            if one.slot is not None:
+                one.pages += self.blocks.allocate(missing(one, steps))
+        return [one for one in decoding if one.slot is not None], steps
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self.publish(request)
+        self._vacate(request)
+        request.prefill_ids, request.prefilled = [], 0
+        self.waiting.appendleft(request)
+        self.preemptions += 1
+
+    def _vacate(self, request: Request) -> None:
+        if request.slot is not None:
+            self._slots.append(request.slot)
+            request.slot = None
+        self.blocks.release(request.pages)

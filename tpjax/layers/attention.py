@@ -163,9 +163,8 @@ def paged_attention(
     batch, length, heads, group, head_dim = query.shape
     rows = query.swapaxes(1, 2).reshape(batch, heads, length * group, head_dim)
     row_positions = jnp.repeat(at.positions, group, axis=1)[:, None, :, None]
-    stop = (
-        at.positions[:, -1] // cache.page_size + 1 if length == 1 else at.positions[:, 0] // cache.page_size
-    )
+    # one token finds its own key in the cache; a chunk takes its own keys from its arguments, below
+    stop = at.positions[:, 0] + (1 if length == 1 else 0)
     mix = _walk(rows, row_positions, cache, at, stop, scale, window)
     if length > 1:
         keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
@@ -191,9 +190,8 @@ def _walk(
     scale: float,
     window: int | None,
 ) -> _Mix:
-    """Attends to the cached pages before ``stop``, from the first that any window reaches."""
+    """Attends to the cached positions before ``stop``, from the first page that any window reaches."""
     page_size = cache.page_size
-    stop_positions = (stop * page_size)[:, None, None, None]
     first = 0 if window is None else jnp.maximum(jnp.min(at.positions) - (window - 1), 0) // page_size
 
     def page(index: Int[Array, ""], mix: _Mix) -> _Mix:
@@ -202,10 +200,10 @@ def _walk(
         values = cache.values.at[pages].get(mode="promise_in_bounds")
         positions = index * page_size + jnp.arange(page_size)
         # a sequence that starts earlier than the batch's latest must not see its own chunk here already
-        visible = _visible(row_positions, positions, window) & (positions < stop_positions)
+        visible = _visible(row_positions, positions, window) & (positions < stop[:, None, None, None])
         return mix.attend(rows, keys, values, visible, scale)
 
-    return jax.lax.fori_loop(first, jnp.max(stop), page, _Mix.empty(rows))
+    return jax.lax.fori_loop(first, -(-jnp.max(stop) // page_size), page, _Mix.empty(rows))
 
 
 def _visible(query_at: Int[Array, ...], key_at: Int[Array, ...], window: int | None) -> Bool[Array, ...]:

@@ -1,0 +1,410 @@
+"""The engine over a model of arithmetic: whatever comes when, every request gets what it gets alone.
+
+``FakeRunner`` keeps tokens where the real one keeps keys and values, in pages, and draws the next token from
+what it finds there: a page given to two, reused too early, or not computed, changes what is drawn.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import GOLDENS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tpjax import LLM, SamplingParams
+from tpjax.engine.engine import Engine
+from tpjax.engine.request import Request
+from tpjax.errors import RequestError
+from tpjax.runner import NO_TOKEN, Limits, Row
+from tpjax.sampling import NAN_TOKEN, Sampled
+
+V, PAGE = 23, 4
+POISON = 22  # a prompt with this token makes logits that are not numbers
+STOP = 7
+
+
+def next_token(tokens: Sequence[int], seed: int, counted: Sequence[int] = (), allowed: Any = None) -> int:
+    """What the fake model says after ``tokens``."""
+    if POISON in tokens:
+        return NAN_TOKEN
+    choices = [token for token in range(V - 1) if allowed is None or allowed[token]]
+    return random.Random(repr((list(tokens), seed, sorted(counted)))).choice(choices)
+
+
+class FakeRunner:
+    def __init__(self, slots: int, pages: int, longest: int = 48, steps: int = 4) -> None:
+        self.limits = Limits(slots, longest, pages + 1, PAGE, (2, 4, 8), steps)
+        self.chunk_sizes = self.limits.chunk_sizes
+        self.compile_count = 0
+        self.kept = np.full((pages + 1, PAGE), -1)
+        self.tokens = np.full(slots + 1, -1)
+        self.history: dict[int, tuple[list[int], list[int]]] = {}
+        self.masks: dict[int, np.ndarray] = {}
+        self.prefilled = 0
+
+    def prefill(self, row: Row, tokens: Sequence[int]) -> Sampled:
+        size = next(size for size in self.chunk_sizes if size >= len(tokens))
+        assert row.position % min(size, PAGE) == 0  # what the real one needs
+        for i, token in enumerate(tokens):
+            self.keep(row, row.position + i, token)
+        self.prefilled += len(tokens)
+        return self.sampled([[self.draw(row, row.position + len(tokens))]])
+
+    def prefill_and_score(self, row: Row, tokens: Sequence[int], targets: Sequence[int]) -> Any:
+        drawn = self.prefill(row, tokens)
+        scores = np.array([-float(t) for t in targets] + [0.0] * (8 - len(targets)))
+        top = np.tile(np.arange(20), (8, 1))
+        return drawn, Sampled(np.array([*targets]), scores, top, -top.astype(float))
+
+    def decode(self, rows: Sequence[Row], steps: int) -> Sampled:
+        out = np.full((steps, len(rows)), NO_TOKEN)
+        assert steps in (1, self.limits.steps) and len({row.slot for row in rows}) == len(rows)
+        for column, row in enumerate(rows):
+            for step in range(min(steps, row.remaining)):
+                self.keep(row, row.position + step, self.tokens[row.slot])
+                token = out[step, column] = self.draw(row, row.position + step + 1)
+                if token in row.stop_ids or token == NAN_TOKEN:
+                    break
+        return self.sampled(out)
+
+    def set_history(self, slot: int, prompt: Any, output: Any, params: SamplingParams) -> None:
+        self.history[slot] = (list(prompt), list(output))
+
+    def set_masks(self, masks: Mapping[int, np.ndarray]) -> None:
+        self.masks.update(masks)
+
+    def keep(self, row: Row, position: int, token: int) -> None:
+        page = row.pages[position // PAGE]
+        assert 0 < page <= self.limits.num_pages - 1
+        self.kept[page, position % PAGE] = token
+
+    def draw(self, row: Row, length: int) -> int:
+        seen = [int(self.kept[row.pages[at // PAGE], at % PAGE]) for at in range(length)]
+        counted = self.history[row.slot][1] if row.params.needs_history else []
+        bits = (self.masks[row.slot][:, None] >> np.arange(32)) & 1 if row.masked else None
+        token = next_token(seen, row.seed, counted, None if bits is None else bits.reshape(-1))
+        self.tokens[row.slot] = token
+        counted.append(token)
+        return token
+
+    @staticmethod
+    def sampled(tokens: Any) -> Sampled:
+        tokens = np.asarray(tokens)
+        top = np.tile(np.arange(20), (*tokens.shape, 1))
+        return Sampled(tokens, -tokens.astype(float), top, -top.astype(float))
+
+
+class EveryThird:
+    """Allows the tokens that are as many as have been drawn, modulo 3; ends by itself after five."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.count == 5
+
+    def mask(self) -> np.ndarray:
+        return np.array([sum(1 << t for t in range(V) if t % 3 == self.count % 3)], np.uint32)
+
+    def advance(self, token: int) -> None:
+        assert token % 3 == self.count % 3
+        self.count += 1
+
+
+def alone(request: Request) -> tuple[list[int], str]:
+    """What a request gets by itself: the definition."""
+    tokens, out = list(request.prompt_ids), []
+    grammar = EveryThird() if request.grammar is not None else None
+    while len(out) < max(1, request.params.max_tokens):  # the prompt's end is run in any case
+        counted = out if request.params.needs_history else []
+        bits = None if grammar is None else [int(grammar.mask()[0]) >> t & 1 for t in range(V)]
+        token = next_token(tokens + out, request.seed, counted, bits)
+        if token == NAN_TOKEN:
+            return out, "error"
+        if not request.params.max_tokens:
+            break
+        out.append(token)
+        if grammar is not None:
+            grammar.advance(token)
+        if token in request.stop_ids or (grammar is not None and grammar.finished):
+            return out, "stop"
+    return out, "length"
+
+
+def check(engine: Engine, pages: int) -> None:
+    """What holds between any two steps."""
+    scheduler, blocks = engine.scheduler, engine.scheduler.blocks
+    slots = [one.slot for one in scheduler.running]
+    assert len(set(slots)) == len(slots) and None not in slots
+    assert sorted([*slots, *scheduler._slots]) == list(range(engine.runner.limits.max_slots))
+    held = [page for one in scheduler.running for page in one.pages]
+    assert len(set(held)) + blocks.free == pages and 0 not in held
+    for page in set(held):
+        assert blocks._users[page] == held.count(page)
+    assert all(one.slot is None and not one.pages for one in scheduler.waiting)
+    arrivals = [one.arrival for one in (*scheduler.running, *scheduler.waiting)]
+    assert arrivals == sorted(arrivals)  # nobody overtakes, and who was preempted goes on first
+    assert sum(one.prefilling for one in scheduler.running) <= 1
+    assert 0 <= engine.stats().kv_cache_usage <= 1
+
+
+shapes = st.tuples(
+    st.integers(1, 30),  # prompt
+    st.integers(0, 12),  # max_tokens
+    st.integers(0, 2),  # which of three common beginnings
+    st.sampled_from(("", "", "", "salt")),
+    st.sampled_from(("", "", "", "stop", "history", "grammar", "nan", "prompt")),
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    shapes=st.lists(shapes, min_size=1, max_size=12),
+    slots=st.integers(1, 5),
+    pages=st.integers(12, 30),
+    steps=st.sampled_from((1, 4)),
+    budget=st.sampled_from((2, 4, 8)),
+    seed=st.integers(0, 2**16),
+)
+def test_the_same_in_any_mix(
+    shapes: Sequence[tuple[int, int, int, str, str]],
+    slots: int,
+    pages: int,
+    steps: int,
+    budget: int,
+    seed: int,
+) -> None:
+    """Arrivals, cancellations, too few pages, shared beginnings, ends at any step: all the same to each."""
+    rng = random.Random(seed)
+    runner: Any = FakeRunner(slots, pages, steps=steps)
+    engine = Engine(runner, prefill_budget=budget)
+    requests = []
+    for number, (prompt, tokens, start, salt, extra) in enumerate(shapes):
+        ids = [(start * 5 + i * i) % (V - 1) for i in range(prompt)]
+        if extra == "nan":
+            ids[-1] = POISON
+        params = SamplingParams(
+            max_tokens=tokens,
+            presence_penalty=float(extra == "history"),
+            prompt_logprobs=2 if extra == "prompt" else None,
+            logprobs=1 if number % 2 else None,
+        )
+        requests.append(
+            Request(
+                ids,
+                params,
+                seed=number % 4,
+                stop_ids=(STOP,) if extra == "stop" else (),
+                cache_salt=salt,
+                grammar=EveryThird() if extra == "grammar" else None,
+            )
+        )
+    coming, ended, streamed = list(requests), [], {id(one): [] for one in requests}
+    for _ in range(3000):
+        if coming and rng.random() < 0.4:
+            engine.add(coming.pop(0))
+        active = [*engine.scheduler.running, *engine.scheduler.waiting]
+        if active and rng.random() < 0.05:
+            engine.cancel(rng.choice(active))
+        for one, tokens in engine.step():
+            streamed[id(one)] += tokens
+            ended += [one] * (one.finish_reason is not None)
+        check(engine, pages)
+        if not coming and not engine.busy:
+            break
+    else:
+        raise AssertionError("the loop does not end")
+
+    assert engine.scheduler.blocks.free == pages
+    for one in requests:
+        tokens, reason = alone(one)
+        assert streamed[id(one)] == one.output_ids
+        assert ended.count(one) == (one.finish_reason != "abort")  # exactly once
+        if one.finish_reason == "abort":
+            assert tokens[: len(one.output_ids)] == one.output_ids
+            continue
+        assert (one.output_ids, one.finish_reason) == (tokens, reason)
+        assert (one.error is None) == (reason != "error")
+        assert one.cached_tokens % PAGE == 0 and one.cached_tokens < len(one.prompt_ids)
+        if one.params.logprobs is not None and reason != "error":
+            assert [entry.token_id for entry in one.logprobs] == tokens
+        if one.params.prompt_logprobs is not None:
+            first, *rest = one.prompt_logprobs
+            assert first is None and [entry.token_id for entry in rest] == list(one.prompt_ids[1:])
+            assert all(entry.logprob == -entry.token_id and list(entry.top) == [0, 1] for entry in rest)
+
+
+def test_the_property_test_preempts_and_shares() -> None:
+    """Else it would hold for an engine that does neither."""
+    runner: Any = FakeRunner(slots=4, pages=12)
+    engine = Engine(runner)
+    requests = [Request(list(range(9)), SamplingParams(max_tokens=30), seed) for seed in range(4)]
+    for one in requests:
+        engine.add(one)
+    while engine.busy:
+        engine.step()
+        check(engine, 12)
+    assert [(one.output_ids, one.finish_reason) for one in requests] == [alone(one) for one in requests]
+    stats = engine.stats()
+    assert stats.preemptions > 0 and stats.prefix_hits >= 24  # 3 times 2 pages
+    assert [one.cached_tokens for one in requests] == [0, 8, 8, 8]
+    assert (stats.running, stats.waiting, stats.kv_cache_usage) == (0, 0, 0.0)
+
+
+def test_the_next_dispatch_is_launched_before_the_last_is_read() -> None:
+    events: list[str] = []
+
+    class Watching(FakeRunner):
+        def decode(self, rows: Sequence[Row], steps: int) -> Sampled:
+            events.append(f"launch {steps}")
+            drawn = super().decode(rows, steps)
+            return Sampled(Late(drawn.tokens), drawn.logprobs, drawn.top_tokens, drawn.top_logprobs)
+
+    class Late:
+        def __init__(self, tokens: np.ndarray) -> None:
+            self.tokens = tokens
+
+        def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+            events.append("read")
+            return self.tokens
+
+    runner: Any = Watching(slots=1, pages=12)
+    engine = Engine(runner)
+    engine.add(Request([1, 2], SamplingParams(max_tokens=13), 0))
+    while engine.busy:
+        engine.step()
+    # one read a dispatch, each after the next launch
+    assert events == ["launch 4", "launch 4", "read", "launch 4", "read", "read"]
+
+
+def test_a_long_prompt_does_not_stall_a_stream() -> None:
+    """While it is prefilled the stream gets a token between any two chunks, which are within the budget."""
+    runner: Any = FakeRunner(slots=2, pages=24)
+    engine = Engine(runner, prefill_budget=4)
+    stream, long = (Request(list(ids), SamplingParams(max_tokens=20), 0) for ids in ([1], range(10, 22)))
+    engine.add(stream)
+    engine.step()
+    engine.add(long)
+    waited, most = 0, 0
+    while not long.output_ids:
+        before = runner.prefilled
+        grown = [one for one, _ in engine.step()]
+        assert runner.prefilled - before <= 4
+        waited = 0 if stream in grown else waited + 1
+        most = max(most, waited)
+    assert most == 1
+
+
+def test_a_request_larger_than_the_cache_is_refused_at_once() -> None:
+    runner: Any = FakeRunner(slots=2, pages=12)
+    engine = Engine(runner)
+    engine.scheduler.blocks.capacity = 5
+    with pytest.raises(RequestError, match="needs 6 cache pages, but there are 5"):
+        engine.add(Request([1] * 20, SamplingParams(max_tokens=4), 0))
+    assert not engine.busy
+
+
+# --- and the real model ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(GOLDENS / "llama", tp=2, max_model_len=512, max_slots=3)
+
+
+def run(llm: LLM, requests: Sequence[Request], budget: int = 32, pages: int | None = None) -> Engine:
+    engine = Engine(llm.runner, budget)
+    if pages is not None:
+        engine.scheduler.blocks._blank = engine.scheduler.blocks._blank[-pages:]
+    for one in requests:
+        engine.add(one)
+    while engine.busy:
+        engine.step()
+    return engine
+
+
+def request(ids: Sequence[int], tokens: int, **extra: Any) -> Request:
+    params = {name: extra.pop(name) for name in list(extra) if name in SamplingParams.__dataclass_fields__}
+    return Request(list(ids), SamplingParams(**{"temperature": 0, **params}, max_tokens=tokens), 3, **extra)
+
+
+def test_real_greedy_text_survives_mixing_reuse_and_preemption(llm: LLM) -> None:
+    rng = np.random.default_rng(0)
+    common = rng.integers(0, 131, 140).tolist()
+    prompts = [common + rng.integers(0, 131, n).tolist() for n in (3, 40, 130)]
+    wanted = []
+    for prompt in prompts:
+        one = request(prompt, 120)
+        run(llm, [one])
+        assert one.cached_tokens == 0
+        wanted.append(one.output_ids)
+    again = [request(prompt, 120, presence_penalty=0.0) for prompt in prompts]
+    engine = run(llm, again, pages=4)
+    assert engine.scheduler.preemptions > 0
+    assert [one.output_ids for one in again] == wanted
+    assert again[1].cached_tokens == 128
+
+
+def test_real_penalties_survive_preemption(llm: LLM) -> None:
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, 131, 120).tolist() for _ in range(2)]
+
+    def both(**how: Any) -> list[list[int]]:
+        requests = [
+            request(prompt, 100, temperature=1.0, frequency_penalty=1.5, repetition_penalty=1.3)
+            for prompt in prompts
+        ]
+        engine = run(llm, requests, **how)
+        assert (engine.scheduler.preemptions > 0) == ("pages" in how)
+        return [one.output_ids for one in requests]
+
+    assert both() == both(pages=3)
+
+
+def test_real_prompt_logprobs_are_those_of_the_logits(llm: LLM) -> None:
+    prompt = np.random.default_rng(2).integers(0, 131, 150).tolist()
+    one = request(prompt, 0, prompt_logprobs=3)
+    run(llm, [one])
+    assert one.finish_reason == "length" and one.output_ids == []
+    logits = llm.logits(prompt).astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    assert one.prompt_logprobs[0] is None and len(one.prompt_logprobs) == 150
+    for at, entry in enumerate(one.prompt_logprobs[1:]):
+        assert entry is not None and entry.token_id == prompt[at + 1]
+        assert entry.logprob == pytest.approx(expected[at, entry.token_id], abs=1e-4)
+        best = np.argsort(-expected[at])[:3]
+        assert list(entry.top) == best.tolist()
+        assert list(entry.top.values()) == pytest.approx(expected[at, best], abs=1e-4)
+
+
+def test_real_grammar(llm: LLM) -> None:
+    class Only:
+        """Token 40 + i at step i, or nothing."""
+
+        finished = False
+
+        def __init__(self) -> None:
+            self.next = 40
+
+        def mask(self) -> np.ndarray:
+            words = np.zeros(5, np.uint32)
+            words[self.next // 32] = np.uint32(1 << self.next % 32)
+            return words
+
+        def advance(self, token: int) -> None:
+            assert token == self.next
+            self.next += 1
+
+    prompt = list(range(20))
+    free, bound = request(prompt, 12), request(prompt, 12, grammar=Only(), temperature=1.0)
+    alone = request(prompt, 12)
+    run(llm, [alone])
+    run(llm, [free, bound])
+    assert bound.output_ids == list(range(40, 52))
+    assert free.output_ids == alone.output_ids

@@ -1,0 +1,55 @@
+"""How ``config.json`` says the weights are stored, where they are not plain floats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tpjax.config import check_size
+from tpjax.errors import ConfigError
+from tpjax.mappings.fields import Fields
+
+METHODS = ("fp8", "mxfp4")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a checkpoint's weights are quantised. They are dequantised at load: the model never knows.
+
+    Attributes:
+        method: ``fp8`` (float8 e4m3 with a scale per block: DeepSeek-V3 report, section 3.3) or ``mxfp4``
+            (OCP Microscaling Formats 1.0: 32 values of FP4 e2m1 with a scale of e8m0).
+        block: ``fp8``: rows and columns that share a scale.
+    """
+
+    method: Literal["fp8", "mxfp4"]
+    block: tuple[int, int] = (128, 128)
+
+
+def quantization_of(fields: Fields) -> Quantization | None:
+    """Reads ``quantization_config``; ``None`` where there is none.
+
+    Raises:
+        ConfigError: the method, or a setting that changes what the bytes mean, is not supported.
+    """
+    settings = Fields(fields.mapping("quantization_config"), f"{fields.where}: quantization_config")
+    if not settings.raw:
+        return None
+    method = settings.get("quant_method")
+    if method == "mxfp4":
+        return Quantization("mxfp4")
+    if method != "fp8":
+        raise ConfigError(
+            f"{settings.where}: quant_method={method!r} is not supported; supported are {', '.join(METHODS)}"
+        )
+    # a static scheme keeps scales of the activations as well; the others say what a stored byte means
+    for name, known in (("activation_scheme", "dynamic"), ("fmt", "e4m3"), ("expert_dtype", "fp8")):
+        value = settings.get(name, known)
+        if value != known:
+            raise ConfigError(f"{settings.where}: {name}={value!r} is not supported: use {known}")
+    block = settings.raw.get("weight_block_size", [128, 128])
+    if not isinstance(block, list | tuple) or len(block) != 2:
+        raise ConfigError(f"{settings.where}: weight_block_size={block!r} is not supported: use two sizes")
+    for size in block:
+        check_size("weight_block_size", size)
+    return Quantization("fp8", (block[0], block[1]))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from tpjax.errors import ConfigError
 
@@ -12,8 +12,7 @@ LayerType = Literal["full_attention", "sliding_attention"]
 LAYER_TYPES: tuple[LayerType, ...] = ("full_attention", "sliding_attention")
 Activation = Literal["silu", "gelu_tanh"]
 RouterScoring = Literal["softmax", "sigmoid"]
-ExpertSharding = Literal["experts", "width"]
-EXPERT_SHARDINGS = ("auto", "experts", "width")
+ExpertSharding = Literal["auto", "experts", "width"]
 
 
 def check_size(name: str, value: object) -> None:
@@ -27,6 +26,14 @@ def check_positive(name: str, value: object) -> None:
     fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not fine or value <= 0:  # type: ignore[operator]
         raise ConfigError(f"{name}={value!r} is not a positive number")
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """Raises a ``ConfigError`` unless the value is one of a ``Literal``'s."""
+    known = get_args(choices)
+    if value not in known:
+        listed = f"{', '.join(known[:-1])} or {known[-1]}"
+        raise ConfigError(f"{name}={value!r} is not supported: use {listed}")
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ class MoEConfig:
     shared_gate: bool = False
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.702
-    expert_sharding: Literal["auto", "experts", "width"] = "auto"
+    expert_sharding: ExpertSharding = "auto"
 
     def __post_init__(self) -> None:
         sizes = ("num_experts", "experts_per_token", "expert_width", "num_groups", "groups_per_token")
@@ -125,8 +132,7 @@ class MoEConfig:
             raise ConfigError(
                 f"experts_per_token={self.experts_per_token} is over num_experts={self.num_experts}"
             )
-        if self.scoring not in ("softmax", "sigmoid"):
-            raise ConfigError(f"scoring={self.scoring!r} is not supported: use softmax or sigmoid")
+        check_choice("scoring", self.scoring, RouterScoring)
         if self.scoring == "softmax" and (self.correction_bias or self.num_groups > 1):
             raise ConfigError(
                 f"correction_bias={self.correction_bias} and num_groups={self.num_groups} "
@@ -135,11 +141,7 @@ class MoEConfig:
         self._check_groups()
         if self.shared_gate and not self.shared_width:
             raise ConfigError("shared_gate=True needs a shared expert, but shared_width=0")
-        if self.expert_sharding not in EXPERT_SHARDINGS:
-            raise ConfigError(
-                f"expert_sharding={self.expert_sharding!r} is not supported: "
-                f"use one of {', '.join(EXPERT_SHARDINGS)}"
-            )
+        check_choice("expert_sharding", self.expert_sharding, ExpertSharding)
 
     def _check_groups(self) -> None:
         if self.num_groups == 1:
@@ -156,8 +158,8 @@ class MoEConfig:
                 f"experts, but experts_per_token={self.experts_per_token}"
             )
 
-    def sharding(self, tp: int) -> ExpertSharding:
-        """What is cut over ``tp`` devices.
+    def cut(self, tp: int) -> Literal["experts", "width"]:
+        """What is cut over ``tp`` devices: the list of experts, or each expert's width.
 
         Raises:
             ConfigError: whole experts were asked for and tp does not divide them.
@@ -273,6 +275,22 @@ class ModelConfig:
     def sparse_layers(self) -> tuple[bool, ...]:
         """For each layer, whether a mixture of experts stands in for the MLP."""
         return (False,) * self.num_layers if self.moe is None else self.moe.sparse_layers
+
+    def with_expert_sharding(self, expert_sharding: ExpertSharding) -> ModelConfig:
+        """The same architecture with :attr:`MoEConfig.expert_sharding` set.
+
+        Raises:
+            ConfigError: there is no such sharding, or there are no experts to cut.
+        """
+        check_choice("expert_sharding", expert_sharding, ExpertSharding)
+        if self.moe is not None:
+            return replace(self, moe=replace(self.moe, expert_sharding=expert_sharding))
+        if expert_sharding != "auto":
+            raise ConfigError(
+                f"expert_sharding={expert_sharding!r} needs a mixture of experts, "
+                f"and this {self.model_type} model has none"
+            )
+        return self
 
     def rope_of(self, layer_type: LayerType) -> RopeConfig:
         """The rotary embedding of a kind of layer."""

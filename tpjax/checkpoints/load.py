@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from tpjax.checkpoints.gguf import GGUFFile
 from tpjax.checkpoints.quantized import dequantized
 from tpjax.checkpoints.safetensors import SafetensorsCheckpoint
 from tpjax.checkpoints.source import TensorInfo, TensorSource
-from tpjax.config import ModelConfig
+from tpjax.config import ExpertSharding, ModelConfig
 from tpjax.errors import CheckpointError
 from tpjax.families import (
     FAMILIES,
@@ -54,6 +54,10 @@ class Checkpoint:
     path: Path
     config: ModelConfig
     source: TensorSource
+
+    def with_expert_sharding(self, expert_sharding: ExpertSharding) -> Checkpoint:
+        """The same checkpoint, its experts cut as :meth:`ModelConfig.with_expert_sharding` has it."""
+        return replace(self, config=self.config.with_expert_sharding(expert_sharding))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

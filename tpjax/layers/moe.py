@@ -8,7 +8,7 @@ definition that the grouped products are held to.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from tpjax.config import ExpertSharding, ModelConfig, MoEConfig
+from tpjax.config import ModelConfig, MoEConfig
 from tpjax.errors import ConfigError
 from tpjax.layers.linear import parameter
 from tpjax.layers.mlp import activate, gate_up_segments
@@ -26,6 +26,9 @@ from tpjax.sharding import REPLICATED, Segment, StackedLayout, WeightLayout, col
 # Rows that go through an expert at once: enough to pay for reading its weights, few enough that an expert's
 # last tile, which is rarely full, wastes little.
 _TILE_ROWS = 64
+
+
+Cut: TypeAlias = Literal["experts", "width"]
 
 
 class Routing(NamedTuple):
@@ -49,7 +52,7 @@ class ExpertWeights(NamedTuple):
 
 
 # One spec per field of ExpertWeights; of width, the bias that comes after the sum over F is not cut.
-_SPECS: dict[ExpertSharding, tuple[P, P, P, P]] = {
+_SPECS: dict[Cut, tuple[P, P, P, P]] = {
     "experts": (P(AXIS, None, None), P(AXIS, None, None), P(AXIS, None), P(AXIS, None)),
     "width": (P(None, None, AXIS), P(None, AXIS, None), P(None, AXIS), P(None, None)),
 }
@@ -135,7 +138,7 @@ class Experts(nnx.Module):
         width: int,
         config: ModelConfig,
         tp: int,
-        cut: ExpertSharding,
+        cut: Cut,
         dtype: jnp.dtype,
         *,
         bias: bool = False,
@@ -192,7 +195,7 @@ class MoE(nnx.Module):
             moe.expert_width,
             config,
             tp,
-            moe.sharding(tp),
+            moe.cut(tp),
             dtype,
             bias=moe.expert_bias,
         )

@@ -214,7 +214,7 @@ def test_logits_that_are_not_numbers_fail_one_request(tiny: LLM) -> None:
         next(i for i, w in enumerate(runner._weights) if w.shape[0] >= tiny.config.vocab_size),
     )
     poisoned = jax.device_put(weights[place].at[99].set(np.nan), weights[place].sharding)
-    prompts = [[3, 4, 5], [6, 99, 7]]
+    prompts = [[3, 4, 5], [6] * 40 + [99, 7]]
     (fine, _) = tiny.generate(prompts, greedy(8, ignore_eos=True))
     try:
         runner._weights = (*weights[:place], poisoned, *weights[place + 1 :])
@@ -223,7 +223,7 @@ def test_logits_that_are_not_numbers_fail_one_request(tiny: LLM) -> None:
         runner._weights = weights
     assert (good.token_ids, good.finish_reason, good.error) == (fine.token_ids, "length", None)
     assert (bad.token_ids, bad.finish_reason) == ([], "error")
-    assert bad.error == "the model's logits are not numbers after 3 tokens"
+    assert bad.error == "the model's logits are not numbers after 42 tokens"
     # the pages it leaves behind are full of what is not a number
     assert [c.token_ids for c in tiny.generate(prompts[:1] * 2, greedy(8, ignore_eos=True))] == [
         fine.token_ids

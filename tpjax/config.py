@@ -63,6 +63,34 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-V2, section 2.1, https://arxiv.org/abs/2405.04434).
+
+    Keys and values of all heads are projections of one latent per token, and all heads share the part of the
+    key that rotates, the last ``rotary_dim`` of ``head_dim``. These two are what the cache holds.
+
+    Attributes:
+        q_lora_rank: width of the queries' own latent; ``None``: they are projected from the residual.
+        kv_lora_rank: width of the keys' and values' latent.
+        v_head_dim: of a value head.
+        rope_interleave: the checkpoint rotates pairs (2i, 2i + 1), not halves.
+    """
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    v_head_dim: int
+    rope_interleave: bool
+
+    def __post_init__(self) -> None:
+        for name in (
+            "kv_lora_rank",
+            "v_head_dim",
+            *(["q_lora_rank"] if self.q_lora_rank is not None else []),
+        ):
+            check_size(name, getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only transformer. Letters in brackets are the dimension names used in every shape.
 
@@ -91,6 +119,8 @@ class ModelConfig:
         attention_bias: q, k, v have biases.
         attention_out_bias: ``o_proj`` has a bias.
         mlp_bias: the MLP's projections have biases.
+        rotary_dim: dimensions of a head that rotate, the first ones; ``None``: all.
+        latent: latent attention in place of keys and values per head; ``None``: not.
     """
 
     model_type: str
@@ -117,6 +147,13 @@ class ModelConfig:
     attention_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
+    rotary_dim: int | None = None
+    latent: LatentConfig | None = None
+
+    @property
+    def rotated_dim(self) -> int:
+        """Dimensions of a head that rotate."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     def __post_init__(self) -> None:
         sizes = (
@@ -135,7 +172,7 @@ class ModelConfig:
             raise ConfigError(
                 f"num_kv_heads={self.num_kv_heads} is not a divisor of num_heads={self.num_heads}"
             )
-        if self.head_dim % 2:
+        if self.rotated_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim} is odd: rotary embeddings need pairs")
         for name in ("rms_norm_eps", "embedding_scale", "query_scale"):
             check_positive(name, getattr(self, name))

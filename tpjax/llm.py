@@ -15,7 +15,7 @@ import numpy as np
 
 from tpjax.checkpoints.hub import cache_dir, resolve
 from tpjax.checkpoints.load import load_decoder, open_checkpoint
-from tpjax.config import ModelConfig
+from tpjax.config import ExpertSharding, ModelConfig
 from tpjax.engine.engine import Engine
 from tpjax.engine.generation import Delta, Generation
 from tpjax.engine.request import FinishReason, Request, TokenLogprobs
@@ -65,6 +65,8 @@ class LLM:
         max_slots: sequences decoded at once; more are queued.
         quantize: reserved for quantised execution; only ``None`` is supported.
         seed: of the draws of requests that bring no seed of their own.
+        expert_sharding: of a mixture of experts: ``experts`` (whole ones on each device), ``width`` (each
+            device has a share of every expert), or ``auto``: experts where ``tp`` divides them.
 
     Attributes:
         config: the architecture.
@@ -84,13 +86,14 @@ class LLM:
         max_slots: int = 8,
         quantize: str | None = None,
         seed: int = 0,
+        expert_sharding: ExpertSharding = "auto",
     ) -> None:
         if quantize is not None:
             raise ConfigError(f"quantize={quantize!r} is not supported: use None")
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
             raise ConfigError(f"seed={seed!r} is not a whole number, 0 to {MAX_SEED}")
         path = resolve(os.fspath(model))
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path).with_expert_sharding(expert_sharding)
         self.config: ModelConfig = checkpoint.config
         self.tokenizer: Tokenizer | None = load_tokenizer(path)
         self.mesh = make_mesh(tp)

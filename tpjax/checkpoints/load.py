@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from tpjax.checkpoints.gguf import GGUFFile
 from tpjax.checkpoints.quantized import dequantized
 from tpjax.checkpoints.safetensors import SafetensorsCheckpoint
 from tpjax.checkpoints.source import TensorInfo, TensorSource
-from tpjax.config import ModelConfig
+from tpjax.config import ExpertSharding, ModelConfig
 from tpjax.errors import CheckpointError
 from tpjax.families import (
     FAMILIES,
@@ -36,7 +36,7 @@ from tpjax.families import (
 from tpjax.mappings.fields import Fields
 from tpjax.mappings.quantization import quantization_of
 from tpjax.model import Decoder
-from tpjax.sharding import WeightLayout
+from tpjax.sharding import Layout
 
 _MOST_ROWS_SHOWN = 20
 
@@ -54,6 +54,10 @@ class Checkpoint:
     path: Path
     config: ModelConfig
     source: TensorSource
+
+    def with_expert_sharding(self, expert_sharding: ExpertSharding) -> Checkpoint:
+        """The same checkpoint, its experts cut as :meth:`ModelConfig.with_expert_sharding` has it."""
+        return replace(self, config=self.config.with_expert_sharding(expert_sharding))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -106,7 +110,9 @@ def abstract_decoder(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> Decod
     return _with_values(
         model,
         {
-            parameter.path: jax.ShapeDtypeStruct(parameter.layout.shape, dtype, sharding=parameter.sharding)
+            parameter.path: jax.ShapeDtypeStruct(
+                parameter.layout.shape, parameter.dtype, sharding=parameter.sharding
+            )
             for parameter in parameters(model, mesh)
         },
     )
@@ -124,7 +130,7 @@ class Parameter:
     """
 
     path: tuple[Any, ...]
-    layout: WeightLayout
+    layout: Layout
     sharding: NamedSharding
     dtype: jnp.dtype
 

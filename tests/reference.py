@@ -108,8 +108,6 @@ def latent_attention(config: ModelConfig, weights: Weights, x: np.ndarray, kind:
         return linear(below(weights, name), x)
 
     def turn(x: np.ndarray) -> np.ndarray:
-        if config.latent.rope_interleave:  # the pairs lie next to each other
-            x = np.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
         return rotate(x, rope_frequencies(config.rope_of(kind), turning))
 
     if config.latent.q_lora_rank is None:

@@ -120,7 +120,6 @@ def latents(draw: st.DrawFn) -> dict[str, Any]:
             q_lora_rank=draw(st.none() | sizes(9)),
             kv_lora_rank=draw(sizes(9)),
             v_head_dim=draw(sizes(7)),
-            rope_interleave=draw(st.booleans()),
         ),
     }
 

@@ -83,13 +83,11 @@ class LatentConfig:
         q_lora_rank: width of the queries' own latent; ``None``: they are projected from the residual.
         kv_lora_rank: width of the keys' and values' latent.
         v_head_dim: of a value head.
-        rope_interleave: the checkpoint rotates pairs (2i, 2i + 1), not halves.
     """
 
     q_lora_rank: int | None
     kv_lora_rank: int
     v_head_dim: int
-    rope_interleave: bool
 
     def __post_init__(self) -> None:
         for name in ("q_lora_rank", "kv_lora_rank", "v_head_dim"):

@@ -112,7 +112,7 @@ class LatentAttention(nnx.Module):
         query = self.q_proj(queries).reshape(*x.shape[:2], self.num_heads, 1, config.head_dim)
         query = constrain(query, HEADS)
         query, query_turn = jnp.split(query, [config.head_dim - config.rotated_dim], -1)
-        query_turn, key_turn = self._turned(query_turn, rotation), self._turned(key_turn, rotation)
+        query_turn, key_turn = rotate(query_turn, rotation), rotate(key_turn, rotation)
         latents = jnp.concatenate([self.kv_a_layernorm(latent), key_turn], -1)[:, :, None]
         cache = cache.write(latents, at)
 
@@ -128,12 +128,6 @@ class LatentAttention(nnx.Module):
         if absorbed:
             mixed = self.kv_b_proj.values_of(mixed)
         return self.o_proj(mixed.reshape(*x.shape[:2], -1)), cache
-
-    def _turned(self, x: Float[Array, "B S *heads t"], rotation: Rotation) -> Float[Array, "B S *heads t"]:
-        if self.latent.rope_interleave:
-            # queries and keys are reordered alike, so their products do not change
-            x = x.reshape(*x.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(x.shape)
-        return rotate(x, rotation)
 
 
 class KeyValueProjection(nnx.Module):

@@ -30,10 +30,12 @@ class Placement:
         block_tables: page of each block of positions, per sequence.
         positions: of each token. In a chunk of several tokens they are consecutive and the first is a
             multiple of the page size.
+        reach: tokens each sequence may get to, which the frequencies of some rotary embeddings go by.
     """
 
     block_tables: Int[Array, "B blocks"]
     positions: Int[Array, "B S"]
+    reach: Int[Array, B] | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -116,7 +116,7 @@ def plan_limits(
     Raises:
         ConfigError: ``max_model_len`` is over what the model was made for.
     """
-    longest = config.max_position_embeddings
+    longest = config.longest_context
     if max_model_len is not None and not 1 <= max_model_len <= longest:
         raise ConfigError(f"max_model_len={max_model_len} is not between 1 and the model's {longest}")
     if max_slots < 1:
@@ -152,6 +152,7 @@ class Row:
         seed: of its noise.
         remaining: most tokens it may still yield.
         stop_ids: tokens that end it.
+        reach: tokens it may get to, prompt and output: some rotary embeddings go by it.
     """
 
     slot: int
@@ -161,6 +162,7 @@ class Row:
     seed: int
     remaining: int = 1
     stop_ids: Sequence[int] = ()
+    reach: int = 0
 
 
 @jax.tree_util.register_dataclass
@@ -168,18 +170,18 @@ class Row:
 class _Rows:
     """``Row``s as arrays; a row that does not exist uses the spare slot and the null page."""
 
-    ints: Int[Array, "B 3"]  # slot, position, remaining
+    ints: Int[Array, "B 4"]  # slot, position, remaining, reach
     stop_ids: Int[Array, "B stop"]
     block_tables: Int[Array, "B blocks"]
     sampling: SamplingRows
 
     @classmethod
     def pack(cls, rows: Sequence[Row], limits: Limits, size: int) -> _Rows:
-        ints: Any = np.tile(np.array([limits.max_slots, 0, 0], np.int32), (size, 1))
+        ints: Any = np.tile(np.array([limits.max_slots, 0, 0, 0], np.int32), (size, 1))
         stop_ids: Any = np.full((size, STOP_IDS), NO_TOKEN, np.int32)
         tables: Any = np.full((size, limits.blocks), NULL_PAGE, np.int32)
         for i, row in enumerate(rows):
-            ints[i] = (row.slot, row.position, row.remaining)
+            ints[i] = (row.slot, row.position, row.remaining, row.reach)
             stop_ids[i, : len(row.stop_ids)] = row.stop_ids[:STOP_IDS]
             tables[i, : len(row.pages)] = row.pages
         sampling = SamplingRows.pack([row.params for row in rows], [row.seed for row in rows], size)
@@ -428,7 +430,7 @@ class Runner:
     ) -> tuple[State, Sampled]:
         model = self._model(weights)
         slots, first = rows.ints[:, 0], rows.ints[:, 1]
-        at = Placement(rows.block_tables, first[:, None] + jnp.arange(tokens.shape[1]))
+        at = Placement(rows.block_tables, first[:, None] + jnp.arange(tokens.shape[1]), rows.ints[:, 3])
         hidden, cache = model(tokens, state.cache, at)
         last = jax.lax.dynamic_index_in_dim(hidden, length - 1, axis=1, keepdims=False)
         drawn, history = sample(
@@ -441,7 +443,8 @@ class Runner:
         self, weights: Sequence[Array], state: State, rows: _Rows, tokens: Int[Array, "1 S"]
     ) -> tuple[State, Float[Array, "S V"]]:
         model = self._model(weights)
-        at = Placement(rows.block_tables, rows.ints[:, 1, None] + jnp.arange(tokens.shape[1]))
+        positions = rows.ints[:, 1, None] + jnp.arange(tokens.shape[1])
+        at = Placement(rows.block_tables, positions, rows.ints[:, 3])
         hidden, cache = model(tokens, state.cache, at)
         return State(cache, state.tokens, state.history), model.logits(hidden[0])
 
@@ -451,7 +454,8 @@ class Runner:
         ) -> tuple[State, Sampled]:
             slots = jnp.where(alive, rows.ints[:, 0], self.limits.max_slots)
             # a row that has ended goes on computing, but on the null page and the spare slot
-            at = Placement(jnp.where(alive[:, None], rows.block_tables, NULL_PAGE), positions[:, None])
+            tables = jnp.where(alive[:, None], rows.block_tables, NULL_PAGE)
+            at = Placement(tables, positions[:, None], rows.ints[:, 3])
             hidden, cache = model(state.tokens[slots][:, None], state.cache, at)
             drawn, history = sample(
                 model.logits(hidden[:, 0]), rows.sampling, state.history, slots, positions + 1, self.mesh

@@ -88,6 +88,7 @@ def _row(request: Request, position: int, params: SamplingParams) -> Row:
         seed=request.seed,
         remaining=request.remaining,
         stop_ids=request.stop_ids,
+        reach=request.most_tokens,
     )
 
 

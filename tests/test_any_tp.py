@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from tpjax.cache import Placement, allocate
 from tpjax.checkpoints.load import Checkpoint, abstract_decoder, load_decoder, parameters
 from tpjax.checkpoints.source import TensorInfo
-from tpjax.config import ModelConfig, RopeConfig
+from tpjax.config import LatentConfig, ModelConfig, RopeConfig
 from tpjax.mesh import make_mesh
 
 F32 = jnp.dtype("float32")
@@ -75,7 +75,9 @@ def decoder_logits(
     """Scores [S, V] over the paged cache, through every kind of call that serving makes."""
     mesh = make_mesh(tp)
     checkpoint = Checkpoint(Path("random"), config, Arrays(weights))
-    graph, state = nnx.split(load_decoder(checkpoint, mesh, F32, progress=False))
+    graph, state = nnx.split(
+        load_decoder(checkpoint, abstract_decoder(config, mesh, F32), mesh, progress=False)
+    )
     blocks = -(-LENGTH // PAGE)
     cache = allocate(config, mesh, num_pages=blocks + 1, page_size=PAGE, dtype=F32)
     table = jnp.arange(blocks, 0, -1, dtype=jnp.int32)[None]
@@ -108,9 +110,38 @@ ROPES = (
 
 
 @st.composite
+def latents(draw: st.DrawFn) -> dict[str, Any]:
+    """Latent attention; a key's two parts and the value's may all differ in width."""
+    heads, turning = draw(sizes(7)), 2 * draw(sizes(3))
+    return {
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "head_dim": turning + draw(sizes(6)),
+        "rotary_dim": turning,
+        "latent": LatentConfig(
+            q_lora_rank=draw(st.none() | sizes(9)),
+            kv_lora_rank=draw(sizes(9)),
+            v_head_dim=draw(sizes(7)),
+        ),
+    }
+
+
+@st.composite
+def grouped_queries(draw: st.DrawFn) -> dict[str, Any]:
+    """Keys and values per head, or group of heads."""
+    kv_heads = draw(sizes(5))
+    return {
+        "num_heads": kv_heads * draw(sizes(5)),
+        "num_kv_heads": kv_heads,
+        "head_dim": 2 * draw(sizes(4)),
+        "qk_norm": draw(st.booleans()),
+    }
+
+
+@st.composite
 def architectures(draw: st.DrawFn) -> ModelConfig:
     """A decoder of one or two layers, all sizes small and unrelated."""
-    layers, kv_heads = draw(sizes(2)), draw(sizes(5))
+    layers = draw(sizes(2))
     kinds = st.sampled_from(("full_attention", "sliding_attention"))
     return ModelConfig(
         model_type="llama",
@@ -118,18 +149,14 @@ def architectures(draw: st.DrawFn) -> ModelConfig:
         hidden_size=draw(sizes(24, 4)),
         intermediate_size=draw(sizes(24)),
         num_layers=layers,
-        num_heads=kv_heads * draw(sizes(5)),
-        num_kv_heads=kv_heads,
-        head_dim=2 * draw(sizes(4)),
         max_position_embeddings=64,
-        rms_norm_eps=draw(st.sampled_from((1e-6, 1e-2))),
+        norm_eps=draw(st.sampled_from((1e-6, 1e-2))),
         rope=draw(st.sampled_from(ROPES)),
         rope_sliding=draw(st.none() | st.sampled_from(ROPES)),
         layer_types=tuple(draw(st.lists(kinds, min_size=layers, max_size=layers))),
         sliding_window=draw(sizes(LENGTH)),
         tie_word_embeddings=draw(st.booleans()),
         activation=draw(st.sampled_from(("silu", "gelu_tanh"))),
-        qk_norm=draw(st.booleans()),
         sandwich_norms=draw(st.booleans()),
         norm_offset=draw(st.sampled_from((0.0, 1.0))),
         embedding_scale=draw(st.sampled_from((1.0, 3.0))),
@@ -137,6 +164,7 @@ def architectures(draw: st.DrawFn) -> ModelConfig:
         attention_bias=draw(st.booleans()),
         attention_out_bias=draw(st.booleans()),
         mlp_bias=draw(st.booleans()),
+        **draw(grouped_queries() | latents()),
     )
 
 

@@ -35,9 +35,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PAGE_SIZE = 128
-# What the cache may take where the memory is the user's own: enough for several long conversations.
-_CPU_CACHE_BYTES = 2**30
-_ACCELERATOR_CACHE_FRACTION = 0.4  # weights are not loaded yet when this is decided
+CHUNK_SIZES = (32, 64, 128, 256, 512)
 STOP_IDS = 8  # stop tokens a row carries to the device; what is over is caught on the host
 NO_TOKEN = -1  # what a finished row yields
 
@@ -59,7 +57,7 @@ class Limits:
     max_model_len: int
     num_pages: int
     page_size: int = 128
-    chunk_sizes: tuple[int, ...] = (32, 128, 256, 512)
+    chunk_sizes: tuple[int, ...] = CHUNK_SIZES
     steps: int = 4
 
     def __post_init__(self) -> None:
@@ -106,40 +104,6 @@ def resolve_dtype(name: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def plan_limits(
-    config: ModelConfig, tp: int, dtype: jnp.dtype, max_model_len: int | None, max_slots: int
-) -> Limits:
-    """Sizes of slots, context and cache.
-
-    The cache holds ``max_slots`` sequences of full length where memory allows, and at least one.
-
-    Raises:
-        ConfigError: ``max_model_len`` is over what the model was made for.
-    """
-    longest = config.max_position_embeddings
-    if max_model_len is not None and not 1 <= max_model_len <= longest:
-        raise ConfigError(f"max_model_len={max_model_len} is not between 1 and the model's {longest}")
-    if max_slots < 1:
-        raise ConfigError(f"max_slots={max_slots} is less than 1")
-    page_bytes = kv.page_bytes_per_device(config, tp, PAGE_SIZE, dtype)
-    affordable = max(1, _cache_bytes(tp) // page_bytes)
-    if max_model_len is None:
-        max_model_len = min(longest, affordable * PAGE_SIZE)
-    blocks = -(-max_model_len // PAGE_SIZE)
-    pages = max(blocks, min(max_slots * blocks, affordable))
-    return Limits(max_slots=max_slots, max_model_len=max_model_len, num_pages=pages + 1, page_size=PAGE_SIZE)
-
-
-def _cache_bytes(tp: int) -> int:
-    """Bytes per device the cache may take, weights not yet loaded."""
-    device = jax.devices()[0]
-    if device.platform == "cpu":
-        return _CPU_CACHE_BYTES // tp
-    stats = device.memory_stats() or {}
-    free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
-    return int(free * _ACCELERATOR_CACHE_FRACTION)
-
-
 @dataclass(frozen=True)
 class Row:
     """One sequence's part in a dispatch.
@@ -153,6 +117,7 @@ class Row:
         remaining: most tokens it may still yield.
         stop_ids: tokens that end it.
         masked: draw only what :meth:`Runner.set_masks` allows its slot.
+        reach: tokens it may get to, prompt and output: some rotary embeddings go by it.
     """
 
     slot: int
@@ -163,6 +128,7 @@ class Row:
     remaining: int = 1
     stop_ids: Sequence[int] = ()
     masked: bool = False
+    reach: int = 0
 
 
 @jax.tree_util.register_dataclass
@@ -170,18 +136,18 @@ class Row:
 class _Rows:
     """``Row``s as arrays; a row that does not exist uses the spare slot and the null page."""
 
-    ints: Int[Array, "B 3"]  # slot, position, remaining
+    ints: Int[Array, "B 4"]  # slot, position, remaining, reach
     stop_ids: Int[Array, "B stop"]
     block_tables: Int[Array, "B blocks"]
     sampling: SamplingRows
 
     @classmethod
     def pack(cls, rows: Sequence[Row], limits: Limits, size: int) -> _Rows:
-        ints: Any = np.tile(np.array([limits.max_slots, 0, 0], np.int32), (size, 1))
+        ints: Any = np.tile(np.array([limits.max_slots, 0, 0, 0], np.int32), (size, 1))
         stop_ids: Any = np.full((size, STOP_IDS), NO_TOKEN, np.int32)
         tables: Any = np.full((size, limits.blocks), NULL_PAGE, np.int32)
         for i, row in enumerate(rows):
-            ints[i] = (row.slot, row.position, row.remaining)
+            ints[i] = (row.slot, row.position, row.remaining, row.reach)
             stop_ids[i, : len(row.stop_ids)] = row.stop_ids[:STOP_IDS]
             tables[i, : len(row.pages)] = row.pages
         sampling = SamplingRows.pack(
@@ -527,7 +493,8 @@ class Runner:
         ) -> tuple[State, Sampled]:
             slots = jnp.where(alive, rows.ints[:, 0], self.limits.max_slots)
             # a row that has ended goes on computing, but on the null page and the spare slot
-            at = Placement(jnp.where(alive[:, None], rows.block_tables, NULL_PAGE), positions[:, None])
+            tables = jnp.where(alive[:, None], rows.block_tables, NULL_PAGE)
+            at = Placement(tables, positions[:, None], rows.ints[:, 3])
             hidden, cache = model(state.tokens[slots][:, None], state.cache, at)
             drawn, history = sample(
                 model.logits(hidden[:, 0]), rows.sampling, state.history, slots, positions + 1, self.mesh
@@ -594,7 +561,8 @@ def _set_masks(state: State, slots: Int[Array, B], words: UInt[Array, "B words"]
 def _run_chunk(
     model: Decoder, state: State, rows: _Rows, tokens: Int[Array, "1 S"]
 ) -> tuple[State, Float[Array, "1 S D"]]:
-    at = Placement(rows.block_tables, rows.ints[:, 1, None] + jnp.arange(tokens.shape[1]))
+    positions = rows.ints[:, 1, None] + jnp.arange(tokens.shape[1])
+    at = Placement(rows.block_tables, positions, rows.ints[:, 3])
     hidden, cache = model(tokens, state.cache, at)
     return State(cache, state.tokens, state.history), hidden
 

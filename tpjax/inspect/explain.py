@@ -11,20 +11,21 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tpjax.cache import cache_shape, page_bytes_per_device
+from tpjax.cache import cache_layout, page_bytes_per_device
 from tpjax.checkpoints.hub import resolve
 from tpjax.checkpoints.load import abstract_decoder, check_tensors, open_checkpoint, parameters
 from tpjax.config import ExpertSharding, MoEConfig
 from tpjax.inspect.collectives import Collective, find_collectives, summarise
+from tpjax.memory import device_memory, human_bytes, plan_limits
 from tpjax.mesh import make_mesh
-from tpjax.runner import Runner, plan_limits, resolve_dtype
-from tpjax.sharding import PAGES, HeadPlan, pad_to_multiple
+from tpjax.runner import Runner, resolve_dtype
+from tpjax.sharding import HeadPlan, pad_to_multiple
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class TensorRow:
     replicated: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What :func:`explain` found. Rich renders it in a terminal, ``_repr_html_`` in a notebook.
 
@@ -88,6 +89,9 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         return asdict(self)
+
+    def __repr__(self) -> str:
+        return f"<Report: {self.model} at tp={self.tp}>"  # the tables are for print (rich) and notebooks
 
     def __rich__(self) -> RenderableType:
         return Group(
@@ -163,7 +167,7 @@ def explain(runner: Runner, name: str) -> Report:
     """Describes a runner; it needs no weights, and compiles the decode step if that has not happened yet."""
     config, mesh, limits = runner.config, runner.mesh, runner.limits
     rows = _tensor_rows(runner)
-    shape = cache_shape(config, mesh.size, limits.num_pages, limits.page_size)
+    cache = cache_layout(config, mesh.size, limits.num_pages, limits.page_size)
     page_bytes = page_bytes_per_device(config, mesh.size, limits.page_size, runner.dtype)
     program = runner.program("decode", 1, 1)
     return Report(
@@ -177,10 +181,10 @@ def explain(runner: Runner, name: str) -> Report:
         tensors=rows,
         weight_bytes_per_device=sum(row.bytes_per_device for row in rows),
         cache={
-            "spec": _spec(PAGES),
-            "shape": shape,
-            "shard_shape": (shape[0], shape[1] // mesh.size, *shape[2:]),
-            "buffers": 2 * config.num_layers,
+            "spec": _spec(cache.spec),
+            "shape": cache.shape,
+            "shard_shape": NamedSharding(mesh, cache.spec).shard_shape(cache.shape),
+            "buffers": cache.count * config.num_layers,
             "num_pages": limits.num_pages,
             "page_size": limits.page_size,
             "bytes_per_device": page_bytes * limits.num_pages,
@@ -213,8 +217,20 @@ def explain_model(
     checkpoint = open_checkpoint(resolve(model)).with_expert_sharding(expert_sharding)
     mesh, kind = make_mesh(tp), resolve_dtype(dtype)
     decoder = abstract_decoder(checkpoint.config, mesh, kind)
-    check_tensors(checkpoint, parameters(decoder, mesh))
-    limits = plan_limits(checkpoint.config, mesh.size, kind, max_model_len, max_slots=8)
+    declared = parameters(decoder, mesh)
+    check_tensors(checkpoint, declared)
+    weight_bytes, memory = sum(p.bytes_per_device for p in declared), device_memory(mesh.size)
+    if memory is not None and memory.free < 2 * weight_bytes:
+        memory = None  # what is too large for this machine can be looked at all the same
+    limits = plan_limits(
+        checkpoint.config,
+        mesh.size,
+        kind,
+        weight_bytes=weight_bytes,
+        memory=memory,
+        max_model_len=max_model_len,
+        max_slots=8,
+    )
     return explain(Runner(decoder, mesh, limits, kind), name=model)
 
 
@@ -227,15 +243,6 @@ def collective_budget(num_layers: int, tp: int) -> dict[str, Any]:
         "all_reduces": count,
         "rule": f"budget: 2 × {num_layers} layers + 1 embedding = {count} all-reduces, and sampling",
     }
-
-
-def human_bytes(count: float) -> str:
-    """Bytes with a binary unit: ``1.5 MiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")
 
 
 def _dims(shape: Sequence[int]) -> str:

@@ -38,6 +38,25 @@ class ColumnLinear(nnx.Module):
         return y if self.bias is None else y + self.bias[...]
 
 
+class ReplicatedLinear(nnx.Module):
+    """``y = x @ weight + bias`` with the weight stored [in, out], whole on every device: no collective.
+
+    Args:
+        weight: layout of the weight.
+        bias: layout of the bias, if there is one.
+        dtype: of both.
+    """
+
+    def __init__(self, weight: WeightLayout, bias: WeightLayout | None, dtype: jnp.dtype) -> None:
+        self.weight = parameter(weight, REPLICATED, dtype)
+        self.bias = None if bias is None else parameter(bias, REPLICATED, dtype)
+
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """All outputs, on every device."""
+        y = jnp.matmul(x, self.weight[...], preferred_element_type=x.dtype)
+        return y if self.bias is None else y + self.bias[...]
+
+
 class RowLinear(nnx.Module):
     """``y = x @ weight.T + bias`` with the weight stored [out, in] and cut along in: an all-reduce follows.
 
@@ -84,6 +103,24 @@ class Embedding(nnx.Module):
     def attend(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Scores every token of the padded vocabulary, in float32."""
         return _contract_last(x, self.weight[...], jnp.float32)
+
+
+class PositionEmbedding(nnx.Module):
+    """A learned vector per position [positions, D], on every device.
+
+    Args:
+        source: canonical name of the tensor, relative to the parent module.
+        positions: longest sequence, tokens.
+        hidden_size: D.
+        dtype: of the weight.
+    """
+
+    def __init__(self, source: str, positions: int, hidden_size: int, dtype: jnp.dtype) -> None:
+        self.weight = parameter(whole(source, (positions, hidden_size)), REPLICATED, dtype)
+
+    def __call__(self, positions: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Looks up positions; those of a chunk's padding may lie beyond the last."""
+        return self.weight[...].at[positions].get(mode="clip")
 
 
 def _contract_last(

@@ -46,7 +46,7 @@ def decoder(experts: int, per_token: int, tp: int, batch: int) -> Callable[[], f
         num_kv_heads=8,
         head_dim=64,
         max_position_embeddings=256,
-        rms_norm_eps=1e-5,
+        norm_eps=1e-5,
         rope=RopeConfig(),
         layer_types=("full_attention",) * LAYERS,
         query_scale=0.125,

@@ -164,7 +164,7 @@ def tiny_models() -> dict[str, transformers.PretrainedConfig]:
 
 
 def tiny_mixtures() -> dict[str, transformers.PretrainedConfig]:
-    """Mixtures of experts: 6 experts are cut whole at tp=1, 2, 3 and 6, by their width at others; 5 rarely."""
+    """Mixtures of experts: 6 experts are cut whole at tp=1, 2, 3 and 6, by their width at others."""
     common = {
         "vocab_size": 131,
         "hidden_size": 48,

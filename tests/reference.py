@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tpjax.config import LayerType, ModelConfig, RopeConfig
+from tpjax.config import LayerType, ModelConfig, MoEConfig, RopeConfig
 
 Weights = Mapping[str, np.ndarray]
 
@@ -21,8 +21,8 @@ def logits(config: ModelConfig, weights: Weights, tokens: np.ndarray) -> np.ndar
     """Scores [S, V] of the token after each of ``tokens`` [S]."""
     embeddings = weights["embed_tokens.weight"].astype(np.float64)
     x = embeddings[tokens] * config.embedding_scale
-    for number, kind in enumerate(config.layer_types):
-        x = decoder_layer(config, below(weights, f"layers.{number}"), x, kind)
+    for number in range(config.num_layers):
+        x = decoder_layer(config, below(weights, f"layers.{number}"), x, number)
     x = rms_norm(config, below(weights, "norm"), x)
     return x @ (embeddings if config.tie_word_embeddings else weights["lm_head.weight"]).T
 
@@ -32,8 +32,9 @@ def below(weights: Weights, prefix: str) -> Weights:
     return {name[len(prefix) + 1 :]: w for name, w in weights.items() if name.startswith(f"{prefix}.")}
 
 
-def decoder_layer(config: ModelConfig, weights: Weights, x: np.ndarray, kind: LayerType) -> np.ndarray:
+def decoder_layer(config: ModelConfig, weights: Weights, x: np.ndarray, number: int) -> np.ndarray:
     """The residual [S, D] after a layer."""
+    kind = config.layer_types[number]
 
     def norm(name: str, x: np.ndarray) -> np.ndarray:
         return rms_norm(config, below(weights, name), x)
@@ -44,7 +45,7 @@ def decoder_layer(config: ModelConfig, weights: Weights, x: np.ndarray, kind: La
         )
 
     def feed_forward(x: np.ndarray) -> np.ndarray:
-        return mlp(config, below(weights, "mlp"), x)
+        return (mixture if config.sparse_layers[number] else mlp)(config, below(weights, "mlp"), x)
 
     if config.sandwich_norms:
         x = x + norm("post_attention_layernorm", attend(norm("input_layernorm", x)))
@@ -70,8 +71,53 @@ def mlp(config: ModelConfig, weights: Weights, x: np.ndarray) -> np.ndarray:
     return linear(below(weights, "down_proj"), ACTIVATIONS[config.activation](gate) * up)
 
 
+def mixture(config: ModelConfig, weights: Weights, x: np.ndarray) -> np.ndarray:
+    """The experts of each token [D], weighed, and the one that computes every token."""
+    moe = config.moe
+    assert moe is not None
+    out = np.zeros_like(x)
+    for position, token in enumerate(x):
+        for expert, weight in route(moe, below(weights, "gate"), token).items():
+            out[position] += weight * expert_mlp(config, below(weights, f"experts.{expert}"), token)
+    if moe.shared_width:
+        shared = expert_mlp(config, below(weights, "shared_expert"), x)
+        out += (
+            shared * sigmoid(linear(below(weights, "shared_expert_gate"), x)) if moe.shared_gate else shared
+        )
+    return out
+
+
+def route(moe: MoEConfig, weights: Weights, token: np.ndarray) -> dict[int, float]:
+    """A token's experts and what their outputs are multiplied by."""
+    scores = (softmax if moe.scoring == "softmax" else sigmoid)(linear(weights, token))
+    chances = scores + weights.get("e_score_correction_bias", 0.0)
+    per_group = moe.num_experts // moe.num_groups
+    groups = [range(start, start + per_group) for start in range(0, moe.num_experts, per_group)]
+    if moe.num_groups > 1:
+        groups.sort(key=lambda group: sum(sorted(chances[group])[-2:]))
+    allowed = [expert for group in groups[-moe.groups_per_token :] for expert in group]
+    chosen = sorted(allowed, key=lambda expert: chances[expert])[-moe.experts_per_token :]
+    total = scores[chosen].sum() if moe.norm_topk_prob else 1.0
+    return {expert: moe.routed_scale * scores[expert] / total for expert in chosen}
+
+
+def expert_mlp(config: ModelConfig, weights: Weights, x: np.ndarray) -> np.ndarray:
+    """One expert: the MLP, or gpt-oss's clamped one."""
+    moe = config.moe
+    assert moe is not None
+    if moe.swiglu_limit is None:
+        return mlp(config, weights, x)
+    gate, up = (linear(below(weights, name), x) for name in ("gate_proj", "up_proj"))
+    gate, up = np.minimum(gate, moe.swiglu_limit), np.clip(up, -moe.swiglu_limit, moe.swiglu_limit)
+    return linear(below(weights, "down_proj"), (up + 1) * gate * sigmoid(moe.swiglu_alpha * gate))
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
 def silu(x: np.ndarray) -> np.ndarray:
-    return x / (1 + np.exp(-x))
+    return x * sigmoid(x)
 
 
 def gelu_tanh(x: np.ndarray) -> np.ndarray:

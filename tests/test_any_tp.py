@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import reference
 from flax import nnx
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tpjax.cache import Placement, allocate
 from tpjax.checkpoints.load import Checkpoint, abstract_decoder, load_decoder, parameters
 from tpjax.checkpoints.source import TensorInfo
-from tpjax.config import LatentConfig, ModelConfig, RopeConfig
+from tpjax.config import LatentConfig, ModelConfig, MoEConfig, RopeConfig
 from tpjax.mesh import make_mesh
 
 F32 = jnp.dtype("float32")
@@ -137,6 +137,33 @@ def grouped_queries(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @st.composite
+def mixtures(draw: st.DrawFn, layers: int) -> MoEConfig:
+    """Experts of which a token takes some; with groups, from some of the groups."""
+    scoring = draw(st.sampled_from(("softmax", "sigmoid")))
+    groups = draw(sizes(3)) if scoring == "sigmoid" else 1
+    per_group, groups_per_token = draw(sizes(4, 2)), draw(sizes(groups))
+    shared_width = draw(st.integers(0, 9))
+    return MoEConfig(
+        num_experts=groups * per_group,
+        experts_per_token=draw(sizes(groups_per_token * per_group if groups > 1 else per_group)),
+        expert_width=draw(sizes(9)),
+        sparse_layers=(False,) * (layers - 1) + (True,),
+        scoring=scoring,
+        norm_topk_prob=draw(st.booleans()),
+        num_groups=groups,
+        groups_per_token=groups_per_token,
+        routed_scale=draw(st.sampled_from((1.0, 2.5))),
+        router_bias=draw(st.booleans()),
+        correction_bias=scoring == "sigmoid" and draw(st.booleans()),
+        expert_bias=draw(st.booleans()),
+        shared_width=shared_width,
+        shared_gate=shared_width > 0 and draw(st.booleans()),
+        swiglu_limit=draw(st.none() | st.just(0.5)),
+        expert_sharding=draw(st.sampled_from(("auto", "width"))),
+    )
+
+
+@st.composite
 def architectures(draw: st.DrawFn) -> ModelConfig:
     """A decoder of one or two layers, all sizes small and unrelated."""
     layers = draw(sizes(2))
@@ -162,6 +189,7 @@ def architectures(draw: st.DrawFn) -> ModelConfig:
         attention_bias=draw(st.booleans()),
         attention_out_bias=draw(st.booleans()),
         mlp_bias=draw(st.booleans()),
+        moe=draw(st.none() | mixtures(layers)),
         **draw(grouped_queries() | latents()),
     )
 
@@ -171,6 +199,7 @@ def architectures(draw: st.DrawFn) -> ModelConfig:
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
+    phases=[Phase.explicit, Phase.generate],  # each example compiles: shrinking one takes many minutes
 )
 @given(config=architectures(), tp=sizes(16, 2), seed=sizes(2**16))
 def test_any_architecture_at_any_tp(config: ModelConfig, tp: int, seed: int) -> None:

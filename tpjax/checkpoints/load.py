@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -139,6 +140,11 @@ class Parameter:
         """Dotted path."""
         return ".".join(map(str, self.path))
 
+    @property
+    def bytes_per_device(self) -> int:
+        """Bytes of one device's slice."""
+        return math.prod(self.sharding.shard_shape(self.layout.shape)) * np.dtype(self.dtype).itemsize
+
     def canonical(self, source: str) -> str:
         """Canonical name of one of the layout's sources: they are relative to the owner's parent."""
         return ".".join(map(str, (*self.path[:-2], source)))
@@ -154,7 +160,7 @@ def parameters(model: Decoder, mesh: Mesh) -> list[Parameter]:
     ]
 
 
-def load_decoder(checkpoint: Checkpoint, mesh: Mesh, dtype: jnp.dtype, *, progress: bool = True) -> Decoder:
+def load_decoder(checkpoint: Checkpoint, model: Decoder, mesh: Mesh, *, progress: bool = True) -> Decoder:
     """Reads the weights onto the mesh.
 
     Each device's slice is read and built by itself; the host holds no more than one canonical tensor beyond
@@ -162,14 +168,13 @@ def load_decoder(checkpoint: Checkpoint, mesh: Mesh, dtype: jnp.dtype, *, progre
 
     Args:
         checkpoint: from :func:`open_checkpoint`.
+        model: from :func:`abstract_decoder`, for the same mesh; it gets the weights.
         mesh: ``("tp",)``.
-        dtype: of the weights on the devices.
         progress: show a bar on stderr where that is a terminal.
 
     Raises:
         CheckpointError: configuration and weights disagree; the message lists every difference.
     """
-    model = abstract_decoder(checkpoint.config, mesh, dtype)
     declared = parameters(model, mesh)
     check_tensors(checkpoint, declared)
     arrays: dict[tuple[Any, ...], jax.Array] = {}

@@ -22,8 +22,9 @@ from tpjax.checkpoints.hub import resolve
 from tpjax.checkpoints.load import abstract_decoder, check_tensors, open_checkpoint, parameters
 from tpjax.config import ExpertSharding, MoEConfig
 from tpjax.inspect.collectives import Collective, find_collectives, summarise
+from tpjax.memory import device_memory, human_bytes, plan_limits
 from tpjax.mesh import make_mesh
-from tpjax.runner import Runner, plan_limits, resolve_dtype
+from tpjax.runner import Runner, resolve_dtype
 from tpjax.sharding import HeadPlan, pad_to_multiple
 
 
@@ -213,8 +214,20 @@ def explain_model(
     checkpoint = open_checkpoint(resolve(model)).with_expert_sharding(expert_sharding)
     mesh, kind = make_mesh(tp), resolve_dtype(dtype)
     decoder = abstract_decoder(checkpoint.config, mesh, kind)
-    check_tensors(checkpoint, parameters(decoder, mesh))
-    limits = plan_limits(checkpoint.config, mesh.size, kind, max_model_len, max_slots=8)
+    declared = parameters(decoder, mesh)
+    check_tensors(checkpoint, declared)
+    weight_bytes, memory = sum(p.bytes_per_device for p in declared), device_memory(mesh.size)
+    if memory is not None and memory.free < 2 * weight_bytes:
+        memory = None  # what is too large for this machine can be looked at all the same
+    limits = plan_limits(
+        checkpoint.config,
+        mesh.size,
+        kind,
+        weight_bytes=weight_bytes,
+        memory=memory,
+        max_model_len=max_model_len,
+        max_slots=8,
+    )
     return explain(Runner(decoder, mesh, limits, kind), name=model)
 
 
@@ -227,15 +240,6 @@ def collective_budget(num_layers: int, tp: int) -> dict[str, Any]:
         "all_reduces": count,
         "rule": f"budget: 2 × {num_layers} layers + 1 embedding = {count} all-reduces, and sampling",
     }
-
-
-def human_bytes(count: float) -> str:
-    """Bytes with a binary unit: ``1.5 MiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")
 
 
 def _dims(shape: Sequence[int]) -> str:

@@ -15,7 +15,7 @@ from conftest import GOLDENS
 
 from tpjax import LLM, SamplingParams
 
-TINY = ("llama", "llama-bias-tied", "mistral", "gemma3")
+TINY = sorted(golden.parent.name for golden in GOLDENS.glob("*/golden.npz"))
 EVERY_TP = range(1, 9)
 TOLERANCE = 1e-4
 STEPS = 64

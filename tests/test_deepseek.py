@@ -191,7 +191,7 @@ def test_float8_is_what_it_stands_for(tmp_path: Path) -> None:
 
 
 def test_layers_beyond_the_last(tmp_path: Path) -> None:
-    """Published checkpoints have one more, which predicts a token further ahead; none after it is passed over."""
+    """Published checkpoints have one more, which predicts a token further ahead; no other is passed over."""
     plain = load_file(GOLDENS / "deepseek_v3" / "model.safetensors")
     extra = {"model.layers.3.eh_proj.weight": np.zeros((48, 96), np.float32)}
     open_and_load = loaded(copied(tmp_path / "mtp", {**plain, **extra}), 1)

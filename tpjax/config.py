@@ -351,22 +351,21 @@ class ModelConfig:
             entries = getattr(self, name)
             if entries is not None and len(entries) != self.num_layers:
                 raise ConfigError(f"{name} has {len(entries)} entries, but num_layers={self.num_layers}")
-        if self.moe is not None and len(self.moe.sparse_layers) != self.num_layers:
-            raise ConfigError(
-                f"sparse_layers has {len(self.moe.sparse_layers)} entries, but num_layers={self.num_layers}"
-            )
         for kind in self.layer_types:
             check_choice("layer type", kind, LayerType)
         if "sliding_attention" in self.layer_types:
             check_size("sliding_window", self.sliding_window)
         if self.position_embedding == "rope":
             self._check_rotation()
+        if self.moe is not None and len(self.moe.sparse_layers) != self.num_layers:
+            raise ConfigError(
+                f"sparse_layers has {len(self.moe.sparse_layers)} entries, but num_layers={self.num_layers}"
+            )
         if self.latent is not None:
             for name, only in (("qk_norm", "none"), ("position_embedding", "rope"), ("rope_layers", None)):
-                if getattr(self, name) != only:
-                    raise ConfigError(
-                        f"{name}={getattr(self, name)!r} is not supported with latent attention"
-                    )
+                value = getattr(self, name)
+                if value != only:
+                    raise ConfigError(f"{name}={value!r} is not supported with latent attention")
 
     def _check_rotation(self) -> None:
         rotated = self.rotated_dim

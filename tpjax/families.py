@@ -38,6 +38,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     fields = Fields(raw)
     quantization_of(fields)  # for its refusals: a configuration alone tells what cannot be loaded
     config = FAMILIES[model_type].config(fields)
+    quantization_of(fields)  # for its refusals: a configuration alone tells what cannot be loaded
     fields.finish()
     return config
 

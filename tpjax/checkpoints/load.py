@@ -73,7 +73,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     quantization = quantization_of(Fields(raw))
     if quantization is not None:
         files = dequantized(files, quantization, path)
-    return Checkpoint(path, config, CanonicalSource(files, FAMILIES[config.model_type].names(config), config))
+    names = FAMILIES[config.model_type].names(config)
+    return Checkpoint(path, config, CanonicalSource(files, names, config))
 
 
 def read_config(path: Path) -> ModelConfig:

@@ -222,8 +222,7 @@ def paged_attention(
     row_positions = jnp.repeat(at.positions, group, axis=1)[:, None, :, None]
     # one token finds its own key in the cache; a chunk takes its own keys from its arguments, below
     stop = at.positions[:, 0] + (1 if length == 1 else 0)
-    empty = _Mix.empty(rows, value.shape[-1])
-    mix = _walk(rows, row_positions, cache, at, stop, empty, scale, window, softcap)
+    mix = _walk(rows, row_positions, cache, at, stop, scale, window, softcap, value.shape[-1])
     if length > 1:
         keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
         blocks = []
@@ -247,10 +246,10 @@ def _walk(
     cache: Pages,
     at: Placement,
     stop: Int[Array, B],
-    empty: _Mix,
     scale: float,
     window: int | None,
     softcap: float | None,
+    width: int,
 ) -> _Mix:
     """Attends to the cached positions before ``stop``, from the first page that any window reaches."""
     page_size = cache.page_size
@@ -267,7 +266,7 @@ def _walk(
         values = jnp.where(written.swapaxes(2, 3), values, 0)
         return mix.attend(rows, keys, values, visible, scale, softcap)
 
-    return jax.lax.fori_loop(first, -(-jnp.max(stop) // page_size), page, empty)
+    return jax.lax.fori_loop(first, -(-jnp.max(stop) // page_size), page, _Mix.empty(rows, width))
 
 
 def _visible(query_at: Int[Array, ...], key_at: Int[Array, ...], window: int | None) -> Bool[Array, ...]:

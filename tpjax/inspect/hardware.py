@@ -61,12 +61,12 @@ _GPU = Efficiency(
 # Fitted to jax-llm-examples' Llama-3.1-70B table (v5e-16): one static program, whose layers cost nothing that
 # is not traffic or collectives, and which reads 8-bit weights as fast as 16-bit ones.
 _TPU_PROGRAM = Efficiency(
-    weights=0.95,
+    weights=0.96,
     narrow_weights=1.0,
-    cache=0.85,
+    cache=0.96,
     compute=0.65,
     narrow_compute=0.65,
-    layer_us=1.0,
+    layer_us=0.0,
     expert_us=15.0,
 )
 # Fitted to sglang-jax's Qwen3 tables (v6e-4), thus a server's loop included.
@@ -160,7 +160,7 @@ HARDWARE: dict[str, Hardware] = {
             4614e12,
             ICI(100e9, 3, 4),
             _TPU_SERVER,
-            _BOOK + "TPU7x (Ironwood)",
+            _BOOK + "TPU7x",
         ),
     )
 }
@@ -198,8 +198,8 @@ def load_hardware(file: Path) -> dict[str, Hardware]:
 
     ``like`` names a known chip whose figures stand where the file has none; without it ``memory_gb``,
     ``bandwidth_gb_s``, ``bf16_tflops``, ``link`` (``nvlink``, ``pcie``, ``ici-2d`` or ``ici-3d``) and
-    ``link_gb_s`` (one direction: of a GPU's links together, of one ICI link) are needed. ``fp8_tflops`` is for
-    chips that multiply float8. ``efficiency`` may hold any field of :class:`Efficiency`.
+    ``link_gb_s`` (one direction: of a GPU's links together, of one ICI link) are needed. ``fp8_tflops`` is
+    for chips that multiply float8. ``efficiency`` may hold any field of :class:`Efficiency`.
 
     Raises:
         ConfigError: the file cannot be read, or names a field that does not exist, or misses one.
@@ -236,23 +236,24 @@ def _chip(where: str, name: str, figures: Mapping[str, Any]) -> Hardware:
     link = figures.get("link")
     if link not in (None, *_LINKS):
         raise ConfigError(f"{where}: link={link!r} is not known; known are {', '.join(_LINKS)}")
-    wires = base.interconnect if base else NVLink(0.0)
+    wires: Interconnect = base.interconnect if base else NVLink(0.0)
     rate = figure("link_gb_s", 1e9, getattr(wires, "link_bytes_s", None))
     if link is not None:
-        wires = {
+        kinds: dict[str, Interconnect] = {
             "nvlink": NVLink(rate),
             "pcie": NVLink(rate, latency_us=15.0, ring_us=20.0, direct=False),
             "ici-2d": ICI(rate, 2, 16),
             "ici-3d": ICI(rate, 3, 4),
-        }[link]
+        }
+        wires = kinds[link]
     elif isinstance(wires, NVLink | ICI):
         wires = replace(wires, link_bytes_s=rate)
     usual = base.efficiency if base else (_TPU_PROGRAM if isinstance(wires, ICI) else _GPU)
     return Hardware(
         name,
-        figure("memory_gb", 1e9, base and base.memory_bytes),
-        figure("bandwidth_gb_s", 1e9, base and base.bandwidth_bytes_s),
-        figure("bf16_tflops", 1e12, base and base.flops),
+        figure("memory_gb", 1e9, base.memory_bytes if base else None),
+        figure("bandwidth_gb_s", 1e9, base.bandwidth_bytes_s if base else None),
+        figure("bf16_tflops", 1e12, base.flops if base else None),
         figure("fp8_tflops", 1e12, base.narrow_flops if base else None),
         wires,
         replace(usual, **_fractions(where, figures.get("efficiency", {}))),

@@ -1,7 +1,7 @@
 """What an all-reduce costs, by message size, between chips on each kind of link.
 
-Every model is a latency and a bandwidth term. The largest share of a decode step's collectives is latency: its
-messages are [B, D], a few kilobytes.
+Every model is a latency and a bandwidth term. In a decode step most of it is latency: messages are [B, D],
+a few kilobytes.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Interconnect(Protocol):
 class NVLink:
     """GPUs behind NVLink or PCIe, and a network between groups of them.
 
-    Small messages go one-shot (every GPU reads all peers' buffers), middle ones two-shot (reduce-scatter, then
-    all-gather, each in one phase), both for powers of two only; the rest go round a ring (NCCL). Sizes as in
-    XLA's and TensorRT-LLM's kernels. Beyond one group, groups are reduced inside, then a ring between them.
+    Small messages go one-shot (every GPU reads all peers' buffers), middle ones two-shot (reduce-scatter,
+    then all-gather, each in one phase), both for powers of two only; the rest go round a ring (NCCL). Sizes
+    as in XLA's kernels. Beyond one group, each group reduces inside, then a ring runs between them.
 
     Attributes:
         link_bytes_s: one direction, what one GPU can send.
@@ -92,8 +92,8 @@ class NVLink:
 class ICI:
     """TPU chips in a torus (How to Scale Your Model, chapters 2 and 3).
 
-    An all-reduce is a reduce-scatter and an all-gather along every axis at once: twice the message over the sum
-    of the axes' bandwidths. An axis that closes into a ring sends both ways round; a line does not.
+    An all-reduce is a reduce-scatter and an all-gather along every axis at once: twice the message over the
+    sum of the axes' bandwidths. An axis that closes into a ring sends both ways round; a line does not.
 
     Attributes:
         link_bytes_s: one direction of one link.
@@ -106,8 +106,8 @@ class ICI:
     link_bytes_s: float
     axes: int
     ring: int
-    hop_us: float = 0.25
-    fraction: float = 0.9
+    hop_us: float = 0.15
+    fraction: float = 0.95
 
     def all_reduce_s(self, chips: int, message_bytes: float) -> float:
         """Along all axes of the squarest slice of so many chips."""

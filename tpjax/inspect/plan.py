@@ -6,9 +6,10 @@ longer of its traffic and its arithmetic; the blocks, the collectives and a fixe
     step = Σ over blocks max(bytes / bandwidth, FLOPs / rate) + collectives + fixed
 
 Traffic and arithmetic: Pope et al. 2022, "Efficiently Scaling Transformer Inference",
-https://arxiv.org/abs/2211.05102, sections 2.1 (memory and compute time) and 3.2.1 (weights cut over all chips, two
-all-reduces a layer), and "How to Scale Your Model", https://jax-ml.github.io/scaling-book/, chapters 1 (rooflines),
-3 (collectives) and 7 (prefill, decode, and the cache). Times are seconds inside and milliseconds in results.
+https://arxiv.org/abs/2211.05102, sections 2.1 (memory and compute time) and 3.2.1 (weights cut over all chips,
+two all-reduces a layer), and "How to Scale Your Model", https://jax-ml.github.io/scaling-book/, chapters 1
+(rooflines), 3 (collectives) and 7 (prefill, decode, and the cache). Times are seconds inside, milliseconds in
+results.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class Traffic:
         context: tokens each of them has in the cache.
         prompt_len: tokens of a prompt.
         dtype: of the weights; norms and the embedding keep 16 bits.
-        cache_dtype: of keys and values; ``auto``: 8 bits beside 8-bit weights, else as the weights. That is what
-            the published 8-bit measurements run.
+        cache_dtype: of keys and values; ``auto``: as the weights, thus 8 bits beside 8-bit weights: so the
+            published 8-bit measurements ran.
     """
 
     batch: int = 1
@@ -76,7 +77,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Cost:
-    """Where the time of a step or a prefill goes, seconds. Arithmetic counts only beyond the traffic's time."""
+    """Where the time of a step or a prefill goes, seconds; of arithmetic, what its traffic does not hide."""
 
     weights: float = 0.0
     cache: float = 0.0
@@ -137,7 +138,7 @@ class Model:
         # Faked chips share one machine: what they read and multiply adds up, it does not go on in parallel.
         self._sharing = tp if hardware.shared else 1
 
-    # --- time --------------------------------------------------------------------------------------------------
+    # --- time ----------------------------------------------------------------------------------------------
 
     def decode(self, batch: int, context: int) -> Cost:
         """One step of ``batch`` sequences of one replica (Pope et al., section 2.1; the book, chapter 7)."""
@@ -186,8 +187,8 @@ class Model:
     def _mixture(self, tokens: int) -> Cost:
         """One layer's experts: of the weights, only those of experts that some token chose are read.
 
-        A token chooses k of E, so that T tokens touch E (1 - (1 - k/E)^T) of them if they choose at random. Whole
-        experts on different chips are not touched evenly: the step waits for the chip with the most.
+        A token chooses k of E, so that T tokens touch E (1 - (1 - k/E)^T) of them if they choose at random.
+        Whole experts on different chips are not touched evenly: the step waits for the chip with the most.
         """
         shape, experts = self.shape, self.shape.experts
         assert experts
@@ -195,16 +196,13 @@ class Model:
         router = shape.hidden * experts.count
         every = router + shape.mlp_weights(self.tp, experts.shared_width)
         if self.cut == "width":
-            one = shape.mlp_weights(self.tp, experts.width)
-            read, share = experts.count * chance * one, tokens * experts.active * one
+            one, touched = shape.mlp_weights(self.tp, experts.width), experts.count * chance
+            computed = float(tokens * experts.active)
         else:
-            own = experts.count / self.tp
-            one = shape.mlp_weights(1, experts.width)
-            read = busiest(own, chance, self.tp) * one
-            share = busiest(own, min(1.0, tokens * experts.active / experts.count), self.tp) * one
-            share *= max(1.0, tokens * experts.active / experts.count)
-        routed = self._block(read, 2.0 * share)
-        return routed + self._product(every, tokens)
+            one, even = shape.mlp_weights(1, experts.width), experts.count * chance / self.tp
+            touched = busiest(experts.count / self.tp, chance, self.tp)
+            computed = tokens * experts.active / self.tp * touched / even
+        return self._block(touched * one, 2.0 * computed * one) + self._product(every, tokens)
 
     def _block(self, elements: float, flops: float, stored: int | None = None) -> Cost:
         stored = stored or self.traffic.weight_bytes
@@ -218,9 +216,7 @@ class Model:
     def _attention(self, sequences: int, tokens: int, seen: float) -> Cost:
         """One layer's scores and sums, and the cache's traffic."""
         hardware = self.hardware
-        length = (
-            seen if tokens == sequences else 2 * seen
-        )  # a prompt is written once, and read back in chunks
+        length = seen if tokens == sequences else 2 * seen  # a prompt is written, and read back
         moved = sequences * length * self.shape.cache_elements(self.tp) * self.traffic.cache_bytes
         read = self._sharing * moved / (hardware.bandwidth_bytes_s * hardware.efficiency.cache)
         flops = tokens * seen * self.shape.attention_flops(self.tp)
@@ -237,7 +233,7 @@ class Model:
     def _message(self, tokens: int) -> float:
         return float(tokens * self.shape.hidden * self.traffic.wide_bytes)
 
-    # --- memory --------------------------------------------------------------------------------------------------
+    # --- memory --------------------------------------------------------------------------------------------
 
     def memory(self, batch: int, context: int) -> Memory:
         """What a chip of a replica with ``batch`` sequences holds.
@@ -369,7 +365,7 @@ def make_plan(shape: Shape, hardware: Hardware, chips: int, tp: int, traffic: Tr
     """
     if tp < 1 or chips % tp:
         raise ConfigError(
-            f"{chips} chips are not a multiple of tp={tp}: use a tp of {_listed(divisors(chips))}"
+            f"{chips} chips are not a multiple of tp={tp}: use tp={', '.join(map(str, divisors(chips)))}"
         )
     batch = math.ceil(traffic.batch / (chips // tp))
     cuts: list[ExpertCut] = ["width"]
@@ -409,8 +405,8 @@ def recommend(plans: Iterable[Plan]) -> tuple[Plan, str]:
     reason = f"tp={best.tp} decodes fastest of those that fit: {best.decode.total * 1e3:.2f} ms a step"
     if best is not fastest:
         reason = (
-            f"tp={best.tp} takes {best.decode.total * 1e3:.2f} ms a step, within {_CLOSE:.0%} of tp={fastest.tp}"
-            f" ({fastest.decode.total * 1e3:.2f} ms) on fewer chips a replica"
+            f"tp={best.tp} takes {best.decode.total * 1e3:.2f} ms a step, within {_CLOSE:.0%} of "
+            f"tp={fastest.tp} ({fastest.decode.total * 1e3:.2f} ms) on fewer chips a replica"
         )
     return best, f"{reason}; most of it is {best.decode.bound}"
 
@@ -420,8 +416,8 @@ def does_not_fit(plan: Plan) -> str:
     shape, hardware, traffic = plan.model.shape, plan.model.hardware, plan.traffic
     needed, usable = plan.memory.total, hardware.usable_bytes
     text = (
-        f"{shape.name} at tp={plan.tp} needs {needed / 1e9:.1f} GB a chip ({plan.memory.weights / 1e9:.1f} weights, "
-        f"{plan.memory.cache / 1e9:.1f} cache), but {hardware.name} has {usable / 1e9:.1f} usable of "
+        f"{shape.name} at tp={plan.tp} needs {needed / 1e9:.1f} GB a chip "
+        f"({plan.memory.weights / 1e9:.1f} weights, {plan.memory.cache / 1e9:.1f} cache), but {hardware.name} has {usable / 1e9:.1f} usable of "
         f"{hardware.memory_bytes / 1e9:.0f}"
     )
     would = []
@@ -460,7 +456,7 @@ def divisors(number: int) -> list[int]:
 def busiest(count: float, chance: float, chips: int) -> float:
     """The most hits on any of ``chips`` if each of a chip's ``count`` things is hit with that chance.
 
-    The mean and sqrt(2 ln chips) standard deviations, at most all of them: the largest of so many normal draws.
+    The mean and sqrt(2 ln chips) standard deviations, as the largest of so many normal draws; at most all.
     """
     spread = math.sqrt(2 * math.log(chips) * count * chance * (1 - chance)) if chips > 1 else 0.0
     return min(count, count * chance + spread)
@@ -468,7 +464,3 @@ def busiest(count: float, chance: float, chips: int) -> float:
 
 def _nearest(measured: Any, tp: int) -> float:
     return measured[min(measured, key=lambda known: abs(known - tp))]
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))

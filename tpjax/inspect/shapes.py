@@ -145,7 +145,7 @@ class Shape:
             mlp += self.expert_layers * replace(self, experts=few).mixture_weights(1)
         return self.layers * self.attention_weights(1) + mlp + self.vocab_weights(1)
 
-    # --- what one of tp devices holds, elements ----------------------------------------------------------------
+    # --- what one of tp devices holds, elements ------------------------------------------------------------
 
     def attention_weights(self, tp: int) -> int:
         """Matrices of one layer's attention. Latent attention's compressions are whole on every device."""
@@ -230,7 +230,7 @@ def _qwen3(name: str, layers: int, hidden: int, heads: int, kv: int, width: int,
 
 
 def _gemma2(name: str, layers: int, hidden: int, heads: int, kv: int, head_dim: int, width: int) -> Shape:
-    slides = {"window": 4096, "window_layers": layers // 2}
+    slides: dict[str, Any] = {"window": 4096, "window_layers": layers // 2}
     return _model(name, layers, hidden, heads, kv, head_dim, width, 256_000, norms=4, tied=True, **slides)
 
 
@@ -245,7 +245,7 @@ def _gemma3(
     vocab: int,
     window: int,
 ) -> Shape:
-    slides = {"window": window, "window_layers": layers - layers // 6}
+    slides: dict[str, Any] = {"window": window, "window_layers": layers - layers // 6}
     sizes = (layers, hidden, heads, kv, head_dim, width, vocab)
     return _model(name, *sizes, norms=4, qk_norm=True, tied=True, **slides)
 

@@ -34,6 +34,7 @@ class Efficiency:
         layer_us: a decoder layer's norms, rotations and launches.
         expert_us: on top of it, a mixture's routing.
         step_us: a step's sampling, and what the host does between two steps.
+        token_us: a layer's norms, rotations and activations per token; chips hide it behind their products.
     """
 
     weights: float
@@ -44,6 +45,7 @@ class Efficiency:
     layer_us: float
     expert_us: float
     step_us: float = 0.0
+    token_us: float = 0.0
 
 
 # Fitted to gpt-fast's A100 table (Llama-2, Llama-3.1 and Mixtral, tp 1 to 8, bfloat16 and int8): its int8
@@ -97,8 +99,6 @@ class Hardware:
         efficiency: what is reached of these.
         source: of the figures.
         shared: its chips are faked on one machine: they share its bandwidth and its cores.
-        layer_s: with ``shared``, seconds a layer takes beyond traffic and FLOPs, per number of chips;
-            replaces ``efficiency.layer_us``.
     """
 
     name: str
@@ -110,7 +110,6 @@ class Hardware:
     efficiency: Efficiency
     source: str
     shared: bool = False
-    layer_s: Mapping[int, float] | None = None
 
     @property
     def usable_bytes(self) -> float:

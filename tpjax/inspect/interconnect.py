@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -131,27 +130,25 @@ class Measured:
     """All-reduces timed on the machine at hand, between whose sizes times are interpolated.
 
     Attributes:
-        timings: per number of devices, (bytes, seconds) by rising size.
+        timings: (bytes, seconds) by rising size, all over the same number of chips.
     """
 
-    timings: dict[int, Sequence[tuple[float, float]]]
+    timings: tuple[tuple[float, float], ...]
 
     def all_reduce_s(self, chips: int, message_bytes: float) -> float:
         """Linear between measured sizes, in proportion beyond the largest."""
         if chips == 1:
             return 0.0
-        nearest = min(self.timings, key=lambda measured: abs(measured - chips))
-        points = self.timings[nearest]
-        at = bisect.bisect_left([size for size, _ in points], message_bytes)
+        at = bisect.bisect_left([size for size, _ in self.timings], message_bytes)
         if at == 0:
-            return points[0][1]
-        if at == len(points):
-            return points[-1][1] * message_bytes / points[-1][0]
-        (low, before), (high, after) = points[at - 1], points[at]
+            return self.timings[0][1]
+        if at == len(self.timings):
+            return self.timings[-1][1] * message_bytes / self.timings[-1][0]
+        (low, before), (high, after) = self.timings[at - 1], self.timings[at]
         return before + (after - before) * (message_bytes - low) / (high - low)
 
     def transfer_s(self, message_bytes: float) -> float:
-        """As long as an all-reduce over two."""
+        """As long as an all-reduce."""
         return self.all_reduce_s(2, message_bytes)
 
 

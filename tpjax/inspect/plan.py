@@ -6,7 +6,7 @@ longer of its traffic and its arithmetic; the blocks, the collectives and a fixe
     step = Σ over blocks max(bytes / bandwidth, FLOPs / rate) + collectives + fixed
 
 Traffic and arithmetic: Pope et al. 2022, "Efficiently Scaling Transformer Inference",
-https://arxiv.org/abs/2211.05102, sections 2.1 (memory and compute time) and 3.2.1 (weights cut over all chips,
+https://arxiv.org/abs/2211.05102, sections 2.1 (memory and compute time) and 3.2.1 (weights cut over chips,
 two all-reduces a layer), and "How to Scale Your Model", https://jax-ml.github.io/scaling-book/, chapters 1
 (rooflines), 3 (collectives) and 7 (prefill, decode, and the cache). Times are seconds inside, milliseconds in
 results.
@@ -156,20 +156,51 @@ class Model:
             tokens: computed, all sequences together.
             context: keys that a token sees, on average.
         """
-        shape, efficiency = self.shape, self.hardware.efficiency
-        dense, mixed = shape.layers - shape.expert_layers, shape.expert_layers
-        cost = self._product(shape.attention_weights(self.tp), tokens) * shape.layers
-        cost += self._product(shape.mlp_weights(self.tp, shape.width), tokens) * dense
-        if mixed:
-            cost += self._mixture(tokens) * mixed
-        seen = min(context, shape.window) if shape.window else context
-        cost += self._attention(sequences, tokens, seen) * shape.window_layers
-        cost += self._attention(sequences, tokens, context) * (shape.layers - shape.window_layers)
-        fixed = efficiency.layer_us * 1e-6 * shape.layers + efficiency.expert_us * 1e-6 * mixed
-        if self.hardware.layer_s is not None:
-            fixed = _nearest(self.hardware.layer_s, self.tp) * shape.layers
         reduce = self.hardware.interconnect.all_reduce_s(self.tp, self._message(tokens))
-        return cost + Cost(collectives=2 * shape.layers * reduce, fixed=fixed)
+        blocks = self.attention(sequences, tokens, context) + self.dense(tokens) + self.mixture(tokens)
+        return blocks + self.overhead(tokens) + Cost(collectives=2 * self.shape.layers * reduce)
+
+    def attention(self, sequences: int, tokens: int, context: float) -> Cost:
+        """Attention of all layers, its projections included."""
+        shape = self.shape
+        seen = min(context, shape.window) if shape.window else context
+        cost = self._product(shape.attention_weights(self.tp), tokens) * shape.layers
+        cost += self._cache(sequences, tokens, seen) * shape.window_layers
+        return cost + self._cache(sequences, tokens, context) * (shape.layers - shape.window_layers)
+
+    def dense(self, tokens: int) -> Cost:
+        """The MLPs of all layers that have one."""
+        shape = self.shape
+        count = shape.layers - shape.expert_layers
+        return self._product(shape.mlp_weights(self.tp, shape.width), tokens) * count
+
+    def mixture(self, tokens: int) -> Cost:
+        """The experts of all layers that have them; of their weights, only those some token chose are read.
+
+        A token chooses k of E, so that T tokens touch E (1 - (1 - k/E)^T) of them if they choose at random.
+        Whole experts on different chips are not touched evenly: the step waits for the chip with the most.
+        """
+        shape, experts = self.shape, self.shape.experts
+        if experts is None:
+            return Cost()
+        chance = 1 - (1 - experts.active / experts.count) ** tokens
+        every = shape.hidden * experts.count + shape.mlp_weights(self.tp, experts.shared_width)
+        if self.cut == "width":
+            one, touched = shape.mlp_weights(self.tp, experts.width), experts.count * chance
+            computed = float(tokens * experts.active)
+        else:
+            one, even = shape.mlp_weights(1, experts.width), experts.count * chance / self.tp
+            touched = busiest(experts.count / self.tp, chance, self.tp)
+            computed = tokens * experts.active / self.tp * touched / even
+        layer = self._block(touched * one, 2.0 * computed * one) + self._product(every, tokens)
+        return layer * shape.expert_layers
+
+    def overhead(self, tokens: int) -> Cost:
+        """What layers cost beyond traffic, products and collectives."""
+        shape, efficiency = self.shape, self.hardware.efficiency
+        micros = (efficiency.layer_us + efficiency.token_us * tokens) * shape.layers
+        micros += efficiency.expert_us * shape.expert_layers
+        return Cost(fixed=1e-6 * micros)
 
     def ends(self, rows: int, tokens: int | None = None) -> Cost:
         """Embedding and vocabulary projection: one all-reduce of all tokens, and small ones to sample."""
@@ -184,26 +215,6 @@ class Model:
         """Matrices that every token is multiplied by."""
         return self._block(elements, 2.0 * tokens * elements, stored)
 
-    def _mixture(self, tokens: int) -> Cost:
-        """One layer's experts: of the weights, only those of experts that some token chose are read.
-
-        A token chooses k of E, so that T tokens touch E (1 - (1 - k/E)^T) of them if they choose at random.
-        Whole experts on different chips are not touched evenly: the step waits for the chip with the most.
-        """
-        shape, experts = self.shape, self.shape.experts
-        assert experts
-        chance = 1 - (1 - experts.active / experts.count) ** tokens
-        router = shape.hidden * experts.count
-        every = router + shape.mlp_weights(self.tp, experts.shared_width)
-        if self.cut == "width":
-            one, touched = shape.mlp_weights(self.tp, experts.width), experts.count * chance
-            computed = float(tokens * experts.active)
-        else:
-            one, even = shape.mlp_weights(1, experts.width), experts.count * chance / self.tp
-            touched = busiest(experts.count / self.tp, chance, self.tp)
-            computed = tokens * experts.active / self.tp * touched / even
-        return self._block(touched * one, 2.0 * computed * one) + self._product(every, tokens)
-
     def _block(self, elements: float, flops: float, stored: int | None = None) -> Cost:
         stored = stored or self.traffic.weight_bytes
         hardware, efficiency = self.hardware, self.hardware.efficiency
@@ -213,7 +224,7 @@ class Model:
         read = self._sharing * elements * stored / rate
         return Cost(weights=read, compute=self._beyond(flops, read))
 
-    def _attention(self, sequences: int, tokens: int, seen: float) -> Cost:
+    def _cache(self, sequences: int, tokens: int, seen: float) -> Cost:
         """One layer's scores and sums, and the cache's traffic."""
         hardware = self.hardware
         length = seen if tokens == sequences else 2 * seen  # a prompt is written, and read back
@@ -414,11 +425,11 @@ def recommend(plans: Iterable[Plan]) -> tuple[Plan, str]:
 def does_not_fit(plan: Plan) -> str:
     """The numbers, and what would fit."""
     shape, hardware, traffic = plan.model.shape, plan.model.hardware, plan.traffic
-    needed, usable = plan.memory.total, hardware.usable_bytes
+    memory, usable = plan.memory, hardware.usable_bytes
     text = (
-        f"{shape.name} at tp={plan.tp} needs {needed / 1e9:.1f} GB a chip "
-        f"({plan.memory.weights / 1e9:.1f} weights, {plan.memory.cache / 1e9:.1f} cache), but {hardware.name} has {usable / 1e9:.1f} usable of "
-        f"{hardware.memory_bytes / 1e9:.0f}"
+        f"{shape.name} at tp={plan.tp} needs {memory.total / 1e9:.1f} GB a chip "
+        f"({memory.weights / 1e9:.1f} of weights, {memory.cache / 1e9:.1f} of cache), "
+        f"but {hardware.name} has {usable / 1e9:.1f} GB usable of {hardware.memory_bytes / 1e9:.0f}"
     )
     would = []
     if (batch := plan.replicas * plan.model.largest_batch(traffic.context)) > 0:
@@ -460,7 +471,3 @@ def busiest(count: float, chance: float, chips: int) -> float:
     """
     spread = math.sqrt(2 * math.log(chips) * count * chance * (1 - chance)) if chips > 1 else 0.0
     return min(count, count * chance + spread)
-
-
-def _nearest(measured: Any, tp: int) -> float:
-    return measured[min(measured, key=lambda known: abs(known - tp))]

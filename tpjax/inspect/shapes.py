@@ -6,11 +6,15 @@ multiple of tp.
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from tpjax.checkpoints.load import read_config
 from tpjax.config import ModelConfig
+from tpjax.errors import CheckpointError
 from tpjax.sharding import HeadPlan
 
 
@@ -336,3 +340,22 @@ SHAPES: dict[str, Shape] = {
         _gemma3("gemma3-270m", 18, 640, 4, 1, 256, 2048, 262_144, 512),
     )
 }
+
+
+def find_shape(model: str) -> Shape:
+    """The shape of a built-in model, or of a checkpoint or configuration on this machine; fetches nothing.
+
+    Raises:
+        CheckpointError: it is neither, or not a checkpoint.
+        ConfigError: its architecture is not supported.
+    """
+    if model in SHAPES:
+        return SHAPES[model]
+    path = Path(model).expanduser()
+    if not path.exists():
+        close = difflib.get_close_matches(model, SHAPES, n=3)
+        hint = (
+            f"did you mean {' or '.join(close)}?" if close else f"the built-in ones are {', '.join(SHAPES)}"
+        )
+        raise CheckpointError(f"{model!r} is neither a checkpoint nor a built-in model; {hint}")
+    return Shape.from_config(read_config(path), path.name)

@@ -1,0 +1,279 @@
+"""Measures the machine at hand, so that ``plan`` can predict it.
+
+A process of its own per tp: how fast a CPU multiplies depends on how many devices it fakes. Measured are the
+bandwidth of reading weights, the rate of large products, the time of a dispatch, all-reduces by size over the
+mesh, and what a decoder layer costs beyond these, from tiny decoders of two depths. Nothing is fitted to the
+model that is predicted.
+
+    python -m tpjax.inspect.measure 2      # prints the figures at tp=2 as JSON
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tpjax.checkpoints.hub import cache_dir
+from tpjax.errors import DeviceError
+from tpjax.inspect.hardware import Efficiency, Hardware
+from tpjax.inspect.interconnect import Measured
+
+_VERSION = 1  # of what is measured; raise it when that changes
+_MESSAGES = (1 << 10, 1 << 13, 1 << 16, 1 << 19, 1 << 22)  # bytes
+_PAIRS, _WIDTH, _INNER = 8, 1024, 4096  # products of 256 MB of weights: more than any cache holds
+_DEPTHS = (2, 6)
+_PROMPT = 256
+_TINY = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+}
+_SMALL = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
+_ROUNDS = 7
+
+
+def measured_hardware(tp: int, *, fresh: bool = False) -> Hardware:
+    """This machine as ``plan`` sees it, at that tp. Measures what the cache folder does not have yet.
+
+    Args:
+        tp: devices; faked where the only one is a CPU.
+        fresh: measure in any case.
+
+    Raises:
+        DeviceError: there are not so many devices, or the measurement failed.
+    """
+    file, key = cache_dir() / "measured.json", _key(tp)
+    known = _read(file)
+    if fresh or key not in known:
+        print(f"tpjax: measuring this machine at tp={tp}, once", file=sys.stderr)
+        known = {**_read(file), key: _measure_apart(tp)}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(known, indent=1))
+        partial.replace(file)
+    return hardware_from(known[key])
+
+
+def hardware_from(figures: dict[str, Any]) -> Hardware:
+    """Figures of :func:`measure` as a chip: what was measured is what is reached, so that fractions are 1."""
+    efficiency = Efficiency(
+        weights=1.0,
+        narrow_weights=1.0,
+        cache=1.0,
+        compute=1.0,
+        narrow_compute=1.0,
+        layer_us=figures["layer_us"],
+        token_us=figures["token_us"],
+        expert_us=0.0,
+        step_us=figures["dispatch_us"],
+    )
+    return Hardware(
+        name=figures["device"],
+        memory_bytes=figures["memory_bytes"],
+        bandwidth_bytes_s=figures["bandwidth_bytes_s"],
+        flops=figures["flops"],
+        narrow_flops=None,
+        interconnect=Measured(tuple((size, seconds) for size, seconds in figures["all_reduce_s"])),
+        efficiency=efficiency,
+        source="measured on this machine",
+        shared=figures["shared"],
+    )
+
+
+def measure(tp: int) -> dict[str, Any]:
+    """Figures of the machine at that tp; JAX must not have started with fewer devices."""
+    from tpjax.mesh import ensure_devices, make_mesh
+
+    ensure_devices(tp)
+    mesh = make_mesh(tp)
+    device = mesh.devices.flat[0]
+    shared = device.platform == "cpu"
+    reduces = [(size, _all_reduce_s(mesh, size)) for size in _MESSAGES] if tp > 1 else [(1, 0.0)]
+    links = Measured(tuple((float(size), seconds) for size, seconds in reduces))
+    machine = 1 if shared else tp  # rates are of one chip, and faked chips are one machine
+    elements = 2 * _PAIRS * _WIDTH * _INNER
+
+    def products_s(rows: int) -> float:
+        return _chain_s(mesh, rows) - _PAIRS * links.all_reduce_s(tp, 4.0 * rows * _WIDTH)
+
+    bandwidth = 4 * elements / products_s(1) / machine
+    flops = 2 * elements * _PROMPT / products_s(_PROMPT) / machine
+    decode, rest = _per_layer(lambda depth: _decode_s(mesh, _TINY, depth))
+    prefill, _ = _per_layer(lambda depth: _prefill_s(mesh, _SMALL, depth))
+    return {
+        "device": device.device_kind,
+        "shared": shared,
+        "memory_bytes": _memory_bytes(device) / (tp if shared else 1),
+        "bandwidth_bytes_s": bandwidth,
+        "flops": flops,
+        "all_reduce_s": reduces,
+        "layer_us": max(0.0, decode - 2 * links.all_reduce_s(tp, 4.0 * _TINY["hidden_size"])) * 1e6,
+        "token_us": max(0.0, prefill - _products_of(_SMALL, tp, flops * machine, links)) / _PROMPT * 1e6,
+        "dispatch_us": max(0.0, rest) * 1e6,
+    }
+
+
+def _per_layer(seconds: Callable[[int], float]) -> tuple[float, float]:
+    """Seconds a layer, and what is left at no layers, from two depths."""
+    shallow, deep = (seconds(depth) for depth in _DEPTHS)
+    layer = (deep - shallow) / (_DEPTHS[1] - _DEPTHS[0])
+    return layer, shallow - _DEPTHS[0] * layer
+
+
+def _products_of(sizes: dict[str, int], tp: int, flops: float, links: Measured) -> float:
+    """Seconds of one layer's products and all-reduces for a prompt."""
+    hidden, width = sizes["hidden_size"], sizes["intermediate_size"]
+    heads, kv = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    elements = hidden * (2 * (heads + kv) * sizes["head_dim"] + 3 * width)
+    return 2 * _PROMPT * elements / flops + 2 * links.all_reduce_s(tp, 4.0 * _PROMPT * hidden)
+
+
+def median_s(run: Callable[[], Any], *, rounds: int = _ROUNDS, times: int = 1) -> float:
+    """Median seconds of a call over rounds of ``times`` calls; what it returns is waited for."""
+    import jax
+
+    jax.block_until_ready(run())  # compiles
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(times):
+            done = run()
+        jax.block_until_ready(done)
+        seconds.append((time.perf_counter() - start) / times)
+    return statistics.median(seconds)
+
+
+def _chain_s(mesh: Any, rows: int) -> float:
+    """Seconds of a chain of products like a model's: column-cut, then row-cut, then an all-reduce."""
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding
+
+    from tpjax.sharding import COLUMN, REPLICATED, ROW, constrain
+
+    weight = np.full((_WIDTH, _INNER), 1e-3, np.float32)
+    pairs = [
+        tuple(jax.device_put(weight, NamedSharding(mesh, spec)) for spec in (COLUMN, ROW))
+        for _ in range(_PAIRS)
+    ]
+
+    def chain(x: jax.Array, pairs: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+        for column, row in pairs:
+            x = constrain(jax.lax.dot_general(x @ column, row, (((1,), (1,)), ((), ()))), REPLICATED)
+        return x
+
+    x = jax.device_put(np.ones((rows, _WIDTH), np.float32), NamedSharding(mesh, REPLICATED))
+    with jax.set_mesh(mesh):
+        program = jax.jit(chain)
+        return median_s(lambda: program(x, pairs))
+
+
+def _all_reduce_s(mesh: Any, message_bytes: int) -> float:
+    """Seconds of one all-reduce, from a chain of them in one program."""
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from tpjax.mesh import AXIS
+
+    chain = 32
+    whole = PartitionSpec()
+
+    def summed(x: jax.Array) -> jax.Array:
+        for _ in range(chain):
+            x = jax.lax.psum(x * 0.5, AXIS)
+        return x
+
+    program = jax.jit(jax.shard_map(summed, mesh=mesh, in_specs=whole, out_specs=whole))
+    x = jax.device_put(np.ones(message_bytes // 4, np.float32), NamedSharding(mesh, whole))
+    return median_s(lambda: program(x)) / chain
+
+
+def _decode_s(mesh: Any, sizes: dict[str, int], depth: int) -> float:
+    """Seconds a decode step of a decoder of zeros."""
+    runner = _zeros_runner(mesh, sizes, depth)
+    steps = runner.limits.steps
+    return median_s(lambda: runner.decode([_row(100, steps)], steps), times=8) / steps
+
+
+def _prefill_s(mesh: Any, sizes: dict[str, int], depth: int) -> float:
+    """Seconds a prompt of a decoder of zeros."""
+    runner = _zeros_runner(mesh, sizes, depth)
+    return median_s(lambda: runner.prefill(_row(0, 1), [0] * _PROMPT))
+
+
+def _row(position: int, remaining: int) -> Any:
+    from tpjax.runner import Row
+    from tpjax.sampling_params import SamplingParams
+
+    return Row(0, position, [1, 2, 3, 4], SamplingParams(temperature=0), seed=0, remaining=remaining)
+
+
+def _zeros_runner(mesh: Any, sizes: dict[str, int], depth: int) -> Any:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    from tpjax.checkpoints.load import abstract_decoder
+    from tpjax.families import config_from_hf
+    from tpjax.runner import Limits, Runner
+
+    rest = {"vocab_size": 512, "max_position_embeddings": 512, "rms_norm_eps": 1e-5}
+    config = config_from_hf({"model_type": "llama", "num_hidden_layers": depth, **rest, **sizes})
+    dtype = jnp.dtype(jnp.float32)
+    graph, state = nnx.split(abstract_decoder(config, mesh, dtype))
+    state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), state)
+    return Runner(nnx.merge(graph, state), mesh, Limits(max_slots=1, max_model_len=512, num_pages=6), dtype)
+
+
+def _memory_bytes(device: Any) -> int:
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int((device.memory_stats() or {}).get("bytes_limit", 0))
+
+
+def _measure_apart(tp: int) -> dict[str, Any]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    for name in ("XLA_FLAGS", "NPROC"):
+        environment.pop(name, None)  # this process may fake another number of devices
+    command = [sys.executable, "-m", "tpjax.inspect.measure", str(tp)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        why = done.stderr.strip().splitlines()
+        raise DeviceError(f"measuring at tp={tp} failed: {why[-1] if why else f'status {done.returncode}'}")
+    return dict(json.loads(done.stdout))
+
+
+def _key(tp: int) -> str:
+    from importlib.metadata import version
+
+    return f"{_VERSION} {platform.node()} {os.cpu_count()} cores, jax {version('jax')}, tp={tp}"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}  # not there yet, or broken: measured again
+    return known if isinstance(known, dict) else {}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(int(sys.argv[1]))))

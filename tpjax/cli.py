@@ -142,10 +142,10 @@ def _plan(args: argparse.Namespace) -> None:
         hardware, chips = parse_hardware(args.hardware, args.hardware_file)
         tps = [args.tp] if args.tp else plan.divisors(chips)
         plans = [plan.make_plan(shape, hardware, chips, tp, traffic) for tp in tps]
-        if args.tp is None:
-            comparison = compare(shape, hardware, chips, traffic)
     if args.tp is None:
         best, reason = plan.recommend(plans)
+        if not args.measure:
+            comparison = compare(shape, hardware, chips, traffic)
     else:
         best, reason = plans[0], f"tp={args.tp} as asked; most of a step is {plans[0].decode.bound}"
         if not best.fits and not args.json:  # the JSON says so itself
@@ -175,8 +175,6 @@ def _traffic(args: argparse.Namespace, dtype: str) -> Any:
     from tpjax.inspect.plan import Traffic
 
     prompt_len = args.prompt_len or min(args.context, 1024)
-    if prompt_len > args.context:
-        raise RequestError(f"--prompt-len {prompt_len} is over --context {args.context}")
     return Traffic(
         getattr(args, "batch", 1),
         args.context,

@@ -165,9 +165,9 @@ def _chain_s(mesh: Any, rows: int) -> float:
     import numpy as np
     from jax.sharding import NamedSharding
 
-    from tpjax.sharding import COLUMN, REPLICATED, ROW, constrain
+    from tpjax.sharding import COLUMN, REPLICATED, ROW, constrain, pad_to_multiple
 
-    weight = np.full((_WIDTH, _INNER), 1e-3, np.float32)
+    weight = np.full((_WIDTH, pad_to_multiple(_INNER, mesh.size)), 1e-3, np.float32)
     pairs = [
         tuple(jax.device_put(weight, NamedSharding(mesh, spec)) for spec in (COLUMN, ROW))
         for _ in range(_PAIRS)

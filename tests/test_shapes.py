@@ -8,7 +8,7 @@ from tpjax.errors import CheckpointError, ConfigError
 from tpjax.families import config_from_hf
 from tpjax.inspect.shapes import SHAPES, Shape, find_shape
 
-# Elements of each model's safetensors files on Hugging Face, tied weights once; text half of Gemma 3 4B to 27B.
+# Elements of each model's files on Hugging Face, tied weights once; of Gemma 3 4B to 27B the text half.
 PUBLISHED = {
     "llama-2-7b": 6_738_415_616,
     "llama-2-13b": 13_015_864_320,

@@ -33,7 +33,7 @@ class NVLink:
 
     Small messages go one-shot (every GPU reads all peers' buffers), middle ones two-shot (reduce-scatter,
     then all-gather, each in one phase), both for powers of two only; the rest go round a ring (NCCL). Sizes
-    as in XLA's kernels. Beyond one group, each group reduces inside, then a ring runs between them.
+    as in XLA's kernels. Beyond one group, each group reduces inside, then a tree runs between them.
 
     Attributes:
         link_bytes_s: one direction, what one GPU can send.
@@ -58,7 +58,7 @@ class NVLink:
     network_us: float = 10.0
 
     def all_reduce_s(self, chips: int, message_bytes: float) -> float:
-        """One-shot, two-shot or ring inside a group, then a ring over the groups."""
+        """One-shot, two-shot or ring inside a group, then a tree over the groups."""
         if chips == 1:
             return 0.0
         inside = min(chips, self.group)
@@ -67,7 +67,7 @@ class NVLink:
         if groups > 1:
             share = message_bytes / inside
             between = 2 * (groups - 1) / groups * share / (self.fraction * self.network_bytes_s)
-            seconds += 2 * (groups - 1) * self.network_us * 1e-6 + between
+            seconds += 2 * math.ceil(math.log2(groups)) * self.network_us * 1e-6 + between
         return seconds
 
     def transfer_s(self, message_bytes: float) -> float:

@@ -159,7 +159,6 @@ def plot_frontier(plans: Sequence[Plan], path: Path) -> None:
             axes.annotate(str(batch), (user, chip), textcoords="offset points", xytext=(4, 4), fontsize=7)
     best = plans[0]
     axes.set(
-        xscale="log",
         yscale="log",
         xlabel="tokens/s a user",
         ylabel="tokens/s a chip",

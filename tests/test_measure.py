@@ -26,7 +26,7 @@ FIGURES = {
 @pytest.fixture
 def small(monkeypatch):
     """Sizes at which measuring takes seconds."""
-    small = {"_PAIRS": 1, "_WIDTH": 64, "_INNER": 126, "_DEPTHS": (1, 2), "_PROMPT": 32, "_ROUNDS": 1}
+    small = {"_CHAINS": ((1, 64, 126), (1, 64, 1000)), "_DEPTHS": (1, 2), "_PROMPT": 32, "_ROUNDS": 1}
     for name, value in {**small, "_MESSAGES": (1024, 4096), "_SMALL": measure._TINY}.items():
         monkeypatch.setattr(measure, name, value)
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from tpjax.errors import ConfigError
+from tpjax.inspect.measure import best_s
 from tpjax.inspect.plan import Plan
 
 _DECODE_TOKENS = 64
@@ -24,7 +22,7 @@ class BenchReport:
 
     Attributes:
         plan: the prediction.
-        decode_ms: a step at the plan's context, measured.
+        decode_ms: a step at the plan's context, measured; the best of several rounds.
         prefill_ms: the plan's prompt, measured.
     """
 
@@ -81,21 +79,9 @@ def run(runner: Any, plan: Plan, *, rounds: int = 7) -> BenchReport:
             f"context={traffic.context} with {_DECODE_TOKENS} more, or prompt_len={traffic.prompt_len}, "
             f"is over max_model_len={limits.max_model_len}"
         )
-    decode = _median_ms(lambda: _decode(runner, traffic.context), rounds) / _DECODE_TOKENS
-    prefill = _median_ms(lambda: _prefill(runner, traffic.prompt_len), rounds)
-    return BenchReport(plan, decode, prefill)
-
-
-def _median_ms(work: Callable[[], Any], rounds: int) -> float:
-    import jax
-
-    jax.block_until_ready(work())  # compiles
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        jax.block_until_ready(work())
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds) * 1e3
+    decode = best_s(lambda: _decode(runner, traffic.context), rounds=rounds) / _DECODE_TOKENS
+    prefill = best_s(lambda: _prefill(runner, traffic.prompt_len), rounds=rounds)
+    return BenchReport(plan, decode * 1e3, prefill * 1e3)
 
 
 def _decode(runner: Any, context: int) -> Any:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -26,11 +25,13 @@ from tpjax.errors import DeviceError
 from tpjax.inspect.hardware import Efficiency, Hardware
 from tpjax.inspect.interconnect import Measured
 
-_VERSION = 1  # of what is measured; raise it when that changes
+_VERSION = 2  # of what is measured; raise it when that changes
 _MESSAGES = (1 << 10, 1 << 13, 1 << 16, 1 << 19, 1 << 22)  # bytes
-_PAIRS, _WIDTH, _INNER = 8, 1024, 4096  # products of 256 MB of weights: more than any cache holds
+# (pairs of products, width, inner width) of two chains with 250 MB of weights: more than any cache holds
+_CHAINS = ((40, 512, 1536), (2, 2048, 8192))
 _DEPTHS = (2, 6)
 _PROMPT = 256
+_PRODUCTS = 4  # of a layer: q, k and v, o, gate and up, down
 _TINY = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -45,7 +46,7 @@ _SMALL = {
     "num_key_value_heads": 4,
     "head_dim": 64,
 }
-_ROUNDS = 7
+_ROUNDS = 9
 
 
 def measured_hardware(tp: int, *, fresh: bool = False) -> Hardware:
@@ -107,13 +108,16 @@ def measure(tp: int) -> dict[str, Any]:
     reduces = [(size, _all_reduce_s(mesh, size)) for size in _MESSAGES] if tp > 1 else [(1, 0.0)]
     links = Measured(tuple((float(size), seconds) for size, seconds in reduces))
     machine = 1 if shared else tp  # rates are of one chip, and faked chips are one machine
-    elements = 2 * _PAIRS * _WIDTH * _INNER
 
-    def products_s(rows: int) -> float:
-        return _chain_s(mesh, rows) - _PAIRS * links.all_reduce_s(tp, 4.0 * rows * _WIDTH)
+    def product_s(chain: tuple[int, int, int], rows: int) -> float:
+        pairs, width, _ = chain
+        return (_chain_s(mesh, chain, rows) / pairs - links.all_reduce_s(tp, 4.0 * rows * width)) / 2
 
-    bandwidth = 4 * elements / products_s(1) / machine
-    flops = 2 * elements * _PROMPT / products_s(_PROMPT) / machine
+    # one row: a small product and a large one tell what a product costs apart from reading its weights
+    (small_s, small), (large_s, large) = ((product_s(chain, 1), chain[1] * chain[2]) for chain in _CHAINS)
+    product = min(small_s, max(0.0, (small_s * large - large_s * small) / (large - small)))
+    bandwidth = 4 * small / (small_s - product) / machine
+    flops = 2 * small * _PROMPT / product_s(_CHAINS[0], _PROMPT) / machine
     decode, rest = _per_layer(lambda depth: _decode_s(mesh, _TINY, depth))
     prefill, _ = _per_layer(lambda depth: _prefill_s(mesh, _SMALL, depth))
     return {
@@ -123,7 +127,10 @@ def measure(tp: int) -> dict[str, Any]:
         "bandwidth_bytes_s": bandwidth,
         "flops": flops,
         "all_reduce_s": reduces,
-        "layer_us": max(0.0, decode - 2 * links.all_reduce_s(tp, 4.0 * _TINY["hidden_size"])) * 1e6,
+        "layer_us": (
+            _PRODUCTS * product + max(0.0, decode - 2 * links.all_reduce_s(tp, 4.0 * _TINY["hidden_size"]))
+        )
+        * 1e6,
         "token_us": max(0.0, prefill - _products_of(_SMALL, tp, flops * machine, links)) / _PROMPT * 1e6,
         "dispatch_us": max(0.0, rest) * 1e6,
     }
@@ -144,8 +151,8 @@ def _products_of(sizes: dict[str, int], tp: int, flops: float, links: Measured) 
     return 2 * _PROMPT * elements / flops + 2 * links.all_reduce_s(tp, 4.0 * _PROMPT * hidden)
 
 
-def median_s(run: Callable[[], Any], *, rounds: int = _ROUNDS, times: int = 1) -> float:
-    """Median seconds of a call over rounds of ``times`` calls; what it returns is waited for."""
+def best_s(run: Callable[[], Any], *, rounds: int = _ROUNDS, times: int = 1) -> float:
+    """Seconds of a call, the best of rounds of ``times`` calls: other processes only ever add to it."""
     import jax
 
     jax.block_until_ready(run())  # compiles
@@ -156,32 +163,33 @@ def median_s(run: Callable[[], Any], *, rounds: int = _ROUNDS, times: int = 1) -
             done = run()
         jax.block_until_ready(done)
         seconds.append((time.perf_counter() - start) / times)
-    return statistics.median(seconds)
+    return min(seconds)
 
 
-def _chain_s(mesh: Any, rows: int) -> float:
-    """Seconds of a chain of products like a model's: column-cut, then row-cut, then an all-reduce."""
+def _chain_s(mesh: Any, chain: tuple[int, int, int], rows: int) -> float:
+    """Seconds of products in pairs like a model's: column-cut, then row-cut, then an all-reduce."""
     import jax
     import numpy as np
     from jax.sharding import NamedSharding
 
     from tpjax.sharding import COLUMN, REPLICATED, ROW, constrain, pad_to_multiple
 
-    weight = np.full((_WIDTH, pad_to_multiple(_INNER, mesh.size)), 1e-3, np.float32)
+    count, width, inner = chain
+    weight = np.full((width, pad_to_multiple(inner, mesh.size)), 1e-3, np.float32)
     pairs = [
         tuple(jax.device_put(weight, NamedSharding(mesh, spec)) for spec in (COLUMN, ROW))
-        for _ in range(_PAIRS)
+        for _ in range(count)
     ]
 
-    def chain(x: jax.Array, pairs: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+    def multiply(x: jax.Array, pairs: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
         for column, row in pairs:
             x = constrain(jax.lax.dot_general(x @ column, row, (((1,), (1,)), ((), ()))), REPLICATED)
         return x
 
-    x = jax.device_put(np.ones((rows, _WIDTH), np.float32), NamedSharding(mesh, REPLICATED))
+    x = jax.device_put(np.ones((rows, width), np.float32), NamedSharding(mesh, REPLICATED))
     with jax.set_mesh(mesh):
-        program = jax.jit(chain)
-        return median_s(lambda: program(x, pairs))
+        program = jax.jit(multiply)
+        return best_s(lambda: program(x, pairs))
 
 
 def _all_reduce_s(mesh: Any, message_bytes: int) -> float:
@@ -202,20 +210,20 @@ def _all_reduce_s(mesh: Any, message_bytes: int) -> float:
 
     program = jax.jit(jax.shard_map(summed, mesh=mesh, in_specs=whole, out_specs=whole))
     x = jax.device_put(np.ones(message_bytes // 4, np.float32), NamedSharding(mesh, whole))
-    return median_s(lambda: program(x)) / chain
+    return best_s(lambda: program(x)) / chain
 
 
 def _decode_s(mesh: Any, sizes: dict[str, int], depth: int) -> float:
     """Seconds a decode step of a decoder of zeros."""
     runner = _zeros_runner(mesh, sizes, depth)
     steps = runner.limits.steps
-    return median_s(lambda: runner.decode([_row(100, steps)], steps), times=8) / steps
+    return best_s(lambda: runner.decode([_row(100, steps)], steps), times=8) / steps
 
 
 def _prefill_s(mesh: Any, sizes: dict[str, int], depth: int) -> float:
     """Seconds a prompt of a decoder of zeros."""
     runner = _zeros_runner(mesh, sizes, depth)
-    return median_s(lambda: runner.prefill(_row(0, 1), [0] * _PROMPT))
+    return best_s(lambda: runner.prefill(_row(0, 1), [0] * _PROMPT))
 
 
 def _row(position: int, remaining: int) -> Any:

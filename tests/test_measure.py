@@ -7,9 +7,10 @@ import pytest
 from tpjax.errors import ConfigError, DeviceError
 from tpjax.inspect import bench, measure
 from tpjax.inspect.plan import Traffic, make_plan
-from tpjax.inspect.shapes import SHAPES
+from tpjax.inspect.shapes import SHAPES, Shape
 from tpjax.mesh import make_mesh
 
+TINY = Shape("tiny", 1, 64, 4, 2, 16, 128, 512)
 FIGURES = {
     "device": "abacus",
     "shared": True,
@@ -26,8 +27,8 @@ FIGURES = {
 @pytest.fixture
 def small(monkeypatch):
     """Sizes at which measuring takes seconds."""
-    small = {"_CHAINS": ((1, 64, 126), (1, 64, 1000)), "_DEPTHS": (1, 2), "_PROMPT": 32, "_ROUNDS": 1}
-    for name, value in {**small, "_MESSAGES": (1024, 4096), "_SMALL": measure._TINY}.items():
+    small = {"_PAIRS": 1, "_WIDTH": 64, "_INNER": 126, "_DEPTHS": (1, 2), "_PROMPT": 32, "_ROUNDS": 1}
+    for name, value in {**small, "_MESSAGES": (1024, 4096), "_LAYER": TINY}.items():
         monkeypatch.setattr(measure, name, value)
 
 
@@ -82,7 +83,7 @@ def test_a_failed_measurement_says_why(monkeypatch):
 
 def test_bench_times_a_runner_next_to_the_plan():
     hardware = measure.hardware_from(FIGURES)
-    runner = measure._zeros_runner(make_mesh(2), measure._TINY, 1)
+    runner = measure._zeros_runner(make_mesh(2), TINY, 1)
     plan = make_plan(SHAPES["smollm2-135m"], hardware, 2, 2, Traffic(1, 64, 32, "float32"))
     report = bench.run(runner, plan, rounds=1)
     data = report.to_dict()

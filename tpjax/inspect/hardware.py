@@ -136,7 +136,7 @@ HARDWARE: dict[str, Hardware] = {
         ),
         Hardware("h100-sxm", 80e9, 3350e9, 989e12, 1979e12, NVLink(450e9), _GPU, _NVIDIA + "H100 SXM"),
         Hardware("h200", 141e9, 4800e9, 989e12, 1979e12, NVLink(450e9), _GPU, _NVIDIA + "H200 SXM"),
-        Hardware("b200", 180e9, 7700e9, 2250e12, 4500e12, NVLink(900e9), _GPU, _NVIDIA + "DGX B200"),
+        Hardware("b200", 180e9, 8000e9, 2250e12, 4500e12, NVLink(900e9), _GPU, _NVIDIA + "DGX B200"),
         Hardware(
             "l40s",
             48e9,

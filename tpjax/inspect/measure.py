@@ -2,7 +2,7 @@
 
 A process of its own per tp: how fast a CPU multiplies depends on how many devices it fakes. Measured are the
 bandwidth of reading weights, the rate of large products, the time of a dispatch, all-reduces by size over the
-mesh, and what a decoder layer costs beyond these, from tiny decoders of two depths. Nothing is fitted to the
+mesh, and what a decoder layer costs beyond these, from small decoders of two depths. Nothing is fitted to the
 model that is predicted.
 
     python -m tpjax.inspect.measure 2      # prints the figures at tp=2 as JSON
@@ -24,29 +24,16 @@ from tpjax.checkpoints.hub import cache_dir
 from tpjax.errors import DeviceError
 from tpjax.inspect.hardware import Efficiency, Hardware
 from tpjax.inspect.interconnect import Measured
+from tpjax.inspect.shapes import Shape
 
-_VERSION = 2  # of what is measured; raise it when that changes
+_VERSION = 3  # of what is measured; raise it when that changes
 _MESSAGES = (1 << 10, 1 << 13, 1 << 16, 1 << 19, 1 << 22)  # bytes
-# (pairs of products, width, inner width) of two chains with 250 MB of weights: more than any cache holds
-_CHAINS = ((40, 512, 1536), (2, 2048, 8192))
-_DEPTHS = (2, 6)
+_PAIRS, _WIDTH, _INNER = 8, 1024, 4096  # products of 256 MB of weights: more than any cache holds
+_DEPTHS = (3, 8)
 _PROMPT = 256
-_PRODUCTS = 4  # of a layer: q, k and v, o, gate and up, down
-_TINY = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
-}
-_SMALL = {
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-}
 _ROUNDS = 9
+# A layer with 12 MB of weights: its products are cut over the cores as a model's are.
+_LAYER = Shape("layer", 1, 512, 8, 4, 64, 1408, 512)
 
 
 def measured_hardware(tp: int, *, fresh: bool = False) -> Hardware:
@@ -107,32 +94,25 @@ def measure(tp: int) -> dict[str, Any]:
     shared = device.platform == "cpu"
     reduces = [(size, _all_reduce_s(mesh, size)) for size in _MESSAGES] if tp > 1 else [(1, 0.0)]
     links = Measured(tuple((float(size), seconds) for size, seconds in reduces))
+    one, many = (_product_s(mesh, links, rows) for rows in (1, _PROMPT))
+    element_s, flops = one / (_WIDTH * _INNER), 2 * _PROMPT * _WIDTH * _INNER / many
+    decode, rest = _per_layer(lambda depth: _decode_s(mesh, depth))
+    prefill, _ = _per_layer(lambda depth: _prefill_s(mesh, depth))
+    elements = tp * (_LAYER.attention_weights(tp) + _LAYER.mlp_weights(tp, _LAYER.width))
+    # what is left of a layer's time once its weights are read, or its products computed, and summed
+    decode -= elements * element_s + 2 * links.all_reduce_s(tp, 4.0 * _LAYER.hidden)
+    prefill -= 2 * _PROMPT * elements / flops + 2 * links.all_reduce_s(tp, 4.0 * _PROMPT * _LAYER.hidden)
     machine = 1 if shared else tp  # rates are of one chip, and faked chips are one machine
-
-    def product_s(chain: tuple[int, int, int], rows: int) -> float:
-        pairs, width, _ = chain
-        return (_chain_s(mesh, chain, rows) / pairs - links.all_reduce_s(tp, 4.0 * rows * width)) / 2
-
-    # one row: a small product and a large one tell what a product costs apart from reading its weights
-    (small_s, small), (large_s, large) = ((product_s(chain, 1), chain[1] * chain[2]) for chain in _CHAINS)
-    product = min(small_s, max(0.0, (small_s * large - large_s * small) / (large - small)))
-    bandwidth = 4 * small / (small_s - product) / machine
-    flops = 2 * small * _PROMPT / product_s(_CHAINS[0], _PROMPT) / machine
-    decode, rest = _per_layer(lambda depth: _decode_s(mesh, _TINY, depth))
-    prefill, _ = _per_layer(lambda depth: _prefill_s(mesh, _SMALL, depth))
     return {
         "device": device.device_kind,
         "shared": shared,
         "memory_bytes": _memory_bytes(device) / (tp if shared else 1),
-        "bandwidth_bytes_s": bandwidth,
-        "flops": flops,
+        "bandwidth_bytes_s": 4 / element_s / machine,
+        "flops": flops / machine,
         "all_reduce_s": reduces,
-        "layer_us": (
-            _PRODUCTS * product + max(0.0, decode - 2 * links.all_reduce_s(tp, 4.0 * _TINY["hidden_size"]))
-        )
-        * 1e6,
-        "token_us": max(0.0, prefill - _products_of(_SMALL, tp, flops * machine, links)) / _PROMPT * 1e6,
-        "dispatch_us": max(0.0, rest) * 1e6,
+        "layer_us": 1e6 * max(0.0, decode),
+        "token_us": 1e6 * max(0.0, prefill) / _PROMPT,
+        "dispatch_us": 1e6 * max(0.0, rest),
     }
 
 
@@ -143,12 +123,10 @@ def _per_layer(seconds: Callable[[int], float]) -> tuple[float, float]:
     return layer, shallow - _DEPTHS[0] * layer
 
 
-def _products_of(sizes: dict[str, int], tp: int, flops: float, links: Measured) -> float:
-    """Seconds of one layer's products and all-reduces for a prompt."""
-    hidden, width = sizes["hidden_size"], sizes["intermediate_size"]
-    heads, kv = sizes["num_attention_heads"], sizes["num_key_value_heads"]
-    elements = hidden * (2 * (heads + kv) * sizes["head_dim"] + 3 * width)
-    return 2 * _PROMPT * elements / flops + 2 * links.all_reduce_s(tp, 4.0 * _PROMPT * hidden)
+def _product_s(mesh: Any, links: Measured, rows: int) -> float:
+    """Seconds of one product, without its share of the all-reduces."""
+    pair = _chain_s(mesh, rows) / _PAIRS
+    return max(0.1 * pair, pair - links.all_reduce_s(mesh.size, 4.0 * rows * _WIDTH)) / 2
 
 
 def best_s(run: Callable[[], Any], *, rounds: int = _ROUNDS, times: int = 1) -> float:
@@ -166,7 +144,7 @@ def best_s(run: Callable[[], Any], *, rounds: int = _ROUNDS, times: int = 1) -> 
     return min(seconds)
 
 
-def _chain_s(mesh: Any, chain: tuple[int, int, int], rows: int) -> float:
+def _chain_s(mesh: Any, rows: int) -> float:
     """Seconds of products in pairs like a model's: column-cut, then row-cut, then an all-reduce."""
     import jax
     import numpy as np
@@ -174,11 +152,10 @@ def _chain_s(mesh: Any, chain: tuple[int, int, int], rows: int) -> float:
 
     from tpjax.sharding import COLUMN, REPLICATED, ROW, constrain, pad_to_multiple
 
-    count, width, inner = chain
-    weight = np.full((width, pad_to_multiple(inner, mesh.size)), 1e-3, np.float32)
+    weight = np.full((_WIDTH, pad_to_multiple(_INNER, mesh.size)), 1e-3, np.float32)
     pairs = [
         tuple(jax.device_put(weight, NamedSharding(mesh, spec)) for spec in (COLUMN, ROW))
-        for _ in range(count)
+        for _ in range(_PAIRS)
     ]
 
     def multiply(x: jax.Array, pairs: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
@@ -186,7 +163,7 @@ def _chain_s(mesh: Any, chain: tuple[int, int, int], rows: int) -> float:
             x = constrain(jax.lax.dot_general(x @ column, row, (((1,), (1,)), ((), ()))), REPLICATED)
         return x
 
-    x = jax.device_put(np.ones((rows, width), np.float32), NamedSharding(mesh, REPLICATED))
+    x = jax.device_put(np.ones((rows, _WIDTH), np.float32), NamedSharding(mesh, REPLICATED))
     with jax.set_mesh(mesh):
         program = jax.jit(multiply)
         return best_s(lambda: program(x, pairs))
@@ -213,16 +190,16 @@ def _all_reduce_s(mesh: Any, message_bytes: int) -> float:
     return best_s(lambda: program(x)) / chain
 
 
-def _decode_s(mesh: Any, sizes: dict[str, int], depth: int) -> float:
-    """Seconds a decode step of a decoder of zeros."""
-    runner = _zeros_runner(mesh, sizes, depth)
+def _decode_s(mesh: Any, depth: int) -> float:
+    """Seconds a decode step of a decoder of that many small layers."""
+    runner = _zeros_runner(mesh, _LAYER, depth)
     steps = runner.limits.steps
     return best_s(lambda: runner.decode([_row(100, steps)], steps), times=8) / steps
 
 
-def _prefill_s(mesh: Any, sizes: dict[str, int], depth: int) -> float:
-    """Seconds a prompt of a decoder of zeros."""
-    runner = _zeros_runner(mesh, sizes, depth)
+def _prefill_s(mesh: Any, depth: int) -> float:
+    """Seconds a prompt of a decoder of that many small layers."""
+    runner = _zeros_runner(mesh, _LAYER, depth)
     return best_s(lambda: runner.prefill(_row(0, 1), [0] * _PROMPT))
 
 
@@ -233,7 +210,8 @@ def _row(position: int, remaining: int) -> Any:
     return Row(0, position, [1, 2, 3, 4], SamplingParams(temperature=0), seed=0, remaining=remaining)
 
 
-def _zeros_runner(mesh: Any, sizes: dict[str, int], depth: int) -> Any:
+def _zeros_runner(mesh: Any, shape: Shape, depth: int) -> Any:
+    """A runner of a Llama of zeros."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -243,8 +221,20 @@ def _zeros_runner(mesh: Any, sizes: dict[str, int], depth: int) -> Any:
     from tpjax.families import config_from_hf
     from tpjax.runner import Limits, Runner
 
-    rest = {"vocab_size": 512, "max_position_embeddings": 512, "rms_norm_eps": 1e-5}
-    config = config_from_hf({"model_type": "llama", "num_hidden_layers": depth, **rest, **sizes})
+    config = config_from_hf(
+        {
+            "model_type": "llama",
+            "num_hidden_layers": depth,
+            "vocab_size": shape.vocab,
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.width,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads,
+            "head_dim": shape.head_dim,
+            "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-5,
+        }
+    )
     dtype = jnp.dtype(jnp.float32)
     graph, state = nnx.split(abstract_decoder(config, mesh, dtype))
     state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), state)

@@ -55,7 +55,12 @@ class PlanReport:
             f"{traffic.batch} sequence{'s' * (traffic.batch > 1)} of {traffic.context} tokens at once, "
             f"prompts of {traffic.prompt_len}; figures: {hardware.source}"
         )
-        parts: list[RenderableType] = [Text(head, style="bold"), Text(what), self._memory()]
+        parts: list[RenderableType] = [Text(head, style="bold"), Text(what)]
+        if hardware.shared:
+            parts.append(
+                Text("faked devices share this machine's bandwidth and cores: no tp makes it faster")
+            )
+        parts.append(self._memory())
         for title, name in (("decode, ms a step", "decode"), ("prefill, ms a prompt", "prefill")):
             parts.append(self._time(title, name))
         parts.append(self._speed())

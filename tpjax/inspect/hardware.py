@@ -61,7 +61,8 @@ _GPU = Efficiency(
     expert_us=15.0,
 )
 # Fitted to jax-llm-examples' Llama-3.1-70B table (v5e-16): one static program, whose layers cost nothing that
-# is not traffic or collectives, and which reads 8-bit weights as fast as 16-bit ones.
+# is not traffic or collectives, and which reads 8-bit weights as fast as 16-bit ones. Mixtures: its DeepSeek-R1
+# table (v5e-64), where sorting tokens by expert and back dominates.
 _TPU_PROGRAM = Efficiency(
     weights=0.96,
     narrow_weights=1.0,
@@ -69,9 +70,9 @@ _TPU_PROGRAM = Efficiency(
     compute=0.65,
     narrow_compute=0.65,
     layer_us=0.0,
-    expert_us=15.0,
+    expert_us=290.0,
 )
-# Fitted to sglang-jax's Qwen3 tables (v6e-4), thus a server's loop included.
+# Fitted to sglang-jax's Qwen3 tables (v6e-4; mixtures: v6e-16), thus a server's loop included.
 _TPU_SERVER = Efficiency(
     weights=0.78,
     narrow_weights=1.0,
@@ -79,7 +80,7 @@ _TPU_SERVER = Efficiency(
     compute=0.60,
     narrow_compute=0.60,
     layer_us=60.0,
-    expert_us=15.0,
+    expert_us=75.0,
     step_us=500.0,
 )
 

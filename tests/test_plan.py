@@ -279,7 +279,7 @@ def test_points_found_since_are_met_in_the_main():
     script = validation()
     errors = sorted(abs(script.error(point)) for point in script.points("extra_points"))
     assert len(errors) >= 70 and statistics.median(errors) <= 0.10
-    assert errors[int(0.95 * len(errors))] <= 0.25
+    assert errors[int(0.9 * len(errors))] <= 0.25 and errors[-1] <= 0.5
 
 
 # --- the command -------------------------------------------------------------------------------------------

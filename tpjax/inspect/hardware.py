@@ -61,8 +61,8 @@ _GPU = Efficiency(
     expert_us=15.0,
 )
 # Fitted to jax-llm-examples' Llama-3.1-70B table (v5e-16): one static program, whose layers cost nothing that
-# is not traffic or collectives, and which reads 8-bit weights as fast as 16-bit ones. Mixtures: its DeepSeek-R1
-# table (v5e-64), where sorting tokens by expert and back dominates.
+# is not traffic or collectives, and which reads 8-bit weights as fast as 16-bit ones. Mixtures: its
+# DeepSeek-R1 table (v5e-64), where sorting tokens by expert and back dominates.
 _TPU_PROGRAM = Efficiency(
     weights=0.96,
     narrow_weights=1.0,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tpjax.errors import ConfigError, DeviceError
+from tpjax.errors import DeviceError
 from tpjax.inspect import bench, measure
 from tpjax.inspect.plan import Traffic, make_plan
 from tpjax.inspect.shapes import SHAPES, Shape
@@ -27,7 +27,15 @@ FIGURES = {
 @pytest.fixture
 def small(monkeypatch):
     """Sizes at which measuring takes seconds."""
-    small = {"_PAIRS": 1, "_WIDTH": 64, "_INNER": 126, "_DEPTHS": (1, 2), "_PROMPT": 32, "_ROUNDS": 1}
+    small = {
+        "_PAIRS": 1,
+        "_WIDTH": 64,
+        "_INNER": 126,
+        "_DEPTHS": (1, 2),
+        "_PROMPT": 32,
+        "_ROUNDS": 1,
+        "_STEPS": 4,
+    }
     for name, value in {**small, "_MESSAGES": (1024, 4096), "_LAYER": TINY}.items():
         monkeypatch.setattr(measure, name, value)
 
@@ -41,6 +49,28 @@ def test_measure_gives_positive_figures(small):
     assert all(0 < seconds < 0.1 for _, seconds in figures["all_reduce_s"])
     assert figures["layer_us"] >= 0 and figures["token_us"] >= 0 and figures["dispatch_us"] >= 0
     assert json.loads(json.dumps(figures)) is not None  # it travels between processes
+
+
+def test_figures_come_back_from_the_times_they_explain():
+    """Times made of known rates, by the formulas of a machine whose two faked devices share it."""
+    bandwidth, flops, reduce_s, layer_s, token_s, dispatch_s = 20e9, 100e9, 50e-6, 80e-6, 3e-6, 400e-6
+    width, inner, prompt = measure._WIDTH, measure._INNER, measure._PROMPT
+    layer = measure._LAYER
+    elements = 2 * (layer.attention_weights(2) + layer.mlp_weights(2, layer.width))
+    seconds = {f"reduce {size}": measure._CHAIN * reduce_s for size in measure._MESSAGES}
+    seconds["multiply 1"] = measure._PAIRS * (2 * 4 * width * inner / bandwidth + reduce_s)
+    seconds[f"multiply {prompt}"] = measure._PAIRS * (2 * 2 * prompt * width * inner / flops + reduce_s)
+    for depth in measure._DEPTHS:
+        step = dispatch_s + depth * (4 * elements / bandwidth + 2 * reduce_s + layer_s)
+        seconds[f"decode {depth}"] = measure._STEPS * step
+        computed = 2 * prompt * elements / flops + 2 * reduce_s + prompt * token_s
+        seconds[f"prefill {depth}"] = 0.1 + depth * computed
+    figures = measure.fit(seconds, 2, machine=1)
+    assert figures["bandwidth_bytes_s"] == pytest.approx(bandwidth)
+    assert figures["flops"] == pytest.approx(flops)
+    assert figures["layer_us"] == pytest.approx(80.0) and figures["token_us"] == pytest.approx(3.0)
+    assert figures["dispatch_us"] == pytest.approx(400.0)
+    assert measure.fit(seconds, 2, machine=2)["flops"] == pytest.approx(flops / 2)  # of each of two chips
 
 
 def test_predictions_follow_the_figures():
@@ -81,14 +111,13 @@ def test_a_failed_measurement_says_why(monkeypatch):
         measure._measure_apart(2)
 
 
-def test_bench_times_a_runner_next_to_the_plan():
+def test_bench_times_a_runner_next_to_the_plan(small):
     hardware = measure.hardware_from(FIGURES)
-    runner = measure._zeros_runner(make_mesh(2), TINY, 1)
+    runner = measure._zeros_runner(make_mesh(2), 1)
     plan = make_plan(SHAPES["smollm2-135m"], hardware, 2, 2, Traffic(1, 64, 32, "float32"))
-    report = bench.run(runner, plan, rounds=1)
+    report = bench.run(runner, plan)
     data = report.to_dict()
     assert 0 < data["decode"]["measured_ms"] < 1000 and 0 < data["prefill"]["measured_ms"] < 1000
     assert data["decode"]["predicted_ms"] == plan.decode.total * 1e3
     assert (data["tp"], data["context"], data["prompt_len"]) == (2, 64, 32)
-    with pytest.raises(ConfigError, match=r"context=500 .* is over max_model_len=512"):
-        bench.run(runner, make_plan(SHAPES["smollm2-135m"], hardware, 2, 2, Traffic(1, 500, 32, "float32")))
+    assert bench.longest(plan.traffic) == 64 + 64

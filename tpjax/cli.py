@@ -157,17 +157,19 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
+    from tpjax.checkpoints import hub
     from tpjax.inspect import bench
     from tpjax.inspect.measure import measured_hardware
     from tpjax.inspect.plan import make_plan
-    from tpjax.inspect.shapes import find_shape
+    from tpjax.inspect.shapes import Shape
 
-    tp = args.tp or 1
-    hardware = measured_hardware(tp)  # a process of its own, before this one starts JAX
-    plan = make_plan(find_shape(args.model), hardware, tp, tp, _traffic(args, "float32"))
-    args.tp, args.dtype = tp, "float32"
-    args.max_model_len = max(plan.traffic.context, plan.traffic.prompt_len) + 128
-    report = bench.run(_load(args).runner, plan)
+    hub.resolve(args.model)  # before anything is measured: a misspelt name is reported at once
+    hardware = measured_hardware(args.tp)  # in a process of its own, before this one starts JAX
+    traffic = _traffic(args, "float32")
+    args.dtype, args.max_model_len = traffic.dtype, bench.longest(traffic)
+    llm = _load(args)
+    plan = make_plan(Shape.from_config(llm.config, args.model), hardware, args.tp, args.tp, traffic)
+    report = bench.run(llm.runner, plan)
     _show(json.dumps(report.to_dict(), indent=2) if args.json else report)
 
 
@@ -447,7 +449,7 @@ def _add_bench(verbs: Any) -> None:
         """,
     )
     verb.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
-    verb.add_argument("--tp", type=_device_count, metavar="N", help="devices to shard over (1)")
+    verb.add_argument("--tp", type=_device_count, default=1, metavar="N", help="devices to shard over (1)")
     _add_lengths(verb, 256)
     verb.add_argument("--json", action="store_true", help="print JSON")
 

@@ -9,9 +9,8 @@ from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 
-from tpjax.errors import ConfigError
 from tpjax.inspect.measure import best_s
-from tpjax.inspect.plan import Plan
+from tpjax.inspect.plan import Plan, Traffic
 
 _DECODE_TOKENS = 64
 
@@ -66,22 +65,26 @@ class BenchReport:
         return table
 
 
-def run(runner: Any, plan: Plan, *, rounds: int = 7) -> BenchReport:
+def longest(traffic: Traffic) -> int:
+    """Tokens of the longest sequence that the benchmark runs."""
+    return max(traffic.context + _DECODE_TOKENS, traffic.prompt_len)
+
+
+def run(runner: Any, plan: Plan) -> BenchReport:
     """Times the runner at the plan's context and prompt, one sequence.
 
-    Raises:
-        ConfigError: they do not fit the runner's longest sequence.
+    Args:
+        runner: with room for :func:`longest`.
+        plan: what is predicted.
     """
-    traffic, limits = plan.traffic, runner.limits
-    longest = max(traffic.context + _DECODE_TOKENS, traffic.prompt_len)
-    if longest > limits.max_model_len:
-        raise ConfigError(
-            f"context={traffic.context} with {_DECODE_TOKENS} more, or prompt_len={traffic.prompt_len}, "
-            f"is over max_model_len={limits.max_model_len}"
-        )
-    decode = best_s(lambda: _decode(runner, traffic.context), rounds=rounds) / _DECODE_TOKENS
-    prefill = best_s(lambda: _prefill(runner, traffic.prompt_len), rounds=rounds)
-    return BenchReport(plan, decode * 1e3, prefill * 1e3)
+    traffic = plan.traffic
+    seconds = best_s(
+        {
+            "decode": lambda: _decode(runner, traffic.context),
+            "prefill": lambda: _prefill(runner, traffic.prompt_len),
+        }
+    )
+    return BenchReport(plan, seconds["decode"] / _DECODE_TOKENS * 1e3, seconds["prefill"] * 1e3)
 
 
 def _decode(runner: Any, context: int) -> Any:

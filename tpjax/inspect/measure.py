@@ -11,12 +11,13 @@ model that is predicted.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ from tpjax.inspect.hardware import Efficiency, Hardware
 from tpjax.inspect.interconnect import Measured
 from tpjax.inspect.shapes import Shape
 
-_VERSION = 3  # of what is measured; raise it when that changes
+_VERSION = 4  # of what is measured; raise it when that changes
 _MESSAGES = (1 << 10, 1 << 13, 1 << 16, 1 << 19, 1 << 22)  # bytes
 _PAIRS, _WIDTH, _INNER = 8, 1024, 4096  # products of 256 MB of weights: more than any cache holds
 _DEPTHS = (3, 8)
 _PROMPT = 256
-_ROUNDS = 9
+_ROUNDS = 15
+_CHAIN = 32  # all-reduces timed together
+_STEPS = 16  # decode steps timed together
 # A layer with 12 MB of weights: its products are cut over the cores as a model's are.
 _LAYER = Shape("layer", 1, 512, 8, 4, 64, 1408, 512)
 
@@ -92,60 +95,81 @@ def measure(tp: int) -> dict[str, Any]:
     mesh = make_mesh(tp)
     device = mesh.devices.flat[0]
     shared = device.platform == "cpu"
-    reduces = [(size, _all_reduce_s(mesh, size)) for size in _MESSAGES] if tp > 1 else [(1, 0.0)]
-    links = Measured(tuple((float(size), seconds) for size, seconds in reduces))
-    one, many = (_product_s(mesh, links, rows) for rows in (1, _PROMPT))
-    element_s, flops = one / (_WIDTH * _INNER), 2 * _PROMPT * _WIDTH * _INNER / many
-    decode, rest = _per_layer(lambda depth: _decode_s(mesh, depth))
-    prefill, _ = _per_layer(lambda depth: _prefill_s(mesh, depth))
-    elements = tp * (_LAYER.attention_weights(tp) + _LAYER.mlp_weights(tp, _LAYER.width))
-    # what is left of a layer's time once its weights are read, or its products computed, and summed
-    decode -= elements * element_s + 2 * links.all_reduce_s(tp, 4.0 * _LAYER.hidden)
-    prefill -= 2 * _PROMPT * elements / flops + 2 * links.all_reduce_s(tp, 4.0 * _PROMPT * _LAYER.hidden)
-    machine = 1 if shared else tp  # rates are of one chip, and faked chips are one machine
+    seconds = best_s(
+        {
+            **{f"reduce {size}": _all_reduces(mesh, size) for size in _MESSAGES if tp > 1},
+            **{f"multiply {rows}": _products(mesh, rows) for rows in (1, _PROMPT)},
+            **{f"decode {depth}": _decode(mesh, depth) for depth in _DEPTHS},
+            **{f"prefill {depth}": _prefill(mesh, depth) for depth in _DEPTHS},
+        }
+    )
     return {
         "device": device.device_kind,
         "shared": shared,
         "memory_bytes": _memory_bytes(device) / (tp if shared else 1),
-        "bandwidth_bytes_s": 4 / element_s / machine,
-        "flops": flops / machine,
-        "all_reduce_s": reduces,
-        "layer_us": 1e6 * max(0.0, decode),
-        "token_us": 1e6 * max(0.0, prefill) / _PROMPT,
-        "dispatch_us": 1e6 * max(0.0, rest),
+        **fit(seconds, tp, machine=1 if shared else tp),
     }
 
 
-def _per_layer(seconds: Callable[[int], float]) -> tuple[float, float]:
-    """Seconds a layer, and what is left at no layers, from two depths."""
-    shallow, deep = (seconds(depth) for depth in _DEPTHS)
-    layer = (deep - shallow) / (_DEPTHS[1] - _DEPTHS[0])
-    return layer, shallow - _DEPTHS[0] * layer
+def fit(seconds: Mapping[str, float], tp: int, machine: int) -> dict[str, Any]:
+    """Figures from times.
+
+    Args:
+        seconds: of each of :func:`measure`'s calls.
+        tp: devices.
+        machine: devices that bandwidth and rate are shared out to: faked ones are one machine.
+    """
+    reduces = [(float(size), seconds[f"reduce {size}"] / _CHAIN) for size in _MESSAGES if tp > 1]
+    links = Measured(tuple(reduces))
+
+    def product_s(rows: int) -> float:
+        """One product, without its share of the all-reduces."""
+        pair = seconds[f"multiply {rows}"] / _PAIRS
+        return max(0.1 * pair, pair - links.all_reduce_s(tp, 4.0 * rows * _WIDTH)) / 2
+
+    def per_layer(what: str) -> tuple[float, float]:
+        """Seconds a layer, and what is left at no layers, from two depths."""
+        shallow, deep = (seconds[f"{what} {depth}"] for depth in _DEPTHS)
+        layer = (deep - shallow) / (_DEPTHS[1] - _DEPTHS[0])
+        return layer, shallow - _DEPTHS[0] * layer
+
+    element_s = product_s(1) / (_WIDTH * _INNER)
+    flops = 2 * _PROMPT * _WIDTH * _INNER / product_s(_PROMPT)
+    (steps, rest), (prompt, _) = per_layer("decode"), per_layer("prefill")
+    elements = tp * (_LAYER.attention_weights(tp) + _LAYER.mlp_weights(tp, _LAYER.width))
+    # what is left of a layer's time once its weights are read, or its products computed, and summed
+    step = steps / _STEPS - elements * element_s - 2 * links.all_reduce_s(tp, 4.0 * _LAYER.hidden)
+    prompt -= 2 * _PROMPT * elements / flops + 2 * links.all_reduce_s(tp, 4.0 * _PROMPT * _LAYER.hidden)
+    return {
+        "bandwidth_bytes_s": 4 / element_s / machine,
+        "flops": flops / machine,
+        "all_reduce_s": reduces,
+        "layer_us": 1e6 * max(0.0, step),
+        "token_us": 1e6 * max(0.0, prompt) / _PROMPT,
+        "dispatch_us": 1e6 * max(0.0, rest) / _STEPS,
+    }
 
 
-def _product_s(mesh: Any, links: Measured, rows: int) -> float:
-    """Seconds of one product, without its share of the all-reduces."""
-    pair = _chain_s(mesh, rows) / _PAIRS
-    return max(0.1 * pair, pair - links.all_reduce_s(mesh.size, 4.0 * rows * _WIDTH)) / 2
+def best_s(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Seconds of each call, the best of several rounds: other processes only ever add to it.
 
-
-def best_s(run: Callable[[], Any], *, rounds: int = _ROUNDS, times: int = 1) -> float:
-    """Seconds of a call, the best of rounds of ``times`` calls: other processes only ever add to it."""
+    The calls take turns, so that each is tried over the whole time; what they return is waited for.
+    """
     import jax
 
-    jax.block_until_ready(run())  # compiles
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(times):
-            done = run()
-        jax.block_until_ready(done)
-        seconds.append((time.perf_counter() - start) / times)
-    return min(seconds)
+    for call in calls.values():
+        jax.block_until_ready(call())  # compiles
+    best = dict.fromkeys(calls, math.inf)
+    for _ in range(_ROUNDS):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
 
 
-def _chain_s(mesh: Any, rows: int) -> float:
-    """Seconds of products in pairs like a model's: column-cut, then row-cut, then an all-reduce."""
+def _products(mesh: Any, rows: int) -> Callable[[], Any]:
+    """Products in pairs like a model's: column-cut, then row-cut, then an all-reduce."""
     import jax
     import numpy as np
     from jax.sharding import NamedSharding
@@ -165,42 +189,46 @@ def _chain_s(mesh: Any, rows: int) -> float:
 
     x = jax.device_put(np.ones((rows, _WIDTH), np.float32), NamedSharding(mesh, REPLICATED))
     with jax.set_mesh(mesh):
-        program = jax.jit(multiply)
-        return best_s(lambda: program(x, pairs))
+        program = jax.jit(multiply).lower(x, pairs).compile()
+    return lambda: program(x, pairs)
 
 
-def _all_reduce_s(mesh: Any, message_bytes: int) -> float:
-    """Seconds of one all-reduce, from a chain of them in one program."""
+def _all_reduces(mesh: Any, message_bytes: int) -> Callable[[], Any]:
+    """A chain of all-reduces in one program."""
     import jax
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
 
     from tpjax.mesh import AXIS
 
-    chain = 32
-    whole = PartitionSpec()
-
     def summed(x: jax.Array) -> jax.Array:
-        for _ in range(chain):
+        for _ in range(_CHAIN):
             x = jax.lax.psum(x * 0.5, AXIS)
         return x
 
+    whole = PartitionSpec()
     program = jax.jit(jax.shard_map(summed, mesh=mesh, in_specs=whole, out_specs=whole))
     x = jax.device_put(np.ones(message_bytes // 4, np.float32), NamedSharding(mesh, whole))
-    return best_s(lambda: program(x)) / chain
+    return lambda: program(x)
 
 
-def _decode_s(mesh: Any, depth: int) -> float:
-    """Seconds a decode step of a decoder of that many small layers."""
-    runner = _zeros_runner(mesh, _LAYER, depth)
-    steps = runner.limits.steps
-    return best_s(lambda: runner.decode([_row(100, steps)], steps), times=8) / steps
+def _decode(mesh: Any, depth: int) -> Callable[[], Any]:
+    """Steps of a decoder of that many small layers."""
+    runner = _zeros_runner(mesh, depth)
+    at_once = runner.limits.steps
+
+    def steps() -> Any:
+        for _ in range(0, _STEPS, at_once):
+            drawn = runner.decode([_row(100, at_once)], at_once)
+        return drawn
+
+    return steps
 
 
-def _prefill_s(mesh: Any, depth: int) -> float:
-    """Seconds a prompt of a decoder of that many small layers."""
-    runner = _zeros_runner(mesh, _LAYER, depth)
-    return best_s(lambda: runner.prefill(_row(0, 1), [0] * _PROMPT))
+def _prefill(mesh: Any, depth: int) -> Callable[[], Any]:
+    """A prompt of a decoder of that many small layers."""
+    runner = _zeros_runner(mesh, depth)
+    return lambda: runner.prefill(_row(0, 1), [0] * _PROMPT)
 
 
 def _row(position: int, remaining: int) -> Any:
@@ -210,7 +238,7 @@ def _row(position: int, remaining: int) -> Any:
     return Row(0, position, [1, 2, 3, 4], SamplingParams(temperature=0), seed=0, remaining=remaining)
 
 
-def _zeros_runner(mesh: Any, shape: Shape, depth: int) -> Any:
+def _zeros_runner(mesh: Any, depth: int) -> Any:
     """A runner of a Llama of zeros."""
     import jax
     import jax.numpy as jnp
@@ -225,12 +253,12 @@ def _zeros_runner(mesh: Any, shape: Shape, depth: int) -> Any:
         {
             "model_type": "llama",
             "num_hidden_layers": depth,
-            "vocab_size": shape.vocab,
-            "hidden_size": shape.hidden,
-            "intermediate_size": shape.width,
-            "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.kv_heads,
-            "head_dim": shape.head_dim,
+            "vocab_size": _LAYER.vocab,
+            "hidden_size": _LAYER.hidden,
+            "intermediate_size": _LAYER.width,
+            "num_attention_heads": _LAYER.heads,
+            "num_key_value_heads": _LAYER.kv_heads,
+            "head_dim": _LAYER.head_dim,
             "max_position_embeddings": 512,
             "rms_norm_eps": 1e-5,
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from conftest import GOLDENS
@@ -191,3 +192,39 @@ def test_bfloat16_is_close_to_float32() -> None:
     rounded = LLM(GOLDENS / "llama", tp=3, dtype="bfloat16", max_model_len=64, max_slots=1).logits(prompt)
     error = np.abs(rounded - exact).max() / np.abs(exact).max()
     assert 1e-5 < error < 0.1
+
+
+def test_streams_and_generate_do_not_disturb_each_other(tiny: LLM) -> None:
+    """Whoever steps the engine, everybody gets their own tokens."""
+    prompts = [[3, 4, 5], [6, 7], [8, 9, 10, 11]]
+    wanted = [c.token_ids for c in tiny.generate(prompts, greedy(20, ignore_eos=True))]
+    first, second = (tiny.stream(prompt, greedy(20, ignore_eos=True)) for prompt in prompts[:2])
+    got: list[list[int]] = [list(next(first).token_ids), list(next(second).token_ids)]
+    (between,) = tiny.generate(prompts[2:], greedy(20, ignore_eos=True))
+    for stream, tokens in ((second, got[1]), (first, got[0])):
+        for delta in stream:
+            tokens += delta.token_ids
+    assert [*got, between.token_ids] == wanted
+
+
+def test_logits_that_are_not_numbers_fail_one_request(tiny: LLM) -> None:
+    runner = tiny.runner
+    weights, place = (
+        runner._weights,
+        next(i for i, w in enumerate(runner._weights) if w.shape[0] >= tiny.config.vocab_size),
+    )
+    poisoned = jax.device_put(weights[place].at[99].set(np.nan), weights[place].sharding)
+    prompts = [[3, 4, 5], [6] * 40 + [99, 7]]
+    (fine, _) = tiny.generate(prompts, greedy(8, ignore_eos=True))
+    try:
+        runner._weights = (*weights[:place], poisoned, *weights[place + 1 :])
+        good, bad = tiny.generate(prompts, greedy(8, ignore_eos=True))
+    finally:
+        runner._weights = weights
+    assert (good.token_ids, good.finish_reason, good.error) == (fine.token_ids, "length", None)
+    assert (bad.token_ids, bad.finish_reason) == ([], "error")
+    assert bad.error == "the model's logits are not numbers after 42 tokens"
+    # the pages it leaves behind are full of what is not a number
+    assert [c.token_ids for c in tiny.generate(prompts[:1] * 2, greedy(8, ignore_eos=True))] == [
+        fine.token_ids
+    ] * 2

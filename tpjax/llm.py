@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +41,10 @@ class Completion:
         prompt_token_ids: its tokens, special tokens included.
         text: the continuation, up to a stop string; ``""`` where the model has no tokenizer.
         token_ids: the continuation's tokens, the ending token included.
-        finish_reason: ``stop`` (an end-of-text token, a stop token or a stop string) or ``length``.
+        finish_reason: ``stop`` (an end-of-text token, a stop token or string), ``length``, or ``error``.
         logprobs: one entry a token where ``SamplingParams.logprobs`` asked for them.
+        prompt_logprobs: one entry a prompt token, ``None`` for the first, where asked for.
+        error: what went wrong with this request alone: logits that are not numbers.
     """
 
     prompt: str | None
@@ -50,6 +53,8 @@ class Completion:
     token_ids: list[int]
     finish_reason: FinishReason
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    error: str | None = None
 
 
 class LLM:
@@ -102,6 +107,7 @@ class LLM:
         self.path: Path = path
         self.runner = Runner(decoder, self.mesh, limits, self.dtype)
         self.engine = Engine(self.runner)
+        self._running: dict[Request, tuple[Generation, deque[Delta]]] = {}
         self._seeds = np.random.default_rng(seed)
 
     @property
@@ -133,16 +139,14 @@ class LLM:
         running = [
             Generation(self.request(prompt, p), self.tokenizer) for prompt, p in zip(each, every, strict=True)
         ]
-        generations = {id(generation.request): generation for generation in running}
         try:
             for generation in running:
-                self.engine.add(generation.request)
+                self._start(generation)
             while any(generation.request.finish_reason is None for generation in running):
-                for request, tokens in self.engine.step():
-                    self._advance(generations[id(request)], tokens)
+                self._step()
         finally:
             for generation in running:
-                self.engine.cancel(generation.request)
+                self._end(generation)
         return [
             Completion(
                 prompt if isinstance(prompt, str) else None,
@@ -151,6 +155,8 @@ class LLM:
                 generation.request.output_ids,
                 generation.request.finish_reason or "length",
                 generation.request.logprobs if p.logprobs is not None else None,
+                generation.request.prompt_logprobs if p.prompt_logprobs is not None else None,
+                generation.request.error,
             )
             for prompt, p, generation in zip(each, every, running, strict=True)
         ]
@@ -244,15 +250,33 @@ class LLM:
     # --- requests ------------------------------------------------------------------------------------------
 
     def _stream(self, generation: Generation) -> Iterator[Delta]:
-        request = generation.request
-        self.engine.add(request)
+        deltas = self._start(generation)
         try:
-            while request.finish_reason is None:
-                for grown, tokens in self.engine.step():
-                    if grown is request and (delta := self._advance(generation, tokens)):
-                        yield delta
+            while deltas or generation.request.finish_reason is None:
+                if deltas:
+                    yield deltas.popleft()
+                else:
+                    self._step()
         finally:
-            self.engine.cancel(request)
+            self._end(generation)
+
+    def _start(self, generation: Generation) -> deque[Delta]:
+        """Queues a request; what it gets, whoever steps the engine, is put into the result."""
+        self.engine.add(generation.request)
+        self._running[generation.request] = (generation, deque())
+        return self._running[generation.request][1]
+
+    def _step(self) -> None:
+        for request, tokens in self.engine.step():
+            generation, deltas = self._running[request]
+            if delta := generation.advance(tokens):
+                deltas.append(delta)
+            if delta.finish_reason is not None:
+                self.engine.cancel(request)
+
+    def _end(self, generation: Generation) -> None:
+        self.engine.cancel(generation.request)
+        self._running.pop(generation.request, None)
 
     def _checked(self, token_ids: Sequence[int], name: str = "the prompt") -> list[int]:
         vocab = self.config.vocab_size
@@ -266,12 +290,6 @@ class LLM:
                     f"{name} has token id {token}, but the vocabulary has {vocab} (0 to {vocab - 1})"
                 )
         return ids
-
-    def _advance(self, generation: Generation, tokens: list[int]) -> Delta:
-        delta = generation.advance(tokens)
-        if delta.finish_reason is not None:
-            self.engine.cancel(generation.request)
-        return delta
 
 
 def _use_compilation_cache() -> None:

@@ -200,7 +200,10 @@ def _walk(
         values = cache.values.at[pages].get(mode="promise_in_bounds")
         positions = index * page_size + jnp.arange(page_size)
         # a sequence that starts earlier than the batch's latest must not see its own chunk here already
-        visible = _visible(row_positions, positions, window) & (positions < stop[:, None, None, None])
+        written = positions < stop[:, None, None, None]
+        visible = _visible(row_positions, positions, window) & written
+        # what an earlier user left behind may not be a number, and 0 times that is not 0
+        values = jnp.where(written.swapaxes(2, 3), values, 0)
         return mix.attend(rows, keys, values, visible, scale)
 
     return jax.lax.fori_loop(first, -(-jnp.max(stop) // page_size), page, _Mix.empty(rows))

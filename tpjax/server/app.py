@@ -137,7 +137,7 @@ def create_app(service: Service) -> FastAPI:
         service.start()
         yield
         await service.stop()
-        await state.close()
+        state.close()
 
     app = FastAPI(
         title="tpjax",
@@ -329,11 +329,11 @@ class _State:
             "prefix_queries": stats.prefix_queries,
         }
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Ends the workers, if there are any."""
         templates = self.__dict__.get("templates")
         if templates is not None:
-            await templates.close()
+            templates.close()
 
 
 # --- answering ---------------------------------------------------------------------------------------------

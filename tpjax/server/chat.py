@@ -70,10 +70,10 @@ class Templates:
         )
         return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=False)
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Ends the workers."""
-        await self._renderer.close()
-        await self._checker.close()
+        self._renderer.close()
+        self._checker.close()
 
 
 class ChatAnswer:

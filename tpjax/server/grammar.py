@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 MAX_GRAMMAR_BYTES = 64 << 10
 DEADLINE_S = 10.0
+# Between tokens of JSON: nothing, a space, or a line with some indentation. A model that has lost its thread
+# would otherwise write white space until its limit.
+WHITESPACE = r"( |\n {0,16})?"
+_LAYOUT: Any = {"whitespace_pattern": WHITESPACE}
 
 
 class TokenGrammar:
@@ -28,17 +32,19 @@ class TokenGrammar:
         error: the grammar met a limit while it ran; the request fails.
     """
 
-    def __init__(self, matcher: Any, eos_ids: frozenset[int]) -> None:
+    def __init__(self, matcher: Any, eos_ids: frozenset[int], vocab_size: int) -> None:
         self.finished = False
         self.error: str | None = None
         self._matcher = matcher
         self._eos_ids = eos_ids
+        self._words = -(-vocab_size // 32)
 
     def mask(self) -> np.ndarray:
         """uint32 [ceil(V / 32)]: bit ``i`` of word ``w`` allows token ``32 * w + i``."""
-        mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+        allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: self._words]
         self._check()
-        return mask
+        # a model may have more rows than its tokenizer has tokens: those are never drawn
+        return np.pad(allowed, (0, self._words - len(allowed)))
 
     def advance(self, token: int) -> None:
         """Takes the token that was drawn."""
@@ -78,7 +84,8 @@ class GrammarCompiler:
             ApiError: 400; it is too large, not valid, or cannot be compiled in time.
         """
         text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
-        return await self._make(llguidance.LLMatcher.grammar_from_json_schema(text), param, count)
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_LAYOUT)
+        return await self._make(grammar, param, count)
 
     async def lark(self, lark: str, param: str, count: int) -> list[TokenGrammar]:
         """Grammars in llguidance's dialect of Lark.
@@ -99,16 +106,13 @@ class GrammarCompiler:
                 first = await asyncio.to_thread(self._compile, grammar, param)
         except TimeoutError as error:
             raise bad_request(f"the schema took over {DEADLINE_S:g} s to compile", param) from error
-        eos = self._tokenizer.eos_ids
-        return [
-            TokenGrammar(first, eos),
-            *(TokenGrammar(first.deep_copy(), eos) for _ in range(count - 1)),
-        ]
+        matchers = [first, *(first.deep_copy() for _ in range(count - 1))]
+        return [TokenGrammar(one, self._tokenizer.eos_ids, self._vocab_size) for one in matchers]
 
     def _compile(self, grammar: str, param: str) -> Any:
         with self._lock:
             if self._vocabulary is None:
-                self._vocabulary = vocabulary(self._tokenizer, self._vocab_size)
+                self._vocabulary = vocabulary(self._tokenizer)
         matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
         allowed = matcher.compute_bitmask()  # a cyclic schema shows only here
         if matcher.is_error():
@@ -133,10 +137,8 @@ class _Vocabulary:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
 
-def vocabulary(tokenizer: Tokenizer, vocab_size: int) -> llguidance.LLTokenizer:
+def vocabulary(tokenizer: Tokenizer) -> llguidance.LLTokenizer:
     """A tokenizer's vocabulary as llguidance keeps it; takes a second for a large one."""
     return llguidance.LLTokenizer(
-        llguidance.TokenizerWrapper(_Vocabulary(tokenizer)),
-        n_vocab=max(vocab_size, tokenizer.vocab_size),
-        eos_token=sorted(tokenizer.eos_ids),
+        llguidance.TokenizerWrapper(_Vocabulary(tokenizer)), eos_token=sorted(tokenizer.eos_ids)
     )

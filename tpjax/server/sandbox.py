@@ -14,9 +14,10 @@ import asyncio
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import threading
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from tpjax.server.errors import ApiError, bad_request
 
@@ -44,7 +45,7 @@ class Sandbox:
         self._setup = {"templates": templates, "variables": variables}
         self._time_limit_s = time_limit_s
         self._lock = asyncio.Lock()
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     async def render(self, conversation: dict[str, Any]) -> str:
         """The prompt of a conversation: the arguments of ``ChatTemplates.render``.
@@ -62,61 +63,74 @@ class Sandbox:
         """
         await self._run({"grammar": grammar}, "the schema", param)
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Ends the process."""
         if self._process is not None:
             process, self._process = self._process, None
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):  # whoever still reads has met the end by now
+                with contextlib.suppress(OSError):
+                    pipe and pipe.close()
 
     async def _run(self, job: dict[str, Any], what: str, param: str) -> str:
         async with self._lock:
-            done = False
+            answer = None
             try:
                 process = await self._started()
                 async with asyncio.timeout(self._time_limit_s):
-                    answer = await _ask(process, job)
-                done = True
+                    answer = await asyncio.to_thread(_ask, process, job)
             except TimeoutError as error:
                 raise bad_request(f"{what} took over {self._time_limit_s:g} s", param) from error
-            except (asyncio.IncompleteReadError, ConnectionError) as error:
+            except (EOFError, OSError) as error:
                 raise bad_request(f"{what} needs more memory than it may have", param) from error
             finally:
-                if not done:  # an answer may still come: it would be taken for the next job's
-                    await self.close()
+                if answer is None:  # one may still come: it would be taken for the next job's
+                    self.close()
         if "error" in answer:
             raise bad_request(answer["error"], param)
         text: str = answer["text"]
         return text
 
-    async def _started(self) -> asyncio.subprocess.Process:
-        if self._process is None or self._process.returncode is not None:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "tpjax.server.sandbox",
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
+    async def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            # Popen and not asyncio's: uvloop would fork, and JAX's threads do not survive that
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tpjax.server.sandbox"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
                 env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
                 start_new_session=True,  # Ctrl-C is for the server, which then ends the worker
             )
             try:
                 async with asyncio.timeout(START_LIMIT_S):
-                    await _ask(self._process, self._setup)
-            except (TimeoutError, asyncio.IncompleteReadError, ConnectionError) as error:
+                    await asyncio.to_thread(_ask, self._process, self._setup)
+            except (TimeoutError, EOFError, OSError) as error:
                 raise ApiError(503, "the worker for templates does not start", code="worker") from error
         return self._process
 
 
-async def _ask(process: asyncio.subprocess.Process, message: dict[str, Any]) -> dict[str, Any]:
+def _ask(process: subprocess.Popen[bytes], message: dict[str, Any]) -> dict[str, Any]:
     assert process.stdin is not None and process.stdout is not None
-    data = json.dumps(message).encode()
-    process.stdin.write(len(data).to_bytes(4, "big") + data)
-    await process.stdin.drain()
-    length = int.from_bytes(await process.stdout.readexactly(4), "big")
-    answer: dict[str, Any] = json.loads(await process.stdout.readexactly(length))
+    _send(process.stdin, message)
+    answer = _receive(process.stdout)
+    if answer is None:
+        raise EOFError
     return answer
+
+
+def _send(pipe: IO[bytes], message: dict[str, Any]) -> None:
+    data = json.dumps(message).encode()
+    pipe.write(len(data).to_bytes(4, "big") + data)
+    pipe.flush()
+
+
+def _receive(pipe: IO[bytes]) -> dict[str, Any] | None:
+    """A message, or ``None`` at the end."""
+    header = pipe.read(4)
+    data = pipe.read(int.from_bytes(header, "big"))
+    message: dict[str, Any] | None = json.loads(data) if data else None
+    return message
 
 
 # --- the worker --------------------------------------------------------------------------------------------
@@ -134,16 +148,15 @@ def main() -> None:
     worker.join()
 
 
-def _work(stdin: BinaryIO, stdout: BinaryIO) -> None:
+def _work(stdin: IO[bytes], stdout: IO[bytes]) -> None:
     import llguidance
 
     from tpjax.chat_template import ChatTemplates
     from tpjax.errors import TpjaxError
 
     templates: ChatTemplates | None = None
-    while header := stdin.read(4):
-        message = json.loads(stdin.read(int.from_bytes(header, "big")))
-        answer = {}
+    while (message := _receive(stdin)) is not None:
+        answer = {"text": ""}
         try:
             if templates is None:
                 templates = ChatTemplates(message["templates"], message["variables"])
@@ -153,14 +166,13 @@ def _work(stdin: BinaryIO, stdout: BinaryIO) -> None:
                     answer = {"error": f"the prompt has {len(text)} characters, over {MAX_RENDERED_CHARS}"}
             else:
                 wrong = llguidance.LLMatcher.validate_grammar(message["grammar"])
-                answer = {"error": f"the schema is not usable: {wrong[:500]}"} if wrong else {"text": ""}
+                if wrong:
+                    answer = {"error": f"the schema is not usable: {wrong[:500]}"}
         except TpjaxError as error:
             answer = {"error": str(error)[:500]}
         except (MemoryError, RecursionError):
             answer = {"error": "the chat template needs more memory than it may have"}
-        data = json.dumps(answer).encode()
-        stdout.write(len(data).to_bytes(4, "big") + data)
-        stdout.flush()
+        _send(stdout, answer)
 
 
 if __name__ == "__main__":

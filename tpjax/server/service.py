@@ -23,6 +23,7 @@ from tpjax.server.metrics import Clock, Metrics
 
 if TYPE_CHECKING:
     from tpjax.engine.engine import Engine, Stats
+    from tpjax.engine.request import Request
     from tpjax.llm import LLM
 
 log = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ class Service:
         self._on_failure = on_failure
         self._llm: LLM | None = None
         self._streams: set[Stream] = set()  # the event loop's
-        self._active: dict[int, tuple[Stream, int]] = {}  # the engine thread's: id of a request -> its place
+        self._active: dict[Request, tuple[Stream, int]] = {}  # the engine thread's
         self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="tpjax-engine", daemon=True)
 
@@ -263,7 +264,7 @@ class Service:
     def _step(self, engine: Engine) -> None:
         grown = []
         for request, tokens in engine.step():
-            place = self._active.get(id(request))
+            place = self._active.get(request)
             if place is None:
                 continue  # cancelled after its dispatch
             stream, index = place
@@ -272,7 +273,7 @@ class Service:
             delta = stream.generations[index].advance(tokens)
             if delta.finish_reason is not None:
                 engine.cancel(request)
-                del self._active[id(request)]
+                del self._active[request]
             if delta:
                 grown.append((stream, index, delta))
         if grown:
@@ -283,7 +284,7 @@ class Service:
         try:
             for index, generation in enumerate(stream.generations):
                 engine.add(generation.request)
-                self._active[id(generation.request)] = (stream, index)
+                self._active[generation.request] = (stream, index)
         except Exception:  # each was checked before: this is a bug, and must not end the others
             log.exception("a checked request was refused")
             self._cancel(engine, stream)
@@ -292,7 +293,7 @@ class Service:
     def _cancel(self, engine: Engine, stream: Stream) -> None:
         aborted = 0
         for generation in stream.generations:
-            if self._active.pop(id(generation.request), None) is not None:
+            if self._active.pop(generation.request, None) is not None:
                 engine.cancel(generation.request)
                 aborted += 1
         if aborted:

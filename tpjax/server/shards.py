@@ -9,5 +9,30 @@ if TYPE_CHECKING:
 
 
 def shards(llm: LLM) -> dict[str, Any]:
-    """Devices, and of each kind of tensor the spec, the shape on a device, and its bytes."""
-    return {}
+    """What lies where.
+
+    Returns:
+        The mesh's size and kind of device; the head plan in words; of each kind of tensor its spec, shape,
+        shape on one device, and bytes per device; and of the cache the same.
+    """
+    report = llm.explain()
+    return {
+        "tp": report.tp,
+        "platform": report.platform,
+        "dtype": report.dtype,
+        "heads": report.heads["summary"],
+        "weight_bytes_per_device": report.weight_bytes_per_device,
+        "cache_bytes_per_device": report.cache["bytes_per_device"],
+        "tensors": [
+            {
+                "name": row.name,
+                "count": row.count,
+                "spec": row.spec,
+                "shape": row.shape,
+                "shard_shape": row.shard_shape,
+                "bytes_per_device": row.bytes_per_device,
+                "replicated": row.replicated,
+            }
+            for row in report.tensors
+        ],
+    }

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tpjax.server.errors import bad_request
+from tpjax.server.grammar import WHITESPACE
 from tpjax.server.protocol import ChatBody, Message, NamedTool, Tool
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -135,10 +136,9 @@ def _quoted(text: str) -> str:
 
 
 def _parameters(tool: Tool) -> str:
-    schema = tool.function.parameters or {"type": "object"}
-    if not tool.function.strict:  # a keyword that cannot be enforced is then only advice
-        schema = {**schema, "x-guidance": {"lenient": True}}
-    return json.dumps(schema)
+    # where a tool is not strict, a keyword that cannot be enforced is only advice
+    options = {"whitespace_pattern": WHITESPACE, "lenient": not tool.function.strict}
+    return json.dumps({**(tool.function.parameters or {"type": "object"}), "x-guidance": options})
 
 
 def conversation(

@@ -75,7 +75,9 @@ def decoder_logits(
     """Scores [S, V] over the paged cache, through every kind of call that serving makes."""
     mesh = make_mesh(tp)
     checkpoint = Checkpoint(Path("random"), config, Arrays(weights))
-    graph, state = nnx.split(load_decoder(checkpoint, mesh, F32, progress=False))
+    graph, state = nnx.split(
+        load_decoder(checkpoint, abstract_decoder(config, mesh, F32), mesh, progress=False)
+    )
     blocks = -(-LENGTH // PAGE)
     cache = allocate(config, mesh, num_pages=blocks + 1, page_size=PAGE, dtype=F32)
     table = jnp.arange(blocks, 0, -1, dtype=jnp.int32)[None]

@@ -225,11 +225,16 @@ def test_generate_streams_text_and_reports_figures(fake_llm, capsys):
 
 def test_generate_passes_every_option_on(fake_llm):
     options = "--max-tokens 7 --temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --seed 11 --ignore-eos"
-    more = "--stop END --stop ## --dtype float32 --max-model-len 99"
+    more = "--stop END --stop ## --dtype float32 --max-model-len 99 --expert-sharding width"
     assert status("generate", "Hello", "--model", fake_llm, *options.split(), *more.split()) == 0
     (llm,) = FakeLLM.made
     assert (llm.model, llm.prompt) == (fake_llm, "Hello")
-    assert llm.options == {"tp": None, "dtype": "float32", "max_model_len": 99}
+    assert llm.options == {
+        "tp": None,
+        "dtype": "float32",
+        "max_model_len": 99,
+        "expert_sharding": "width",
+    }
     wanted = {
         "max_tokens": 7,
         "temperature": 0.5,
@@ -286,7 +291,12 @@ def test_explain_as_json(fake_llm, capsys, monkeypatch):
         lambda model, **options: types.SimpleNamespace(to_dict=lambda: options),
     )
     assert status("explain", fake_llm, "--tp", "6", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"tp": 6, "dtype": "auto", "max_model_len": None}
+    assert json.loads(capsys.readouterr().out) == {
+        "tp": 6,
+        "dtype": "auto",
+        "max_model_len": None,
+        "expert_sharding": "auto",
+    }
 
 
 def test_pull_prints_the_path(tmp_path, capsys):

@@ -26,6 +26,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("chat_template",),
     ("tokenizer",),
     ("runner",),
+    ("memory",),
     ("engine",),
     ("inspect",),
     ("llm",),

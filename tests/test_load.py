@@ -76,7 +76,8 @@ def save(path: Path, weights: Mapping[str, np.ndarray], **config: Any) -> Path:
 
 
 def load(path: Path, tp: int, dtype: jnp.dtype = F32) -> dict[str, jax.Array]:
-    model = load_decoder(open_checkpoint(path), make_mesh(tp), dtype, progress=False)
+    checkpoint, mesh = open_checkpoint(path), make_mesh(tp)
+    model = load_decoder(checkpoint, abstract_decoder(checkpoint.config, mesh, dtype), mesh, progress=False)
     return {".".join(map(str, key)): leaf for key, leaf in flat(model).items()}
 
 
@@ -243,7 +244,9 @@ def test_only_the_slices_are_read(plain: Path) -> None:
     """At tp = 8 every element once; k and v once per slot that holds a replica, and norms once in all."""
     checkpoint = open_checkpoint(plain)
     source = Counting(checkpoint.source)
-    load_decoder(Checkpoint(plain, checkpoint.config, source), make_mesh(8), F32, progress=False)
+    mesh = make_mesh(8)
+    model = abstract_decoder(checkpoint.config, mesh, F32)
+    load_decoder(Checkpoint(plain, checkpoint.config, source), model, mesh, progress=False)
     for name, count in source.elements.items():
         replicas = 3 if name.split(".")[-2] in ("k_proj", "v_proj") else 1
         assert count == replicas * np.prod(source.tensors[name].shape), name

@@ -19,7 +19,7 @@ import tpjax
 tpjax.fake_devices(8)
 import jax, jax.numpy as jnp
 from pathlib import Path
-from tpjax.checkpoints.load import load_decoder, open_checkpoint
+from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint
 from tpjax.mesh import make_mesh
 mesh = make_mesh(8)
 jnp.zeros(8).block_until_ready()
@@ -27,7 +27,8 @@ checkpoint = open_checkpoint(Path(sys.argv[1]))
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
-model = load_decoder(checkpoint, mesh, jnp.dtype("float32"), progress=False)
+model = abstract_decoder(checkpoint.config, mesh, jnp.dtype("float32"))
+model = load_decoder(checkpoint, model, mesh, progress=False)
 arrays = [x for x in jax.tree.leaves(model) if isinstance(x, jax.Array)]
 shards = sum(shard.data.nbytes for array in arrays for shard in array.addressable_shards)
 largest = max(4 * __import__("math").prod(info.shape) for info in checkpoint.source.tensors.values())

@@ -15,9 +15,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from tpjax import __version__
+from tpjax.config import ExpertSharding
 from tpjax.errors import RequestError, TpjaxError
 
 if TYPE_CHECKING:
@@ -115,7 +116,13 @@ def _explain(args: argparse.Namespace) -> None:
     from tpjax.inspect.explain import explain_model
 
     _devices(args)
-    report = explain_model(args.model, tp=args.tp, dtype=args.dtype, max_model_len=args.max_model_len)
+    report = explain_model(
+        args.model,
+        tp=args.tp,
+        dtype=args.dtype,
+        max_model_len=args.max_model_len,
+        expert_sharding=args.expert_sharding,
+    )
     _show(json.dumps(report.to_dict(), indent=2) if args.json else report)
 
 
@@ -124,7 +131,13 @@ def _load(args: argparse.Namespace) -> LLM:
     _devices(args)
     from tpjax import LLM
 
-    return LLM(args.model, tp=args.tp, dtype=args.dtype, max_model_len=args.max_model_len)
+    return LLM(
+        args.model,
+        tp=args.tp,
+        dtype=args.dtype,
+        max_model_len=args.max_model_len,
+        expert_sharding=args.expert_sharding,
+    )
 
 
 def _devices(args: argparse.Namespace) -> None:
@@ -350,6 +363,12 @@ def _add_sharding_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--dtype", choices=DTYPES, default="auto", help="of weights and cache (auto)")
     verb.add_argument(
         "--max-model-len", type=_token_count, metavar="N", help="most tokens of prompt and answer together"
+    )
+    verb.add_argument(
+        "--expert-sharding",
+        choices=get_args(ExpertSharding),
+        default="auto",
+        help="whole experts on a device, or a share of each one's width (auto: as tp divides them)",
     )
 
 

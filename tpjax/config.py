@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from tpjax.errors import ConfigError
 
 LayerType = Literal["full_attention", "sliding_attention"]
 LAYER_TYPES: tuple[LayerType, ...] = ("full_attention", "sliding_attention")
 Activation = Literal["silu", "gelu_tanh"]
+RouterScoring = Literal["softmax", "sigmoid"]
+ExpertSharding = Literal["auto", "experts", "width"]
 
 
 def check_size(name: str, value: object) -> None:
@@ -24,6 +26,14 @@ def check_positive(name: str, value: object) -> None:
     fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not fine or value <= 0:  # type: ignore[operator]
         raise ConfigError(f"{name}={value!r} is not a positive number")
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """Raises a ``ConfigError`` unless the value is one of a ``Literal``'s."""
+    known = get_args(choices)
+    if value not in known:
+        listed = f"{', '.join(known[:-1])} or {known[-1]}"
+        raise ConfigError(f"{name}={value!r} is not supported: use {listed}")
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,107 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """A mixture of experts in place of the MLP (Shazeer et al. 2017, https://arxiv.org/abs/1701.06538).
+
+    Attributes:
+        num_experts: experts of a layer [E].
+        experts_per_token: how many of them compute a token [k].
+        expert_width: width of one expert [F].
+        sparse_layers: one entry a layer: whether it has experts; the others have the MLP.
+        scoring: ``softmax`` over all experts, or each expert's own ``sigmoid`` (DeepSeek-V3, section 2.1.2,
+            https://arxiv.org/abs/2412.19437).
+        norm_topk_prob: the chosen experts' scores are divided by their sum. With ``softmax`` that is the
+            softmax over the chosen experts alone.
+        num_groups: ``sigmoid``: experts are chosen from some of so many groups of equal size.
+        groups_per_token: ``sigmoid``: from the groups whose two best experts score highest.
+        routed_scale: multiplies the chosen experts' scores.
+        router_bias: the router's scores have a bias.
+        correction_bias: ``sigmoid``: a bias per expert that counts in choosing, not in weighing.
+        expert_bias: the experts' projections have biases.
+        shared_width: width of the expert that computes every token; 0: there is none.
+        shared_gate: its output is weighed by a sigmoid of the token.
+        swiglu_limit: gate and up are clamped to this, and the gate is ``(up + 1) * gate * sigmoid(alpha *
+            gate)`` (gpt-oss model card, https://arxiv.org/abs/2508.10925); ``None``: as in the MLP.
+        swiglu_alpha: that alpha.
+        expert_sharding: over ``tp`` devices, whole ``experts`` or every expert's ``width`` is cut;
+            ``auto``: experts where tp divides them.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    expert_width: int
+    sparse_layers: tuple[bool, ...]
+    scoring: RouterScoring = "softmax"
+    norm_topk_prob: bool
+    num_groups: int = 1
+    groups_per_token: int = 1
+    routed_scale: float = 1.0
+    router_bias: bool = False
+    correction_bias: bool = False
+    expert_bias: bool = False
+    shared_width: int = 0
+    shared_gate: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
+    expert_sharding: ExpertSharding = "auto"
+
+    def __post_init__(self) -> None:
+        sizes = ("num_experts", "experts_per_token", "expert_width", "num_groups", "groups_per_token")
+        for name in sizes:
+            check_size(name, getattr(self, name))
+        if self.shared_width != 0:
+            check_size("shared_width", self.shared_width)
+        for name in ("routed_scale", "swiglu_alpha"):
+            check_positive(name, getattr(self, name))
+        if self.swiglu_limit is not None:
+            check_positive("swiglu_limit", self.swiglu_limit)
+        if self.experts_per_token > self.num_experts:
+            raise ConfigError(
+                f"experts_per_token={self.experts_per_token} is over num_experts={self.num_experts}"
+            )
+        check_choice("scoring", self.scoring, RouterScoring)
+        if self.scoring == "softmax" and (self.correction_bias or self.num_groups > 1):
+            raise ConfigError(
+                f"correction_bias={self.correction_bias} and num_groups={self.num_groups} "
+                "need scoring='sigmoid', but it is 'softmax'"
+            )
+        self._check_groups()
+        if self.shared_gate and not self.shared_width:
+            raise ConfigError("shared_gate=True needs a shared expert, but shared_width=0")
+        check_choice("expert_sharding", self.expert_sharding, ExpertSharding)
+
+    def _check_groups(self) -> None:
+        if self.num_groups == 1:
+            return
+        if self.num_experts % self.num_groups or self.num_experts < 2 * self.num_groups:
+            raise ConfigError(
+                f"num_groups={self.num_groups} does not cut num_experts={self.num_experts} into equal groups "
+                "of 2 or more"
+            )
+        reachable = self.groups_per_token * (self.num_experts // self.num_groups)
+        if self.groups_per_token > self.num_groups or self.experts_per_token > reachable:
+            raise ConfigError(
+                f"groups_per_token={self.groups_per_token} of num_groups={self.num_groups} hold {reachable} "
+                f"experts, but experts_per_token={self.experts_per_token}"
+            )
+
+    def cut(self, tp: int) -> Literal["experts", "width"]:
+        """What is cut over ``tp`` devices: the list of experts, or each expert's width.
+
+        Raises:
+            ConfigError: whole experts were asked for and tp does not divide them.
+        """
+        divides = self.num_experts % tp == 0
+        if self.expert_sharding == "experts" and not divides:
+            raise ConfigError(
+                f"expert_sharding='experts' needs a tp that divides num_experts={self.num_experts}, "
+                f"but tp={tp}: use auto or width"
+            )
+        return "experts" if divides and self.expert_sharding != "width" else "width"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only transformer. Letters in brackets are the dimension names used in every shape.
 
@@ -91,6 +202,7 @@ class ModelConfig:
         attention_bias: q, k, v have biases.
         attention_out_bias: ``o_proj`` has a bias.
         mlp_bias: the MLP's projections have biases.
+        moe: the mixture of experts that stands in for the MLP in some layers; ``None``: in none.
     """
 
     model_type: str
@@ -117,6 +229,7 @@ class ModelConfig:
     attention_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
+    moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
         sizes = (
@@ -152,6 +265,32 @@ class ModelConfig:
             check_size("sliding_window", self.sliding_window)
         if self.activation not in ("silu", "gelu_tanh"):
             raise ConfigError(f"activation={self.activation!r} is not supported: use silu or gelu_tanh")
+
+        if self.moe is not None and len(self.moe.sparse_layers) != self.num_layers:
+            raise ConfigError(
+                f"sparse_layers has {len(self.moe.sparse_layers)} entries, but num_layers={self.num_layers}"
+            )
+
+    @property
+    def sparse_layers(self) -> tuple[bool, ...]:
+        """For each layer, whether a mixture of experts stands in for the MLP."""
+        return (False,) * self.num_layers if self.moe is None else self.moe.sparse_layers
+
+    def with_expert_sharding(self, expert_sharding: ExpertSharding) -> ModelConfig:
+        """The same architecture with :attr:`MoEConfig.expert_sharding` set.
+
+        Raises:
+            ConfigError: there is no such sharding, or there are no experts to cut.
+        """
+        check_choice("expert_sharding", expert_sharding, ExpertSharding)
+        if self.moe is not None:
+            return replace(self, moe=replace(self.moe, expert_sharding=expert_sharding))
+        if expert_sharding != "auto":
+            raise ConfigError(
+                f"expert_sharding={expert_sharding!r} needs a mixture of experts, "
+                f"and this {self.model_type} model has none"
+            )
+        return self
 
     def rope_of(self, layer_type: LayerType) -> RopeConfig:
         """The rotary embedding of a kind of layer."""

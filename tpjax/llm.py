@@ -15,14 +15,15 @@ import jax
 import numpy as np
 
 from tpjax.checkpoints.hub import cache_dir, resolve
-from tpjax.checkpoints.load import load_decoder, open_checkpoint
-from tpjax.config import ModelConfig
+from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint, parameters
+from tpjax.config import ExpertSharding, ModelConfig
 from tpjax.engine.engine import Engine
 from tpjax.engine.generation import Delta, Generation
 from tpjax.engine.request import FinishReason, Request, TokenLogprobs
 from tpjax.errors import ConfigError, RequestError
+from tpjax.memory import device_memory, plan_limits
 from tpjax.mesh import make_mesh
-from tpjax.runner import Row, Runner, plan_limits, resolve_dtype
+from tpjax.runner import Row, Runner, resolve_dtype
 from tpjax.sampling_params import MAX_SEED, SamplingParams
 from tpjax.tokenizer import Tokenizer, load_tokenizer
 
@@ -70,6 +71,8 @@ class LLM:
         max_slots: sequences decoded at once; more are queued.
         quantize: reserved for quantised execution; only ``None`` is supported.
         seed: of the draws of requests that bring no seed of their own.
+        expert_sharding: of a mixture of experts: ``experts`` (whole ones on each device), ``width`` (each
+            device has a share of every expert), or ``auto``: experts where ``tp`` divides them.
 
     Attributes:
         config: the architecture.
@@ -89,20 +92,30 @@ class LLM:
         max_slots: int = 8,
         quantize: str | None = None,
         seed: int = 0,
+        expert_sharding: ExpertSharding = "auto",
     ) -> None:
         if quantize is not None:
             raise ConfigError(f"quantize={quantize!r} is not supported: use None")
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
             raise ConfigError(f"seed={seed!r} is not a whole number, 0 to {MAX_SEED}")
         path = resolve(os.fspath(model))
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path).with_expert_sharding(expert_sharding)
         self.config: ModelConfig = checkpoint.config
         self.tokenizer: Tokenizer | None = load_tokenizer(path)
         self.mesh = make_mesh(tp)
         _use_compilation_cache()
         self.dtype = resolve_dtype(dtype)
-        limits = plan_limits(self.config, self.mesh.size, self.dtype, max_model_len, max_slots)
-        decoder = load_decoder(checkpoint, self.mesh, self.dtype)
+        decoder = abstract_decoder(self.config, self.mesh, self.dtype)
+        limits = plan_limits(
+            self.config,
+            self.mesh.size,
+            self.dtype,
+            weight_bytes=sum(p.bytes_per_device for p in parameters(decoder, self.mesh)),
+            memory=device_memory(self.mesh.size),
+            max_model_len=max_model_len,
+            max_slots=max_slots,
+        )
+        decoder = load_decoder(checkpoint, decoder, self.mesh)
         self.name = str(model)
         self.path: Path = path
         self.runner = Runner(decoder, self.mesh, limits, self.dtype)

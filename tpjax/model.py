@@ -1,7 +1,8 @@
 """The whole architecture on one screen.
 
 Dimension letters, here and everywhere: B batch, S positions, D hidden, H query heads, K KV heads (slots of
-the ``HeadPlan``), G query heads per KV head, h head_dim, F MLP width, V vocabulary.
+the ``HeadPlan``), G query heads per KV head, h head_dim, F MLP width, V vocabulary;
+E experts, k experts a token, N tokens.
 """
 
 from __future__ import annotations
@@ -15,15 +16,23 @@ from tpjax.config import ModelConfig
 from tpjax.layers.attention import Attention
 from tpjax.layers.linear import Embedding
 from tpjax.layers.mlp import MLP
+from tpjax.layers.moe import MoE
 from tpjax.layers.norm import RMSNorm
 from tpjax.layers.rope import Rotation, rotation
 from tpjax.sharding import LOGITS, REPLICATED, constrain
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and MLP, each normed going in, and coming out too where ``sandwich_norms``."""
+    """Attention and MLP, each normed going in, and coming out too where ``sandwich_norms``.
 
-    def __init__(self, config: ModelConfig, tp: int, dtype: jnp.dtype) -> None:
+    Args:
+        config: the architecture.
+        tp: devices.
+        dtype: of weights and activations.
+        sparse: a mixture of experts stands in for the MLP.
+    """
+
+    def __init__(self, config: ModelConfig, tp: int, dtype: jnp.dtype, *, sparse: bool) -> None:
         def norm(name: str) -> RMSNorm:
             return RMSNorm(f"{name}.weight", config.hidden_size, config, dtype)
 
@@ -31,7 +40,7 @@ class DecoderLayer(nnx.Module):
         self.self_attn = Attention(config, tp, dtype)
         self.post_attention_layernorm = norm("post_attention_layernorm")
         self.pre_feedforward_layernorm = norm("pre_feedforward_layernorm") if config.sandwich_norms else None
-        self.mlp = MLP(config, tp, dtype)
+        self.mlp = MoE(config, tp, dtype) if sparse else MLP(config, tp, dtype)
         self.post_feedforward_layernorm = (
             norm("post_feedforward_layernorm") if config.sandwich_norms else None
         )
@@ -69,7 +78,9 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, tp: int, dtype: jnp.dtype) -> None:
         self.config = config
         self.embed_tokens = Embedding("embed_tokens.weight", config.vocab_size, config.hidden_size, tp, dtype)
-        self.layers = nnx.List([DecoderLayer(config, tp, dtype) for _ in config.layer_types])
+        self.layers = nnx.List(
+            [DecoderLayer(config, tp, dtype, sparse=sparse) for sparse in config.sparse_layers]
+        )
         self.norm = RMSNorm("norm.weight", config.hidden_size, config, dtype)
         self.lm_head = (
             None

@@ -35,9 +35,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PAGE_SIZE = 128
-# What the cache may take where the memory is the user's own: enough for several long conversations.
-_CPU_CACHE_BYTES = 2**30
-_ACCELERATOR_CACHE_FRACTION = 0.4  # weights are not loaded yet when this is decided
+CHUNK_SIZES = (32, 128, 256, 512)
 STOP_IDS = 8  # stop tokens a row carries to the device; what is over is caught on the host
 NO_TOKEN = -1  # what a finished row yields
 
@@ -59,7 +57,7 @@ class Limits:
     max_model_len: int
     num_pages: int
     page_size: int = 128
-    chunk_sizes: tuple[int, ...] = (32, 128, 256, 512)
+    chunk_sizes: tuple[int, ...] = CHUNK_SIZES
     steps: int = 4
 
     def __post_init__(self) -> None:
@@ -104,40 +102,6 @@ def resolve_dtype(name: str) -> jnp.dtype:
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
-
-
-def plan_limits(
-    config: ModelConfig, tp: int, dtype: jnp.dtype, max_model_len: int | None, max_slots: int
-) -> Limits:
-    """Sizes of slots, context and cache.
-
-    The cache holds ``max_slots`` sequences of full length where memory allows, and at least one.
-
-    Raises:
-        ConfigError: ``max_model_len`` is over what the model was made for.
-    """
-    longest = config.max_position_embeddings
-    if max_model_len is not None and not 1 <= max_model_len <= longest:
-        raise ConfigError(f"max_model_len={max_model_len} is not between 1 and the model's {longest}")
-    if max_slots < 1:
-        raise ConfigError(f"max_slots={max_slots} is less than 1")
-    page_bytes = kv.page_bytes_per_device(config, tp, PAGE_SIZE, dtype)
-    affordable = max(1, _cache_bytes(tp) // page_bytes)
-    if max_model_len is None:
-        max_model_len = min(longest, affordable * PAGE_SIZE)
-    blocks = -(-max_model_len // PAGE_SIZE)
-    pages = max(blocks, min(max_slots * blocks, affordable))
-    return Limits(max_slots=max_slots, max_model_len=max_model_len, num_pages=pages + 1, page_size=PAGE_SIZE)
-
-
-def _cache_bytes(tp: int) -> int:
-    """Bytes per device the cache may take, weights not yet loaded."""
-    device = jax.devices()[0]
-    if device.platform == "cpu":
-        return _CPU_CACHE_BYTES // tp
-    stats = device.memory_stats() or {}
-    free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
-    return int(free * _ACCELERATOR_CACHE_FRACTION)
 
 
 @dataclass(frozen=True)

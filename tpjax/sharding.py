@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import jax
 import numpy as np
@@ -200,6 +201,58 @@ class WeightLayout:
         """Stored elements that no canonical element fills for the first time: zeros and replicas."""
         other = math.prod(self.shape) // self.shape[self.axis]
         return math.prod(self.shape) - other * sum(size for _, size in self.sizes)
+
+
+@dataclass(frozen=True)
+class StackedLayout:
+    """Parameters of like layout, stacked along a new first axis: one per expert.
+
+    Attributes:
+        one: layout of each; in its sources' names, ``{}`` stands for the number.
+        count: how many.
+    """
+
+    one: WeightLayout
+    count: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Stored shape."""
+        return (self.count, *self.one.shape)
+
+    @property
+    def padding(self) -> int:
+        """As :attr:`WeightLayout.padding`."""
+        return self.count * self.one.padding
+
+    def canonical_shapes(self) -> dict[str, tuple[int, ...]]:
+        """As :meth:`WeightLayout.canonical_shapes`."""
+        return {
+            source.format(number): shape
+            for number in range(self.count)
+            for source, shape in self.one.canonical_shapes().items()
+        }
+
+    def read(
+        self,
+        read: Callable[[str, tuple[slice, ...]], np.ndarray],
+        index: tuple[slice, ...],
+        dtype: np.dtype,
+    ) -> np.ndarray:
+        """As :meth:`WeightLayout.read`."""
+        numbers = range(self.count)[index[0]]
+        shape = [len(range(size)[part]) for part, size in zip(index[1:], self.one.shape, strict=True)]
+        out = np.empty([len(numbers), *shape], dtype)
+        for place, number in enumerate(numbers):
+
+            def read_one(source: str, box: tuple[slice, ...], number: int = number) -> np.ndarray:
+                return read(source.format(number), box)
+
+            out[place] = self.one.read(read_one, index[1:], dtype)
+        return out
+
+
+Layout: TypeAlias = WeightLayout | StackedLayout
 
 
 def whole(source: str, shape: tuple[int, ...], *, padded: int | None = None, axis: int = 0) -> WeightLayout:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tpjax.checkpoints.gguf import GGUFFile
 from tpjax.checkpoints.quantized import dequantized
 from tpjax.checkpoints.safetensors import SafetensorsCheckpoint
 from tpjax.checkpoints.source import TensorInfo, TensorSource
-from tpjax.config import ModelConfig
+from tpjax.config import ExpertSharding, ModelConfig
 from tpjax.errors import CheckpointError
 from tpjax.families import (
     FAMILIES,
@@ -36,7 +37,7 @@ from tpjax.families import (
 from tpjax.mappings.fields import Fields
 from tpjax.mappings.quantization import quantization_of
 from tpjax.model import Decoder
-from tpjax.sharding import WeightLayout
+from tpjax.sharding import Layout
 
 _MOST_ROWS_SHOWN = 20
 
@@ -54,6 +55,10 @@ class Checkpoint:
     path: Path
     config: ModelConfig
     source: TensorSource
+
+    def with_expert_sharding(self, expert_sharding: ExpertSharding) -> Checkpoint:
+        """The same checkpoint, its experts cut as :meth:`ModelConfig.with_expert_sharding` has it."""
+        return replace(self, config=self.config.with_expert_sharding(expert_sharding))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -106,7 +111,9 @@ def abstract_decoder(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> Decod
     return _with_values(
         model,
         {
-            parameter.path: jax.ShapeDtypeStruct(parameter.layout.shape, dtype, sharding=parameter.sharding)
+            parameter.path: jax.ShapeDtypeStruct(
+                parameter.layout.shape, parameter.dtype, sharding=parameter.sharding
+            )
             for parameter in parameters(model, mesh)
         },
     )
@@ -124,7 +131,7 @@ class Parameter:
     """
 
     path: tuple[Any, ...]
-    layout: WeightLayout
+    layout: Layout
     sharding: NamedSharding
     dtype: jnp.dtype
 
@@ -132,6 +139,11 @@ class Parameter:
     def name(self) -> str:
         """Dotted path."""
         return ".".join(map(str, self.path))
+
+    @property
+    def bytes_per_device(self) -> int:
+        """Bytes of one device's slice."""
+        return math.prod(self.sharding.shard_shape(self.layout.shape)) * np.dtype(self.dtype).itemsize
 
     def canonical(self, source: str) -> str:
         """Canonical name of one of the layout's sources: they are relative to the owner's parent."""
@@ -148,7 +160,7 @@ def parameters(model: Decoder, mesh: Mesh) -> list[Parameter]:
     ]
 
 
-def load_decoder(checkpoint: Checkpoint, mesh: Mesh, dtype: jnp.dtype, *, progress: bool = True) -> Decoder:
+def load_decoder(checkpoint: Checkpoint, model: Decoder, mesh: Mesh, *, progress: bool = True) -> Decoder:
     """Reads the weights onto the mesh.
 
     Each device's slice is read and built by itself; the host holds no more than one canonical tensor beyond
@@ -156,14 +168,13 @@ def load_decoder(checkpoint: Checkpoint, mesh: Mesh, dtype: jnp.dtype, *, progre
 
     Args:
         checkpoint: from :func:`open_checkpoint`.
+        model: from :func:`abstract_decoder`, for the same mesh; it gets the weights.
         mesh: ``("tp",)``.
-        dtype: of the weights on the devices.
         progress: show a bar on stderr where that is a terminal.
 
     Raises:
         CheckpointError: configuration and weights disagree; the message lists every difference.
     """
-    model = abstract_decoder(checkpoint.config, mesh, dtype)
     declared = parameters(model, mesh)
     check_tensors(checkpoint, declared)
     arrays: dict[tuple[Any, ...], jax.Array] = {}

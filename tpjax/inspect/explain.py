@@ -20,10 +20,12 @@ from rich.text import Text
 from tpjax.cache import cache_shape, page_bytes_per_device
 from tpjax.checkpoints.hub import resolve
 from tpjax.checkpoints.load import abstract_decoder, check_tensors, open_checkpoint, parameters
+from tpjax.config import ExpertSharding, MoEConfig
 from tpjax.inspect.collectives import Collective, find_collectives, summarise
+from tpjax.memory import device_memory, human_bytes, plan_limits
 from tpjax.mesh import make_mesh
-from tpjax.runner import Runner, plan_limits, resolve_dtype
-from tpjax.sharding import PAGES, HeadPlan
+from tpjax.runner import Runner, resolve_dtype
+from tpjax.sharding import PAGES, HeadPlan, pad_to_multiple
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Report:
         platform: of the devices.
         dtype: of weights and cache.
         heads: the head plan in words.
+        experts: how a mixture of experts is cut, and why; ``None``: the model has none.
         tensors: parameters.
         weight_bytes_per_device: all parameters.
         cache: shape, spec and bytes of the key-value cache.
@@ -76,6 +79,7 @@ class Report:
     platform: str
     dtype: str
     heads: dict[str, Any]
+    experts: dict[str, Any] | None
     tensors: list[TensorRow]
     weight_bytes_per_device: int
     cache: dict[str, Any]
@@ -93,6 +97,7 @@ class Report:
                 style="bold",
             ),
             Text(self.heads["summary"]),
+            *([Text(self.experts["summary"])] if self.experts else []),
             self._tensor_table(),
             self._memory_table(),
             self._collective_table(),
@@ -169,6 +174,7 @@ def explain(runner: Runner, name: str) -> Report:
         platform=mesh.devices.flat[0].device_kind,
         dtype=str(jnp.dtype(runner.dtype)),
         heads=_heads(HeadPlan(config.num_heads, config.num_kv_heads, mesh.size)),
+        experts=None if config.moe is None else _experts(config.moe, mesh.size),
         tensors=rows,
         weight_bytes_per_device=sum(row.bytes_per_device for row in rows),
         cache={
@@ -187,7 +193,11 @@ def explain(runner: Runner, name: str) -> Report:
 
 
 def explain_model(
-    model: str, tp: int | None = None, dtype: str = "auto", max_model_len: int | None = None
+    model: str,
+    tp: int | None = None,
+    dtype: str = "auto",
+    max_model_len: int | None = None,
+    expert_sharding: ExpertSharding = "auto",
 ) -> Report:
     """Describes a checkpoint cut over ``tp`` devices without reading a weight.
 
@@ -196,15 +206,28 @@ def explain_model(
         tp: devices; ``None``: all of them.
         dtype: as ``LLM`` takes it.
         max_model_len: longest sequence, tokens.
+        expert_sharding: as ``LLM`` takes it.
 
     Raises:
         TpjaxError: the checkpoint is not supported, or its configuration and tensors disagree.
     """
-    checkpoint = open_checkpoint(resolve(model))
+    checkpoint = open_checkpoint(resolve(model)).with_expert_sharding(expert_sharding)
     mesh, kind = make_mesh(tp), resolve_dtype(dtype)
     decoder = abstract_decoder(checkpoint.config, mesh, kind)
-    check_tensors(checkpoint, parameters(decoder, mesh))
-    limits = plan_limits(checkpoint.config, mesh.size, kind, max_model_len, max_slots=8)
+    declared = parameters(decoder, mesh)
+    check_tensors(checkpoint, declared)
+    weight_bytes, memory = sum(p.bytes_per_device for p in declared), device_memory(mesh.size)
+    if memory is not None and memory.free < 2 * weight_bytes:
+        memory = None  # what is too large for this machine can be looked at all the same
+    limits = plan_limits(
+        checkpoint.config,
+        mesh.size,
+        kind,
+        weight_bytes=weight_bytes,
+        memory=memory,
+        max_model_len=max_model_len,
+        max_slots=8,
+    )
     return explain(Runner(decoder, mesh, limits, kind), name=model)
 
 
@@ -217,15 +240,6 @@ def collective_budget(num_layers: int, tp: int) -> dict[str, Any]:
         "all_reduces": count,
         "rule": f"budget: 2 × {num_layers} layers + 1 embedding = {count} all-reduces, and sampling",
     }
-
-
-def human_bytes(count: float) -> str:
-    """Bytes with a binary unit: ``1.5 MiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")
 
 
 def _dims(shape: Sequence[int]) -> str:
@@ -280,4 +294,27 @@ def _heads(plan: HeadPlan) -> dict[str, Any]:
         "query_padding": plan.query_padding,
         "kv_padding": plan.kv_padding,
         "summary": summary,
+    }
+
+
+def _experts(moe: MoEConfig, tp: int) -> dict[str, Any]:
+    count, width, cut = moe.num_experts, moe.expert_width, moe.cut(tp)
+    divides = count % tp == 0
+    if cut == "experts":
+        what = f"each device has {count // tp} whole ones"
+    else:
+        padded = pad_to_multiple(width, tp)
+        what = f"each device has {padded // tp} of every expert's width of {width}" + (
+            f" (padded to {padded})" if padded > width else ""
+        )
+    if moe.expert_sharding == "auto":
+        why = f"tp={tp} {'divides' if divides else 'does not divide'} {count} experts"
+    else:
+        why = f"expert_sharding={moe.expert_sharding!r} asks for it"
+    return {
+        "num_experts": count,
+        "experts_per_token": moe.experts_per_token,
+        "sparse_layers": sum(moe.sparse_layers),
+        "cut": cut,
+        "summary": f"experts: {moe.experts_per_token} of {count} compute a token; {what}, as {why}",
     }

@@ -8,10 +8,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from tpjax.sharding import BIAS, COLUMN, REPLICATED, ROW, VOCAB, WeightLayout, pad_to_multiple, whole
+from tpjax.sharding import BIAS, COLUMN, REPLICATED, ROW, VOCAB, Layout, WeightLayout, pad_to_multiple, whole
 
 
-def parameter(layout: WeightLayout, spec: PartitionSpec, dtype: jnp.dtype) -> nnx.Param:
+def parameter(layout: Layout, spec: PartitionSpec, dtype: jnp.dtype) -> nnx.Param:
     """Declares a parameter: its stored shape, its sharding, and what of the checkpoint it is made of.
 
     The loader reads all three back from the abstract model; nothing else lists parameters.

@@ -26,6 +26,24 @@ def activate(x: Float[Array, "*batch F"], kind: Activation) -> Float[Array, "*ba
     return jax.nn.silu(x) if kind == "silu" else jax.nn.gelu(x, approximate=True)
 
 
+def gate_up_segments(names: tuple[str, str], width: int, parts: int) -> tuple[list[Segment], dict[str, int]]:
+    """Gate and up [F] in the order [parts, 2, F / parts], so that each part holds both of its features.
+
+    Args:
+        names: canonical tensors of gate and up.
+        width: F; padded with zeros to a multiple of ``parts``.
+        parts: devices that F is cut over.
+    """
+    share = pad_to_multiple(width, parts) // parts
+    cuts = [
+        Segment(name, part * share, min(share, width - part * share), (2 * part + place) * share)
+        for part in range(parts)
+        for place, name in enumerate(names)
+        if part * share < width
+    ]
+    return cuts, dict.fromkeys(names, width)
+
+
 class MLP(nnx.Module):
     """Column-parallel gate and up, fused; row-parallel down. F is zero-padded to a multiple of tp.
 
@@ -36,17 +54,9 @@ class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, tp: int, dtype: jnp.dtype) -> None:
         hidden, width = config.hidden_size, config.intermediate_size
         padded = pad_to_multiple(width, tp)
-        share = padded // tp
 
         def gate_up(kind: str) -> tuple[list[Segment], dict[str, int]]:
-            names = (f"gate_proj.{kind}", f"up_proj.{kind}")
-            cuts = [
-                Segment(name, device * share, min(share, width - device * share), (2 * device + part) * share)
-                for device in range(tp)
-                for part, name in enumerate(names)
-                if device * share < width
-            ]
-            return cuts, dict.fromkeys(names, width)
+            return gate_up_segments((f"gate_proj.{kind}", f"up_proj.{kind}"), width, tp)
 
         self.gate_up_proj = ColumnLinear(
             columns(2 * padded, *gate_up("weight"), in_features=hidden),

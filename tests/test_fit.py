@@ -1,0 +1,138 @@
+"""What fits is known before a weight is read: tpjax/memory.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tpjax import memory as memory_module
+from tpjax.cache import page_bytes_per_device
+from tpjax.checkpoints.load import abstract_decoder, parameters
+from tpjax.config import ModelConfig, RopeConfig
+from tpjax.errors import ConfigError
+from tpjax.memory import Memory, plan_limits, workspace_bytes
+from tpjax.mesh import make_mesh
+from tpjax.runner import Limits, Runner
+
+F32 = jnp.dtype("float32")
+MIB = 2**20
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=32_000,
+    hidden_size=512,
+    intermediate_size=1536,
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=64,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
+    rope=RopeConfig(),
+    layer_types=("full_attention",) * 2,
+    query_scale=0.125,
+)
+PAGE = page_bytes_per_device(CONFIG, 1, 128, F32)  # 2 · 2 layers · 4 heads · 128 · 64 · 4 bytes
+WORK = workspace_bytes(CONFIG, 1, F32, 4)
+
+
+def limits(free: int | None, cap: int | None = None, *, weights: int = 100 * MIB, **options: Any) -> Limits:
+    options = {"max_model_len": None, "max_slots": 4, **options}
+    memory = None if free is None else Memory(free, cap)
+    return plan_limits(CONFIG, 1, F32, weight_bytes=weights, memory=memory, **options)
+
+
+def test_page_bytes() -> None:
+    assert PAGE == 2 * 2 * 4 * 128 * 64 * 4 == 512 * 1024
+
+
+def test_enough_memory_holds_every_slot_at_full_length() -> None:
+    for plenty in (None, 2**40):
+        got = limits(plenty)
+        assert (got.max_model_len, got.num_pages) == (4096, 4 * 32 + 1)
+
+
+def test_pages_fill_what_is_left() -> None:
+    got = limits(100 * MIB + WORK + 51 * PAGE + PAGE // 2)
+    assert (got.max_model_len, got.num_pages) == (4096, 51)  # the null page included
+    tight = limits(100 * MIB + WORK + 11 * PAGE)
+    assert (tight.max_model_len, tight.num_pages) == (1280, 11)  # the context shrinks to what one can have
+
+
+def test_a_cap_holds_unless_one_sequence_needs_more() -> None:
+    assert limits(2**40, 40 * PAGE).num_pages == 41
+    asked = limits(2**40, 10 * PAGE, max_model_len=4096)
+    assert (asked.max_model_len, asked.num_pages) == (4096, 33)
+    assert limits(2**40, 10 * PAGE).max_model_len == 1280
+
+
+def test_refusal_has_the_sizes_and_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError) as error:
+        limits(100 * MIB + WORK + 11 * PAGE, max_model_len=4000)
+    assert str(error.value) == (
+        "the model does not fit: at tp=1 in float32 each device needs 100 MiB for weights, "
+        f"{memory_module.human_bytes(WORK)} to compute in and 16.5 MiB to cache max_model_len=4000, "
+        f"together {memory_module.human_bytes(100 * MIB + WORK + 33 * PAGE)}, and has "
+        f"{memory_module.human_bytes(100 * MIB + WORK + 11 * PAGE)}; "
+        "what would fit: max_model_len=1280 or dtype=bfloat16"
+    )
+    with pytest.raises(ConfigError, match="to cache 128 tokens, .*; nothing smaller fits$"):
+        limits(10 * MIB)
+    device = type("Device", (), {"platform": "tpu"})
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    with pytest.raises(ConfigError, match=r"; what would fit: tp=3$"):
+        limits(60 * MIB + WORK // 3, weights=120 * MIB)
+
+
+def test_what_is_said_to_fit_does() -> None:
+    free = 100 * MIB + WORK + 11 * PAGE
+    assert limits(free, max_model_len=1280).num_pages == 11
+    with pytest.raises(ConfigError):
+        limits(free, max_model_len=1281)
+
+
+@pytest.mark.parametrize("tp", (1, 4))
+def test_workspace_covers_what_the_compiler_says(tp: int) -> None:
+    """Of the largest programs; and it is no wild guess."""
+    mesh = make_mesh(tp)
+    decoder = abstract_decoder(CONFIG, mesh, F32)
+    runner = Runner(decoder, mesh, Limits(max_slots=4, max_model_len=1024, num_pages=33), F32)
+    programs = [runner.program(*key) for key in (("prefill", 1, 512), ("decode", 4, 1))]
+    used = max(program.memory_analysis().temp_size_in_bytes for program in programs)
+    predicted = workspace_bytes(CONFIG, tp, F32, 4)
+    assert 0.8 * used <= predicted <= 2.5 * used
+    arguments = programs[1].memory_analysis().argument_size_in_bytes
+    weights = sum(p.bytes_per_device for p in parameters(decoder, mesh))
+    cache = 33 * page_bytes_per_device(CONFIG, tp, 128, F32)
+    assert weights + cache == pytest.approx(arguments, rel=0.02)
+
+
+def test_accelerators_say_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = {"bytes_limit": 100 * MIB, "bytes_in_use": 20 * MIB}
+    device = type("Device", (), {"platform": "gpu", "memory_stats": lambda self: stats})()
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    found = memory_module.device_memory(8)
+    assert found == Memory(int(80 * MIB * 0.92), None)  # each has its own: tp divides nothing
+    monkeypatch.setattr(device, "memory_stats", lambda: None, raising=False)
+    assert memory_module.device_memory(8) is None
+
+
+def test_faked_devices_share_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_module, "_host_memory", lambda: 800 * MIB)
+    found = memory_module.device_memory(4)
+    assert found is not None and found.free == 200 * MIB
+    assert replace(found, free=0).cache_cap == 2**30 // 4
+
+
+def test_host_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    (tmp_path / "memory.max").write_text(str(300 * MIB))
+    (tmp_path / "memory.current").write_text(str(250 * MIB))
+    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {100 * MIB}\n")
+    monkeypatch.setattr(memory_module, "_CGROUP", tmp_path)
+    assert memory_module._host_memory() == 150 * MIB
+    (tmp_path / "memory.max").write_text("max")
+    free = memory_module._host_memory()
+    assert free is not None and free > 300 * MIB

@@ -1,0 +1,375 @@
+"""Mixture of experts: a router picks k experts for each token, and only their weights are read.
+
+Nothing is dropped and nothing approximated: assignments of tokens to experts are sorted by expert, each run
+of rows goes through its expert, and the results are weighed and summed. ``reference_experts`` is the
+definition that the grouped products are held to.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from tpjax.config import ModelConfig, MoEConfig
+from tpjax.errors import ConfigError
+from tpjax.layers.linear import parameter
+from tpjax.layers.mlp import activate, gate_up_segments
+from tpjax.mesh import AXIS
+from tpjax.sharding import REPLICATED, Segment, StackedLayout, WeightLayout, columns, pad_to_multiple, whole
+
+# Rows that go through an expert at once: enough to pay for reading its weights, few enough that an expert's
+# last tile, which is rarely full, wastes little.
+_TILE_ROWS = 64
+
+
+Cut: TypeAlias = Literal["experts", "width"]
+
+
+class Routing(NamedTuple):
+    """Who computes a token: its experts, and what their outputs are multiplied by, float32."""
+
+    experts: Int[Array, "N k"]
+    weights: Float[Array, "N k"]
+
+
+class ExpertWeights(NamedTuple):
+    """Weights of a stack of experts, or of one of them: then without the first axis."""
+
+    gate_up: Float[Array, "E D 2F"]
+    down: Float[Array, "E F D"]
+    gate_up_bias: Float[Array, "E 2F"] | None
+    down_bias: Float[Array, "E D"] | None
+
+    def of(self, expert: Int[Array, ""]) -> ExpertWeights:
+        """One expert's weights."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, expert, keepdims=False), self)
+
+
+# One spec per field of ExpertWeights; of width, the bias that comes after the sum over F is not cut.
+_SPECS: dict[Cut, tuple[P, P, P, P]] = {
+    "experts": (P(AXIS, None, None), P(AXIS, None, None), P(AXIS, None), P(AXIS, None)),
+    "width": (P(None, None, AXIS), P(None, AXIS, None), P(None, AXIS), P(None, None)),
+}
+
+
+class Scores(nnx.Module):
+    """A small projection computed whole on every device, in float32: a rounded score picks another expert.
+
+    Args:
+        name: canonical name, relative to the parent module.
+        count: outputs.
+        config: gives D.
+        bias: whether there is one.
+    """
+
+    def __init__(self, name: str, count: int, config: ModelConfig, *, bias: bool = False) -> None:
+        weight = whole(f"{name}.weight", (count, config.hidden_size))
+        self.weight = parameter(weight, REPLICATED, jnp.dtype(jnp.float32))
+        self.bias = _float32_vector(f"{name}.bias", count) if bias else None
+
+    def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N count"]:
+        """The scores of each token, float32."""
+        scores = jax.lax.dot_general(
+            x.astype(jnp.float32),
+            self.weight[...],
+            (((1,), (1,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST,  # a TPU would multiply in bfloat16
+        )
+        return scores if self.bias is None else scores + self.bias[...]
+
+
+class Router(Scores):
+    """Picks each token's experts. Replicated: every device picks the same, and nothing moves."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        moe = moe_of(config)
+        super().__init__("gate", moe.num_experts, config, bias=moe.router_bias)
+        name = "gate.e_score_correction_bias"
+        self.correction_bias = _float32_vector(name, moe.num_experts) if moe.correction_bias else None
+        self.moe = moe
+
+    def route(self, x: Float[Array, "N D"]) -> Routing:
+        """The k experts of each token, the most likely first, and their weights."""
+        moe = self.moe
+        logits = self(x)
+        scores = jax.nn.softmax(logits) if moe.scoring == "softmax" else jax.nn.sigmoid(logits)
+        chances = scores if self.correction_bias is None else scores + self.correction_bias[...]
+        if moe.num_groups > 1:
+            chances = jnp.where(self._in_best_groups(chances), chances, -jnp.inf)
+        _, experts = jax.lax.top_k(chances, moe.experts_per_token)
+        weights = jnp.take_along_axis(scores, experts, axis=-1)
+        if moe.norm_topk_prob:
+            # sigmoids may all be 0; the constant is DeepSeek's
+            weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+        return Routing(experts, weights * moe.routed_scale)
+
+    def _in_best_groups(self, chances: Float[Array, "N E"]) -> Bool[Array, "N E"]:
+        grouped = chances.reshape(chances.shape[0], self.moe.num_groups, -1)
+        best_two, _ = jax.lax.top_k(grouped, 2)
+        _, groups = jax.lax.top_k(best_two.sum(axis=-1), self.moe.groups_per_token)
+        kept = jnp.any(groups[:, :, None] == jnp.arange(self.moe.num_groups), axis=1)
+        return jnp.repeat(kept, grouped.shape[-1], axis=1)
+
+
+class Experts(nnx.Module):
+    """The weights of a stack of gated MLPs. Gate and up are fused as in ``MLP``; F is zero-padded.
+
+    Args:
+        name: canonical name of one of them, relative to the parent module; ``{}`` is its number.
+        count: experts of the stack.
+        width: F.
+        config: the rest of the architecture.
+        tp: devices.
+        cut: whole ``experts`` go to each device, or a share of every expert's ``width``.
+        bias: the projections have biases.
+        dtype: of the weights.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        count: int,
+        width: int,
+        config: ModelConfig,
+        tp: int,
+        cut: Cut,
+        dtype: jnp.dtype,
+        *,
+        bias: bool = False,
+    ) -> None:
+        hidden, parts = config.hidden_size, tp if cut == "width" else 1
+        padded = pad_to_multiple(width, parts)
+
+        def gate_up(kind: str) -> tuple[list[Segment], dict[str, int]]:
+            return gate_up_segments((f"{name}.gate_proj.{kind}", f"{name}.up_proj.{kind}"), width, parts)
+
+        def stack(layout: WeightLayout, spec: P) -> nnx.Param:
+            return parameter(StackedLayout(layout, count), spec, dtype)
+
+        specs, down = _SPECS[cut], f"{name}.down_proj"
+        rows = (Segment(f"{down}.weight", 0, width, 0),), ((f"{down}.weight", width),)
+        gate_up_bias = columns(2 * padded, *gate_up("bias"), in_features=None)
+        self.gate_up_proj = stack(columns(2 * padded, *gate_up("weight"), in_features=hidden), specs[0])
+        self.down_proj = stack(WeightLayout((padded, hidden), 0, *rows, transposed=True), specs[1])
+        self.gate_up_bias = stack(gate_up_bias, specs[2]) if bias else None
+        self.down_bias = stack(whole(f"{down}.bias", (hidden,)), specs[3]) if bias else None
+        self.cut = cut
+
+    def weights(self) -> ExpertWeights:
+        """The arrays."""
+        return ExpertWeights(
+            self.gate_up_proj[...],
+            self.down_proj[...],
+            None if self.gate_up_bias is None else self.gate_up_bias[...],
+            None if self.down_bias is None else self.down_bias[...],
+        )
+
+    def specs(self) -> Any:
+        """How :meth:`weights` are cut: an ``ExpertWeights`` of specs."""
+        pairs: Any = zip(self.weights(), _SPECS[self.cut], strict=True)
+        specs: Any = (None if array is None else spec for array, spec in pairs)
+        return ExpertWeights(*specs)
+
+
+class MoE(nnx.Module):
+    """Routed experts and, in some families, one that computes every token.
+
+    Args:
+        config: the architecture; ``config.moe`` is set.
+        tp: devices.
+        dtype: of the experts' weights; the router is float32.
+    """
+
+    def __init__(self, config: ModelConfig, tp: int, dtype: jnp.dtype) -> None:
+        moe = moe_of(config)
+        self.gate = Router(config)
+        self.experts = Experts(
+            "experts.{}",
+            moe.num_experts,
+            moe.expert_width,
+            config,
+            tp,
+            moe.cut(tp),
+            dtype,
+            bias=moe.expert_bias,
+        )
+        # a stack of one: its width is cut, so that its share joins the all-reduce of the others
+        self.shared_expert = (
+            Experts("shared_expert", 1, moe.shared_width, config, tp, "width", dtype)
+            if moe.shared_width
+            else None
+        )
+        self.shared_expert_gate = Scores("shared_expert_gate", 1, config) if moe.shared_gate else None
+        self.config = config
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """The sum of each token's experts, on every device."""
+        tokens = x.reshape(-1, x.shape[-1])
+        routing = self.gate.route(tokens)
+        shared = None if self.shared_expert is None else self.shared_expert.weights()
+        shared_weight = jnp.ones((tokens.shape[0], 1), jnp.float32)
+        if self.shared_expert_gate is not None:
+            shared_weight = jax.nn.sigmoid(self.shared_expert_gate(tokens))
+        out = jax.shard_map(
+            self._sum,
+            in_specs=(
+                REPLICATED,
+                REPLICATED,
+                self.experts.specs(),
+                REPLICATED,
+                None if self.shared_expert is None else self.shared_expert.specs(),
+            ),
+            out_specs=REPLICATED,
+            check_vma=False,
+        )(tokens, routing, self.experts.weights(), shared_weight, shared)
+        return out.reshape(x.shape)
+
+    def _sum(
+        self,
+        x: Float[Array, "N D"],
+        routing: Routing,
+        experts: ExpertWeights,
+        shared_weight: Float[Array, "N 1"],
+        shared: ExpertWeights | None,
+    ) -> Float[Array, "N D"]:
+        """On one device: its experts, or its share of each expert, and the sum over devices."""
+        device = jax.lax.axis_index(AXIS)
+        if self.experts.cut == "experts":
+            local = experts.gate_up.shape[0]
+            routing = routing._replace(experts=routing.experts - device * local)
+        elif experts.down_bias is not None:  # what is not cut must be counted once
+            experts = experts._replace(down_bias=jnp.where(device == 0, experts.down_bias, 0))
+        share = routed_experts(x, routing, experts, self.config)
+        if shared is not None:
+            one = jax.tree.map(lambda stack: stack[0], shared)
+            share = share + shared_weight * gated_expert(x, one, self.config).astype(jnp.float32)
+        return jax.lax.psum(share.astype(x.dtype), AXIS)  # all-reduce over tp
+
+
+def gated_expert(x: Float[Array, "T D"], expert: ExpertWeights, config: ModelConfig) -> Float[Array, "T D"]:
+    """What one expert makes of some rows."""
+    gate_up = jnp.matmul(x, expert.gate_up, preferred_element_type=x.dtype)
+    if expert.gate_up_bias is not None:
+        gate_up = gate_up + expert.gate_up_bias
+    out = jnp.matmul(_glu(gate_up, config), expert.down, preferred_element_type=x.dtype)
+    return out if expert.down_bias is None else out + expert.down_bias
+
+
+def routed_experts(
+    x: Float[Array, "N D"], routing: Routing, experts: ExpertWeights, config: ModelConfig
+) -> Float[Array, "N D"]:
+    """The weighed sum of what each token's experts make of it, float32.
+
+    Args:
+        x: tokens.
+        routing: experts numbered from this stack's first; numbers outside of the stack are another device's.
+        experts: the stack.
+        config: gives the activation.
+    """
+    tokens, chosen = routing.experts.shape
+    count = experts.gate_up.shape[0]
+    mine = (routing.experts >= 0) & (routing.experts < count)
+    assigned = jnp.where(mine, routing.experts, count).reshape(-1)
+    order = jnp.argsort(assigned)  # another device's come last
+    rows_of = jnp.zeros(count, jnp.int32).at[assigned].add(1, mode="drop")
+    sorted_rows = x[order // chosen]
+    # a grouped product is one instruction on TPU and GPU; XLA's CPU backend computes it for every expert
+    out = jax.lax.platform_dependent(
+        sorted_rows,
+        rows_of,
+        experts,
+        cpu=partial(tiled_experts, config=config, tile=min(tokens, _TILE_ROWS)),
+        default=partial(ragged_experts, config=config),
+    )
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+    back = out[place].reshape(tokens, chosen, -1).astype(jnp.float32)
+    back = jnp.where(mine[..., None], back, 0)  # rows of another device were not computed
+    return jnp.einsum("nk,nkd->nd", routing.weights, back, precision=jax.lax.Precision.HIGHEST)
+
+
+def tiled_experts(
+    x: Float[Array, "M D"],
+    rows_of: Int[Array, E],
+    experts: ExpertWeights,
+    *,
+    config: ModelConfig,
+    tile: int,
+) -> Float[Array, "M D"]:
+    """Each run of rows through its expert, in a loop over tiles of rows.
+
+    The loop runs over the tiles there are: an expert that has no rows costs nothing.
+
+    Args:
+        x: rows sorted by expert.
+        rows_of: rows of each expert; further rows of ``x`` are left undefined.
+        experts: the stack.
+        config: gives the activation.
+        tile: rows of a tile.
+    """
+    tiles_of = -(-rows_of // tile)
+    last_tiles, last_rows = jnp.cumsum(tiles_of), jnp.cumsum(rows_of)
+
+    def one_tile(i: Int[Array, ""], out: Float[Array, "M D"]) -> Float[Array, "M D"]:
+        expert = jnp.searchsorted(last_tiles, i, side="right")
+        before = last_tiles[expert] - tiles_of[expert]
+        start = last_rows[expert] - rows_of[expert] + (i - before) * tile
+        rows = jax.lax.dynamic_slice_in_dim(padded, start, tile)
+        # rows beyond the expert's own are the next one's, which overwrites them
+        return jax.lax.dynamic_update_slice_in_dim(
+            out, gated_expert(rows, experts.of(expert), config), start, axis=0
+        )
+
+    padded = jnp.pad(x, ((0, tile), (0, 0)))
+    return jax.lax.fori_loop(0, last_tiles[-1], one_tile, jnp.zeros_like(padded))[: x.shape[0]]
+
+
+def ragged_experts(
+    x: Float[Array, "M D"], rows_of: Int[Array, E], experts: ExpertWeights, *, config: ModelConfig
+) -> Float[Array, "M D"]:
+    """What :func:`tiled_experts` computes, as two grouped products."""
+    expert = jnp.repeat(jnp.arange(rows_of.size), rows_of, total_repeat_length=x.shape[0])
+    gate_up = jax.lax.ragged_dot(x, experts.gate_up, rows_of, preferred_element_type=x.dtype)
+    if experts.gate_up_bias is not None:
+        gate_up = gate_up + experts.gate_up_bias[expert]
+    out = jax.lax.ragged_dot(_glu(gate_up, config), experts.down, rows_of, preferred_element_type=x.dtype)
+    return out if experts.down_bias is None else out + experts.down_bias[expert]
+
+
+def reference_experts(
+    x: Float[Array, "N D"], routing: Routing, experts: ExpertWeights, config: ModelConfig
+) -> Float[Array, "N D"]:
+    """What :func:`routed_experts` computes, written as the definition: every expert, most of them times 0."""
+    every = jax.vmap(lambda expert: gated_expert(x, expert, config))(experts)
+    count = experts.gate_up.shape[0]
+    weights = jnp.zeros((x.shape[0], count), jnp.float32)
+    for choice in range(routing.experts.shape[1]):
+        chosen = routing.experts[:, choice, None] == jnp.arange(count)
+        weights = weights + jnp.where(chosen, routing.weights[:, choice, None], 0)
+    return jnp.einsum("ne,end->nd", weights, every.astype(jnp.float32))
+
+
+def _glu(gate_up: Float[Array, "T 2F"], config: ModelConfig) -> Float[Array, "T F"]:
+    moe = moe_of(config)
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    if moe.swiglu_limit is None:
+        return activate(gate, config.activation) * up
+    gate = jnp.minimum(gate, moe.swiglu_limit)
+    up = jnp.clip(up, -moe.swiglu_limit, moe.swiglu_limit)
+    return (up + 1) * gate * jax.nn.sigmoid(gate * moe.swiglu_alpha)
+
+
+def _float32_vector(name: str, size: int) -> nnx.Param:
+    return parameter(whole(name, (size,)), REPLICATED, jnp.dtype(jnp.float32))
+
+
+def moe_of(config: ModelConfig) -> MoEConfig:
+    """The mixture's part of a configuration that has one."""
+    if config.moe is None:
+        raise ConfigError(f"{config.model_type} has no mixture of experts: moe=None")
+    return config.moe

@@ -13,9 +13,9 @@ from typing import Any
 import httpx2 as httpx
 import numpy as np
 import uvicorn
+from conftest import GOLDENS
 from safetensors.numpy import load_file, save_file
 
-from conftest import GOLDENS
 from tpjax import LLM
 from tpjax.server.run import Options, Server, listen
 from tpjax.server.service import Service

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import openai
 import pytest
 from serving import Running, load_tiny, running, tiny_checkpoint
-
-from tpjax import SamplingParams
 
 
 @pytest.fixture(scope="module")

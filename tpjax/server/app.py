@@ -27,7 +27,6 @@ from tpjax.server.completions import CompletionAnswer
 from tpjax.server.errors import ApiError, bad_request
 from tpjax.server.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from tpjax.server.service import Service, Stream
-from tpjax.server.shards import shards
 
 T = TypeVar("T")
 
@@ -243,7 +242,8 @@ def create_app(service: Service) -> FastAPI:
     @app.get("/shards", responses=_ANSWERS)
     async def model_shards() -> dict[str, Any]:
         """How the model is cut over the mesh."""
-        return state.shards
+        _ = service.llm
+        return service.shards or {}
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
@@ -284,11 +284,6 @@ class _State:
             raise bad_request("the model has no tokenizer")
         return tokenizer
 
-    @cached_property
-    def shards(self) -> dict[str, Any]:
-        """How the model is cut."""
-        return shards(self.service.llm)
-
     def check_model(self, name: str | None) -> None:
         """Refuses a model that is not this one."""
         if name is not None and name != self.service.model:
@@ -307,6 +302,7 @@ class _State:
             "created": self.created,
             "owned_by": "tpjax",
             "max_model_len": self.service.llm.max_model_len,
+            "vocab_size": self.service.llm.config.vocab_size,
         }
 
     def live(self) -> dict[str, Any]:

@@ -14,12 +14,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tpjax.engine.generation import Delta, Generation
 from tpjax.server.errors import ApiError, internal_error
 from tpjax.server.grammar import TokenGrammar
 from tpjax.server.metrics import Clock, Metrics
+from tpjax.server.shards import shards
 
 if TYPE_CHECKING:
     from tpjax.engine.engine import Engine, Stats
@@ -117,6 +118,7 @@ class Service:
         error: what ended the thread.
         model: as given.
         stats: what the engine did last; ``None`` while the model loads.
+        shards: how the model is cut; ``None`` while it loads.
         metrics: of all requests.
     """
 
@@ -130,6 +132,7 @@ class Service:
         self.state: State = "loading"
         self.error: BaseException | None = None
         self.stats: Stats | None = None
+        self.shards: dict[str, Any] | None = None
         self.model = model
         self.metrics = Metrics(model, lambda: self.stats)
         self.max_queue = max_queue
@@ -238,6 +241,7 @@ class Service:
     def _run(self) -> None:
         try:
             self._llm = llm = self._load()
+            self.shards = shards(llm)
             self.stats = llm.engine.stats()
             self._call(self._ready)
             while self._obey(llm.engine):

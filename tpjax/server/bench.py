@@ -1,4 +1,4 @@
-"""``tpjax bench serve``: what clients of an OpenAI-compatible server get, in the shape of ``vllm bench serve``.
+"""``tpjax bench serve``: what the clients of an OpenAI-compatible server get, in vLLM's shape and names.
 
 It needs no JAX and no model: any such server will do, on this machine or another.
 """
@@ -249,22 +249,19 @@ def plot(results: Sequence[Result], path: Path) -> None:
     except ImportError as error:
         raise RequestError("--plot needs matplotlib: pip install matplotlib") from error
     summaries = [result.summary() for result in results]
-    labels = [
-        f"{summary['request_rate']:g}" if summary["request_rate"] != "inf" else "inf" for summary in summaries
-    ]
+    labels = [f"{result.request_rate:g}" for result in results]
     figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots(1, 3)
     for name, axis in zip(("ttft", "tpot"), axes, strict=False):
         for kind in ("median", "p99"):
             values = [summary[f"{kind}_{name}_ms"] or math.nan for summary in summaries]
             axis.plot(labels, values, marker="o", label=kind)
-        axis.set(title=METRICS[name], ylabel="ms", ylim=(0, None))
+        axis.set(title=METRICS[name], ylabel="ms")
         axis.legend()
     axes[2].plot(labels, [summary["output_throughput"] for summary in summaries], marker="o", color="C2")
-    axes[2].set(
-        title="Output throughput", xlabel="requests a second asked for", ylabel="tokens/s", ylim=(0, None)
-    )
+    axes[2].set(title="Output throughput", ylabel="tokens/s")
     for axis in axes:
+        axis.set(xlabel="requests a second asked for", ylim=(0, 1.1 * axis.dataLim.ymax))
         axis.grid(alpha=0.3)
     try:
         figure.savefig(path, format="png", dpi=150)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -90,11 +91,15 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(load: Callable[[], LLM], *, wait: bool = True, **options: Any) -> Iterator[Running]:
+def running(
+    load: Callable[[], LLM], *, wait: bool = True, send_buffer: int | None = None, **options: Any
+) -> Iterator[Running]:
     """Serves a model on a free port until the block ends."""
     sock = listen("127.0.0.1", 0)
+    if send_buffer is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     chosen = Options(model="tiny", port=0, **options)
-    service = Service(load, chosen.model, chosen.max_queue)
+    service = Service(load, chosen.model, chosen.max_queue, on_failure=lambda: server.finish())
     server = Server(service, chosen)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()

@@ -24,7 +24,7 @@ from tpjax import __version__
 from tpjax.server.answers import Answer, event, token_text
 from tpjax.server.chat import ChatAnswer, Templates
 from tpjax.server.completions import CompletionAnswer
-from tpjax.server.errors import ApiError, bad_request
+from tpjax.server.errors import ApiError, bad_request, internal_error
 from tpjax.server.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from tpjax.server.service import Service, Stream
 
@@ -149,6 +149,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unexpected_error)
 
     @app.post("/v1/completions", responses=_ANSWERS)
     async def completions(body: CompletionBody, request: Request) -> Response:
@@ -400,7 +401,10 @@ async def _api_error(_: Request, error: Exception) -> Response:
 async def _validation_error(_: Request, error: Exception) -> Response:
     """The first thing wrong, in a line."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
+    # where one of several types would do, the one that was meant is the one that has another complaint
+    errors = error.errors()
+    same = [one for one in errors if one["loc"][1:2] == errors[0]["loc"][1:2]]
+    first = next((one for one in same if not one["type"].endswith("_type")), errors[0])
     where = [str(part) for part in first["loc"] if part != "body"]
     param = where[0] if where else None
     if first["type"] == "missing" and not where:
@@ -416,3 +420,7 @@ async def _http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
     return await _api_error(_, ApiError(error.status_code, str(error.detail), headers=headers))
+
+
+async def _unexpected_error(_: Request, error: Exception) -> Response:
+    return await _api_error(_, internal_error())  # Starlette raises it on: the outermost layer logs it

@@ -84,7 +84,10 @@ class GrammarCompiler:
             ApiError: 400; it is too large, not valid, or cannot be compiled in time.
         """
         text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_LAYOUT)
+        try:
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_LAYOUT)
+        except ValueError as error:
+            raise bad_request(f"the schema is not usable: {error}"[:500], param) from error
         return await self._make(grammar, param, count)
 
     async def lark(self, lark: str, param: str, count: int) -> list[TokenGrammar]:

@@ -57,10 +57,11 @@ class Edge:
         own = headers.get("x-request-id", "")
         ident = own if _ID.fullmatch(own) else uuid.uuid4().hex
         token = request_id.set(ident)
-        start, status = time.perf_counter(), 0
+        start, status, complete = time.perf_counter(), 0, False
 
         async def tagged(message: Message) -> None:
-            nonlocal status
+            nonlocal status, complete
+            complete = message["type"] == "http.response.body" and not message.get("more_body")
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", ident.encode())]
@@ -75,9 +76,10 @@ class Edge:
             await send_error(error, tagged)
         except Exception:
             log.exception("an unexpected error")
-            if status:
+            if not status:
+                await send_error(internal_error(), tagged)
+            elif not complete:
                 raise  # the answer has begun: the connection can only be cut
-            await send_error(internal_error(), tagged)
         finally:
             ms = round((time.perf_counter() - start) * 1000, 1)
             fields = {"method": scope["method"], "path": scope["path"], "status": status, "ms": ms}
@@ -88,7 +90,7 @@ class Edge:
         if not self._keys or path in OPEN_PATHS:
             return
         kind, _, value = headers.get("authorization", "").partition(" ")
-        given = value.strip().encode("utf-8", "surrogateescape")
+        given = value.strip().encode("latin-1")
         if kind.lower() == "basic":  # a browser asks for a name and a password: the password is the key
             try:
                 given = b64decode(given, validate=True).partition(b":")[2]

@@ -23,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from contenders import Contender, serve
+
 PROMPT_TOKENS = 256
 DECODE_TOKENS = 64
 CONTEXT = 100
@@ -117,39 +119,6 @@ def bandwidth_worker(megabytes: int) -> dict[str, Callable[[], float]]:
     return {"read": read}
 
 
-class Contender:
-    """A worker process that stays loaded and works on demand."""
-
-    def __init__(self, name: str, arguments: list[str]) -> None:
-        self.name = name
-        command = [sys.executable, os.fspath(Path(__file__).resolve()), "--worker", *arguments]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-
-    def run(self, what: str) -> float:
-        """Milliseconds of one piece of work."""
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(what + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.name} ended with status {self._process.wait()}")
-        return float(line)
-
-    def close(self) -> None:
-        """Ends the process."""
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait()
-
-
-def serve(work: dict[str, Callable[[], float]]) -> None:
-    """The worker's side."""
-    for line in sys.stdin:
-        print(work[line.strip()](), flush=True)
-
-
 # --- the run ------------------------------------------------------------------------------------------------
 
 
@@ -213,7 +182,7 @@ def main() -> None:
     }
     if arguments.no_transformers:
         del contenders["transformers"]
-    processes = {name: Contender(name, list(worker)) for name, worker in contenders.items()}
+    processes = {name: Contender(name, __file__, worker) for name, worker in contenders.items()}
     work = [("bandwidth", "read")]
     work += [(name, "decode") for name in processes if name != "bandwidth"]
     work += [(name, "prefill") for name in ("tp1", "transformers") if name in processes]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -38,7 +39,9 @@ def decoder_layer(config: ModelConfig, weights: Weights, x: np.ndarray, kind: La
         return rms_norm(config, below(weights, name), x)
 
     def attend(x: np.ndarray) -> np.ndarray:
-        return attention(config, below(weights, "self_attn"), x, kind)
+        return (latent_attention if config.latent else attention)(
+            config, below(weights, "self_attn"), x, kind
+        )
 
     def feed_forward(x: np.ndarray) -> np.ndarray:
         return mlp(config, below(weights, "mlp"), x)
@@ -79,7 +82,7 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"silu": silu, "gel
 
 
 def attention(config: ModelConfig, weights: Weights, x: np.ndarray, kind: LayerType) -> np.ndarray:
-    """Causal self-attention, one query head after the other."""
+    """Causal self-attention with keys and values shared by groups of query heads."""
     length = len(x)
     q, k, v = (
         linear(below(weights, f"{name}_proj"), x).reshape(length, -1, config.head_dim) for name in "qkv"
@@ -89,13 +92,45 @@ def attention(config: ModelConfig, weights: Weights, x: np.ndarray, kind: LayerT
         k = rms_norm(config, below(weights, "k_norm"), k)
     frequencies = rope_frequencies(config.rope_of(kind), config.head_dim)
     q, k = rotate(q, frequencies), rotate(k, frequencies)
-    visible = mask(length, config.window_of(kind))
+    per_group = config.num_heads // config.num_kv_heads
+    mixed = mix(config, q, np.repeat(k, per_group, axis=1), np.repeat(v, per_group, axis=1), kind)
+    return linear(below(weights, "o_proj"), mixed)
+
+
+def latent_attention(config: ModelConfig, weights: Weights, x: np.ndarray, kind: LayerType) -> np.ndarray:
+    """Causal self-attention whose keys and values are projections of one latent per token."""
+    assert config.latent is not None
+    length, rank, turning = len(x), config.latent.kv_lora_rank, config.rotated_dim
+    fixed = config.head_dim - turning
+    norms = replace(config, rms_norm_eps=1e-6)
+
+    def project(name: str, x: np.ndarray) -> np.ndarray:
+        return linear(below(weights, name), x)
+
+    def turn(x: np.ndarray) -> np.ndarray:
+        return rotate(x, rope_frequencies(config.rope_of(kind), turning))
+
+    if config.latent.q_lora_rank is None:
+        q = project("q_proj", x)
+    else:
+        q = project("q_b_proj", rms_norm(norms, below(weights, "q_a_layernorm"), project("q_a_proj", x)))
+    q = q.reshape(length, config.num_heads, -1)
+    latent, shared = np.split(project("kv_a_proj_with_mqa", x), [rank], axis=-1)
+    kv = project("kv_b_proj", rms_norm(norms, below(weights, "kv_a_layernorm"), latent))
+    k, v = np.split(kv.reshape(length, config.num_heads, -1), [fixed], axis=-1)
+    shared = np.repeat(turn(shared[:, None]), config.num_heads, axis=1)
+    q = np.concatenate([q[..., :fixed], turn(q[..., fixed:])], axis=-1)
+    return project("o_proj", mix(config, q, np.concatenate([k, shared], axis=-1), v, kind))
+
+
+def mix(config: ModelConfig, q: np.ndarray, k: np.ndarray, v: np.ndarray, kind: LayerType) -> np.ndarray:
+    """The values [S, H, h] that each query sees, weighed; one head after the other, side by side."""
+    visible = mask(len(q), config.window_of(kind))
     heads = []
     for head in range(config.num_heads):
-        kv_head = head // (config.num_heads // config.num_kv_heads)
-        scores = q[:, head] @ k[:, kv_head].T * config.query_scale
-        heads.append(softmax(np.where(visible, scores, -np.inf)) @ v[:, kv_head])
-    return linear(below(weights, "o_proj"), np.concatenate(heads, axis=-1))
+        scores = q[:, head] @ k[:, head].T * config.query_scale
+        heads.append(softmax(np.where(visible, scores, -np.inf)) @ v[:, head])
+    return np.concatenate(heads, axis=-1)
 
 
 def mask(length: int, window: int | None) -> np.ndarray:

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from tpjax.cache import Placement, allocate
 from tpjax.checkpoints.load import Checkpoint, abstract_decoder, load_decoder, parameters
 from tpjax.checkpoints.source import TensorInfo
-from tpjax.config import ModelConfig, RopeConfig
+from tpjax.config import LatentConfig, ModelConfig, RopeConfig
 from tpjax.mesh import make_mesh
 
 F32 = jnp.dtype("float32")
@@ -110,9 +110,38 @@ ROPES = (
 
 
 @st.composite
+def latents(draw: st.DrawFn) -> dict[str, Any]:
+    """Latent attention; a key's two parts and the value's may all differ in width."""
+    heads, turning = draw(sizes(7)), 2 * draw(sizes(3))
+    return {
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "head_dim": turning + draw(sizes(6)),
+        "rotary_dim": turning,
+        "latent": LatentConfig(
+            q_lora_rank=draw(st.none() | sizes(9)),
+            kv_lora_rank=draw(sizes(9)),
+            v_head_dim=draw(sizes(7)),
+        ),
+    }
+
+
+@st.composite
+def grouped_queries(draw: st.DrawFn) -> dict[str, Any]:
+    """Keys and values per head, or group of heads."""
+    kv_heads = draw(sizes(5))
+    return {
+        "num_heads": kv_heads * draw(sizes(5)),
+        "num_kv_heads": kv_heads,
+        "head_dim": 2 * draw(sizes(4)),
+        "qk_norm": draw(st.booleans()),
+    }
+
+
+@st.composite
 def architectures(draw: st.DrawFn) -> ModelConfig:
     """A decoder of one or two layers, all sizes small and unrelated."""
-    layers, kv_heads = draw(sizes(2)), draw(sizes(5))
+    layers = draw(sizes(2))
     kinds = st.sampled_from(("full_attention", "sliding_attention"))
     return ModelConfig(
         model_type="llama",
@@ -120,9 +149,6 @@ def architectures(draw: st.DrawFn) -> ModelConfig:
         hidden_size=draw(sizes(24, 4)),
         intermediate_size=draw(sizes(24)),
         num_layers=layers,
-        num_heads=kv_heads * draw(sizes(5)),
-        num_kv_heads=kv_heads,
-        head_dim=2 * draw(sizes(4)),
         max_position_embeddings=64,
         rms_norm_eps=draw(st.sampled_from((1e-6, 1e-2))),
         rope=draw(st.sampled_from(ROPES)),
@@ -131,7 +157,6 @@ def architectures(draw: st.DrawFn) -> ModelConfig:
         sliding_window=draw(sizes(LENGTH)),
         tie_word_embeddings=draw(st.booleans()),
         activation=draw(st.sampled_from(("silu", "gelu_tanh"))),
-        qk_norm=draw(st.booleans()),
         sandwich_norms=draw(st.booleans()),
         norm_offset=draw(st.sampled_from((0.0, 1.0))),
         embedding_scale=draw(st.sampled_from((1.0, 3.0))),
@@ -139,6 +164,7 @@ def architectures(draw: st.DrawFn) -> ModelConfig:
         attention_bias=draw(st.booleans()),
         attention_out_bias=draw(st.booleans()),
         mlp_bias=draw(st.booleans()),
+        **draw(grouped_queries() | latents()),
     )
 
 

@@ -79,7 +79,7 @@ def test_refusal_has_the_sizes_and_what_would_fit(monkeypatch: pytest.MonkeyPatc
         f"{memory_module.human_bytes(100 * MIB + WORK + 11 * PAGE)}; "
         "what would fit: max_model_len=1280 or dtype=bfloat16"
     )
-    with pytest.raises(ConfigError, match="to cache 128 tokens, .*; nothing smaller fits$"):
+    with pytest.raises(ConfigError, match=r"to cache 128 tokens, .*; nothing smaller fits$"):
         limits(10 * MIB)
     device = type("Device", (), {"platform": "tpu"})
     monkeypatch.setattr(jax, "devices", lambda: [device])
@@ -103,7 +103,7 @@ def test_workspace_covers_what_the_compiler_says(tp: int) -> None:
     programs = [runner.program(*key) for key in (("prefill", 1, 512), ("decode", 4, 1))]
     used = max(program.memory_analysis().temp_size_in_bytes for program in programs)
     predicted = workspace_bytes(CONFIG, tp, F32, 4)
-    assert 0.8 * used <= predicted <= 2.5 * used
+    assert used <= predicted <= 4 * used  # it is right for 30 layers, which can reuse less
     arguments = programs[1].memory_analysis().argument_size_in_bytes
     weights = sum(p.bytes_per_device for p in parameters(decoder, mesh))
     cache = 33 * page_bytes_per_device(CONFIG, tp, 128, F32)

@@ -1,22 +1,24 @@
-"""The paged, head-sharded key-value cache (Kwon et al. 2023, https://arxiv.org/abs/2309.06180).
+"""The paged key-value cache (Kwon et al. 2023, https://arxiv.org/abs/2309.06180).
 
-Each layer keeps one buffer of keys and one of values, [pages, K, page_size, h], cut along K. Which page
-holds which positions of which sequence is said by block tables, which are arguments of every call and not
-state. Page 0 is never given to a sequence: rows and positions that do not exist write there.
+Each layer keeps one buffer of keys and one of values, [pages, K, page_size, h], cut along K. With latent
+attention it keeps one buffer of latents, [pages, 1, page_size, r], on every device: all heads read all of it.
+Which page holds which positions of which sequence is said by block tables, which are arguments of every call
+and not state. Page 0 is never given to a sequence: rows and positions that do not exist write there.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tpjax.config import ModelConfig
-from tpjax.sharding import PAGES, HeadPlan
+from tpjax.sharding import PAGES, REPLICATED, HeadPlan
 
 NULL_PAGE = 0
 
@@ -36,6 +38,21 @@ class Placement:
     positions: Int[Array, "B S"]
 
 
+class Pages(Protocol):
+    """What attention walks: the keys and values of cached positions, a page at a time."""
+
+    @property
+    def page_size(self) -> int:
+        """Positions per page."""
+        ...
+
+    def read(
+        self, pages: Int[Array, B]
+    ) -> tuple[Float[Array, "B K page_size h"], Float[Array, "B K page_size v"]]:
+        """Keys and values of one page of each sequence; K may be 1, for all heads alike."""
+        ...
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerCache:
@@ -53,41 +70,103 @@ class LayerCache:
         self, keys: Float[Array, "B S K h"], values: Float[Array, "B S K h"], at: Placement
     ) -> LayerCache:
         """Stores new keys and values at their positions."""
-        write = _write_token if keys.shape[1] == 1 else _write_chunk
-        return LayerCache(write(self.keys, keys, at), write(self.values, values, at))
+        return LayerCache(_write(self.keys, keys, at), _write(self.values, values, at))
+
+    def read(
+        self, pages: Int[Array, B]
+    ) -> tuple[Float[Array, "B K page_size h"], Float[Array, "B K page_size h"]]:
+        """Keys and values of one page of each sequence."""
+        return _read(self.keys, pages), _read(self.values, pages)
 
 
-PagedKVCache = tuple[LayerCache, ...]
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LatentCache:
+    """One layer's latents, and beside each the part of its key that rotates."""
+
+    latents: Float[Array, "pages 1 page_size r"]
+
+    @property
+    def page_size(self) -> int:
+        """Positions per page."""
+        return self.latents.shape[2]
+
+    def write(self, latents: Float[Array, "B S 1 r"], at: Placement) -> LatentCache:
+        """Stores new latents at their positions."""
+        return LatentCache(_write(self.latents, latents, at))
+
+    def read(self, pages: Int[Array, B]) -> Float[Array, "B 1 page_size r"]:
+        """Latents of one page of each sequence."""
+        return _read(self.latents, pages)
 
 
-def cache_shape(config: ModelConfig, tp: int, num_pages: int, page_size: int) -> tuple[int, int, int, int]:
-    """Shape of each layer's keys, and of its values."""
+PagedKVCache = tuple[LayerCache | LatentCache, ...]
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """The buffers of each layer.
+
+    Attributes:
+        layer: what holds them.
+        count: how many; all are alike.
+        shape: of each.
+        spec: how each is cut.
+    """
+
+    layer: type[LayerCache] | type[LatentCache]
+    count: int
+    shape: tuple[int, int, int, int]
+    spec: PartitionSpec
+
+
+def cache_layout(config: ModelConfig, tp: int, num_pages: int, page_size: int) -> CacheLayout:
+    """What the cache of each layer is made of."""
+    if config.latent is not None:
+        width = config.latent.kv_lora_rank + config.rotated_dim
+        return CacheLayout(LatentCache, 1, (num_pages, 1, page_size, width), REPLICATED)
     slots = HeadPlan(config.num_heads, config.num_kv_heads, tp).num_slots
-    return (num_pages, slots, page_size, config.head_dim)
+    return CacheLayout(LayerCache, 2, (num_pages, slots, page_size, config.head_dim), PAGES)
 
 
 def page_bytes_per_device(config: ModelConfig, tp: int, page_size: int, dtype: jnp.dtype) -> int:
     """Bytes one page takes on each device, all layers together."""
-    _, slots, _, head_dim = cache_shape(config, tp, 1, page_size)
-    return 2 * config.num_layers * slots // tp * page_size * head_dim * jnp.dtype(dtype).itemsize
+    layout = cache_layout(config, tp, 1, page_size)
+    devices = tp if layout.spec == PAGES else 1
+    return config.num_layers * layout.count * math.prod(layout.shape) // devices * jnp.dtype(dtype).itemsize
 
 
 def allocate(
     config: ModelConfig, mesh: Mesh, *, num_pages: int, page_size: int, dtype: jnp.dtype
 ) -> PagedKVCache:
-    """A cache of zeros; each device allocates only its own heads."""
-    shape = cache_shape(config, mesh.size, num_pages, page_size)
-    zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=NamedSharding(mesh, PAGES))
-    return tuple(LayerCache(zeros(shape, dtype), zeros(shape, dtype)) for _ in range(config.num_layers))
+    """A cache of zeros; each device allocates only its own part."""
+    layout = cache_layout(config, mesh.size, num_pages, page_size)
+    zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=NamedSharding(mesh, layout.spec))
+    return tuple(
+        layout.layer(*(zeros(layout.shape, dtype) for _ in range(layout.count)))
+        for _ in range(config.num_layers)
+    )
 
 
 def abstract(
     config: ModelConfig, mesh: Mesh, *, num_pages: int, page_size: int, dtype: jnp.dtype
 ) -> PagedKVCache:
     """The shapes, dtypes and shardings of :func:`allocate`, without the memory."""
-    shape = cache_shape(config, mesh.size, num_pages, page_size)
-    buffer: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PAGES))
-    return tuple(LayerCache(buffer, buffer) for _ in range(config.num_layers))
+    layout = cache_layout(config, mesh.size, num_pages, page_size)
+    buffer: Any = jax.ShapeDtypeStruct(layout.shape, dtype, sharding=NamedSharding(mesh, layout.spec))
+    return tuple(layout.layer(*[buffer] * layout.count) for _ in range(config.num_layers))
+
+
+def _read(
+    buffer: Float[Array, "pages K page_size h"], pages: Int[Array, B]
+) -> Float[Array, "B K page_size h"]:
+    return buffer.at[pages].get(mode="promise_in_bounds")
+
+
+def _write(
+    buffer: Float[Array, "pages K page_size h"], new: Float[Array, "B S K h"], at: Placement
+) -> Float[Array, "pages K page_size h"]:
+    return (_write_token if new.shape[1] == 1 else _write_chunk)(buffer, new, at)
 
 
 def _write_token(

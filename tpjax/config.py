@@ -73,6 +73,29 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-V2, section 2.1, https://arxiv.org/abs/2405.04434).
+
+    Keys and values of all heads are projections of one latent per token, and all heads share the part of the
+    key that rotates, the last ``rotary_dim`` of ``head_dim``. These two are what the cache holds.
+
+    Attributes:
+        q_lora_rank: width of the queries' own latent; ``None``: they are projected from the residual.
+        kv_lora_rank: width of the keys' and values' latent.
+        v_head_dim: of a value head.
+    """
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    v_head_dim: int
+
+    def __post_init__(self) -> None:
+        for name in ("q_lora_rank", "kv_lora_rank", "v_head_dim"):
+            if name != "q_lora_rank" or self.q_lora_rank is not None:
+                check_size(name, getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
 class MoEConfig:
     """A mixture of experts in place of the MLP (Shazeer et al. 2017, https://arxiv.org/abs/1701.06538).
 
@@ -203,6 +226,8 @@ class ModelConfig:
         attention_out_bias: ``o_proj`` has a bias.
         mlp_bias: the MLP's projections have biases.
         moe: the mixture of experts that stands in for the MLP in some layers; ``None``: in none.
+        rotary_dim: dimensions of a head that rotate, the first ones; ``None``: all.
+        latent: latent attention in place of keys and values per head; ``None``: not.
     """
 
     model_type: str
@@ -230,6 +255,13 @@ class ModelConfig:
     attention_out_bias: bool = False
     mlp_bias: bool = False
     moe: MoEConfig | None = None
+    rotary_dim: int | None = None
+    latent: LatentConfig | None = None
+
+    @property
+    def rotated_dim(self) -> int:
+        """Dimensions of a head that rotate."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     def __post_init__(self) -> None:
         sizes = (
@@ -248,7 +280,7 @@ class ModelConfig:
             raise ConfigError(
                 f"num_kv_heads={self.num_kv_heads} is not a divisor of num_heads={self.num_heads}"
             )
-        if self.head_dim % 2:
+        if self.rotated_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim} is odd: rotary embeddings need pairs")
         for name in ("rms_norm_eps", "embedding_scale", "query_scale"):
             check_positive(name, getattr(self, name))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from tpjax import cache as kv
 from tpjax.config import ModelConfig
 from tpjax.errors import ConfigError
-from tpjax.runner import PAGE_SIZE, Limits
+from tpjax.runner import CHUNK_SIZES, PAGE_SIZE, Limits
 from tpjax.sharding import HeadPlan, pad_to_multiple
 
 # What the cache takes where the memory is the user's own, unless one sequence needs more: enough for several
@@ -106,12 +106,11 @@ def workspace_bytes(config: ModelConfig, tp: int, dtype: jnp.dtype, max_slots: i
     For a chunk of a prompt that is a handful of residuals and of the layer's widest products; for a decode
     step the logits, of which the search for a threshold compares fifteen candidates at once.
     """
-    chunk = Limits.__dataclass_fields__["chunk_sizes"].default[-1]
     plan = HeadPlan(config.num_heads, config.num_kv_heads, tp)
     qkv = plan.num_slots * (plan.group_size + 2) * config.head_dim
     gate_up = 2 * pad_to_multiple(config.intermediate_size, tp)
     itemsize = max(jnp.dtype(dtype).itemsize, 2)
-    prefill = chunk * itemsize * (8 * config.hidden_size + 5 * (qkv + gate_up) // tp)
+    prefill = CHUNK_SIZES[-1] * itemsize * (8 * config.hidden_size + 5 * (qkv + gate_up) // tp)
     logits = pad_to_multiple(config.vocab_size, tp) // tp * 4
     return max(prefill, 20 * max_slots * logits, 2 * PAGE_SIZE * logits)
 
@@ -159,12 +158,12 @@ def _does_not_fit(
             ways.append(f"tp={more}")
             break
     length = f"max_model_len={max_model_len}" if max_model_len else f"{PAGE_SIZE} tokens"
+    advice = f"what would fit: {' or '.join(ways)}" if ways else "nothing smaller fits"
     return (
         f"the model does not fit: at tp={tp} in {jnp.dtype(dtype).name} each device needs "
         f"{human_bytes(need.weights)} for weights, {human_bytes(need.workspace)} to compute in and "
         f"{human_bytes(need.cache)} to cache {length}, together {human_bytes(need.total)}, and has "
-        f"{human_bytes(memory.free)}; "
-        + (f"what would fit: {' or '.join(ways)}" if ways else "nothing smaller fits")
+        f"{human_bytes(memory.free)}; {advice}"
     )
 
 

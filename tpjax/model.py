@@ -7,13 +7,16 @@ E experts, k experts a token, N tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from tpjax.cache import LayerCache, PagedKVCache, Placement
+from tpjax.cache import LatentCache, LayerCache, PagedKVCache, Placement
 from tpjax.config import ModelConfig
 from tpjax.layers.attention import Attention
+from tpjax.layers.latent_attention import LatentAttention
 from tpjax.layers.linear import Embedding
 from tpjax.layers.mlp import MLP
 from tpjax.layers.moe import MoE
@@ -37,7 +40,8 @@ class DecoderLayer(nnx.Module):
             return RMSNorm(f"{name}.weight", config.hidden_size, config, dtype)
 
         self.input_layernorm = norm("input_layernorm")
-        self.self_attn = Attention(config, tp, dtype)
+        # each takes the kind of cache that ``cache_layout`` gives it
+        self.self_attn: Any = (LatentAttention if config.latent else Attention)(config, tp, dtype)
         self.post_attention_layernorm = norm("post_attention_layernorm")
         self.pre_feedforward_layernorm = norm("pre_feedforward_layernorm") if config.sandwich_norms else None
         self.mlp = MoE(config, tp, dtype) if sparse else MLP(config, tp, dtype)
@@ -49,10 +53,10 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "B S D"],
         rotation: Rotation,
-        cache: LayerCache,
+        cache: LayerCache | LatentCache,
         at: Placement,
         window: int | None,
-    ) -> tuple[Float[Array, "B S D"], LayerCache]:
+    ) -> tuple[Float[Array, "B S D"], LayerCache | LatentCache]:
         """The residual after this layer, on every device, and its cache."""
         mixed, cache = self.self_attn(self.input_layernorm(x), rotation, cache, at, window)
         mixed = constrain(mixed, REPLICATED)  # all-reduce over tp
@@ -96,7 +100,7 @@ class Decoder(nnx.Module):
         x = constrain(self.embed_tokens(tokens), REPLICATED)  # all-reduce over tp
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
         rotations = {
-            kind: rotation(config.rope_of(kind), config.head_dim, at.positions)
+            kind: rotation(config.rope_of(kind), config.rotated_dim, at.positions)
             for kind in dict.fromkeys(config.layer_types)
         }
         written = []

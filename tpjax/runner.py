@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PAGE_SIZE = 128
-CHUNK_SIZES = (32, 128, 256, 512)
+CHUNK_SIZES = (32, 64, 128, 256, 512)
 STOP_IDS = 8  # stop tokens a row carries to the device; what is over is caught on the host
 NO_TOKEN = -1  # what a finished row yields
 

@@ -22,6 +22,7 @@ REPLICATED = P()
 COLUMN = P(None, AXIS)  # [in, out]: each device computes some outputs; no collective
 ROW = P(None, AXIS)  # [out, in]: each device sums over some inputs; one all-reduce follows
 VOCAB = P(AXIS, None)  # [V, D]: each device holds some tokens' rows
+HEAD_ROWS = P(AXIS, None)  # [H * out, in]: each device projects to its heads; no collective
 BIAS = P(AXIS)  # [out] of a column-parallel product
 LOGITS = P(None, AXIS)  # [B, V]
 HEADS = P(None, None, AXIS, None, None)  # [B, S, K, queries per group, h]
@@ -200,7 +201,8 @@ class WeightLayout:
     def padding(self) -> int:
         """Stored elements that no canonical element fills for the first time: zeros and replicas."""
         other = math.prod(self.shape) // self.shape[self.axis]
-        return math.prod(self.shape) - other * sum(size for _, size in self.sizes)
+        filled = {(segment.source, segment.start): segment.size for segment in self.segments}
+        return math.prod(self.shape) - other * sum(filled.values())
 
 
 @dataclass(frozen=True)

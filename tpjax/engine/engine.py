@@ -14,7 +14,7 @@ from tpjax.sampling import NAN_TOKEN, Sampled
 from tpjax.sampling_params import SamplingParams
 
 # While others decode, a prompt runs in chunks of this many tokens: what a stream waits for at most.
-PREFILL_BUDGET = 128
+PREFILL_BUDGET = 64
 
 
 @dataclass(frozen=True)

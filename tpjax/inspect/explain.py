@@ -11,13 +11,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tpjax.cache import cache_shape, page_bytes_per_device
+from tpjax.cache import cache_layout, page_bytes_per_device
 from tpjax.checkpoints.hub import resolve
 from tpjax.checkpoints.load import abstract_decoder, check_tensors, open_checkpoint, parameters
 from tpjax.config import ExpertSharding, MoEConfig
@@ -25,7 +25,7 @@ from tpjax.inspect.collectives import Collective, find_collectives, summarise
 from tpjax.memory import device_memory, human_bytes, plan_limits
 from tpjax.mesh import make_mesh
 from tpjax.runner import Runner, resolve_dtype
-from tpjax.sharding import PAGES, HeadPlan, pad_to_multiple
+from tpjax.sharding import HeadPlan, pad_to_multiple
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def explain(runner: Runner, name: str) -> Report:
     """Describes a runner; it needs no weights, and compiles the decode step if that has not happened yet."""
     config, mesh, limits = runner.config, runner.mesh, runner.limits
     rows = _tensor_rows(runner)
-    shape = cache_shape(config, mesh.size, limits.num_pages, limits.page_size)
+    cache = cache_layout(config, mesh.size, limits.num_pages, limits.page_size)
     page_bytes = page_bytes_per_device(config, mesh.size, limits.page_size, runner.dtype)
     program = runner.program("decode", 1, 1)
     return Report(
@@ -178,10 +178,10 @@ def explain(runner: Runner, name: str) -> Report:
         tensors=rows,
         weight_bytes_per_device=sum(row.bytes_per_device for row in rows),
         cache={
-            "spec": _spec(PAGES),
-            "shape": shape,
-            "shard_shape": (shape[0], shape[1] // mesh.size, *shape[2:]),
-            "buffers": 2 * config.num_layers,
+            "spec": _spec(cache.spec),
+            "shape": cache.shape,
+            "shard_shape": NamedSharding(mesh, cache.spec).shard_shape(cache.shape),
+            "buffers": cache.count * config.num_layers,
             "num_pages": limits.num_pages,
             "page_size": limits.page_size,
             "bytes_per_device": page_bytes * limits.num_pages,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from tpjax.cache import LayerCache, Placement
+from tpjax.cache import LayerCache, Pages, Placement
 from tpjax.config import ModelConfig
 from tpjax.layers.linear import ColumnLinear, RowLinear
 from tpjax.layers.norm import RMSNorm
@@ -98,22 +98,22 @@ class _Mix(NamedTuple):
 
     best: Float[Array, "B K rows 1"]
     total: Float[Array, "B K rows 1"]
-    values: Float[Array, "B K rows h"]
+    values: Float[Array, "B K rows v"]
 
     @classmethod
-    def empty(cls, query: Float[Array, "B K rows h"]) -> _Mix:
+    def empty(cls, query: Float[Array, "B K rows h"], width: int) -> _Mix:
         rows = query.shape[:-1]
         return cls(
             jnp.full((*rows, 1), _MASKED, jnp.float32),
             jnp.zeros((*rows, 1), jnp.float32),
-            jnp.zeros(query.shape, jnp.float32),
+            jnp.zeros((*rows, width), jnp.float32),
         )
 
     def attend(
         self,
         query: Float[Array, "B K rows h"],
         keys: Float[Array, "B K T h"],
-        values: Float[Array, "B K T h"],
+        values: Float[Array, "B K T v"],
         visible: Bool[Array, "B 1 rows T"],
         scale: float,
     ) -> _Mix:
@@ -135,13 +135,13 @@ class _Mix(NamedTuple):
 def paged_attention(
     query: Float[Array, "B S K G h"],
     key: Float[Array, "B S K h"],
-    value: Float[Array, "B S K h"],
-    cache: LayerCache,
+    value: Float[Array, "B S K v"],
+    cache: Pages,
     at: Placement,
     *,
     scale: float,
     window: int | None,
-) -> Float[Array, "B S K G h"]:
+) -> Float[Array, "B S K G v"]:
     """Causal attention of each query to the keys at or before its position.
 
     A single token walks all its pages, its own key's included. A chunk walks the pages before it, then
@@ -150,8 +150,8 @@ def paged_attention(
 
     Args:
         query: G query heads for each of the K KV heads.
-        key: of the same tokens; already in the cache.
-        value: likewise.
+        key: of the same tokens; already in the cache. K may be 1 in keys and values, for all heads alike.
+        value: likewise; may be of another width.
         cache: holds the keys of every position up to the queries' own.
         at: pages of each sequence, and the queries' positions.
         scale: multiplies query-key products.
@@ -165,7 +165,7 @@ def paged_attention(
     row_positions = jnp.repeat(at.positions, group, axis=1)[:, None, :, None]
     # one token finds its own key in the cache; a chunk takes its own keys from its arguments, below
     stop = at.positions[:, 0] + (1 if length == 1 else 0)
-    mix = _walk(rows, row_positions, cache, at, stop, scale, window)
+    mix = _walk(rows, row_positions, cache, at, stop, scale, window, value.shape[-1])
     if length > 1:
         keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
         blocks = []
@@ -178,17 +178,18 @@ def paged_attention(
             blocks.append(part.attend(rows[:, :, mine], keys[:, :, seen], values[:, :, seen], visible, scale))
         mix = _Mix(*(jnp.concatenate(parts, axis=2) for parts in zip(*blocks, strict=True)))
     mixed = (mix.values / mix.total).astype(query.dtype)
-    return mixed.reshape(batch, heads, length, group, head_dim).swapaxes(1, 2)
+    return mixed.reshape(batch, heads, length, group, -1).swapaxes(1, 2)
 
 
 def _walk(
     rows: Float[Array, "B K rows h"],
     row_positions: Int[Array, "B 1 rows 1"],
-    cache: LayerCache,
+    cache: Pages,
     at: Placement,
     stop: Int[Array, B],
     scale: float,
     window: int | None,
+    width: int,
 ) -> _Mix:
     """Attends to the cached positions before ``stop``, from the first page that any window reaches."""
     page_size = cache.page_size
@@ -196,8 +197,7 @@ def _walk(
 
     def page(index: Int[Array, ""], mix: _Mix) -> _Mix:
         pages = jax.lax.dynamic_index_in_dim(at.block_tables, index, axis=1, keepdims=False)
-        keys = cache.keys.at[pages].get(mode="promise_in_bounds")
-        values = cache.values.at[pages].get(mode="promise_in_bounds")
+        keys, values = cache.read(pages)
         positions = index * page_size + jnp.arange(page_size)
         # a sequence that starts earlier than the batch's latest must not see its own chunk here already
         written = positions < stop[:, None, None, None]
@@ -206,7 +206,7 @@ def _walk(
         values = jnp.where(written.swapaxes(2, 3), values, 0)
         return mix.attend(rows, keys, values, visible, scale)
 
-    return jax.lax.fori_loop(first, -(-jnp.max(stop) // page_size), page, _Mix.empty(rows))
+    return jax.lax.fori_loop(first, -(-jnp.max(stop) // page_size), page, _Mix.empty(rows, width))
 
 
 def _visible(query_at: Int[Array, ...], key_at: Int[Array, ...], window: int | None) -> Bool[Array, ...]:

@@ -38,6 +38,25 @@ class ColumnLinear(nnx.Module):
         return y if self.bias is None else y + self.bias[...]
 
 
+class ReplicatedLinear(nnx.Module):
+    """``y = x @ weight + bias`` with the weight stored [in, out], whole on every device: no collective.
+
+    Args:
+        weight: layout of the weight.
+        bias: layout of the bias, if there is one.
+        dtype: of both.
+    """
+
+    def __init__(self, weight: WeightLayout, bias: WeightLayout | None, dtype: jnp.dtype) -> None:
+        self.weight = parameter(weight, REPLICATED, dtype)
+        self.bias = None if bias is None else parameter(bias, REPLICATED, dtype)
+
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """All outputs, on every device."""
+        y = jnp.matmul(x, self.weight[...], preferred_element_type=x.dtype)
+        return y if self.bias is None else y + self.bias[...]
+
+
 class RowLinear(nnx.Module):
     """``y = x @ weight.T + bias`` with the weight stored [out, in] and cut along in: an all-reduce follows.
 

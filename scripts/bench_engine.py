@@ -1,0 +1,185 @@
+#!/usr/bin/env python
+"""Many requests at once on this machine: throughput, overhead, and what a long prompt does to other streams.
+
+    python scripts/bench_engine.py                   # SmolLM2-135M, float32; needs the parity extra
+    python scripts/bench_engine.py --tp 2 --no-transformers
+
+tpjax and transformers are a process each and take turns. Ratios are taken within a round before the median.
+The raw loop is the compiled decode step at the same batch, dispatched without a scheduler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+from contenders import Contender, serve
+
+STREAMS = 8
+PROMPT_TOKENS = 16
+NEW_TOKENS = 64
+LONG_PROMPT = 4096
+OTHERS = 3  # streams that decode while the long prompt is prefilled
+
+
+def tpjax_worker(model: str, tp: int) -> dict[str, Callable[[], float]]:
+    """Tokens/s of the raw loop, of one stream and of eight; and the stall ratio."""
+    import tpjax
+
+    tpjax.fake_devices(tp)
+    import jax
+    import numpy as np
+
+    from tpjax import LLM, SamplingParams
+    from tpjax.engine.request import Request
+    from tpjax.runner import Row
+
+    llm = LLM(model, tp=tp, dtype="float32", max_model_len=LONG_PROMPT + 256, max_slots=STREAMS)
+    llm.warm_up()
+    engine, runner = llm.engine, llm.runner
+    rng = np.random.default_rng(0)
+    greedy = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
+
+    def prompt(length: int) -> list[int]:
+        return rng.integers(0, llm.config.vocab_size, length).tolist()
+
+    def raw() -> float:
+        rows = [
+            Row(slot, PROMPT_TOKENS, [slot + 1], greedy, seed=0, remaining=NEW_TOKENS)
+            for slot in range(STREAMS)
+        ]
+        steps = runner.limits.steps
+        start = time.perf_counter()
+        for _ in range(0, NEW_TOKENS, steps):
+            drawn = runner.decode(rows, steps)
+        jax.block_until_ready(drawn)
+        return STREAMS * NEW_TOKENS / (time.perf_counter() - start)
+
+    def streams(count: int) -> float:
+        """Tokens/s from when the last of them has its first token, so that no prefill is in it."""
+        requests = [Request(prompt(PROMPT_TOKENS), greedy, 0) for _ in range(count)]
+        for request in requests:
+            engine.add(request)
+        while not all(request.output_ids for request in requests):
+            engine.step()
+        before, start = sum(len(request.output_ids) for request in requests), time.perf_counter()
+        while engine.busy:
+            engine.step()
+        return (count * NEW_TOKENS - before) / (time.perf_counter() - start)
+
+    def stall() -> float:
+        """Longest gap of any other stream during a long prefill, over the median gap before it."""
+        others = [
+            Request(prompt(PROMPT_TOKENS), SamplingParams(2000, 0, ignore_eos=True), 0) for _ in range(OTHERS)
+        ]
+        for request in others:
+            engine.add(request)
+        while not all(request.output_ids for request in others):
+            engine.step()
+        times: dict[int, list[float]] = {id(request): [] for request in others}
+
+        def step() -> None:
+            for request, tokens in engine.step():
+                if tokens and id(request) in times:
+                    times[id(request)].append(time.perf_counter())
+
+        for _ in range(30):
+            step()
+        usual = statistics.median(gap for at in times.values() for gap in np.diff(at))
+        for at in times.values():
+            del at[:-1]
+        long = Request(prompt(LONG_PROMPT), SamplingParams(1, 0), 0)
+        engine.add(long)
+        while engine.busy and long.finish_reason is None:
+            step()
+        longest = max(gap for at in times.values() for gap in np.diff(at))
+        for request in others:
+            engine.cancel(request)
+        while engine.busy:
+            engine.step()
+        return float(longest / usual)
+
+    return {"raw": raw, "one": lambda: streams(1), "eight": lambda: streams(STREAMS), "stall": stall}
+
+
+def transformers_worker(model: str) -> dict[str, Callable[[], float]]:
+    """Tokens/s of batched greedy generate, float32."""
+    import torch
+    import transformers
+
+    from tpjax.checkpoints.hub import resolve
+
+    path = resolve(model)
+    net = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+    generator = torch.Generator().manual_seed(0)
+
+    @torch.inference_mode()
+    def generate() -> float:
+        ids = torch.randint(0, net.config.vocab_size, (STREAMS, PROMPT_TOKENS), generator=generator)
+        cache = transformers.DynamicCache(config=net.config)
+        token = net(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+        start = time.perf_counter()
+        for _ in range(NEW_TOKENS - 1):
+            token = net(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        return STREAMS * (NEW_TOKENS - 1) / (time.perf_counter() - start)
+
+    return {"eight": generate}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m", help="an alias (smollm2-135m)")
+    parser.add_argument("--tp", type=int, default=1, help="devices (1)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (5)")
+    parser.add_argument("--no-transformers", action="store_true", help="leave transformers out")
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        kind, model, *tp = arguments.worker
+        serve(transformers_worker(model) if kind == "transformers" else tpjax_worker(model, int(tp[0])))
+        return
+
+    contenders = {"tpjax": Contender("tpjax", __file__, ["tpjax", arguments.model, str(arguments.tp)])}
+    work = [("tpjax", what) for what in ("raw", "one", "eight", "stall")]
+    if not arguments.no_transformers:
+        contenders["transformers"] = Contender("transformers", __file__, ["transformers", arguments.model])
+        work.append(("transformers", "eight"))
+    for name, what in work:
+        contenders[name].run(what)  # loads and compiles
+    figures: dict[str, list[float]] = {f"{name} {what}": [] for name, what in work}
+    for _ in range(arguments.rounds):
+        for name, what in work:
+            figures[f"{name} {what}"].append(contenders[name].run(what))
+    for contender in contenders.values():
+        contender.close()
+
+    print(f"{arguments.model}, float32, tp={arguments.tp}, {STREAMS} streams, {arguments.rounds} rounds")
+    for name, values in figures.items():
+        unit = "longest gap / usual gap" if name.endswith("stall") else "tokens/s"
+        print(f"{name:24}{statistics.median(values):9.2f}{min(values):9.2f}{max(values):9.2f}  {unit}")
+
+    def ratio(over: str, under: str) -> float:
+        return statistics.median(a / b for a, b in zip(figures[over], figures[under], strict=True))
+
+    rows = [
+        ("8 streams / 1 stream, throughput", ratio("tpjax eight", "tpjax one"), ">=", 3.0),
+        ("8 streams / raw decode loop, throughput", ratio("tpjax eight", "tpjax raw"), ">=", 0.9),
+        (f"stall by {LONG_PROMPT} tokens", statistics.median(figures["tpjax stall"]), "<=", 3.0),
+    ]
+    if "transformers eight" in figures:
+        rows.append(
+            ("8 streams: tpjax / transformers", ratio("tpjax eight", "transformers eight"), ">=", 1.0)
+        )
+    for name, value, sign, target in rows:
+        met = value >= target if sign == ">=" else value <= target
+        print(f"{name:40}{value:8.2f}   target {sign} {target:<5} {'met' if met else 'MISSED'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Latent attention: both of its forms are the same sums, and what a decode step of it moves and copies."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_program import LIMITS, copies_of
+
+from tpjax.cache import LatentCache, cache_layout, page_bytes_per_device
+from tpjax.checkpoints.load import abstract_decoder, parameters
+from tpjax.config import ConfigError, LatentConfig, ModelConfig, RopeConfig
+from tpjax.inspect.collectives import find_collectives
+from tpjax.layers.attention import reference_attention
+from tpjax.layers.latent_attention import KeyValueProjection
+from tpjax.mesh import make_mesh
+from tpjax.runner import Runner
+
+F32 = jnp.dtype("float32")
+HEADS, FIXED, TURNING, RANK, VALUE = 9, 16, 8, 40, 24
+
+# Large enough that a weight- or cache-sized buffer cannot be mistaken for an activation.
+CONFIG = ModelConfig(
+    model_type="deepseek_v3",
+    vocab_size=1000,
+    hidden_size=96,
+    intermediate_size=200,
+    num_layers=2,
+    num_heads=HEADS,
+    num_kv_heads=HEADS,
+    head_dim=FIXED + TURNING,
+    rotary_dim=TURNING,
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-5,
+    rope=RopeConfig(),
+    layer_types=("full_attention",) * 2,
+    tie_word_embeddings=True,
+    query_scale=0.2,
+    latent=LatentConfig(q_lora_rank=56, kv_lora_rank=RANK, v_head_dim=VALUE),
+)
+
+
+def random(*shape: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def test_absorbed_equals_expanded() -> None:
+    """Attention to expanded keys and values, and to the latents themselves with absorbed projections."""
+    with jax.set_mesh(make_mesh(1)):
+        project = KeyValueProjection(CONFIG, HEADS, F32)
+    nnx.update(project, jax.tree.map(lambda w: random(*w.shape, seed=w.shape[0]), nnx.state(project)))
+    latents, query = random(2, 1, 7, RANK + TURNING, seed=1), random(2, 3, HEADS, 1, FIXED + TURNING, seed=2)
+    positions = np.array([[4, 5, 6], [0, 1, 2]])
+
+    keys, values = project.expand(latents)
+    assert keys.shape == (2, HEADS, 7, FIXED + TURNING) and values.shape == (2, HEADS, 7, VALUE)
+    naive = reference_attention(
+        query, keys.swapaxes(1, 2), values.swapaxes(1, 2), positions, scale=0.2, window=None
+    )
+    absorbed = jnp.concatenate([project.absorb(query[..., :FIXED]), query[..., FIXED:]], axis=-1)
+    every_head = np.repeat(latents.swapaxes(1, 2), HEADS, axis=2)
+    mixed = reference_attention(
+        absorbed, every_head, every_head[..., :RANK], positions, scale=0.2, window=None
+    )
+    np.testing.assert_allclose(project.values_of(mixed), naive, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module", params=(1, 4))
+def decode(request: pytest.FixtureRequest) -> tuple[int, Runner, jax.stages.Compiled]:
+    mesh = make_mesh(request.param)
+    runner = Runner(abstract_decoder(CONFIG, mesh, F32), mesh, LIMITS, F32)
+    return request.param, runner, runner.program("decode", 4, 1)
+
+
+def test_collective_budget(decode: tuple[int, Runner, jax.stages.Compiled]) -> None:
+    """As other attention: two all-reduces a layer, one for the embedding, nothing else of their size."""
+    tp, _, program = decode
+    always = [one for one in find_collectives(program.as_text()) if not one.conditional]
+    residual = [one for one in always if one.bytes == 4 * CONFIG.hidden_size * 4]
+    expected = [] if tp == 1 else ["all-reduce"] * (2 * CONFIG.num_layers + 1)
+    assert [one.kind for one in residual if one.group_size > 1] == expected
+    assert all(one.bytes <= tp * 2 * 4 * 4 for one in always if one not in residual)  # sampling
+
+
+def test_decode_copies_neither_weights_nor_cache(decode: tuple[int, Runner, jax.stages.Compiled]) -> None:
+    _, runner, program = decode
+    state = runner.abstract_state()
+    shards = {
+        tuple(sorted(buffer.sharding.shard_shape(buffer.shape)))
+        for buffer in (*jax.tree.leaves(state.cache), *runner._weights)
+        if buffer.ndim > 1
+    }
+    assert copies_of(shards, program.as_text()) == []
+    per_device = sum(
+        int(np.prod(buffer.sharding.shard_shape(buffer.shape))) * buffer.dtype.itemsize
+        for buffer in jax.tree.leaves(state)
+    )
+    assert program.memory_analysis().alias_size_in_bytes == per_device
+
+
+@pytest.mark.parametrize("tp", (1, 4, 16))
+def test_cache_does_not_grow_with_heads(tp: int) -> None:
+    layout = cache_layout(CONFIG, tp, 5, 128)
+    assert (layout.layer, layout.count, layout.shape) == (LatentCache, 1, (5, 1, 128, RANK + TURNING))
+    assert page_bytes_per_device(CONFIG, tp, 128, F32) == 2 * 128 * (RANK + TURNING) * 4
+
+
+@pytest.mark.parametrize("tp", (1, 4))
+def test_padding_is_what_heads_add(tp: int) -> None:
+    """Nine heads over four devices are twelve; the one stored matrix is the checkpoint's in two parts."""
+    mesh = make_mesh(tp)
+    layouts = {p.name: p.layout for p in parameters(abstract_decoder(CONFIG, mesh, F32), mesh)}
+    extra = 0 if tp == 1 else 3
+    assert layouts["layers.0.self_attn.kv_b_proj.key"].padding == extra * FIXED * RANK
+    assert layouts["layers.0.self_attn.kv_b_proj.value"].padding == extra * VALUE * RANK
+    assert layouts["layers.0.self_attn.o_proj.weight"].padding == extra * VALUE * 96
+    assert layouts["layers.0.self_attn.a_proj.weight"].padding == 0
+
+
+def test_bad_sizes() -> None:
+    for name in ("q_lora_rank", "kv_lora_rank", "v_head_dim"):
+        sizes = {"q_lora_rank": 1, "kv_lora_rank": 1, "v_head_dim": 1, name: 0}
+        with pytest.raises(ConfigError, match=f"{name}=0 is not a whole number"):
+            LatentConfig(**sizes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -163,7 +164,7 @@ def read(parts: list[str]) -> tuple[str, list[tuple[str, str]]]:
 @given(st.lists(st.integers(0, len(ANSWER)), max_size=12))
 def test_calls_are_read_however_the_answer_is_cut(cuts: list[int]) -> None:
     at = [0, *sorted(cuts), len(ANSWER)]
-    parts = [ANSWER[a:b] for a, b in zip(at, at[1:], strict=False)]
+    parts = [ANSWER[a:b] for a, b in itertools.pairwise(at)]
     assert read(parts) == ("Let me see: <tool> ", CALLS)
 
 

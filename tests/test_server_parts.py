@@ -19,6 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import tiny_checkpoint
 
+from tpjax import LLM
+from tpjax.cli import main
 from tpjax.engine.generation import Delta
 from tpjax.errors import RequestError
 from tpjax.sampling_params import SamplingParams
@@ -308,3 +310,28 @@ def test_ctrl_c_stops_the_answer_only() -> None:
 def test_chat_needs_a_template() -> None:
     with pytest.raises(RequestError, match="chat needs a chat template"):
         conversation(FakeLLM(template=None))
+
+
+def test_the_chat_verb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["hi", "/reset"])
+
+    def typed(prompt: str) -> str:
+        if (line := next(lines, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", typed)
+    model = str(tiny_checkpoint(tmp_path))
+    sampling = ["--max-tokens", "6", "--temperature", "0"]
+    assert main(["chat", "--model", model, "--tp", "1", "--max-model-len", "128", *sampling]) == 0
+    llm = LLM(model, tp=1, max_model_len=128, max_slots=1)
+    assert llm.tokenizer is not None
+    prompt = llm.tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+    (expected,) = llm.generate(
+        [llm.tokenizer.encode(prompt, add_special_tokens=False)], SamplingParams(max_tokens=6, temperature=0)
+    )
+    printed = capsys.readouterr()
+    assert printed.out == f"{expected.text}\nthe conversation is forgotten\n\n"
+    assert "/help shows the commands" in printed.err

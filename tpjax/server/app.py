@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -29,6 +30,8 @@ from tpjax.server.protocol import ChatBody, CompletionBody, DetokenizeBody, Toke
 from tpjax.server.service import Service, Stream
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 _ERROR = {
     "type": "object",
@@ -123,7 +126,10 @@ class EventStream(Response):
             async for chunk in self._rest:
                 await data(event(chunk))
             await data(b"data: [DONE]\n\n", more_body=False)
-        except ApiError as error:
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                log.exception("an unexpected error in a stream")
+                error = internal_error()
             await data(event(error.body(), "error"), more_body=False)
 
 

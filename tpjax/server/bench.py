@@ -212,7 +212,7 @@ async def request(load: Load, body: dict[str, Any]) -> Outcome:
     outcome = Outcome()
     start = last = time.perf_counter()
     try:
-        async for data in _stream(load, "/v1/completions", body):
+        async for data in stream_events(load, "/v1/completions", body):
             now = time.perf_counter()
             if data == "[DONE]":
                 break
@@ -280,7 +280,7 @@ async def _model(load: Load) -> dict[str, Any]:
     return found[0]
 
 
-async def _stream(load: Load, path: str, body: dict[str, Any]) -> AsyncIterator[str]:
+async def stream_events(load: Load, path: str, body: dict[str, Any]) -> AsyncIterator[str]:
     """The data of server-sent events."""
     async for line in _lines(load, "POST", path, body):
         if line.startswith("data: "):

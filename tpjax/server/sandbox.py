@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -27,6 +29,7 @@ MEMORY_LIMIT_BYTES = 2 << 30  # of address space
 MAX_RENDERED_CHARS = 4 << 20
 # A sixteenth of what the server's threads have: what compiles here compiles there.
 _STACK_BYTES = 512 << 10
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "LD_LIBRARY_PATH", "LANG", "TZ")
 
 
@@ -140,6 +143,8 @@ def main() -> None:
     """Answers until stdin ends."""
     import resource
 
+    if sys.platform == "linux":  # a template that hangs must not outlive a server that was killed
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.stack_size(_STACK_BYTES)

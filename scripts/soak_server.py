@@ -1,11 +1,11 @@
 """Many clients for minutes on end: `tpjax serve` must fail none of them, leak nothing, and answer as offline.
 
-    python scripts/soak_server.py                                 # 64 clients, 5 minutes, SmolLM2-135M
+    python scripts/soak_server.py                         # 64 clients, 5 minutes, SmolLM2-135M
     python scripts/soak_server.py --seconds 60 --clients 16 --tp 2
 
-Each client asks for one of some prompts of mixed lengths, greedily, and compares the answer with the one `LLM`
-gave before; one in ten hangs up in the middle. Prints a line every ten seconds, and at the end what held and
-what did not; exits with 1 if anything did not.
+Each client asks for one of some prompts of mixed lengths, greedily, and compares the answer with the one
+`LLM` gave before; one in ten hangs up in the middle. Prints a line every ten seconds, and at the end what
+held and what did not; exits with 1 if anything did not.
 """
 
 from __future__ import annotations

@@ -39,10 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments after the command's name; ``None`` takes the process's own.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:2] == ["bench", "serve"]:  # a verb of two words
-        words[:2] = ["bench serve"]
-    args = _parser().parse_args(words)
+    args = _parse(sys.argv[1:] if argv is None else argv)
     try:
         args.run(args)
         sys.stdout.flush()
@@ -305,6 +302,13 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_BAD_INPUT, f"tpjax: error: {message} (see `{self.prog} --help`)\n")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    words = list(argv)
+    if words[:2] == ["bench", "serve"]:  # a verb of two words
+        words[:2] = ["bench serve"]
+    return _parser().parse_args(words)
 
 
 def _parser() -> argparse.ArgumentParser:

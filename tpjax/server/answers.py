@@ -65,7 +65,7 @@ def make_requests(
         ids = llm.request(prompt, body.sampling_params(0)).prompt_ids
         room = llm.max_model_len - len(ids)
         if max_tokens is None:
-            max_tokens = room if default_tokens is None else min(default_tokens, room)
+            max_tokens = max(1, room if default_tokens is None else min(default_tokens, room))
         if max_tokens > room:
             raise bad_request(
                 f"the prompt has {len(ids)} tokens and max_tokens={max_tokens}: together "

@@ -22,6 +22,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tpjax import __version__
+from tpjax.errors import RequestError
 from tpjax.server.answers import Answer, event, token_text
 from tpjax.server.chat import ChatAnswer, Templates
 from tpjax.server.completions import CompletionAnswer
@@ -153,6 +154,7 @@ def create_app(service: Service) -> FastAPI:
     )
     app.router.route_class = _JsonRoute
     app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected_error)
@@ -402,6 +404,10 @@ async def _disconnected(receive: Receive) -> None:
 async def _api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return JSONResponse(error.body(), error.status, error.headers)
+
+
+async def _request_error(_: Request, error: Exception) -> Response:
+    return await _api_error(_, bad_request(str(error)))
 
 
 async def _validation_error(_: Request, error: Exception) -> Response:

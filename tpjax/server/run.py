@@ -124,3 +124,5 @@ def serve(load: Callable[[], LLM], options: Options, announce: Callable[[str], N
     server.run(sockets=[sock])
     if service.error is not None:
         raise service.error
+    if not service.loaded:
+        os._exit(0)  # the thread that loads is in the compiler: the interpreter could not end under it

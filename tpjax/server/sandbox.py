@@ -175,8 +175,10 @@ def _work(stdin: IO[bytes], stdout: IO[bytes]) -> None:
                     answer = {"error": f"the schema is not usable: {wrong[:500]}"}
         except TpjaxError as error:
             answer = {"error": str(error)[:500]}
-        except (MemoryError, RecursionError):
+        except MemoryError:
             answer = {"error": "the chat template needs more memory than it may have"}
+        except Exception as error:  # a template is code, and its options are the client's
+            answer = {"error": f"the chat template failed: {type(error).__name__}: {error}"[:500]}
         _send(stdout, answer)
 
 

@@ -165,6 +165,11 @@ class Service:
         return self._llm
 
     @property
+    def loaded(self) -> bool:
+        """Whether there is a model, whatever the state."""
+        return self._llm is not None
+
+    @property
     def pending(self) -> int:
         """Choices that wait or run."""
         return sum(len(stream.generations) for stream in self._streams)
@@ -204,7 +209,7 @@ class Service:
 
     async def drain(self, limit_s: float) -> None:
         """Takes no more requests and waits for those that run; after ``limit_s`` they fail."""
-        if self.state == "ready":
+        if self.state != "failed":
             self.state = "draining"
         deadline = time.monotonic() + limit_s
         while self._streams and time.monotonic() < deadline:
@@ -214,7 +219,7 @@ class Service:
     async def stop(self) -> None:
         """Ends the thread, unless it is still loading: that ends with the process."""
         self._commands.put(None)
-        if self._llm is not None:
+        if self.loaded:
             await asyncio.to_thread(self._thread.join)
 
     def _deliver(self, grown: list[tuple[Stream, int, Delta]], now: float) -> None:
@@ -229,7 +234,8 @@ class Service:
             stream.fail(error)
 
     def _ready(self) -> None:
-        self.state = "ready"
+        if self.state == "loading":
+            self.state = "ready"
 
     def _failed(self, error: BaseException) -> None:
         self.state, self.error = "failed", error
@@ -248,7 +254,7 @@ class Service:
                 self._step(llm.engine)
                 self.stats = llm.engine.stats()
         except BaseException as error:
-            if self._llm is not None:  # a model that cannot be loaded is for the command line to report
+            if self.loaded:  # a model that cannot be loaded is for the command line to report
                 log.exception("the engine stopped")
             failure = error
             self._call(lambda: self._failed(failure))

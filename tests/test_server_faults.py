@@ -446,6 +446,10 @@ def test_signals_and_a_taken_port(directory: Path) -> None:
                 wait_for(process, "(draining)")
                 process.send_signal(signal.SIGTERM)
                 assert process.wait(5) == 128 + signal.SIGTERM
+    with serve(directory) as process:
+        wait_for(process, r"(http://\S+)")
+        process.send_signal(signal.SIGTERM)  # while it loads
+        assert process.wait(20) == 0
     with serve(directory / "missing") as process:
         assert process.stderr is not None
         last = process.stderr.read().splitlines()[-1]

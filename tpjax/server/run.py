@@ -52,8 +52,11 @@ class Options:
 class Server(uvicorn.Server):
     """uvicorn, with a drain: the first signal lets running requests finish, the second ends all at once."""
 
-    def __init__(self, service: Service, options: Options) -> None:
+    def __init__(
+        self, service: Service, options: Options, on_start: Callable[[], None] = lambda: None
+    ) -> None:
         self.service = service
+        self._on_start = on_start
         self._drain_s = options.drain_s
         self._signals = 0
         self._drain: asyncio.Task[None] | None = None
@@ -67,6 +70,11 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=5,
             )
         )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to listen."""
+        await super().startup(sockets)
+        self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGINT and SIGTERM come here."""
@@ -108,7 +116,7 @@ def serve(load: Callable[[], LLM], options: Options, announce: Callable[[str], N
     Args:
         load: makes the model; called once the server listens.
         options: how.
-        announce: told the address.
+        announce: told the address, once the server listens.
 
     Raises:
         ConfigError: the port is taken.
@@ -117,9 +125,9 @@ def serve(load: Callable[[], LLM], options: Options, announce: Callable[[str], N
     sock = listen(options.host, options.port)
     log_as_json_lines()
     service = Service(load, options.model, options.max_queue, on_failure=lambda: server.finish())
-    server = Server(service, options)
     host = f"[{options.host}]" if ":" in options.host else options.host
-    announce(f"http://{host}:{sock.getsockname()[1]}")
+    url = f"http://{host}:{sock.getsockname()[1]}"
+    server = Server(service, options, lambda: announce(url))
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     server.run(sockets=[sock])
     if service.error is not None:

@@ -62,7 +62,7 @@ def make_requests(
     """
     try:
         # the prompt's own check comes first: its length decides about the rest
-        ids = llm.request(prompt, body.sampling_params(0)).prompt_ids
+        ids = llm.request(prompt, body.sampling_params(0, seed=0)).prompt_ids
         room = llm.max_model_len - len(ids)
         if max_tokens is None:
             max_tokens = max(1, room if default_tokens is None else min(default_tokens, room))

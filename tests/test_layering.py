@@ -30,7 +30,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("engine",),
     ("inspect",),
     ("llm",),
-    ("server",),
+    ("server", "terminal"),
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from tpjax import __version__
 from tpjax.config import ExpertSharding
-from tpjax.errors import RequestError, TpjaxError
+from tpjax.errors import ConfigError, RequestError, TpjaxError
 
 if TYPE_CHECKING:
     from tpjax.llm import LLM
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments after the command's name; ``None`` takes the process's own.
     """
-    args = _parser().parse_args(argv)
+    args = _parse(sys.argv[1:] if argv is None else argv)
     try:
         args.run(args)
         sys.stdout.flush()
@@ -70,16 +70,7 @@ def _fail(message: str, status: int, args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> None:
     from tpjax.sampling_params import SamplingParams
 
-    params = SamplingParams(
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        seed=args.seed,
-        stop=args.stop,
-        ignore_eos=args.ignore_eos,
-    )
+    params = SamplingParams(**_sampling(args), stop=args.stop, ignore_eos=args.ignore_eos)
     text = _read_stdin() if args.prompt == "-" else args.prompt
     start = time.perf_counter()
     llm = _load(args)
@@ -90,6 +81,85 @@ def _generate(args: argparse.Namespace) -> None:
     _print_stream(llm.stream(prompt, params), figures)
     device = llm.mesh.devices.flat[0]
     print(f"tpjax: {figures.line()}, tp={llm.mesh.size}, {device.device_kind}", file=sys.stderr)
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from tpjax.sampling_params import SamplingParams
+    from tpjax.terminal import chat
+
+    params = SamplingParams(**_sampling(args))
+    llm = _load(args, max_slots=1)
+    print(f"tpjax: {args.model} at tp={llm.mesh.size}; /help shows the commands", file=sys.stderr)
+    chat(llm, params, args.system)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    try:
+        from tpjax.server.run import Options, serve
+    except ImportError as error:
+        raise ConfigError(f"serving needs more packages ({error}): pip install 'tpjax[serve]'") from error
+    keys = [*args.api_key, *(line for path in args.api_key_file for line in _read_keys(path))]
+    options = Options(
+        model=args.served_model_name or Path(args.model).name,
+        host=args.host,
+        port=args.port,
+        api_keys=tuple(keys),
+        max_queue=args.max_queue,
+        max_body_bytes=args.max_body_mib << 20,
+        drain_s=args.drain_s,
+    )
+    _devices(args)
+
+    def load() -> LLM:
+        llm = _load(args, max_slots=args.max_slots)
+        llm.warm_up()
+        print(f"tpjax: {options.model} is ready at tp={llm.mesh.size}", file=sys.stderr, flush=True)
+        return llm
+
+    serve(load, options, lambda url: print(f"tpjax: {url}", file=sys.stderr, flush=True))
+
+
+def _read_keys(path: Path) -> list[str]:
+    try:
+        keys = path.read_text().split()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    if not keys:
+        raise ConfigError(f"{path}: no key in it")
+    return keys
+
+
+def _bench_serve(args: argparse.Namespace) -> None:
+    from tpjax.server import bench
+
+    load = bench.Load(
+        base_url=args.base_url,
+        model=args.model,
+        num_prompts=args.num_prompts,
+        input_len=args.input_len,
+        output_len=args.output_len,
+        range_ratio=args.range_ratio,
+        max_concurrency=args.max_concurrency,
+        seed=args.seed,
+        api_key=args.api_key,
+    )
+    results = bench.sweep(load, args.request_rate, dict(args.goodput))
+    for result in results:
+        print(result.table())
+    if args.json is not None:
+        try:
+            args.json.write_text(json.dumps([result.summary() for result in results], indent=2) + "\n")
+        except OSError as error:
+            raise RequestError(f"{args.json}: {error.strerror}") from error
+    if args.plot is not None:
+        bench.plot(results, args.plot)
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling parameters that ``generate`` and ``chat`` share."""
+    return {
+        name: getattr(args, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
+    }
 
 
 def _pull(args: argparse.Namespace) -> None:
@@ -193,7 +263,7 @@ def _traffic(args: argparse.Namespace, dtype: str) -> Any:
     )
 
 
-def _load(args: argparse.Namespace) -> LLM:
+def _load(args: argparse.Namespace, **options: Any) -> LLM:
     """Finds the model, sees to the devices, and loads the one onto the others."""
     _devices(args)
     from tpjax import LLM
@@ -204,6 +274,7 @@ def _load(args: argparse.Namespace) -> LLM:
         dtype=args.dtype,
         max_model_len=args.max_model_len,
         expert_sharding=args.expert_sharding,
+        **options,
     )
 
 
@@ -299,6 +370,13 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EXIT_BAD_INPUT, f"tpjax: error: {message} (see `{self.prog} --help`)\n")
 
 
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    words = list(argv)
+    if words[:2] == ["bench", "serve"]:  # a verb of two words
+        words[:2] = ["bench serve"]
+    return _parser().parse_args(words)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="tpjax",
@@ -309,6 +387,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     _add_generate(verbs)
+    _add_chat(verbs)
+    _add_serve(verbs)
+    _add_bench_serve(verbs)
     _add_pull(verbs)
     _add_explain(verbs)
     _add_plan(verbs)
@@ -352,26 +433,120 @@ def _add_generate(verbs: Any) -> None:
     verb.add_argument(
         "--chat", action="store_true", help="send the prompt as a message, by the chat template"
     )
-    verb.add_argument(
-        "--max-tokens", type=int, default=128, metavar="N", help="most tokens to generate (128)"
-    )
-    verb.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest (1.0)"
-    )
-    verb.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="keep the K likeliest; 0 keeps all (0)"
-    )
-    verb.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="keep this much probability (1.0)"
-    )
-    verb.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P", help="as likely as the best times P (0)"
-    )
-    verb.add_argument("--seed", type=int, metavar="S", help="the same seed draws the same tokens, at any tp")
+    _add_sampling_options(verb)
     verb.add_argument(
         "--stop", action="append", default=[], metavar="STR", help="end before this text; may be repeated"
     )
     verb.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-text token")
+
+
+def _add_chat(verbs: Any) -> None:
+    verb = _add_verb(
+        verbs,
+        "chat",
+        _chat,
+        "talk with a model; Ctrl-C stops an answer, /help shows the commands",
+        """
+        tpjax chat --model smollm2-135m --tp 4
+        tpjax chat --model ./Llama-3.2-1B-Instruct --system "Answer in one sentence." --temperature 0.7
+        """,
+    )
+    verb.add_argument("--model", required=True, metavar="M", help=_MODEL_HELP)
+    _add_sharding_options(verb)
+    verb.add_argument("--system", metavar="TEXT", help="the system message")
+    _add_sampling_options(verb)
+    verb.set_defaults(max_tokens=1024)
+
+
+def _add_serve(verbs: Any) -> None:
+    verb = _add_verb(
+        verbs,
+        "serve",
+        _serve,
+        "serve a model to many: the OpenAI API, metrics, and a web page at /",
+        """
+        tpjax serve --model smollm2-135m --tp 4
+        tpjax serve --model ./Llama-3.1-8B-Instruct --tp 8 --host 0.0.0.0 --api-key-file keys.txt
+        """,
+    )
+    verb.add_argument("--model", required=True, metavar="M", help=_MODEL_HELP)
+    _add_sharding_options(verb)
+    verb.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    verb.add_argument("--port", type=_port, default=8000, help="0 takes a free one (8000)")
+    verb.add_argument("--served-model-name", metavar="NAME", help="the model's name in the API (M)")
+    verb.add_argument(
+        "--max-slots", type=_request_count, default=8, metavar="N", help="requests that run at once (8)"
+    )
+    verb.add_argument(
+        "--max-queue", type=_request_count, default=256, metavar="N", help="requests that may wait (256)"
+    )
+    verb.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="ask for this key everywhere but at /health; may be repeated; shows in the process list",
+    )
+    verb.add_argument(
+        "--api-key-file",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="the same, keys from a file",
+    )
+    verb.add_argument(
+        "--max-body-mib", type=_mib_count, default=4, metavar="N", help="largest request, MiB (4)"
+    )
+    verb.add_argument(
+        "--drain-s",
+        type=_seconds,
+        default=30.0,
+        metavar="S",
+        help="seconds that running requests get to finish after SIGTERM (30)",
+    )
+
+
+def _add_bench_serve(verbs: Any) -> None:
+    verb = _add_verb(
+        verbs,
+        "bench serve",
+        _bench_serve,
+        "measure a running server: latencies, throughput, goodput over request rates",
+        """
+        tpjax bench serve --num-prompts 64 --input-len 256 --output-len 128
+        tpjax bench serve --request-rate 1 2 4 8 inf --goodput ttft:500 tpot:100 --plot rates.png
+        """,
+    )
+    verb.add_argument("--base-url", default="http://127.0.0.1:8000", metavar="URL", help="of the server")
+    verb.add_argument("--model", metavar="M", help="its name in the API (the first there is)")
+    verb.add_argument("--num-prompts", type=_request_count, default=64, metavar="N", help="requests (64)")
+    verb.add_argument("--input-len", type=_token_count, default=128, metavar="N", help="tokens each (128)")
+    verb.add_argument("--output-len", type=_token_count, default=64, metavar="N", help="tokens each (64)")
+    verb.add_argument(
+        "--range-ratio", type=_fraction, default=0.0, metavar="R", help="lengths vary by this share (0)"
+    )
+    verb.add_argument(
+        "--request-rate",
+        type=_rate,
+        nargs="+",
+        default=[float("inf")],
+        metavar="R",
+        help="requests a second, one run for each; inf sends all at once (inf)",
+    )
+    verb.add_argument("--max-concurrency", type=_request_count, metavar="N", help="requests at once (any)")
+    verb.add_argument(
+        "--goodput",
+        type=_goal,
+        nargs="+",
+        default=[],
+        metavar="NAME:MS",
+        help="count requests that keep to ttft, tpot and e2el, milliseconds",
+    )
+    verb.add_argument("--seed", type=int, default=0, metavar="S", help="of prompts and arrivals (0)")
+    verb.add_argument("--api-key", metavar="KEY", help="of the server")
+    verb.add_argument("--plot", type=Path, metavar="FILE", help="a PNG of latency and throughput by rate")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
 
 
 def _add_pull(verbs: Any) -> None:
@@ -512,6 +687,25 @@ def _add_sharding_options(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_sampling_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--max-tokens", type=int, default=128, metavar="N", help="most tokens to generate (128)"
+    )
+    verb.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest (1.0)"
+    )
+    verb.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="keep the K likeliest; 0 keeps all (0)"
+    )
+    verb.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="keep this much probability (1.0)"
+    )
+    verb.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="as likely as the best times P (0)"
+    )
+    verb.add_argument("--seed", type=int, metavar="S", help="the same seed draws the same tokens, at any tp")
+
+
 def _device_count(text: str) -> int:
     return _whole(text, "of devices")
 
@@ -522,6 +716,50 @@ def _token_count(text: str) -> int:
 
 def _sequence_count(text: str) -> int:
     return _whole(text, "of sequences")
+
+
+def _request_count(text: str) -> int:
+    return _whole(text, "of requests")
+
+
+def _mib_count(text: str) -> int:
+    return _whole(text, "of MiB")
+
+
+def _port(text: str) -> int:
+    number = int(text) if text.isascii() and text.isdigit() else -1
+    if not 0 <= number < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
+    return number
+
+
+def _seconds(text: str) -> float:
+    return _number(text, "a number of seconds, 0 or more", 0.0, 1e6)
+
+
+def _fraction(text: str) -> float:
+    return _number(text, "a fraction, 0 to 1", 0.0, 1.0)
+
+
+def _rate(text: str) -> float:
+    return _number(text, "a rate above 0, or inf", 1e-6, float("inf"))
+
+
+def _number(text: str, what: str, low: float, high: float) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not low <= number <= high:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return number
+
+
+def _goal(text: str) -> tuple[str, float]:
+    name, _, ms = text.partition(":")
+    if name not in ("ttft", "tpot", "e2el"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not ttft:MS, tpot:MS or e2el:MS")
+    return name, _number(ms, "a number of milliseconds", 0.0, 1e9)
 
 
 def _whole(text: str, of_what: str) -> int:

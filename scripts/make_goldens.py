@@ -160,6 +160,28 @@ def tiny_models() -> dict[str, transformers.PretrainedConfig]:
         "gpt_neox-serial": transformers.GPTNeoXConfig(
             **without_groups, rope_parameters=two_thirds_rotary, use_parallel_residual=False
         ),
+        "deepseek_v3": transformers.DeepseekV3Config(
+            **{
+                **without_groups,
+                "hidden_size": 48,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 5,
+                "initializer_range": 0.2,
+            },
+            num_key_value_heads=5,
+            moe_intermediate_size=11,
+            n_routed_experts=8,
+            num_experts_per_tok=3,
+            n_group=2,
+            topk_group=1,
+            first_k_dense_replace=1,
+            q_lora_rank=20,
+            kv_lora_rank=14,
+            qk_nope_head_dim=10,
+            qk_rope_head_dim=6,
+            v_head_dim=9,
+            rope_parameters={**yarn, "mscale": 0.7, "mscale_all_dim": 1.3},
+        ),
     }
 
 
@@ -227,6 +249,9 @@ def write_tiny(name: str, config: transformers.PretrainedConfig) -> None:
         for parameter_name, parameter in model.named_parameters():
             if re.search(r"norm|\bln_|(bias|sinks)$", parameter_name):
                 parameter.add_(torch.randn_like(parameter) * 0.3)  # a norm of ones would hide a missing norm
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.2)  # zeros would hide a missing one
         if config.tie_word_embeddings:
             model.get_input_embeddings().weight.mul_(
                 0.1

@@ -390,8 +390,8 @@ def test_sparse_layers_are_as_many_as_layers() -> None:
             "mixtral",
             5,
             "width",
-            "experts: 2 of 5 compute a token; each device has 3 of every expert's 12 features (padded to 15), "
-            "as expert_sharding='width' asks for it",
+            "experts: 2 of 5 compute a token; each device has 3 of every expert's 12 features "
+            "(padded to 15), as expert_sharding='width' asks for it",
         ),
         (
             "mixtral",

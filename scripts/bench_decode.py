@@ -127,7 +127,7 @@ def weight_bytes(model: str) -> int:
     from tpjax.checkpoints.hub import resolve
     from tpjax.checkpoints.load import open_checkpoint
 
-    tensors = open_checkpoint(resolve(model)).source.tensors.values()
+    tensors = open_checkpoint(resolve(model)).source.stored.values()
     total = 0
     for info in tensors:
         size = 4

@@ -6,12 +6,14 @@ a prompt, the logits after each of its tokens, and the greedy continuation. For 
 logits are kept at some token ids only, to stay small.
 
     python scripts/make_goldens.py            # the tiny models
+    python scripts/make_goldens.py qwen3      # one of them
     python scripts/make_goldens.py --real     # and the built-in aliases, from their GGUF files
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 from pathlib import Path
 
@@ -39,6 +41,16 @@ def tiny_models() -> dict[str, transformers.PretrainedConfig]:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+    small = {**common, "hidden_size": 36, "intermediate_size": 46, "num_hidden_layers": 2}
+    without_groups = {name: value for name, value in small.items() if name != "num_key_value_heads"}
+    two_thirds_rotary = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.67}
+    yarn = {
+        "rope_type": "yarn",
+        "rope_theta": 10_000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 8.0,
+    }
     llama3_rope = {
         "rope_type": "llama3",
         "rope_theta": 500_000.0,
@@ -63,6 +75,91 @@ def tiny_models() -> dict[str, transformers.PretrainedConfig]:
             sliding_window=9,
             layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         ),
+        "qwen2": transformers.Qwen2Config(
+            **small, use_sliding_window=True, sliding_window=9, max_window_layers=1
+        ),
+        "qwen3": transformers.Qwen3Config(**small, head_dim=10, tie_word_embeddings=True),
+        "gemma": transformers.GemmaConfig(
+            **{**small, "num_attention_heads": 4, "num_key_value_heads": 1}, head_dim=16
+        ),
+        "gemma2": transformers.Gemma2Config(
+            **small,
+            head_dim=10,
+            query_pre_attn_scalar=24,
+            sliding_window=9,
+            attn_logit_softcapping=3.0,
+            final_logit_softcapping=5.0,
+        ),
+        "gemma3-with-vision": transformers.Gemma3Config(
+            text_config={
+                **small,
+                "head_dim": 10,
+                "query_pre_attn_scalar": 24,
+                "sliding_window": 9,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 1,
+                "num_hidden_layers": 3,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            },
+            vision_config={
+                "hidden_size": 8,
+                "intermediate_size": 8,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 4,
+                "patch_size": 2,
+            },
+            initializer_range=0.25,
+            mm_tokens_per_image=4,
+            image_token_index=130,
+            boi_token_index=129,
+            eoi_token_index=128,
+        ),
+        "phi3": transformers.Phi3Config(
+            **small,
+            pad_token_id=0,
+            original_max_position_embeddings=32,  # shorter than the prompt: the long factors
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 10_000.0,
+                "partial_rotary_factor": 0.67,
+                "short_factor": [1.0, 1.1],
+                "long_factor": [1.5, 6.0],
+            },
+        ),
+        "smollm3": transformers.SmolLM3Config(
+            **{**small, "num_hidden_layers": 3}, pad_token_id=0, no_rope_layers=[1, 0, 1]
+        ),
+        "olmo2": transformers.Olmo2Config(**small, rope_parameters=yarn),
+        "granite": transformers.GraniteConfig(
+            **small,
+            embedding_multiplier=3.0,
+            attention_multiplier=0.5,
+            residual_multiplier=0.7,
+            logits_scaling=2.0,
+        ),
+        "cohere": transformers.CohereConfig(**small, use_qk_norm=True, logit_scale=0.5),
+        "cohere2": transformers.Cohere2Config(
+            **{**small, "num_hidden_layers": 3},
+            sliding_window=9,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+        "starcoder2": transformers.Starcoder2Config(**small, sliding_window=9),
+        "gpt2": transformers.GPT2Config(
+            vocab_size=131,
+            n_positions=160,
+            n_embd=36,
+            n_layer=2,
+            n_head=6,
+            n_inner=46,
+            initializer_range=0.25,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        "gpt_neox": transformers.GPTNeoXConfig(**without_groups, rope_parameters=two_thirds_rotary),
+        "gpt_neox-serial": transformers.GPTNeoXConfig(
+            **without_groups, rope_parameters=two_thirds_rotary, use_parallel_residual=False
+        ),
     }
 
 
@@ -73,7 +170,7 @@ def write_tiny(name: str, config: transformers.PretrainedConfig) -> None:
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if "norm" in parameter_name or parameter_name.endswith("bias"):
+            if re.search(r"norm|\bln_|bias$", parameter_name):
                 parameter.add_(torch.randn_like(parameter) * 0.3)  # a norm of ones would hide a missing norm
         if config.tie_word_embeddings:
             model.get_input_embeddings().weight.mul_(
@@ -83,7 +180,7 @@ def write_tiny(name: str, config: transformers.PretrainedConfig) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     model.save_pretrained(directory)
     (directory / "generation_config.json").unlink(missing_ok=True)
-    prompt = np.random.default_rng(7).integers(3, config.vocab_size, 40)
+    prompt = np.random.default_rng(7).integers(3, config.get_text_config().vocab_size, 40)
     logits, greedy = run(model, prompt)
     np.savez_compressed(directory / "golden.npz", prompt=prompt, logits=logits, greedy=greedy)
     print(f"{name}: logits {logits.shape}, {len(set(greedy))} different tokens of {STEPS}: {greedy[:8]}…")
@@ -126,10 +223,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("names", nargs="*", help="tiny models to make; all of them where none is named")
     parser.add_argument("--real", action="store_true", help="also the built-in aliases")
     arguments = parser.parse_args()
     for name, config in tiny_models().items():
-        write_tiny(name, config)
+        if not arguments.names or name in arguments.names:
+            write_tiny(name, config)
     if arguments.real:
         for name in ("smollm2-135m", "gemma3-270m"):
             write_real(name)

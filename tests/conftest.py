@@ -8,6 +8,8 @@ from pathlib import Path
 
 import tpjax
 
+# the tests compile hundreds of small programs, each for a few calls: LLVM's optimisation costs half that time
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 tpjax.fake_devices(16)
 
 import jax  # noqa: E402  (after the devices are faked)

@@ -60,7 +60,7 @@ def linear(weights: Weights, x: np.ndarray) -> np.ndarray:
 
 def rms_norm(config: ModelConfig, weights: Weights, x: np.ndarray) -> np.ndarray:
     """Divides by the root mean square of the last axis."""
-    rms = np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.rms_norm_eps)
+    rms = np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.norm_eps)
     return x / rms * (config.norm_offset + weights["weight"])
 
 
@@ -102,7 +102,7 @@ def latent_attention(config: ModelConfig, weights: Weights, x: np.ndarray, kind:
     assert config.latent is not None
     length, rank, turning = len(x), config.latent.kv_lora_rank, config.rotated_dim
     fixed = config.head_dim - turning
-    norms = replace(config, rms_norm_eps=1e-6)
+    norms = replace(config, norm_eps=1e-6)
 
     def project(name: str, x: np.ndarray) -> np.ndarray:
         return linear(below(weights, name), x)

@@ -150,7 +150,7 @@ def architectures(draw: st.DrawFn) -> ModelConfig:
         intermediate_size=draw(sizes(24)),
         num_layers=layers,
         max_position_embeddings=64,
-        rms_norm_eps=draw(st.sampled_from((1e-6, 1e-2))),
+        norm_eps=draw(st.sampled_from((1e-6, 1e-2))),
         rope=draw(st.sampled_from(ROPES)),
         rope_sliding=draw(st.none() | st.sampled_from(ROPES)),
         layer_types=tuple(draw(st.lists(kinds, min_size=layers, max_size=layers))),

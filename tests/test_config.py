@@ -21,7 +21,7 @@ FIELDS: dict[str, Any] = {
     "num_kv_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
+    "norm_eps": 1e-5,
     "rope": RopeConfig(),
     "layer_types": ("full_attention", "sliding_attention", "full_attention"),
     "sliding_window": 16,
@@ -67,7 +67,9 @@ def test_head_dim_is_even() -> None:
 
 
 @pytest.mark.parametrize("value", (0.0, -1.0, math.nan, math.inf, "1e-5", None, 1j))
-@pytest.mark.parametrize("name", ("rms_norm_eps", "embedding_scale", "query_scale"))
+@pytest.mark.parametrize(
+    "name", ("norm_eps", "embedding_scale", "query_scale", "residual_scale", "logit_scale")
+)
 def test_scales_are_positive(name: str, value: Any) -> None:
     assert refusal(**{name: value}) == f"{name}={value!r} is not a positive number"
 
@@ -79,7 +81,7 @@ def test_one_layer_type_a_layer() -> None:
 
 def test_unknown_layer_type() -> None:
     message = refusal(layer_types=("full_attention", "mamba", "full_attention"))
-    assert message == "layer type 'mamba' is not supported: use one of full_attention, sliding_attention"
+    assert message == "layer type='mamba' is not supported: use full_attention or sliding_attention"
 
 
 @pytest.mark.parametrize("window", (None, 0, -3, 2.5, "16", True))
@@ -91,8 +93,40 @@ def test_window_is_not_needed_without_sliding_layers() -> None:
     assert config(layer_types=("full_attention",) * 3, sliding_window=None).sliding_window is None
 
 
-def test_unknown_activation() -> None:
-    assert refusal(activation="relu") == "activation='relu' is not supported: use silu or gelu_tanh"
+@pytest.mark.parametrize("name", ("norm", "block", "position_embedding", "qk_norm", "activation"))
+def test_unknown_choice(name: str) -> None:
+    assert refusal(**{name: "selu"}).startswith(f"{name}='selu' is not supported: use ")
+
+
+def test_known_choices_are_listed() -> None:
+    assert refusal(activation="selu").endswith("use silu, gelu, gelu_tanh or relu")
+
+
+@pytest.mark.parametrize("name", ("attn_softcap", "logit_softcap"))
+@pytest.mark.parametrize("value", (0, -30.0, math.inf, "30"))
+def test_caps_are_positive(name: str, value: Any) -> None:
+    assert refusal(**{name: value}) == f"{name}={value!r} is not a positive number"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    (
+        ({"rotary_dim": 5}, "rotary_dim=5 is odd: rotary embeddings need pairs"),
+        ({"rotary_dim": 10}, "rotary_dim=10 is over head_dim=8"),
+        ({"rotary_dim": 0}, "rotary_dim=0 is not a whole number, 1 or more"),
+        ({"rope_layers": (True,)}, "rope_layers has 1 entries, but num_layers=3"),
+        (
+            {"rope": RopeConfig(divisors=(1.0,) * 3)},
+            "rope divisors has 3 entries, but 8 dimensions of a head rotate in 4 pairs",
+        ),
+    ),
+)
+def test_what_rotates_is_consistent(changed: dict[str, Any], message: str) -> None:
+    assert refusal(**changed) == message
+
+
+def test_head_dim_may_be_odd_without_rotation() -> None:
+    assert config(head_dim=7, position_embedding="learned").head_dim == 7
 
 
 def test_rope_and_window_of_each_kind() -> None:
@@ -119,9 +153,15 @@ def rope_refusal(**fields: Any) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("kind", ("yarn", "dynamic", "longrope", "", None))
+@pytest.mark.parametrize("kind", ("spiral", "", None))
 def test_unknown_rope(kind: Any) -> None:
-    assert rope_refusal(kind=kind) == f"rope_type={kind!r} is not supported: use default, linear or llama3"
+    assert rope_refusal(kind=kind) == (
+        f"rope_type={kind!r} is not supported: use default, linear, dynamic, llama3, yarn or longrope"
+    )
+
+
+def test_longrope_needs_both_lists() -> None:
+    assert "short and long factors" in rope_refusal(kind="longrope", divisors=(1.0,))
 
 
 @pytest.mark.parametrize("value", (0.0, -8.0, math.nan, math.inf, "8", None))

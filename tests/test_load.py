@@ -16,6 +16,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from tpjax.checkpoints.load import (
+    CanonicalSource,
     Checkpoint,
     abstract_decoder,
     load_decoder,
@@ -23,8 +24,10 @@ from tpjax.checkpoints.load import (
     parameters,
     read_config,
 )
-from tpjax.checkpoints.source import TensorInfo
+from tpjax.checkpoints.safetensors import SafetensorsCheckpoint
+from tpjax.checkpoints.source import TensorInfo, TensorSource
 from tpjax.errors import CheckpointError, ConfigError
+from tpjax.families import FAMILIES
 from tpjax.mesh import make_mesh
 
 LAYERS, D, H, K, HEAD, F, V = 2, 10, 6, 2, 4, 20, 50
@@ -227,7 +230,7 @@ def test_float8_checkpoint_loads_as_what_it_stands_for(tmp_path: Path) -> None:
 class Counting:
     """A source that counts the elements read of each tensor."""
 
-    def __init__(self, source: Any) -> None:
+    def __init__(self, source: TensorSource) -> None:
         self._source = source
         self.tensors: Mapping[str, TensorInfo] = source.tensors
         self.elements: dict[str, int] = {}
@@ -242,11 +245,10 @@ class Counting:
 
 def test_only_the_slices_are_read(plain: Path) -> None:
     """At tp = 8 every element once; k and v once per slot that holds a replica, and norms once in all."""
-    checkpoint = open_checkpoint(plain)
-    source = Counting(checkpoint.source)
-    mesh = make_mesh(8)
-    model = abstract_decoder(checkpoint.config, mesh, F32)
-    load_decoder(Checkpoint(plain, checkpoint.config, source), model, mesh, progress=False)
+    config, mesh = read_config(plain), make_mesh(8)
+    source = Counting(SafetensorsCheckpoint(plain))
+    checkpoint = Checkpoint(plain, config, CanonicalSource(source, FAMILIES["llama"].names(config), config))
+    load_decoder(checkpoint, abstract_decoder(config, mesh, F32), mesh, progress=False)
     for name, count in source.elements.items():
         replicas = 3 if name.split(".")[-2] in ("k_proj", "v_proj") else 1
         assert count == replicas * np.prod(source.tensors[name].shape), name
@@ -285,13 +287,13 @@ def test_every_difference_in_one_message(tmp_path: Path) -> None:
     assert lines[0] == f"{path}: configuration and weights disagree on 6 tensors:"
     assert sorted(line.strip() for line in lines[1:]) == sorted(
         (
-            "missing     layers.1.mlp.up_proj.weight [20, 10]",
+            "missing     model.layers.1.mlp.up_proj.weight [20, 10]",
             "missing     lm_head.weight [50, 10]",
-            "mismatched  layers.0.self_attn.q_proj.weight: "
+            "mismatched  model.layers.0.self_attn.q_proj.weight: "
             "the configuration says [24, 10], the file has [25, 10]",
-            "mismatched  norm.weight: the configuration says [10], the file has [10, 1]",
-            "unexpected  layers.2.mlp.up_proj.weight [20, 10]",
-            "unexpected  layers.0.self_attn.q_proj.bias [24]",
+            "mismatched  model.norm.weight: the configuration says [10], the file has [10, 1]",
+            "unexpected  model.layers.2.mlp.up_proj.weight [20, 10]",
+            "unexpected  model.layers.0.self_attn.q_proj.bias [24]",
         )
     )
 
@@ -307,7 +309,7 @@ def test_a_long_list_is_cut(tmp_path: Path) -> None:
 def test_the_wrong_configuration(tmp_path: Path) -> None:
     """A deeper model than the file: what is missing is named, with its shape."""
     message = refusal(save(tmp_path / "deeper", TENSORS, num_hidden_layers=3))
-    assert "missing     layers.2.self_attn.q_proj.weight [24, 10]" in message
+    assert "missing     model.layers.2.self_attn.q_proj.weight [24, 10]" in message
     assert "disagree on 9 tensors" in message
 
 

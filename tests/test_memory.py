@@ -31,7 +31,7 @@ model = abstract_decoder(checkpoint.config, mesh, jnp.dtype("float32"))
 model = load_decoder(checkpoint, model, mesh, progress=False)
 arrays = [x for x in jax.tree.leaves(model) if isinstance(x, jax.Array)]
 shards = sum(shard.data.nbytes for array in arrays for shard in array.addressable_shards)
-largest = max(4 * __import__("math").prod(info.shape) for info in checkpoint.source.tensors.values())
+largest = max(4 * __import__("math").prod(info.shape) for info in checkpoint.source.stored.values())
 print(peak() - before, shards, largest)
 """
 

@@ -66,7 +66,7 @@ def model_config(moe: MoEConfig, **more: Any) -> ModelConfig:
     return ModelConfig(
         model_type="test",
         **{**sizes, **more},
-        rms_norm_eps=1e-5,
+        norm_eps=1e-5,
         rope=RopeConfig(),
         layer_types=("full_attention",) * len(moe.sparse_layers),
         query_scale=1.0,

@@ -8,14 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDENS
+from flax import nnx
 
 from tpjax import LLM, SamplingParams
+from tpjax.cache import Placement, allocate
+from tpjax.checkpoints.load import load_decoder, open_checkpoint
+from tpjax.mesh import make_mesh
 
-TINY = ("llama", "llama-bias-tied", "mistral", "gemma3")
+TINY = sorted(golden.parent.name for golden in GOLDENS.glob("*/golden.npz"))
 EVERY_TP = range(1, 9)
 TOLERANCE = 1e-4
 STEPS = 64
@@ -26,13 +33,70 @@ def relative_error(actual: np.ndarray, expected: np.ndarray, scale: float | None
     return float(np.abs(actual - expected).max() / (scale or np.abs(expected).max()))
 
 
+class Stepwise:
+    """A model over ``tp`` devices and its cache, without sampling, which takes longest to compile.
+
+    Args:
+        name: of the golden.
+        tp: devices.
+        reach: tokens the sequence will get to.
+    """
+
+    PAGE = 64
+
+    def __init__(self, name: str, tp: int, reach: int) -> None:
+        checkpoint = open_checkpoint(GOLDENS / name)
+        self.mesh, self.vocab_size = make_mesh(tp), checkpoint.config.vocab_size
+        float32, pages = jnp.dtype("float32"), -(-reach // self.PAGE)
+        model = load_decoder(checkpoint, self.mesh, float32, progress=False)
+        self.cache = allocate(
+            checkpoint.config, self.mesh, num_pages=pages + 1, page_size=self.PAGE, dtype=float32
+        )
+        self.length = 0
+        graph, self.weights = nnx.split(model)
+        table, reaches = jnp.arange(1, pages + 1, dtype=jnp.int32)[None], jnp.array([reach], jnp.int32)
+
+        @jax.jit
+        def forward(weights: Any, cache: Any, tokens: jax.Array, start: jax.Array) -> tuple[jax.Array, Any]:
+            positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+            model = nnx.merge(graph, weights)
+            hidden, cache = model(tokens, cache, Placement(table, positions, reaches))
+            return model.logits(hidden[0]), cache
+
+        self.forward = forward
+
+    def __call__(self, tokens: list[int]) -> np.ndarray:
+        """Logits after each token: a chunk from the start, padded to a page; or one token."""
+        size = 1 if len(tokens) == 1 else self.PAGE
+        padded = np.zeros((1, size), np.int32)
+        padded[0, : len(tokens)] = tokens
+        with jax.set_mesh(self.mesh):
+            logits, self.cache = self.forward(self.weights, self.cache, padded, np.int32(self.length))
+        self.length += len(tokens)
+        return np.asarray(logits)[: len(tokens), : self.vocab_size]
+
+
 @pytest.mark.parametrize("tp", EVERY_TP)
 @pytest.mark.parametrize("name", TINY)
 def test_parity_with_goldens(name: str, tp: int) -> None:
+    """Logits of a prompt in one chunk, then the greedy continuation token by token through the cache."""
     golden = np.load(GOLDENS / name / "golden.npz")
-    llm = LLM(GOLDENS / name, tp=tp, max_model_len=256, max_slots=2)
+    prompt = golden["prompt"].tolist()
+    model = Stepwise(name, tp, reach=len(prompt) + STEPS)
 
-    assert relative_error(llm.logits(golden["prompt"]), golden["logits"]) <= TOLERANCE
+    logits = model(prompt)
+    assert relative_error(logits, golden["logits"]) <= TOLERANCE
+    tokens = [int(logits[-1].argmax())]
+    while len(tokens) < STEPS:
+        tokens.append(int(model(tokens[-1:])[0].argmax()))
+    assert tokens == golden["greedy"].tolist()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_parity_of_the_engine(name: str) -> None:
+    """The same through everything that serves."""
+    golden = np.load(GOLDENS / name / "golden.npz")
+    llm = LLM(GOLDENS / name, tp=3, max_model_len=128, max_slots=1)
     (completion,) = llm.generate([golden["prompt"].tolist()], GREEDY)
     assert completion.token_ids == golden["greedy"].tolist()
     assert completion.finish_reason == "length"
@@ -54,11 +118,27 @@ def test_parity_with_transformers(name: str) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         GOLDENS / name, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    llm = LLM(GOLDENS / name, tp=3, max_model_len=256, max_slots=2)
-    prompt = np.random.default_rng(11).integers(0, llm.config.vocab_size, 150)
+    llm = LLM(GOLDENS / name, tp=3, max_model_len=160, max_slots=1)
+    prompt = np.random.default_rng(11).integers(0, 128, 150)
     with torch.no_grad():
         expected = model(torch.tensor(prompt)[None]).logits[0].numpy()
     assert relative_error(llm.logits(prompt), expected) <= TOLERANCE
+
+
+def test_parity_of_longrope_at_the_switch() -> None:
+    """Frequencies change where a sequence is longer than the original context, 32 tokens here."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        GOLDENS / "phi3", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    llm = LLM(GOLDENS / "phi3", tp=2, max_model_len=128, max_slots=1)
+    prompt = np.random.default_rng(13).integers(0, 128, 33)
+    with torch.no_grad():
+        short, long = (model(torch.tensor(prompt[:n])[None]).logits[0].numpy() for n in (32, 33))
+    assert relative_error(long[:32], short) > 0.01  # not the same model, then
+    assert relative_error(llm.logits(prompt[:32]), short) <= TOLERANCE
+    assert relative_error(llm.logits(prompt), long) <= TOLERANCE
 
 
 @pytest.mark.timeout(300)

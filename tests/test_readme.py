@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -13,17 +14,16 @@ from tpjax import cli
 from tpjax.families import FAMILIES
 from tpjax.sampling_params import SamplingParams
 
-README = (Path(tpjax.__file__).parent.parent / "README.md").read_text()
+ROOT = Path(tpjax.__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def test_table_of_families() -> None:
-    rows = []
-    for family in FAMILIES.values():
-        formats = ["safetensors", *(f"GGUF `{gguf.name}`" for gguf in family.gguf)]
-        rows.append(f"| `{family.model_type}` | {family.examples} | {', '.join(formats)} |")
-    table = re.search(r"\| `model_type` \|.*\n\|[-|]+\n((?:\|.*\n)+)", README)
-    assert table is not None
-    assert table[1].splitlines() == rows
+    """``python scripts/readme_families.py`` writes it."""
+    script = runpy.run_path(str(ROOT / "scripts" / "readme_families.py"))
+    assert script["MARKED"].search(README) is not None
+    assert script["rewritten"](README) == README
+    assert all(f"\n| `{model_type}` | " in README for model_type in FAMILIES)
 
 
 def test_sampling_parameters_are_all_named() -> None:

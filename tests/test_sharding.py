@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tpjax.checkpoints.load import abstract_decoder, parameters
 from tpjax.config import ModelConfig, RopeConfig
 from tpjax.errors import ConfigError
-from tpjax.layers.attention import _output_segments, _qkv_segments
+from tpjax.layers.attention import _head_segments, _qkv_segments, _query_places
 from tpjax.mesh import make_mesh
 from tpjax.sharding import HeadPlan, Segment, WeightLayout, columns, pad_to_multiple, rows, whole
 
@@ -188,7 +188,9 @@ def qkv(plan: HeadPlan, kind: str = "weight") -> WeightLayout:
 def output(plan: HeadPlan) -> WeightLayout:
     sizes = {"o_proj.weight": plan.num_heads * HEAD_DIM}
     height = plan.num_padded_heads * HEAD_DIM
-    return rows(height, _output_segments(plan, HEAD_DIM), sizes, out_features=HIDDEN)
+    return rows(
+        height, _head_segments("o_proj.weight", _query_places(plan), HEAD_DIM), sizes, out_features=HIDDEN
+    )
 
 
 @st.composite
@@ -307,7 +309,7 @@ CONFIG = ModelConfig(
     num_kv_heads=2,
     head_dim=4,
     max_position_embeddings=64,
-    rms_norm_eps=1e-5,
+    norm_eps=1e-5,
     rope=RopeConfig(),
     layer_types=("full_attention",) * 2,
     query_scale=0.5,

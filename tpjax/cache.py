@@ -32,10 +32,12 @@ class Placement:
         block_tables: page of each block of positions, per sequence.
         positions: of each token. In a chunk of several tokens they are consecutive; a chunk shorter than a
             page does not cross into the next, a longer one begins at a page.
+        reach: tokens each sequence may get to, which the frequencies of some rotary embeddings go by.
     """
 
     block_tables: Int[Array, "B blocks"]
     positions: Int[Array, "B S"]
+    reach: Int[Array, B] | None = None
 
 
 class Pages(Protocol):

@@ -9,8 +9,12 @@ from typing import Literal, get_args
 from tpjax.errors import ConfigError
 
 LayerType = Literal["full_attention", "sliding_attention"]
-LAYER_TYPES: tuple[LayerType, ...] = ("full_attention", "sliding_attention")
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Norm = Literal["rms", "layer"]
+Block = Literal["pre", "sandwich", "post", "parallel", "parallel_two_norms"]
+QKNorm = Literal["none", "head", "each_head", "projection"]
+PositionEmbedding = Literal["rope", "learned"]
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 RouterScoring = Literal["softmax", "sigmoid"]
 ExpertSharding = Literal["auto", "experts", "width"]
 
@@ -42,27 +46,50 @@ class RopeConfig:
 
     Attributes:
         theta: base of the geometric series of wavelengths.
-        kind: ``default``; ``linear`` (positions divided by ``factor``); ``llama3`` (long wavelengths divided
-            by ``factor``, short ones kept, a ramp between; Llama 3.1 report, section 3.4.2).
+        kind: ``default``; ``linear`` (positions divided by ``factor``); ``dynamic`` (the base grows with the
+            sequence's length beyond ``original_max_position_embeddings``); ``llama3`` (long wavelengths
+            divided by ``factor``, short ones kept, a ramp between; Llama 3.1 report, section 3.4.2);
+            ``yarn`` (the same idea with another ramp; Peng et al. 2023, https://arxiv.org/abs/2309.00071);
+            ``longrope`` (frequencies divided one by one, by other numbers where the sequence is longer than
+            ``original_max_position_embeddings``; Ding et al. 2024, https://arxiv.org/abs/2402.13753).
         factor: context extension factor.
         low_freq_factor: ``llama3``: wavelengths over original / low_freq_factor are scaled in full.
         high_freq_factor: ``llama3``: wavelengths under original / high_freq_factor are kept.
-        original_max_position_embeddings: ``llama3``: context of the pre-training, tokens.
-        divisors: divides each frequency, if given: what GGUF files hold in place of ``llama3`` parameters.
+        original_max_position_embeddings: context of the pre-training, tokens.
+        divisors: divides each frequency, if given: ``longrope``'s numbers for short sequences, and what GGUF
+            files hold in place of ``llama3`` parameters.
+        long_divisors: ``longrope``'s numbers for long sequences.
+        beta_fast: ``yarn``: pairs that turn more often over the original context are kept.
+        beta_slow: ``yarn``: pairs that turn less often are scaled in full.
+        truncate: ``yarn``: the ramp begins and ends at whole pairs.
+        attention_factor: ``yarn``, ``longrope``: multiplies cosines and sines, thus queries and keys.
     """
 
     theta: float = 10_000.0
-    kind: Literal["default", "linear", "llama3"] = "default"
+    kind: RopeKind = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
     divisors: tuple[float, ...] | None = None
+    long_divisors: tuple[float, ...] | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("default", "linear", "llama3"):
-            raise ConfigError(f"rope_type={self.kind!r} is not supported: use default, linear or llama3")
-        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
+        check_choice("rope_type", self.kind, RopeKind)
+        numbers = (
+            "theta",
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "beta_fast",
+            "beta_slow",
+            "attention_factor",
+        )
+        for name in numbers:
             check_positive(f"rope {name}", getattr(self, name))
         check_size("rope original_max_position_embeddings", self.original_max_position_embeddings)
         if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
@@ -70,6 +97,16 @@ class RopeConfig:
                 f"rope low_freq_factor={self.low_freq_factor} is not below "
                 f"high_freq_factor={self.high_freq_factor}"
             )
+        for name in ("divisors", "long_divisors"):
+            for divisor in getattr(self, name) or ():
+                check_positive(f"rope {name}", divisor)
+        if self.kind == "longrope" and (self.divisors is None or self.long_divisors is None):
+            raise ConfigError("rope_type='longrope' needs short and long factors")
+
+    @property
+    def follows_length(self) -> bool:
+        """Whether frequencies depend on how long the sequence gets."""
+        return self.kind in ("dynamic", "longrope")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,24 +247,36 @@ class ModelConfig:
         num_kv_heads: key and value heads [K]; divides ``num_heads``.
         head_dim: [h].
         max_position_embeddings: longest context the model was made for, tokens.
-        rms_norm_eps: epsilon of every norm.
+        norm: ``rms`` (root mean square) or ``layer`` (mean and variance).
+        norm_eps: epsilon of every norm.
+        norm_bias: norms also add a bias; those of queries and keys never do.
+        norm_offset: norms multiply by ``norm_offset + weight`` (1 for Gemma).
+        block: where a layer norms: ``pre`` (what goes into attention and MLP), ``post`` (what comes out),
+            ``sandwich`` (both), ``parallel`` (attention and MLP read the same normed input),
+            ``parallel_two_norms`` (the same input, each through a norm of its own).
+        position_embedding: ``rope`` or ``learned`` (a vector per position, added to the embeddings).
         rope: rotary embedding of full-attention layers.
         rope_sliding: of sliding-window layers; ``None``: the same.
+        rope_layers: which layers rotate; ``None``: all.
+        rotary_dim: dimensions of a head that rotate, the first ones; ``None``: all.
         layer_types: one entry a layer.
         sliding_window: keys a sliding layer sees, the query's own included, tokens.
-        tie_word_embeddings: the vocabulary projection is the embedding, transposed.
-        activation: gate of the MLP.
-        qk_norm: RMS norm of each query and key head before RoPE.
-        sandwich_norms: also norm each block's output before the residual (four norms a layer).
-        norm_offset: norms multiply by ``norm_offset + weight`` (1 for Gemma).
-        embedding_scale: multiplies the embeddings.
+        qk_norm: norm of queries and keys before RoPE: ``none``, ``head`` (each head, one weight for all),
+            ``each_head`` (each head by a weight of its own), ``projection`` (all heads as one vector).
         query_scale: multiplies query-key products.
+        attn_softcap: bounds them smoothly: ``cap * tanh(product / cap)``; ``None``: not.
         attention_bias: q, k, v have biases.
         attention_out_bias: ``o_proj`` has a bias.
+        gated_mlp: ``down(act(gate(x)) * up(x))``; else ``down(act(up(x)))``.
+        activation: non-linearity of the MLP.
         mlp_bias: the MLP's projections have biases.
         moe: the mixture of experts that stands in for the MLP in some layers; ``None``: in none.
-        rotary_dim: dimensions of a head that rotate, the first ones; ``None``: all.
         latent: latent attention in place of keys and values per head; ``None``: not.
+        tie_word_embeddings: the vocabulary projection is the embedding, transposed.
+        embedding_scale: multiplies the embeddings.
+        residual_scale: multiplies what attention and MLP add to the residual.
+        logit_scale: multiplies the logits.
+        logit_softcap: bounds the logits smoothly; ``None``: not.
     """
 
     model_type: str
@@ -239,29 +288,33 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
-    rms_norm_eps: float
-    rope: RopeConfig
-    layer_types: tuple[LayerType, ...]
-    rope_sliding: RopeConfig | None = None
-    sliding_window: int | None = None
-    tie_word_embeddings: bool = False
-    activation: Activation = "silu"
-    qk_norm: bool = False
-    sandwich_norms: bool = False
+    norm: Norm = "rms"
+    norm_eps: float
+    norm_bias: bool = False
     norm_offset: float = 0.0
-    embedding_scale: float = 1.0
+    block: Block = "pre"
+    position_embedding: PositionEmbedding = "rope"
+    rope: RopeConfig
+    rope_sliding: RopeConfig | None = None
+    rope_layers: tuple[bool, ...] | None = None
+    rotary_dim: int | None = None
+    layer_types: tuple[LayerType, ...]
+    sliding_window: int | None = None
+    qk_norm: QKNorm = "none"
     query_scale: float
+    attn_softcap: float | None = None
     attention_bias: bool = False
     attention_out_bias: bool = False
+    gated_mlp: bool = True
+    activation: Activation = "silu"
     mlp_bias: bool = False
     moe: MoEConfig | None = None
-    rotary_dim: int | None = None
     latent: LatentConfig | None = None
-
-    @property
-    def rotated_dim(self) -> int:
-        """Dimensions of a head that rotate."""
-        return self.head_dim if self.rotary_dim is None else self.rotary_dim
+    tie_word_embeddings: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
         sizes = (
@@ -280,28 +333,66 @@ class ModelConfig:
             raise ConfigError(
                 f"num_kv_heads={self.num_kv_heads} is not a divisor of num_heads={self.num_heads}"
             )
-        if self.rotated_dim % 2:
-            raise ConfigError(f"head_dim={self.head_dim} is odd: rotary embeddings need pairs")
-        for name in ("rms_norm_eps", "embedding_scale", "query_scale"):
+        for name in ("norm_eps", "embedding_scale", "query_scale", "residual_scale", "logit_scale"):
             check_positive(name, getattr(self, name))
-        if len(self.layer_types) != self.num_layers:
-            raise ConfigError(
-                f"layer_types has {len(self.layer_types)} entries, but num_layers={self.num_layers}"
-            )
+        for name in ("attn_softcap", "logit_softcap"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
+        choices = (
+            ("norm", Norm),
+            ("block", Block),
+            ("position_embedding", PositionEmbedding),
+            ("qk_norm", QKNorm),
+            ("activation", Activation),
+        )
+        for name, known in choices:
+            check_choice(name, getattr(self, name), known)
+        for name in ("layer_types", "rope_layers"):
+            entries = getattr(self, name)
+            if entries is not None and len(entries) != self.num_layers:
+                raise ConfigError(f"{name} has {len(entries)} entries, but num_layers={self.num_layers}")
         for kind in self.layer_types:
-            if kind not in LAYER_TYPES:
-                raise ConfigError(
-                    f"layer type {kind!r} is not supported: use one of {', '.join(LAYER_TYPES)}"
-                )
+            check_choice("layer type", kind, LayerType)
         if "sliding_attention" in self.layer_types:
             check_size("sliding_window", self.sliding_window)
-        if self.activation not in ("silu", "gelu_tanh"):
-            raise ConfigError(f"activation={self.activation!r} is not supported: use silu or gelu_tanh")
-
+        if self.position_embedding == "rope":
+            self._check_rotation()
         if self.moe is not None and len(self.moe.sparse_layers) != self.num_layers:
             raise ConfigError(
                 f"sparse_layers has {len(self.moe.sparse_layers)} entries, but num_layers={self.num_layers}"
             )
+
+    def _check_rotation(self) -> None:
+        rotated = self.rotated_dim
+        check_size("rotary_dim", rotated)
+        if rotated > self.head_dim:
+            raise ConfigError(f"rotary_dim={rotated} is over head_dim={self.head_dim}")
+        if rotated % 2:
+            name = "head_dim" if self.rotary_dim is None else "rotary_dim"
+            raise ConfigError(f"{name}={rotated} is odd: rotary embeddings need pairs")
+        for rope in (self.rope, self.rope_sliding):
+            for name in ("divisors", "long_divisors"):
+                divisors = None if rope is None else getattr(rope, name)
+                if divisors is not None and len(divisors) != rotated // 2:
+                    raise ConfigError(
+                        f"rope {name} has {len(divisors)} entries, but {rotated} dimensions of a head rotate "
+                        f"in {rotated // 2} pairs"
+                    )
+
+    @property
+    def rotated_dim(self) -> int:
+        """Dimensions of a head that rotate."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    @property
+    def longest_context(self) -> int:
+        """Tokens a sequence may have: beyond what the model was made for where RoPE stretches by itself."""
+        stretch = self.rope.factor if self.rope.kind == "dynamic" else 1.0
+        return int(self.max_position_embeddings * stretch)
+
+    def rotates(self, layer: int) -> bool:
+        """Whether a layer rotates its queries and keys."""
+        return self.position_embedding == "rope" and (self.rope_layers is None or self.rope_layers[layer])
 
     @property
     def sparse_layers(self) -> tuple[bool, ...]:

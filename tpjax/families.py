@@ -8,28 +8,19 @@ after this module knows only ``ModelConfig`` and canonical weight names, which a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from tpjax.config import ModelConfig
 from tpjax.errors import ConfigError
-from tpjax.mappings import gemma, llama
+from tpjax.mappings import cohere, gemma, gpt, llama, phi, qwen
 from tpjax.mappings.fields import Family, Fields, GGUFArchitecture, GGUFView
 from tpjax.mappings.quantization import quantization_of
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for lineage in (llama, gemma) for family in lineage.FAMILIES
-}
-
-# Fields that change what the model computes, and the values under which they change nothing.
-_INERT: dict[str, tuple[Any, ...]] = {
-    "use_bidirectional_attention": (None, False),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "is_encoder_decoder": (None, False),
-    "partial_rotary_factor": (None, 1, 1.0),
-    "add_cross_attention": (None, False),
+    family.model_type: family
+    for lineage in (llama, qwen, gemma, phi, cohere, gpt)
+    for family in lineage.FAMILIES
 }
 
 
@@ -44,11 +35,11 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(f"model_type={model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
-    for name, inert in _INERT.items():
-        if raw.get(name) not in inert:
-            raise ConfigError(f"config.json: {name}={raw[name]!r} is not supported")
-    quantization_of(Fields(raw))  # for its refusals: a configuration alone tells what cannot be loaded
-    return FAMILIES[model_type].config(Fields(raw))
+    fields = Fields(raw)
+    config = FAMILIES[model_type].config(fields)
+    quantization_of(fields)  # for its refusals: a configuration alone tells what cannot be loaded
+    fields.finish()
+    return config
 
 
 def config_from_gguf(view: GGUFView) -> ModelConfig:
@@ -70,23 +61,3 @@ def gguf_architecture(name: str) -> GGUFArchitecture:
     if name not in known:
         raise ConfigError(f"GGUF architecture {name!r} is not supported; supported are {', '.join(known)}")
     return known[name]
-
-
-def hf_name(canonical: str) -> str:
-    """Name of a tensor in a Hugging Face checkpoint."""
-    return canonical if canonical.startswith("lm_head.") else f"model.{canonical}"
-
-
-def gguf_name(canonical: str, architecture: GGUFArchitecture) -> str:
-    """Name of a tensor in a GGUF file."""
-    top = {
-        "embed_tokens.weight": "token_embd.weight",
-        "norm.weight": "output_norm.weight",
-        "lm_head.weight": "output.weight",
-    }
-    if canonical in top:
-        return top[canonical]
-    layer = re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", canonical)
-    if layer is None or layer[2] not in architecture.layer_names:
-        raise ConfigError(f"GGUF architecture {architecture.name!r} has no tensor for {canonical!r}")
-    return f"blk.{layer[1]}.{architecture.layer_names[layer[2]]}.{layer[3]}"

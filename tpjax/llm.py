@@ -201,11 +201,11 @@ class LLM:
             raise RequestError(f"{len(tokens)} tokens are over max_model_len={self.max_model_len}")
         blocks = self.engine.scheduler.blocks
         pages = blocks.allocate(blocks.pages_for(len(tokens)))
-        chunk = self.runner.chunk_sizes[-1]
+        chunk, slot = self.runner.chunk_sizes[-1], self.runner.limits.max_slots
         try:
             parts = [
                 self.runner.score(
-                    Row(self.runner.limits.max_slots, start, pages, SamplingParams(temperature=0), 0),
+                    Row(slot, start, pages, SamplingParams(temperature=0), 0, reach=len(tokens)),
                     tokens[start : start + chunk],
                 )
                 for start in range(0, len(tokens), chunk)

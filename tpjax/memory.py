@@ -78,7 +78,7 @@ def plan_limits(
         ConfigError: ``max_model_len`` is over what the model was made for, or the model does not fit; the
             message has the sizes and what would fit.
     """
-    longest = config.max_position_embeddings
+    longest = config.longest_context
     if max_model_len is not None and not 1 <= max_model_len <= longest:
         raise ConfigError(f"max_model_len={max_model_len} is not between 1 and the model's {longest}")
     if max_slots < 1:

@@ -14,19 +14,19 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tpjax.cache import LatentCache, LayerCache, PagedKVCache, Placement
-from tpjax.config import ModelConfig
-from tpjax.layers.attention import Attention
+from tpjax.config import LayerType, ModelConfig
+from tpjax.layers.attention import Attention, soft_capped
 from tpjax.layers.latent_attention import LatentAttention
-from tpjax.layers.linear import Embedding
+from tpjax.layers.linear import Embedding, PositionEmbedding
 from tpjax.layers.mlp import MLP
 from tpjax.layers.moe import MoE
-from tpjax.layers.norm import RMSNorm
+from tpjax.layers.norm import Norm
 from tpjax.layers.rope import Rotation, rotation
 from tpjax.sharding import LOGITS, REPLICATED, constrain
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and MLP, each normed going in, and coming out too where ``sandwich_norms``.
+    """Attention and MLP, each added to the residual; ``config.block`` says where the layer norms.
 
     Args:
         config: the architecture.
@@ -36,38 +36,55 @@ class DecoderLayer(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, tp: int, dtype: jnp.dtype, *, sparse: bool) -> None:
-        def norm(name: str) -> RMSNorm:
-            return RMSNorm(f"{name}.weight", config.hidden_size, config, dtype)
+        def norm(name: str) -> Norm:
+            return Norm(name, config.hidden_size, config, dtype)
 
-        self.input_layernorm = norm("input_layernorm")
+        if config.block != "post":
+            self.input_layernorm = norm("input_layernorm")
         # each takes the kind of cache that ``cache_layout`` gives it
         self.self_attn: Any = (LatentAttention if config.latent else Attention)(config, tp, dtype)
-        self.post_attention_layernorm = norm("post_attention_layernorm")
-        self.pre_feedforward_layernorm = norm("pre_feedforward_layernorm") if config.sandwich_norms else None
+        if config.block != "parallel":
+            self.post_attention_layernorm = norm("post_attention_layernorm")
+        if config.block == "sandwich":
+            self.pre_feedforward_layernorm = norm("pre_feedforward_layernorm")
         self.mlp = MoE(config, tp, dtype) if sparse else MLP(config, tp, dtype)
-        self.post_feedforward_layernorm = (
-            norm("post_feedforward_layernorm") if config.sandwich_norms else None
-        )
+        if config.block in ("sandwich", "post"):
+            self.post_feedforward_layernorm = norm("post_feedforward_layernorm")
+        self.block = config.block
+        self.scale = config.residual_scale
 
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        rotation: Rotation,
+        rotation: Rotation | None,
         cache: LayerCache | LatentCache,
         at: Placement,
         window: int | None,
     ) -> tuple[Float[Array, "B S D"], LayerCache | LatentCache]:
         """The residual after this layer, on every device, and its cache."""
-        mixed, cache = self.self_attn(self.input_layernorm(x), rotation, cache, at, window)
+        normed = x if self.block == "post" else self.input_layernorm(x)
+        mixed, cache = self.self_attn(normed, rotation, cache, at, window)
+        if self.block in ("parallel", "parallel_two_norms"):
+            read = normed if self.block == "parallel" else self.post_attention_layernorm(x)
+            mixed = constrain(mixed + self.mlp(read), REPLICATED)  # all-reduce over tp
+            return self._add(x, mixed), cache
         mixed = constrain(mixed, REPLICATED)  # all-reduce over tp
-        if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
-            x = x + mixed
-            x = x + constrain(self.mlp(self.post_attention_layernorm(x)), REPLICATED)  # all-reduce over tp
-        else:
-            x = x + self.post_attention_layernorm(mixed)
-            mixed = constrain(self.mlp(self.pre_feedforward_layernorm(x)), REPLICATED)  # all-reduce over tp
-            x = x + self.post_feedforward_layernorm(mixed)
-        return x, cache
+        match self.block:
+            case "pre":
+                x = self._add(x, mixed)
+                mixed = constrain(self.mlp(self.post_attention_layernorm(x)), REPLICATED)  # all-reduce
+            case "sandwich":
+                x = self._add(x, self.post_attention_layernorm(mixed))
+                mixed = constrain(self.mlp(self.pre_feedforward_layernorm(x)), REPLICATED)  # all-reduce
+                mixed = self.post_feedforward_layernorm(mixed)
+            case "post":
+                x = self._add(x, self.post_attention_layernorm(mixed))
+                mixed = constrain(self.mlp(x), REPLICATED)  # all-reduce
+                mixed = self.post_feedforward_layernorm(mixed)
+        return self._add(x, mixed), cache
+
+    def _add(self, x: Float[Array, "B S D"], mixed: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        return x + mixed if self.scale == 1 else x + mixed * jnp.asarray(self.scale, x.dtype)
 
 
 class Decoder(nnx.Module):
@@ -82,10 +99,14 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, tp: int, dtype: jnp.dtype) -> None:
         self.config = config
         self.embed_tokens = Embedding("embed_tokens.weight", config.vocab_size, config.hidden_size, tp, dtype)
+        if config.position_embedding == "learned":
+            self.embed_positions = PositionEmbedding(
+                "embed_positions.weight", config.max_position_embeddings, config.hidden_size, dtype
+            )
         self.layers = nnx.List(
             [DecoderLayer(config, tp, dtype, sparse=sparse) for sparse in config.sparse_layers]
         )
-        self.norm = RMSNorm("norm.weight", config.hidden_size, config, dtype)
+        self.norm = Norm("norm", config.hidden_size, config, dtype)
         self.lm_head = (
             None
             if config.tie_word_embeddings
@@ -99,13 +120,19 @@ class Decoder(nnx.Module):
         config = self.config
         x = constrain(self.embed_tokens(tokens), REPLICATED)  # all-reduce over tp
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
-        rotations = {
-            kind: rotation(config.rope_of(kind), config.rotated_dim, at.positions)
-            for kind in dict.fromkeys(config.layer_types)
-        }
+        rotations: dict[LayerType, Rotation] = {}
+        if config.position_embedding == "learned":
+            x = x + self.embed_positions(at.positions)
+        else:
+            rotations = {
+                kind: rotation(config.rope_of(kind), config.rotated_dim, at.positions, at.reach)
+                for kind in dict.fromkeys(config.layer_types)
+            }
         written = []
-        for layer, layer_cache, kind in zip(self.layers, cache, config.layer_types, strict=True):
-            x, layer_cache = layer(x, rotations[kind], layer_cache, at, config.window_of(kind))
+        for i, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
+            kind = config.layer_types[i]
+            turn = rotations[kind] if config.rotates(i) else None
+            x, layer_cache = layer(x, turn, layer_cache, at, config.window_of(kind))
             written.append(layer_cache)
         return self.norm(x), tuple(written)
 
@@ -113,5 +140,6 @@ class Decoder(nnx.Module):
         """Scores of the padded vocabulary, float32, cut along V; padding scores minus infinity."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         scores = constrain(head.attend(hidden), LOGITS)  # stays sharded: no collective
+        scores = soft_capped(scores * self.config.logit_scale, self.config.logit_softcap)
         token = jnp.arange(scores.shape[-1])
         return jnp.where(token < self.config.vocab_size, scores, -jnp.inf)

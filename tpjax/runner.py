@@ -117,6 +117,7 @@ class Row:
         remaining: most tokens it may still yield.
         stop_ids: tokens that end it.
         masked: draw only what :meth:`Runner.set_masks` allows its slot.
+        reach: tokens it may get to, prompt and output: some rotary embeddings go by it.
     """
 
     slot: int
@@ -127,6 +128,7 @@ class Row:
     remaining: int = 1
     stop_ids: Sequence[int] = ()
     masked: bool = False
+    reach: int = 0
 
 
 @jax.tree_util.register_dataclass
@@ -134,18 +136,18 @@ class Row:
 class _Rows:
     """``Row``s as arrays; a row that does not exist uses the spare slot and the null page."""
 
-    ints: Int[Array, "B 3"]  # slot, position, remaining
+    ints: Int[Array, "B 4"]  # slot, position, remaining, reach
     stop_ids: Int[Array, "B stop"]
     block_tables: Int[Array, "B blocks"]
     sampling: SamplingRows
 
     @classmethod
     def pack(cls, rows: Sequence[Row], limits: Limits, size: int) -> _Rows:
-        ints: Any = np.tile(np.array([limits.max_slots, 0, 0], np.int32), (size, 1))
+        ints: Any = np.tile(np.array([limits.max_slots, 0, 0, 0], np.int32), (size, 1))
         stop_ids: Any = np.full((size, STOP_IDS), NO_TOKEN, np.int32)
         tables: Any = np.full((size, limits.blocks), NULL_PAGE, np.int32)
         for i, row in enumerate(rows):
-            ints[i] = (row.slot, row.position, row.remaining)
+            ints[i] = (row.slot, row.position, row.remaining, row.reach)
             stop_ids[i, : len(row.stop_ids)] = row.stop_ids[:STOP_IDS]
             tables[i, : len(row.pages)] = row.pages
         sampling = SamplingRows.pack(
@@ -491,7 +493,8 @@ class Runner:
         ) -> tuple[State, Sampled]:
             slots = jnp.where(alive, rows.ints[:, 0], self.limits.max_slots)
             # a row that has ended goes on computing, but on the null page and the spare slot
-            at = Placement(jnp.where(alive[:, None], rows.block_tables, NULL_PAGE), positions[:, None])
+            tables = jnp.where(alive[:, None], rows.block_tables, NULL_PAGE)
+            at = Placement(tables, positions[:, None], rows.ints[:, 3])
             hidden, cache = model(state.tokens[slots][:, None], state.cache, at)
             drawn, history = sample(
                 model.logits(hidden[:, 0]), rows.sampling, state.history, slots, positions + 1, self.mesh
@@ -558,7 +561,8 @@ def _set_masks(state: State, slots: Int[Array, B], words: UInt[Array, "B words"]
 def _run_chunk(
     model: Decoder, state: State, rows: _Rows, tokens: Int[Array, "1 S"]
 ) -> tuple[State, Float[Array, "1 S D"]]:
-    at = Placement(rows.block_tables, rows.ints[:, 1, None] + jnp.arange(tokens.shape[1]))
+    positions = rows.ints[:, 1, None] + jnp.arange(tokens.shape[1])
+    at = Placement(rows.block_tables, positions, rows.ints[:, 3])
     hidden, cache = model(tokens, state.cache, at)
     return State(cache, state.tokens, state.history), hidden
 

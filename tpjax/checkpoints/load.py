@@ -25,16 +25,8 @@ from tpjax.checkpoints.safetensors import SafetensorsCheckpoint
 from tpjax.checkpoints.source import TensorInfo, TensorSource
 from tpjax.config import ExpertSharding, ModelConfig
 from tpjax.errors import CheckpointError
-from tpjax.families import (
-    FAMILIES,
-    GGUFArchitecture,
-    GGUFView,
-    config_from_gguf,
-    config_from_hf,
-    gguf_architecture,
-    gguf_name,
-)
-from tpjax.mappings.fields import Fields
+from tpjax.families import FAMILIES, config_from_gguf, config_from_hf, gguf_architecture
+from tpjax.mappings.fields import Fields, GGUFArchitecture, GGUFView, Names, Stored
 from tpjax.mappings.quantization import quantization_of
 from tpjax.model import Decoder
 from tpjax.sharding import Layout
@@ -54,7 +46,7 @@ class Checkpoint:
 
     path: Path
     config: ModelConfig
-    source: TensorSource
+    source: CanonicalSource
 
     def with_expert_sharding(self, expert_sharding: ExpertSharding) -> Checkpoint:
         """The same checkpoint, its experts cut as :meth:`ModelConfig.with_expert_sharding` has it."""
@@ -74,14 +66,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
         file = GGUFFile(path)
         architecture = gguf_architecture(str(file.metadata.get("general.architecture")))
         config = config_from_gguf(_gguf_view(file, architecture))
-        return Checkpoint(path, config, _GGUFSource(file, config, architecture))
+        return Checkpoint(path, config, CanonicalSource(file, architecture.names(config), config))
     raw = _read_json(path)
     config = config_from_hf(raw)
     files: TensorSource = SafetensorsCheckpoint(path)
     quantization = quantization_of(Fields(raw))
     if quantization is not None:
         files = dequantized(files, quantization, path)
-    return Checkpoint(path, config, _HFSource(files, config))
+    names = FAMILIES[config.model_type].names(config)
+    return Checkpoint(path, config, CanonicalSource(files, names, config))
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -199,12 +192,12 @@ def check_tensors(checkpoint: Checkpoint, declared: Iterable[Parameter]) -> None
     Raises:
         CheckpointError: with one line per missing, unexpected or misshapen tensor.
     """
-    needed = {
-        parameter.canonical(source): shape
-        for parameter in declared
-        for source, shape in parameter.layout.canonical_shapes().items()
-    }
-    present = checkpoint.source.tensors
+    needed = {}
+    for parameter in declared:
+        for source, shape in parameter.layout.canonical_shapes().items():
+            at = checkpoint.source.locate(parameter.canonical(source))
+            needed[at.name] = at.shape(shape)
+    present = checkpoint.source.stored
     problems = [f"missing     {name} {list(shape)}" for name, shape in needed.items() if name not in present]
     problems += [
         f"mismatched  {name}: the configuration says {list(shape)}, the file has {list(present[name].shape)}"
@@ -221,7 +214,7 @@ def check_tensors(checkpoint: Checkpoint, declared: Iterable[Parameter]) -> None
         )
 
 
-def _load(parameter: Parameter, source: TensorSource) -> jax.Array:
+def _load(parameter: Parameter, source: CanonicalSource) -> jax.Array:
     built: dict[tuple[tuple[int, ...], ...], np.ndarray] = {}
     shape = parameter.layout.shape
 
@@ -252,85 +245,67 @@ def _bar(show: bool) -> Progress:
     )
 
 
-class _HFSource:
-    """A safetensors checkpoint under canonical names."""
+class CanonicalSource:
+    """A checkpoint's tensors under canonical names, as the model's layouts ask for them.
 
-    def __init__(self, files: TensorSource, config: ModelConfig) -> None:
+    Attributes:
+        stored: the checkpoint's tensors that are not ignored, by its own names.
+    """
+
+    def __init__(self, files: TensorSource, names: Names, config: ModelConfig) -> None:
         self._files = files
-        ignored = [re.compile(pattern) for pattern in FAMILIES[config.model_type].ignored]
+        self._names = names
+        candidates = (*names.prefixes, ("", ""))  # a bare backbone (AutoModel.save_pretrained) has none
+        self._prefix = next(
+            (
+                prefix
+                for prefix in candidates
+                if names.locate("embed_tokens.weight", prefix).name in files.tensors
+            ),
+            candidates[0],
+        )
+        ignored = [re.compile(pattern) for pattern in names.ignored]
         if config.tie_word_embeddings:
-            ignored.append(re.compile(r"lm_head\.weight"))
-        # a bare backbone (AutoModel.save_pretrained) leaves out the prefix
-        bare = not any(name.startswith("model.") for name in files.tensors)
-        # only `lm_head` stands outside the prefix; another name there is none of the model's
-        self._names = {
-            name.removeprefix("model.")
-            if bare or name.startswith(("model.", "lm_head."))
-            else f"<outside model.>{name}": name
-            for name in files.tensors
+            ignored.append(re.compile(re.escape(self.locate("lm_head.weight").name)))
+        self.stored: Mapping[str, TensorInfo] = {
+            name: info
+            for name, info in files.tensors.items()
             if not any(pattern.fullmatch(name) for pattern in ignored)
         }
-        self.tensors: Mapping[str, TensorInfo] = {
-            canonical: files.tensors[name] for canonical, name in self._names.items()
-        }
 
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        return self._files.read(self._names[name], index)
+    def locate(self, name: str) -> Stored:
+        """Where the checkpoint keeps a tensor."""
+        return self._names.locate(name, self._prefix)
 
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A slice of a tensor; no more of the file is read than it spans there."""
+        at = self.locate(name)
+        if at.heads is not None:
+            values = self._files.read(at.name).reshape(-1)
+            return (values if at.rows is None else values[at.rows])[index]
+        if at.rows is None:
+            values = self._read(at, index)
+        else:
+            wanted = at.rows[index[0]]
+            first = int(wanted.min())
+            values = self._read(at, (slice(first, int(wanted.max()) + 1), *index[1:]))
+            if len(values) != len(wanted) or np.any(np.diff(wanted) != 1):
+                values = values[wanted - first]
+        return values - at.offset if at.offset else values
 
-class _GGUFSource:
-    """A GGUF file under canonical names, in Hugging Face's conventions."""
-
-    def __init__(self, file: GGUFFile, config: ModelConfig, architecture: GGUFArchitecture) -> None:
-        self._file = file
-        self._head_dim = config.head_dim
-        self._architecture = architecture
-        canonical = {
-            gguf: name
-            for name in _canonical_names(config, architecture)
-            for gguf in [gguf_name(name, architecture)]
-        }
-        self._names = {canonical.get(name, name): name for name in file.tensors if name != _ROPE_DIVISORS}
-        self.tensors: Mapping[str, TensorInfo] = {
-            name: file.tensors[gguf] for name, gguf in self._names.items()
-        }
-
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        gguf = self._names[name]
-        if self._architecture.interleaved_rope and re.search(r"\.[qk]_proj\.", name):
-            return self._read_halves(gguf, index or (slice(None),) * len(self.tensors[name].shape))
-        values = self._file.read(gguf, index)
-        is_norm = name.endswith("norm.weight")
-        return (
-            values - self._architecture.norm_offset if is_norm and self._architecture.norm_offset else values
-        )
-
-    def _read_halves(self, gguf: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Rows of q or k, from the order (pair, half) within a head to (half, pair)."""
-        head_dim = self._head_dim
-        start, stop, _ = index[0].indices(self._file.tensors[gguf].shape[0])
-        first, last = start // head_dim, -(-stop // head_dim)
-        heads = self._file.read(gguf, (slice(first * head_dim, last * head_dim), *index[1:]))
-        pairs = heads.reshape(last - first, head_dim // 2, 2, *heads.shape[1:])
-        return pairs.swapaxes(1, 2).reshape(heads.shape)[start - first * head_dim : stop - first * head_dim]
-
-
-_ROPE_DIVISORS = "rope_freqs.weight"
+    def _read(self, at: Stored, index: tuple[slice, ...]) -> np.ndarray:
+        return self._files.read(at.name, index[::-1]).T if at.transposed else self._files.read(at.name, index)
 
 
 def _gguf_view(file: GGUFFile, architecture: GGUFArchitecture) -> GGUFView:
-    divisors = None
-    if _ROPE_DIVISORS in file.tensors:
-        divisors = tuple(float(x) for x in file.read(_ROPE_DIVISORS))
-    shapes = {name: info.shape for name, info in file.tensors.items()}
-    return GGUFView(architecture.name, file.metadata, shapes, divisors)
+    def divisors(*names: str) -> tuple[float, ...] | None:
+        name = next((name for name in names if name in file.tensors), None)
+        return None if name is None else tuple(float(x) for x in file.read(name))
 
-
-def _canonical_names(config: ModelConfig, architecture: GGUFArchitecture) -> list[str]:
-    layers = [
-        f"layers.{layer}.{name}.{kind}"
-        for layer in range(config.num_layers)
-        for name in architecture.layer_names
-        for kind in ("weight", "bias")
-    ]
-    return ["embed_tokens.weight", "norm.weight", "lm_head.weight", *layers]
+    return GGUFView(
+        architecture.name,
+        file.metadata,
+        {name: info.shape for name, info in file.tensors.items()},
+        divisors("rope_freqs.weight", "rope_factors_short.weight"),
+        divisors("rope_factors_long.weight"),
+    )

@@ -137,7 +137,15 @@ class Engine:
         masked = work.final and request.grammar is not None
         if masked:
             self._allow([request])
-        row = Row(_slot(request), work.start, request.pages, params, request.seed, masked=masked)
+        row = Row(
+            slot=_slot(request),
+            position=work.start,
+            pages=request.pages,
+            params=params,
+            seed=request.seed,
+            masked=masked,
+            reach=request.most_tokens,
+        )
         tokens = request.prefill_ids[work.start : work.stop]
         grows = [request] if work.final else []
         if request.params.prompt_logprobs is None or request.output_ids:
@@ -158,6 +166,7 @@ class Engine:
                 remaining=request.remaining,
                 stop_ids=request.stop_ids,
                 masked=request.grammar is not None,
+                reach=request.most_tokens,
             )
             for request in work.requests
         ]

@@ -54,7 +54,7 @@ class TensorRow:
     replicated: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What :func:`explain` found. Rich renders it in a terminal, ``_repr_html_`` in a notebook.
 
@@ -89,6 +89,9 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         return asdict(self)
+
+    def __repr__(self) -> str:
+        return f"<Report: {self.model} at tp={self.tp}>"  # the tables are for print (rich) and notebooks
 
     def __rich__(self) -> RenderableType:
         return Group(

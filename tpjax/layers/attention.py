@@ -12,16 +12,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from tpjax.cache import LayerCache, Pages, Placement
 from tpjax.config import ModelConfig
 from tpjax.layers.linear import ColumnLinear, RowLinear
-from tpjax.layers.norm import RMSNorm
+from tpjax.layers.norm import HeadScale, Norm, normalised
 from tpjax.layers.rope import Rotation, rotate
 from tpjax.sharding import (
     HEADS,
+    REPLICATED,
     HeadPlan,
     Segment,
     columns,
@@ -54,37 +56,84 @@ class Attention(nnx.Module):
         self.o_proj = RowLinear(
             rows(
                 self.plan.num_padded_heads * head_dim,
-                _output_segments(self.plan, head_dim),
+                _head_segments("o_proj.weight", _query_places(self.plan), head_dim),
                 {"o_proj.weight": config.num_heads * head_dim},
                 out_features=hidden,
             ),
             whole("o_proj.bias", (hidden,)) if config.attention_out_bias else None,
             dtype,
         )
-        self.q_norm = RMSNorm("q_norm.weight", head_dim, config, dtype) if config.qk_norm else None
-        self.k_norm = RMSNorm("k_norm.weight", head_dim, config, dtype) if config.qk_norm else None
-        self.head_dim = head_dim
-        self.scale = config.query_scale
+        self.q_norm: Norm | HeadScale
+        self.k_norm: Norm | HeadScale
+        if config.qk_norm == "head":
+            self.q_norm = Norm("q_norm", head_dim, config, dtype)
+            self.k_norm = Norm("k_norm", head_dim, config, dtype)
+        elif config.qk_norm != "none":
+            places = {"q_norm.weight": _query_places(self.plan), "k_norm.weight": _key_places(self.plan)}
+            counts = (config.num_heads, config.num_kv_heads)
+            self.q_norm, self.k_norm = (
+                HeadScale(
+                    columns(
+                        len(heads) * head_dim,
+                        _head_segments(source, heads, head_dim),
+                        {source: count * head_dim},
+                        in_features=None,
+                    ),
+                    dtype,
+                )
+                for (source, heads), count in zip(places.items(), counts, strict=True)
+            )
+        self.config = config
 
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        rotation: Rotation,
+        rotation: Rotation | None,
         cache: LayerCache,
         at: Placement,
         window: int | None,
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
         """Each device's share of the sum over heads, and the cache with the new keys and values."""
-        group = self.plan.group_size
-        qkv = self.qkv_proj(x).reshape(*x.shape[:2], self.plan.num_slots, group + 2, self.head_dim)
+        config, group = self.config, self.plan.group_size
+        qkv = self.qkv_proj(x).reshape(*x.shape[:2], self.plan.num_slots, group + 2, config.head_dim)
         qkv = constrain(qkv, HEADS)
         query, key, value = qkv[..., :group, :], qkv[..., group, :], qkv[..., group + 1, :]
-        if self.q_norm is not None and self.k_norm is not None:
+        if config.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, rotation), rotate(key, rotation)
+        elif config.qk_norm == "each_head":
+            query = self.q_norm(normalised(query, config)).astype(x.dtype)
+            key = self.k_norm(normalised(key, config)).astype(x.dtype)
+        elif config.qk_norm == "projection":
+            by_query, by_key = _inverse_rms(qkv, self.plan, config.norm_eps)
+            query = self.q_norm(query * by_query[..., None, None, None]).astype(x.dtype)
+            key = self.k_norm(key * by_key[..., None, None]).astype(x.dtype)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
         cache = cache.write(key, value, at)
-        mixed = paged_attention(query, key, value, cache, at, scale=self.scale, window=window)
+        mixed = paged_attention(
+            query, key, value, cache, at, scale=config.query_scale, window=window, softcap=config.attn_softcap
+        )
         return self.o_proj(mixed.reshape(*x.shape[:2], -1)), cache
+
+
+def _inverse_rms(
+    qkv: Float[Array, "B S K places h"], plan: HeadPlan, eps: float
+) -> tuple[Float[Array, "B S"], Float[Array, "B S"]]:
+    """One over the root mean square of all queries as one vector, and of all keys; float32.
+
+    Empty places hold zeros; a KV head with several slots counts in the first of them only.
+    """
+    counted = np.zeros((plan.num_slots, plan.group_size + 2, 2), np.float32)
+    counted[:, : plan.group_size, 0] = 1
+    keys = _key_places(plan)
+    for head in range(plan.num_kv_heads):
+        counted[keys.index(head), plan.group_size, 1] = 1
+    squares = jnp.square(qkv.astype(jnp.float32))
+    sums = jnp.einsum("bskph,kpt->bst", squares, counted)
+    sums = constrain(sums, REPLICATED)  # all-reduce over tp, two numbers a token
+    sizes = np.array([plan.num_heads, plan.num_kv_heads], np.float32) * qkv.shape[-1]
+    inverse = jax.lax.rsqrt(sums / sizes + eps)
+    return inverse[..., 0], inverse[..., 1]
 
 
 class _Mix(NamedTuple):
@@ -116,6 +165,7 @@ class _Mix(NamedTuple):
         values: Float[Array, "B K T v"],
         visible: Bool[Array, "B 1 rows T"],
         scale: float,
+        softcap: float | None,
     ) -> _Mix:
         """Takes in more keys and values.
 
@@ -123,13 +173,18 @@ class _Mix(NamedTuple):
         as it sees a key, and every row sees its own in the end.
         """
         scores = jnp.einsum("bkqh,bkth->bkqt", query, keys, preferred_element_type=jnp.float32) * scale
-        scores = jnp.where(visible, scores, _MASKED)
+        scores = jnp.where(visible, soft_capped(scores, softcap), _MASKED)
         best = jnp.maximum(self.best, scores.max(axis=-1, keepdims=True))
         weights, keep = jnp.exp(scores - best), jnp.exp(self.best - best)
         mixed = jnp.einsum(
             "bkqt,bkth->bkqh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
         )
         return _Mix(best, self.total * keep + weights.sum(axis=-1, keepdims=True), self.values * keep + mixed)
+
+
+def soft_capped(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
+    """Bounds values smoothly to (-cap, cap); ``None`` leaves them as they are."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def paged_attention(
@@ -141,6 +196,7 @@ def paged_attention(
     *,
     scale: float,
     window: int | None,
+    softcap: float | None = None,
 ) -> Float[Array, "B S K G v"]:
     """Causal attention of each query to the keys at or before its position.
 
@@ -156,6 +212,7 @@ def paged_attention(
         at: pages of each sequence, and the queries' positions.
         scale: multiplies query-key products.
         window: keys a query sees, its own included; ``None``: all.
+        softcap: bounds the scaled products smoothly; ``None``: not.
 
     Returns:
         The mixed values, in the query's dtype; softmax and sums are float32.
@@ -165,7 +222,7 @@ def paged_attention(
     row_positions = jnp.repeat(at.positions, group, axis=1)[:, None, :, None]
     # one token finds its own key in the cache; a chunk takes its own keys from its arguments, below
     stop = at.positions[:, 0] + (1 if length == 1 else 0)
-    mix = _walk(rows, row_positions, cache, at, stop, scale, window, value.shape[-1])
+    mix = _walk(rows, row_positions, cache, at, stop, scale, window, softcap, value.shape[-1])
     if length > 1:
         keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
         blocks = []
@@ -175,7 +232,9 @@ def paged_attention(
             mine = slice(start * group, end * group)
             visible = _visible(row_positions[:, :, mine], at.positions[:, None, None, seen], window)
             part = _Mix(*(x[:, :, mine] for x in mix))
-            blocks.append(part.attend(rows[:, :, mine], keys[:, :, seen], values[:, :, seen], visible, scale))
+            blocks.append(
+                part.attend(rows[:, :, mine], keys[:, :, seen], values[:, :, seen], visible, scale, softcap)
+            )
         mix = _Mix(*(jnp.concatenate(parts, axis=2) for parts in zip(*blocks, strict=True)))
     mixed = (mix.values / mix.total).astype(query.dtype)
     return mixed.reshape(batch, heads, length, group, -1).swapaxes(1, 2)
@@ -189,6 +248,7 @@ def _walk(
     stop: Int[Array, B],
     scale: float,
     window: int | None,
+    softcap: float | None,
     width: int,
 ) -> _Mix:
     """Attends to the cached positions before ``stop``, from the first page that any window reaches."""
@@ -204,7 +264,7 @@ def _walk(
         visible = _visible(row_positions, positions, window) & written
         # what an earlier user left behind may not be a number, and 0 times that is not 0
         values = jnp.where(written.swapaxes(2, 3), values, 0)
-        return mix.attend(rows, keys, values, visible, scale)
+        return mix.attend(rows, keys, values, visible, scale, softcap)
 
     return jax.lax.fori_loop(first, -(-jnp.max(stop) // page_size), page, _Mix.empty(rows, width))
 
@@ -222,11 +282,13 @@ def reference_attention(
     *,
     scale: float,
     window: int | None,
+    softcap: float | None = None,
 ) -> Float[Array, "B S K G h"]:
     """What :func:`paged_attention` computes, written as the definition: one softmax over contiguous keys."""
     scores = jnp.einsum("bskgh,btkh->bkgst", query, keys, preferred_element_type=jnp.float32) * scale
     visible = _visible(positions[:, :, None], jnp.arange(keys.shape[1]), window)
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
+    scores = jnp.where(visible[:, None, None], soft_capped(scores, softcap), -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1)
     return jnp.einsum("bkgst,btkh->bskgh", weights, values, preferred_element_type=jnp.float32).astype(
         query.dtype
     )
@@ -251,10 +313,19 @@ def _qkv_segments(plan: HeadPlan, head_dim: int, kind: str) -> tuple[list[Segmen
     return segments, sizes
 
 
-def _output_segments(plan: HeadPlan, head_dim: int) -> list[Segment]:
-    places = [head for _, heads in plan.slots for head in heads]
+def _query_places(plan: HeadPlan) -> list[int | None]:
+    """The query head of each place, slot by slot."""
+    return [head for _, heads in plan.slots for head in heads]
+
+
+def _key_places(plan: HeadPlan) -> list[int | None]:
+    """The KV head of each slot."""
+    return [kv_head for kv_head, _ in plan.slots]
+
+
+def _head_segments(source: str, heads: list[int | None], head_dim: int) -> list[Segment]:
     return [
-        Segment("o_proj.weight", head * head_dim, head_dim, place * head_dim)
-        for place, head in enumerate(places)
+        Segment(source, head * head_dim, head_dim, place * head_dim)
+        for place, head in enumerate(heads)
         if head is not None
     ]

@@ -24,7 +24,7 @@ from tpjax.cache import LatentCache, Placement
 from tpjax.config import ModelConfig
 from tpjax.layers.attention import paged_attention
 from tpjax.layers.linear import ColumnLinear, ReplicatedLinear, RowLinear, parameter
-from tpjax.layers.norm import RMSNorm
+from tpjax.layers.norm import Norm
 from tpjax.layers.rope import Rotation, rotate
 from tpjax.sharding import (
     HEAD_ROWS,
@@ -63,12 +63,12 @@ class LatentAttention(nnx.Module):
             inputs = hidden if kind == "weight" else None
             return columns(sum(sizes.values()), segments, sizes, in_features=inputs)
 
-        norms = replace(config, rms_norm_eps=_LATENT_NORM_EPS)
+        norms = replace(config, norm_eps=_LATENT_NORM_EPS)
         self.a_proj = ReplicatedLinear(
             into_latents("weight"), into_latents("bias") if config.attention_bias else None, dtype
         )
-        self.q_a_layernorm = RMSNorm("q_a_layernorm.weight", q_rank, norms, dtype) if q_rank else None
-        self.kv_a_layernorm = RMSNorm("kv_a_layernorm.weight", latent.kv_lora_rank, norms, dtype)
+        self.q_a_layernorm = Norm("q_a_layernorm", q_rank, norms, dtype) if q_rank else None
+        self.kv_a_layernorm = Norm("kv_a_layernorm", latent.kv_lora_rank, norms, dtype)
         queries = "q_b_proj.weight" if q_rank else "q_proj.weight"
         width = heads * config.head_dim
         self.q_proj = ColumnLinear(

@@ -105,6 +105,24 @@ class Embedding(nnx.Module):
         return _contract_last(x, self.weight[...], jnp.float32)
 
 
+class PositionEmbedding(nnx.Module):
+    """A learned vector per position [positions, D], on every device.
+
+    Args:
+        source: canonical name of the tensor, relative to the parent module.
+        positions: longest sequence, tokens.
+        hidden_size: D.
+        dtype: of the weight.
+    """
+
+    def __init__(self, source: str, positions: int, hidden_size: int, dtype: jnp.dtype) -> None:
+        self.weight = parameter(whole(source, (positions, hidden_size)), REPLICATED, dtype)
+
+    def __call__(self, positions: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Looks up positions; those of a chunk's padding may lie beyond the last."""
+        return self.weight[...].at[positions].get(mode="clip")
+
+
 def _contract_last(
     x: Float[Array, "*batch in"], weight: Float[Array, "out in"], dtype: jnp.dtype | type
 ) -> Float[Array, "*batch out"]:

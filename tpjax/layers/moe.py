@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tpjax.config import ModelConfig, MoEConfig
 from tpjax.errors import ConfigError
 from tpjax.layers.linear import parameter
-from tpjax.layers.mlp import activate, gate_up_segments
+from tpjax.layers.mlp import activate, fused_segments
 from tpjax.mesh import AXIS
 from tpjax.sharding import REPLICATED, Segment, StackedLayout, WeightLayout, columns, pad_to_multiple, whole
 
@@ -147,7 +147,7 @@ class Experts(nnx.Module):
         padded = pad_to_multiple(width, parts)
 
         def gate_up(kind: str) -> tuple[list[Segment], dict[str, int]]:
-            return gate_up_segments((f"{name}.gate_proj.{kind}", f"{name}.up_proj.{kind}"), width, parts)
+            return fused_segments((f"{name}.gate_proj.{kind}", f"{name}.up_proj.{kind}"), width, parts)
 
         def stack(layout: WeightLayout, spec: P) -> nnx.Param:
             return parameter(StackedLayout(layout, count), spec, dtype)

@@ -1,4 +1,7 @@
-"""Root-mean-square layer norm (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
+"""Norms: root mean square (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467) and layer norm.
+
+The latter after Ba, Kiros and Hinton 2016, https://arxiv.org/abs/1607.06450. Both compute in float32.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +12,53 @@ from jaxtyping import Array, Float
 
 from tpjax.config import ModelConfig
 from tpjax.layers.linear import parameter
-from tpjax.sharding import REPLICATED, whole
+from tpjax.sharding import BIAS, REPLICATED, WeightLayout, whole
 
 
-class RMSNorm(nnx.Module):
-    """``x / rms(x) * (offset + weight)`` over the last axis, computed in float32.
+def normalised(x: Float[Array, "*batch size"], config: ModelConfig) -> Float[Array, "*batch size"]:
+    """The last axis with a root mean square of 1, and a mean of 0 where the norm is a layer norm; float32."""
+    x = x.astype(jnp.float32)
+    if config.norm == "layer":
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + config.norm_eps)
+
+
+class Norm(nnx.Module):
+    """``normalised(x) * (offset + weight) + bias`` over the last axis.
 
     Args:
-        source: canonical name of the weight, relative to the parent module.
+        name: canonical name of the module, relative to its parent.
         size: length of the last axis.
-        config: gives epsilon and offset.
-        dtype: of the weight.
+        config: gives the kind of norm, epsilon, offset, and whether there is a bias.
+        dtype: of weight and bias.
     """
 
-    def __init__(self, source: str, size: int, config: ModelConfig, dtype: jnp.dtype) -> None:
-        self.weight = parameter(whole(source, (size,)), REPLICATED, dtype)
-        self.eps = config.rms_norm_eps
-        self.offset = config.norm_offset
+    def __init__(self, name: str, size: int, config: ModelConfig, dtype: jnp.dtype) -> None:
+        def declare(kind: str) -> nnx.Param:
+            return parameter(whole(f"{name}.{kind}", (size,)), REPLICATED, dtype)
+
+        self.weight = declare("weight")
+        self.bias = declare("bias") if config.norm_bias else None
+        self.config = config
 
     def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
         """Norms the last axis."""
-        x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        weight = self.weight[...].astype(jnp.float32) + self.offset
-        return (x32 * jax.lax.rsqrt(mean_square + self.eps) * weight).astype(x.dtype)
+        weight = self.weight[...].astype(jnp.float32) + self.config.norm_offset
+        y = normalised(x, self.config) * weight
+        return (y if self.bias is None else y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class HeadScale(nnx.Module):
+    """The weight of a norm of queries or keys whose heads have weights of their own, cut as the heads are.
+
+    Args:
+        layout: of the weight, place by place.
+        dtype: of the weight.
+    """
+
+    def __init__(self, layout: WeightLayout, dtype: jnp.dtype) -> None:
+        self.weight = parameter(layout, BIAS, dtype)
+
+    def __call__(self, x: Float[Array, "B S *heads h"]) -> Float[Array, "B S *heads h"]:
+        """Scales each head, in float32."""
+        return x * self.weight[...].astype(jnp.float32).reshape(x.shape[2:])

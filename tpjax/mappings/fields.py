@@ -6,14 +6,115 @@ names its tensors; ``families.py`` gathers them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tpjax.config import LayerType, ModelConfig, RopeConfig, check_positive, check_size
+import numpy as np
+
+from tpjax.config import (
+    LayerType,
+    ModelConfig,
+    RopeConfig,
+    RopeKind,
+    check_choice,
+    check_positive,
+    check_size,
+)
 from tpjax.errors import ConfigError
 
 _REQUIRED: Any = object()
+
+# Fields that no family needs to read: they say nothing of what the model computes from tokens to logits.
+INERT = frozenset({
+    "_name_or_path", "architectures", "attn_implementation", "auto_map", "cache_implementation",
+    "chunk_size_feed_forward", "dtype", "gradient_checkpointing", "id2label", "initializer_range",
+    "is_decoder", "is_llama_config", "label2id", "model_max_length", "model_type", "name_or_path",
+    "output_attentions", "output_hidden_states", "pretraining_tp", "problem_type",
+    "reorder_and_upcast_attn", "return_dict", "task_specific_params", "tokenizer_class", "torch_dtype",
+    "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
+    "attention_dropout", "attn_pdrop", "classifier_dropout", "embd_pdrop", "embedding_dropout",
+    "hidden_dropout", "resid_pdrop", "residual_dropout", "summary_activation", "summary_first_dropout",
+    "summary_proj_to_labels", "summary_type", "summary_use_proj",
+    "bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
+})  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """Where a checkpoint keeps a tensor.
+
+    Attributes:
+        name: of the module or tensor in the checkpoint.
+        rows: for each of our rows, which stored row it is; ``None``: the same.
+        size: stored rows, where ``rows`` is given.
+        transposed: stored as [in, out].
+        heads: stored as [heads, head_dim], while ours has one axis; ``None``: not.
+        offset: stored values have this much added.
+    """
+
+    name: str
+    rows: np.ndarray | None = None
+    size: int = 0
+    transposed: bool = False
+    heads: int | None = None
+    offset: float = 0.0
+
+    def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
+        """The stored tensor's shape, from ours."""
+        if self.heads is not None:
+            return (self.heads, ours[0] // self.heads)
+        stored = ours if self.rows is None else (self.size, *ours[1:])
+        return stored[::-1] if self.transposed else stored
+
+
+def slices(name: str, sizes: Sequence[int], *, transposed: bool = False) -> list[Stored]:
+    """Tensors of so many rows that are stored one after another as one."""
+    starts = np.cumsum([0, *sizes])
+    return [
+        Stored(name, np.arange(start, start + size), int(starts[-1]), transposed)
+        for start, size in zip(starts, sizes, strict=False)
+    ]
+
+
+def thirds_of_heads(name: str, heads: int, head_dim: int) -> list[Stored]:
+    """Query, key and value, stored head by head: the first head's query, key and value, then the second's."""
+    rows = np.arange(heads * 3 * head_dim).reshape(heads, 3, head_dim)
+    return [Stored(name, rows[:, part].reshape(-1), rows.size) for part in range(3)]
+
+
+def interleaved(name: str, heads: int, head_dim: int, *, by_head: bool = False) -> Stored:
+    """Rows of queries or keys made for rotary pairs (2i, 2i + 1), read in the order (i, i + head_dim / 2)."""
+    rows = np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
+    return Stored(name, rows, rows.size, heads=heads if by_head else None)
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a checkpoint calls the model's tensors; whatever is not mentioned has its canonical name.
+
+    Attributes:
+        modules: where a module's tensors are kept, by canonical name, without ``layers.N.``.
+        layers: the list of layers.
+        prefixes: what stands before the model's tensors, and before ``lm_head``; the first pair that fits.
+        ignored: patterns of tensor names that may be in a checkpoint and are not needed.
+    """
+
+    modules: Mapping[str, Stored] = field(default_factory=dict)
+    layers: str = "layers"
+    prefixes: tuple[tuple[str, str], ...] = (("model.", ""),)
+    ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+
+    def locate(self, canonical: str, prefix: tuple[str, str] = ("", "")) -> Stored:
+        """The stored tensor of a canonical name, ``layers.0.mlp.up_proj.weight`` say."""
+        parts = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.(\w+)", canonical)
+        assert parts is not None, canonical
+        layer, module, kind = parts.groups()
+        stored = self.modules.get(module, Stored(module))
+        path = stored.name if layer is None else f"{self.layers}.{layer}.{stored.name}"
+        return replace(stored, name=f"{prefix[module == 'lm_head']}{path}.{kind}")
 
 
 @dataclass(frozen=True)
@@ -23,16 +124,19 @@ class GGUFArchitecture:
     Attributes:
         name: value of ``general.architecture``.
         config: metadata, tensor names and the vocabulary's size, to the configuration.
-        layer_names: canonical name to GGUF name of a layer's tensors, without ``layers.N.`` and ``blk.N.``.
-        interleaved_rope: rows of q and k are stored for RoPE on pairs (2i, 2i + 1), not halves.
-        norm_offset: what the converter added to norm weights.
+        modules: what the file calls a layer's modules, as in :class:`Names`.
     """
 
     name: str
     config: Callable[[GGUFView], ModelConfig]
-    layer_names: Mapping[str, str]
-    interleaved_rope: bool = False
-    norm_offset: float = 0.0
+    modules: Callable[[ModelConfig], Mapping[str, Stored]]
+
+    def names(self, config: ModelConfig) -> Names:
+        """What the file calls the model's tensors."""
+        top = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+        stored = {**{name: Stored(gguf) for name, gguf in top.items()}, **self.modules(config)}
+        ignored = (r"rope_(freqs|factors_long|factors_short)\.weight",)
+        return Names(stored, layers="blk", prefixes=(("", ""),), ignored=ignored)
 
 
 @dataclass(frozen=True)
@@ -43,15 +147,15 @@ class Family:
         model_type: as ``config.json`` has it.
         examples: models of this family, for the README's table.
         config: reads ``config.json``.
+        names: what a checkpoint calls the model's tensors.
         gguf: the GGUF architectures that hold this family.
-        ignored: patterns of tensor names that may be in a checkpoint and are not needed.
     """
 
     model_type: str
     examples: str
     config: Callable[[Fields], ModelConfig]
+    names: Callable[[ModelConfig], Names] = lambda config: Names()
     gguf: tuple[GGUFArchitecture, ...] = ()
-    ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
 
 
 @dataclass
@@ -61,13 +165,16 @@ class Fields:
     Attributes:
         raw: the decoded JSON object.
         where: what the errors call it.
+        read: names that have been asked for.
     """
 
     raw: Mapping[str, Any]
     where: str = "config.json"
+    read: set[str] = field(default_factory=set)
 
     def get(self, name: str, default: Any = _REQUIRED) -> Any:
         """The field, or ``default`` where it is absent; ``null`` counts as absent if there is a default."""
+        self.read.add(name)
         value = self.raw.get(name)
         if value is None and name not in self.raw and default is _REQUIRED:
             raise ConfigError(f"{self.where}: field {name!r} is missing")
@@ -87,12 +194,42 @@ class Fields:
             raise ConfigError(f"{self.where}: {name}={value!r} is not a number")
         return value
 
-    def mapping(self, name: str) -> Mapping[str, Any]:
-        """An object; empty where it is absent."""
+    def section(self, name: str) -> Fields:
+        """An object's fields; none where it is absent."""
         value = self.get(name, {})
         if not isinstance(value, Mapping):
             raise ConfigError(f"{self.where}: {name}={value!r} is not an object")
-        return value
+        return Fields(value, f"{self.where}: {name}")
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of numbers."""
+        value = self.get(name)
+        if not isinstance(value, list | tuple) or any(
+            isinstance(x, bool) or not isinstance(x, int | float) for x in value
+        ):
+            raise ConfigError(f"{self.where}: {name}={value!r} is not a list of numbers")
+        return tuple(float(x) for x in value)
+
+    def nullable(self, name: str, default: Any) -> Any:
+        """The field, ``None`` where it is ``null``, ``default`` where it is absent."""
+        self.read.add(name)
+        return self.raw.get(name, default)
+
+    def fixed(self, name: str, *supported: Any) -> None:
+        """Refuses a field unless it is absent or has a supported value."""
+        value = self.get(name, None)
+        if value is not None and value not in supported:
+            raise ConfigError(f"{self.where}: {name}={value!r} is not supported")
+
+    def finish(self, inert: frozenset[str] = INERT) -> None:
+        """Refuses what nobody has read, unless it is inert or says nothing (``null``, ``false``, empty).
+
+        A field that changes what the model computes is so either read or refused, never passed over.
+        """
+        for name, value in self.raw.items():
+            nothing = value is None or value is False or value in ({}, [], "")
+            if name not in self.read and name not in inert and not nothing:
+                raise ConfigError(f"{self.where}: {name}={value!r} is not supported")
 
     def boolean(self, name: str, default: Any = _REQUIRED) -> Any:
         """Like :meth:`get`, for true or false."""
@@ -110,13 +247,15 @@ class GGUFView:
         architecture: prefix of its metadata keys.
         metadata: all keys.
         tensor_shapes: per GGUF tensor name, in [out, in] order.
-        rope_divisors: the tensor ``rope_freqs.weight``, if there is one.
+        rope_divisors: the tensor ``rope_freqs.weight``, or ``rope_factors_short.weight``, if there is one.
+        rope_long_divisors: the tensor ``rope_factors_long.weight``, if there is one.
     """
 
     architecture: str
     metadata: Mapping[str, Any]
     tensor_shapes: Mapping[str, tuple[int, ...]]
     rope_divisors: tuple[float, ...] | None = None
+    rope_long_divisors: tuple[float, ...] | None = None
 
     def get(self, name: str, default: Any = _REQUIRED) -> Any:
         """The architecture's value of that name."""
@@ -139,36 +278,145 @@ class GGUFView:
         return "output.weight" not in self.tensor_shapes
 
 
-def rope_of(fields: Fields, default_theta: float) -> RopeConfig:
-    """``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (4)."""
-    parameters = fields.mapping("rope_parameters") or fields.mapping("rope_scaling")
-    theta = parameters.get("rope_theta", fields.number("rope_theta", default_theta))
-    return rope_from(parameters, theta)
+def rope_of(fields: Fields, context: int, default_theta: float = 10_000.0) -> RopeConfig:
+    """The rotary embedding of a family whose heads rotate whole."""
+    rope, share = partial_rope_of(fields, context, default_theta)
+    if share != 1:
+        raise ConfigError(f"{fields.where}: partial_rotary_factor={share} is not supported")
+    return rope
 
 
-_ROPE_FIELDS = (
-    ("linear", ("factor",)),
-    ("llama3", ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
-)
+def partial_rope_of(
+    fields: Fields, context: int, default_theta: float = 10_000.0, default_share: float = 1.0
+) -> tuple[RopeConfig, float]:
+    """The rotary embedding, and the share of a head's dimensions that rotate.
+
+    From ``rope_parameters`` (transformers 5), or ``rope_theta``, ``partial_rotary_factor`` and
+    ``rope_scaling`` (4).
+
+    Args:
+        fields: of the configuration.
+        context: ``max_position_embeddings``.
+        default_theta: where the configuration leaves it out.
+        default_share: likewise.
+    """
+    new, old = fields.section("rope_parameters"), fields.section("rope_scaling")
+    if new.raw and old.raw and new.raw != old.raw:
+        raise ConfigError(f"{fields.where}: rope_parameters and rope_scaling differ")
+    parameters = new if new.raw else old
+    theta = parameters.number("rope_theta", fields.number("rope_theta", default_theta))
+    share = fields.number("partial_rotary_factor", default_share)
+    share = parameters.number("partial_rotary_factor", share)
+    # Phi-3 keeps it beside the parameters
+    original = fields.integer("original_max_position_embeddings", None)
+    return rope_from(parameters, theta, context, original), share
 
 
-def rope_from(parameters: Mapping[str, Any], theta: float) -> RopeConfig:
-    """A rotary embedding from its object of parameters."""
-    kind: Any = parameters.get("rope_type", parameters.get("type", "default"))
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"partial_rotary_factor={parameters['partial_rotary_factor']} is not supported")
-    wanted = next((names for known, names in _ROPE_FIELDS if known == kind), ())
-    missing = [name for name in wanted if parameters.get(name) is None]
+def rope_from(parameters: Fields, theta: float, context: int, original: int | None = None) -> RopeConfig:
+    """A rotary embedding from its object of parameters.
+
+    Args:
+        parameters: the object.
+        theta: base.
+        context: ``max_position_embeddings``.
+        original: context of the pre-training, where the configuration has it beside the parameters.
+    """
+    parameters.read.update({"rope_theta", "partial_rotary_factor", "type"})
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "su":
+        kind = "longrope"  # its name in the first Phi-3 files
+    check_choice("rope_type", kind, RopeKind)
+    wanted = _ROPE_FIELDS.get(kind, ())
+    missing = [name for name in wanted if parameters.get(name, None) is None]
     if missing:
         raise ConfigError(f"rope_type={kind!r} needs {', '.join(missing)}")
+    inside = parameters.integer("original_max_position_embeddings", context)
     check_positive("rope_theta", theta)
-    return RopeConfig(theta=float(theta), kind=kind, **{name: parameters[name] for name in wanted})
+    values: dict[str, Any] = {"theta": float(theta), "kind": kind}
+    if kind in ("linear", "dynamic", "llama3", "yarn"):
+        values["factor"] = parameters.get("factor")
+    if kind == "llama3":
+        values |= {name: parameters.get(name) for name in ("low_freq_factor", "high_freq_factor")}
+    if kind in ("llama3", "yarn", "longrope"):
+        values["original_max_position_embeddings"] = inside if original is None else original
+    if kind == "dynamic":
+        values["original_max_position_embeddings"] = context  # as transformers has it
+    if kind == "yarn":
+        values |= {
+            "beta_fast": parameters.number("beta_fast", 32),
+            "beta_slow": parameters.number("beta_slow", 1),
+            "truncate": parameters.boolean("truncate", True),
+            "attention_factor": _yarn_attention_factor(parameters),
+        }
+    if kind == "longrope":
+        values |= {
+            "divisors": parameters.numbers("short_factor"),
+            "long_divisors": parameters.numbers("long_factor"),
+            "attention_factor": longrope_attention_factor(
+                parameters.number("attention_factor", None),
+                parameters.number("factor", context / values["original_max_position_embeddings"]),
+                values["original_max_position_embeddings"],
+            ),
+        }
+    parameters.finish()
+    return RopeConfig(**values)
 
 
-def sizes_of(fields: Fields) -> dict[str, Any]:
-    """The sizes every family names alike."""
+_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+}
+
+
+def _yarn_attention_factor(parameters: Fields) -> float:
+    """Section 3.4 of the YaRN paper; DeepSeek gives the coefficients of two such terms."""
+
+    def term(coefficient: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * coefficient * math.log(factor) + 1.0
+
+    factor = parameters.number("factor")
+    given = parameters.number("attention_factor", None)
+    coefficients = [parameters.number(name, 0) for name in ("mscale", "mscale_all_dim")]
+    check_positive("rope factor", factor)
+    if given is not None:
+        return given
+    return term(coefficients[0]) / term(coefficients[1]) if all(coefficients) else term(1.0)
+
+
+def longrope_attention_factor(given: float | None, factor: float, original: int) -> float:
+    """Section 3.3 of the LongRoPE paper, unless the configuration gives it."""
+    if given is not None or factor <= 1:
+        return 1.0 if given is None else given
+    return math.sqrt(1 + math.log(factor) / math.log(original))
+
+
+def layer_types_of(fields: Fields, default: Sequence[LayerType]) -> tuple[LayerType, ...]:
+    """``layer_types``, or what an older file's other fields make of it."""
+    types = fields.get("layer_types", default)
+    if not isinstance(types, list | tuple):
+        raise ConfigError(f"{fields.where}: layer_types={types!r} is not a list")
+    return tuple(types)
+
+
+def every(pattern: int, layers: int) -> tuple[LayerType, ...]:
+    """Sliding layers with a full one every ``pattern``."""
+    check_size("sliding_window_pattern", pattern)
+    return tuple("full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers))
+
+
+def sizes_of(fields: Fields, *, context: int = 2048, head_dim: int | None = None) -> dict[str, Any]:
+    """The sizes every family names alike.
+
+    Args:
+        fields: of the configuration.
+        context: ``max_position_embeddings`` where the configuration leaves it out.
+        head_dim: likewise; ``None``: what the heads share of the hidden size.
+    """
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    head_dim = fields.integer("head_dim", None)
+    head_dim = fields.integer("head_dim", head_dim)
     if head_dim is None:
         if heads < 1 or hidden % heads:
             raise ConfigError(f"num_attention_heads={heads} is not a divisor of hidden_size={hidden}")
@@ -182,7 +430,7 @@ def sizes_of(fields: Fields) -> dict[str, Any]:
             "num_heads": heads,
             "num_kv_heads": fields.integer("num_key_value_heads", heads),
             "head_dim": head_dim,
-            "max_position_embeddings": fields.integer("max_position_embeddings", 2048),
+            "max_position_embeddings": fields.integer("max_position_embeddings", context),
         }
     )
 
@@ -202,7 +450,15 @@ def all_full(layers: int) -> tuple[LayerType, ...]:
 
 def activation_of(fields: Fields, name: str, default: str) -> Any:
     """The activation function a field names."""
-    known = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+    known = {
+        "silu": "silu",
+        "swish": "silu",
+        "gelu": "gelu",
+        "gelu_pytorch_tanh": "gelu_tanh",
+        "gelu_new": "gelu_tanh",
+        "gelu_fast": "gelu_tanh",
+        "relu": "relu",
+    }
     value = fields.get(name, default)
     if not isinstance(value, str) or value not in known:
         raise ConfigError(f"config.json: {name}={value!r} is not supported; supported are {', '.join(known)}")
@@ -236,4 +492,19 @@ def gguf_rope(view: GGUFView, default_theta: float) -> RopeConfig:
         return RopeConfig(theta=theta, divisors=view.rope_divisors)
     if kind == "linear":
         return RopeConfig(theta=theta, kind="linear", factor=float(view.get("rope.scaling.factor")))
-    raise ConfigError(f"GGUF rope.scaling.type={kind!r} is not supported: use none or linear")
+    if kind == "yarn":
+        # llama.cpp multiplies what it is given by its own term, which converters divide out before
+        factor = float(view.get("rope.scaling.factor"))
+        given = float(view.get("rope.scaling.attn_factor", view.get("rope.scaling.yarn_attn_factor", 1.0)))
+        return RopeConfig(
+            theta=theta,
+            kind="yarn",
+            factor=factor,
+            original_max_position_embeddings=view.get(
+                "rope.scaling.original_context_length", view.get("context_length")
+            ),
+            beta_fast=float(view.get("rope.scaling.yarn_beta_fast", 32.0)),
+            beta_slow=float(view.get("rope.scaling.yarn_beta_slow", 1.0)),
+            attention_factor=given * (0.1 * math.log(factor) + 1),
+        )
+    raise ConfigError(f"GGUF rope.scaling.type={kind!r} is not supported: use none, linear or yarn")

@@ -32,7 +32,7 @@ def quantization_of(fields: Fields) -> Quantization | None:
     Raises:
         ConfigError: the method, or a setting that changes what the bytes mean, is not supported.
     """
-    settings = Fields(fields.mapping("quantization_config"), f"{fields.where}: quantization_config")
+    settings = fields.section("quantization_config")
     if not settings.raw:
         return None
     method = settings.get("quant_method")

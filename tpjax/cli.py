@@ -197,6 +197,72 @@ def _explain(args: argparse.Namespace) -> None:
     _show(json.dumps(report.to_dict(), indent=2) if args.json else report)
 
 
+def _plan(args: argparse.Namespace) -> None:
+    from tpjax.inspect import plan, plan_report
+    from tpjax.inspect.hardware import parse_hardware
+    from tpjax.inspect.shapes import find_shape
+    from tpjax.inspect.strategies import compare
+
+    if args.plot is not None:
+        plan_report.check_plot(args.plot)
+    if args.measure == (args.hardware is not None):
+        raise RequestError("give either --hardware NAME:CHIPS or --measure")
+    shape = find_shape(args.model)
+    traffic = _traffic(args, "float32" if args.measure else "bf16")
+    comparison = None
+    if args.measure:
+        from tpjax.inspect.measure import measured_hardware
+
+        tps = [args.tp] if args.tp else list(range(1, 5))
+        plans = [plan.make_plan(shape, measured_hardware(tp, fresh=True), tp, tp, traffic) for tp in tps]
+    else:
+        hardware, chips = parse_hardware(args.hardware, args.hardware_file)
+        tps = [args.tp] if args.tp else plan.divisors(chips)
+        plans = [plan.make_plan(shape, hardware, chips, tp, traffic) for tp in tps]
+    if args.tp is None:
+        best, reason = plan.recommend(plans)
+        if not args.measure:
+            comparison = compare(shape, hardware, chips, traffic)
+    else:
+        best, reason = plans[0], f"tp={args.tp} as asked; most of a step is {plans[0].decode.bound}"
+        if not best.fits and not args.json:  # the JSON says so itself
+            raise RequestError(plan.does_not_fit(best))
+    report = plan_report.PlanReport(plans, best, reason, comparison)
+    if args.plot is not None:
+        plan_report.plot_frontier(plans, args.plot)
+    _show(json.dumps(report.to_dict(), indent=2) if args.json else report)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from tpjax.checkpoints import hub
+    from tpjax.inspect import bench
+    from tpjax.inspect.measure import measured_hardware
+    from tpjax.inspect.plan import make_plan
+    from tpjax.inspect.shapes import Shape
+
+    hub.resolve(args.model)  # before anything is measured: a misspelt name is reported at once
+    hardware = measured_hardware(args.tp)  # in a process of its own, before this one starts JAX
+    traffic = _traffic(args, "float32")
+    args.dtype, args.max_model_len = traffic.dtype, bench.longest(traffic)
+    llm = _load(args)
+    plan = make_plan(Shape.from_config(llm.config, args.model), hardware, args.tp, args.tp, traffic)
+    report = bench.run(llm.runner, plan)
+    _show(json.dumps(report.to_dict(), indent=2) if args.json else report)
+
+
+def _traffic(args: argparse.Namespace, dtype: str) -> Any:
+    from tpjax.inspect.plan import Traffic
+
+    prompt_len = args.prompt_len or min(args.context, 1024)
+    return Traffic(
+        getattr(args, "batch", 1),
+        args.context,
+        prompt_len,
+        getattr(args, "dtype", None) or dtype,
+        getattr(args, "cache_dtype", "auto"),
+    )
+
+
 def _load(args: argparse.Namespace, **options: Any) -> LLM:
     """Finds the model, sees to the devices, and loads the one onto the others."""
     _devices(args)
@@ -326,6 +392,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench_serve(verbs)
     _add_pull(verbs)
     _add_explain(verbs)
+    _add_plan(verbs)
+    _add_bench(verbs)
     _add_doctor(verbs)
     return parser
 
@@ -515,6 +583,77 @@ def _add_explain(verbs: Any) -> None:
     verb.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _add_plan(verbs: Any) -> None:
+    verb = _add_verb(
+        verbs,
+        "plan",
+        _plan,
+        "say what a model will cost before it runs: memory, time, tokens/s, the best tp",
+        """
+        tpjax plan llama-3-8b --hardware h100-sxm:8
+        tpjax plan llama-3.1-70b --hardware v5e:16 --tp 16 --batch 32 --context 8192 --dtype int8 --json
+        tpjax plan mixtral-8x7b --hardware h200:8 --batch 256 --plot frontier.svg
+        tpjax plan ./my-model/config.json --hardware mine:4 --hardware-file chips.toml
+        tpjax plan smollm2-135m --measure --tp 2
+        """,
+    )
+    verb.add_argument(
+        "model", metavar="MODEL", help="a checkpoint, a config.json, an alias, or a published model's name"
+    )
+    verb.add_argument("--hardware", metavar="NAME:CHIPS", help="such as h100-sxm:8; a wrong name lists all")
+    verb.add_argument(
+        "--hardware-file", type=Path, metavar="FILE", help="JSON or TOML with figures of further chips"
+    )
+    verb.add_argument("--measure", action="store_true", help="measure this machine instead, and predict that")
+    verb.add_argument(
+        "--tp", type=_device_count, metavar="N", help="chips a replica (each that divides them)"
+    )
+    verb.add_argument(
+        "--batch", type=_sequence_count, default=1, metavar="B", help="sequences at once, all replicas (1)"
+    )
+    _add_lengths(verb, 2048)
+    verb.add_argument("--dtype", choices=("bf16", "int8", "fp8", "float32"), help="of the weights (bf16)")
+    verb.add_argument(
+        "--cache-dtype",
+        choices=("auto", "bf16", "int8", "fp8", "float32"),
+        default="auto",
+        help="of keys and values (auto: as the weights)",
+    )
+    verb.add_argument("--json", action="store_true", help="print JSON")
+    verb.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw throughput over latency: .png, .svg or .pdf"
+    )
+
+
+def _add_bench(verbs: Any) -> None:
+    verb = _add_verb(
+        verbs,
+        "bench",
+        _bench,
+        "measure decode and prefill here, in float32, next to what plan predicts",
+        """
+        tpjax bench smollm2-135m --tp 2
+        tpjax bench smollm2-135m --context 128 --prompt-len 128 --json
+        """,
+    )
+    verb.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    verb.add_argument("--tp", type=_device_count, default=1, metavar="N", help="devices to shard over (1)")
+    _add_lengths(verb, 256)
+    verb.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_lengths(verb: argparse.ArgumentParser, context: int) -> None:
+    verb.add_argument(
+        "--context", type=_token_count, default=context, metavar="C", help=f"tokens in the cache ({context})"
+    )
+    verb.add_argument(
+        "--prompt-len",
+        type=_token_count,
+        metavar="P",
+        help=f"tokens of a prompt (the context, at most {min(context, 1024)})",
+    )
+
+
 def _add_doctor(verbs: Any) -> None:
     verb = _add_verb(
         verbs,
@@ -573,6 +712,10 @@ def _device_count(text: str) -> int:
 
 def _token_count(text: str) -> int:
     return _whole(text, "of tokens")
+
+
+def _sequence_count(text: str) -> int:
+    return _whole(text, "of sequences")
 
 
 def _request_count(text: str) -> int:

@@ -372,8 +372,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     words = list(argv)
-    if words[:2] == ["bench", "serve"]:  # a verb of two words
-        words[:2] = ["bench serve"]
+    verb = next((i for i, word in enumerate(words) if not word.startswith("-")), 0)
+    if words[verb : verb + 2] == ["bench", "serve"]:  # a verb of two words
+        words[verb : verb + 2] = ["bench serve"]
     return _parser().parse_args(words)
 
 

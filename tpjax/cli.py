@@ -113,10 +113,9 @@ def _serve(args: argparse.Namespace) -> None:
     def load() -> LLM:
         llm = _load(args, max_slots=args.max_slots)
         llm.warm_up()
-        print(f"tpjax: {options.model} is ready at tp={llm.mesh.size}", file=sys.stderr, flush=True)
         return llm
 
-    serve(load, options, lambda url: print(f"tpjax: {url}", file=sys.stderr, flush=True))
+    serve(load, options, lambda what: print(f"tpjax: {what}", file=sys.stderr, flush=True))
 
 
 def _read_keys(path: Path) -> list[str]:

@@ -163,7 +163,6 @@ def tiny_models() -> dict[str, transformers.PretrainedConfig]:
         "deepseek_v3": transformers.DeepseekV3Config(
             **{
                 **without_groups,
-                "hidden_size": 48,
                 "num_hidden_layers": 3,
                 "num_attention_heads": 5,
                 "initializer_range": 0.2,
@@ -189,7 +188,9 @@ def write_tiny(name: str, config: transformers.PretrainedConfig) -> None:
     """Saves one tiny model and its golden."""
     torch.manual_seed(0)
     config.dtype = torch.float32
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if re.search(r"norm|\bln_|bias$", parameter_name):

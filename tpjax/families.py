@@ -36,7 +36,6 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(f"model_type={model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
     fields = Fields(raw)
-    quantization_of(fields)  # for its refusals: a configuration alone tells what cannot be loaded
     config = FAMILIES[model_type].config(fields)
     quantization_of(fields)  # for its refusals: a configuration alone tells what cannot be loaded
     fields.finish()

@@ -184,6 +184,59 @@ def tiny_models() -> dict[str, transformers.PretrainedConfig]:
     }
 
 
+def tiny_mixtures() -> dict[str, transformers.PretrainedConfig]:
+    """Mixtures of experts: 6 experts are cut whole at tp=1, 2, 3 and 6, by their width at others."""
+    common = {
+        "vocab_size": 131,
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.25,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "num_experts_per_tok": 2,
+    }
+    yarn = {
+        "rope_type": "yarn",
+        "rope_theta": 150_000.0,
+        "factor": 8.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 64,
+    }
+    return {
+        "mixtral": transformers.MixtralConfig(**common, intermediate_size=12, num_local_experts=5),
+        "qwen2_moe": transformers.Qwen2MoeConfig(
+            **common,
+            intermediate_size=30,
+            moe_intermediate_size=12,
+            shared_expert_intermediate_size=18,
+            num_experts=6,
+            mlp_only_layers=[0],
+        ),
+        "qwen3_moe": transformers.Qwen3MoeConfig(
+            **common,
+            head_dim=10,
+            intermediate_size=30,
+            moe_intermediate_size=7,
+            num_local_experts=6,
+            norm_topk_prob=True,
+        ),
+        "gpt_oss": transformers.GptOssConfig(
+            **common,
+            head_dim=10,
+            intermediate_size=7,
+            num_local_experts=6,
+            sliding_window=7,
+            swiglu_limit=1.5,
+            rope_parameters=yarn,
+        ),
+    }
+
+
 def write_tiny(name: str, config: transformers.PretrainedConfig) -> None:
     """Saves one tiny model and its golden."""
     torch.manual_seed(0)
@@ -193,7 +246,7 @@ def write_tiny(name: str, config: transformers.PretrainedConfig) -> None:
     ).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if re.search(r"norm|\bln_|bias$", parameter_name):
+            if re.search(r"norm|\bln_|(bias|sinks)$", parameter_name):
                 parameter.add_(torch.randn_like(parameter) * 0.3)  # a norm of ones would hide a missing norm
         for buffer_name, buffer in model.named_buffers():
             if buffer_name.endswith("correction_bias"):
@@ -252,7 +305,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="tiny models to make; all of them where none is named")
     parser.add_argument("--real", action="store_true", help="also the built-in aliases")
     arguments = parser.parse_args()
-    for name, config in tiny_models().items():
+    for name, config in (tiny_models() | tiny_mixtures()).items():
         if not arguments.names or name in arguments.names:
             write_tiny(name, config)
     if arguments.real:

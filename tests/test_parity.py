@@ -48,8 +48,8 @@ class Stepwise:
         checkpoint = open_checkpoint(GOLDENS / name)
         self.mesh, self.vocab_size = make_mesh(tp), checkpoint.config.vocab_size
         float32, pages = jnp.dtype("float32"), -(-reach // self.PAGE)
-        abstract = abstract_decoder(checkpoint.config, self.mesh, float32)
-        model = load_decoder(checkpoint, abstract, self.mesh, progress=False)
+        model = abstract_decoder(checkpoint.config, self.mesh, float32)
+        model = load_decoder(checkpoint, model, self.mesh, progress=False)
         self.cache = allocate(
             checkpoint.config, self.mesh, num_pages=pages + 1, page_size=self.PAGE, dtype=float32
         )

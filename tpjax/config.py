@@ -267,6 +267,7 @@ class ModelConfig:
         attn_softcap: bounds them smoothly: ``cap * tanh(product / cap)``; ``None``: not.
         attention_bias: q, k, v have biases.
         attention_out_bias: ``o_proj`` has a bias.
+        attention_sinks: every head has a score of nothing, which takes its share of the softmax.
         gated_mlp: ``down(act(gate(x)) * up(x))``; else ``down(act(up(x)))``.
         activation: non-linearity of the MLP.
         mlp_bias: the MLP's projections have biases.
@@ -305,6 +306,7 @@ class ModelConfig:
     attn_softcap: float | None = None
     attention_bias: bool = False
     attention_out_bias: bool = False
+    attention_sinks: bool = False
     gated_mlp: bool = True
     activation: Activation = "silu"
     mlp_bias: bool = False

@@ -403,11 +403,16 @@ def test_a_drain_has_a_limit(directory: Path) -> None:
         assert name == "event: error" and json.loads(last[6:])["error"]["code"] == "draining"
 
 
-def serve(directory: Path, *options: str) -> subprocess.Popen[str]:
-    """``tpjax serve`` as a process of its own."""
+@contextlib.contextmanager
+def serve(directory: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """``tpjax serve`` as a process of its own, which ends with the block."""
     command = [sys.executable, "-m", "tpjax.cli", "serve", "--model", str(directory), "--port", "0"]
     limits = ["--max-model-len", "256", "--max-slots", "1", "--tp", "1"]
-    return subprocess.Popen([*command, *limits, *options], stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([*command, *limits, *options], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def wait_for(process: subprocess.Popen[str], pattern: str) -> str:

@@ -113,10 +113,9 @@ def _serve(args: argparse.Namespace) -> None:
     def load() -> LLM:
         llm = _load(args, max_slots=args.max_slots)
         llm.warm_up()
-        print(f"tpjax: {options.model} is ready at tp={llm.mesh.size}", file=sys.stderr, flush=True)
         return llm
 
-    serve(load, options, lambda url: print(f"tpjax: {url}", file=sys.stderr, flush=True))
+    serve(load, options, lambda what: print(f"tpjax: {what}", file=sys.stderr, flush=True))
 
 
 def _read_keys(path: Path) -> list[str]:
@@ -372,8 +371,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     words = list(argv)
-    if words[:2] == ["bench", "serve"]:  # a verb of two words
-        words[:2] = ["bench serve"]
+    verb = next((i for i, word in enumerate(words) if not word.startswith("-")), 0)
+    if words[verb : verb + 2] == ["bench", "serve"]:  # a verb of two words
+        words[verb : verb + 2] = ["bench serve"]
     return _parser().parse_args(words)
 
 

@@ -120,7 +120,7 @@ def serve(load: Callable[[], LLM], options: Options, announce: Callable[[str], N
     Args:
         load: makes the model; called once the server listens.
         options: how.
-        announce: told the address, once the server listens.
+        announce: told the address, once the server listens, and that the model is ready.
 
     Raises:
         ConfigError: the port is taken.
@@ -128,7 +128,13 @@ def serve(load: Callable[[], LLM], options: Options, announce: Callable[[str], N
     """
     sock = listen(options.host, options.port)
     log_as_json_lines()
-    service = Service(load, options.model, options.max_queue, on_failure=lambda: server.finish())
+    service = Service(
+        load,
+        options.model,
+        options.max_queue,
+        on_ready=lambda: announce(f"{options.model} is ready"),
+        on_failure=lambda: server.finish(),
+    )
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{host}:{sock.getsockname()[1]}"
     server = Server(service, options, lambda: announce(url))

@@ -111,6 +111,7 @@ class Service:
         load: makes the model; called on the service's own thread.
         model: its name.
         max_queue: choices that may wait for a slot; more are refused.
+        on_ready: called once, on the event loop, when requests are taken.
         on_failure: called once, on the event loop, if the thread ends by an exception.
 
     Attributes:
@@ -127,6 +128,7 @@ class Service:
         load: Callable[[], LLM],
         model: str,
         max_queue: int = 256,
+        on_ready: Callable[[], None] = lambda: None,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self.state: State = "loading"
@@ -137,6 +139,7 @@ class Service:
         self.metrics = Metrics(model, lambda: self.stats)
         self.max_queue = max_queue
         self._load = load
+        self._on_ready = on_ready
         self._on_failure = on_failure
         self._llm: LLM | None = None
         self._streams: set[Stream] = set()  # the event loop's
@@ -236,6 +239,7 @@ class Service:
     def _ready(self) -> None:
         if self.state == "loading":
             self.state = "ready"
+            self._on_ready()
 
     def _failed(self, error: BaseException) -> None:
         self.state, self.error = "failed", error

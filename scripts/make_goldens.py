@@ -163,7 +163,6 @@ def tiny_models() -> dict[str, transformers.PretrainedConfig]:
         "deepseek_v3": transformers.DeepseekV3Config(
             **{
                 **without_groups,
-                "hidden_size": 48,
                 "num_hidden_layers": 3,
                 "num_attention_heads": 5,
                 "initializer_range": 0.2,

@@ -193,7 +193,7 @@ def test_float8_is_what_it_stands_for(tmp_path: Path) -> None:
 def test_layers_beyond_the_last(tmp_path: Path) -> None:
     """Published checkpoints have one more, which predicts a token further ahead; no other is passed over."""
     plain = load_file(GOLDENS / "deepseek_v3" / "model.safetensors")
-    extra = {"model.layers.3.eh_proj.weight": np.zeros((48, 96), np.float32)}
+    extra = {"model.layers.3.eh_proj.weight": np.zeros((36, 72), np.float32)}
     open_and_load = loaded(copied(tmp_path / "mtp", {**plain, **extra}), 1)
     assert open_and_load.keys() == loaded(GOLDENS / "deepseek_v3", 1).keys()
     further = {"model.layers.4.eh_proj.weight": extra["model.layers.3.eh_proj.weight"]}

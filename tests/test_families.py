@@ -285,6 +285,8 @@ def test_fields_that_would_change_the_model(name: str, raw: Mapping[str, Any]) -
         ({"quant_method": "fp8", "expert_dtype": "fp4"}, "expert_dtype='fp4' is not supported: use fp8"),
         ({"quant_method": "fp8", "weight_block_size": None}, "weight_block_size=None is not supported"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size=[128] is not supported"),
+        ({"quant_method": "fp8", "kv_cache_scheme": {"bits": 8}}, "kv_cache_scheme={'bits': 8} is not"),
+        ({"quant_method": "mxfp4", "group_size": 16}, "group_size=16 is not supported"),
     ),
 )  # fmt: skip
 def test_quantization_that_cannot_be_read(settings: dict[str, Any], message: str) -> None:
@@ -301,7 +303,10 @@ def test_quantization_of() -> None:
     def read(**settings: Any) -> Quantization | None:
         return quantization_of(Fields({"quantization_config": settings}))
 
-    assert (read(), read(quant_method="mxfp4")) == (None, Quantization("mxfp4"))
+    # openai/gpt-oss-20b, as published
+    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    assert read(quant_method="mxfp4", modules_to_not_convert=skipped) == Quantization("mxfp4")
+    assert read() is None
     # deepseek-ai/DeepSeek-V3.1, as published
     published = {"activation_scheme": "dynamic", "fmt": "e4m3", "scale_fmt": "ue8m0"}
     assert read(quant_method="fp8", weight_block_size=[64, 32], **published) == Quantization("fp8", (64, 32))

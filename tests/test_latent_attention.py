@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from tpjax.cache import LatentCache, cache_layout, page_bytes_per_device
 from tpjax.checkpoints.load import abstract_decoder, parameters
 from tpjax.config import ConfigError, LatentConfig, ModelConfig, RopeConfig
 from tpjax.inspect.collectives import find_collectives
+from tpjax.inspect.explain import explain
 from tpjax.layers.attention import reference_attention
 from tpjax.layers.latent_attention import KeyValueProjection
 from tpjax.mesh import make_mesh
@@ -119,8 +122,26 @@ def test_padding_is_what_heads_add(tp: int) -> None:
     assert layouts["layers.0.self_attn.a_proj.weight"].padding == 0
 
 
+def test_explain(decode: tuple[int, Runner, jax.stages.Compiled]) -> None:
+    tp, runner, _ = decode
+    report = explain(runner, "tiny")
+    assert (report.heads["padded_heads"], report.heads["kv_padding"]) == ((9, 0) if tp == 1 else (12, 3))
+    assert "one latent per token" in report.heads["summary"]
+    assert (report.cache["spec"], report.cache["buffers"]) == ("replicated", CONFIG.num_layers)
+    assert report.cache["bytes_per_token_per_device"] == CONFIG.num_layers * (RANK + TURNING) * 4
+
+
 def test_bad_sizes() -> None:
     for name in ("q_lora_rank", "kv_lora_rank", "v_head_dim"):
         sizes = {"q_lora_rank": 1, "kv_lora_rank": 1, "v_head_dim": 1, name: 0}
         with pytest.raises(ConfigError, match=f"{name}=0 is not a whole number"):
             LatentConfig(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    (("qk_norm", "head"), ("position_embedding", "learned"), ("rope_layers", (True, False))),
+)
+def test_what_latent_attention_has_not(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{name}=.* is not supported with latent attention"):
+        replace(CONFIG, **{name: value})

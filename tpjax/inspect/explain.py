@@ -20,7 +20,7 @@ from rich.text import Text
 from tpjax.cache import cache_layout, page_bytes_per_device
 from tpjax.checkpoints.hub import resolve
 from tpjax.checkpoints.load import abstract_decoder, check_tensors, open_checkpoint, parameters
-from tpjax.config import ExpertSharding, MoEConfig
+from tpjax.config import ExpertSharding, ModelConfig, MoEConfig
 from tpjax.inspect.collectives import Collective, find_collectives, summarise
 from tpjax.memory import device_memory, human_bytes, plan_limits
 from tpjax.mesh import make_mesh
@@ -176,7 +176,7 @@ def explain(runner: Runner, name: str) -> Report:
         tp=mesh.size,
         platform=mesh.devices.flat[0].device_kind,
         dtype=str(jnp.dtype(runner.dtype)),
-        heads=_heads(HeadPlan(config.num_heads, config.num_kv_heads, mesh.size)),
+        heads=_heads(config, mesh.size),
         experts=None if config.moe is None else _experts(config.moe, mesh.size),
         tensors=rows,
         weight_bytes_per_device=sum(row.bytes_per_device for row in rows),
@@ -281,13 +281,23 @@ def _tensor_rows(runner: Runner) -> list[TensorRow]:
     ]
 
 
-def _heads(plan: HeadPlan) -> dict[str, Any]:
-    summary = (
-        f"heads: {plan.num_heads} query and {plan.num_kv_heads} KV heads of the checkpoint are computed as "
-        f"{plan.num_padded_heads} and {plan.num_slots} "
-        f"({plan.query_padding:+.0%} attention FLOPs, {plan.kv_padding:+.0%} cache over all devices); "
-        f"each device has {plan.slots_per_device} KV heads with {plan.group_size} query heads each"
-    )
+def _heads(config: ModelConfig, tp: int) -> dict[str, Any]:
+    plan = HeadPlan(config.num_heads, config.num_kv_heads, tp)
+    if config.latent is None:
+        cache_padding = plan.kv_padding
+        summary = (
+            f"heads: {plan.num_heads} query and {plan.num_kv_heads} KV heads of the checkpoint are computed "
+            f"as {plan.num_padded_heads} and {plan.num_slots} "
+            f"({plan.query_padding:+.0%} attention FLOPs, {cache_padding:+.0%} cache over all devices); "
+            f"each device has {plan.slots_per_device} KV heads with {plan.group_size} query heads each"
+        )
+    else:
+        cache_padding = tp - 1.0
+        summary = (
+            f"heads: {plan.num_heads} of the checkpoint are computed as {plan.num_padded_heads} "
+            f"({plan.query_padding:+.0%} attention FLOPs), {plan.slots_per_device} on each device; all read "
+            f"one latent per token, which every device has whole ({cache_padding:+.0%} cache over all)"
+        )
     return {
         "num_heads": plan.num_heads,
         "num_kv_heads": plan.num_kv_heads,
@@ -295,7 +305,7 @@ def _heads(plan: HeadPlan) -> dict[str, Any]:
         "kv_slots": plan.num_slots,
         "group_size": plan.group_size,
         "query_padding": plan.query_padding,
-        "kv_padding": plan.kv_padding,
+        "kv_padding": cache_padding,
         "summary": summary,
     }
 

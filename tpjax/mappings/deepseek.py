@@ -34,10 +34,10 @@ def _deepseek_v3(fields: Fields) -> ModelConfig:
     return llama_like(
         fields,
         context=4096,
+        default_head_dim=turning + fixed,
         model_type="deepseek_v3",
         head_dim=turning + fixed,
         rotary_dim=turning,
-        num_kv_heads=heads,
         query_scale=(turning + fixed) ** -0.5 * _attention_scale(fields) ** 2,
         attention_bias=bias,
         attention_out_bias=bias,

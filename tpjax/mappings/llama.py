@@ -57,7 +57,7 @@ def llama_like(
         "query_scale": lambda: sizes["head_dim"] ** -0.5,
     }
     read = {name: of() for name, of in shared.items() if name not in differences}
-    return ModelConfig(**sizes, **read, **differences)
+    return ModelConfig(**{**sizes, **read, **differences})
 
 
 def _biases(fields: Fields) -> dict[str, bool]:

@@ -11,6 +11,11 @@ from tpjax.mappings.fields import Fields
 
 METHODS = ("fp8", "mxfp4")
 
+# Which tensors are quantised, and the scales' dtype, are read off the tensors themselves.
+_SEEN_IN_TENSORS = frozenset(
+    {"dequantize", "ignored_layers", "modules_to_convert", "modules_to_not_convert", "scale_fmt"}
+)
+
 
 @dataclass(frozen=True)
 class Quantization:
@@ -37,6 +42,7 @@ def quantization_of(fields: Fields) -> Quantization | None:
         return None
     method = settings.get("quant_method")
     if method == "mxfp4":
+        settings.finish(_SEEN_IN_TENSORS)
         return Quantization("mxfp4")
     if method != "fp8":
         raise ConfigError(
@@ -47,9 +53,10 @@ def quantization_of(fields: Fields) -> Quantization | None:
         value = settings.get(name, known)
         if value != known:
             raise ConfigError(f"{settings.where}: {name}={value!r} is not supported: use {known}")
-    block = settings.raw.get("weight_block_size", [128, 128])
+    block = settings.nullable("weight_block_size", [128, 128])
     if not isinstance(block, list | tuple) or len(block) != 2:
         raise ConfigError(f"{settings.where}: weight_block_size={block!r} is not supported: use two sizes")
     for size in block:
         check_size("weight_block_size", size)
+    settings.finish(_SEEN_IN_TENSORS)
     return Quantization("fp8", (block[0], block[1]))

@@ -81,10 +81,6 @@ class Engine:
         Raises:
             RequestError: it can never run.
         """
-        # keys that rotate by their sequence's length are of use only where that is the same
-        request.cache_salt += "".join(
-            f"\0{one}" for one in self.runner.config.rotations_by_length(request.most_tokens)
-        )
         self.scheduler.add(request)
 
     def cancel(self, request: Request) -> None:

@@ -160,6 +160,81 @@ def tiny_models() -> dict[str, transformers.PretrainedConfig]:
         "gpt_neox-serial": transformers.GPTNeoXConfig(
             **without_groups, rope_parameters=two_thirds_rotary, use_parallel_residual=False
         ),
+        "deepseek_v3": transformers.DeepseekV3Config(
+            **{
+                **without_groups,
+                "hidden_size": 48,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 5,
+                "initializer_range": 0.2,
+            },
+            num_key_value_heads=5,
+            moe_intermediate_size=11,
+            n_routed_experts=8,
+            num_experts_per_tok=3,
+            n_group=2,
+            topk_group=1,
+            first_k_dense_replace=1,
+            q_lora_rank=20,
+            kv_lora_rank=14,
+            qk_nope_head_dim=10,
+            qk_rope_head_dim=6,
+            v_head_dim=9,
+            rope_parameters={**yarn, "mscale": 0.7, "mscale_all_dim": 1.3},
+        ),
+    }
+
+
+def tiny_mixtures() -> dict[str, transformers.PretrainedConfig]:
+    """Mixtures of experts: 6 experts are cut whole at tp=1, 2, 3 and 6, by their width at others."""
+    common = {
+        "vocab_size": 131,
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.25,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "num_experts_per_tok": 2,
+    }
+    yarn = {
+        "rope_type": "yarn",
+        "rope_theta": 150_000.0,
+        "factor": 8.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 64,
+    }
+    return {
+        "mixtral": transformers.MixtralConfig(**common, intermediate_size=12, num_local_experts=5),
+        "qwen2_moe": transformers.Qwen2MoeConfig(
+            **common,
+            intermediate_size=30,
+            moe_intermediate_size=12,
+            shared_expert_intermediate_size=18,
+            num_experts=6,
+            mlp_only_layers=[0],
+        ),
+        "qwen3_moe": transformers.Qwen3MoeConfig(
+            **common,
+            head_dim=10,
+            intermediate_size=30,
+            moe_intermediate_size=7,
+            num_local_experts=6,
+            norm_topk_prob=True,
+        ),
+        "gpt_oss": transformers.GptOssConfig(
+            **common,
+            head_dim=10,
+            intermediate_size=7,
+            num_local_experts=6,
+            sliding_window=7,
+            swiglu_limit=1.5,
+            rope_parameters=yarn,
+        ),
     }
 
 
@@ -167,11 +242,16 @@ def write_tiny(name: str, config: transformers.PretrainedConfig) -> None:
     """Saves one tiny model and its golden."""
     torch.manual_seed(0)
     config.dtype = torch.float32
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if re.search(r"norm|\bln_|bias$", parameter_name):
+            if re.search(r"norm|\bln_|(bias|sinks)$", parameter_name):
                 parameter.add_(torch.randn_like(parameter) * 0.3)  # a norm of ones would hide a missing norm
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.2)  # zeros would hide a missing one
         if config.tie_word_embeddings:
             model.get_input_embeddings().weight.mul_(
                 0.1
@@ -226,7 +306,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="tiny models to make; all of them where none is named")
     parser.add_argument("--real", action="store_true", help="also the built-in aliases")
     arguments = parser.parse_args()
-    for name, config in tiny_models().items():
+    for name, config in (tiny_models() | tiny_mixtures()).items():
         if not arguments.names or name in arguments.names:
             write_tiny(name, config)
     if arguments.real:

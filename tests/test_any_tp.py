@@ -11,25 +11,26 @@ import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import reference
 from flax import nnx
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tpjax.cache import Placement, allocate
-from tpjax.checkpoints.load import Checkpoint, abstract_decoder, load_decoder, parameters
+from tpjax.checkpoints.load import CanonicalSource, Checkpoint, abstract_decoder, load_decoder, parameters
 from tpjax.checkpoints.source import TensorInfo
-from tpjax.config import LatentConfig, ModelConfig, RopeConfig
+from tpjax.config import Activation, Block, LatentConfig, ModelConfig, MoEConfig, RopeConfig
+from tpjax.mappings.fields import Names
 from tpjax.mesh import make_mesh
 
 F32 = jnp.dtype("float32")
 TOLERANCE = 1e-4  # of the largest logit, as DESIGN has it
-EXAMPLES = 20
+EXAMPLES = 16
 PAGE = 4
 CHUNKS = ((0, 8), (8, 12), (12, 13))  # the first chunk, one with pages before it, and a decode step
 LENGTH = CHUNKS[-1][1]
@@ -74,20 +75,20 @@ def decoder_logits(
 ) -> np.ndarray:
     """Scores [S, V] over the paged cache, through every kind of call that serving makes."""
     mesh = make_mesh(tp)
-    checkpoint = Checkpoint(Path("random"), config, Arrays(weights))
+    checkpoint = Checkpoint(Path("random"), config, CanonicalSource(Arrays(weights), Names(), config))
     graph, state = nnx.split(
         load_decoder(checkpoint, abstract_decoder(config, mesh, F32), mesh, progress=False)
     )
     blocks = -(-LENGTH // PAGE)
     cache = allocate(config, mesh, num_pages=blocks + 1, page_size=PAGE, dtype=F32)
-    table = jnp.arange(blocks, 0, -1, dtype=jnp.int32)[None]
+    table, reach = jnp.arange(blocks, 0, -1, dtype=jnp.int32)[None], jnp.array([LENGTH], jnp.int32)
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
+    @jax.jit
     def run(state: Any, cache: Any, tokens: Any) -> Any:
         model = nnx.merge(graph, state)
         hidden = []
         for first, last in CHUNKS:
-            at = Placement(table, jnp.arange(first, last, dtype=jnp.int32)[None])
+            at = Placement(table, jnp.arange(first, last, dtype=jnp.int32)[None], reach)
             x, cache = model(tokens[None, first:last], cache, at)
             hidden.append(x[0])
         return model.logits(jnp.concatenate(hidden))
@@ -102,11 +103,24 @@ def sizes(most: int, least: int = 1) -> st.SearchStrategy[int]:
     return st.integers(least, most)
 
 
-ROPES = (
-    RopeConfig(),
-    RopeConfig(theta=100.0, kind="linear", factor=3.0),
-    RopeConfig(theta=50.0, kind="llama3", factor=8.0, original_max_position_embeddings=32),
-)
+@st.composite
+def ropes(draw: st.DrawFn, pairs: int) -> RopeConfig:
+    """A rotary embedding of so many pairs; its original context is shorter than the test's or longer."""
+    kind = draw(st.sampled_from(("default", "linear", "dynamic", "llama3", "yarn", "longrope")))
+    theta, factor = draw(st.sampled_from((50.0, 10_000.0))), draw(st.sampled_from((2.0, 8.0)))
+    divisors = st.lists(st.sampled_from((1.0, 1.5, 4.0)), min_size=pairs, max_size=pairs).map(tuple)
+    return RopeConfig(
+        theta=theta,
+        kind=kind,
+        factor=factor,
+        original_max_position_embeddings=draw(st.sampled_from((8, 32))),
+        divisors=draw(divisors) if kind == "longrope" else None,
+        long_divisors=draw(divisors) if kind == "longrope" else None,
+        beta_fast=2.0 if kind == "yarn" else 32.0,
+        beta_slow=0.1 if kind == "yarn" else 1.0,
+        truncate=draw(st.booleans()),
+        attention_factor=draw(st.sampled_from((1.0, 1.2))),
+    )
 
 
 @st.composite
@@ -127,21 +141,54 @@ def latents(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @st.composite
-def grouped_queries(draw: st.DrawFn) -> dict[str, Any]:
+def grouped_queries(draw: st.DrawFn, layers: int, norm: str) -> dict[str, Any]:
     """Keys and values per head, or group of heads."""
-    kv_heads = draw(sizes(5))
+    kv_heads, pairs = draw(sizes(5)), draw(sizes(4))
+    qk_norms = ("none", "head", "each_head", *(["projection"] if norm == "rms" else []))
     return {
         "num_heads": kv_heads * draw(sizes(5)),
         "num_kv_heads": kv_heads,
-        "head_dim": 2 * draw(sizes(4)),
-        "qk_norm": draw(st.booleans()),
+        "head_dim": 2 * pairs,
+        "rotary_dim": draw(st.none() | sizes(pairs).map(lambda turning: 2 * turning)),
+        "rope_layers": draw(st.none() | st.tuples(*[st.booleans()] * layers)),
+        "position_embedding": draw(st.sampled_from(("rope", "rope", "learned"))),
+        "qk_norm": draw(st.sampled_from(qk_norms)),
     }
+
+
+@st.composite
+def mixtures(draw: st.DrawFn, layers: int) -> MoEConfig:
+    """Experts of which a token takes some; with groups, from some of the groups."""
+    scoring = draw(st.sampled_from(("softmax", "sigmoid")))
+    groups = draw(sizes(3)) if scoring == "sigmoid" else 1
+    per_group, groups_per_token = draw(sizes(4, 2)), draw(sizes(groups))
+    shared_width = draw(st.integers(0, 9))
+    return MoEConfig(
+        num_experts=groups * per_group,
+        experts_per_token=draw(sizes(groups_per_token * per_group if groups > 1 else per_group)),
+        expert_width=draw(sizes(9)),
+        sparse_layers=(False,) * (layers - 1) + (True,),
+        scoring=scoring,
+        norm_topk_prob=draw(st.booleans()),
+        num_groups=groups,
+        groups_per_token=groups_per_token,
+        routed_scale=draw(st.sampled_from((1.0, 2.5))),
+        router_bias=draw(st.booleans()),
+        correction_bias=scoring == "sigmoid" and draw(st.booleans()),
+        expert_bias=draw(st.booleans()),
+        shared_width=shared_width,
+        shared_gate=shared_width > 0 and draw(st.booleans()),
+        swiglu_limit=draw(st.none() | st.just(0.5)),
+        expert_sharding=draw(st.sampled_from(("auto", "width"))),
+    )
 
 
 @st.composite
 def architectures(draw: st.DrawFn) -> ModelConfig:
     """A decoder of one or two layers, all sizes small and unrelated."""
-    layers = draw(sizes(2))
+    layers, norm = draw(sizes(2)), draw(st.sampled_from(("rms", "rms", "layer")))
+    heads = draw(grouped_queries(layers, norm) | latents())
+    pairs = (heads["rotary_dim"] or heads["head_dim"]) // 2
     kinds = st.sampled_from(("full_attention", "sliding_attention"))
     return ModelConfig(
         model_type="llama",
@@ -150,21 +197,29 @@ def architectures(draw: st.DrawFn) -> ModelConfig:
         intermediate_size=draw(sizes(24)),
         num_layers=layers,
         max_position_embeddings=64,
-        norm_eps=draw(st.sampled_from((1e-6, 1e-2))),
-        rope=draw(st.sampled_from(ROPES)),
-        rope_sliding=draw(st.none() | st.sampled_from(ROPES)),
+        norm=norm,
+        norm_eps=draw(st.sampled_from((1e-5, 1e-2))),
+        norm_bias=draw(st.booleans()),
+        norm_offset=draw(st.sampled_from((0.0, 1.0))),
+        block=draw(st.sampled_from(get_args(Block))),
+        rope=draw(ropes(pairs)),
+        rope_sliding=draw(st.none() | ropes(pairs)),
         layer_types=tuple(draw(st.lists(kinds, min_size=layers, max_size=layers))),
         sliding_window=draw(sizes(LENGTH)),
-        tie_word_embeddings=draw(st.booleans()),
-        activation=draw(st.sampled_from(("silu", "gelu_tanh"))),
-        sandwich_norms=draw(st.booleans()),
-        norm_offset=draw(st.sampled_from((0.0, 1.0))),
-        embedding_scale=draw(st.sampled_from((1.0, 3.0))),
         query_scale=draw(st.sampled_from((0.3, 1.0))),
+        attn_softcap=draw(st.none() | st.just(2.0)),
         attention_bias=draw(st.booleans()),
         attention_out_bias=draw(st.booleans()),
+        gated_mlp=draw(st.booleans()),
+        activation=draw(st.sampled_from(get_args(Activation))),
         mlp_bias=draw(st.booleans()),
-        **draw(grouped_queries() | latents()),
+        moe=draw(st.none() | mixtures(layers)),
+        tie_word_embeddings=draw(st.booleans()),
+        embedding_scale=draw(st.sampled_from((1.0, 3.0))),
+        residual_scale=draw(st.sampled_from((1.0, 0.4))),
+        logit_scale=draw(st.sampled_from((1.0, 0.2))),
+        logit_softcap=draw(st.none() | st.just(1.5)),
+        **heads,
     )
 
 
@@ -173,6 +228,7 @@ def architectures(draw: st.DrawFn) -> ModelConfig:
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
+    phases=[Phase.explicit, Phase.generate],  # each example compiles: shrinking one takes many minutes
 )
 @given(config=architectures(), tp=sizes(16, 2), seed=sizes(2**16))
 def test_any_architecture_at_any_tp(config: ModelConfig, tp: int, seed: int) -> None:

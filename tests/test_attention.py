@@ -103,6 +103,23 @@ def test_paged_attention_equals_the_reference(batch: int, length: int, window: i
         check(case(rng, random_positions(rng, batch, length, trial)), window)
 
 
+@pytest.mark.parametrize("length", (1, 16))
+def test_sinks(length: int) -> None:
+    """A key without a value in every softmax: against the definition, and worked out for the first token."""
+    rng = np.random.default_rng(length)
+    query, keys, values, cache, _, at = case(rng, random_positions(rng, 2, length, 0))
+    sinks = jnp.asarray(rng.normal(size=(HEADS_KV, GROUP)) * 3, jnp.float32)
+    expected = refer(query, keys, values, at.positions, scale=SCALE, window=None, sinks=sinks)
+    found = paged(query, own(keys, at), own(values, at), cache, at, scale=SCALE, window=None, sinks=sinks)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    first = int(at.positions[0, 0])
+    scores = np.einsum("kgh,tkh->kgt", query[0, 0], keys[0, : first + 1]) * SCALE
+    weights = np.exp(scores) / (np.exp(scores).sum(-1, keepdims=True) + np.exp(sinks)[..., None])
+    np.testing.assert_allclose(
+        found[0, 0], np.einsum("kgt,tkh->kgh", weights, values[0, : first + 1]), atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("window", (None, 17))
 def test_chunks_of_a_batch_may_start_at_different_pages(window: int | None) -> None:
     rng = np.random.default_rng(1)

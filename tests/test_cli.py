@@ -17,7 +17,7 @@ from tpjax.checkpoints import hub
 from tpjax.errors import DeviceError
 from tpjax.inspect import doctor
 
-VERBS = ("generate", "pull", "explain", "doctor")
+VERBS = ("generate", "chat", "serve", "bench serve", "pull", "explain", "plan", "bench", "doctor")
 ROOT = Path(cli.__file__).parents[1]
 
 
@@ -80,19 +80,19 @@ def fake_llm(monkeypatch, tmp_path):
 def test_help_lists_exactly_the_verbs_there_are(capsys):
     assert status("--help") == 0
     listed = capsys.readouterr().out.partition("VERB\n")[2]
-    assert tuple(line.split()[0] for line in listed.splitlines() if line[4:5].strip()) == VERBS
+    assert tuple(line[4:].split("  ")[0] for line in listed.splitlines() if line[4:5].strip()) == VERBS
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_shows_examples_that_parse(verb, capsys):
-    assert status(verb, "--help") == 0
+    assert status(*verb.split(), "--help") == 0
     examples = capsys.readouterr().out.partition("examples:\n")[2].strip().splitlines()
     assert len(examples) >= 2
     for example in examples:
         arguments = shlex.split(example)
         arguments = arguments[arguments.index("tpjax") + 1 :]
-        assert arguments[0] == verb
-        assert cli._parser().parse_args(arguments).run.__name__ == f"_{verb}"
+        assert " ".join(arguments).startswith(verb)
+        assert cli._parse(arguments).run.__name__ == f"_{verb.replace(' ', '_')}"
 
 
 def test_version(capsys):
@@ -297,6 +297,24 @@ def test_explain_as_json(fake_llm, capsys, monkeypatch):
         "max_model_len": None,
         "expert_sharding": "auto",
     }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        ("serve --model x --port 65536", "'65536' is not a port, 0 to 65535"),
+        ("serve --model x --max-slots 0", "'0' is not a whole number of requests, 1 or more"),
+        ("serve --model x --api-key-file /nowhere/keys", "/nowhere/keys: No such file or directory"),
+        ("serve --model x --host 203.0.113.1", "port 8000 of 203.0.113.1 cannot be used: "),
+        ("bench serve --request-rate 0", "'0' is not a rate above 0, or inf"),
+        ("bench serve --goodput itl:3", "'itl:3' is not ttft:MS, tpot:MS or e2el:MS"),
+        ("bench serve --range-ratio 2", "'2' is not a fraction, 0 to 1"),
+    ),
+)
+def test_bad_flags_of_the_server_s_verbs(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(hub, "resolve", lambda name: Path("/cache") / name)
+    assert status(*arguments.split()) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_pull_prints_the_path(tmp_path, capsys):

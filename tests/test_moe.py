@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import GOLDENS
 from flax import nnx
 from jax.sharding import NamedSharding
 
@@ -17,6 +18,7 @@ from tpjax.checkpoints.load import abstract_decoder, parameters
 from tpjax.config import ModelConfig, MoEConfig, RopeConfig
 from tpjax.errors import ConfigError
 from tpjax.inspect.collectives import find_collectives
+from tpjax.inspect.explain import explain_model
 from tpjax.layers.moe import (
     ExpertWeights,
     MoE,
@@ -370,3 +372,43 @@ def test_sparse_layers_are_as_many_as_layers() -> None:
     with pytest.raises(ConfigError) as error:
         replace(model_config(PLAIN), moe=replace(PLAIN, sparse_layers=(True, True)))
     assert str(error.value) == "sparse_layers has 2 entries, but num_layers=1"
+
+
+# --- explain -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "tp", "sharding", "summary"),
+    [
+        (
+            "gpt_oss",
+            2,
+            "auto",
+            "experts: 2 of 6 compute a token; each device has 3 whole ones, as tp=2 divides 6 experts",
+        ),
+        (
+            "mixtral",
+            5,
+            "width",
+            "experts: 2 of 5 compute a token; each device has 3 of every expert's 12 features "
+            "(padded to 15), as expert_sharding='width' asks for it",
+        ),
+        (
+            "mixtral",
+            3,
+            "auto",
+            "experts: 2 of 5 compute a token; each device has 4 of every expert's 12 features, "
+            "as tp=3 does not divide 5 experts",
+        ),
+    ],
+)
+def test_explain_says_how_experts_are_cut(name: str, tp: int, sharding: Any, summary: str) -> None:
+    report = explain_model(str(GOLDENS / name), tp=tp, expert_sharding=sharding)
+    assert report.experts is not None
+    assert report.experts["summary"] == summary
+    assert report.experts["sparse_layers"] == 2
+    rows = {row.name: row for row in report.tensors}
+    assert rows["layers.*.mlp.gate.weight"].replicated
+    assert rows["layers.*.mlp.experts.down_proj"].spec == (
+        "(tp, -, -)" if report.experts["cut"] == "experts" else "(-, tp, -)"
+    )

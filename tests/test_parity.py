@@ -19,7 +19,7 @@ from flax import nnx
 
 from tpjax import LLM, SamplingParams
 from tpjax.cache import Placement, allocate
-from tpjax.checkpoints.load import load_decoder, open_checkpoint
+from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint
 from tpjax.mesh import make_mesh
 
 TINY = sorted(golden.parent.name for golden in GOLDENS.glob("*/golden.npz"))
@@ -48,7 +48,8 @@ class Stepwise:
         checkpoint = open_checkpoint(GOLDENS / name)
         self.mesh, self.vocab_size = make_mesh(tp), checkpoint.config.vocab_size
         float32, pages = jnp.dtype("float32"), -(-reach // self.PAGE)
-        model = load_decoder(checkpoint, self.mesh, float32, progress=False)
+        model = abstract_decoder(checkpoint.config, self.mesh, float32)
+        model = load_decoder(checkpoint, model, self.mesh, progress=False)
         self.cache = allocate(
             checkpoint.config, self.mesh, num_pages=pages + 1, page_size=self.PAGE, dtype=float32
         )
@@ -116,7 +117,7 @@ def test_parity_with_transformers(name: str) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        GOLDENS / name, dtype=torch.float32, attn_implementation="eager"
+        GOLDENS / name, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     ).eval()
     llm = LLM(GOLDENS / name, tp=3, max_model_len=160, max_slots=1)
     prompt = np.random.default_rng(11).integers(0, 128, 150)

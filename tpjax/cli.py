@@ -15,11 +15,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from tpjax import __version__
 from tpjax.config import ExpertSharding
-from tpjax.errors import RequestError, TpjaxError
+from tpjax.errors import ConfigError, RequestError, TpjaxError
 
 if TYPE_CHECKING:
     from tpjax.llm import LLM
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments after the command's name; ``None`` takes the process's own.
     """
-    args = _parser().parse_args(argv)
+    args = _parse(sys.argv[1:] if argv is None else argv)
     try:
         args.run(args)
         sys.stdout.flush()
@@ -69,16 +70,7 @@ def _fail(message: str, status: int, args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> None:
     from tpjax.sampling_params import SamplingParams
 
-    params = SamplingParams(
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        seed=args.seed,
-        stop=args.stop,
-        ignore_eos=args.ignore_eos,
-    )
+    params = SamplingParams(**_sampling(args), stop=args.stop, ignore_eos=args.ignore_eos)
     text = _read_stdin() if args.prompt == "-" else args.prompt
     start = time.perf_counter()
     llm = _load(args)
@@ -89,6 +81,84 @@ def _generate(args: argparse.Namespace) -> None:
     _print_stream(llm.stream(prompt, params), figures)
     device = llm.mesh.devices.flat[0]
     print(f"tpjax: {figures.line()}, tp={llm.mesh.size}, {device.device_kind}", file=sys.stderr)
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from tpjax.sampling_params import SamplingParams
+    from tpjax.terminal import chat
+
+    params = SamplingParams(**_sampling(args))
+    llm = _load(args, max_slots=1)
+    print(f"tpjax: {args.model} at tp={llm.mesh.size}; /help shows the commands", file=sys.stderr)
+    chat(llm, params, args.system)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    try:
+        from tpjax.server.run import Options, serve
+    except ImportError as error:
+        raise ConfigError(f"serving needs more packages ({error}): pip install 'tpjax[serve]'") from error
+    keys = [*args.api_key, *(line for path in args.api_key_file for line in _read_keys(path))]
+    options = Options(
+        model=args.served_model_name or Path(args.model).name,
+        host=args.host,
+        port=args.port,
+        api_keys=tuple(keys),
+        max_queue=args.max_queue,
+        max_body_bytes=args.max_body_mib << 20,
+        drain_s=args.drain_s,
+    )
+    _devices(args)
+
+    def load() -> LLM:
+        llm = _load(args, max_slots=args.max_slots)
+        llm.warm_up()
+        return llm
+
+    serve(load, options, lambda what: print(f"tpjax: {what}", file=sys.stderr, flush=True))
+
+
+def _read_keys(path: Path) -> list[str]:
+    try:
+        keys = path.read_text().split()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    if not keys:
+        raise ConfigError(f"{path}: no key in it")
+    return keys
+
+
+def _bench_serve(args: argparse.Namespace) -> None:
+    from tpjax.server import bench
+
+    load = bench.Load(
+        base_url=args.base_url,
+        model=args.model,
+        num_prompts=args.num_prompts,
+        input_len=args.input_len,
+        output_len=args.output_len,
+        range_ratio=args.range_ratio,
+        max_concurrency=args.max_concurrency,
+        seed=args.seed,
+        api_key=args.api_key,
+    )
+    results = bench.sweep(load, args.request_rate, dict(args.goodput))
+    for result in results:
+        print(result.table())
+    if args.json is not None:
+        try:
+            args.json.write_text(json.dumps([result.summary() for result in results], indent=2) + "\n")
+        except OSError as error:
+            raise RequestError(f"{args.json}: {error.strerror}") from error
+    if args.plot is not None:
+        bench.plot(results, args.plot)
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling parameters that ``generate`` and ``chat`` share."""
+    return {
+        name: getattr(args, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
+    }
 
 
 def _pull(args: argparse.Namespace) -> None:
@@ -126,7 +196,73 @@ def _explain(args: argparse.Namespace) -> None:
     _show(json.dumps(report.to_dict(), indent=2) if args.json else report)
 
 
-def _load(args: argparse.Namespace) -> LLM:
+def _plan(args: argparse.Namespace) -> None:
+    from tpjax.inspect import plan, plan_report
+    from tpjax.inspect.hardware import parse_hardware
+    from tpjax.inspect.shapes import find_shape
+    from tpjax.inspect.strategies import compare
+
+    if args.plot is not None:
+        plan_report.check_plot(args.plot)
+    if args.measure == (args.hardware is not None):
+        raise RequestError("give either --hardware NAME:CHIPS or --measure")
+    shape = find_shape(args.model)
+    traffic = _traffic(args, "float32" if args.measure else "bf16")
+    comparison = None
+    if args.measure:
+        from tpjax.inspect.measure import measured_hardware
+
+        tps = [args.tp] if args.tp else list(range(1, 5))
+        plans = [plan.make_plan(shape, measured_hardware(tp, fresh=True), tp, tp, traffic) for tp in tps]
+    else:
+        hardware, chips = parse_hardware(args.hardware, args.hardware_file)
+        tps = [args.tp] if args.tp else plan.divisors(chips)
+        plans = [plan.make_plan(shape, hardware, chips, tp, traffic) for tp in tps]
+    if args.tp is None:
+        best, reason = plan.recommend(plans)
+        if not args.measure:
+            comparison = compare(shape, hardware, chips, traffic)
+    else:
+        best, reason = plans[0], f"tp={args.tp} as asked; most of a step is {plans[0].decode.bound}"
+        if not best.fits and not args.json:  # the JSON says so itself
+            raise RequestError(plan.does_not_fit(best))
+    report = plan_report.PlanReport(plans, best, reason, comparison)
+    if args.plot is not None:
+        plan_report.plot_frontier(plans, args.plot)
+    _show(json.dumps(report.to_dict(), indent=2) if args.json else report)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from tpjax.checkpoints import hub
+    from tpjax.inspect import bench
+    from tpjax.inspect.measure import measured_hardware
+    from tpjax.inspect.plan import make_plan
+    from tpjax.inspect.shapes import Shape
+
+    hub.resolve(args.model)  # before anything is measured: a misspelt name is reported at once
+    hardware = measured_hardware(args.tp)  # in a process of its own, before this one starts JAX
+    traffic = _traffic(args, "float32")
+    args.dtype, args.max_model_len = traffic.dtype, bench.longest(traffic)
+    llm = _load(args)
+    plan = make_plan(Shape.from_config(llm.config, args.model), hardware, args.tp, args.tp, traffic)
+    report = bench.run(llm.runner, plan)
+    _show(json.dumps(report.to_dict(), indent=2) if args.json else report)
+
+
+def _traffic(args: argparse.Namespace, dtype: str) -> Any:
+    from tpjax.inspect.plan import Traffic
+
+    prompt_len = args.prompt_len or min(args.context, 1024)
+    return Traffic(
+        getattr(args, "batch", 1),
+        args.context,
+        prompt_len,
+        getattr(args, "dtype", None) or dtype,
+        getattr(args, "cache_dtype", "auto"),
+    )
+
+
+def _load(args: argparse.Namespace, **options: Any) -> LLM:
     """Finds the model, sees to the devices, and loads the one onto the others."""
     _devices(args)
     from tpjax import LLM
@@ -137,6 +273,7 @@ def _load(args: argparse.Namespace) -> LLM:
         dtype=args.dtype,
         max_model_len=args.max_model_len,
         expert_sharding=args.expert_sharding,
+        **options,
     )
 
 
@@ -234,6 +371,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EXIT_BAD_INPUT, f"tpjax: error: {message} (see `{self.prog} --help`)\n")
 
 
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    words = list(argv)
+    verb = next((i for i, word in enumerate(words) if not word.startswith("-")), 0)
+    if words[verb : verb + 2] == ["bench", "serve"]:  # a verb of two words
+        words[verb : verb + 2] = ["bench serve"]
+    return _parser().parse_args(words)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="tpjax",
@@ -244,8 +389,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     _add_generate(verbs)
+    _add_chat(verbs)
+    _add_serve(verbs)
+    _add_bench_serve(verbs)
     _add_pull(verbs)
     _add_explain(verbs)
+    _add_plan(verbs)
+    _add_bench(verbs)
     _add_doctor(verbs)
     return parser
 
@@ -285,26 +435,120 @@ def _add_generate(verbs: Any) -> None:
     verb.add_argument(
         "--chat", action="store_true", help="send the prompt as a message, by the chat template"
     )
-    verb.add_argument(
-        "--max-tokens", type=int, default=128, metavar="N", help="most tokens to generate (128)"
-    )
-    verb.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest (1.0)"
-    )
-    verb.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="keep the K likeliest; 0 keeps all (0)"
-    )
-    verb.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="keep this much probability (1.0)"
-    )
-    verb.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P", help="as likely as the best times P (0)"
-    )
-    verb.add_argument("--seed", type=int, metavar="S", help="the same seed draws the same tokens, at any tp")
+    _add_sampling_options(verb)
     verb.add_argument(
         "--stop", action="append", default=[], metavar="STR", help="end before this text; may be repeated"
     )
     verb.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-text token")
+
+
+def _add_chat(verbs: Any) -> None:
+    verb = _add_verb(
+        verbs,
+        "chat",
+        _chat,
+        "talk with a model; Ctrl-C stops an answer, /help shows the commands",
+        """
+        tpjax chat --model smollm2-135m --tp 4
+        tpjax chat --model ./Llama-3.2-1B-Instruct --system "Answer in one sentence." --temperature 0.7
+        """,
+    )
+    verb.add_argument("--model", required=True, metavar="M", help=_MODEL_HELP)
+    _add_sharding_options(verb)
+    verb.add_argument("--system", metavar="TEXT", help="the system message")
+    _add_sampling_options(verb)
+    verb.set_defaults(max_tokens=1024)
+
+
+def _add_serve(verbs: Any) -> None:
+    verb = _add_verb(
+        verbs,
+        "serve",
+        _serve,
+        "serve a model to many: the OpenAI API, metrics, and a web page at /",
+        """
+        tpjax serve --model smollm2-135m --tp 4
+        tpjax serve --model ./Llama-3.1-8B-Instruct --tp 8 --host 0.0.0.0 --api-key-file keys.txt
+        """,
+    )
+    verb.add_argument("--model", required=True, metavar="M", help=_MODEL_HELP)
+    _add_sharding_options(verb)
+    verb.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    verb.add_argument("--port", type=_port, default=8000, help="0 takes a free one (8000)")
+    verb.add_argument("--served-model-name", metavar="NAME", help="the model's name in the API (M)")
+    verb.add_argument(
+        "--max-slots", type=_request_count, default=8, metavar="N", help="requests that run at once (8)"
+    )
+    verb.add_argument(
+        "--max-queue", type=_request_count, default=256, metavar="N", help="requests that may wait (256)"
+    )
+    verb.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="ask for this key everywhere but at /health; may be repeated; shows in the process list",
+    )
+    verb.add_argument(
+        "--api-key-file",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="the same, keys from a file",
+    )
+    verb.add_argument(
+        "--max-body-mib", type=_mib_count, default=4, metavar="N", help="largest request, MiB (4)"
+    )
+    verb.add_argument(
+        "--drain-s",
+        type=_seconds,
+        default=30.0,
+        metavar="S",
+        help="seconds that running requests get to finish after SIGTERM (30)",
+    )
+
+
+def _add_bench_serve(verbs: Any) -> None:
+    verb = _add_verb(
+        verbs,
+        "bench serve",
+        _bench_serve,
+        "measure a running server: latencies, throughput, goodput over request rates",
+        """
+        tpjax bench serve --num-prompts 64 --input-len 256 --output-len 128
+        tpjax bench serve --request-rate 1 2 4 8 inf --goodput ttft:500 tpot:100 --plot rates.png
+        """,
+    )
+    verb.add_argument("--base-url", default="http://127.0.0.1:8000", metavar="URL", help="of the server")
+    verb.add_argument("--model", metavar="M", help="its name in the API (the first there is)")
+    verb.add_argument("--num-prompts", type=_request_count, default=64, metavar="N", help="requests (64)")
+    verb.add_argument("--input-len", type=_token_count, default=128, metavar="N", help="tokens each (128)")
+    verb.add_argument("--output-len", type=_token_count, default=64, metavar="N", help="tokens each (64)")
+    verb.add_argument(
+        "--range-ratio", type=_fraction, default=0.0, metavar="R", help="lengths vary by this share (0)"
+    )
+    verb.add_argument(
+        "--request-rate",
+        type=_rate,
+        nargs="+",
+        default=[float("inf")],
+        metavar="R",
+        help="requests a second, one run for each; inf sends all at once (inf)",
+    )
+    verb.add_argument("--max-concurrency", type=_request_count, metavar="N", help="requests at once (any)")
+    verb.add_argument(
+        "--goodput",
+        type=_goal,
+        nargs="+",
+        default=[],
+        metavar="NAME:MS",
+        help="count requests that keep to ttft, tpot and e2el, milliseconds",
+    )
+    verb.add_argument("--seed", type=int, default=0, metavar="S", help="of prompts and arrivals (0)")
+    verb.add_argument("--api-key", metavar="KEY", help="of the server")
+    verb.add_argument("--plot", type=Path, metavar="FILE", help="a PNG of latency and throughput by rate")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
 
 
 def _add_pull(verbs: Any) -> None:
@@ -341,6 +585,77 @@ def _add_explain(verbs: Any) -> None:
     verb.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _add_plan(verbs: Any) -> None:
+    verb = _add_verb(
+        verbs,
+        "plan",
+        _plan,
+        "say what a model will cost before it runs: memory, time, tokens/s, the best tp",
+        """
+        tpjax plan llama-3-8b --hardware h100-sxm:8
+        tpjax plan llama-3.1-70b --hardware v5e:16 --tp 16 --batch 32 --context 8192 --dtype int8 --json
+        tpjax plan mixtral-8x7b --hardware h200:8 --batch 256 --plot frontier.svg
+        tpjax plan ./my-model/config.json --hardware mine:4 --hardware-file chips.toml
+        tpjax plan smollm2-135m --measure --tp 2
+        """,
+    )
+    verb.add_argument(
+        "model", metavar="MODEL", help="a checkpoint, a config.json, an alias, or a published model's name"
+    )
+    verb.add_argument("--hardware", metavar="NAME:CHIPS", help="such as h100-sxm:8; a wrong name lists all")
+    verb.add_argument(
+        "--hardware-file", type=Path, metavar="FILE", help="JSON or TOML with figures of further chips"
+    )
+    verb.add_argument("--measure", action="store_true", help="measure this machine instead, and predict that")
+    verb.add_argument(
+        "--tp", type=_device_count, metavar="N", help="chips a replica (each that divides them)"
+    )
+    verb.add_argument(
+        "--batch", type=_sequence_count, default=1, metavar="B", help="sequences at once, all replicas (1)"
+    )
+    _add_lengths(verb, 2048)
+    verb.add_argument("--dtype", choices=("bf16", "int8", "fp8", "float32"), help="of the weights (bf16)")
+    verb.add_argument(
+        "--cache-dtype",
+        choices=("auto", "bf16", "int8", "fp8", "float32"),
+        default="auto",
+        help="of keys and values (auto: as the weights)",
+    )
+    verb.add_argument("--json", action="store_true", help="print JSON")
+    verb.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw throughput over latency: .png, .svg or .pdf"
+    )
+
+
+def _add_bench(verbs: Any) -> None:
+    verb = _add_verb(
+        verbs,
+        "bench",
+        _bench,
+        "measure decode and prefill here, in float32, next to what plan predicts",
+        """
+        tpjax bench smollm2-135m --tp 2
+        tpjax bench smollm2-135m --context 128 --prompt-len 128 --json
+        """,
+    )
+    verb.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    verb.add_argument("--tp", type=_device_count, default=1, metavar="N", help="devices to shard over (1)")
+    _add_lengths(verb, 256)
+    verb.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_lengths(verb: argparse.ArgumentParser, context: int) -> None:
+    verb.add_argument(
+        "--context", type=_token_count, default=context, metavar="C", help=f"tokens in the cache ({context})"
+    )
+    verb.add_argument(
+        "--prompt-len",
+        type=_token_count,
+        metavar="P",
+        help=f"tokens of a prompt (the context, at most {min(context, 1024)})",
+    )
+
+
 def _add_doctor(verbs: Any) -> None:
     verb = _add_verb(
         verbs,
@@ -374,12 +689,79 @@ def _add_sharding_options(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_sampling_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--max-tokens", type=int, default=128, metavar="N", help="most tokens to generate (128)"
+    )
+    verb.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest (1.0)"
+    )
+    verb.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="keep the K likeliest; 0 keeps all (0)"
+    )
+    verb.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="keep this much probability (1.0)"
+    )
+    verb.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="as likely as the best times P (0)"
+    )
+    verb.add_argument("--seed", type=int, metavar="S", help="the same seed draws the same tokens, at any tp")
+
+
 def _device_count(text: str) -> int:
     return _whole(text, "of devices")
 
 
 def _token_count(text: str) -> int:
     return _whole(text, "of tokens")
+
+
+def _sequence_count(text: str) -> int:
+    return _whole(text, "of sequences")
+
+
+def _request_count(text: str) -> int:
+    return _whole(text, "of requests")
+
+
+def _mib_count(text: str) -> int:
+    return _whole(text, "of MiB")
+
+
+def _port(text: str) -> int:
+    number = int(text) if text.isascii() and text.isdigit() else -1
+    if not 0 <= number < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
+    return number
+
+
+def _seconds(text: str) -> float:
+    return _number(text, "a number of seconds, 0 or more", 0.0, 1e6)
+
+
+def _fraction(text: str) -> float:
+    return _number(text, "a fraction, 0 to 1", 0.0, 1.0)
+
+
+def _rate(text: str) -> float:
+    return _number(text, "a rate above 0, or inf", 1e-6, float("inf"))
+
+
+def _number(text: str, what: str, low: float, high: float) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not low <= number <= high:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return number
+
+
+def _goal(text: str) -> tuple[str, float]:
+    name, _, ms = text.partition(":")
+    if name not in ("ttft", "tpot", "e2el"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not ttft:MS, tpot:MS or e2el:MS")
+    return name, _number(ms, "a number of milliseconds", 0.0, 1e9)
 
 
 def _whole(text: str, of_what: str) -> int:

@@ -258,7 +258,7 @@ class ModelConfig:
         rope: rotary embedding of full-attention layers.
         rope_sliding: of sliding-window layers; ``None``: the same.
         rope_layers: which layers rotate; ``None``: all.
-        rotary_dim: dimensions of a head that rotate, the first ones; ``None``: all.
+        rotary_dim: dimensions of a head that rotate: the first, or with ``latent`` the last; ``None``: all.
         layer_types: one entry a layer.
         sliding_window: keys a sliding layer sees, the query's own included, tokens.
         qk_norm: norm of queries and keys before RoPE: ``none``, ``head`` (each head, one weight for all),
@@ -267,6 +267,7 @@ class ModelConfig:
         attn_softcap: bounds them smoothly: ``cap * tanh(product / cap)``; ``None``: not.
         attention_bias: q, k, v have biases.
         attention_out_bias: ``o_proj`` has a bias.
+        attention_sinks: every head has a score of nothing, which takes its share of the softmax.
         gated_mlp: ``down(act(gate(x)) * up(x))``; else ``down(act(up(x)))``.
         activation: non-linearity of the MLP.
         mlp_bias: the MLP's projections have biases.
@@ -305,6 +306,7 @@ class ModelConfig:
     attn_softcap: float | None = None
     attention_bias: bool = False
     attention_out_bias: bool = False
+    attention_sinks: bool = False
     gated_mlp: bool = True
     activation: Activation = "silu"
     mlp_bias: bool = False
@@ -361,6 +363,11 @@ class ModelConfig:
             raise ConfigError(
                 f"sparse_layers has {len(self.moe.sparse_layers)} entries, but num_layers={self.num_layers}"
             )
+        if self.latent is not None:
+            for name, only in (("qk_norm", "none"), ("position_embedding", "rope"), ("rope_layers", None)):
+                value = getattr(self, name)
+                if value != only:
+                    raise ConfigError(f"{name}={value!r} is not supported with latent attention")
 
     def _check_rotation(self) -> None:
         rotated = self.rotated_dim

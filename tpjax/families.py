@@ -13,13 +13,13 @@ from typing import Any
 
 from tpjax.config import ModelConfig
 from tpjax.errors import ConfigError
-from tpjax.mappings import cohere, gemma, gpt, llama, phi, qwen
+from tpjax.mappings import cohere, deepseek, gemma, gpt, llama, moe, phi, qwen
 from tpjax.mappings.fields import Family, Fields, GGUFArchitecture, GGUFView
 from tpjax.mappings.quantization import quantization_of
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for lineage in (llama, qwen, gemma, phi, cohere, gpt)
+    for lineage in (llama, qwen, gemma, phi, cohere, gpt, moe, deepseek)
     for family in lineage.FAMILIES
 }
 

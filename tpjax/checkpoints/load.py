@@ -294,7 +294,12 @@ class CanonicalSource:
         return values - at.offset if at.offset else values
 
     def _read(self, at: Stored, index: tuple[slice, ...]) -> np.ndarray:
-        return self._files.read(at.name, index[::-1]).T if at.transposed else self._files.read(at.name, index)
+        box = index[::-1] if at.transposed else index
+        if at.place is None:
+            values = self._files.read(at.name, box)
+        else:
+            values = self._files.read(at.name, (slice(at.place, at.place + 1), *box))[0]
+        return values.T if at.transposed else values
 
 
 def _gguf_view(file: GGUFFile, architecture: GGUFArchitecture) -> GGUFView:

@@ -324,7 +324,7 @@ def _experts(moe: MoEConfig, tp: int) -> dict[str, Any]:
         what = f"each device has {count // tp} whole ones"
     else:
         padded = pad_to_multiple(width, tp)
-        what = f"each device has {padded // tp} of every expert's width of {width}" + (
+        what = f"each device has {padded // tp} of every expert's {width} features" + (
             f" (padded to {padded})" if padded > width else ""
         )
     if moe.expert_sharding == "auto":

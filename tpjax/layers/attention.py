@@ -18,14 +18,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tpjax.cache import LayerCache, Pages, Placement
 from tpjax.config import ModelConfig
-from tpjax.layers.linear import ColumnLinear, RowLinear
+from tpjax.layers.linear import ColumnLinear, RowLinear, parameter
 from tpjax.layers.norm import HeadScale, Norm, normalised
 from tpjax.layers.rope import Rotation, rotate
 from tpjax.sharding import (
+    BIAS,
     HEADS,
     REPLICATED,
     HeadPlan,
     Segment,
+    WeightLayout,
     columns,
     constrain,
     rows,
@@ -84,6 +86,11 @@ class Attention(nnx.Module):
                 )
                 for (source, heads), count in zip(places.items(), counts, strict=True)
             )
+        self.sinks = (
+            parameter(_sink_layout(self.plan), BIAS, jnp.dtype(jnp.float32))
+            if config.attention_sinks
+            else None
+        )
         self.config = config
 
     def __call__(
@@ -112,7 +119,15 @@ class Attention(nnx.Module):
             query, key = rotate(query, rotation), rotate(key, rotation)
         cache = cache.write(key, value, at)
         mixed = paged_attention(
-            query, key, value, cache, at, scale=config.query_scale, window=window, softcap=config.attn_softcap
+            query,
+            key,
+            value,
+            cache,
+            at,
+            scale=config.query_scale,
+            window=window,
+            softcap=config.attn_softcap,
+            sinks=None if self.sinks is None else self.sinks[...].reshape(self.plan.num_slots, group),
         )
         return self.o_proj(mixed.reshape(*x.shape[:2], -1)), cache
 
@@ -182,6 +197,12 @@ class _Mix(NamedTuple):
         )
         return _Mix(best, self.total * keep + weights.sum(axis=-1, keepdims=True), self.values * keep + mixed)
 
+    def sink(self, scores: Float[Array, "1 K rows 1"]) -> _Mix:
+        """Takes in one more key, of these scores, whose value is nothing."""
+        best = jnp.maximum(self.best, scores)
+        keep = jnp.exp(self.best - best)
+        return _Mix(best, self.total * keep + jnp.exp(scores - best), self.values * keep)
+
 
 def soft_capped(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
     """Bounds values smoothly to (-cap, cap); ``None`` leaves them as they are."""
@@ -198,6 +219,7 @@ def paged_attention(
     scale: float,
     window: int | None,
     softcap: float | None = None,
+    sinks: Float[Array, "K G"] | None = None,
 ) -> Float[Array, "B S K G v"]:
     """Causal attention of each query to the keys at or before its position.
 
@@ -214,6 +236,8 @@ def paged_attention(
         scale: multiplies query-key products.
         window: keys a query sees, its own included; ``None``: all.
         softcap: bounds the scaled products smoothly; ``None``: not.
+        sinks: of each query head, the score of a key without a value, float32; ``None``: there is none
+            (Xiao et al. 2023, https://arxiv.org/abs/2309.17453).
 
     Returns:
         The mixed values, in the query's dtype; softmax and sums are float32.
@@ -237,6 +261,8 @@ def paged_attention(
                 part.attend(rows[:, :, mine], keys[:, :, seen], values[:, :, seen], visible, scale, softcap)
             )
         mix = _Mix(*(jnp.concatenate(parts, axis=2) for parts in zip(*blocks, strict=True)))
+    if sinks is not None:
+        mix = mix.sink(jnp.tile(sinks, (1, length))[None, :, :, None])
     mixed = (mix.values / mix.total).astype(query.dtype)
     return mixed.reshape(batch, heads, length, group, -1).swapaxes(1, 2)
 
@@ -284,12 +310,16 @@ def reference_attention(
     scale: float,
     window: int | None,
     softcap: float | None = None,
+    sinks: Float[Array, "K G"] | None = None,
 ) -> Float[Array, "B S K G h"]:
     """What :func:`paged_attention` computes, written as the definition: one softmax over contiguous keys."""
     scores = jnp.einsum("bskgh,btkh->bkgst", query, keys, preferred_element_type=jnp.float32) * scale
     visible = _visible(positions[:, :, None], jnp.arange(keys.shape[1]), window)
     scores = jnp.where(visible[:, None, None], soft_capped(scores, softcap), -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1)
+    if sinks is not None:
+        column = jnp.broadcast_to(sinks[None, :, :, None, None], (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, column], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : keys.shape[1]]
     return jnp.einsum("bkgst,btkh->bskgh", weights, values, preferred_element_type=jnp.float32).astype(
         query.dtype
     )
@@ -330,3 +360,8 @@ def _head_segments(source: str, heads: list[int | None], head_dim: int) -> list[
         for place, head in enumerate(heads)
         if head is not None
     ]
+
+
+def _sink_layout(plan: HeadPlan) -> WeightLayout:
+    places, name = _query_places(plan), "self_attn.sinks"
+    return columns(len(places), _head_segments(name, places, 1), {name: plan.num_heads}, in_features=None)

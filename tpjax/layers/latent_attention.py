@@ -124,7 +124,9 @@ class LatentAttention(nnx.Module):
             view = _View(cache, self.kv_b_proj.expand)
         key, value = (part.swapaxes(1, 2) for part in view.compute(latents.swapaxes(1, 2)))
         query = jnp.concatenate([query, query_turn], -1)
-        mixed = paged_attention(query, key, value, view, at, scale=config.query_scale, window=window)
+        mixed = paged_attention(
+            query, key, value, view, at, scale=config.query_scale, window=window, softcap=config.attn_softcap
+        )
         if absorbed:
             mixed = self.kv_b_proj.values_of(mixed)
         return self.o_proj(mixed.reshape(*x.shape[:2], -1)), cache

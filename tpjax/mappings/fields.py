@@ -53,6 +53,8 @@ class Stored:
         transposed: stored as [in, out].
         heads: stored as [heads, head_dim], while ours has one axis; ``None``: not.
         offset: stored values have this much added.
+        place: stored in a stack of like tensors, at this place of its first axis; ``None``: not.
+        count: tensors of that stack.
     """
 
     name: str
@@ -61,13 +63,16 @@ class Stored:
     transposed: bool = False
     heads: int | None = None
     offset: float = 0.0
+    place: int | None = None
+    count: int = 0
 
     def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
         """The stored tensor's shape, from ours."""
         if self.heads is not None:
             return (self.heads, ours[0] // self.heads)
         stored = ours if self.rows is None else (self.size, *ours[1:])
-        return stored[::-1] if self.transposed else stored
+        stored = stored[::-1] if self.transposed else stored
+        return stored if self.place is None else (self.count, *stored)
 
 
 def slices(name: str, sizes: Sequence[int], *, transposed: bool = False) -> list[Stored]:
@@ -96,7 +101,8 @@ class Names:
     """What a checkpoint calls the model's tensors; whatever is not mentioned has its canonical name.
 
     Attributes:
-        modules: where a module's tensors are kept, by canonical name, without ``layers.N.``.
+        modules: where a module's tensors are kept, by canonical name, without ``layers.N.``; or a single
+            tensor, by its whole name.
         layers: the list of layers.
         prefixes: what stands before the model's tensors, and before ``lm_head``; the first pair that fits.
         ignored: patterns of tensor names that may be in a checkpoint and are not needed.
@@ -112,9 +118,12 @@ class Names:
         parts = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.(\w+)", canonical)
         assert parts is not None, canonical
         layer, module, kind = parts.groups()
-        stored = self.modules.get(module, Stored(module))
+        stored = self.modules.get(f"{module}.{kind}")
+        if stored is None:
+            stored = self.modules.get(module, Stored(module))
+            stored = replace(stored, name=f"{stored.name}.{kind}")
         path = stored.name if layer is None else f"{self.layers}.{layer}.{stored.name}"
-        return replace(stored, name=f"{prefix[module == 'lm_head']}{path}.{kind}")
+        return replace(stored, name=f"{prefix[module == 'lm_head']}{path}")
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,8 @@ def _qwen3(fields: Fields) -> ModelConfig:
     )
 
 
-def _gguf_qwen(view: GGUFView, **differences: Any) -> ModelConfig:
+def gguf_qwen(view: GGUFView, **differences: Any) -> ModelConfig:
+    """What Qwen's GGUF architectures have in common, and fields of ``ModelConfig`` that one sets itself."""
     sizes = gguf_sizes(view)
     return ModelConfig(
         **sizes,
@@ -76,7 +77,7 @@ FAMILIES = (
         _qwen2,
         gguf=(
             GGUFArchitecture(
-                "qwen2", lambda view: _gguf_qwen(view, model_type="qwen2"), lambda config: GGUF_LAYER
+                "qwen2", lambda view: gguf_qwen(view, model_type="qwen2"), lambda config: GGUF_LAYER
             ),
         ),
     ),
@@ -87,7 +88,7 @@ FAMILIES = (
         gguf=(
             GGUFArchitecture(
                 "qwen3",
-                lambda view: _gguf_qwen(view, model_type="qwen3", qk_norm="head"),
+                lambda view: gguf_qwen(view, model_type="qwen3", qk_norm="head"),
                 lambda config: {**GGUF_LAYER, **GGUF_QK_NORMS},
             ),
         ),

@@ -1,0 +1,123 @@
+"""Measuring this machine at toy sizes, keeping the figures, and predicting from them."""
+
+import json
+
+import pytest
+
+from tpjax.errors import DeviceError
+from tpjax.inspect import bench, measure
+from tpjax.inspect.plan import Traffic, make_plan
+from tpjax.inspect.shapes import SHAPES, Shape
+from tpjax.mesh import make_mesh
+
+TINY = Shape("tiny", 1, 64, 4, 2, 16, 128, 512)
+FIGURES = {
+    "device": "abacus",
+    "shared": True,
+    "memory_bytes": 8e9,
+    "bandwidth_bytes_s": 32e9,
+    "flops": 200e9,
+    "all_reduce_s": [[1024, 20e-6], [1 << 20, 300e-6]],
+    "layer_us": 50.0,
+    "token_us": 2.0,
+    "dispatch_us": 300.0,
+}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Sizes at which measuring takes seconds."""
+    small = {
+        "_PAIRS": 1,
+        "_WIDTH": 64,
+        "_INNER": 126,
+        "_DEPTHS": (1, 2),
+        "_PROMPT": 32,
+        "_ROUNDS": 1,
+        "_STEPS": 4,
+    }
+    for name, value in {**small, "_MESSAGES": (1024, 4096), "_LAYER": TINY}.items():
+        monkeypatch.setattr(measure, name, value)
+
+
+def test_measure_gives_positive_figures(small):
+    figures = measure.measure(3)  # does not divide 126
+    assert figures["shared"] is True and figures["device"] == "cpu"
+    for name in ("memory_bytes", "bandwidth_bytes_s", "flops"):
+        assert figures[name] > 0
+    assert [size for size, _ in figures["all_reduce_s"]] == [1024, 4096]
+    assert all(0 < seconds < 0.1 for _, seconds in figures["all_reduce_s"])
+    assert figures["layer_us"] >= 0 and figures["token_us"] >= 0 and figures["dispatch_us"] >= 0
+    assert json.loads(json.dumps(figures)) is not None  # it travels between processes
+
+
+def test_figures_come_back_from_the_times_they_explain():
+    """Times made of known rates, by the formulas of a machine whose two faked devices share it."""
+    bandwidth, flops, reduce_s, layer_s, token_s, dispatch_s = 20e9, 100e9, 50e-6, 80e-6, 3e-6, 400e-6
+    width, inner, prompt = measure._WIDTH, measure._INNER, measure._PROMPT
+    layer = measure._LAYER
+    elements = 2 * (layer.attention_weights(2) + layer.mlp_weights(2, layer.width))
+    seconds = {f"reduce {size}": measure._CHAIN * reduce_s for size in measure._MESSAGES}
+    seconds["multiply 1"] = measure._PAIRS * (2 * 4 * width * inner / bandwidth + reduce_s)
+    seconds[f"multiply {prompt}"] = measure._PAIRS * (2 * 2 * prompt * width * inner / flops + reduce_s)
+    for depth in measure._DEPTHS:
+        step = dispatch_s + depth * (4 * elements / bandwidth + 2 * reduce_s + layer_s)
+        seconds[f"decode {depth}"] = measure._STEPS * step
+        computed = 2 * prompt * elements / flops + 2 * reduce_s + prompt * token_s
+        seconds[f"prefill {depth}"] = 0.1 + depth * computed
+    figures = measure.fit(seconds, 2, machine=1)
+    assert figures["bandwidth_bytes_s"] == pytest.approx(bandwidth)
+    assert figures["flops"] == pytest.approx(flops)
+    assert figures["layer_us"] == pytest.approx(80.0) and figures["token_us"] == pytest.approx(3.0)
+    assert figures["dispatch_us"] == pytest.approx(400.0)
+    assert measure.fit(seconds, 2, machine=2)["flops"] == pytest.approx(flops / 2)  # of each of two chips
+
+
+def test_predictions_follow_the_figures():
+    hardware = measure.hardware_from(FIGURES)
+    shape = SHAPES["smollm2-135m"]
+    plan = make_plan(shape, hardware, 2, 2, Traffic(1, 128, 256, "float32"))
+    padded = 2 * 30 * (shape.attention_weights(2) + shape.mlp_weights(2, 1536)) + 2 * shape.vocab_weights(2)
+    assert plan.decode.weights == pytest.approx(4 * padded / 32e9)  # both devices read from one memory
+    message = 20e-6 + (300e-6 - 20e-6) * (4 * 576 - 1024) / (2**20 - 1024)
+    assert plan.decode.collectives == pytest.approx(61 * message + 20e-6)
+    assert plan.decode.fixed == pytest.approx(30 * 52e-6 + 300e-6)
+    assert plan.prefill.fixed == pytest.approx(30 * (50e-6 + 256 * 2e-6) + 300e-6)
+
+
+def test_figures_are_kept(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def measured(tp):
+        asked.append(tp)
+        return FIGURES
+
+    monkeypatch.setenv("TPJAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(measure, "_measure_apart", measured)
+    first = measure.measured_hardware(2)
+    assert capsys.readouterr().err == "tpjax: measuring this machine at tp=2, once\n"
+    assert measure.measured_hardware(2) == first and asked == [2]
+    measure.measured_hardware(3)
+    measure.measured_hardware(2, fresh=True)
+    assert asked == [2, 3, 2]
+    (tmp_path / "cache" / "measured.json").write_text("{")
+    measure.measured_hardware(2)
+    assert asked == [2, 3, 2, 2]
+
+
+def test_a_failed_measurement_says_why(monkeypatch):
+    monkeypatch.setattr(measure.sys, "executable", "/bin/false")
+    with pytest.raises(DeviceError, match="measuring at tp=2 failed: status 1"):
+        measure._measure_apart(2)
+
+
+def test_bench_times_a_runner_next_to_the_plan(small):
+    hardware = measure.hardware_from(FIGURES)
+    runner = measure._zeros_runner(make_mesh(2), 1)
+    plan = make_plan(SHAPES["smollm2-135m"], hardware, 2, 2, Traffic(1, 64, 32, "float32"))
+    report = bench.run(runner, plan)
+    data = report.to_dict()
+    assert 0 < data["decode"]["measured_ms"] < 1000 and 0 < data["prefill"]["measured_ms"] < 1000
+    assert data["decode"]["predicted_ms"] == plan.decode.total * 1e3
+    assert (data["tp"], data["context"], data["prompt_len"]) == (2, 64, 32)
+    assert bench.longest(plan.traffic) == 64 + 64

@@ -1,0 +1,373 @@
+"""The formulas by hand, against the real layers' memory, and against published measurements."""
+
+import importlib.util
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tpjax import cli
+from tpjax.cache import page_bytes_per_device
+from tpjax.checkpoints.load import abstract_decoder, parameters
+from tpjax.errors import ConfigError
+from tpjax.families import config_from_hf
+from tpjax.inspect.hardware import HARDWARE, Efficiency, Hardware
+from tpjax.inspect.interconnect import NVLink
+from tpjax.inspect.plan import (
+    Cost,
+    Model,
+    Traffic,
+    busiest,
+    frontier,
+    make_plan,
+    make_plans,
+    recommend,
+)
+from tpjax.inspect.shapes import SHAPES, Experts, Shape
+from tpjax.inspect.strategies import compare
+from tpjax.mesh import make_mesh
+
+ROOT = Path(cli.__file__).parents[1]
+
+# 1 GB/s, 1 TFLOP/s, everything reached, and an all-reduce over two that takes 1 us and its size over 1 GB/s.
+IDEAL = Efficiency(1.0, 1.0, 1.0, 1.0, 1.0, layer_us=10.0, expert_us=5.0, step_us=100.0)
+CHIP = Hardware(
+    "ideal", 1e9, 1e9, 1e12, None, NVLink(1e9, latency_us=1.0, peer_us=0.0, fraction=1.0), IDEAL, "by hand"
+)
+# 2 layers, D=64, 4 heads, 2 KV heads of 16, F=128, V=1000, untied
+TINY = Shape("tiny", 2, 64, 4, 2, 16, 128, 1000)
+ATTENTION = 64 * 16 * (2 * 4 + 2 * 2)  # q, o: 4 heads; k, v: 2
+MLP = 3 * 64 * 128
+HEAD = 1000 * 64
+
+
+# --- by hand -----------------------------------------------------------------------------------------------
+
+
+def test_decode_on_one_chip_is_bytes_over_bandwidth():
+    cost = Model(TINY, CHIP, 1, Traffic()).decode(batch=1, context=100)
+    assert cost.weights == pytest.approx(2 * (2 * (ATTENTION + MLP) + HEAD) / 1e9)
+    assert cost.cache == pytest.approx(2 * 100 * (2 * 2 * 16) * 2 / 1e9)
+    assert cost.compute == 0 and cost.collectives == 0
+    assert cost.fixed == pytest.approx(2 * 10e-6 + 100e-6)
+    assert cost.total == pytest.approx(cost.weights + cost.cache + cost.fixed)
+
+
+def test_a_large_batch_is_bound_by_arithmetic():
+    slow = replace(CHIP, flops=1e9)
+    cost = Model(TINY, slow, 1, Traffic()).decode(batch=64, context=1)
+    elements = 2 * (ATTENTION + MLP) + HEAD
+    attention = 2 * 64 * (4 * 4 * 16)  # score and sum of one key, per layer, sequence and head
+    read = 2 * elements / 1e9
+    cached = 64 * 2 * (2 * 2 * 16) * 2 / 1e9
+    assert cost.weights == pytest.approx(read)
+    assert cost.compute == pytest.approx(2 * 64 * elements / 1e9 - read + attention / 1e9 - cached)
+
+
+def test_two_all_reduces_a_layer_and_one_for_the_embedding():
+    cost = Model(TINY, CHIP, 2, Traffic()).decode(batch=3, context=1)
+    message = 3 * 64 * 2
+    assert cost.collectives == pytest.approx((2 * 2 + 1) * (1e-6 + message / 1e9) + 1e-6 + 3 * 8 / 1e9)
+
+
+def test_prefill_sees_half_of_its_prompt():
+    slow = replace(CHIP, flops=1e6)
+    cost = Model(TINY, slow, 1, Traffic()).prefill(10)
+    layers, head = 2 * (ATTENTION + MLP), HEAD  # the head draws one token
+    attention = 2 * 10 * 5.5 * (4 * 4 * 16)
+    traffic = 2 * (layers + head) / 1e9 + cost.cache
+    assert cost.compute == pytest.approx((2 * 10 * layers + 2 * head + attention) / 1e6 - traffic)
+
+
+def test_a_sliding_layer_reads_its_window():
+    half = replace(TINY, window=50, window_layers=1)
+    full = Model(TINY, CHIP, 1, Traffic()).decode(1, 100).cache
+    assert Model(half, CHIP, 1, Traffic()).decode(1, 100).cache == pytest.approx(0.75 * full)
+    assert Model(half, CHIP, 1, Traffic()).memory(1, 100) == Model(TINY, CHIP, 1, Traffic()).memory(1, 100)
+
+
+def test_a_mixture_reads_the_experts_its_tokens_chose():
+    mixed = replace(TINY, experts=Experts(count=8, active=2, width=128))
+    router = 8 * 64
+
+    def read(batch: int) -> float:
+        return Model(mixed, CHIP, 1, Traffic()).mixture(batch).weights
+
+    assert read(1) == pytest.approx(2 * 2 * (2 * MLP + router) / 1e9)
+    # two tokens choose 8 (1 - (6/8)^2) = 3.5 different experts on average
+    assert read(2) == pytest.approx(2 * 2 * (3.5 * MLP + router) / 1e9)
+    assert read(1000) == pytest.approx(2 * 2 * (8 * MLP + router) / 1e9)
+
+
+def test_whole_experts_wait_for_the_busiest_chip():
+    mixed = replace(TINY, experts=Experts(count=8, active=2, width=128))
+    whole = Model(mixed, CHIP, 8, Traffic(), "experts").mixture(1)
+    cut = Model(mixed, CHIP, 8, Traffic(), "width").mixture(1)
+    assert whole.weights > 3 * cut.weights  # one expert's weights on one chip, against 2/8 of one on each
+    assert make_plan(mixed, CHIP, 8, 8, Traffic()).model.cut == "width"
+    assert busiest(4, 1.0, 8) == 4 and busiest(4, 0.0, 8) == 0 and 2 < busiest(4, 0.5, 8) <= 4
+
+
+def test_eight_bit_weights_keep_a_wide_embedding():
+    memory = Model(TINY, CHIP, 1, Traffic(dtype="int8")).memory(1, 128)
+    assert memory.weights == 2 * (ATTENTION + MLP) + HEAD + 2 * (
+        HEAD + 64
+    )  # layers, head; embedding and norm
+    assert memory.cache == 128 * 2 * (2 * 2 * 16)
+    wide = Model(TINY, CHIP, 1, Traffic(dtype="int8", cache_dtype="bf16")).memory(1, 128)
+    assert wide.cache == 2 * memory.cache
+    assert Model(replace(TINY, tied=True), CHIP, 1, Traffic(dtype="int8")).decode(1, 1).weights > (
+        Model(TINY, CHIP, 1, Traffic(dtype="int8")).decode(1, 1).weights
+    )  # a tied projection is the embedding, which is not quantised
+
+
+def test_faked_chips_share_their_machine():
+    alone = Model(TINY, CHIP, 1, Traffic()).decode(1, 100)
+    shared = Model(TINY, replace(CHIP, shared=True), 2, Traffic()).decode(1, 100)
+    assert shared.weights == pytest.approx(alone.weights) and shared.cache == pytest.approx(alone.cache)
+    assert Model(TINY, CHIP, 2, Traffic()).decode(1, 100).weights == pytest.approx(alone.weights / 2)
+
+
+def test_costs_add_up_and_name_their_bound():
+    cost = Cost(weights=1.0, fixed=2.0) + Cost(cache=3.0) * 2
+    assert cost.total == 9.0 and cost.bound == "cache"
+    assert cost.ms() == {"weights": 1e3, "cache": 6e3, "compute": 0, "collectives": 0, "fixed": 2e3}
+
+
+# --- against the layers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tp", [1, 2, 3, 5])
+def test_memory_is_what_the_layers_declare(tp):
+    raw = {
+        "model_type": "llama",
+        "vocab_size": 1000,
+        "hidden_size": 48,
+        "intermediate_size": 100,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+    }
+    config = config_from_hf(raw)
+    mesh = make_mesh(tp)
+    declared = 0
+    for parameter in parameters(abstract_decoder(config, mesh, "float32"), mesh):
+        shard = parameter.sharding.shard_shape(parameter.layout.shape)
+        declared += 4 * (shard[0] * (shard[1] if len(shard) > 1 else 1))
+    traffic = Traffic(dtype="float32")
+    memory = Model(Shape.from_config(config, "tiny"), CHIP, tp, traffic).memory(2, 256)
+    assert memory.weights == declared
+    assert memory.cache == 2 * 2 * page_bytes_per_device(config, tp, 128, "float32")
+
+
+# --- shape of the answers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["h100-sxm", "v5e"])
+@pytest.mark.parametrize("model", ["llama-3-8b", "mixtral-8x7b", "deepseek-v3"])
+def test_more_work_takes_longer(name, model):
+    def step(tp: int = 8, batch: int = 8, context: int = 2048, dtype: str = "bf16") -> float:
+        return Model(SHAPES[model], HARDWARE[name], tp, Traffic(dtype=dtype)).decode(batch, context).total
+
+    batches = [step(batch=batch) for batch in (1, 2, 8, 64, 512)]
+    contexts = [step(context=context) for context in (1, 128, 4096, 32768)]
+    assert batches == sorted(batches) and contexts == sorted(contexts)
+    assert step(tp=1) > step(tp=2) > step(tp=4)
+    assert step(dtype="int8") < step()
+    prompts = [Model(SHAPES[model], HARDWARE[name], 8, Traffic()).prefill(n).total for n in (1, 64, 4096)]
+    assert prompts == sorted(prompts)
+
+
+def test_replicas_share_the_batch():
+    plan = make_plan(SHAPES["llama-3-8b"], HARDWARE["h100-sxm"], 8, 2, Traffic(batch=10))
+    assert (plan.replicas, plan.batch) == (4, 3)  # 10 sequences over 4: the fullest has 3
+    assert plan.tokens_per_s == pytest.approx(10 / plan.decode.total)
+
+
+def test_room_is_what_fits():
+    plan = make_plan(SHAPES["llama-3-8b"], HARDWARE["v5e"], 4, 4, Traffic(batch=4, context=4096))
+    usable = HARDWARE["v5e"].usable_bytes
+    batch, context = plan.model.largest_batch(4096), plan.model.largest_context(4)
+    assert plan.model.memory(batch, 4096).total <= usable < plan.model.memory(batch + 1, 4096).total
+    assert plan.model.memory(4, context).total <= usable < plan.model.memory(4, context + 128).total
+
+
+def test_the_frontier_trades_speed_for_throughput():
+    points = frontier(make_plan(SHAPES["llama-3-8b"], HARDWARE["h100-sxm"], 8, 8, Traffic()))
+    batches, users, chips = zip(*points, strict=True)
+    assert list(batches) == sorted(batches)
+    assert list(users) == sorted(users, reverse=True) and list(chips) == sorted(chips)
+
+
+def test_the_recommended_tp_is_the_smallest_of_the_fastest():
+    plans = make_plans(SHAPES["llama-3-8b"], HARDWARE["h100-sxm"], 8, Traffic(batch=64))
+    best, reason = recommend(plans)
+    fastest = min(plan.decode.total for plan in plans)
+    assert best.decode.total <= 1.05 * fastest
+    assert all(plan.decode.total > 1.05 * fastest for plan in plans if plan.tp < best.tp)
+    assert f"tp={best.tp}" in reason and best.decode.bound in reason
+    only = make_plans(SHAPES["llama-3-70b"], HARDWARE["h100-sxm"], 2, Traffic())
+    with pytest.raises(
+        ConfigError, match=r"at tp=2 needs 80\.9 GB .* 73\.6 GB usable of 80; .*--dtype int8 or tp=4"
+    ):
+        recommend([replace(plan, memory=replace(plan.memory, workspace=10**10)) for plan in only])
+
+
+def test_chips_are_a_multiple_of_tp():
+    with pytest.raises(ConfigError, match="8 chips are not a multiple of tp=3: use tp=1, 2, 4, 8"):
+        make_plan(TINY, CHIP, 8, 3, Traffic())
+
+
+@pytest.mark.parametrize("field", ["batch", "context", "prompt_len"])
+@pytest.mark.parametrize("value", [0, -1, float("nan"), 1.5, True])
+def test_traffic_is_whole_and_positive(field, value):
+    with pytest.raises(ConfigError, match=f"{field}=.* is not a whole number, 1 or more"):
+        Traffic(**{field: value})
+
+
+# --- other strategies --------------------------------------------------------------------------------------
+
+
+def test_strategies_are_ranked_and_the_verdict_says_by_how_much():
+    one = compare(SHAPES["llama-3-70b"], HARDWARE["h100-sxm"], 8, Traffic(batch=1))
+    best, second = one.strategies[:2]
+    assert best.kind == "tensor" and best.layout == "tp=8"
+    assert f"{best.tokens_per_s / second.tokens_per_s:.2f}× of {second.layout}" in one.verdict
+    replicas = next(strategy for strategy in one.strategies if strategy.kind == "replicas")
+    assert not replicas.fits  # 141 GB of weights in 80
+
+
+def test_a_pipeline_decodes_one_sequence_no_faster_than_one_stage_of_its_chips():
+    strategies = compare(SHAPES["llama-3-8b"], HARDWARE["h100-sxm"], 2, Traffic(batch=1)).strategies
+    pipeline = next(one for one in strategies if one.kind == "pipeline")
+    replicas = next(one for one in strategies if one.kind == "replicas")
+    assert pipeline.step_ms > replicas.step_ms  # the same reads, one stage after the other, and a hand-over
+    assert pipeline.bytes_per_chip < 0.6 * replicas.bytes_per_chip
+
+
+def test_many_sequences_make_expert_parallelism_pay_for_latent_attention():
+    traffic = Traffic(batch=256, dtype="fp8")
+    one = compare(SHAPES["deepseek-v3"], HARDWARE["h200"], 16, traffic)
+    assert one.strategies[0].kind == "expert"  # a latent cache cannot be cut by heads; sequences can
+    with pytest.raises(ConfigError, match=r"llama-3-8b fits ideal:1 in no way: the least is 16\.4 GB a chip"):
+        compare(SHAPES["llama-3-8b"], CHIP, 1, traffic=Traffic())
+
+
+# --- published measurements --------------------------------------------------------------------------------
+
+
+def validation():
+    spec = importlib.util.spec_from_file_location("validate_plan", ROOT / "scripts" / "validate_plan.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_published_measurements_are_met():
+    script = validation()
+    errors = [abs(script.error(point)) for point in script.points("published_points")]
+    assert statistics.median(errors) <= 0.15 and max(errors) <= 0.40
+
+
+def test_points_found_since_are_met_in_the_main():
+    script = validation()
+    errors = sorted(abs(script.error(point)) for point in script.points("extra_points"))
+    assert len(errors) >= 70 and statistics.median(errors) <= 0.10
+    assert errors[int(0.9 * len(errors))] <= 0.25 and errors[-1] <= 0.5
+
+
+# --- the command -------------------------------------------------------------------------------------------
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    try:
+        status = cli.main(["plan", *arguments])
+    except SystemExit as exit:
+        status = exit.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_json_is_one_object(capsys):
+    command = (
+        "llama-2-7b --hardware a100-80gb:4 --tp 2 --batch 2 --context 200 --prompt-len 5 --dtype bf16 --json"
+    )
+    status, out, err = run(capsys, *command.split())
+    data = json.loads(out)
+    assert (status, err) == (0, "")
+    decode, memory = data["decode"], data["memory"]
+    assert decode["step_ms"] == pytest.approx(sum(decode["split_ms"].values()))
+    assert decode["tokens_per_s_per_sequence"] == pytest.approx(1e3 / decode["step_ms"])
+    assert data["prefill"]["ms"] == pytest.approx(sum(data["prefill"]["split_ms"].values()))
+    assert memory["bytes_per_chip"] == sum(memory["split_bytes"].values()) and memory["fits"] is True
+    assert (data["replicas"], data["batch_per_replica"]) == (2, 1)
+    assert set(decode["split_ms"]) == {"weights", "cache", "compute", "collectives", "fixed"}
+
+
+def test_json_without_tp_has_every_plan_and_the_strategies(capsys):
+    status, out, _ = run(capsys, "llama-3-8b", "--hardware", "h100:4", "--json")
+    data = json.loads(out)
+    assert status == 0 and [plan["tp"] for plan in data["plans"]] == [1, 2, 4]
+    assert data["recommended"]["tp"] == data["tp"]
+    assert data["strategies"]["verdict"].startswith("tp=4 is best")
+
+
+def test_json_says_that_a_plan_does_not_fit(capsys):
+    status, out, _ = run(capsys, "llama-3-70b", "--hardware", "h100:1", "--tp", "1", "--json")
+    assert status == 0 and json.loads(out)["memory"]["fits"] is False
+
+
+def test_tables(capsys):
+    status, out, _ = run(capsys, "mixtral-8x7b", "--hardware", "h200:8", "--batch", "64")
+    assert status == 0
+    for text in (
+        "46.70 B parameters",
+        "decode, ms a step",
+        "recommended: tp=",
+        "pipeline stages",
+        "experts over",
+    ):
+        assert text in out
+
+
+def test_a_picture(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "frontier.svg"
+    assert run(capsys, "llama-3-8b", "--hardware", "h100:2", "--plot", str(file))[0] == 0
+    assert file.read_text().lstrip().startswith("<?xml")
+
+
+def test_a_picture_without_matplotlib_names_the_extra(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    status, _, err = run(capsys, "llama-3-8b", "--hardware", "h100", "--plot", str(tmp_path / "a.png"))
+    assert (status, err) == (2, "tpjax: error: --plot needs matplotlib: pip install 'tpjax[notebook]'\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("llama-3-8b --hardware h300:8", "known are a100, h100, a100-80gb"),
+        ("llama-3-8b --hardware h100:8 --tp 16", "8 chips are not a multiple of tp=16"),
+        ("llama-3-8b --hardware h100:8 --tp 0", "'0' is not a whole number of devices"),
+        ("llama-3-8b --hardware h100:8 --batch -1", "'-1' is not a whole number of sequences"),
+        ("llama-3-8b --hardware h100:8 --context nan", "'nan' is not a whole number of tokens"),
+        ("llama-3-70b --hardware h100:1", "has 73.6 GB usable of 80; --dtype int8 or tp=2 would fit"),
+        ("llama-3-70b --hardware h100:2 --tp 1", "needs 141.9 GB a chip (141.1 of weights"),
+        ("llama-9 --hardware h100:1", "neither a checkpoint nor a built-in model"),
+        ("llama-3-8b", "give either --hardware NAME:CHIPS or --measure"),
+        ("llama-3-8b --hardware h100 --measure", "give either --hardware NAME:CHIPS or --measure"),
+        ("llama-3-8b --hardware h100 --plot a.txt", "use a name that ends in .png, .svg, .pdf"),
+        ("llama-3-8b --hardware h100 --plot none/a.svg", "none is not a directory"),
+        ("llama-3-8b --hardware h100 --hardware-file none.toml", "none.toml: No such file"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, arguments, message):
+    status, out, err = run(capsys, *arguments.split())
+    assert status == 2 and out == "" and err.count("\n") == 1
+    assert message in err

@@ -1,0 +1,179 @@
+"""Clients that were not written for this server: schemathesis, lm-eval, a browser, and our own benchmark."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+from serving import SLOTS, Running, load_tiny, running, tiny_checkpoint
+
+from tpjax.cli import main
+from tpjax.errors import RequestError
+from tpjax.server import bench
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def server(directory: Path) -> Iterator[Running]:
+    with running(lambda: load_tiny(directory)) as one:
+        yield one
+
+
+# --- schemathesis
+
+
+@pytest.fixture
+def api_schema(server: Running) -> Any:
+    return schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+
+
+@schemathesis.pytest.from_fixture("api_schema").parametrize()
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+def test_no_500_whatever_the_document_allows(case: Any) -> None:
+    case.call_and_validate(checks=[schemathesis.checks.not_a_server_error], timeout=60)
+
+
+# --- lm-eval
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs the parity extra")
+@pytest.mark.filterwarnings("ignore")
+def test_lm_eval_gets_the_model_s_own_loglikelihoods(server: Running, directory: Path) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    client = LocalCompletionsAPI(
+        base_url=f"{server.url}/v1/completions", model="tiny", tokenizer=str(directory),
+        tokenizer_backend="huggingface", max_length=512, batch_size=2,
+    )  # fmt: skip
+    pairs = [("the quick brown", " fox"), ("words and", " words become text"), ("the", " lazy dog over")]
+    asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    answers = client.loglikelihood(asked)
+    tokenizer = server.llm.tokenizer
+    assert tokenizer is not None
+    offline = load_tiny(directory, tp=1)
+    for (context, continuation), (found, greedy) in zip(pairs, answers, strict=True):
+        before, ids = len(tokenizer.encode(context)), tokenizer.encode(context + continuation)
+        logits = offline.logits(ids).astype(np.float64)
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        expected = [logprobs[i - 1, ids[i]] for i in range(before, len(ids))]
+        assert found == pytest.approx(sum(expected), abs=1e-3)
+        assert greedy == all(logits[i - 1].argmax() == ids[i] for i in range(before, len(ids)))
+
+
+# --- a browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(
+    CHROMIUM is None or importlib.util.find_spec("playwright") is None, reason="needs playwright and chromium"
+)
+def test_the_page_in_a_browser(server: Running, tmp_path: Path) -> None:
+    from playwright.sync_api import sync_playwright
+
+    troubles: list[str] = []
+    asked: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1200, "height": 800})
+        page.on("console", lambda message: troubles.append(message.text))
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(server.url)
+        page.wait_for_selector("#state.ready")
+        page.fill("#temperature", "0")
+        page.fill("#max_tokens", "24")
+        page.fill("#text", "<b>the fox</b>")
+        page.press("#text", "Enter")
+        page.wait_for_selector(".turn.assistant small:not(:empty)")
+        with server.client() as http:
+            body = {"messages": [{"role": "user", "content": "<b>the fox</b>"}], "temperature": 0}
+            answer = http.post("/v1/chat/completions", json=body | {"max_tokens": 24}).json()
+        assert page.text_content(".turn.user span") == "<b>the fox</b>"  # text, and not markup
+        assert page.text_content(".turn.assistant span") == answer["choices"][0]["message"]["content"]
+        assert " tokens/s" in (page.text_content(".turn.assistant small") or "")
+        assert page.locator("#slots i").count() == SLOTS
+        page.wait_for_selector("#shards tr")
+        assert "tp=2" in (page.text_content("#mesh") or "")
+        embedding = page.locator("#shards tr", has_text="embed_tokens").first
+        assert "384×48" in embedding.inner_text() and "192×48" in embedding.inner_text()
+        page.fill("#max_tokens", "900")
+        page.fill("#text", "go on")
+        page.click("#send")
+        page.wait_for_selector("#slots i.busy")
+        page.click("#stop")
+        page.wait_for_selector(".turn.assistant:last-child small:not(:empty)")
+        assert page.text_content(".turn.assistant:last-child small") == "stopped"
+        server.until(lambda: server.service.pending == 0)
+        page.fill("#max_tokens", "5000")
+        page.fill("#text", "more")
+        page.click("#send")
+        page.wait_for_selector(".turn.error")
+        assert "over the context of 1024" in (page.text_content(".turn.error small") or "")
+        page.screenshot(path=tmp_path / "page.png")
+        browser.close()
+    assert all(one.startswith((server.url, "data:")) for one in asked)  # nothing from elsewhere
+    assert [one for one in troubles if "400" not in one] == []
+
+
+# --- the benchmark
+
+
+def test_bench_serve(server: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--plot", str(tmp_path / "rates.png"), "--json", str(tmp_path / "rates.json")]
+    sizes = ["--num-prompts", "6", "--input-len", "20", "--output-len", "8", "--range-ratio", "0.5"]
+    rates = ["--request-rate", "50", "inf", "--goodput", "ttft:60000", "e2el:60000"]
+    assert main(["bench", "serve", "--base-url", server.url, *sizes, *rates, *files]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("Serving Benchmark Result") == 2 and "P99 TPOT (ms):" in printed
+    assert (tmp_path / "rates.png").read_bytes().startswith(b"\x89PNG")
+    figures = json.loads((tmp_path / "rates.json").read_text())
+    assert [one["request_rate"] for one in figures] == [50, "inf"]
+    for one in figures:
+        assert one["completed"] == 6 and one["failed"] == 0
+        assert 6 * 4 <= one["total_output_tokens"] <= 6 * 12 and 6 * 10 <= one["total_input_tokens"] <= 6 * 30
+        assert one["request_goodput"] == one["request_throughput"]
+        assert one["median_ttft_ms"] <= one["p99_ttft_ms"] <= one["p99_e2el_ms"]
+        assert one["output_throughput"] == pytest.approx(one["total_output_tokens"] / one["duration"])
+
+
+def test_bench_serve_failures(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "serve", "--base-url", "http://127.0.0.1:9"]) == 2
+    assert "http://127.0.0.1:9 does not answer" in capsys.readouterr().err
+    assert main(["bench", "serve", "--base-url", server.url, "--model", "other"]) == 2
+    assert "it has tiny, and not 'other'" in capsys.readouterr().err
+    load = bench.Load(server.url, num_prompts=1, input_len=2000)
+    (outcome,) = asyncio.run(bench.run(load, float("inf"), {})).outcomes
+    assert outcome.error and "400" in outcome.error and "2000 tokens" in outcome.error
+
+
+def test_bench_figures() -> None:
+    fine = [
+        bench.Outcome(10, 5, ttft=0.1, latency=0.5, itl=[0.1, 0.1, 0.1, 0.1]),
+        bench.Outcome(10, 5, ttft=0.3, latency=1.1, itl=[0.2, 0.2, 0.2, 0.2]),
+    ]
+    result = bench.Result(2.0, 4.0, [*fine, bench.Outcome(error="refused")], {"ttft": 200, "tpot": 150})
+    figures = result.summary()
+    assert (figures["completed"], figures["failed"]) == (2, 1)
+    assert figures["request_throughput"] == 0.5 and figures["request_goodput"] == 0.25
+    assert figures["output_throughput"] == 2.5 and figures["total_token_throughput"] == 7.5
+    assert figures["mean_ttft_ms"] == pytest.approx(200) and figures["p99_ttft_ms"] == pytest.approx(298)
+    assert figures["median_tpot_ms"] == pytest.approx(150) and figures["mean_itl_ms"] == pytest.approx(150)
+    assert bench.percentile([1.0, 2.0, 4.0], 50) == 2.0 and bench.percentile([1.0, 2.0, 4.0], 75) == 3.0
+    assert bench.percentile([], 99) is None
+    with pytest.raises(RequestError, match=r"/nowhere/x\.png: No such file"):
+        bench.plot([result], Path("/nowhere/x.png"))

@@ -1,0 +1,337 @@
+"""Parts of the server by themselves: grammars over vocabularies, tool calls, the terminal's conversation."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving import tiny_checkpoint
+
+from tpjax import LLM
+from tpjax.cli import main
+from tpjax.engine.generation import Delta
+from tpjax.errors import RequestError
+from tpjax.sampling_params import SamplingParams
+from tpjax.server import tools
+from tpjax.server.errors import ApiError
+from tpjax.server.grammar import GrammarCompiler
+from tpjax.server.protocol import ChatBody, Message
+from tpjax.server.sandbox import Sandbox
+from tpjax.terminal import Chat
+from tpjax.tokenizer import Tokenizer, load_tokenizer
+
+# --- grammars
+
+
+class Unchecked:
+    """A sandbox that finds nothing wrong."""
+
+    async def check_grammar(self, grammar: str, param: str) -> None: ...
+
+
+def grammars_of(tokenizer: Tokenizer, vocab_size: int, schema: Any, count: int = 1) -> list[Any]:
+    compiler = GrammarCompiler(tokenizer, vocab_size, Unchecked())  # type: ignore[arg-type]
+    return asyncio.run(compiler.schema(schema, "response_format", count))
+
+
+def allowed(grammar: Any) -> set[int]:
+    bits = np.unpackbits(grammar.mask().view(np.uint8), bitorder="little")
+    return set(np.flatnonzero(bits).tolist())
+
+
+@pytest.fixture(scope="module", params=("byte-level", "gguf", "sentencepiece"))
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path: Path
+    if request.param == "byte-level":
+        path = tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+    else:
+        path = request.getfixturevalue("smollm2_gguf" if request.param == "gguf" else "gemma3_gguf")
+    loaded = load_tokenizer(path)
+    assert loaded is not None
+    return loaded
+
+
+def test_masks_are_the_schema_s(tokenizer: Tokenizer) -> None:
+    """Walking the text's own tokens, and any other that is allowed, never leaves the schema."""
+    vocab = tokenizer.vocab_size + 37
+    schema = {"type": "object", "properties": {"é": {"enum": ["a b", 12]}}, "required": ["é"]}
+    schema["additionalProperties"] = False
+    (grammar,) = grammars_of(tokenizer, vocab, schema)
+    assert grammar.mask().dtype == np.uint32 and grammar.mask().shape == (-(-vocab // 32),)
+    texts = ['{"é": "a b"}', '{"é":12}', '{ "é": 12\n}']
+    for text in texts:
+        (walk,) = grammars_of(tokenizer, vocab, schema)
+        data = b""
+        for token in tokenizer.encode(text, add_special_tokens=False):
+            piece = tokenizer.token_bytes(token)
+            assert not walk.finished
+            if not data and piece.startswith(b" "):
+                continue  # SentencePiece's leading space
+            assert token in allowed(walk)
+            data += piece
+            walk.advance(token)
+        assert walk.finished and walk.error is None
+    draw = random.Random(0)
+    for _ in range(5):
+        (walk,) = grammars_of(tokenizer, vocab, schema)
+        data = b""
+        while not walk.finished:
+            token = draw.choice(sorted(allowed(walk)))
+            assert token < tokenizer.vocab_size and token not in tokenizer.special_ids
+            data += tokenizer.token_bytes(token)
+            walk.advance(token)
+        assert json.loads(data) in ({"é": "a b"}, {"é": 12})
+
+
+def test_grammars_of_several_choices_are_apart(tokenizer: Tokenizer) -> None:
+    one, other = grammars_of(tokenizer, tokenizer.vocab_size, {"enum": ["a", "b"]}, 2)
+    before = allowed(other)
+    token = min(before)
+    one.advance(token)
+    assert allowed(other) == before and allowed(one) != before
+
+
+def test_end_of_text_ends_a_grammar(tokenizer: Tokenizer) -> None:
+    (grammar,) = grammars_of(tokenizer, tokenizer.vocab_size, {"type": "integer"})
+    digit = next(i for i in allowed(grammar) if tokenizer.token_bytes(i) == b"7")
+    grammar.advance(digit)
+    assert tokenizer.eos_ids <= allowed(grammar) and not grammar.finished
+    grammar.advance(min(tokenizer.eos_ids))
+    assert grammar.finished and grammar.error is None
+
+
+def test_a_grammar_that_allows_nothing_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ApiError) as caught:
+        grammars_of(tokenizer, tokenizer.vocab_size, {"$ref": "#"})
+    assert caught.value.status == 400 and caught.value.param == "response_format"
+
+
+def test_the_sandbox_outlives_what_it_runs() -> None:
+    async def play() -> None:
+        sandbox = Sandbox({"default": "{{ messages[0].content }}"}, {}, time_limit_s=5)
+        conversation = {"messages": [{"role": "user", "content": "é\n"}]}
+        try:
+            assert await sandbox.render(conversation) == "é\n"
+            crash = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(20_000)}
+            text = json.dumps({"$ref": "#/$defs/a0", "$defs": crash})
+            import llguidance
+
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(text)
+            with pytest.raises(ApiError, match="the schema"):
+                await sandbox.check_grammar(grammar, "response_format")
+            task = asyncio.ensure_future(sandbox.render(conversation))
+            await asyncio.sleep(0)
+            task.cancel()  # a client that goes: the answer must not be the next one's
+            await asyncio.gather(task, return_exceptions=True)
+            other = {"messages": [{"role": "user", "content": "next"}]}
+            assert await sandbox.render(other) == "next"
+        finally:
+            sandbox.close()
+
+    asyncio.run(play())
+
+
+# --- tool calls
+
+CALLS = [("f", '{"a": "}</tool_call>"}'), ("g", "{}")]
+ANSWER = "Let me see: <tool> " + "\n".join(
+    f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>' for name, arguments in CALLS
+)
+
+
+def read(parts: list[str]) -> tuple[str, list[tuple[str, str]]]:
+    parser = tools.ToolParser()
+    pieces = [piece for part in parts for piece in parser.push(part)] + parser.flush()
+    text = "".join(piece.text for piece in pieces if piece.call is None)
+    calls: dict[int, list[str]] = {}
+    for piece in pieces:
+        if piece.call is not None:
+            calls.setdefault(piece.call, [piece.name or ""]).append(piece.text)
+    return text, [(name, "".join(rest)) for name, *rest in calls.values()]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, len(ANSWER)), max_size=12))
+def test_calls_are_read_however_the_answer_is_cut(cuts: list[int]) -> None:
+    at = [0, *sorted(cuts), len(ANSWER)]
+    parts = [ANSWER[a:b] for a, b in itertools.pairwise(at)]
+    assert read(parts) == ("Let me see: <tool> ", CALLS)
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "calls"),
+    (
+        ("just text <tool_c", "just text <tool_c", []),
+        ('<tool_call>\n{"name": "f", "arguments": {"a": 1', "", [("f", '{"a": 1')]),
+        ('<tool_call>\n{"nam', '\n{"nam', []),
+        ("", "", []),
+    ),
+)
+def test_answers_that_were_cut_off(answer: str, text: str, calls: list[tuple[str, str]]) -> None:
+    assert read([answer]) == (text, calls) == read(list(answer))
+
+
+def test_the_grammar_takes_what_the_parser_reads(tokenizer: Tokenizer) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+    offered = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in ("f", "g")]
+    messages = [{"role": "user", "content": "hi"}]
+    compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size, Unchecked())  # type: ignore[arg-type]
+
+    def takes(text: str, **options: Any) -> bool:
+        body = ChatBody.model_validate({"messages": messages, "tools": offered, **options})
+        (walk,) = asyncio.run(compiler.lark(tools.grammar(body) or "", "tools", 1))
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        ids = ids[1:] if tokenizer.token_bytes(ids[0]) == b" " else ids
+        for token in ids:
+            if token not in allowed(walk):
+                return False
+            walk.advance(token)
+        return walk.finished or bool(tokenizer.eos_ids & allowed(walk))
+
+    one = '<tool_call>\n{"name": "f", "arguments": {"a": "x"}}\n</tool_call>'
+    two = one + "\n" + one.replace('"f"', '"g"')
+    named = {"tool_choice": {"type": "function", "function": {"name": "g"}}}
+    assert takes("hello") and takes(one) and takes(two) and takes("so: " + one)
+    assert not takes('<tool_call>\n{"name": "h"') and not takes("<tool_call>oh")
+    assert takes(one, tool_choice="required") and takes(two, tool_choice="required")
+    assert not takes("hello", tool_choice="required")
+    assert not takes(two, tool_choice="required", parallel_tool_calls=False)
+    assert takes(one.replace('"f"', '"g"'), **named) and not takes(one, **named)
+
+
+def test_a_template_without_tools_gets_them_spelled_out() -> None:
+    call = {"id": "1", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    messages = [
+        Message(role="user", content="q"),
+        Message.model_validate({"role": "assistant", "content": "so", "tool_calls": [call]}),
+        Message(role="tool", content="42", tool_call_id="1"),
+    ]
+    offered = ChatBody.model_validate(
+        {"messages": messages, "tools": [{"type": "function", "function": {"name": "f"}}]}
+    ).tools
+    system, user, assistant, result = tools.conversation(messages, offered, template_knows_tools=False)
+    assert system["role"] == "system" and '"name": "f"' in system["content"]
+    assert user == {"role": "user", "content": "q"}
+    assert assistant["content"] == 'so\n<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+    assert result == {"role": "user", "content": "<tool_response>\n42\n</tool_response>"}
+    known = tools.conversation(messages, offered, template_knows_tools=True)
+    assert known[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
+    assert known[2]["role"] == "tool" and len(known) == 3
+
+
+# --- the terminal
+
+
+class FakeLLM:
+    """Answers every prompt with its length, one character a delta."""
+
+    def __init__(self, max_model_len: int = 200, template: str | None = "chatml") -> None:
+        self.max_model_len = max_model_len
+        self.seen: list[SamplingParams] = []
+        self.closed = 0
+        self.tokenizer = SimpleNamespace(
+            chat_template=template,
+            apply_chat_template=lambda messages: "".join(f"[{m['role']}]{m['content']}" for m in messages),
+            encode=lambda text, add_special_tokens: [ord(char) for char in text],
+        )
+
+    def stream(self, prompt: list[int], params: SamplingParams) -> Iterator[Delta]:
+        self.seen.append(params)
+        try:
+            for char in f"<{len(prompt)}>":
+                yield Delta(char, [1])
+        finally:
+            self.closed += 1
+
+
+def conversation(llm: FakeLLM, system: str | None = None) -> tuple[Chat, list[str]]:
+    written: list[str] = []
+    return Chat(llm, SamplingParams(max_tokens=150), system, written.append), written  # type: ignore[arg-type]
+
+
+def test_a_conversation_remembers_and_forgets() -> None:
+    chat, written = conversation(FakeLLM(), system="be")
+    first = len("[system]be[user]hi")
+    assert chat.say("hi")
+    assert "".join(written) == f"<{first}>\n"
+    assert chat.say("more")
+    assert chat.messages == [
+        {"role": "system", "content": "be"},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": f"<{first}>"},
+        {"role": "user", "content": "more"},
+        {"role": "assistant", "content": f"<{first + len(f'[assistant]<{first}>[user]more')}>"},
+    ]
+    assert chat.say("/reset") and chat.messages == [{"role": "system", "content": "be"}]
+    assert chat.say("/help") and "Ctrl-C" in written[-1]
+    assert chat.say("/nothing") and written[-1] == "/nothing is no command: try /help\n"
+    assert chat.say("   ") and len(chat.messages) == 1
+    assert not chat.say("/exit")
+
+
+def test_an_answer_is_cut_to_the_context() -> None:
+    llm = FakeLLM(max_model_len=100)
+    chat, written = conversation(llm)
+    chat.say("a" * 50)
+    assert llm.seen[0].max_tokens == 100 - len("[user]") - 50
+    chat.say("b" * 100)
+    assert "over the context of 100: /reset" in written[-1] and len(chat.messages) == 2
+
+
+def test_ctrl_c_stops_the_answer_only() -> None:
+    llm = FakeLLM()
+    written: list[str] = []
+
+    def write(text: str) -> None:
+        written.append(text)
+        if text == "<":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    chat = Chat(llm, SamplingParams(), None, write)  # type: ignore[arg-type]
+    before = signal.getsignal(signal.SIGINT)
+    assert chat.say("hi")
+    assert written == ["<", " [stopped]", "\n"] and llm.closed == 1
+    assert chat.messages[-1] == {"role": "assistant", "content": "<"}
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_chat_needs_a_template() -> None:
+    with pytest.raises(RequestError, match="chat needs a chat template"):
+        conversation(FakeLLM(template=None))
+
+
+def test_the_chat_verb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["hi", "/reset"])
+
+    def typed(prompt: str) -> str:
+        if (line := next(lines, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", typed)
+    model = str(tiny_checkpoint(tmp_path))
+    sampling = ["--max-tokens", "6", "--temperature", "0"]
+    assert main(["chat", "--model", model, "--tp", "1", "--max-model-len", "128", *sampling]) == 0
+    llm = LLM(model, tp=1, max_model_len=128, max_slots=1)
+    assert llm.tokenizer is not None
+    prompt = llm.tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+    (expected,) = llm.generate(
+        [llm.tokenizer.encode(prompt, add_special_tokens=False)], SamplingParams(max_tokens=6, temperature=0)
+    )
+    printed = capsys.readouterr()
+    assert printed.out == f"{expected.text}\nthe conversation is forgotten\n\n"
+    assert "/help shows the commands" in printed.err

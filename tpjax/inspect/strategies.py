@@ -1,0 +1,183 @@
+"""Tensor parallelism against its neighbours: replicas, pipeline stages, expert parallelism.
+
+All with the formulas of ``plan.py``, for the same model, chips and traffic ("How to Scale Your Model",
+chapters 7 and 8; Pope et al. 2022, section 3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tpjax.errors import ConfigError
+from tpjax.inspect.hardware import Hardware
+from tpjax.inspect.plan import Cost, Model, Traffic, divisors, make_plan
+from tpjax.inspect.shapes import Shape
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to spread a model over all chips.
+
+    Attributes:
+        kind: ``tensor``, ``replicas``, ``tensor and replicas``, ``pipeline`` or ``expert``.
+        layout: in words.
+        step_ms: between two tokens of a sequence.
+        tokens_per_s: of all sequences together.
+        prefill_ms: one prompt.
+        bytes_per_chip: of the fullest chip.
+        fits: in its usable memory.
+    """
+
+    kind: str
+    layout: str
+    step_ms: float
+    tokens_per_s: float
+    prefill_ms: float
+    bytes_per_chip: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The strategies, fastest first, those that do not fit last.
+
+    Attributes:
+        strategies: the best layout of each kind.
+        verdict: which is best, and by how much.
+    """
+
+    strategies: list[Strategy]
+    verdict: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+
+def compare(shape: Shape, hardware: Hardware, chips: int, traffic: Traffic) -> Comparison:
+    """The best layout of each kind for this traffic, and which kind wins.
+
+    Raises:
+        ConfigError: none fits.
+    """
+    every = [
+        *_tensor_and_replicas(shape, hardware, chips, traffic),
+        *_pipelines(shape, hardware, chips, traffic),
+        *_experts(shape, hardware, chips, traffic),
+    ]
+    kinds = dict.fromkeys(one.kind for one in every)
+    ranked = sorted((_fastest(one for one in every if one.kind == kind) for kind in kinds), key=_rank)
+    if not ranked[0].fits:
+        raise ConfigError(
+            f"{shape.name} fits {hardware.name}:{chips} in no way: the least is "
+            f"{min(one.bytes_per_chip for one in every) / 1e9:.1f} GB a chip, but "
+            f"{hardware.usable_bytes / 1e9:.1f} GB are usable"
+        )
+    return Comparison(ranked, _verdict(ranked, traffic))
+
+
+def _rank(one: Strategy) -> tuple[bool, float, float]:
+    return (not one.fits, -one.tokens_per_s, one.prefill_ms)
+
+
+def _fastest(strategies: Iterable[Strategy]) -> Strategy:
+    return min(strategies, key=_rank)
+
+
+def _verdict(ranked: list[Strategy], traffic: Traffic) -> str:
+    best, *others = [one for one in ranked if one.fits]
+    text = f"{best.layout} is best for {traffic.batch} at once: {best.tokens_per_s:.0f} tokens/s"
+    if not others:
+        return f"{text}; nothing else fits"
+    gain = best.tokens_per_s / others[0].tokens_per_s
+    return f"{text}, {gain:.2f}× of {others[0].layout} ({others[0].tokens_per_s:.0f})"
+
+
+def _tensor_and_replicas(
+    shape: Shape, hardware: Hardware, chips: int, traffic: Traffic
+) -> Iterator[Strategy]:
+    for tp in divisors(chips):
+        plan = make_plan(shape, hardware, chips, tp, traffic)
+        kind = "tensor" if tp == chips else "replicas" if tp == 1 else "tensor and replicas"
+        layout = f"tp={tp}" if tp == chips else f"{plan.replicas} replicas" + (f" of tp={tp}" * (tp > 1))
+        yield Strategy(
+            kind,
+            layout,
+            plan.decode.total * 1e3,
+            plan.tokens_per_s,
+            plan.prefill.total * 1e3,
+            plan.memory.total,
+            plan.fits,
+        )
+
+
+def _pipelines(shape: Shape, hardware: Hardware, chips: int, traffic: Traffic) -> Iterator[Strategy]:
+    """Stages of consecutive layers, each cut over tp chips.
+
+    A token passes all stages before the next one of its sequence starts, so that the batch is split into as
+    many parts as there are stages, and a step lasts as many times the slowest stage, which also draws.
+    """
+    for stages in divisors(chips):
+        tp = chips // stages
+        if stages == 1 or stages > shape.layers:
+            continue
+        depth = math.ceil(shape.layers / stages) / shape.layers
+        model = Model(shape, hardware, tp, traffic)
+        part = math.ceil(traffic.batch / stages)
+
+        def through(layers: Cost, ends: Cost, tokens: int, rounds: int, depth: float = depth) -> float:
+            handed = hardware.interconnect.transfer_s(2.0 * tokens * shape.hidden)
+            return rounds * ((layers * depth + ends).total + handed)
+
+        step = through(model.layers(part, part, traffic.context), model.ends(part), part, stages)
+        prompt = traffic.prompt_len
+        prefill = through(model.layers(1, prompt, prompt / 2), Cost(), prompt, stages)
+        prefill += model.ends(1, prompt).total
+        memory = model.memory(traffic.batch, traffic.context)
+        ends = 2 * shape.vocab_weights(tp) * traffic.wide_bytes
+        held = (memory.weights - ends) * depth + ends + memory.cache * depth + memory.workspace
+        yield Strategy(
+            "pipeline",
+            f"{stages} pipeline stages" + (f" of tp={tp}" * (tp > 1)),
+            step * 1e3,
+            traffic.batch / step,
+            prefill * 1e3,
+            held,
+            held <= hardware.usable_bytes,
+        )
+
+
+def _experts(shape: Shape, hardware: Hardware, chips: int, traffic: Traffic) -> Iterator[Strategy]:
+    """Whole experts on each chip, and attention on whole sequences: two all-to-alls a layer of experts.
+
+    An all-to-all moves at most what an all-gather of the same tokens moves, half an all-reduce (the book,
+    chapter 3), and the experts' step waits for the chip with the most of them to read.
+    """
+    if shape.experts is None or chips == 1 or shape.experts.count % chips:
+        return
+    whole, cut = (Model(shape, hardware, tp, traffic, "experts") for tp in (1, chips))
+
+    def seconds(sequences: int, own: int, tokens: int, context: float) -> float:
+        # a chip computes attention for its own sequences, and its experts for everybody's
+        cost = whole.attention(sequences, own, context) + whole.dense(own) + whole.overhead(own)
+        cost += cut.mixture(tokens) + whole.ends(sequences)
+        exchange = hardware.interconnect.all_reduce_s(chips, 2.0 * tokens * shape.hidden)
+        return cost.total + shape.expert_layers * exchange
+
+    part, prompt = math.ceil(traffic.batch / chips), traffic.prompt_len
+    step = seconds(part, part, traffic.batch, traffic.context)
+    prefill = seconds(1, prompt, prompt, prompt / 2)
+    spread = shape.expert_layers * (shape.mixture_weights(1) - shape.mixture_weights(chips))
+    held = whole.memory(part, traffic.context).total - spread * traffic.weight_bytes
+    yield Strategy(
+        "expert",
+        f"experts over {chips} chips, sequences whole",
+        step * 1e3,
+        traffic.batch / step,
+        prefill * 1e3,
+        held,
+        held <= hardware.usable_bytes,
+    )

@@ -1,0 +1,143 @@
+"""From a request's choices to what goes back: pieces completions and chat have in common."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tpjax.engine.generation import Delta, Generation
+from tpjax.errors import RequestError
+from tpjax.sampling_params import MAX_SEED
+from tpjax.server.errors import bad_request, from_request_error
+from tpjax.server.protocol import Sampling
+from tpjax.server.service import Service, Stream
+
+if TYPE_CHECKING:
+    from tpjax.engine.request import Request
+    from tpjax.llm import LLM
+    from tpjax.tokenizer import Tokenizer
+
+# Deltas a streaming reader may lag behind: a few seconds of a fast model.
+STREAM_LIMIT = 1024
+
+
+class Answer(Protocol):
+    """An answer in the making: whole, or as the data of server-sent events."""
+
+    stream: Stream
+
+    async def whole(self) -> dict[str, Any]:
+        """Waits for all of it."""
+        ...
+
+    def events(self) -> AsyncIterator[dict[str, Any]]:
+        """Yields it in chunks."""
+        ...
+
+
+def make_requests(
+    llm: LLM,
+    body: Sampling,
+    prompt: str | Sequence[int],
+    max_tokens: int | None,
+    default_tokens: int | None,
+    grammars: Sequence[Any] = (),
+    **params: Any,
+) -> list[Request]:
+    """Requests for the choices of one prompt, checked; they share its tokens.
+
+    Args:
+        llm: the model.
+        body: how to sample.
+        prompt: text, or token ids.
+        max_tokens: as asked for.
+        default_tokens: where it is not, as far as the context has room; ``None``: all the room.
+        grammars: one a choice, or none.
+        **params: further sampling parameters.
+
+    Raises:
+        ApiError: 400, naming the parameter.
+    """
+    try:
+        # the prompt's own check comes first: its length decides about the rest
+        ids = llm.request(prompt, body.sampling_params(0, seed=0)).prompt_ids
+        room = llm.max_model_len - len(ids)
+        if max_tokens is None:
+            max_tokens = max(1, room if default_tokens is None else min(default_tokens, room))
+        if max_tokens > room:
+            raise bad_request(
+                f"the prompt has {len(ids)} tokens and max_tokens={max_tokens}: together "
+                f"{len(ids) + max_tokens}, over the context of {llm.max_model_len}",
+                "max_tokens",
+                "context_length_exceeded",
+            )
+        seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
+        return [
+            llm.request(
+                ids,
+                body.sampling_params(max_tokens, seed=(seed + i) % (MAX_SEED + 1), **params),
+                cache_salt=body.cache_salt or "",
+                grammar=grammars[i] if grammars else None,
+            )
+            for i in range(body.n or 1)
+        ]
+    except RequestError as error:
+        raise from_request_error(error, type(body).model_fields) from error
+
+
+def submit(service: Service, llm: LLM, body: Sampling, requests: Sequence[Request]) -> Stream:
+    """Hands requests to the engine."""
+    generations = [Generation(request, llm.tokenizer) for request in requests]
+    return service.submit(generations, STREAM_LIMIT * len(generations) if body.stream else None)
+
+
+async def gather(stream: Stream) -> list[Delta]:
+    """The whole of each choice, as one delta."""
+    parts: list[list[Delta]] = [[] for _ in stream.generations]
+    async for index, delta in stream.deltas():
+        parts[index].append(delta)
+    return [
+        Delta(
+            "".join(delta.text for delta in deltas),
+            [token for delta in deltas for token in delta.token_ids],
+            deltas[-1].finish_reason,
+            [entry for delta in deltas for entry in delta.logprobs],
+        )
+        for deltas in parts
+    ]
+
+
+def usage(stream: Stream, n: int) -> dict[str, Any]:
+    """What was read and written, tokens; a prompt counts once however many choices it has."""
+    requests = [generation.request for generation in stream.generations]
+    prompt = sum(len(request.prompt_ids) for request in requests[::n])
+    completion = sum(len(request.output_ids) for request in requests)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(request.cached_tokens for request in requests[::n])},
+    }
+
+
+def event(data: dict[str, Any], name: str | None = None) -> bytes:
+    """A server-sent event."""
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+
+
+def token_text(tokenizer: Tokenizer | None) -> Callable[[int], str]:
+    r"""How a token is shown; bytes that are no text by themselves as OpenAI shows them, ``bytes:\\xe4``."""
+
+    def show(token: int) -> str:
+        if tokenizer is None:
+            return f"token_id:{token}"
+        data = tokenizer.token_bytes(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    return show

@@ -1,0 +1,147 @@
+"""Grammars over tokens: JSON schemas and tool calls, as masks for the sampler, by llguidance."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from typing import TYPE_CHECKING, Any
+
+import llguidance
+import numpy as np
+
+from tpjax.server.errors import bad_request
+
+if TYPE_CHECKING:
+    from tpjax.server.sandbox import Sandbox
+    from tpjax.tokenizer import Tokenizer
+
+MAX_GRAMMAR_BYTES = 64 << 10
+DEADLINE_S = 10.0
+# Between tokens of JSON: nothing, a space, or a line with some indentation. A model that has lost its thread
+# would otherwise write white space until its limit.
+WHITESPACE = r"( |\n {0,16})?"
+_LAYOUT: Any = {"whitespace_pattern": WHITESPACE}
+
+
+class TokenGrammar:
+    """What a request's next token may be; the engine asks and tells.
+
+    Attributes:
+        finished: nothing may follow.
+        error: the grammar met a limit while it ran; the request fails.
+    """
+
+    def __init__(self, matcher: Any, eos_ids: frozenset[int], vocab_size: int) -> None:
+        self.finished = False
+        self.error: str | None = None
+        self._matcher = matcher
+        self._eos_ids = eos_ids
+        self._words = -(-vocab_size // 32)
+
+    def mask(self) -> np.ndarray:
+        """uint32 [ceil(V / 32)]: bit ``i`` of word ``w`` allows token ``32 * w + i``."""
+        allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: self._words]
+        self._check()
+        # a model may have more rows than its tokenizer has tokens: those are never drawn
+        return np.pad(allowed, (0, self._words - len(allowed)))
+
+    def advance(self, token: int) -> None:
+        """Takes the token that was drawn."""
+        if token in self._eos_ids:
+            self.finished = True
+        elif not self.finished:
+            self._matcher.consume_token(token)
+            self._check()
+            # what is complete and cannot go on needs no end-of-text token
+            self.finished = self.finished or self._matcher.is_stopped()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            self.finished, self.error = True, "the schema is too complex to follow"
+
+
+class GrammarCompiler:
+    """Makes grammars for one model.
+
+    Args:
+        tokenizer: its vocabulary is handed to llguidance when the first grammar is made.
+        vocab_size: of the model, which may have more rows than the tokenizer.
+        sandbox: where a grammar is tried first.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, sandbox: Sandbox) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._sandbox = sandbox
+        self._vocabulary: llguidance.LLTokenizer | None = None
+        self._lock = threading.Lock()
+
+    async def schema(self, schema: Any, param: str, count: int) -> list[TokenGrammar]:
+        """Grammars of a JSON schema, one for each of ``count`` choices.
+
+        Raises:
+            ApiError: 400; it is too large, not valid, or cannot be compiled in time.
+        """
+        text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
+        try:
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_LAYOUT)
+        except ValueError as error:
+            raise bad_request(f"the schema is not usable: {error}"[:500], param) from error
+        return await self._make(grammar, param, count)
+
+    async def lark(self, lark: str, param: str, count: int) -> list[TokenGrammar]:
+        """Grammars in llguidance's dialect of Lark.
+
+        Raises:
+            ApiError: as for a schema.
+        """
+        return await self._make(llguidance.LLMatcher.grammar_from_lark(lark), param, count)
+
+    async def _make(self, grammar: str, param: str, count: int) -> list[TokenGrammar]:
+        if len(grammar) > MAX_GRAMMAR_BYTES:
+            raise bad_request(f"the schema takes {len(grammar)} bytes, over {MAX_GRAMMAR_BYTES}", param)
+        if not self._tokenizer.eos_ids:
+            raise bad_request("a schema needs an end-of-text token, and the model has none", param)
+        await self._sandbox.check_grammar(grammar, param)
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                first = await asyncio.to_thread(self._compile, grammar, param)
+        except TimeoutError as error:
+            raise bad_request(f"the schema took over {DEADLINE_S:g} s to compile", param) from error
+        matchers = [first, *(first.deep_copy() for _ in range(count - 1))]
+        return [TokenGrammar(one, self._tokenizer.eos_ids, self._vocab_size) for one in matchers]
+
+    def _compile(self, grammar: str, param: str) -> Any:
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = vocabulary(self._tokenizer)
+        matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
+        allowed = matcher.compute_bitmask()  # a cyclic schema shows only here
+        if matcher.is_error():
+            raise bad_request(f"the schema is not usable: {matcher.get_error()[:500]}", param)
+        if not any(allowed):
+            raise bad_request("the schema allows no text at all", param)
+        return matcher
+
+
+class _Vocabulary:
+    """Our tokenizer in the form llguidance takes one."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.eos_token_id = min(tokenizer.eos_ids)
+        self.bos_token_id = tokenizer.bos_id
+        self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+        self.special_token_ids = sorted(tokenizer.special_ids)
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        text = text if isinstance(text, str) else text.decode("utf-8", "replace")
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def vocabulary(tokenizer: Tokenizer) -> llguidance.LLTokenizer:
+    """A tokenizer's vocabulary as llguidance keeps it; takes a second for a large one."""
+    return llguidance.LLTokenizer(
+        llguidance.TokenizerWrapper(_Vocabulary(tokenizer)), eos_token=sorted(tokenizer.eos_ids)
+    )

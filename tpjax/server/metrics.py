@@ -1,0 +1,121 @@
+"""Metrics under the field's names, for Prometheus."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+if TYPE_CHECKING:
+    from tpjax.engine.engine import Stats
+    from tpjax.engine.generation import Delta
+    from tpjax.engine.request import Request
+
+_FAST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+_SLOW = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
+
+
+@dataclass
+class Clock:
+    """The times of a choice, seconds on ``time.perf_counter``.
+
+    Attributes:
+        start: when it arrived.
+        last: when it last grew; 0 before.
+        tokens: how many it has got.
+    """
+
+    start: float = field(default_factory=time.perf_counter)
+    last: float = 0.0
+    tokens: int = 0
+
+
+class Metrics:
+    """Counts requests, tokens and time; belongs to the event loop's thread.
+
+    Args:
+        model: name of the model, a label of every metric.
+        stats: what the engine is doing; ``None`` before there is one.
+
+    Attributes:
+        generated_tokens: since the start.
+    """
+
+    def __init__(self, model: str, stats: Callable[[], Stats | None]) -> None:
+        self.generated_tokens = 0
+        self._model = model
+        self._stats = stats
+        self._registry = CollectorRegistry()
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of choices that began.")
+        self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
+        self._success = Counter(
+            "tpjax:request_success",
+            "Choices that ended, by why.",
+            ("model_name", "finished_reason"),
+            registry=self._registry,
+        )
+        self._first = self._histogram("time_to_first_token_seconds", "Arrival to first token.", _FAST)
+        self._gap = self._histogram("inter_token_latency_seconds", "Between two tokens.", _FAST)
+        self._whole = self._histogram("e2e_request_latency_seconds", "Arrival to end.", _SLOW)
+        self._registry.register(self)  # type: ignore[arg-type]  # a collector only needs collect()
+
+    def text(self) -> bytes:
+        """All of it in Prometheus's text format."""
+        return generate_latest(self._registry)
+
+    def grew(self, request: Request, clock: Clock, delta: Delta, now: float) -> None:
+        """A choice got tokens or ended; its clock is kept up to date here."""
+        count = len(delta.token_ids)
+        if not clock.last:
+            self._prompt_tokens.inc(len(request.prompt_ids))
+        if count:
+            if not clock.tokens:
+                self._first.observe(now - clock.start)
+            else:
+                for _ in range(count):  # the tokens of one dispatch share its time
+                    self._gap.observe((now - clock.last) / count)
+            clock.tokens += count
+            self.generated_tokens += count
+            self._generation_tokens.inc(count)
+        clock.last = now
+        if delta.finish_reason is not None:
+            self._success.labels(self._model, delta.finish_reason).inc()
+            self._whole.observe(now - clock.start)
+
+    def aborted(self, choices: int) -> None:
+        """Clients went before these choices ended."""
+        self._success.labels(self._model, "abort").inc(choices)
+
+    def collect(self) -> Iterator[Any]:
+        """What the engine knows itself; Prometheus's client calls this at each scrape."""
+        stats = self._stats()
+        if stats is None:
+            return
+        for name, value, text in (
+            ("num_requests_running", stats.running, "Choices that hold a slot."),
+            ("num_requests_waiting", stats.waiting, "Choices in the queue."),
+            ("kv_cache_usage_perc", stats.kv_cache_usage, "Cache pages in use; 1 is all."),
+        ):
+            gauge = GaugeMetricFamily(f"tpjax:{name}", text, labels=["model_name"])
+            gauge.add_metric([self._model], value)
+            yield gauge
+        for name, value, text in (
+            ("num_preemptions", stats.preemptions, "Requests that gave their cache pages back."),
+            ("prefix_cache_queries", stats.prefix_queries, "Prompt tokens looked up in the cache."),
+            ("prefix_cache_hits", stats.prefix_hits, "Prompt tokens found in the cache."),
+            ("compiles", stats.compiles, "Programs compiled."),
+        ):
+            counter = CounterMetricFamily(f"tpjax:{name}", text, labels=["model_name"])
+            counter.add_metric([self._model], value)
+            yield counter
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(f"tpjax:{name}", text, ("model_name",), registry=self._registry).labels(self._model)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        made = Histogram(f"tpjax:{name}", text, ("model_name",), registry=self._registry, buckets=buckets)
+        return made.labels(self._model)

@@ -1,0 +1,186 @@
+"""What every request passes: its id and log line, the key, the size of its body, and the last catch."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import re
+import sys
+import time
+import uuid
+from base64 import b64decode
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from typing import Any
+
+from tpjax.server.errors import ApiError, internal_error
+
+Scope = dict[str, Any]
+Message = dict[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+log = logging.getLogger(__name__)
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+
+MAX_BODY_BYTES = 4 << 20
+BODY_LIMIT_S = 30.0
+OPEN_PATHS = ("/health",)
+POLLED_PATHS = ("/health", "/ready", "/metrics", "/stats")  # every second or so: no news where all is well
+_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
+
+
+class Edge:
+    """The outermost layer of the application.
+
+    Args:
+        app: what is inside.
+        api_keys: any of them opens every path but ``/health``; none: all is open.
+        max_body_bytes: over it, 413.
+    """
+
+    def __init__(
+        self, app: App, api_keys: tuple[str, ...] = (), max_body_bytes: int = MAX_BODY_BYTES
+    ) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in api_keys]
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves a connection as ASGI has it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        own = headers.get("x-request-id", "")
+        ident = own if _ID.fullmatch(own) else uuid.uuid4().hex
+        token = request_id.set(ident)
+        start, status, complete = time.perf_counter(), 0, False
+
+        async def tagged(message: Message) -> None:
+            nonlocal status, complete
+            complete = message["type"] == "http.response.body" and not message.get("more_body")
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", ident.encode())]
+            await send(message)
+
+        try:
+            self._check_key(scope["path"], headers)
+            body = await self._body(receive, headers)
+            if body is not None:
+                await self._app(scope, _replayed(body, receive), tagged)
+        except ApiError as error:
+            await send_error(error, tagged)
+        except Exception:
+            log.exception("an unexpected error")
+            if not status:
+                await send_error(internal_error(), tagged)
+            elif not complete:
+                raise  # the answer has begun: the connection can only be cut
+        finally:
+            ms = round((time.perf_counter() - start) * 1000, 1)
+            fields = {"method": scope["method"], "path": scope["path"], "status": status, "ms": ms}
+            level = logging.DEBUG if scope["path"] in POLLED_PATHS and status == 200 else logging.INFO
+            log.log(level, "request", extra={"fields": fields})
+            request_id.reset(token)
+
+    def _check_key(self, path: str, headers: dict[str, str]) -> None:
+        if not self._keys or path in OPEN_PATHS:
+            return
+        kind, _, value = headers.get("authorization", "").partition(" ")
+        given = value.strip().encode("latin-1")
+        if kind.lower() == "basic":  # a browser asks for a name and a password: the password is the key
+            try:
+                given = b64decode(given, validate=True).partition(b":")[2]
+            except ValueError:
+                given = b""
+        # every key is compared, each in constant time
+        if not sum(hmac.compare_digest(given, key) for key in self._keys):
+            scheme = "Basic" if path == "/" else "Bearer"
+            raise ApiError(
+                401,
+                "the API key is missing or wrong",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": f'{scheme} realm="tpjax"'},
+            )
+
+    async def _body(self, receive: Receive, headers: dict[str, str]) -> bytes | None:
+        """The whole body; ``None`` where the client has gone."""
+        length = headers.get("content-length", "")
+        too_large = ApiError(
+            413,
+            f"the body is over {self._max_body_bytes} bytes",
+            code="request_too_large",
+            headers={"Connection": "close"},
+        )
+        if length.isdigit() and (len(length) > 18 or int(length) > self._max_body_bytes):
+            raise too_large
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(BODY_LIMIT_S):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size > self._max_body_bytes:
+                        raise too_large
+                    if not message.get("more_body"):
+                        return b"".join(parts)
+        except TimeoutError as error:
+            raise ApiError(408, f"the body did not come within {BODY_LIMIT_S:g} s") from error
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+async def send_error(error: ApiError, send: Send) -> None:
+    """Answers with an error."""
+    body = json.dumps(error.body()).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+    pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": pairs})
+    await send({"type": "http.response.body", "body": body})
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a record: whatever a client sends, it cannot begin a line of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        line = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}",
+            "level": record.levelname.lower(),
+            "request_id": request_id.get(),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return json.dumps({name: value for name, value in line.items() if value is not None})
+
+
+def log_as_json_lines() -> None:
+    """Sends what tpjax and uvicorn log to stderr, as JSON lines."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name, level in (("tpjax", logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(level)
+        logger.propagate = False

@@ -1,0 +1,320 @@
+"""The engine's thread, and how requests reach it from the event loop and deltas come back.
+
+One thread owns the model: it loads it and steps its engine, and nobody else touches either. Requests and
+cancellations go to it through a queue, and take effect between two steps; what a step gave goes back to the
+event loop in one call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from tpjax.engine.generation import Delta, Generation
+from tpjax.server.errors import ApiError, internal_error
+from tpjax.server.grammar import TokenGrammar
+from tpjax.server.metrics import Clock, Metrics
+from tpjax.server.shards import shards
+
+if TYPE_CHECKING:
+    from tpjax.engine.engine import Engine, Stats
+    from tpjax.engine.request import Request
+    from tpjax.llm import LLM
+
+log = logging.getLogger(__name__)
+
+State = Literal["loading", "ready", "draining", "failed"]
+
+
+class Stream:
+    """Deltas of the generations of one HTTP request, on their way to whoever answers it.
+
+    Belongs to the event loop's thread.
+
+    Args:
+        generations: what runs, in the order of the choices.
+        limit: deltas that may wait to be read; ``None``: any number. Over it the reader is too slow: the
+            generations end, and the task that reads is cancelled.
+
+    Attributes:
+        generations: as given.
+        clocks: when each choice began and last grew.
+    """
+
+    def __init__(self, generations: Sequence[Generation], limit: int | None = None) -> None:
+        self.generations = generations
+        self.clocks = [Clock() for _ in generations]
+        self._limit = limit
+        self._deltas: deque[tuple[int, Delta]] = deque()
+        self._open = len(generations)
+        self._error: ApiError | None = None
+        self._news = asyncio.Event()
+        self._reader = asyncio.current_task()
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come."""
+        return self._error is not None or not self._open
+
+    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
+        """Yields (index of the choice, delta) until all choices have ended.
+
+        Raises:
+            ApiError: a generation failed.
+        """
+        self._reader = asyncio.current_task()
+        while True:
+            while self._deltas:
+                yield self._deltas.popleft()
+            if self._error is not None:
+                raise self._error
+            if not self._open:
+                return
+            self._news.clear()
+            await self._news.wait()
+
+    def put(self, index: int, delta: Delta) -> bool:
+        """Takes a delta; returns False where the reader is too slow for it."""
+        if self.ended:
+            return True
+        if delta.finish_reason == "error":
+            message = self.generations[index].request.error or "the generation failed"
+            self.fail(ApiError(500, message, code="generation_failed"))
+            return True
+        self._open -= delta.finish_reason is not None
+        self._deltas.append((index, delta))
+        self._news.set()
+        if self._limit is None or len(self._deltas) <= self._limit:
+            return True
+        self.fail(ApiError(408, f"{self._limit} pieces of the answer were not read", code="slow_reader"))
+        if self._reader is not None:
+            self._reader.cancel("slow reader")
+        return False
+
+    def fail(self, error: ApiError) -> None:
+        """Ends it; what was put before is still read."""
+        if not self.ended:
+            self._error = error
+            self._news.set()
+
+
+class Service:
+    """Serves one model to many.
+
+    Args:
+        load: makes the model; called on the service's own thread.
+        model: its name.
+        max_queue: choices that may wait for a slot; more are refused.
+        on_ready: called once, on the event loop, when requests are taken.
+        on_failure: called once, on the event loop, if the thread ends by an exception.
+
+    Attributes:
+        state: ``ready`` takes requests.
+        error: what ended the thread.
+        model: as given.
+        stats: what the engine did last; ``None`` while the model loads.
+        shards: how the model is cut; ``None`` while it loads.
+        metrics: of all requests.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], LLM],
+        model: str,
+        max_queue: int = 256,
+        on_ready: Callable[[], None] = lambda: None,
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.state: State = "loading"
+        self.error: BaseException | None = None
+        self.stats: Stats | None = None
+        self.shards: dict[str, Any] | None = None
+        self.model = model
+        self.metrics = Metrics(model, lambda: self.stats)
+        self.max_queue = max_queue
+        self._load = load
+        self._on_ready = on_ready
+        self._on_failure = on_failure
+        self._llm: LLM | None = None
+        self._streams: set[Stream] = set()  # the event loop's
+        self._active: dict[Request, tuple[Stream, int]] = {}  # the engine thread's
+        self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="tpjax-engine", daemon=True)
+
+    # --- on the event loop -------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Starts the thread; the model is there when ``state`` is ``ready``."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def llm(self) -> LLM:
+        """The model.
+
+        Raises:
+            ApiError: 503 while there is none, or no more requests are taken.
+        """
+        if self.state != "ready" or self._llm is None:
+            raise ApiError(
+                503, f"the server is not ready: {self.state}", code=self.state, headers={"Retry-After": "1"}
+            )
+        return self._llm
+
+    @property
+    def loaded(self) -> bool:
+        """Whether there is a model, whatever the state."""
+        return self._llm is not None
+
+    @property
+    def pending(self) -> int:
+        """Choices that wait or run."""
+        return sum(len(stream.generations) for stream in self._streams)
+
+    def admit(self, choices: int) -> None:
+        """Refuses what the queue has no room for.
+
+        Raises:
+            ApiError: 429, or 503.
+        """
+        room = self.llm.runner.limits.max_slots + self.max_queue
+        if self.pending + choices > room:
+            raise ApiError(
+                429,
+                f"the queue is full: {self.pending} choices wait or run, {choices} more are over {room}",
+                code="queue_full",
+                headers={"Retry-After": "1"},
+            )
+
+    def submit(self, generations: Sequence[Generation], limit: int | None = None) -> Stream:
+        """Hands generations to the engine; ``close`` the stream in any case.
+
+        Raises:
+            ApiError: 429, or 503.
+        """
+        self.admit(len(generations))
+        stream = Stream(generations, limit)
+        self._streams.add(stream)
+        self._commands.put(lambda engine: self._add(engine, stream))
+        return stream
+
+    def close(self, stream: Stream) -> None:
+        """Says that nobody reads a stream any more; what still runs of it ends within a step."""
+        if stream in self._streams:
+            self._streams.remove(stream)
+            self._commands.put(lambda engine: self._cancel(engine, stream))
+
+    async def drain(self, limit_s: float) -> None:
+        """Takes no more requests and waits for those that run; after ``limit_s`` they fail."""
+        if self.state != "failed":
+            self.state = "draining"
+        deadline = time.monotonic() + limit_s
+        while self._streams and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        self._fail_streams(ApiError(503, f"the server stopped after {limit_s:g} s", code="draining"))
+
+    async def stop(self) -> None:
+        """Ends the thread, unless it is still loading: that ends with the process."""
+        self._commands.put(None)
+        if self.loaded:
+            await asyncio.to_thread(self._thread.join)
+
+    def _deliver(self, grown: list[tuple[Stream, int, Delta]], now: float) -> None:
+        for stream, index, delta in grown:
+            self.metrics.grew(stream.generations[index].request, stream.clocks[index], delta, now)
+            if not stream.put(index, delta):
+                log.warning("a reader was too slow: its request ends")
+                self.close(stream)
+
+    def _fail_streams(self, error: ApiError) -> None:
+        for stream in list(self._streams):
+            stream.fail(error)
+
+    def _ready(self) -> None:
+        if self.state == "loading":
+            self.state = "ready"
+            self._on_ready()
+
+    def _failed(self, error: BaseException) -> None:
+        self.state, self.error = "failed", error
+        self._fail_streams(internal_error())
+        self._on_failure()
+
+    # --- on the engine's thread --------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._llm = llm = self._load()
+            self.shards = shards(llm)
+            self.stats = llm.engine.stats()
+            self._call(self._ready)
+            while self._obey(llm.engine):
+                self._step(llm.engine)
+                self.stats = llm.engine.stats()
+        except BaseException as error:
+            if self.loaded:  # a model that cannot be loaded is for the command line to report
+                log.exception("the engine stopped")
+            failure = error
+            self._call(lambda: self._failed(failure))
+
+    def _obey(self, engine: Engine) -> bool:
+        """Carries out what has been asked; waits for something to do where there is nothing."""
+        while True:
+            try:
+                command = self._commands.get(block=not engine.busy)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command(engine)
+            self.stats = engine.stats()
+
+    def _step(self, engine: Engine) -> None:
+        grown = []
+        for request, tokens in engine.step():
+            place = self._active.get(request)
+            if place is None:
+                continue  # cancelled after its dispatch
+            stream, index = place
+            if isinstance(request.grammar, TokenGrammar) and request.grammar.error:
+                request.finish_reason, request.error = "error", request.grammar.error
+            delta = stream.generations[index].advance(tokens)
+            if delta.finish_reason is not None:
+                engine.cancel(request)
+                del self._active[request]
+            if delta:
+                grown.append((stream, index, delta))
+        if grown:
+            now = time.perf_counter()
+            self._call(lambda: self._deliver(grown, now))
+
+    def _add(self, engine: Engine, stream: Stream) -> None:
+        try:
+            for index, generation in enumerate(stream.generations):
+                engine.add(generation.request)
+                self._active[generation.request] = (stream, index)
+        except Exception:  # each was checked before: this is a bug, and must not end the others
+            log.exception("a checked request was refused")
+            self._cancel(engine, stream)
+            self._call(lambda: stream.fail(internal_error()))
+
+    def _cancel(self, engine: Engine, stream: Stream) -> None:
+        aborted = 0
+        for generation in stream.generations:
+            if self._active.pop(generation.request, None) is not None:
+                engine.cancel(generation.request)
+                aborted += 1
+        if aborted:
+            self._call(lambda: self.metrics.aborted(aborted))
+
+    def _call(self, function: Callable[[], None]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function)
+        except RuntimeError:  # the loop has closed: nobody is left to hear it
+            log.debug("the event loop has closed")

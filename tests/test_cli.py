@@ -478,6 +478,32 @@ def test_explain_reads_no_weights_and_prints_every_table(smollm2_gguf: Path) -> 
         assert text in table.stdout
 
 
+@pytest.mark.parametrize("what", ("", "config.json"))
+def test_explain_of_a_configuration_alone(what: str, tmp_path: Path) -> None:
+    """Without weights: the directory, or the file in it. Qwen2.5-7B's heads at tp=8 are on paper."""
+    published = {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1000000.0,
+        "torch_dtype": "bfloat16",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    out = tpjax_command("explain", str(tmp_path / what), "--tp", "8", "--max-model-len", "1024", "--json")
+    assert out.returncode == 0, out.stderr
+    report = json.loads(out.stdout)
+    assert (report["heads"]["padded_heads"], report["heads"]["kv_slots"]) == (32, 8)
+    rows = {row["name"]: row for row in report["tensors"]}
+    assert rows["layers.*.self_attn.qkv_proj.weight"]["shape"] == [3584, (32 + 2 * 8) * 128]
+    assert rows["layers.*.mlp.down_proj.weight"]["shard_shape"] == [3584, 18944 // 8]
+    assert report["collective_budget"]["all_reduces"] == 5
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     (

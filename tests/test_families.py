@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from conftest import GOLDENS
 
 from tpjax.config import ModelConfig, RopeConfig
 from tpjax.errors import ConfigError
@@ -17,7 +19,7 @@ from tpjax.families import (
     config_from_hf,
     gguf_architecture,
 )
-from tpjax.mappings.fields import Fields, Names
+from tpjax.mappings.fields import INERT, Fields, Names
 from tpjax.mappings.quantization import Quantization, quantization_of
 
 SCALING = {
@@ -394,6 +396,75 @@ def test_bad_value(raw: Mapping[str, Any], change: dict[str, Any], named: tuple[
     message = refusal({**raw, **change})
     for part in named:
         assert part in message
+
+
+# --- no field is passed over ------------------------------------------------------------------------------
+
+
+def perturbed(value: Any) -> list[Any]:
+    """Other values of a field, of the same type."""
+    match value:
+        case bool():
+            return [not value]
+        case int():
+            return [value + 1, value * 2]
+        case float():
+            return [value * 2 + 0.25]
+        case str():
+            return [f"not {value}"]
+        case dict():
+            return [{**value, name: other} for name, inner in value.items() for other in perturbed(inner)]
+        case list():
+            return [value[:-1], [*value[:-1], *perturbed(value[-1])[:1]]]
+        case _:  # absent: numbers and switches that some file may hold there
+            return [3, True]
+
+
+CONFIGS = sorted(path.parent.name for path in GOLDENS.glob("*/config.json"))
+# nothing of images is computed, and these say which image tokens there are, or repeat what is read elsewhere
+OF_IMAGES = {
+    "vision_config",
+    "mm_tokens_per_image",
+    "boi_token_index",
+    "eoi_token_index",
+    "image_token_index",
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_field_counts(name: str) -> None:
+    """Whatever is changed in a family's ``config.json`` changes the model, or is refused, or is inert."""
+    raw = json.loads((GOLDENS / name / "config.json").read_text())
+    expected = config_from_hf(raw)
+    silent = []
+    for field, value in raw.items():
+        if field in INERT | OF_IMAGES:
+            continue
+        for other in perturbed(value):
+            try:
+                config = config_from_hf({**raw, field: other})
+            except ConfigError:
+                continue
+            if config == expected:
+                silent.append((field, other))
+    assert [(field, other) for field, other in silent if not without_effect(raw, field, other)] == []
+
+
+def without_effect(raw: Mapping[str, Any], field: str, other: Any) -> bool:
+    """Changes that transformers' numbers do not follow either."""
+    if field == "text_config":
+        inside = raw[field]
+        return all(
+            without_effect(inside, name, other[name]) for name in inside if inside[name] != other[name]
+        )
+    if field == "sliding_window":
+        return "sliding_attention" not in raw.get("layer_types", ())
+    if field in ("max_window_layers", "use_sliding_window", "_sliding_window_pattern"):
+        return "layer_types" in raw  # which says it layer by layer
+    if field == "no_rope_layer_interval":
+        return "no_rope_layers" in raw
+    # Phi-3 keeps the original context in two places
+    return field in INERT or (field == "rope_parameters" and "original_max_position_embeddings" in raw)
 
 
 # --- GGUF --------------------------------------------------------------------------------------------------

@@ -126,6 +126,17 @@ def test_parity_with_transformers(name: str) -> None:
     assert relative_error(llm.logits(prompt), expected) <= TOLERANCE
 
 
+def test_longrope_shares_no_pages_across_the_switch() -> None:
+    """A prompt's pages, rotated for a short sequence, are not found again by one that gets long."""
+    llm = LLM(GOLDENS / "phi3", tp=1, max_model_len=512, max_slots=1)
+    salts = [
+        llm.request([5], SamplingParams(max_tokens=count), cache_salt="of a user").cache_salt
+        for count in (1, 31, 32, 300)
+    ]
+    assert salts[0] == salts[1] != salts[2] == salts[3]
+    assert llm.config.rotations_by_length(33) != llm.config.rotations_by_length(32)
+
+
 def test_parity_of_longrope_at_the_switch() -> None:
     """Frequencies change where a sequence is longer than the original context, 32 tokens here."""
     torch = pytest.importorskip("torch")

@@ -15,9 +15,10 @@ import pytest
 from conftest import GOLDENS
 
 from tpjax import LLM, SamplingParams
-from tpjax.checkpoints.load import abstract_decoder
+from tpjax.checkpoints.load import abstract_decoder, read_config
 from tpjax.config import ModelConfig, RopeConfig
 from tpjax.inspect.collectives import find_collectives
+from tpjax.inspect.explain import collective_budget
 from tpjax.mesh import make_mesh
 from tpjax.runner import Limits, Runner
 
@@ -66,6 +67,20 @@ def test_collective_budget(decode: tuple[int, jax.stages.Compiled]) -> None:
     assert small[0].bytes == tp * 2 * 4 * 4  # a score and a token id per device and row
     # samplers that some requests ask for move O(B · 20 · tp) numbers
     assert max(one.bytes for one in found if one.conditional) <= 4 * 20 * tp * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "of_a_layer"), (("cohere", [36]), ("gpt_neox", [36]), ("olmo2", [2, 36, 36]), ("gpt2", [36, 36]))
+)
+def test_collective_budget_of_other_blocks(name: str, of_a_layer: list[int]) -> None:
+    """Numbers a token that each all-reduce sums: attention and MLP side by side share one."""
+    mesh, float32 = make_mesh(4), jnp.dtype("float32")
+    model = abstract_decoder(read_config(GOLDENS / name), mesh, float32)
+    runner = Runner(model, mesh, Limits(max_slots=1, max_model_len=128, num_pages=2), float32)
+    found = find_collectives(runner.program("decode", 1, 1).as_text())
+    reduced = [one.bytes // 4 for one in found if one.kind == "all-reduce" and not one.conditional]
+    assert sorted(reduced) == sorted([36, *of_a_layer * model.config.num_layers])
+    assert len(reduced) == collective_budget(model.config, 4)["all_reduces"]
 
 
 def test_cache_is_updated_in_place(decode: tuple[int, jax.stages.Compiled]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from tpjax.config import RopeConfig
 from tpjax.layers.rope import Rotation, inverse_frequencies, rotate, rotation
+from tpjax.mappings.fields import Fields, rope_from
 
 
 def plain(theta: float, head_dim: int) -> list[float]:
@@ -84,6 +86,93 @@ def test_llama3_mid_band_by_hand() -> None:
     found = inverse_frequencies(RopeConfig(500_000.0, "llama3", 8.0, 1.0, 4.0, 8192), 128)[30]
     assert found == pytest.approx(expected, rel=1e-6)
     assert found == pytest.approx(0.00137189, rel=1e-4)
+
+
+# What transformers 5.23 computes (``ROPE_INIT_FUNCTIONS``): parameters as in config.json, longest context,
+# length of the sequence, dimensions that rotate; then frequencies and attention factor.
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 2.0],
+    "long_factor": [1.0, 1.5, 3.0, 6.0, 9.0, 16.0],
+    "original_max_position_embeddings": 64,
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+RECORDED: dict[str, tuple[dict[str, Any], int, int, int, list[float], float]] = {
+    "linear": (
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}, 512, 1, 16,
+        [0.25, 0.07905694, 0.025, 0.007905695, 0.0025, 0.0007905695, 0.00025, 7.905695e-05], 1.0,
+    ),
+    "dynamic, short": (
+        DYNAMIC, 64, 50, 16,
+        [1.0, 0.3162278, 0.1, 0.03162278, 0.01, 0.003162278, 0.001, 0.0003162278], 1.0,
+    ),
+    "dynamic, long": (
+        DYNAMIC, 64, 160, 16,
+        [1.0, 0.2594128, 0.06729501, 0.01745719, 0.004528618, 0.001174782, 0.0003047534, 7.905695e-05], 1.0,
+    ),
+    "llama3": (
+        {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+         "high_freq_factor": 4.0, "original_max_position_embeddings": 64}, 512, 1, 16,
+        [1.0, 0.07940301, 0.004700754, 0.0009115831, 0.0001767767, 3.428102e-05, 6.64787e-06, 1.289173e-06],
+        1.0,
+    ),
+    "yarn of Qwen": (
+        {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128},
+        512, 1, 16,
+        [1.0, 0.1111425, 0.007905695, 0.001405853, 0.00025, 4.445699e-05, 7.905694e-06, 1.405853e-06],
+        1.13862944,
+    ),
+    "yarn of DeepSeek": (
+        {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 128,
+         "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.7}, 512, 1, 16,
+        [1.0, 0.2134537, 0.035, 0.0007905695, 0.00025, 7.905695e-05, 2.5e-05, 7.905694e-06], 1.08795461,
+    ),
+    "yarn of gpt-oss": (
+        {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+         "original_max_position_embeddings": 4096, "truncate": False}, 512, 1, 16,
+        [1.0, 0.225418, 0.05081327, 0.006794959, 0.0004564839, 1.818834e-05, 4.099978e-06, 9.24209e-07],
+        1.34657359,
+    ),
+    "yarn with its factor": (
+        {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128,
+         "attention_factor": 1.5}, 512, 1, 16,
+        [1.0, 0.2371708, 0.05, 0.007905695, 0.0025, 0.0007905695, 0.00025, 7.905695e-05], 1.5,
+    ),
+    "longrope, short": (
+        LONGROPE, 512, 64, 12, [1.0, 0.1958577, 0.0386799, 0.007692308, 0.00143629, 0.0002320795], 1.22474487
+    ),
+    "longrope, long": (
+        LONGROPE, 512, 65, 12, [1.0, 0.143629, 0.01547196, 0.001666667, 0.0002393816, 2.900993e-05],
+        1.22474487,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RECORDED)
+def test_as_transformers(case: str) -> None:
+    parameters, context, length, dim, frequencies, attention_factor = RECORDED[case]
+    rope = rope_from(Fields(parameters), parameters["rope_theta"], context)
+    by = rotation(rope, dim, jnp.array([[0, 1]]), jnp.array([length]))
+    np.testing.assert_allclose(by.cos[0, 0], np.full(dim // 2, attention_factor), rtol=1e-6)
+    np.testing.assert_allclose(by.sin[0, 1], attention_factor * np.sin(frequencies), rtol=2e-6)
+
+
+def test_each_sequence_goes_by_its_own_length() -> None:
+    rope = rope_from(Fields(LONGROPE), 1e4, 512)
+    both = rotation(rope, 12, jnp.array([[5], [5]]), jnp.array([10, 100]))
+    for row, length in enumerate((10, 100)):
+        alone = rotation(rope, 12, jnp.array([[5]]), jnp.array([length]))
+        np.testing.assert_array_equal(both.sin[row], alone.sin[0])
+    assert float(jnp.abs(both.sin[0] - both.sin[1]).max()) > 0.1
+
+
+def test_part_of_a_head_rotates() -> None:
+    x = np.random.default_rng(3).normal(size=(2, 4, 3, 10)).astype(np.float32)
+    by = rotation(RopeConfig(), 6, POSITIONS)
+    out = np.asarray(rotate(jnp.asarray(x), by))
+    np.testing.assert_array_equal(out[..., 6:], x[..., 6:])
+    np.testing.assert_array_equal(out[..., :6], rotate(jnp.asarray(x[..., :6]), by))
 
 
 def test_divisors() -> None:

@@ -78,25 +78,47 @@ def test_no_uniform_arrangement_costs_less(plan: HeadPlan) -> None:
     assert (plan.slots_per_device * (2 * plan.group_size + 2), plan.slots_per_device) == best
 
 
-# model: (H, K), then per tp (2, 3, 4, 5, 6, 8, 16): query heads and KV heads computed over all devices
+# model: (H, K), then at tp = 2 to 16 the query heads and the KV heads computed over all devices
 PINNED = {
-    "Llama-3-8B": ((32, 8), ((32, 8), (36, 9), (32, 8), (40, 10), (36, 18), (32, 8), (32, 16))),
-    "Qwen2.5-7B": ((28, 4), ((28, 4), (36, 9), (28, 4), (35, 5), (42, 6), (32, 8), (32, 16))),
-    "Qwen2.5-0.5B": ((14, 2), ((14, 2), (21, 3), (16, 4), (20, 5), (18, 6), (16, 8), (16, 16))),
-    "SmolLM2": ((9, 3), ((12, 4), (9, 3), (12, 4), (15, 5), (12, 6), (16, 8), (16, 16))),
-    "Gemma-3-270M": ((4, 1), ((4, 2), (6, 3), (4, 4), (5, 5), (6, 6), (8, 8), (16, 16))),
-    "Phi-3-mini": ((32, 32), ((32, 32), (33, 33), (32, 32), (35, 35), (36, 36), (32, 32), (32, 32))),
+    "Llama-3-8B": (
+        (32, 8),
+        (32, 36, 32, 40, 36, 42, 32, 36, 40, 44, 48, 52, 56, 60, 32),
+        (8, 9, 8, 10, 18, 21, 8, 9, 10, 11, 12, 13, 14, 15, 16),
+    ),
+    "Qwen2.5-7B": (
+        (28, 4),
+        (28, 36, 28, 35, 42, 49, 32, 36, 40, 44, 36, 39, 42, 45, 32),
+        (4, 9, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16),
+    ),
+    "Qwen2.5-0.5B": (
+        (14, 2),
+        (14, 21, 16, 20, 18, 21, 16, 18, 20, 22, 24, 26, 14, 15, 16),
+        (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16),
+    ),
+    "SmolLM2": (
+        (9, 3),
+        (12, 9, 12, 15, 12, 14, 16, 9, 10, 11, 12, 13, 14, 15, 16),
+        (4, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16),
+    ),
+    "Gemma-3-270M": (
+        (4, 1),
+        (4, 6, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16),
+        (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16),
+    ),
+    "Phi-3-mini": (
+        (32, 32),
+        (32, 33, 32, 35, 36, 35, 32, 36, 40, 33, 36, 39, 42, 45, 32),
+        (32, 33, 32, 35, 36, 35, 32, 36, 40, 33, 36, 39, 42, 45, 32),
+    ),
 }
 
 
 @pytest.mark.parametrize("model", PINNED)
 def test_pinned_paddings(model: str) -> None:
-    (heads, kv_heads), expected = PINNED[model]
-    found = []
-    for tp in (2, 3, 4, 5, 6, 8, 16):
-        plan = HeadPlan(heads, kv_heads, tp)
-        found.append((plan.num_padded_heads, plan.num_slots))
-    assert tuple(found) == expected
+    (heads, kv_heads), query_places, slots = PINNED[model]
+    plans = [HeadPlan(heads, kv_heads, tp) for tp in range(2, 17)]
+    assert tuple(plan.num_padded_heads for plan in plans) == query_places
+    assert tuple(plan.num_slots for plan in plans) == slots
 
 
 def test_slots_of_smollm2_at_two() -> None:

@@ -185,7 +185,7 @@ def _doctor(args: argparse.Namespace) -> None:
 def _explain(args: argparse.Namespace) -> None:
     from tpjax.inspect.explain import explain_model
 
-    _devices(args)
+    _devices(args, configuration=True)
     report = explain_model(
         args.model,
         tp=args.tp,
@@ -277,11 +277,13 @@ def _load(args: argparse.Namespace, **options: Any) -> LLM:
     )
 
 
-def _devices(args: argparse.Namespace) -> None:
-    """Sees to it that there are as many devices as asked for."""
+def _devices(args: argparse.Namespace, *, configuration: bool = False) -> None:
+    """Sees to it that there are as many devices as asked for; ``configuration``: a config.json will do."""
     from tpjax.checkpoints import hub
 
-    hub.resolve(args.model)  # before JAX starts: a misspelt name is reported at once
+    hub.resolve(
+        args.model, configuration=configuration
+    )  # before JAX starts: a misspelt name is reported at once
     if args.tp is not None and args.tp > 1:
         from tpjax.mesh import ensure_devices
 

@@ -66,7 +66,8 @@ class DecoderLayer(nnx.Module):
         mixed, cache = self.self_attn(normed, rotation, cache, at, window)
         if self.block in ("parallel", "parallel_two_norms"):
             read = normed if self.block == "parallel" else self.post_attention_layernorm(x)
-            mixed = constrain(mixed + self.mlp(read), REPLICATED)  # all-reduce over tp
+            shares = mixed + self.mlp(read)
+            mixed = constrain(shares.sum(axis=0), REPLICATED)  # all-reduce over tp, one for both
             return self._add(x, mixed), cache
         mixed = constrain(mixed, REPLICATED)  # all-reduce over tp
         match self.block:

@@ -24,6 +24,7 @@ ROW = P(None, AXIS)  # [out, in]: each device sums over some inputs; one all-red
 VOCAB = P(AXIS, None)  # [V, D]: each device holds some tokens' rows
 HEAD_ROWS = P(AXIS, None)  # [H * out, in]: each device projects to its heads; no collective
 BIAS = P(AXIS)  # [out] of a column-parallel product
+SHARES = P(AXIS)  # [tp, ...]: each device's part of a sum
 LOGITS = P(None, AXIS)  # [B, V]
 HEADS = P(None, None, AXIS, None, None)  # [B, S, K, queries per group, h]
 PAGES = P(None, AXIS, None, None)  # [pages, K, page_size, h]

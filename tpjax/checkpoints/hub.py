@@ -123,12 +123,13 @@ def cache_dir() -> Path:
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "tpjax"
 
 
-def resolve(name: str) -> Path:
+def resolve(name: str, *, configuration: bool = False) -> Path:
     """Returns the local path of a model, fetching it first where need be.
 
     Args:
         name: tried in this order: a built-in alias; an existing directory or ``.gguf`` file; a Hugging Face
             id ``org/name``, or ``org/name:file.gguf`` for one GGUF file of a repository.
+        configuration: a ``config.json`` will do.
 
     Raises:
         CheckpointError: if the name is none of these, or what it names holds nothing to load.
@@ -138,7 +139,7 @@ def resolve(name: str) -> Path:
         return fetch(name)
     path = Path(os.path.expanduser(name))
     if name and os.path.exists(path):
-        return _usable(path)
+        return path if configuration and path.name == "config.json" else _usable(path)
     repo, _, file = name.partition(":")
     if _HUB_ID.fullmatch(repo) and not repo.endswith(".gguf"):
         return _from_hub(repo, file)

@@ -19,7 +19,13 @@ from rich.text import Text
 
 from tpjax.cache import cache_layout, page_bytes_per_device
 from tpjax.checkpoints.hub import resolve
-from tpjax.checkpoints.load import abstract_decoder, check_tensors, open_checkpoint, parameters
+from tpjax.checkpoints.load import (
+    abstract_decoder,
+    check_tensors,
+    open_checkpoint,
+    parameters,
+    read_config,
+)
 from tpjax.config import ExpertSharding, ModelConfig, MoEConfig
 from tpjax.inspect.collectives import Collective, find_collectives, summarise
 from tpjax.memory import device_memory, human_bytes, plan_limits
@@ -191,7 +197,7 @@ def explain(runner: Runner, name: str) -> Report:
             "bytes_per_token_per_device": page_bytes // limits.page_size,
         },
         collectives=summarise(find_collectives(program.as_text())),
-        collective_budget=collective_budget(config.num_layers, mesh.size),
+        collective_budget=collective_budget(config, mesh.size),
     )
 
 
@@ -205,7 +211,7 @@ def explain_model(
     """Describes a checkpoint cut over ``tp`` devices without reading a weight.
 
     Args:
-        model: as ``LLM`` takes it.
+        model: as ``LLM`` takes it; or a ``config.json``, or a directory that holds one and no weights.
         tp: devices; ``None``: all of them.
         dtype: as ``LLM`` takes it.
         max_model_len: longest sequence, tokens.
@@ -214,16 +220,21 @@ def explain_model(
     Raises:
         TpjaxError: the checkpoint is not supported, or its configuration and tensors disagree.
     """
-    checkpoint = open_checkpoint(resolve(model)).with_expert_sharding(expert_sharding)
+    path = resolve(model, configuration=True)
+    bare = path.name == "config.json" or (path.is_dir() and not any(path.glob("*.safetensors*")))
+    checkpoint = None if bare else open_checkpoint(path)
+    config = read_config(path) if checkpoint is None else checkpoint.config
+    config = config.with_expert_sharding(expert_sharding)
     mesh, kind = make_mesh(tp), resolve_dtype(dtype)
-    decoder = abstract_decoder(checkpoint.config, mesh, kind)
+    decoder = abstract_decoder(config, mesh, kind)
     declared = parameters(decoder, mesh)
-    check_tensors(checkpoint, declared)
+    if checkpoint is not None:
+        check_tensors(checkpoint, declared)
     weight_bytes, memory = sum(p.bytes_per_device for p in declared), device_memory(mesh.size)
     if memory is not None and memory.free < 2 * weight_bytes:
         memory = None  # what is too large for this machine can be looked at all the same
     limits = plan_limits(
-        checkpoint.config,
+        config,
         mesh.size,
         kind,
         weight_bytes=weight_bytes,
@@ -234,14 +245,20 @@ def explain_model(
     return explain(Runner(decoder, mesh, limits, kind), name=model)
 
 
-def collective_budget(num_layers: int, tp: int) -> dict[str, Any]:
-    """What one decode step may move: two all-reduces a layer, one for the embedding, one gather to sample."""
+def collective_budget(config: ModelConfig, tp: int) -> dict[str, Any]:
+    """What one decode step may move: two all-reduces a layer, one for the embedding, one gather to sample.
+
+    A layer whose attention and MLP stand side by side needs one; a norm over all heads one more, of two
+    numbers a token.
+    """
     if tp == 1:
         return {"all_reduces": 0, "rule": "tp=1: none"}
-    count = 2 * num_layers + 1
+    a_layer = (1 if config.parallel else 2) + (config.qk_norm == "projection")
+    layers = config.num_layers
+    count = a_layer * layers + 1
     return {
         "all_reduces": count,
-        "rule": f"budget: 2 × {num_layers} layers + 1 embedding = {count} all-reduces, and sampling",
+        "rule": f"budget: {a_layer} × {layers} layers + 1 embedding = {count} all-reduces, and sampling",
     }
 
 

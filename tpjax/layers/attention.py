@@ -64,6 +64,7 @@ class Attention(nnx.Module):
             ),
             whole("o_proj.bias", (hidden,)) if config.attention_out_bias else None,
             dtype,
+            shares=tp if config.parallel else None,
         )
         self.q_norm: Norm | HeadScale
         self.k_norm: Norm | HeadScale

@@ -8,7 +8,19 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from tpjax.sharding import BIAS, COLUMN, REPLICATED, ROW, VOCAB, Layout, WeightLayout, pad_to_multiple, whole
+from tpjax.sharding import (
+    BIAS,
+    COLUMN,
+    REPLICATED,
+    ROW,
+    SHARES,
+    VOCAB,
+    Layout,
+    WeightLayout,
+    constrain,
+    pad_to_multiple,
+    whole,
+)
 
 
 def parameter(layout: Layout, spec: PartitionSpec, dtype: jnp.dtype) -> nnx.Param:
@@ -67,14 +79,30 @@ class RowLinear(nnx.Module):
         weight: layout of the weight.
         bias: layout of the bias, if there is one.
         dtype: of both.
+        shares: devices, where the caller adds products up before it sums their shares; ``None``: a sum.
     """
 
-    def __init__(self, weight: WeightLayout, bias: WeightLayout | None, dtype: jnp.dtype) -> None:
+    def __init__(
+        self, weight: WeightLayout, bias: WeightLayout | None, dtype: jnp.dtype, shares: int | None = None
+    ) -> None:
         self.weight = parameter(weight, ROW, dtype)
         self.bias = None if bias is None else parameter(bias, REPLICATED, dtype)
+        self.shares = shares
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """The sum over all devices' inputs; where the caller fixes its layout, the all-reduce happens."""
+        """The sum over all devices' inputs; where the caller fixes its layout, the all-reduce happens.
+
+        With ``shares``, each device's own part of it, along a first axis that is cut: no collective.
+        """
+        if self.shares is not None:
+            inputs = x.reshape(*x.shape[:-1], self.shares, -1)
+            weight = self.weight[...].reshape(-1, *inputs.shape[-2:])
+            y = jnp.einsum("...ti,oti->t...o", inputs, weight, preferred_element_type=x.dtype)
+            y = constrain(y, SHARES)
+            if self.bias is None:
+                return y
+            first = (jnp.arange(self.shares) == 0).reshape(-1, *[1] * (y.ndim - 1))
+            return y + jnp.where(first, self.bias[...], 0)
         # The result keeps the activations' dtype, so that the all-reduce moves bfloat16 where the model is
         # bfloat16. Accelerators accumulate a product in float32 all the same.
         y = _contract_last(x, self.weight[...], x.dtype)

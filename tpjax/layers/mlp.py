@@ -82,6 +82,7 @@ class MLP(nnx.Module):
             rows(padded, [Segment(name, 0, width, 0)], {name: width}, out_features=hidden),
             whole("down_proj.bias", (hidden,)) if config.mlp_bias else None,
             dtype,
+            shares=tp if config.parallel else None,
         )
         self.activation = config.activation
         self.gated = config.gated_mlp

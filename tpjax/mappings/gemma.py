@@ -134,6 +134,7 @@ def _gemma3(fields: Fields) -> ModelConfig:
     if not text.raw:
         raise ConfigError(f"{fields.where}: field 'text_config' is missing")
     text.fixed("model_type", "gemma3_text")
+    text.fixed("tie_word_embeddings", fields.boolean("tie_word_embeddings", True))
     # the first files leave out of the text part what is at its default, sizes included
     sizes = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262_208}
     filled = Fields({**sizes, "tie_word_embeddings": fields.boolean("tie_word_embeddings", True), **text.raw})

@@ -55,6 +55,11 @@ def test_a_count_is_a_whole_number(count):
         parse_hardware(f"h100:{count}")
 
 
+def test_a_count_has_an_end():
+    with pytest.raises(ConfigError, match="1000000 chips are over 65536"):
+        parse_hardware("h100:1000000")
+
+
 # --- files -------------------------------------------------------------------------------------------------
 
 
@@ -90,6 +95,7 @@ def test_a_file_adds_chips_in_either_format(tmp_path):
     ("chip", "message"),
     [
         ({"like": "h300"}, r"like='h300' is not known"),
+        ({"like": ["h100"]}, r"is not known; known are a100-80gb"),
         ({"memory_gb": 24}, r"'bandwidth_gb_s' is missing"),
         ({"like": "h100", "memory": 24}, r"unknown field 'memory'"),
         ({"like": "h100", "memory_gb": float("nan")}, r"memory_gb=nan is not a positive number"),

@@ -1,9 +1,12 @@
 """Measuring this machine at toy sizes, keeping the figures, and predicting from them."""
 
 import json
+import types
 
 import pytest
 
+from tpjax import cli
+from tpjax.checkpoints import hub
 from tpjax.errors import DeviceError
 from tpjax.inspect import bench, measure
 from tpjax.inspect.plan import Traffic, make_plan
@@ -111,13 +114,30 @@ def test_a_failed_measurement_says_why(monkeypatch):
         measure._measure_apart(2)
 
 
-def test_bench_times_a_runner_next_to_the_plan(small):
-    hardware = measure.hardware_from(FIGURES)
+def test_bench_prints_measured_next_to_predicted(small, monkeypatch, capsys):
     runner = measure._zeros_runner(make_mesh(2), 1)
-    plan = make_plan(SHAPES["smollm2-135m"], hardware, 2, 2, Traffic(1, 64, 32, "float32"))
-    report = bench.run(runner, plan)
-    data = report.to_dict()
+    llm = types.SimpleNamespace(config=runner.config, runner=runner)
+    monkeypatch.setattr(hub, "resolve", lambda name: name)
+    monkeypatch.setattr(cli, "_load", lambda args: llm)
+    monkeypatch.setattr(measure, "measured_hardware", lambda tp: measure.hardware_from(FIGURES))
+    assert cli.main(["bench", "toy", "--tp", "2", "--context", "64", "--prompt-len", "32", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["model"], data["tp"], data["context"], data["prompt_len"]) == ("toy", 2, 64, 32)
     assert 0 < data["decode"]["measured_ms"] < 1000 and 0 < data["prefill"]["measured_ms"] < 1000
-    assert data["decode"]["predicted_ms"] == plan.decode.total * 1e3
-    assert (data["tp"], data["context"], data["prompt_len"]) == (2, 64, 32)
+    hardware, shape = measure.hardware_from(FIGURES), Shape.from_config(runner.config, "toy")
+    plan = make_plan(shape, hardware, 2, 2, Traffic(1, 64, 32, "float32"))
+    assert data["decode"]["predicted_ms"] == pytest.approx(plan.decode.total * 1e3)
+    assert data["prefill"]["predicted_ms"] == pytest.approx(plan.prefill.total * 1e3)
     assert bench.longest(plan.traffic) == 64 + 64
+    assert cli.main(["bench", "toy", "--tp", "2", "--context", "64", "--prompt-len", "32"]) == 0
+    table = capsys.readouterr().out
+    assert "toy at tp=2 on abacus, float32" in table and "predicted / measured" in table
+
+
+def test_plan_measures_each_tp_it_is_asked_about(monkeypatch, capsys):
+    monkeypatch.setattr(measure, "measured_hardware", lambda tp, fresh: measure.hardware_from(FIGURES))
+    assert cli.main(["plan", "smollm2-135m", "--measure", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["chips"], data["dtype"], data["hardware"]) == (1, "float32", "abacus")  # tp gains nothing
+    assert cli.main(["plan", "smollm2-135m", "--measure", "--tp", "2"]) == 0
+    assert "faked devices share this machine's bandwidth" in capsys.readouterr().out

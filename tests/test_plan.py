@@ -190,9 +190,10 @@ def test_replicas_share_the_batch():
     assert plan.tokens_per_s == pytest.approx(10 / plan.decode.total)
 
 
-def test_room_is_what_fits():
-    plan = make_plan(SHAPES["llama-3-8b"], HARDWARE["v5e"], 4, 4, Traffic(batch=4, context=4096))
-    usable = HARDWARE["v5e"].usable_bytes
+@pytest.mark.parametrize("name", ["v5e", "b200"])
+def test_room_is_what_fits(name):
+    plan = make_plan(SHAPES["llama-3-8b"], HARDWARE[name], 4, 4, Traffic(batch=4, context=4096))
+    usable = HARDWARE[name].usable_bytes
     batch, context = plan.model.largest_batch(4096), plan.model.largest_context(4)
     assert plan.model.memory(batch, 4096).total <= usable < plan.model.memory(batch + 1, 4096).total
     assert plan.model.memory(4, context).total <= usable < plan.model.memory(4, context + 128).total

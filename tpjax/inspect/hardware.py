@@ -19,6 +19,7 @@ from tpjax.inspect.interconnect import ICI, Interconnect, NVLink
 
 # A runtime, its programs and fragmentation take the rest.
 USABLE_MEMORY = 0.92
+MOST_CHIPS = 65_536  # beyond any machine that is one mesh
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ _GPU = Efficiency(
     expert_us=15.0,
 )
 # Fitted to jax-llm-examples' Llama-3.1-70B table (v5e-16): one static program, whose layers cost nothing that
-# is not traffic or collectives, and which reads 8-bit weights as fast as 16-bit ones. Mixtures: its
+# is not traffic or collectives, and which reads 8-bit weights as fast as 16-bit ones. Mixtures: fitted to its
 # DeepSeek-R1 table (v5e-64), where sorting tokens by expert and back dominates.
 _TPU_PROGRAM = Efficiency(
     weights=0.96,
@@ -185,6 +186,8 @@ def parse_hardware(text: str, file: Path | None = None) -> tuple[Hardware, int]:
         raise ConfigError(f"hardware {name!r} is not known; known are {names}; --hardware-file adds others")
     if colon and not (count.isascii() and count.isdigit() and int(count) >= 1):
         raise ConfigError(f"--hardware {text}: {count!r} is not a whole number of chips, 1 or more")
+    if colon and int(count) > MOST_CHIPS:
+        raise ConfigError(f"--hardware {text}: {count} chips are over {MOST_CHIPS}")
     return known[name], int(count) if colon else 1
 
 
@@ -220,9 +223,10 @@ def _chip(where: str, name: str, figures: Mapping[str, Any]) -> Hardware:
     for field in figures:
         if field not in _FIELDS:
             raise ConfigError(f"{where}: unknown field {field!r}; known are {', '.join(_FIELDS)}")
-    base = HARDWARE.get(SHORT_NAMES.get(figures.get("like", ""), figures.get("like", "")))
+    like = str(figures.get("like", ""))
+    base = HARDWARE.get(SHORT_NAMES.get(like, like))
     if "like" in figures and base is None:
-        raise ConfigError(f"{where}: like={figures['like']!r} is not known; known are {', '.join(HARDWARE)}")
+        raise ConfigError(f"{where}: like={like!r} is not known; known are {', '.join(HARDWARE)}")
     if base is None:
         missing = [field for field in (*_FIGURES, "link", "link_gb_s") if field not in figures]
         if missing:

@@ -6,7 +6,7 @@ longer of its traffic and its arithmetic; the blocks, the collectives and a fixe
     step = Σ over blocks max(bytes / bandwidth, FLOPs / rate) + collectives + fixed
 
 Traffic and arithmetic: Pope et al. 2022, "Efficiently Scaling Transformer Inference",
-https://arxiv.org/abs/2211.05102, sections 2.1 (memory and compute time) and 3.2.1 (weights cut over chips,
+https://arxiv.org/abs/2211.05102, sections 2 (memory and compute time) and 3.2.1 (weights cut over chips,
 two all-reduces a layer), and "How to Scale Your Model", https://jax-ml.github.io/scaling-book/, chapters 1
 (rooflines), 3 (collectives) and 7 (prefill, decode, and the cache). Times are seconds inside, milliseconds in
 results.
@@ -15,6 +15,7 @@ results.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
@@ -141,7 +142,7 @@ class Model:
     # --- time ----------------------------------------------------------------------------------------------
 
     def decode(self, batch: int, context: int) -> Cost:
-        """One step of ``batch`` sequences of one replica (Pope et al., section 2.1; the book, chapter 7)."""
+        """One step of ``batch`` sequences of one replica (Pope et al., section 2; the book, chapter 7)."""
         return self.layers(batch, batch, context) + self.ends(batch)
 
     def prefill(self, tokens: int) -> Cost:
@@ -275,14 +276,16 @@ class Model:
 
     def largest_batch(self, context: int) -> int:
         """Sequences of that length that a replica has room for."""
-        one, two = self.memory(1, context).total, self.memory(2, context).total
-        room = self.hardware.usable_bytes - one
-        return 0 if room < 0 else 1 + int(room // (two - one))
+        usable = self.hardware.usable_bytes
+        most = int(usable // self.sequence_bytes(context))
+        return bisect_right(range(1, most + 1), usable, key=lambda batch: self.memory(batch, context).total)
 
     def largest_context(self, batch: int) -> int:
         """Tokens, in whole pages, that each of so many sequences has room for."""
-        room = self.hardware.usable_bytes - self.memory(batch, _PAGE).total
-        return 0 if room < 0 else _PAGE * (1 + int(room // (batch * self.sequence_bytes(_PAGE))))
+        usable = self.hardware.usable_bytes
+        most = int(usable // (batch * self.sequence_bytes(_PAGE)))
+        pages = range(1, most + 1)
+        return _PAGE * bisect_right(pages, usable, key=lambda count: self.memory(batch, count * _PAGE).total)
 
 
 @dataclass(frozen=True)

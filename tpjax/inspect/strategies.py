@@ -134,11 +134,13 @@ def _pipelines(shape: Shape, hardware: Hardware, chips: int, traffic: Traffic) -
 
         step = through(model.layers(part, part, traffic.context), model.ends(part), part, stages)
         prompt = traffic.prompt_len
-        prefill = through(model.layers(1, prompt, prompt / 2), Cost(), prompt, stages)
+        prefill = through(model.layers(1, prompt, (prompt + 1) / 2), Cost(), prompt, stages)
         prefill += model.ends(1, prompt).total
         memory = model.memory(traffic.batch, traffic.context)
-        ends = 2 * shape.vocab_weights(tp) * traffic.wide_bytes
-        held = (memory.weights - ends) * depth + ends + memory.cache * depth + memory.workspace
+        # the first stage has the embedding, the last the projection
+        vocab = shape.vocab_weights(tp)
+        ends = vocab * (traffic.wide_bytes + traffic.weight_bytes * (not shape.tied))
+        held = (memory.weights - ends + memory.cache) * depth + vocab * traffic.wide_bytes + memory.workspace
         yield Strategy(
             "pipeline",
             f"{stages} pipeline stages" + (f" of tp={tp}" * (tp > 1)),
@@ -169,7 +171,7 @@ def _experts(shape: Shape, hardware: Hardware, chips: int, traffic: Traffic) -> 
 
     part, prompt = math.ceil(traffic.batch / chips), traffic.prompt_len
     step = seconds(part, part, traffic.batch, traffic.context)
-    prefill = seconds(1, prompt, prompt, prompt / 2)
+    prefill = seconds(1, prompt, prompt, (prompt + 1) / 2)
     spread = shape.expert_layers * (shape.mixture_weights(1) - shape.mixture_weights(chips))
     held = whole.memory(part, traffic.context).total - spread * traffic.weight_bytes
     yield Strategy(

@@ -36,7 +36,17 @@ def next_token(tokens: Sequence[int], seed: int, counted: Sequence[int] = (), al
     return random.Random(repr((list(tokens), seed, sorted(counted)))).choice(choices)
 
 
+class FakeConfig:
+    """Like a model whose rotary embedding changes where a sequence may get beyond 20 tokens."""
+
+    @staticmethod
+    def length_class(reach: int) -> tuple[int, ...]:
+        return (int(reach > 20),)
+
+
 class FakeRunner:
+    config = FakeConfig()
+
     def __init__(self, slots: int, pages: int, longest: int = 48, steps: int = 4) -> None:
         self.limits = Limits(slots, longest, pages + 1, PAGE, (2, 4, 8), steps)
         self.chunk_sizes = self.limits.chunk_sizes
@@ -81,16 +91,19 @@ class FakeRunner:
     def keep(self, row: Row, position: int, token: int) -> None:
         page = row.pages[position // PAGE]
         assert 0 < page <= self.limits.num_pages - 1
-        self.kept[page, position % PAGE] = token
+        self.kept[page, position % PAGE] = token + self.turn(row)
 
     def draw(self, row: Row, length: int) -> int:
-        seen = [int(self.kept[row.pages[at // PAGE], at % PAGE]) for at in range(length)]
+        seen = [int(self.kept[row.pages[at // PAGE], at % PAGE]) - self.turn(row) for at in range(length)]
         counted = self.history[row.slot][1] if row.params.needs_history else []
         bits = (self.masks[row.slot][:, None] >> np.arange(32)) & 1 if row.masked else None
         token = next_token(seen, row.seed, counted, None if bits is None else bits.reshape(-1))
         self.tokens[row.slot] = token
         counted.append(token)
         return token
+
+    def turn(self, row: Row) -> int:
+        return 1000 * self.config.length_class(row.reach)[0]  # keys of the other class are no keys
 
     @staticmethod
     def sampled(tokens: Any) -> Sampled:

@@ -108,6 +108,12 @@ class RopeConfig:
         """Whether frequencies depend on how long the sequence gets."""
         return self.kind in ("dynamic", "longrope")
 
+    def length_class(self, reach: int) -> int:
+        """Equal for lengths, tokens, at which frequencies are the same."""
+        if not self.follows_length or reach <= self.original_max_position_embeddings:
+            return 0
+        return reach if self.kind == "dynamic" else 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatentConfig:
@@ -445,6 +451,10 @@ class ModelConfig:
         """The rotary embedding of a kind of layer."""
         sliding = layer_type == "sliding_attention" and self.rope_sliding is not None
         return self.rope_sliding if sliding and self.rope_sliding else self.rope
+
+    def length_class(self, reach: int) -> tuple[int, ...]:
+        """Equal for lengths, tokens, at which the same text has the same keys."""
+        return tuple(rope.length_class(reach) for rope in (self.rope, self.rope_sliding) if rope is not None)
 
     def window_of(self, layer_type: LayerType) -> int | None:
         """Keys a layer of that kind sees, or ``None`` for all."""

@@ -81,6 +81,7 @@ class Engine:
         Raises:
             RequestError: it can never run.
         """
+        request.length_class = self.runner.config.length_class(request.most_tokens)
         self.scheduler.add(request)
 
     def cancel(self, request: Request) -> None:

@@ -61,6 +61,8 @@ class Request:
         finish_reason: ``None`` while it runs.
         error: what went wrong, where ``finish_reason`` is ``error``.
         cached_tokens: prompt tokens whose keys and values were found in the cache.
+        length_class: only requests of the same class have the same keys for the same text (the frequencies of
+            some rotary embeddings go by how long a sequence may get).
         arrival: its number in the order of arrival.
         slot: place in the batch while it runs.
         pages: cache pages it holds, in order of position.
@@ -82,6 +84,7 @@ class Request:
     finish_reason: FinishReason | None = None
     error: str | None = None
     cached_tokens: int = 0
+    length_class: tuple[int, ...] = ()
     arrival: int = 0
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
@@ -132,6 +135,6 @@ class Request:
         if len(self._keys) < pages:
             tokens = [*self.prompt_ids, *self.output_ids]
             for page in range(len(self._keys), pages):
-                parent = self._keys[-1] if self._keys else root_key(self.cache_salt)
+                parent = self._keys[-1] if self._keys else root_key(f"{self.length_class}{self.cache_salt}")
                 self._keys.append(page_key(parent, tokens[page * page_size : (page + 1) * page_size]))
         return self._keys[:pages]

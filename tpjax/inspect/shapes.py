@@ -23,7 +23,7 @@ class Latent:
     """Latent attention: keys and values are kept as one vector a token (DeepSeek-V2, section 2.1).
 
     Attributes:
-        query_rank: width of the compressed queries.
+        query_rank: width of the compressed queries; 0: they are projected from the residual.
         rank: width of the compressed keys and values.
         rope_dim: of the rotated part, one for all heads.
         nope_dim: of a head's part that is not rotated.
@@ -97,15 +97,22 @@ class Shape:
     @classmethod
     def from_config(cls, config: ModelConfig, name: str) -> Shape:
         """The shape of a checkpoint."""
-        # Families are being added to ModelConfig; what a plain decoder has not counts as absent.
-        moe: Any = getattr(config, "moe", None)
-        experts = moe and Experts(
-            moe.num_experts,
-            moe.experts_per_token,
-            moe.expert_width,
-            moe.shared_width,
-            config.num_layers - sum(moe.sparse_layers),
-        )
+        moe, latent = config.moe, config.latent
+        experts = None
+        if moe is not None:
+            dense_layers = config.num_layers - sum(moe.sparse_layers)
+            experts = Experts(
+                moe.num_experts, moe.experts_per_token, moe.expert_width, moe.shared_width, dense_layers
+            )
+        compressed = None
+        if latent is not None:
+            compressed = Latent(
+                query_rank=latent.q_lora_rank or 0,
+                rank=latent.kv_lora_rank,
+                rope_dim=config.rotated_dim,
+                nope_dim=config.head_dim - config.rotated_dim,
+                value_dim=latent.v_head_dim,
+            )
         return cls(
             name=name,
             layers=config.num_layers,
@@ -116,8 +123,9 @@ class Shape:
             width=config.intermediate_size,
             vocab=config.vocab_size,
             tied=config.tie_word_embeddings,
-            gated=getattr(config, "gated_mlp", True),
+            gated=config.gated_mlp,
             experts=experts,
+            latent=compressed,
             window=config.sliding_window,
             window_layers=config.layer_types.count("sliding_attention"),
             layer_vectors=2 * config.hidden_size,
@@ -158,7 +166,7 @@ class Shape:
             return slots * (2 * group + 2) * self.head_dim * self.hidden
         latent, heads = self.latent, math.ceil(self.heads / tp)
         down = self.hidden * (latent.query_rank + latent.rank + latent.rope_dim)
-        up = latent.query_rank * (latent.nope_dim + latent.rope_dim)
+        up = (latent.query_rank or self.hidden) * (latent.nope_dim + latent.rope_dim)
         up += latent.rank * (latent.nope_dim + latent.value_dim) + latent.value_dim * self.hidden
         return down + heads * up
 

@@ -410,7 +410,7 @@ def perturbed(value: Any) -> list[Any]:
         case dict():
             return [{**value, name: other} for name, inner in value.items() for other in perturbed(inner)]
         case list():
-            return [value[:-1], [*value[:-1], *perturbed(value[-1])[:1]]]
+            return [value[:-1], [*value[:-1], *perturbed(value[-1])[:1]]] if value else [[3]]
         case _:  # absent: numbers and switches that some file may hold there
             return [3, True]
 

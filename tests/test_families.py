@@ -455,11 +455,10 @@ def without_effect(raw: Mapping[str, Any], field: str, other: Any) -> bool:
     if field == "sliding_window":
         return "sliding_attention" not in raw.get("layer_types", ())
     if field in ("max_window_layers", "use_sliding_window", "_sliding_window_pattern"):
-        return "layer_types" in raw  # which says it layer by layer
-    if field == "use_sliding_window" and raw.get("sliding_window") is None:
-        return True
+        # layer_types say it layer by layer
+        return "layer_types" in raw or raw.get("sliding_window") is None
     if field == "decoder_sparse_step":
-        return bool(raw.get("mlp_only_layers"))  # the golden's name the only layer that a step of 2 makes dense
+        return bool(raw.get("mlp_only_layers"))  # the same layer that a step of 2 makes dense
     if field == "no_rope_layer_interval":
         return "no_rope_layers" in raw
     # Phi-3 keeps the original context in two places

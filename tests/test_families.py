@@ -415,7 +415,7 @@ def perturbed(value: Any) -> list[Any]:
         case dict():
             return [{**value, name: other} for name, inner in value.items() for other in perturbed(inner)]
         case list():
-            return [value[:-1], [*value[:-1], *perturbed(value[-1])[:1]]]
+            return [value[:-1], [*value[:-1], *perturbed(value[-1])[:1]]] if value else [[0]]
         case _:  # absent: numbers and switches that some file may hold there
             return [3, True]
 
@@ -460,7 +460,10 @@ def without_effect(raw: Mapping[str, Any], field: str, other: Any) -> bool:
     if field == "sliding_window":
         return "sliding_attention" not in raw.get("layer_types", ())
     if field in ("max_window_layers", "use_sliding_window", "_sliding_window_pattern"):
-        return "layer_types" in raw  # which says it layer by layer
+        # layer_types say it layer by layer
+        return "layer_types" in raw or raw.get("sliding_window") is None
+    if field == "decoder_sparse_step":
+        return bool(raw.get("mlp_only_layers"))  # the same layer that a step of 2 makes dense
     if field == "no_rope_layer_interval":
         return "no_rope_layers" in raw
     # Phi-3 keeps the original context in two places

@@ -38,6 +38,7 @@ INERT = frozenset({
     "attention_dropout", "attn_pdrop", "classifier_dropout", "embd_pdrop", "embedding_dropout",
     "hidden_dropout", "resid_pdrop", "residual_dropout", "summary_activation", "summary_first_dropout",
     "summary_proj_to_labels", "summary_type", "summary_use_proj",
+    "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
     "bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
 })  # fmt: skip
 

@@ -7,6 +7,7 @@ installed. The tolerance is DESIGN's: float32, max|difference| / max|logits| <= 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from flax import nnx
 from tpjax import LLM, SamplingParams
 from tpjax.cache import Placement, allocate
 from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint
+from tpjax.config import RopeConfig
 from tpjax.mesh import make_mesh
 
 TINY = sorted(golden.parent.name for golden in GOLDENS.glob("*/golden.npz"))
@@ -128,13 +130,10 @@ def test_parity_with_transformers(name: str) -> None:
 
 def test_longrope_shares_no_pages_across_the_switch() -> None:
     """A prompt's pages, rotated for a short sequence, are not found again by one that gets long."""
-    llm = LLM(GOLDENS / "phi3", tp=1, max_model_len=512, max_slots=1)
-    salts = [
-        llm.request([5], SamplingParams(max_tokens=count), cache_salt="of a user").cache_salt
-        for count in (1, 31, 32, 300)
-    ]
-    assert salts[0] == salts[1] != salts[2] == salts[3]
-    assert llm.config.rotations_by_length(33) != llm.config.rotations_by_length(32)
+    config = open_checkpoint(GOLDENS / "phi3").config
+    assert [config.length_class(reach) for reach in (2, 32, 33, 300)] == [(0,), (0,), (1,), (1,)]
+    grows = replace(config, rope=RopeConfig(kind="dynamic", original_max_position_embeddings=32, factor=4.0))
+    assert [grows.length_class(reach) for reach in (2, 32, 33, 34)] == [(0,), (0,), (33,), (34,)]
 
 
 def test_parity_of_longrope_at_the_switch() -> None:

@@ -408,20 +408,6 @@ class ModelConfig:
         """Whether attention and MLP read the same input, and one sum takes in what both add to it."""
         return self.block in ("parallel", "parallel_two_norms")
 
-    def rotations_by_length(self, reach: int) -> tuple[int, ...]:
-        """What a cached key depends on besides the tokens up to it: equal for equal rotations.
-
-        Args:
-            reach: tokens its sequence may get to.
-        """
-        ropes = [rope for rope in (self.rope, self.rope_sliding) if rope is not None and rope.follows_length]
-        return tuple(
-            int(reach > rope.original_max_position_embeddings)
-            if rope.kind == "longrope"
-            else max(reach, rope.original_max_position_embeddings)
-            for rope in ropes
-        )
-
     def rotates(self, layer: int) -> bool:
         """Whether a layer rotates its queries and keys."""
         return self.position_embedding == "rope" and (self.rope_layers is None or self.rope_layers[layer])

@@ -258,9 +258,6 @@ class LLM:
         seed = int(self._seeds.integers(0, MAX_SEED, endpoint=True)) if params.seed is None else params.seed
         request = Request(ids, params, seed, (*params.stop_token_ids, *ends), **extra)
         self.engine.scheduler.check(request)
-        # keys that rotate by their sequence's length are of use only where that is the same
-        for one in self.config.rotations_by_length(request.most_tokens):
-            request.cache_salt += f"\0{one}"
         return request
 
     # --- requests ------------------------------------------------------------------------------------------

@@ -34,6 +34,8 @@ _PACKAGES = (
     "libtpu",
     "jax-cuda12-plugin",
     "jax-cuda13-plugin",
+    "jax-cuda12-pjrt",
+    "nvidia-cuda-nvcc-cu12",
 )
 _OPTIONAL = _PACKAGES[_PACKAGES.index("transformers") :]
 _SETTINGS = re.compile(r"(XLA|JAX|HF|TPJAX|TPU|CUDA|LIBTPU)_\w+|NPROC|XDG_CACHE_HOME|HUGGING_FACE_HUB_TOKEN")

@@ -42,8 +42,8 @@ _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[([^\
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _FRAME = re.compile(r"stack_frame_id=(\d+)")
 _SCATTER = re.compile(r" = (.+?) (fusion)\(.*calls=%?(all-reduce-scatter[\w.\-]*)")
-_WINDOWED = re.compile(r"condition=%?([\w.\-]+), body=%?windowed_dot_general_body")
-_BOUND = re.compile(r" s32\[\]\S* constant\((\d+)\)")
+_WINDOWED = re.compile(r"condition=%?([\w.\-]+), body=%?[\w.\-]*windowed_dot_general_body")
+_BOUND = re.compile(r" [su]32\[\]\S* constant\((\d+)\)")
 
 
 @dataclass(frozen=True)

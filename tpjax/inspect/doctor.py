@@ -59,6 +59,7 @@ def examine() -> dict[str, Any]:
         "environment": _environment(),
         "memory": memory,
         "caches": _caches(),
+        "topologies": _topologies(),
         "warnings": _warnings(packages, devices, memory),
     }
 
@@ -88,6 +89,10 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("packages", ", ".join(versions)),
         ("devices", _device_line(devices)),
         ("memory", f"{_size(memory['available_bytes'])} available of {_size(memory['total_bytes'])}"),
+    ]
+    rows += [
+        (f"{kind} programs", problem or "can be compiled here (explain --topology)")
+        for kind, problem in facts["topologies"].items()
     ]
     rows += [(name, value) for name, value in facts["environment"].items()]
     for cache in facts["caches"]:
@@ -182,6 +187,15 @@ def _caches() -> list[dict[str, Any]]:
         }
         for name, path in folders
     ]
+
+
+def _topologies() -> dict[str, str | None]:
+    """What keeps ``explain --topology`` from compiling for each kind of chip; ``None``: nothing does."""
+    try:
+        from tpjax.inspect.topology import extra_problem
+    except ImportError as error:  # JAX itself
+        return {"TPU": str(error), "GPU": str(error)}
+    return {"TPU": extra_problem("tpu"), "GPU": extra_problem("gpu")}
 
 
 def _subfolders(folder: Path) -> list[Path]:

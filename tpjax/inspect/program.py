@@ -29,7 +29,7 @@ from tpjax.runner import Runner, resolve_dtype
 
 _ALIAS = re.compile(r"\{\d*\}: \((\d+), \{\}")
 _COPY = re.compile(
-    r"^  (?:ROOT )?%\S+ = \(?(\w+)\[([\d,]*)\](\{[^}]*\})? \S*?\b(copy|copy-start|transpose)\("
+    r"^  (?:ROOT )?%\S+ = \(?(\w+)\[([\d,]*)\](\{[^}]*\})?(?:, .*\))? (copy|copy-start|transpose)\("
 )
 _ON_CHIP = re.compile(r"S\(1\)")  # a TPU's vector memory, where weights are read to
 

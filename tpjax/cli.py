@@ -183,6 +183,9 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def _explain(args: argparse.Namespace) -> None:
+    if args.topology is not None:
+        _explain_topology(args)
+        return
     from tpjax.inspect.explain import explain_model
 
     _devices(args, configuration=True)
@@ -260,6 +263,22 @@ def _traffic(args: argparse.Namespace, dtype: str) -> Any:
         getattr(args, "dtype", None) or dtype,
         getattr(args, "cache_dtype", "auto"),
     )
+
+
+def _explain_topology(args: argparse.Namespace) -> None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is run: leave accelerators alone
+    from tpjax.inspect.program import explain_topology
+    from tpjax.inspect.topology import parse_topology
+
+    report = explain_topology(
+        args.model,
+        parse_topology(args.topology),
+        tp=args.tp,
+        dtype=args.dtype,
+        max_model_len=args.max_model_len,
+        expert_sharding=args.expert_sharding,
+    )
+    _show(json.dumps(report.to_dict(), indent=2) if args.json else report)
 
 
 def _load(args: argparse.Namespace, **options: Any) -> LLM:
@@ -578,10 +597,16 @@ def _add_explain(verbs: Any) -> None:
         """
         tpjax explain smollm2-135m --tp 4
         tpjax explain gemma3-270m --tp 6 --json
+        tpjax explain ./llama-3-8b/config.json --topology v5e:2x4
         """,
     )
     verb.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     _add_sharding_options(verb)
+    verb.add_argument(
+        "--topology",
+        metavar="NAME:GRID",
+        help="compile for chips that are not here, such as v5e:2x4 or h200:8; a wrong name lists those known",
+    )
     verb.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -17,7 +17,8 @@ KINDS = (
     "collective-broadcast",
 )
 
-_DTYPE_BITS = {
+_PACKAGE = "tpjax"
+DTYPE_BITS = {
     "pred": 8,
     "f64": 64,
     "f32": 32,
@@ -39,6 +40,10 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computat
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\] *\{([^}]*)\})")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+_FRAME = re.compile(r"stack_frame_id=(\d+)")
+_SCATTER = re.compile(r" = (.+?) (fusion)\(.*calls=%?(all-reduce-scatter[\w.\-]*)")
+_WINDOWED = re.compile(r"condition=%?([\w.\-]+), body=%?[\w.\-]*windowed_dot_general_body")
+_BOUND = re.compile(r" [su]32\[\]\S* constant\((\d+)\)")
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class Collective:
         count: times it runs in one call; loops of unknown length count once.
         conditional: it runs only if some request asks for it (it is in a branch).
         op_name: the operation of the traced program it comes from.
+        source: the line that asked for it, such as ``model.py:60``: the model's, or else the innermost of
+            this package; empty where the program does not say.
     """
 
     kind: str
@@ -62,6 +69,7 @@ class Collective:
     count: int
     conditional: bool
     op_name: str
+    source: str = ""
 
 
 def find_collectives(hlo: str) -> list[Collective]:
@@ -71,16 +79,24 @@ def find_collectives(hlo: str) -> list[Collective]:
         hlo: text of an optimised module, as ``Compiled.as_text()`` gives it.
     """
     bodies, entry = _computations(hlo)
+    sources = source_lines(hlo)
     found: list[Collective] = []
 
     def walk(name: str, times: int, conditional: bool) -> None:
         for line in bodies.get(name, ()):
             if match := _COLLECTIVE.search(line):
-                found.append(_parse(line, match, times, conditional))
+                one = _parse(line, match, match[2], times, conditional)
+                found.append(replace(one, source=_source(line, sources)))
                 continue  # to_apply of a reduction holds no collective
+            if match := _SCATTER.search(line):
+                # a TPU's reduce-scatter: a fusion of an all-reduce and the slice that a device keeps of it
+                one = _parse(line, match, "reduce-scatter", times, conditional)
+                size = max((_group_size(inner) for inner in bodies.get(match[3], ())), default=0)
+                found.append(replace(one, group_size=size, source=_source(line, sources)))
+                continue
             if " async-done(" in line or " async-update(" in line:
                 continue  # may name the computation that its start has run
-            trips = int(match[1]) if (match := _TRIPS.search(line)) else 1
+            trips = int(match[1]) if (match := _TRIPS.search(line)) else _windows(line, bodies)
             for callee in _CALLS.findall(line):
                 walk(callee, times * trips, conditional)
             for several, one in _BRANCHES.findall(line):
@@ -92,12 +108,60 @@ def find_collectives(hlo: str) -> list[Collective]:
 
 
 def summarise(collectives: Iterable[Collective]) -> list[Collective]:
-    """Merges collectives that differ in their operation only; counts add up, the largest total first."""
+    """Merges collectives that one line asked for, alike but for their operation; the largest total first."""
     merged: dict[Collective, int] = defaultdict(int)
     for one in collectives:
         merged[replace(one, count=1, op_name="")] += one.count
     rows = [replace(one, count=count) for one, count in merged.items()]
     return sorted(rows, key=lambda one: (one.conditional, -one.count * one.bytes))
+
+
+def source_lines(hlo: str) -> dict[int, str]:
+    """The line each stack frame of a module stands for, as :attr:`Collective.source` gives it.
+
+    A module lists file names, locations and frames by number; a frame names its location and, one too high,
+    its caller's frame.
+    """
+    files = {int(n): name for n, name in re.findall(r'^(\d+) "([^"]+\.py)"$', hlo, re.MULTILINE)}
+    locations = {
+        int(n): (files.get(int(file), ""), line)
+        for n, file, line in re.findall(r"^(\d+) \{file_name_id=(\d+) .*?\bline=(\d+)", hlo, re.MULTILINE)
+    }
+    frames = {
+        int(n): (int(location), int(parent or 1) - 1)
+        for n, location, parent in re.findall(
+            r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?", hlo, re.MULTILINE
+        )
+    }
+
+    def line_of(frame: int) -> str:
+        innermost = ""
+        while frame in frames:
+            location, frame = frames[frame]
+            file, line = locations.get(location, ("", ""))
+            if f"/{_PACKAGE}/" not in file:
+                continue
+            name = f"{file.rsplit(f'/{_PACKAGE}/', 1)[1]}:{line}"
+            if name.startswith("model.py:"):
+                return name
+            innermost = innermost or name
+        return innermost
+
+    return {frame: line_of(frame) for frame in frames}
+
+
+def _source(line: str, sources: dict[int, str]) -> str:
+    match = _FRAME.search(line)
+    return sources.get(int(match[1]), "") if match else ""
+
+
+def _windows(line: str, bodies: dict[str, list[str]]) -> int:
+    """Trips of a windowed product's loop, whose condition compares with a constant; other loops: 1."""
+    match = _WINDOWED.search(line)
+    bounds = [
+        int(bound) for inner in bodies.get(match[1] if match else "", ()) for bound in _BOUND.findall(inner)
+    ]
+    return max(bounds, default=1)
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
@@ -115,18 +179,18 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def _parse(line: str, match: re.Match[str], times: int, conditional: bool) -> Collective:
-    shapes = [(dtype, dims) for dtype, dims in _SHAPE.findall(match[1]) if dtype in _DTYPE_BITS]
-    if match[3] and match[2] != "all-reduce":
+def _parse(line: str, match: re.Match[str], kind: str, times: int, conditional: bool) -> Collective:
+    shapes = [(dtype, dims) for dtype, dims in _SHAPE.findall(match[1]) if dtype in DTYPE_BITS]
+    if match[3] == "-start" and kind != "all-reduce":
         # an asynchronous start gives (operands, results) and, on some backends, counters
         shapes = [(dtype, dims) for dtype, dims in shapes if (dtype, dims) != ("u32", "")]
         shapes = shapes[len(shapes) // 2 :]
     size = sum(
-        math.prod(int(n) for n in dims.split(",") if n) * _DTYPE_BITS[dtype] // 8 for dtype, dims in shapes
+        math.prod(int(n) for n in dims.split(",") if n) * DTYPE_BITS[dtype] // 8 for dtype, dims in shapes
     )
     name = _OP_NAME.search(line)
     return Collective(
-        kind=match[2],
+        kind=kind,
         shapes=" ".join(f"{dtype}[{dims}]" for dtype, dims in shapes),
         bytes=size,
         group_size=_group_size(line),

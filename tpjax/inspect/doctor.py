@@ -34,6 +34,8 @@ _PACKAGES = (
     "libtpu",
     "jax-cuda12-plugin",
     "jax-cuda13-plugin",
+    "jax-cuda12-pjrt",
+    "nvidia-cuda-nvcc-cu12",
 )
 _OPTIONAL = _PACKAGES[_PACKAGES.index("transformers") :]
 _SETTINGS = re.compile(r"(XLA|JAX|HF|TPJAX|TPU|CUDA|LIBTPU)_\w+|NPROC|XDG_CACHE_HOME|HUGGING_FACE_HUB_TOKEN")
@@ -57,6 +59,7 @@ def examine() -> dict[str, Any]:
         "environment": _environment(),
         "memory": memory,
         "caches": _caches(),
+        "topologies": _topologies(),
         "warnings": _warnings(packages, devices, memory),
     }
 
@@ -86,6 +89,10 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("packages", ", ".join(versions)),
         ("devices", _device_line(devices)),
         ("memory", f"{_size(memory['available_bytes'])} available of {_size(memory['total_bytes'])}"),
+    ]
+    rows += [
+        (f"{kind} programs", problem or "can be compiled here (explain --topology)")
+        for kind, problem in facts["topologies"].items()
     ]
     rows += [(name, value) for name, value in facts["environment"].items()]
     for cache in facts["caches"]:
@@ -180,6 +187,15 @@ def _caches() -> list[dict[str, Any]]:
         }
         for name, path in folders
     ]
+
+
+def _topologies() -> dict[str, str | None]:
+    """What keeps ``explain --topology`` from compiling for each kind of chip; ``None``: nothing does."""
+    try:
+        from tpjax.inspect.topology import extra_problem
+    except ImportError as error:  # JAX itself
+        return {"TPU": str(error), "GPU": str(error)}
+    return {"TPU": extra_problem("tpu"), "GPU": extra_problem("gpu")}
 
 
 def _subfolders(folder: Path) -> list[Path]:

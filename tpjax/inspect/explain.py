@@ -75,7 +75,7 @@ class Report:
         tensors: parameters.
         weight_bytes_per_device: all parameters.
         cache: shape, spec and bytes of the key-value cache.
-        collectives: of one compiled decode step, batch 1.
+        collectives: of one compiled decode step, batch 1, by the line that asked for them.
         collective_budget: what the design allows per decode step.
     """
 
@@ -151,7 +151,7 @@ class Report:
 
     def _collective_table(self) -> Table:
         table = _table(f"collectives of a decode step; {self.collective_budget['rule']}")
-        for column in ("kind", "result", "when"):
+        for column in ("kind", "result", "asked for by", "when"):
             table.add_column(column, overflow="fold")
         for column in ("times", "bytes each", "bytes"):
             table.add_column(column, justify="right", no_wrap=True)
@@ -159,13 +159,14 @@ class Report:
             table.add_row(
                 one.kind,
                 one.shapes,
+                one.source,
                 "if asked for" if one.conditional else "always",
                 str(one.count),
                 human_bytes(one.bytes),
                 human_bytes(one.bytes * one.count),
             )
         if not self.collectives:
-            table.add_row("none", "", "", "0", "", "")
+            table.add_row("none", "", "", "", "0", "", "")
         return table
 
 

@@ -1,0 +1,208 @@
+"""Chips that are not here: what a compiler needs to know of them to compile a program ahead of time.
+
+TPU programs need ``libtpu``, GPU programs JAX's CUDA plugin and ``ptxas``. Neither touches a device.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from tpjax.errors import ConfigError
+from tpjax.inspect.hardware import HARDWARE, SHORT_NAMES, Hardware
+from tpjax.mesh import AXIS
+
+TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # axes of the chip grid
+# libtpu that was built from the same XLA as this jax
+LIBTPU = {"0.10": "0.0.42.*", "0.12": "0.0.51.*"}
+_CORES_PER_DEVICE = {"v4": {"chip_config_name": "megacore"}}  # else libtpu shows v4's two cores apart
+_DEVICES_PER_CHIP = {"tpu7x": 2}
+
+
+@dataclass(frozen=True)
+class _GPU:
+    """What XLA asks of a GPU before it compiles; figures of XLA's own descriptions of these chips."""
+
+    capability: tuple[int, int]
+    cores: int
+    fpus_per_core: int
+    shared_memory: int
+    shared_memory_optin: int
+    l2_bytes: int
+    clock_ghz: float
+    memory_bytes: int
+    bandwidth: int
+
+    def target(self, name: str) -> str:
+        """As a ``GpuTargetConfigProto`` in text form."""
+        major, minor = self.capability
+        return f"""
+            platform_name: "CUDA"
+            device_description_str: "{name}"
+            dnn_version_info {{ major: 9 minor: 10 }}
+            gpu_device_info {{
+              cuda_compute_capability {{ major: {major} minor: {minor} }}
+              core_count: {self.cores} fpus_per_core: {self.fpus_per_core}
+              threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+              thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+              block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+              registers_per_core_limit: 65536 registers_per_block_limit: 65536
+              shared_memory_per_block: 49152 shared_memory_per_core: {self.shared_memory}
+              shared_memory_per_block_optin: {self.shared_memory_optin}
+              l2_cache_size: {self.l2_bytes} clock_rate_ghz: {self.clock_ghz}
+              device_memory_size: {self.memory_bytes} memory_bandwidth: {self.bandwidth}
+            }}"""
+
+
+GPUS = {
+    "a100-80gb": _GPU((8, 0), 108, 64, 167936, 166912, 41943040, 1.41, 85100068864, 2039040000000),
+    "h100-sxm": _GPU((9, 0), 132, 128, 233472, 232448, 52428800, 1.98, 84942979072, 3352320000000),
+    "h200": _GPU((9, 0), 132, 128, 233472, 232448, 52428800, 1.98, 151397597184, 4800000000000),
+    "b200": _GPU((10, 0), 148, 128, 233472, 232448, 132644864, 1.965, 191514411008, 7672320000000),
+}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Chips of one kind and how they are wired.
+
+    Attributes:
+        name: as it was asked for, such as ``v5e:2x4``.
+        hardware: figures of the chip.
+        grid: chips along each axis; of GPUs one number.
+    """
+
+    name: str
+    hardware: Hardware
+    grid: tuple[int, ...]
+
+    @property
+    def is_tpu(self) -> bool:
+        """Else it is a GPU."""
+        return self.hardware.name in TPUS
+
+    @property
+    def devices_per_chip(self) -> int:
+        """Devices that JAX makes of a chip; each has its part of the memory."""
+        return _DEVICES_PER_CHIP.get(self.hardware.name, 1)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of one device."""
+        return int(self.hardware.memory_bytes) // self.devices_per_chip
+
+    def mesh(self, tp: int | None = None) -> Mesh:
+        """The mesh ``("tp",)`` over the first ``tp`` devices: programs can be compiled for it, not run.
+
+        Raises:
+            ConfigError: ``tp`` is more than there are, the extra is missing or unfit for this JAX, or the
+                installed compiler cannot target these chips.
+        """
+        count = math.prod(self.grid) * self.devices_per_chip
+        tp = count if tp is None else tp
+        if tp > count:
+            raise ConfigError(f"tp={tp} is more than the {count} devices of {self.name}")
+        devices = self._tpus() if self.is_tpu else self._gpus()
+        return Mesh(np.array(devices[:tp]), (AXIS,), axis_types=(AxisType.Auto,))
+
+    def _tpus(self) -> list[jax.Device]:
+        check_extra("tpu")
+        # nothing here is a TPU: libtpu need not ask the cloud's metadata server which
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and no two processes contend for one
+        options: dict[str, Any] = dict(_CORES_PER_DEVICE.get(self.hardware.name, {}))
+        if math.prod(self.grid) % 4 or any(length % 2 for length in self.grid[:2]):
+            # a host has 2x2 chips, unless it is said to have them all
+            options["chips_per_host_bounds"] = [*self.grid, *[1] * (3 - len(self.grid))]
+        layout = "x".join(map(str, self.grid))
+        return _describe(self.name, "tpu", f"{self.hardware.name}:{layout}", options)
+
+    def _gpus(self) -> list[jax.Device]:
+        check_extra("gpu")
+        options = {
+            "topology": f"1x1x{self.grid[0]}",
+            "target_config": GPUS[self.hardware.name].target(self.hardware.name),
+        }
+        return _describe(self.name, "cuda", "", options)
+
+
+def parse_topology(text: str) -> Topology:
+    """Reads ``v5e:2x4`` or ``h200:8``.
+
+    Raises:
+        ConfigError: the chip is not known (the message lists those known), or the grid is not one of it.
+    """
+    name, _, grid = text.partition(":")
+    name = SHORT_NAMES.get(name, name)
+    if name not in TPUS and name not in GPUS:
+        shown = [*TPUS, *[short for short, long in SHORT_NAMES.items() if long in GPUS], "h200", "b200"]
+        raise ConfigError(f"topology {text!r} is not known; known chips are {', '.join(shown)}")
+    axes = TPUS.get(name, 1)
+    if not re.fullmatch(r"[1-9]\d{0,3}" + r"x[1-9]\d{0,3}" * (axes - 1), grid):
+        example = f"{name}:{'x'.join(['2', '4', '4'][:axes]) if axes > 1 else 8}"
+        what = f"a grid of {axes} axes" if axes > 1 else "a number of chips"
+        raise ConfigError(f"topology {text!r}: {grid!r} is not {what}, such as {example}")
+    return Topology(text, HARDWARE[name], tuple(map(int, grid.split("x"))))
+
+
+def check_extra(kind: str) -> None:
+    """Sees to it that the compiler for ``tpu`` or ``gpu`` programs is there, and fits this JAX.
+
+    Raises:
+        ConfigError: it is not; the message says what to install.
+    """
+    if problem := extra_problem(kind):
+        raise ConfigError(problem)
+
+
+def extra_problem(kind: str) -> str | None:
+    """Why ``tpu`` or ``gpu`` programs cannot be compiled here, and what to install; ``None``: they can."""
+    if kind == "tpu":
+        wanted = LIBTPU.get(".".join(jax.__version__.split(".")[:2]))
+        install = f"pip install 'libtpu{'==' + wanted if wanted else ''}'"
+        found = _version("libtpu")
+        if found is None:
+            return f"compiling TPU programs needs libtpu: {install}"
+        if wanted and not found.startswith(wanted.removesuffix("*")):
+            return f"libtpu {found} does not fit jax {jax.__version__}: {install}"
+        return None
+    install = (
+        f"pip install --no-deps jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__} "
+        "nvidia-cuda-nvcc-cu12"
+    )
+    for package in ("jax-cuda12-plugin", "jax-cuda12-pjrt"):
+        found = _version(package)
+        if found is None:
+            return f"compiling GPU programs needs {package}: {install}"
+        if found != jax.__version__:
+            return f"{package} {found} does not fit jax {jax.__version__}: {install}"
+    if _version("nvidia-cuda-nvcc-cu12") is None:
+        return f"compiling GPU programs needs ptxas, of nvidia-cuda-nvcc-cu12: {install}"
+    return None
+
+
+def _describe(name: str, platform: str, topology_name: str, options: dict[str, Any]) -> list[jax.Device]:
+    from jax.experimental import topologies
+
+    jax.devices()  # registers the plugins
+    try:
+        described = topologies.get_topology_desc(platform=platform, topology_name=topology_name, **options)
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"the installed compiler cannot target topology {name!r}: {reason}") from error
+    return list(described.devices)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

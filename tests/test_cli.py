@@ -312,7 +312,7 @@ def test_explain_as_json(fake_llm, capsys, monkeypatch):
     ),
 )
 def test_bad_flags_of_the_server_s_verbs(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(hub, "resolve", lambda name: Path("/cache") / name)
+    monkeypatch.setattr(hub, "resolve", lambda name, **_: Path("/cache") / name)
     assert status(*arguments.split()) == 2
     assert message in capsys.readouterr().err
 
@@ -324,7 +324,7 @@ def test_pull_prints_the_path(tmp_path, capsys):
 
 def test_pull_verifies_an_alias(monkeypatch, capsys):
     verified = []
-    monkeypatch.setattr(hub, "resolve", lambda name: Path("/cache") / name)
+    monkeypatch.setattr(hub, "resolve", lambda name, **_: Path("/cache") / name)
     monkeypatch.setattr(hub, "verify", verified.append)
     assert status("pull", "smollm2-135m") == 0
     assert verified == []

@@ -464,6 +464,8 @@ def without_effect(raw: Mapping[str, Any], field: str, other: Any) -> bool:
         return "layer_types" in raw or raw.get("sliding_window") is None
     if field == "decoder_sparse_step":
         return bool(raw.get("mlp_only_layers"))  # the same layer that a step of 2 makes dense
+    if field == "num_nextn_predict_layers":
+        return True  # layers after the last, which transformers leaves out as well
     if field == "no_rope_layer_interval":
         return "no_rope_layers" in raw
     # Phi-3 keeps the original context in two places

@@ -151,8 +151,10 @@ print(json.dumps(messages))
 
 
 def test_make_mesh_too_many() -> None:
-    with pytest.raises(DeviceError, match=r"tp=9 needs 9 devices, but JAX sees 8 \(CPU\).*fake_devices\(9\)"):
-        tpjax.make_mesh(9)
+    with pytest.raises(
+        DeviceError, match=r"tp=17 needs 17 devices, but JAX sees 16 \(CPU\).*fake_devices\(17\)"
+    ):
+        tpjax.make_mesh(17)
 
 
 @pytest.mark.parametrize("tp", (0, -1, True, 1.5, "2"))

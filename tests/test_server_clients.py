@@ -8,6 +8,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +128,15 @@ def test_the_page_in_a_browser(server: Running, tmp_path: Path) -> None:
         page.fill("#max_tokens", "900")
         page.fill("#text", "go on")
         page.click("#send")
-        page.wait_for_selector("#slots i.busy")
         page.click("#stop")
         page.wait_for_selector(".turn.assistant:last-child small:not(:empty)")
         assert page.text_content(".turn.assistant:last-child small") == "stopped"
         server.until(lambda: server.service.pending == 0)
+        many = {"prompt": "go on", "max_tokens": 900, "n": 8, "ignore_eos": True}
+        with server.client() as http, ThreadPoolExecutor(1) as pool:
+            answering = pool.submit(http.post, "/v1/completions", json=many)
+            page.wait_for_selector("#slots i.busy")
+            assert answering.result().status_code == 200
         page.fill("#max_tokens", "5000")
         page.fill("#text", "more")
         page.click("#send")

@@ -161,7 +161,7 @@ def explain_topology(
         tp=runner.mesh.size,
         dtype=str(runner.dtype),
         memory_bytes=topology.memory_bytes,
-        budget=collective_budget(config.num_layers, runner.mesh.size),
+        budget=collective_budget(config, runner.mesh.size),
         programs=[
             compile_program(runner, "decode", limits.max_slots, 1),
             compile_program(runner, "prefill", 1, chunk),

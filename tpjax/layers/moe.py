@@ -209,7 +209,7 @@ class MoE(nnx.Module):
         self.config = config
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """The sum of each token's experts, on every device."""
+        """The sum of each token's experts, on every device; of a parallel block, each device's share."""
         tokens = x.reshape(-1, x.shape[-1])
         routing = self.gate.route(tokens)
         shared = None if self.shared_expert is None else self.shared_expert.weights()
@@ -225,10 +225,10 @@ class MoE(nnx.Module):
                 REPLICATED,
                 None if self.shared_expert is None else self.shared_expert.specs(),
             ),
-            out_specs=REPLICATED,
+            out_specs=P(AXIS) if self.config.parallel else REPLICATED,
             check_vma=False,
         )(tokens, routing, self.experts.weights(), shared_weight, shared)
-        return out.reshape(x.shape)
+        return out.reshape(*out.shape[:-2], *x.shape)
 
     def _sum(
         self,
@@ -237,7 +237,7 @@ class MoE(nnx.Module):
         experts: ExpertWeights,
         shared_weight: Float[Array, "N 1"],
         shared: ExpertWeights | None,
-    ) -> Float[Array, "N D"]:
+    ) -> Float[Array, "*share N D"]:
         """On one device: its experts, or its share of each expert, and the sum over devices."""
         device = jax.lax.axis_index(AXIS)
         if self.experts.cut == "experts":
@@ -249,7 +249,10 @@ class MoE(nnx.Module):
         if shared is not None:
             one = jax.tree.map(lambda stack: stack[0], shared)
             share = share + shared_weight * gated_expert(x, one, self.config).astype(jnp.float32)
-        return jax.lax.psum(share.astype(x.dtype), AXIS)  # all-reduce over tp
+        share = share.astype(x.dtype)
+        if self.config.parallel:  # the block adds attention's share before it sums them
+            return share[None]
+        return jax.lax.psum(share, AXIS)  # all-reduce over tp
 
 
 def gated_expert(x: Float[Array, "T D"], expert: ExpertWeights, config: ModelConfig) -> Float[Array, "T D"]:

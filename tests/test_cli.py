@@ -164,7 +164,8 @@ def test_help_starts_neither_jax_nor_anything_else_heavy():
             ["pull", ".", "--verify"],
             "--verify knows the digests of built-in aliases (smollm2-135m, gemma3-270m)",
         ),
-        (["explain"], "the following arguments are required: MODEL"),
+        (["explain"], "give either MODEL or --config FILE"),
+        (["explain", "smollm2-135m", "--config", "x.json"], "give either MODEL or --config FILE"),
         (["frobnicate"], "argument VERB: invalid choice: 'frobnicate'"),
         ([], "the following arguments are required: VERB"),
     ],
@@ -480,8 +481,8 @@ def test_explain_reads_no_weights_and_prints_every_table(smollm2_gguf: Path) -> 
         assert text in table.stdout
 
 
-@pytest.mark.parametrize("what", ("", "config.json"))
-def test_explain_of_a_configuration_alone(what: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", (("{}",), ("{}/config.json",), ("--config", "{}/config.json")))
+def test_explain_of_a_configuration_alone(how: tuple[str, ...], tmp_path: Path) -> None:
     """Without weights: the directory, or the file in it. Qwen2.5-7B's heads at tp=8 are on paper."""
     published = {
         "model_type": "qwen2",
@@ -496,7 +497,8 @@ def test_explain_of_a_configuration_alone(what: str, tmp_path: Path) -> None:
         "torch_dtype": "bfloat16",
     }
     (tmp_path / "config.json").write_text(json.dumps(published))
-    out = tpjax_command("explain", str(tmp_path / what), "--tp", "8", "--max-model-len", "1024", "--json")
+    model = [word.format(tmp_path) for word in how]
+    out = tpjax_command("explain", *model, "--tp", "8", "--max-model-len", "1024", "--json")
     assert out.returncode == 0, out.stderr
     report = json.loads(out.stdout)
     assert (report["heads"]["padded_heads"], report["heads"]["kv_slots"]) == (32, 8)

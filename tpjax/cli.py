@@ -183,6 +183,9 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def _explain(args: argparse.Namespace) -> None:
+    if (args.model is None) == (args.config is None):
+        raise RequestError("give either MODEL or --config FILE")
+    args.model = args.model or args.config
     if args.topology is not None:
         _explain_topology(args)
         return
@@ -300,9 +303,8 @@ def _devices(args: argparse.Namespace, *, configuration: bool = False) -> None:
     """Sees to it that there are as many devices as asked for; ``configuration``: a config.json will do."""
     from tpjax.checkpoints import hub
 
-    hub.resolve(
-        args.model, configuration=configuration
-    )  # before JAX starts: a misspelt name is reported at once
+    # before JAX starts: a misspelt name is reported at once
+    hub.resolve(args.model, configuration=configuration)
     if args.tp is not None and args.tp > 1:
         from tpjax.mesh import ensure_devices
 
@@ -597,10 +599,14 @@ def _add_explain(verbs: Any) -> None:
         """
         tpjax explain smollm2-135m --tp 4
         tpjax explain gemma3-270m --tp 6 --json
-        tpjax explain ./llama-3-8b/config.json --topology v5e:2x4
+        tpjax explain --config llama-3-8b/config.json --tp 8
+        tpjax explain --config llama-3-8b/config.json --topology v5e:2x4
         """,
     )
-    verb.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    verb.add_argument("model", metavar="MODEL", nargs="?", help=_MODEL_HELP)
+    verb.add_argument(
+        "--config", metavar="FILE", help="a config.json in MODEL's place: no weights are needed"
+    )
     _add_sharding_options(verb)
     verb.add_argument(
         "--topology",

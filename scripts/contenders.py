@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -40,3 +43,38 @@ def serve(work: dict[str, Callable[[], float]]) -> None:
     """The worker's side."""
     for line in sys.stdin:
         print(work[line.strip()](), flush=True)
+
+
+@dataclass
+class Served:
+    """A `tpjax serve` that is ready.
+
+    Attributes:
+        url: of the server.
+        pid: of its process.
+        status: how it ended, once it has.
+    """
+
+    url: str
+    pid: int
+    status: int | None = None
+
+
+@contextmanager
+def served(model: str, tp: int, *options: str) -> Iterator[Served]:
+    """Starts a server on a free port; SIGTERM ends it."""
+    command = [sys.executable, "-m", "tpjax.cli", "serve", "--model", model, "--tp", str(tp), "--port", "0"]
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = iter(process.stderr)
+        url = next((found[1] for line in said if (found := re.search(r"(http://\S+)", line))), None)
+        if url is None or not any("is ready" in line for line in said):
+            raise SystemExit(f"tpjax serve ended with status {process.wait()}")
+        # its log goes on: somebody has to read it
+        with subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL):
+            server = Served(url, process.pid)
+            try:
+                yield server
+            finally:
+                process.terminate()
+                server.status = process.wait(60)

@@ -15,12 +15,13 @@ import asyncio
 import json
 import random
 import re
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from contenders import served
 
 from tpjax import LLM, SamplingParams
 from tpjax.mesh import ensure_devices
@@ -165,19 +166,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300)
     args = parser.parse_args()
     known = cases(args.model, args.tp)
-    command = [sys.executable, "-m", "tpjax.cli", "serve", "--model", args.model, "--tp", str(args.tp)]
-    command += ["--port", "0", "--max-model-len", str(CONTEXT), "--max-slots", str(SLOTS)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-        assert server.stderr is not None
-        url = next(found[1] for line in server.stderr if (found := re.search(r"(http://\S+)", line)))
-        if not any("is ready" in line for line in server.stderr):
-            return 1
-        # its log goes on: somebody has to read it
-        with subprocess.Popen(["cat"], stdin=server.stderr, stdout=subprocess.DEVNULL):
-            held = asyncio.run(soak(Load(url), known, args.clients, args.seconds, server.pid))
-            server.terminate()
-            status = server.wait(60)
-        print(f"{'held  ' if status == 0 else 'BROKEN'}  SIGTERM ends it: status {status}")
+    with served(args.model, args.tp, "--max-model-len", str(CONTEXT), "--max-slots", str(SLOTS)) as server:
+        held = asyncio.run(soak(Load(server.url), known, args.clients, args.seconds, server.pid))
+    status = server.status
+    print(f"{'held  ' if status == 0 else 'BROKEN'}  SIGTERM ends it: status {status}")
     return 0 if held and status == 0 else 1
 
 

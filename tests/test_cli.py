@@ -17,7 +17,9 @@ from tpjax.checkpoints import hub
 from tpjax.errors import DeviceError
 from tpjax.inspect import doctor
 
-VERBS = ("generate", "chat", "serve", "bench serve", "pull", "explain", "plan", "bench", "doctor")
+VERBS = (
+    *("generate", "chat", "serve", "bench serve", "pull", "convert", "explain", "plan", "bench", "doctor"),
+)
 ROOT = Path(cli.__file__).parents[1]
 
 

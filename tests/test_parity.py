@@ -95,9 +95,9 @@ def test_parity_with_goldens(name: str, tp: int) -> None:
     assert tokens == golden["greedy"].tolist()
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ("cohere", "deepseek_v3", "gemma3", "gpt2", "gpt_oss", "mixtral", "phi3"))
 def test_parity_of_the_engine(name: str) -> None:
-    """The same through everything that serves."""
+    """The same through everything that serves, where families differ in what the runner passes or keeps."""
     golden = np.load(GOLDENS / name / "golden.npz")
     llm = LLM(GOLDENS / name, tp=3, max_model_len=128, max_slots=1)
     (completion,) = llm.generate([golden["prompt"].tolist()], GREEDY)

@@ -175,6 +175,18 @@ def _pull(args: argparse.Namespace) -> None:
     print(path)
 
 
+def _convert(args: argparse.Namespace) -> None:
+    from tpjax.checkpoints import hub
+
+    path = hub.resolve(args.model)
+    import jax.numpy as jnp
+
+    from tpjax.checkpoints.convert import convert
+
+    convert(path, Path(args.target), None if args.dtype == "stored" else jnp.dtype(args.dtype))
+    print(args.target)
+
+
 def _doctor(args: argparse.Namespace) -> None:
     from tpjax.inspect import doctor
 
@@ -414,6 +426,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(verbs)
     _add_bench_serve(verbs)
     _add_pull(verbs)
+    _add_convert(verbs)
     _add_explain(verbs)
     _add_plan(verbs)
     _add_bench(verbs)
@@ -587,6 +600,27 @@ def _add_pull(verbs: Any) -> None:
     verb.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     verb.add_argument(
         "--verify", action="store_true", help="read the whole file again and compare its digest"
+    )
+
+
+def _add_convert(verbs: Any) -> None:
+    verb = _add_verb(
+        verbs,
+        "convert",
+        _convert,
+        "write a model as an Orbax directory, dequantised: it loads at any --tp",
+        """
+        tpjax convert gemma3-270m gemma3-270m-bf16 --dtype bfloat16
+        tpjax generate "Hello" --model gemma3-270m-bf16 --tp 4
+        """,
+    )
+    verb.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    verb.add_argument("target", metavar="TARGET", help="a directory that does not exist yet")
+    verb.add_argument(
+        "--dtype",
+        choices=("stored", "float32", "bfloat16", "float16"),
+        default="stored",
+        help="of the weights (stored: as the checkpoint has them; quantised ones become float32)",
     )
 
 

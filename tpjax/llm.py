@@ -62,7 +62,7 @@ class LLM:
     """A language model, cut over a mesh of devices.
 
     Args:
-        model: a built-in alias, a Hugging Face id, a directory, or a ``.gguf`` file.
+        model: a built-in alias, a Hugging Face id, a directory (safetensors or Orbax), or a ``.gguf`` file.
         tp: devices; ``None`` takes all of them. It need not divide anything.
         dtype: of weights, activations and cache: ``auto`` (bfloat16 on TPU and GPU, float32 on CPU),
             ``float32``, ``bfloat16`` or ``float16``.

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tpjax.chat_template import ChatTemplates
 from tpjax.checkpoints import gguf_vocab
+from tpjax.checkpoints.orbax import VOCABULARY
 from tpjax.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ def load_tokenizer(path: Path) -> Tokenizer | None:
 
     A directory holds `tokenizer.json` (preferred) or `tokenizer.model`, and beside it, all optional:
     `tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json`, `generation_config.json`,
-    `config.json` and `chat_template.jinja`.
+    `config.json` and `chat_template.jinja`; or `tokenizer.gguf`.
 
     Returns:
         The tokenizer, or None if the directory has none.
@@ -215,7 +216,9 @@ def load_tokenizer(path: Path) -> Tokenizer | None:
         ):
             if (path / name).is_file():
                 return load(path / name, _Sidecars.read(path))
-        return None
+        if not (path / VOCABULARY).is_file():
+            return None
+        path = path / VOCABULARY
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory")
     if path.suffix != ".gguf":

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tpjax.checkpoints import orbax
 from tpjax.checkpoints.gguf import GGUFFile
 from tpjax.checkpoints.quantized import dequantized
 from tpjax.checkpoints.safetensors import SafetensorsCheckpoint
@@ -54,7 +55,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a Hugging Face directory or a GGUF file.
+    """Opens a Hugging Face directory, an Orbax directory or a GGUF file.
 
     Raises:
         CheckpointError: it is missing, incomplete or malformed.
@@ -67,6 +68,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         architecture = gguf_architecture(str(file.metadata.get("general.architecture")))
         config = config_from_gguf(_gguf_view(file, architecture))
         return Checkpoint(path, config, CanonicalSource(file, architecture.names(config), config))
+    if orbax.is_orbax(path):
+        config = orbax.read_config(path)
+        return Checkpoint(path, config, CanonicalSource(orbax.OrbaxCheckpoint(path), Names(), config))
     raw = _read_json(path)
     config = config_from_hf(raw)
     files: TensorSource = SafetensorsCheckpoint(path)
@@ -78,7 +82,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Reads the architecture alone: from a directory with a ``config.json``, that file, or a GGUF file."""
+    """Reads the architecture alone: from a directory, a ``config.json``, or a GGUF file."""
+    if orbax.is_orbax(path):
+        return orbax.read_config(path)
     if path.suffix.lower() == ".gguf" and path.is_file():
         return open_checkpoint(path).config
     return config_from_hf(_read_json(path))

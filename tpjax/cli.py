@@ -611,7 +611,7 @@ def _add_convert(verbs: Any) -> None:
         "write a model as an Orbax directory, dequantised: it loads at any --tp",
         """
         tpjax convert gemma3-270m gemma3-270m-bf16 --dtype bfloat16
-        tpjax generate "Hello" --model gemma3-270m-bf16 --tp 4
+        tpjax convert ./Llama-3.1-8B-Instruct llama-3.1-8b-orbax
         """,
     )
     verb.add_argument("model", metavar="MODEL", help=_MODEL_HELP)

@@ -12,6 +12,7 @@ from conftest import GOLDENS
 
 from tpjax import LLM, SamplingParams, TpjaxError
 from tpjax.errors import CheckpointError, ConfigError, DeviceError, RequestError
+from tpjax.memory import Memory
 
 PROMPT = "The capital of France is"
 
@@ -176,6 +177,18 @@ def test_logits_bounds(tiny: LLM) -> None:
 def test_bad_arguments(arguments: dict[str, object], error: type[TpjaxError], message: str) -> None:
     with pytest.raises(error, match=message):
         LLM(GOLDENS / "llama", **arguments)
+
+
+def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read(*_: object) -> None:
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr("tpjax.llm.device_memory", lambda tp: Memory(1000, None))
+    monkeypatch.setattr("tpjax.llm.load_decoder", read)
+    with pytest.raises(ConfigError, match=r"the model does not fit: at tp=2 .* and has 1000 B"):
+        LLM(GOLDENS / "llama", tp=2)
 
 
 def test_pickles_are_refused(tmp_path: Path) -> None:

@@ -270,6 +270,15 @@ def test_tools_are_offered_and_results_go_back(client: openai.OpenAI) -> None:
     assert auto.choices[0].message.tool_calls is None and auto.choices[0].message.content
 
 
+def test_a_schema_that_is_left_out_allows_any_json(client: openai.OpenAI, offline: Any) -> None:
+    (seven,) = offline.tokenizer.encode("7")
+    form: Any = {"type": "json_schema", "json_schema": {"name": "any"}}
+    answer = client.chat.completions.create(
+        model="tiny", messages=HI, max_tokens=3, response_format=form, logit_bias={str(seven): 100}
+    )
+    assert answer.choices[0].message.content == "777"
+
+
 def test_text_parts(client: openai.OpenAI) -> None:
     parts: Any = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     ask: Any = {"model": "tiny", "max_tokens": 8, "temperature": 0}

@@ -143,6 +143,9 @@ def test_the_page_in_a_browser(server: Running, tmp_path: Path) -> None:
         page.wait_for_selector(".turn.error")
         assert "over the context of 1024" in (page.text_content(".turn.error small") or "")
         page.screenshot(path=tmp_path / "page.png")
+        page.set_viewport_size({"width": 400, "height": 800})  # a phone scrolls down, not sideways
+        assert page.evaluate("document.documentElement.scrollWidth") == 400
+        page.screenshot(path=tmp_path / "phone.png", full_page=True)
         browser.close()
     assert all(one.startswith((server.url, "data:")) for one in asked)  # nothing from elsewhere
     assert [one for one in troubles if "400" not in one] == []

@@ -66,6 +66,11 @@ def part(kind: str) -> dict[str, Any]:
     return chat(messages=[{"role": "user", "content": [{"type": kind, kind: inner}]}])
 
 
+def called(arguments: str) -> dict[str, Any]:
+    call = {"function": {"name": "f", "arguments": arguments}}
+    return chat(messages=[{"role": "assistant", "tool_calls": [call]}])
+
+
 CHAIN = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(1500)}
 TOOL = {"type": "function", "function": {"name": "f"}}
 
@@ -73,7 +78,7 @@ TOOL = {"type": "function", "function": {"name": "f"}}
 BAD: dict[str, tuple[str, Any, str | None, str]] = {
     "malformed": (COMPLETIONS, '{"prompt": ', None, "not valid JSON"),
     "empty": (COMPLETIONS, "", None, "the body is empty"),
-    "a list": (COMPLETIONS, "[]", None, "valid dictionary"),
+    "a list": (COMPLETIONS, "[]", None, "no JSON object"),
     "deep": (COMPLETIONS, "[" * 10_000, None, "recursion limit"),
     "deep and closed": (CHAT, '{"metadata":' * 10_000 + "1" + "}" * 10_000, None, "recursion limit"),
     "not utf-8": (COMPLETIONS, b'{"prompt": "\xff"}', None, "not valid JSON"),
@@ -112,6 +117,8 @@ BAD: dict[str, tuple[str, Any, str | None, str]] = {
     "long stop": (COMPLETIONS, completion(stop="a" * 300), "stop", "at most 256"),
     "empty stop": (COMPLETIONS, completion(stop=[""]), "stop", "at least 1"),
     "logit_bias": (COMPLETIONS, completion(logit_bias=MANY), "logit_bias", "1024"),
+    "logit_bias 101": (COMPLETIONS, completion(logit_bias={"5": 101}), "logit_bias", "equal to 100"),
+    "logit_bias -101": (COMPLETIONS, completion(logit_bias={"5": -101}), "logit_bias", "equal to -100"),
     "logit_bias key": (COMPLETIONS, completion(logit_bias={"x": 1}), "logit_bias", "'x', which is not"),
     "logit_bias id": (COMPLETIONS, completion(logit_bias={"9999": 1}), "logit_bias", "token id 9999"),
     "stop id": (COMPLETIONS, completion(stop_token_ids=[-1]), "stop_token_ids", "-1"),
@@ -145,11 +152,10 @@ BAD: dict[str, tuple[str, Any, str | None, str]] = {
         "names 'g', but tools has f",
     ),
     "tool name": (CHAT, chat(tools=[{"type": "function", "function": {"name": "a b"}}]), "tools", "pattern"),
-    "tool arguments": (
-        CHAT,
-        chat(messages=[{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "["}}]}]),
-        "messages", "arguments are no JSON object",
-    ),
+    "tool arguments": (CHAT, called("["), "messages", "arguments are no JSON object"),
+    "deep tool arguments": (CHAT, called('{"a":' * 5000 + "1" + "}" * 5000), "messages", "no JSON object"),
+    "NaN in tool arguments": (CHAT, called('{"a": NaN}'), "messages", "no JSON object"),
+    "lone surrogate in tool arguments": (CHAT, called('{"a": "\\ud800"}'), "messages", "no JSON object"),
     "tools and a schema": (
         CHAT, chat(tools=[TOOL], response_format={"type": "json_object"}), "response_format", "both",
     ),
@@ -202,7 +208,7 @@ def test_unknown_places(http: httpx.Client) -> None:
     assert error_of(http.get("/nothing"), 404)["type"] == "not_found_error"
     assert error_of(http.get(COMPLETIONS), 405)
     text = http.post(COMPLETIONS, content='{"prompt": "a"}', headers={"content-type": "text/plain"})
-    assert error_of(text, 400)
+    assert "not sent as application/json" in error_of(text, 400)["message"]
 
 
 def test_the_body_has_a_limit_chunked_or_not(http: httpx.Client) -> None:
@@ -273,20 +279,24 @@ def test_nan_logits_fail_that_request_alone(
     server.until(lambda: server.metric("num_requests_running") == 0)
 
 
-def hang_up(http: httpx.Client, server: Running, body: dict[str, Any], count: int) -> None:
-    """Sends a request on a raw socket, and goes once it runs."""
+def sent(server: Running, body: dict[str, Any], receive_buffer: int | None = None) -> socket.socket:
+    """A connection over which a completion has been asked for, and nothing read."""
     host, port = server.url.removeprefix("http://").split(":")
     data = json.dumps(body).encode()
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    with socket.create_connection((host, int(port))) as sock:
-        sock.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-        server.until(lambda: server.service.stats is not None and server.service.stats.running == count)
+    sock = socket.socket()
+    if receive_buffer is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    sock.connect((host, int(port)))
+    sock.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    return sock
 
 
 @pytest.mark.parametrize("streamed", (False, True))
 def test_a_client_that_goes_frees_its_slots(http: httpx.Client, server: Running, streamed: bool) -> None:
     aborted = server.metric("request_success_total")
-    hang_up(http, server, {**LONG, "n": SLOTS, "stream": streamed}, SLOTS)
+    with sent(server, {**LONG, "n": SLOTS, "stream": streamed}):
+        server.until(lambda: server.service.stats is not None and server.service.stats.running == SLOTS)
     server.until(lambda: server.service.stats is not None and server.service.stats.running == 0, 5)
     for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         assert server.metric(gauge) == 0
@@ -307,17 +317,30 @@ def test_a_slow_reader_is_cut(
     http: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("tpjax.server.answers.STREAM_LIMIT", 16)
-    host, port = server.url.removeprefix("http://").split(":")
-    data = json.dumps({**LONG, "stream": True, "n": SLOTS, "logprobs": 20}).encode()
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    with socket.socket() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.connect((host, int(port)))
-        sock.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    with sent(server, {**LONG, "stream": True, "n": SLOTS, "logprobs": 20}, 4096):
         server.until(lambda: "too slow" in caplog.text, 60)  # and reads nothing
         server.until(lambda: server.service.pending == 0)
     server.until(lambda: server.service.stats is not None and server.service.stats.running == 0)
     assert http.post(COMPLETIONS, json=completion()).status_code == 200
+
+
+def test_connections_that_wait_for_their_client_are_cut(
+    http: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head that does not come, and an answer that nobody reads, though it fits the buffer of deltas."""
+    monkeypatch.setattr("tpjax.server.run.PATIENCE_S", 0.3)
+    host, port = server.url.removeprefix("http://").split(":")
+    with (
+        socket.create_connection((host, int(port)), 20) as silent,
+        socket.create_connection((host, int(port)), 20) as half,
+        sent(server, {**LONG, "stream": True, "n": SLOTS, "logprobs": 20}, 4096),
+    ):
+        half.sendall(b"GET /version HTTP/1.1\r\nHost: ")
+        assert silent.recv(1) == half.recv(1) == b""
+        server.until(lambda: server.service.pending == 0)
+        server.until(lambda: not server.server.server_state.connections)
+    slow = http.post(COMPLETIONS, json=LONG)  # longer than that, but the server's turn to move
+    assert slow.elapsed.total_seconds() > 0.6 and slow.json()["usage"]["completion_tokens"] == CONTEXT - 8
 
 
 def test_a_template_that_hangs_or_grows_is_killed(directory: Path, tmp_path: Path) -> None:
@@ -470,7 +493,9 @@ def test_a_log_line_is_one_line() -> None:
     assert json.loads(line)["path"] == "/x\r\ninjected"
 
 
-def test_request_ids(http: httpx.Client) -> None:
+def test_request_ids_and_long_paths(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "tpjax")
+
     def answered(given: str) -> str:
         answer = http.get("/version", headers={"x-request-id": given})
         return answer.headers["x-request-id"]
@@ -478,3 +503,5 @@ def test_request_ids(http: httpx.Client) -> None:
     assert answered("abc-1") == "abc-1"
     made = {answered(""), answered("a b")}
     assert len(made) == 2 and all(re.fullmatch("[0-9a-f]{32}", one) for one in made)
+    assert http.get("/" + "a" * 5000).status_code == 404
+    assert caplog.records[-1].fields["path"] == "/" + "a" * 255  # type: ignore[attr-defined]

@@ -25,6 +25,7 @@ from tpjax.engine.generation import Delta
 from tpjax.errors import RequestError
 from tpjax.sampling_params import SamplingParams
 from tpjax.server import tools
+from tpjax.server.answers import event
 from tpjax.server.errors import ApiError
 from tpjax.server.grammar import GrammarCompiler
 from tpjax.server.protocol import ChatBody, Message
@@ -143,7 +144,15 @@ def test_the_sandbox_outlives_what_it_runs() -> None:
     asyncio.run(play())
 
 
-# --- tool calls
+# --- events and tool calls
+
+
+def test_an_event_is_one_line_to_every_client() -> None:
+    """Python's own splitlines ends a line at U+2028 and U+0085, and clients are built on it."""
+    data = event({"text": "\u2028\x85é\n"}, "error")
+    assert data.isascii() and len(data.decode().splitlines()) == 3
+    assert json.loads(data.decode().splitlines()[1].removeprefix("data: ")) == {"text": "\u2028\x85é\n"}
+
 
 CALLS = [("f", '{"a": "}</tool_call>"}'), ("g", "{}")]
 ANSWER = "Let me see: <tool> " + "\n".join(

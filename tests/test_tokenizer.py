@@ -3,6 +3,8 @@ import json
 import random
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -593,6 +595,25 @@ def test_missing_path_is_named(tmp_path):
 def test_lone_surrogate_is_a_request_error(byte_level):
     with pytest.raises(RequestError, match="position 1"):
         byte_level.encode("a\ud800")
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(byte_level):
+    """Else one client's text would stop every stream of a server."""
+    ticks, done = [], threading.Event()
+
+    def tick():
+        while not done.wait(0.002):
+            ticks.append(time.perf_counter())
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    start = time.perf_counter()
+    assert len(byte_level.encode("ab cd, " * 200_000)) > 200_000
+    took = time.perf_counter() - start
+    done.set()
+    thread.join()
+    assert took > 0.1  # long enough to tell
+    assert sum(start + 0.1 * took < at < start + 0.5 * took for at in ticks) > 5
 
 
 def test_ids_beyond_the_vocabulary_show_nothing(byte_level, spm):

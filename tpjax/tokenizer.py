@@ -297,7 +297,10 @@ class _TokenizersBackend:
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        # the one of its ways that lets Python's other threads run: a long text takes seconds
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        ids: list[int] = encoding.ids
+        return ids
 
     def token_bytes(self, token_id: int) -> bytes:
         added: str | None = self._added.get(token_id)

@@ -123,9 +123,9 @@ def usage(stream: Stream, n: int) -> dict[str, Any]:
 
 
 def event(data: dict[str, Any], name: str | None = None) -> bytes:
-    """A server-sent event."""
+    """A server-sent event; in ASCII, since some clients end lines at U+2028 or U+0085 too."""
     head = f"event: {name}\n" if name else ""
-    return f"{head}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    return f"{head}data: {json.dumps(data, separators=(',', ':'))}\n\n".encode()
 
 
 def token_text(tokenizer: Tokenizer | None) -> Callable[[int], str]:

@@ -419,8 +419,8 @@ async def _validation_error(_: Request, error: Exception) -> Response:
     first = next((one for one in same if not one["type"].endswith("_type")), errors[0])
     where = [str(part) for part in first["loc"] if part != "body"]
     param = where[0] if where else None
-    if first["type"] == "missing" and not where:
-        message = "the body is empty, or not sent as application/json"
+    if not where and first["type"] in ("missing", "model_attributes_type"):
+        message = "the body is empty, no JSON object, or not sent as application/json"
     elif first["type"] == "extra_forbidden":
         message = f"{'.'.join(where)[:200]} is not a known parameter"
     else:

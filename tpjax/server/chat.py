@@ -194,7 +194,9 @@ async def _grammars(compiler: GrammarCompiler, body: ChatBody, count: int) -> li
         return await compiler.lark(lark, "tools", count)
     if form is None or form.type == "text":
         return []
-    schema = {"type": "object"} if form.json_schema is None else form.json_schema.schema_
+    schema: Any = {"type": "object"} if form.json_schema is None else form.json_schema.schema_
+    if schema is True:
+        schema = {}  # the same to JSON Schema, and llguidance takes its options in an object
     return await compiler.schema(schema, "response_format", count)
 
 

@@ -28,6 +28,7 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 MAX_BODY_BYTES = 4 << 20
 BODY_LIMIT_S = 30.0
+MAX_LOGGED_PATH = 256  # characters
 OPEN_PATHS = ("/health",)
 POLLED_PATHS = ("/health", "/ready", "/metrics", "/stats")  # every second or so: no news where all is well
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
@@ -83,7 +84,8 @@ class Edge:
                 raise  # the answer has begun: the connection can only be cut
         finally:
             ms = round((time.perf_counter() - start) * 1000, 1)
-            fields = {"method": scope["method"], "path": scope["path"], "status": status, "ms": ms}
+            path = scope["path"][:MAX_LOGGED_PATH]
+            fields = {"method": scope["method"], "path": path, "status": status, "ms": ms}
             level = logging.DEBUG if scope["path"] in POLLED_PATHS and status == 200 else logging.INFO
             log.log(level, "request", extra={"fields": fields})
             request_id.reset(token)

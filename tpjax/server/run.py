@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from tpjax.errors import ConfigError
 from tpjax.server.app import create_app
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from tpjax.llm import LLM
 
 log = logging.getLogger(__name__)
+
+PATIENCE_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,30 @@ class Options:
     drain_s: float = 30.0
 
 
+class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """uvicorn's side of a connection, with an end to its patience.
+
+    uvicorn waits for ever for a request's head, and for ever for a client to read: connections that cost a
+    client nothing would use up the sockets, and what it does not read would hold places in the queue.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begins to look at it every ``PATIENCE_S``."""
+        super().connection_made(transport)
+        self._look(None)
+
+    def _look(self, before: object) -> None:
+        """Cuts it if nothing has moved since the last look and the next move is the client's."""
+        if self.transport.is_closing() and not self.transport.get_write_buffer_size():
+            return
+        unread = self.transport.get_write_buffer_size()
+        now = (self.cycle, self.cycle is None or self.cycle.response_complete, unread)
+        if now == before and (unread or now[1]):
+            self.transport.abort()
+        else:
+            self.loop.call_later(PATIENCE_S, self._look, now)
+
+
 class Server(uvicorn.Server):
     """uvicorn, with a drain: the first signal lets running requests finish, the second ends all at once."""
 
@@ -65,6 +92,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,  # type: ignore[arg-type]
                 log_config=None,
+                http=Connection,
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=5,

@@ -39,8 +39,8 @@ class Stream:
 
     Args:
         generations: what runs, in the order of the choices.
-        limit: deltas that may wait to be read; ``None``: any number. Over it the reader is too slow: the
-            generations end, and the task that reads is cancelled.
+        limit: deltas that may wait to be read; ``None``: any number. Over it the reader is too slow, and the
+            generations end.
 
     Attributes:
         generations: as given.
@@ -55,7 +55,6 @@ class Stream:
         self._open = len(generations)
         self._error: ApiError | None = None
         self._news = asyncio.Event()
-        self._reader = asyncio.current_task()
 
     @property
     def ended(self) -> bool:
@@ -68,7 +67,6 @@ class Stream:
         Raises:
             ApiError: a generation failed.
         """
-        self._reader = asyncio.current_task()
         while True:
             while self._deltas:
                 yield self._deltas.popleft()
@@ -93,8 +91,6 @@ class Stream:
         if self._limit is None or len(self._deltas) <= self._limit:
             return True
         self.fail(ApiError(408, f"{self._limit} pieces of the answer were not read", code="slow_reader"))
-        if self._reader is not None:
-            self._reader.cancel("slow reader")
         return False
 
     def fail(self, error: ApiError) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic_core import from_json
+
 from tpjax.server.errors import bad_request
 from tpjax.server.grammar import WHITESPACE
 from tpjax.server.protocol import ChatBody, Message, NamedTool, Tool
@@ -173,7 +175,8 @@ def _plain(message: Message, position: int) -> dict[str, Any]:
     plain["content"] = _text(message.content, position)
     for call in plain.get("tool_calls", ()):
         try:
-            arguments = json.loads(call["function"]["arguments"] or "{}")
+            # as strict as with the body: no NaN, no lone surrogate, no ten thousand brackets
+            arguments = from_json(call["function"]["arguments"] or "{}", allow_inf_nan=False)
         except ValueError:
             arguments = None
         if not isinstance(arguments, dict):

@@ -88,6 +88,12 @@ def test_predictions_follow_the_figures():
     assert plan.prefill.fixed == pytest.approx(30 * (50e-6 + 256 * 2e-6) + 300e-6)
 
 
+def test_calls_take_turns_for_as_many_rounds_as_asked():
+    calls = []
+    measure.best_s({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2)
+    assert calls == ["a", "b"] * 3  # the first compiles
+
+
 def test_figures_are_kept(monkeypatch, tmp_path, capsys):
     asked = []
 

@@ -391,6 +391,11 @@ class Runner:
                 return self._jit(self._prefill_and_score, donate=1).lower(*arguments)
             return self._jit(self._score, donate=1).lower(weights, state, rows, tokens)
 
+    @property
+    def model(self) -> Decoder:
+        """The model with its weights as they lie on the devices."""
+        return self._model(self._weights)
+
     def abstract_model(self) -> Decoder:
         """The model without its weights: shapes, dtypes, shardings, and what each parameter is made of."""
         return self._model(

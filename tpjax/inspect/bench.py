@@ -70,19 +70,21 @@ def longest(traffic: Traffic) -> int:
     return max(traffic.context + _DECODE_TOKENS, traffic.prompt_len)
 
 
-def run(runner: Any, plan: Plan) -> BenchReport:
+def run(runner: Any, plan: Plan, rounds: int | None = None) -> BenchReport:
     """Times the runner at the plan's context and prompt, one sequence.
 
     Args:
         runner: with room for :func:`longest`.
         plan: what is predicted.
+        rounds: as :func:`best_s` takes it; fewer are quicker, and noisier.
     """
     traffic = plan.traffic
     seconds = best_s(
         {
             "decode": lambda: _decode(runner, traffic.context),
             "prefill": lambda: _prefill(runner, traffic.prompt_len),
-        }
+        },
+        rounds,
     )
     return BenchReport(plan, seconds["decode"] / _DECODE_TOKENS * 1e3, seconds["prefill"] * 1e3)
 

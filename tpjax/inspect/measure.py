@@ -87,8 +87,13 @@ def hardware_from(figures: dict[str, Any]) -> Hardware:
     )
 
 
-def measure(tp: int) -> dict[str, Any]:
-    """Figures of the machine at that tp; JAX must not have started with fewer devices."""
+def measure(tp: int, rounds: int | None = None) -> dict[str, Any]:
+    """Figures of the machine at that tp, for :func:`hardware_from`.
+
+    Args:
+        tp: devices; JAX must not have started with fewer.
+        rounds: as :func:`best_s` takes it; fewer are quicker, and noisier.
+    """
     from tpjax.mesh import ensure_devices, make_mesh
 
     ensure_devices(tp)
@@ -101,7 +106,8 @@ def measure(tp: int) -> dict[str, Any]:
             **{f"multiply {rows}": _products(mesh, rows) for rows in (1, _PROMPT)},
             **{f"decode {depth}": _decode(mesh, depth) for depth in _DEPTHS},
             **{f"prefill {depth}": _prefill(mesh, depth) for depth in _DEPTHS},
-        }
+        },
+        rounds,
     )
     return {
         "device": device.device_kind,
@@ -150,17 +156,21 @@ def fit(seconds: Mapping[str, float], tp: int, machine: int) -> dict[str, Any]:
     }
 
 
-def best_s(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+def best_s(calls: Mapping[str, Callable[[], Any]], rounds: int | None = None) -> dict[str, float]:
     """Seconds of each call, the best of several rounds: other processes only ever add to it.
 
     The calls take turns, so that each is tried over the whole time; what they return is waited for.
+
+    Args:
+        calls: by name.
+        rounds: ``None``: as many as figures that are kept need.
     """
     import jax
 
     for call in calls.values():
         jax.block_until_ready(call())  # compiles
     best = dict.fromkeys(calls, math.inf)
-    for _ in range(_ROUNDS):
+    for _ in range(rounds or _ROUNDS):
         for name, call in calls.items():
             start = time.perf_counter()
             jax.block_until_ready(call())

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FILLS: dict[str, dict[str, Any]] = {
-    "held": {"label": "the checkpoint's numbers", "facecolor": "#4c78a8"},
+    "held": {"label": "held, each number once", "facecolor": "#4c78a8"},
     "copied": {
         "label": "copies of what another device has",
         "facecolor": "#f2cf8e",
@@ -123,6 +123,10 @@ class Report:
             self._tensor_table(),
             self._reason_table(),
             self._cache_table(),
+            Text(
+                f"{self.cache['num_pages']} pages of {self.cache['page_size']} positions; {self.cache['why']}"
+            ),
+            Text(),
             self._memory_table(),
             *(
                 collective_table(_program_name(program), program.collectives, program.budget)
@@ -170,8 +174,6 @@ class Report:
             dims(cache["shape"]),
             dims(cache["shard_shape"]),
         )
-        table.caption = f"{cache['num_pages']} pages of {cache['page_size']} positions; {cache['why']}"
-        table.caption_justify = "left"
         return table
 
     def _memory_table(self) -> Table:
@@ -187,7 +189,7 @@ class Report:
         arguments = [human_bytes(program.argument_bytes) for program in self.programs]
         table.add_row("what a program is given", human_bytes(sum(parts.values())), *arguments)
         temporaries = [human_bytes(program.temporary_bytes) for program in self.programs]
-        table.add_row("what it needs besides", f"≤ {human_bytes(self.workspace_bytes)}", *temporaries)
+        table.add_row("what it needs besides", f"about {human_bytes(self.workspace_bytes)}", *temporaries)
         in_place = [f"{one.aliased_cache_buffers} of {one.cache_buffers}" for one in self.programs]
         table.add_row("cache buffers updated in place", "all", *in_place)
         return table
@@ -216,7 +218,8 @@ class Report:
         sizes = axes.secondary_yaxis("right")
         sizes.set_yticks([y for y, _ in named], [human_bytes(size) for _, (*_, size) in named])
         sizes.tick_params(length=0)
-        sizes.set_ylabel("bytes on each device", fontsize=8)
+        above = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "bottom"}
+        axes.annotate("on each device", (1, 1), xytext=(4, 4), **above)
         axes.set_xticks([device + 0.45 for device in range(self.tp)], [str(n) for n in range(self.tp)])
         axes.xaxis.tick_top()
         axes.set_xlabel("device")

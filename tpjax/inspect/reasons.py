@@ -130,10 +130,10 @@ def _head_places(plan: HeadPlan, content: Content) -> list[str]:
             f"{plan.num_padded_heads} and {plan.num_slots}"
         )
     if content.copied:
-        more = "is more than" if plan.tp > plan.num_kv_heads else "does not divide"
+        count = sum(head is not None for head, _ in plan.slots)
+        why = ">" if plan.tp > plan.num_kv_heads else "does not divide"
         parts.append(
-            f"KV heads replicated: {plan.num_kv_heads} → {plan.num_slots}, as tp={plan.tp} {more} "
-            f"{plan.num_kv_heads}"
+            f"KV heads replicated, {plan.num_kv_heads} → {count}: tp={plan.tp} {why} {plan.num_kv_heads}"
         )
     return parts
 

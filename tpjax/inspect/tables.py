@@ -43,7 +43,8 @@ def collective_table(name: str, collectives: Sequence[Collective], budget: dict[
     title = f"collectives of {name}\nalways: {_sums(measured(collectives))}"
     title += f"\nbudget: {_sums(budget)} ({budget['rule']})"
     table = plain_table(title, "kind", "result", numbers=("times", "bytes"))
-    table.add_column("asked for by", no_wrap=True)
+    table.add_column("asked for by", overflow="ellipsis")
+    table.columns[0].no_wrap = True
     for one in collectives:
         # only what always runs is told apart from its neighbours: there may be many of the others
         text = "" if one.conditional else source_text(one.source)
@@ -52,7 +53,12 @@ def collective_table(name: str, collectives: Sequence[Collective], budget: dict[
             one.shapes,
             str(one.count),
             human_bytes(one.bytes * one.count),
-            Text.assemble(one.source, (", if a request asks" if one.conditional else f"  {text}", "dim")),
+            Text.assemble(
+                one.source,
+                (", if a request asks" if one.conditional else f"  {text}", "dim"),
+                no_wrap=True,
+                overflow="ellipsis",
+            ),
         )
     if not collectives:
         table.add_row("none", "", "0", "", "")

@@ -218,8 +218,7 @@ class Report:
         sizes = axes.secondary_yaxis("right")
         sizes.set_yticks([y for y, _ in named], [human_bytes(size) for _, (*_, size) in named])
         sizes.tick_params(length=0)
-        above = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "bottom"}
-        axes.annotate("on each device", (1, 1), xytext=(4, 4), **above)
+        axes.annotate("on each device", (1, 1), (4, 4), xycoords="axes fraction", textcoords="offset points")
         axes.set_xticks([device + 0.45 for device in range(self.tp)], [str(n) for n in range(self.tp)])
         axes.xaxis.tick_top()
         axes.set_xlabel("device")

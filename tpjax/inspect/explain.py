@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
@@ -22,8 +25,9 @@ from tpjax.checkpoints.load import (
     read_config,
 )
 from tpjax.config import ExpertSharding, ModelConfig, MoEConfig
-from tpjax.inspect.explain_report import Report, TensorRow
-from tpjax.inspect.program import compile_program
+from tpjax.inspect.budget import collective_budget
+from tpjax.inspect.collectives import find_collectives, summarise
+from tpjax.inspect.explain_report import Report, Step, TensorRow
 from tpjax.inspect.reasons import cache_reason, experts_reason, reason
 from tpjax.memory import device_memory, plan_limits, workspace_bytes
 from tpjax.mesh import make_mesh
@@ -38,8 +42,9 @@ def explain(runner: Runner, name: str) -> Report:
     weight_bytes = sum(row.bytes_per_device for row in tensors)
     cache = _cache(runner)
     with ThreadPoolExecutor() as pool:  # XLA compiles outside Python's lock
-        steps = (("decode", 1), ("prefill", runner.chunk_sizes[-1]))
-        programs = list(pool.map(lambda step: compile_program(runner, step[0], 1, step[1]), steps))
+        steps = list(pool.map(partial(_step, runner), ("decode", "prefill"), (1, runner.chunk_sizes[-1])))
+    state = jax.tree.leaves(runner.abstract_state())
+    state_bytes = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in state)
     return Report(
         model=name,
         model_type=config.model_type,
@@ -52,9 +57,9 @@ def explain(runner: Runner, name: str) -> Report:
         weight_bytes=weight_bytes * mesh.size,
         weight_bytes_per_device=weight_bytes,
         cache=cache,
-        state_bytes_per_device=programs[0].predicted_bytes - weight_bytes - cache["bytes_per_device"],
+        state_bytes_per_device=state_bytes - cache["bytes_per_device"],
         workspace_bytes=workspace_bytes(config, mesh.size, runner.dtype, limits.max_slots),
-        programs=programs,
+        steps=steps,
     )
 
 
@@ -103,6 +108,23 @@ def explain_model(
     return explain(Runner(decoder, mesh, limits, kind), name=model)
 
 
+def _step(runner: Runner, name: str, tokens: int) -> Step:
+    """One sequence's program that takes in so many tokens."""
+    compiled = runner.program(name, 1, tokens)
+    memory = compiled.memory_analysis()
+    return Step(
+        name=name,
+        tokens=tokens,
+        collectives=summarise(find_collectives(compiled.as_text())),
+        budget=collective_budget(
+            runner.config, runner.mesh.size, tokens=tokens, itemsize=runner.dtype.itemsize
+        ),
+        argument_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        aliased_bytes=memory.alias_size_in_bytes,
+    )
+
+
 def _spec(spec: PartitionSpec) -> str:
     return (
         "(" + ", ".join("-" if part is None else str(part) for part in spec) + ")" if spec else "replicated"
@@ -129,7 +151,7 @@ def _tensor_rows(runner: Runner) -> list[TensorRow]:
                 spec=_spec(sharding.spec),
                 shape=layout.shape,
                 shard_shape=sharding.shard_shape(layout.shape),
-                bytes=len(several) * int(np.prod(layout.shape)) * dtype.itemsize,
+                bytes=len(several) * math.prod(layout.shape) * dtype.itemsize,
                 bytes_per_device=bytes_per_device,
                 padding=zeros / held,
                 copies=copied / held,

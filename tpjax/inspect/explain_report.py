@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tpjax.inspect.program import Program
+from tpjax.inspect.collectives import Collective
 from tpjax.inspect.tables import as_html, collective_table, plain_table
 from tpjax.memory import human_bytes
 from tpjax.sharding import Content
@@ -69,6 +69,34 @@ class TensorRow:
         return self.name.removeprefix("layers.*.").removesuffix(".weight") + times
 
 
+@dataclass(frozen=True)
+class Step:
+    """A compiled program, and what the design says of it.
+
+    Attributes:
+        name: ``decode`` or ``prefill``.
+        tokens: that it takes in.
+        collectives: by the line that asked for them.
+        budget: of its collectives.
+        argument_bytes: weights, cache and requests on each device, as the compiler lays them out.
+        temporary_bytes: besides those.
+        aliased_bytes: of the arguments, those it updates in place.
+    """
+
+    name: str
+    tokens: int
+    collectives: list[Collective]
+    budget: dict[str, Any]
+    argument_bytes: int
+    temporary_bytes: int
+    aliased_bytes: int
+
+    @property
+    def title(self) -> str:
+        """What the tables call it."""
+        return "a decode step" if self.name == "decode" else f"prefill of {self.tokens}"
+
+
 @dataclass(frozen=True, repr=False)
 class Report:
     """Rich renders it in a terminal, ``_repr_html_`` in a notebook.
@@ -87,7 +115,7 @@ class Report:
         cache: shape, spec and bytes of the key-value cache.
         state_bytes_per_device: last tokens and what samplers need.
         workspace_bytes: predicted for the largest program on each device, besides all these.
-        programs: the compiled decode step of one sequence, and the prefill of the longest chunk.
+        steps: the compiled decode step of one sequence, and the prefill of the longest chunk.
     """
 
     model: str
@@ -103,7 +131,7 @@ class Report:
     cache: dict[str, Any]
     state_bytes_per_device: int
     workspace_bytes: int
-    programs: list[Program]
+    steps: list[Step]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -128,10 +156,7 @@ class Report:
             ),
             Text(),
             self._memory_table(),
-            *(
-                collective_table(_program_name(program), program.collectives, program.budget)
-                for program in self.programs
-            ),
+            *(collective_table(step.title, step.collectives, step.budget) for step in self.steps),
         )
 
     def _repr_html_(self) -> str:
@@ -177,8 +202,8 @@ class Report:
         return table
 
     def _memory_table(self) -> Table:
-        columns = [_program_name(program) for program in self.programs]
-        table = plain_table("memory of a device", "what", numbers=("predicted", *columns))
+        titles = [step.title for step in self.steps]
+        table = plain_table("memory of a device", "what", numbers=("predicted", *titles))
         parts = {
             "weights": self.weight_bytes_per_device,
             "KV cache": self.cache["bytes_per_device"],
@@ -186,12 +211,13 @@ class Report:
         }
         for what, size in parts.items():
             table.add_row(f"  {what}", human_bytes(size))
-        arguments = [human_bytes(program.argument_bytes) for program in self.programs]
+        arguments = [human_bytes(step.argument_bytes) for step in self.steps]
         table.add_row("what a program is given", human_bytes(sum(parts.values())), *arguments)
-        temporaries = [human_bytes(program.temporary_bytes) for program in self.programs]
+        temporaries = [human_bytes(step.temporary_bytes) for step in self.steps]
         table.add_row("what it needs besides", f"about {human_bytes(self.workspace_bytes)}", *temporaries)
-        in_place = [f"{one.aliased_cache_buffers} of {one.cache_buffers}" for one in self.programs]
-        table.add_row("cache buffers updated in place", "all", *in_place)
+        in_place = [human_bytes(step.aliased_bytes) for step in self.steps]
+        kept = parts["KV cache"] + parts["sampler's state"]
+        table.add_row("what it updates in place", human_bytes(kept), *in_place)
         return table
 
     def figure(self) -> Figure:
@@ -258,9 +284,3 @@ def _draw(axes: Any, y: float, devices: Sequence[Content], widest: int) -> None:
                 style = {key: value for key, value in fill.items() if key != "label"}
                 axes.broken_barh([(left, width)], (y - 0.36, 0.72), linewidth=0, **style)
             left += width
-
-
-def _program_name(program: Program) -> str:
-    if program.name == "decode":
-        return "a decode step"
-    return f"prefill of {program.length}"

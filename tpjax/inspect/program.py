@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import time
@@ -11,17 +12,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Group, RenderableType
+from rich import box
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from tpjax.checkpoints.hub import resolve
 from tpjax.checkpoints.load import abstract_decoder, parameters, read_config
 from tpjax.config import ExpertSharding, ModelConfig
-from tpjax.inspect.budget import collective_budget
 from tpjax.inspect.collectives import DTYPE_BITS, Collective, find_collectives, summarise
+from tpjax.inspect.explain import collective_budget
 from tpjax.inspect.hardware import USABLE_MEMORY
-from tpjax.inspect.tables import as_html, collective_table, plain_table
 from tpjax.inspect.topology import Topology
 from tpjax.memory import Memory, human_bytes, plan_limits
 from tpjax.runner import Runner, resolve_dtype
@@ -43,7 +44,6 @@ class Program:
         length: tokens of a row in one call.
         compile_s: seconds.
         collectives: by the line that asked for them.
-        budget: what the design allows.
         argument_bytes: weights, cache and requests on each device, as the compiler lays them out.
         temporary_bytes: besides those.
         predicted_bytes: of the arguments, by the sum of their shapes.
@@ -59,7 +59,6 @@ class Program:
     length: int
     compile_s: float
     collectives: list[Collective]
-    budget: dict[str, Any]
     argument_bytes: int
     temporary_bytes: int
     predicted_bytes: int
@@ -80,6 +79,7 @@ class TopologyReport:
         tp: devices.
         dtype: of weights and cache.
         memory_bytes: of one device.
+        budget: what the design allows per decode step.
         programs: decode, then prefill.
     """
 
@@ -88,6 +88,7 @@ class TopologyReport:
     tp: int
     dtype: str
     memory_bytes: int
+    budget: dict[str, Any]
     programs: list[Program]
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,15 +100,19 @@ class TopologyReport:
 
     def __rich__(self) -> RenderableType:
         title = f"{self.model} at tp={self.tp} on {self.topology}, {self.dtype}, compiled ahead of time"
-        tables = [collective_table(one.name, one.collectives, one.budget) for one in self.programs]
+        tables = [_collectives(one, self.budget) for one in self.programs]
         return Group(Text(title, style="bold"), self._memory(), *tables)
 
     def _repr_html_(self) -> str:
-        return as_html(self)
+        console = Console(record=True, file=io.StringIO(), width=100, force_jupyter=False)
+        console.print(self)
+        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
     def _memory(self) -> Table:
-        columns = [f"{one.name} {one.batch}×{one.length}" for one in self.programs]
-        table = plain_table(f"per device, of {human_bytes(self.memory_bytes)}", "what", numbers=columns)
+        table = _table(f"per device, of {human_bytes(self.memory_bytes)}")
+        table.add_column("what")
+        for one in self.programs:
+            table.add_column(f"{one.name} {one.batch}×{one.length}", justify="right")
         rows = {
             "weights, cache and state": lambda p: human_bytes(p.argument_bytes),
             "  predicted": lambda p: f"{human_bytes(p.predicted_bytes)} ({_off(p):+.1%})",
@@ -156,6 +161,7 @@ def explain_topology(
         tp=runner.mesh.size,
         dtype=str(runner.dtype),
         memory_bytes=topology.memory_bytes,
+        budget=collective_budget(config, runner.mesh.size),
         programs=[
             compile_program(runner, "decode", limits.max_slots, 1),
             compile_program(runner, "prefill", 1, chunk),
@@ -211,13 +217,6 @@ def compile_program(runner: Runner, kind: str, batch: int, length: int) -> Progr
         length=length,
         compile_s=seconds,
         collectives=summarise(find_collectives(hlo)),
-        budget=collective_budget(
-            runner.config,
-            runner.mesh.size,
-            tokens=batch * (1 if kind == "decode" else length),
-            rows=batch,
-            itemsize=runner.dtype.itemsize,
-        ),
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         predicted_bytes=sum(_bytes(leaf) for leaf in (*weights, *jax.tree.leaves(state))),
@@ -257,3 +256,23 @@ def _bytes(array: jax.ShapeDtypeStruct) -> int:
 
 def _off(program: Program) -> float:
     return program.predicted_bytes / program.argument_bytes - 1
+
+
+def _collectives(program: Program, budget: dict[str, Any]) -> Table:
+    rule = f"; {budget['rule']}" if program.name == "decode" else ""
+    table = _table(f"collectives of {program.name}{rule}")
+    for column in ("kind", "result", "asked for by", "when"):
+        table.add_column(column, overflow="fold")
+    for column in ("times", "bytes"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for one in program.collectives:
+        when = "if asked for" if one.conditional else "always"
+        total = human_bytes(one.bytes * one.count)
+        table.add_row(one.kind, one.shapes, one.source, when, str(one.count), total)
+    if not program.collectives:
+        table.add_row("none", "", "", "", "0", "")
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)

@@ -40,7 +40,7 @@ def collective_budget(
         "all_gathers": 1,
         "all_gather_bytes": tp * rows * 2 * 4,
         "others": 0,
-        "rule": f"{a_layer} × {layers} layers + 1 embedding, and 1 to sample",
+        "rule": f"{a_layer} × {layers} layers + 1 embedding; sampling",
     }
 
 

@@ -232,7 +232,7 @@ class Report:
         cache = ("KV cache (own scale)", self.cache["devices"], self.cache["bytes_per_device"])
         widest = max(size for *_, size in rows)
         figure = Figure(
-            figsize=(min(3.6 + max(1.1 * self.tp, 4.5), 40), 1.7 + 0.3 * (len(rows) + 1.5)),
+            figsize=(3.6 + min(max(1.1 * self.tp, 4.5), 13), 1.7 + 0.3 * (len(rows) + 1.5)),
             layout="constrained",
         )
         axes = figure.subplots()
@@ -250,6 +250,7 @@ class Report:
         axes.set_xlabel("device")
         axes.xaxis.set_label_position("top")
         axes.tick_params(length=0)
+        axes.tick_params(axis="x", labelsize="small" if self.tp <= 32 else 6)
         axes.set(xlim=(-0.05, self.tp - 0.05), ylim=(len(rows) + 1.05, -0.55))
         axes.spines[:].set_visible(False)
         sizes.spines[:].set_visible(False)

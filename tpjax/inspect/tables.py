@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import linecache
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,15 +67,19 @@ def collective_table(name: str, collectives: Sequence[Collective], budget: dict[
 
 
 def source_text(source: str) -> str:
-    """What stands in a line of this package, such as ``model.py:66``; empty where there is none."""
+    """What stands in a line of this package, such as ``model.py:66``, right of an assignment.
+
+    Empty where there is no such line.
+    """
     file, _, line = source.partition(":")
     path = Path(__file__).parents[1] / file
-    return linecache.getline(str(path), int(line)).strip() if line.isdecimal() else ""
+    text = linecache.getline(str(path), int(line)) if line.isdecimal() else ""
+    return re.sub(r"^[\w., ]+ = ", "", text.strip())
 
 
 def _sums(figures: dict[str, Any]) -> str:
     parts = [
-        f"{figures[f'{kind}s']} {kind.replace('_', '-')}{'s' * (figures[f'{kind}s'] != 1)} of "
+        f"{figures[f'{kind}s']} {kind.replace('_', '-')}{'s' * (figures[f'{kind}s'] != 1)}: "
         f"{human_bytes(figures[f'{kind}_bytes'])}"
         for kind in ("all_reduce", "all_gather")
     ]

@@ -646,7 +646,9 @@ def _add_plan(verbs: Any) -> None:
         """,
     )
     verb.add_argument(
-        "model", metavar="MODEL", help="a checkpoint, a config.json, an alias, or a published model's name"
+        "model",
+        metavar="MODEL",
+        help="a checkpoint, a config.json, a Hugging Face id, or a published model's name",
     )
     verb.add_argument("--hardware", metavar="NAME:CHIPS", help="such as h100-sxm:8; a wrong name lists all")
     verb.add_argument(

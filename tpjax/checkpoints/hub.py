@@ -142,6 +142,8 @@ def resolve(name: str, *, configuration: bool = False) -> Path:
         return path if configuration and path.suffix == ".json" else _usable(path)
     repo, _, file = name.partition(":")
     if _HUB_ID.fullmatch(repo) and not repo.endswith((".gguf", ".json")):
+        if file and not file.endswith(".gguf"):
+            raise CheckpointError(f"{name}: only a .gguf file can be named; leave out the part after ':'")
         return _from_hub(repo, "config.json" if configuration and not file else file)
     if os.sep in name or path.suffix in (".gguf", ".json"):
         raise CheckpointError(f"{name}: no such file or directory")
@@ -327,8 +329,6 @@ def _from_hub(repo: str, file: str) -> Path:
     """Downloads a repository's safetensors, configuration and tokenizer, or one file of it."""
     import huggingface_hub
 
-    if file and file != "config.json" and not file.endswith(".gguf"):
-        raise CheckpointError(f"{repo}:{file}: only a .gguf file can be named; leave out the part after ':'")
     with _hub_errors(repo, file):
         if file:
             return Path(huggingface_hub.hf_hub_download(repo, file))

@@ -26,7 +26,7 @@ _FILLS: dict[str, dict[str, Any]] = {
         "edgecolor": "#b07d1e",
         "hatch": "////",
     },
-    "zeros": {"label": "zeros: padding", "facecolor": "white", "edgecolor": "#777777", "hatch": "...."},
+    "zeros": {"label": "zeros: padding", "facecolor": "white", "edgecolor": "#999999", "hatch": "xxxx"},
 }
 
 
@@ -281,7 +281,8 @@ def _draw(axes: Any, y: float, devices: Sequence[Content], widest: int) -> None:
         for name, fill in _FILLS.items():
             width = 0.9 * getattr(content, name) / widest
             if width:
-                width = max(width, 0.012)  # a norm's few bytes are to be seen too
+                # a norm's few bytes are to be seen too, however narrow the columns
+                width = max(width, 0.012 * max(1, len(devices) / 8))
                 style = {key: value for key, value in fill.items() if key != "label"}
                 axes.broken_barh([(left, width)], (y - 0.36, 0.72), linewidth=0, **style)
             left += width

@@ -42,7 +42,7 @@ def collective_table(name: str, collectives: Sequence[Collective], budget: dict[
     Bytes are those of the results on one device.
     """
     title = f"collectives of {name}\nalways: {_sums(measured(collectives))}"
-    title += f"\nbudget: {_sums(budget)} ({budget['rule']})"
+    title += f"\nbudget: {_sums(budget)}: {budget['rule']}"
     table = plain_table(title, "kind", "result", numbers=("times", "bytes"))
     table.add_column("asked for by", overflow="ellipsis")
     table.columns[0].no_wrap = True
@@ -79,8 +79,8 @@ def source_text(source: str) -> str:
 
 def _sums(figures: dict[str, Any]) -> str:
     parts = [
-        f"{figures[f'{kind}s']} {kind.replace('_', '-')}{'s' * (figures[f'{kind}s'] != 1)}: "
-        f"{human_bytes(figures[f'{kind}_bytes'])}"
+        f"{figures[f'{kind}s']} {kind.replace('_', '-')}{'s' * (figures[f'{kind}s'] != 1)} "
+        f"({human_bytes(figures[f'{kind}_bytes'])})"
         for kind in ("all_reduce", "all_gather")
     ]
     return ", ".join(parts) + (f", {figures['others']} others" if figures["others"] else "")

@@ -470,16 +470,18 @@ def test_explain_reads_no_weights_and_prints_every_table(smollm2_gguf: Path) -> 
     assert qkv["bytes_per_device"] == 30 * 576 * 320 * 4
     assert rows["embed_tokens.weight"]["shard_shape"] == [49152 // 4, 576]
     assert report["weight_bytes_per_device"] == sum(row["bytes_per_device"] for row in rows.values())
-    always = [one for one in report["collectives"] if not one["conditional"]]
+    decode, prefill = report["steps"]
+    always = [one for one in decode["collectives"] if not one["conditional"]]
     assert [(one["kind"], one["count"], one["bytes"]) for one in always] == [
         ("all-reduce", 30, 576 * 4),  # attention
         ("all-reduce", 30, 576 * 4),  # MLP
         ("all-reduce", 1, 576 * 4),  # embedding
         ("all-gather", 1, 4 * 2 * 4),
     ]
+    assert (prefill["tokens"], prefill["budget"]["all_reduce_bytes"]) == (512, 61 * 512 * 576 * 4)
     assert report["cache"]["bytes_per_token_per_device"] == 2 * 30 * 64 * 4
     table = tpjax_command("explain", "smollm2-135m", "--tp", "4")
-    for text in ("self_attn.qkv_proj ×30", "576×1280", "33.3%", "all-reduce", "137 MiB"):
+    for text in ("self_attn.qkv_proj ×30", "576×1280", "+33%", "61 all-reduces (137 KiB)", "137 MiB"):
         assert text in table.stdout
 
 
@@ -507,7 +509,7 @@ def test_explain_of_a_configuration_alone(how: tuple[str, ...], tmp_path: Path) 
     rows = {row["name"]: row for row in report["tensors"]}
     assert rows["layers.*.self_attn.qkv_proj.weight"]["shape"] == [3584, (32 + 2 * 8) * 128]
     assert rows["layers.*.mlp.down_proj.weight"]["shard_shape"] == [3584, 18944 // 8]
-    assert report["collective_budget"]["all_reduces"] == 5
+    assert report["steps"][0]["budget"]["all_reduces"] == 5
 
 
 @pytest.mark.parametrize(

@@ -311,13 +311,15 @@ def test_other_files_are_refused(tmp_path):
 # --- Hugging Face, through the real huggingface_hub -------------------------------------------------------
 
 
-def resolve_elsewhere(name: str, **environment: str) -> subprocess.CompletedProcess:
+def resolve_elsewhere(
+    name: str, *, configuration: bool = False, **environment: str
+) -> subprocess.CompletedProcess:
     """Resolves in a fresh process: huggingface_hub reads its environment once, at import."""
     program = (
         "import sys\n"
         "from tpjax.checkpoints import hub\n"
         "from tpjax.errors import TpjaxError\n"
-        "try: print(hub.resolve(sys.argv[1]))\n"
+        f"try: print(hub.resolve(sys.argv[1], {configuration=}))\n"
         "except TpjaxError as error: print(type(error).__name__, error); sys.exit(2)\n"
     )
     root = Path(hub.__file__).parents[2]
@@ -356,6 +358,16 @@ def test_offline_an_uncached_repository_is_one_line(tmp_path, name):
     done = resolve_elsewhere(name, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
     why = "no such path here, and not wholly in the Hugging Face cache; HF_HUB_OFFLINE is set"
     assert (done.stdout, done.returncode) == (f"DownloadError {name}: {why}\n", 2), done.stderr
+
+
+def test_offline_a_cached_configuration_is_enough_where_no_more_is_needed(tmp_path):
+    snapshot = make_hub_cache(tmp_path, "org/name", ["config.json"])
+    offline = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = resolve_elsewhere("org/name", configuration=True, **offline)
+    assert (done.stdout, done.returncode) == (f"{snapshot}/config.json\n", 0), done.stderr
+    done = resolve_elsewhere("org/other", configuration=True, **offline)
+    why = "no such path here, and not wholly in the Hugging Face cache; HF_HUB_OFFLINE is set"
+    assert (done.stdout, done.returncode) == (f"DownloadError org/other: {why}\n", 2), done.stderr
 
 
 def test_offline_a_repository_without_safetensors_is_refused(tmp_path):
@@ -440,6 +452,13 @@ def test_only_what_is_needed_is_downloaded(tmp_path, endpoint):
     assert folder.is_relative_to(tmp_path)
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
     assert files == {"config.json", "model.safetensors", "tokenizer.model", "chat_template.jinja"}
+
+
+def test_only_the_configuration_is_downloaded_where_no_more_is_needed(tmp_path, endpoint):
+    done = resolve_elsewhere("org/whole", configuration=True, HF_HOME=str(tmp_path), HF_ENDPOINT=endpoint)
+    assert done.returncode == 0, done.stdout + done.stderr
+    file = Path(done.stdout.strip())
+    assert [path.name for path in file.parent.iterdir()] == ["config.json"]
 
 
 def test_one_gguf_file_is_downloaded(tmp_path, endpoint):

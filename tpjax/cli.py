@@ -198,7 +198,13 @@ def _explain(args: argparse.Namespace) -> None:
     if (args.model is None) == (args.config is None):
         raise RequestError("give either MODEL or --config FILE")
     args.model = args.model or args.config
+    if args.plot is not None:
+        from tpjax.inspect.plots import check_plot
+
+        check_plot(args.plot)
     if args.topology is not None:
+        if args.plot is not None:
+            raise RequestError("--plot draws what --topology does not look at: leave one out")
         _explain_topology(args)
         return
     from tpjax.inspect.explain import explain_model
@@ -211,17 +217,21 @@ def _explain(args: argparse.Namespace) -> None:
         max_model_len=args.max_model_len,
         expert_sharding=args.expert_sharding,
     )
+    if args.plot is not None:
+        from tpjax.inspect.plots import save
+
+        save(report.figure(), args.plot)
     _show(json.dumps(report.to_dict(), indent=2) if args.json else report)
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from tpjax.inspect import plan, plan_report
+    from tpjax.inspect import plan, plan_report, plots
     from tpjax.inspect.hardware import parse_hardware
     from tpjax.inspect.shapes import find_shape
     from tpjax.inspect.strategies import compare
 
     if args.plot is not None:
-        plan_report.check_plot(args.plot)
+        plots.check_plot(args.plot)
     if args.measure == (args.hardware is not None):
         raise RequestError("give either --hardware NAME:CHIPS or --measure")
     shape = find_shape(args.model)
@@ -629,10 +639,12 @@ def _add_explain(verbs: Any) -> None:
         verbs,
         "explain",
         _explain,
-        "show how a model is cut: each tensor's spec, bytes per device, the collectives of a decode step",
+        "show how a model is cut, and why: specs, bytes, KV cache, memory, and the collectives of each step",
         """
         tpjax explain smollm2-135m --tp 4
         tpjax explain gemma3-270m --tp 6 --json
+        tpjax explain smollm2-135m --tp 4 --plot shards.svg
+        tpjax explain meta-llama/Llama-3.1-8B --tp 8
         tpjax explain --config llama-3-8b/config.json --tp 8
         tpjax explain --config llama-3-8b/config.json --topology v5e:2x4
         """,
@@ -648,6 +660,9 @@ def _add_explain(verbs: Any) -> None:
         help="compile for chips that are not here, such as v5e:2x4 or h200:8; a wrong name lists those known",
     )
     verb.add_argument("--json", action="store_true", help="print JSON")
+    verb.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the shards over the mesh: .png, .svg or .pdf"
+    )
 
 
 def _add_plan(verbs: Any) -> None:
@@ -665,7 +680,9 @@ def _add_plan(verbs: Any) -> None:
         """,
     )
     verb.add_argument(
-        "model", metavar="MODEL", help="a checkpoint, a config.json, an alias, or a published model's name"
+        "model",
+        metavar="MODEL",
+        help="a checkpoint, a config.json, a Hugging Face id, or a published model's name",
     )
     verb.add_argument("--hardware", metavar="NAME:CHIPS", help="such as h100-sxm:8; a wrong name lists all")
     verb.add_argument(

@@ -138,6 +138,21 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Content:
+    """What a part of a stored array holds, in elements.
+
+    Attributes:
+        held: canonical elements, each counted where it is stored first.
+        copied: repetitions of canonical elements that are stored elsewhere too.
+        zeros: padding.
+    """
+
+    held: int
+    copied: int
+    zeros: int
+
+
+@dataclass(frozen=True)
 class WeightLayout:
     """How one stored parameter is put together from canonical (checkpoint) tensors.
 
@@ -198,12 +213,27 @@ class WeightLayout:
                 out[tuple(target)] = read(segment.source, tuple(source))
         return out
 
+    def content(self, index: tuple[slice, ...]) -> Content:
+        """What the part ``index`` of the stored array holds."""
+        bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)]
+        low, high = bounds.pop(self.axis)
+        other = math.prod(stop - start for start, stop in bounds)
+        held = copied = 0
+        seen: set[tuple[str, int]] = set()
+        for segment in self.segments:
+            inside = max(0, min(segment.at + segment.size, high) - max(segment.at, low))
+            if (segment.source, segment.start) in seen:
+                copied += inside
+            else:
+                held += inside
+            seen.add((segment.source, segment.start))
+        return Content(held * other, copied * other, (high - low - held - copied) * other)
+
     @property
     def padding(self) -> int:
         """Stored elements that no canonical element fills for the first time: zeros and replicas."""
-        other = math.prod(self.shape) // self.shape[self.axis]
-        filled = {(segment.source, segment.start): segment.size for segment in self.segments}
-        return math.prod(self.shape) - other * sum(filled.values())
+        content = self.content((slice(None),) * len(self.shape))
+        return content.copied + content.zeros
 
 
 @dataclass(frozen=True)
@@ -222,6 +252,11 @@ class StackedLayout:
     def shape(self) -> tuple[int, ...]:
         """Stored shape."""
         return (self.count, *self.one.shape)
+
+    def content(self, index: tuple[slice, ...]) -> Content:
+        """As :meth:`WeightLayout.content`."""
+        one, count = self.one.content(index[1:]), len(range(self.count)[index[0]])
+        return Content(count * one.held, count * one.copied, count * one.zeros)
 
     @property
     def padding(self) -> int:

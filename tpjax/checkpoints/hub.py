@@ -129,7 +129,7 @@ def resolve(name: str, *, configuration: bool = False) -> Path:
     Args:
         name: tried in this order: a built-in alias; an existing directory or ``.gguf`` file; a Hugging Face
             id ``org/name``, or ``org/name:file.gguf`` for one GGUF file of a repository.
-        configuration: a ``config.json`` will do.
+        configuration: a ``config.json`` will do: of a Hugging Face id nothing else is fetched.
 
     Raises:
         CheckpointError: if the name is none of these, or what it names holds nothing to load.
@@ -139,11 +139,13 @@ def resolve(name: str, *, configuration: bool = False) -> Path:
         return fetch(name)
     path = Path(os.path.expanduser(name))
     if name and os.path.exists(path):
-        return path if configuration and path.name == "config.json" else _usable(path)
+        return path if configuration and path.suffix == ".json" else _usable(path)
     repo, _, file = name.partition(":")
-    if _HUB_ID.fullmatch(repo) and not repo.endswith(".gguf"):
-        return _from_hub(repo, file)
-    if os.sep in name or path.suffix == ".gguf":
+    if _HUB_ID.fullmatch(repo) and not repo.endswith((".gguf", ".json")):
+        if file and not file.endswith(".gguf"):
+            raise CheckpointError(f"{name}: only a .gguf file can be named; leave out the part after ':'")
+        return _from_hub(repo, "config.json" if configuration and not file else file)
+    if os.sep in name or path.suffix in (".gguf", ".json"):
         raise CheckpointError(f"{name}: no such file or directory")
     raise CheckpointError(_unknown(name))
 
@@ -324,11 +326,9 @@ def _unknown(name: str) -> str:
 
 @functools.cache  # a second look in one process would only ask the Hub again
 def _from_hub(repo: str, file: str) -> Path:
-    """Downloads a repository's safetensors, configuration and tokenizer, or one GGUF file of it."""
+    """Downloads a repository's safetensors, configuration and tokenizer, or one file of it."""
     import huggingface_hub
 
-    if file and not file.endswith(".gguf"):
-        raise CheckpointError(f"{repo}:{file}: only a .gguf file can be named; leave out the part after ':'")
     with _hub_errors(repo, file):
         if file:
             return Path(huggingface_hub.hf_hub_download(repo, file))
@@ -344,7 +344,7 @@ def _hub_errors(repo: str, file: str) -> Iterator[None]:
     """Turns huggingface_hub's many-line errors into a line that says what to do."""
     from huggingface_hub import errors
 
-    what = f"{repo}:{file}" if file else repo
+    what = f"{repo}:{file}" if file.endswith(".gguf") else repo
     try:
         yield
     except errors.GatedRepoError as error:

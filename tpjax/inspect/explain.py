@@ -1,25 +1,23 @@
-"""What is where, how much memory it takes, and what a decode step moves between devices."""
+"""What is where, how much memory it takes, and what the compiled steps move between devices."""
 
 from __future__ import annotations
 
-import io
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from rich import box
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from tpjax.cache import cache_layout, page_bytes_per_device
 from tpjax.checkpoints.hub import resolve
 from tpjax.checkpoints.load import (
+    Parameter,
     abstract_decoder,
     check_tensors,
     open_checkpoint,
@@ -27,156 +25,26 @@ from tpjax.checkpoints.load import (
     read_config,
 )
 from tpjax.config import ExpertSharding, ModelConfig, MoEConfig
-from tpjax.inspect.collectives import Collective, find_collectives, summarise
-from tpjax.memory import device_memory, human_bytes, plan_limits
+from tpjax.inspect.budget import collective_budget
+from tpjax.inspect.collectives import find_collectives, summarise
+from tpjax.inspect.explain_report import Report, Step, TensorRow
+from tpjax.inspect.reasons import cache_reason, experts_reason, reason
+from tpjax.memory import device_memory, plan_limits, workspace_bytes
 from tpjax.mesh import make_mesh
 from tpjax.runner import Runner, resolve_dtype
-from tpjax.sharding import HeadPlan, pad_to_multiple
-
-
-@dataclass(frozen=True)
-class TensorRow:
-    """A parameter, or the same parameter of every layer.
-
-    Attributes:
-        name: dotted path; ``*`` stands for each layer.
-        count: how many tensors the row stands for.
-        spec: how it is cut.
-        shape: stored, over all devices.
-        shard_shape: on one device.
-        bytes_per_device: all of the row's tensors together.
-        padding: stored elements that are zeros or replicas made for this tp, as a fraction of the
-            checkpoint's.
-        replicated: every device holds all of it.
-    """
-
-    name: str
-    count: int
-    spec: str
-    shape: tuple[int, ...]
-    shard_shape: tuple[int, ...]
-    bytes_per_device: int
-    padding: float
-    replicated: bool
-
-
-@dataclass(frozen=True, repr=False)
-class Report:
-    """What :func:`explain` found. Rich renders it in a terminal, ``_repr_html_`` in a notebook.
-
-    Attributes:
-        model: its name.
-        model_type: its family.
-        tp: devices.
-        platform: of the devices.
-        dtype: of weights and cache.
-        heads: the head plan in words.
-        experts: how a mixture of experts is cut, and why; ``None``: the model has none.
-        tensors: parameters.
-        weight_bytes_per_device: all parameters.
-        cache: shape, spec and bytes of the key-value cache.
-        collectives: of one compiled decode step, batch 1, by the line that asked for them.
-        collective_budget: what the design allows per decode step.
-    """
-
-    model: str
-    model_type: str
-    tp: int
-    platform: str
-    dtype: str
-    heads: dict[str, Any]
-    experts: dict[str, Any] | None
-    tensors: list[TensorRow]
-    weight_bytes_per_device: int
-    cache: dict[str, Any]
-    collectives: list[Collective]
-    collective_budget: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        return asdict(self)
-
-    def __repr__(self) -> str:
-        return f"<Report: {self.model} at tp={self.tp}>"  # the tables are for print (rich) and notebooks
-
-    def __rich__(self) -> RenderableType:
-        return Group(
-            Text(
-                f"{self.model} ({self.model_type}) at tp={self.tp} on {self.platform}, {self.dtype}",
-                style="bold",
-            ),
-            Text(self.heads["summary"]),
-            *([Text(self.experts["summary"])] if self.experts else []),
-            self._tensor_table(),
-            self._memory_table(),
-            self._collective_table(),
-        )
-
-    def _repr_html_(self) -> str:
-        console = Console(record=True, file=io.StringIO(), width=100, force_jupyter=False)
-        console.print(self)
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
-
-    def _tensor_table(self) -> Table:
-        table = _table("weights")
-        for column in ("tensor", "spec"):
-            table.add_column(column, overflow="fold")
-        for column in ("shape", "per device", "bytes/dev", "padding"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for row in self.tensors:
-            times = f" ×{row.count}" if row.count > 1 else ""
-            table.add_row(
-                row.name.removeprefix("layers.*.").removesuffix(".weight") + times,
-                row.spec,
-                _dims(row.shape),
-                _dims(row.shard_shape),
-                human_bytes(row.bytes_per_device),
-                f"{row.padding:.1%}" if row.padding else "",
-            )
-        return table
-
-    def _memory_table(self) -> Table:
-        table = _table("memory per device")
-        table.add_column("what")
-        table.add_column("size", justify="right")
-        table.add_row("weights", human_bytes(self.weight_bytes_per_device))
-        cache = self.cache
-        table.add_row(
-            f"KV cache: {cache['num_pages']} pages of {cache['page_size']} positions\n"
-            f"  {cache['buffers']} buffers of {_dims(cache['shard_shape'])}, cut by {cache['spec']}",
-            human_bytes(cache["bytes_per_device"]),
-        )
-        table.add_row("  per token", human_bytes(cache["bytes_per_token_per_device"]))
-        return table
-
-    def _collective_table(self) -> Table:
-        table = _table(f"collectives of a decode step; {self.collective_budget['rule']}")
-        for column in ("kind", "result", "asked for by", "when"):
-            table.add_column(column, overflow="fold")
-        for column in ("times", "bytes each", "bytes"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for one in self.collectives:
-            table.add_row(
-                one.kind,
-                one.shapes,
-                one.source,
-                "if asked for" if one.conditional else "always",
-                str(one.count),
-                human_bytes(one.bytes),
-                human_bytes(one.bytes * one.count),
-            )
-        if not self.collectives:
-            table.add_row("none", "", "", "", "0", "", "")
-        return table
+from tpjax.sharding import Content, HeadPlan, Layout, Segment, WeightLayout, pad_to_multiple, whole
 
 
 def explain(runner: Runner, name: str) -> Report:
-    """Describes a runner; it needs no weights, and compiles the decode step if that has not happened yet."""
+    """Describes a runner; it needs no weights, and compiles a decode and a prefill step if need be."""
     config, mesh, limits = runner.config, runner.mesh, runner.limits
-    rows = _tensor_rows(runner)
-    cache = cache_layout(config, mesh.size, limits.num_pages, limits.page_size)
-    page_bytes = page_bytes_per_device(config, mesh.size, limits.page_size, runner.dtype)
-    program = runner.program("decode", 1, 1)
+    tensors = _tensor_rows(runner)
+    weight_bytes = sum(row.bytes_per_device for row in tensors)
+    cache = _cache(runner)
+    with ThreadPoolExecutor() as pool:  # XLA compiles outside Python's lock
+        steps = list(pool.map(partial(_step, runner), ("decode", "prefill"), (1, runner.chunk_sizes[-1])))
+    state = jax.tree.leaves(runner.abstract_state())
+    state_bytes = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in state)
     return Report(
         model=name,
         model_type=config.model_type,
@@ -185,20 +53,13 @@ def explain(runner: Runner, name: str) -> Report:
         dtype=str(jnp.dtype(runner.dtype)),
         heads=_heads(config, mesh.size),
         experts=None if config.moe is None else _experts(config.moe, mesh.size),
-        tensors=rows,
-        weight_bytes_per_device=sum(row.bytes_per_device for row in rows),
-        cache={
-            "spec": _spec(cache.spec),
-            "shape": cache.shape,
-            "shard_shape": NamedSharding(mesh, cache.spec).shard_shape(cache.shape),
-            "buffers": cache.count * config.num_layers,
-            "num_pages": limits.num_pages,
-            "page_size": limits.page_size,
-            "bytes_per_device": page_bytes * limits.num_pages,
-            "bytes_per_token_per_device": page_bytes // limits.page_size,
-        },
-        collectives=summarise(find_collectives(program.as_text())),
-        collective_budget=collective_budget(config, mesh.size),
+        tensors=tensors,
+        weight_bytes=weight_bytes * mesh.size,
+        weight_bytes_per_device=weight_bytes,
+        cache=cache,
+        state_bytes_per_device=state_bytes - cache["bytes_per_device"],
+        workspace_bytes=workspace_bytes(config, mesh.size, runner.dtype, limits.max_slots),
+        steps=steps,
     )
 
 
@@ -212,7 +73,8 @@ def explain_model(
     """Describes a checkpoint cut over ``tp`` devices without reading a weight.
 
     Args:
-        model: as ``LLM`` takes it; or a ``config.json``, or a directory that holds one and no weights.
+        model: as ``LLM`` takes it; or a ``config.json``, or a directory that holds one and no weights. Of a
+            Hugging Face id nothing but its ``config.json`` is fetched.
         tp: devices; ``None``: all of them.
         dtype: as ``LLM`` takes it.
         max_model_len: longest sequence, tokens.
@@ -222,7 +84,7 @@ def explain_model(
         TpjaxError: the checkpoint is not supported, or its configuration and tensors disagree.
     """
     path = resolve(model, configuration=True)
-    bare = path.name == "config.json" or (path.is_dir() and not any(path.glob("*.safetensors*")))
+    bare = path.suffix == ".json" or (path.is_dir() and not any(path.glob("*.safetensors*")))
     checkpoint = None if bare else open_checkpoint(path)
     config = read_config(path) if checkpoint is None else checkpoint.config
     config = config.with_expert_sharding(expert_sharding)
@@ -246,25 +108,21 @@ def explain_model(
     return explain(Runner(decoder, mesh, limits, kind), name=model)
 
 
-def collective_budget(config: ModelConfig, tp: int) -> dict[str, Any]:
-    """What one decode step may move: two all-reduces a layer, one for the embedding, one gather to sample.
-
-    A layer whose attention and MLP stand side by side needs one; a norm over all heads one more, of two
-    numbers a token.
-    """
-    if tp == 1:
-        return {"all_reduces": 0, "rule": "tp=1: none"}
-    a_layer = (1 if config.parallel else 2) + (config.qk_norm == "projection")
-    layers = config.num_layers
-    count = a_layer * layers + 1
-    return {
-        "all_reduces": count,
-        "rule": f"budget: {a_layer} × {layers} layers + 1 embedding = {count} all-reduces, and sampling",
-    }
-
-
-def _dims(shape: Sequence[int]) -> str:
-    return "×".join(map(str, shape))
+def _step(runner: Runner, name: str, tokens: int) -> Step:
+    """One sequence's program that takes in so many tokens."""
+    compiled = runner.program(name, 1, tokens)
+    memory = compiled.memory_analysis()
+    return Step(
+        name=name,
+        tokens=tokens,
+        collectives=summarise(find_collectives(compiled.as_text())),
+        budget=collective_budget(
+            runner.config, runner.mesh.size, tokens=tokens, itemsize=runner.dtype.itemsize
+        ),
+        argument_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        aliased_bytes=memory.alias_size_in_bytes,
+    )
 
 
 def _spec(spec: PartitionSpec) -> str:
@@ -273,30 +131,76 @@ def _spec(spec: PartitionSpec) -> str:
     )
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-
-
 def _tensor_rows(runner: Runner) -> list[TensorRow]:
-    grouped: dict[tuple[Any, ...], int] = {}
-    for parameter in parameters(runner.abstract_model(), runner.mesh):
-        layout, sharding = parameter.layout, parameter.sharding
-        shard = sharding.shard_shape(layout.shape)
-        stored = math.prod(layout.shape)
-        key = (
-            re.sub(r"^layers\.\d+\.", "layers.*.", parameter.name),
-            _spec(sharding.spec),
-            layout.shape,
-            shard,
-            math.prod(shard) * np.dtype(parameter.dtype).itemsize,
-            layout.padding / (stored - layout.padding),
-            sharding.is_fully_replicated,
+    model, devices = runner.abstract_model(), runner.mesh.size
+    alike: dict[tuple[Any, ...], list[Parameter]] = {}
+    for one in parameters(model, runner.mesh):
+        name = re.sub(r"^layers\.\d+\.", "layers.*.", one.name)
+        alike.setdefault((name, one.sharding, one.layout, np.dtype(one.dtype)), []).append(one)
+    rows = []
+    for (name, sharding, layout, dtype), several in alike.items():
+        contents = _contents(layout, sharding, len(several) * dtype.itemsize)
+        held, copied, zeros = (
+            sum(getattr(content, kind) for content in contents) for kind in ("held", "copied", "zeros")
         )
-        grouped[key] = grouped.get(key, 0) + 1
-    return [
-        TensorRow(name, count, spec, shape, shard, size * count, padding, replicated)
-        for (name, spec, shape, shard, size, padding, replicated), count in grouped.items()
-    ]
+        bytes_per_device = len(several) * several[0].bytes_per_device
+        rows.append(
+            TensorRow(
+                name=name,
+                count=len(several),
+                spec=_spec(sharding.spec),
+                shape=layout.shape,
+                shard_shape=sharding.shard_shape(layout.shape),
+                bytes=len(several) * math.prod(layout.shape) * dtype.itemsize,
+                bytes_per_device=bytes_per_device,
+                padding=zeros / held,
+                copies=copied / held,
+                replicated=sharding.is_fully_replicated,
+                why=reason(several[0], model, devices),
+                devices=contents,
+            )
+        )
+    return rows
+
+
+def _contents(layout: Layout, sharding: NamedSharding, size: int) -> tuple[Content, ...]:
+    """What each device's slice holds, ``size`` bytes an element."""
+    contents, seen = [], set()
+    slices = sharding.devices_indices_map(layout.shape)
+    for device in sharding.mesh.devices.flat:
+        index = slices[device]
+        content = layout.content(index)
+        if (key := str(index)) in seen:
+            content = replace(content, held=0, copied=content.held + content.copied)
+        seen.add(key)
+        contents.append(Content(size * content.held, size * content.copied, size * content.zeros))
+    return tuple(contents)
+
+
+def _cache(runner: Runner) -> dict[str, Any]:
+    config, mesh, limits = runner.config, runner.mesh, runner.limits
+    cache = cache_layout(config, mesh.size, limits.num_pages, limits.page_size)
+    page_bytes = page_bytes_per_device(config, mesh.size, limits.page_size, runner.dtype)
+    layout = whole("latents", cache.shape)
+    if config.latent is None:
+        slots = enumerate(HeadPlan(config.num_heads, config.num_kv_heads, mesh.size).slots)
+        heads = tuple(Segment("heads", head, 1, slot) for slot, (head, _) in slots if head is not None)
+        layout = WeightLayout(cache.shape, 1, heads, (("heads", config.num_kv_heads),))
+    sharding, buffers = NamedSharding(mesh, cache.spec), cache.count * config.num_layers
+    return {
+        "spec": _spec(cache.spec),
+        "shape": cache.shape,
+        "shard_shape": sharding.shard_shape(cache.shape),
+        "buffers": buffers,
+        "num_pages": limits.num_pages,
+        "page_size": limits.page_size,
+        "bytes": page_bytes * limits.num_pages * mesh.size,
+        "bytes_per_device": page_bytes * limits.num_pages,
+        "bytes_per_token": page_bytes // limits.page_size * mesh.size,
+        "bytes_per_token_per_device": page_bytes // limits.page_size,
+        "why": cache_reason(config, mesh.size),
+        "devices": _contents(layout, sharding, buffers * runner.dtype.itemsize),
+    }
 
 
 def _heads(config: ModelConfig, tp: int) -> dict[str, Any]:
@@ -330,7 +234,6 @@ def _heads(config: ModelConfig, tp: int) -> dict[str, Any]:
 
 def _experts(moe: MoEConfig, tp: int) -> dict[str, Any]:
     count, width, cut = moe.num_experts, moe.expert_width, moe.cut(tp)
-    divides = count % tp == 0
     if cut == "experts":
         what = f"each device has {count // tp} whole ones"
     else:
@@ -338,14 +241,11 @@ def _experts(moe: MoEConfig, tp: int) -> dict[str, Any]:
         what = f"each device has {padded // tp} of every expert's {width} features" + (
             f" (padded to {padded})" if padded > width else ""
         )
-    if moe.expert_sharding == "auto":
-        why = f"tp={tp} {'divides' if divides else 'does not divide'} {count} experts"
-    else:
-        why = f"expert_sharding={moe.expert_sharding!r} asks for it"
+    who = f"{moe.experts_per_token} of {count} compute a token"
     return {
         "num_experts": count,
         "experts_per_token": moe.experts_per_token,
         "sparse_layers": sum(moe.sparse_layers),
         "cut": cut,
-        "summary": f"experts: {moe.experts_per_token} of {count} compute a token; {what}, as {why}",
+        "summary": f"experts: {who}; {what}, as {experts_reason(moe, tp)}",
     }

@@ -12,11 +12,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tpjax.errors import ConfigError
 from tpjax.inspect.plan import Cost, Plan, frontier
+from tpjax.inspect.plots import save
 from tpjax.inspect.strategies import Comparison
-
-PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -132,22 +130,6 @@ class PlanReport:
         return table
 
 
-def check_plot(path: Path) -> None:
-    """Sees to it, before any work, that a picture can be drawn and written.
-
-    Raises:
-        ConfigError: the file's ending is not a picture's, or matplotlib is not installed.
-    """
-    if path.suffix.lower() not in PLOT_SUFFIXES:
-        raise ConfigError(f"--plot {path}: use a name that ends in {', '.join(PLOT_SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--plot {path}: {path.parent} is not a directory")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("--plot needs matplotlib: pip install 'tpjax[notebook]'") from error
-
-
 def plot_frontier(plans: Sequence[Plan], path: Path) -> None:
     """Draws tokens/s a chip over tokens/s a user, a line per tp with a mark per batch."""
     from matplotlib.figure import Figure
@@ -174,7 +156,7 @@ def plot_frontier(plans: Sequence[Plan], path: Path) -> None:
     )
     axes.grid(which="both", alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _table(title: str, *columns: str) -> Table:

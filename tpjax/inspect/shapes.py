@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tpjax.checkpoints.hub import resolve
 from tpjax.checkpoints.load import read_config
 from tpjax.config import ModelConfig
 from tpjax.errors import CheckpointError
@@ -351,19 +352,23 @@ SHAPES: dict[str, Shape] = {
 
 
 def find_shape(model: str) -> Shape:
-    """The shape of a built-in model, or of a checkpoint or configuration on this machine; fetches nothing.
+    """The shape of a built-in model, of a checkpoint or configuration here, or of a Hugging Face id.
+
+    Of the latter no more is fetched than its ``config.json``.
 
     Raises:
-        CheckpointError: it is neither, or not a checkpoint.
+        CheckpointError: it is none of these, or not a checkpoint.
+        DownloadError: the id's configuration cannot be fetched.
         ConfigError: its architecture is not supported.
     """
     if model in SHAPES:
         return SHAPES[model]
     path = Path(model).expanduser()
-    if not path.exists():
+    if not path.exists() and "/" not in model:
         close = difflib.get_close_matches(model, SHAPES, n=3)
         hint = (
             f"did you mean {' or '.join(close)}?" if close else f"the built-in ones are {', '.join(SHAPES)}"
         )
         raise CheckpointError(f"{model!r} is neither a checkpoint nor a built-in model; {hint}")
-    return Shape.from_config(read_config(path), path.name)
+    name = path.name if path.exists() else model
+    return Shape.from_config(read_config(resolve(model, configuration=True)), name)

@@ -1,0 +1,149 @@
+"""Why a parameter lies where it does: read off its module, its spec and its layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tpjax.checkpoints.load import Parameter
+from tpjax.config import ModelConfig, MoEConfig
+from tpjax.layers.attention import Attention
+from tpjax.layers.latent_attention import KeyValueProjection, LatentAttention
+from tpjax.layers.linear import ColumnLinear, Embedding, PositionEmbedding, ReplicatedLinear, RowLinear
+from tpjax.layers.moe import Experts, Router, Scores
+from tpjax.layers.norm import HeadScale, Norm
+from tpjax.mesh import AXIS
+from tpjax.model import Decoder
+from tpjax.sharding import Content, HeadPlan, StackedLayout
+
+
+def reason(parameter: Parameter, model: Decoder, tp: int) -> str:
+    """Why a parameter is cut or replicated, and what of it is padding or copies.
+
+    Args:
+        parameter: one of ``model``'s.
+        model: may be abstract.
+        tp: devices.
+    """
+    if tp == 1:
+        return "one device holds everything"
+    parent, owner = _modules(parameter, model)
+    parts = [_placement(parameter, owner, parent, model, tp)]
+    content = parameter.layout.content((slice(None),) * len(parameter.layout.shape))
+    heads = next((module for module in (owner, parent) if isinstance(module, Attention)), None)
+    if heads is not None:
+        parts += _head_places(heads.plan, content)
+    elif content.zeros:
+        parts.append(_padding(parameter, owner, parent, model.config))
+    return "; ".join(parts)
+
+
+def experts_reason(moe: MoEConfig, tp: int) -> str:
+    """Why whole experts go to each device, or a share of each one's width."""
+    if moe.expert_sharding != "auto":
+        return f"expert_sharding={moe.expert_sharding!r} asks for it"
+    divides = "divides" if moe.num_experts % tp == 0 else "does not divide"
+    return f"tp={tp} {divides} {moe.num_experts} experts"
+
+
+def cache_reason(config: ModelConfig, tp: int) -> str:
+    """Why the key-value cache is cut or replicated."""
+    if tp == 1:
+        return "one device holds everything"
+    if config.latent is not None:
+        return "every head reads the whole latent: every device keeps it"
+    plan = HeadPlan(config.num_heads, config.num_kv_heads, tp)
+    heads = [head for head, _ in plan.slots]
+    copied = len(heads) - heads.count(None) - len(set(heads) - {None})
+    parts = _head_places(plan, Content(plan.num_kv_heads, copied, heads.count(None)))
+    return "; ".join(["each device keeps the KV heads that its query heads read", *parts])
+
+
+def _modules(parameter: Parameter, model: Decoder) -> tuple[Any, Any]:
+    """The module that owns a parameter, after the one around it."""
+    parent: Any = None
+    owner: Any = model
+    for name in parameter.path[:-1]:
+        parent, owner = owner, owner[name] if isinstance(name, int) else getattr(owner, name)
+    return parent, owner
+
+
+def _placement(parameter: Parameter, owner: Any, parent: Any, model: Decoder, tp: int) -> str:
+    is_bias = parameter.path[-1] == "bias"
+    match owner:
+        case Norm() if isinstance(parent, Attention):
+            return "norm of each head, by the same numbers: heads are whole on a device"
+        case Norm() if isinstance(parent, LatentAttention):
+            return "norm of a latent, which every device computes whole"
+        case Norm():
+            return "norm: every device normalises whole rows"
+        case HeadScale() | Attention():
+            return "numbers of each head: cut as the heads are"
+        case PositionEmbedding():
+            return "a look-up: cheaper on every device than an all-reduce"
+        case Embedding() if owner is model.lm_head:
+            return "column-parallel: each device scores its own tokens, and logits stay cut"
+        case Embedding():
+            tied = " and scores" if model.lm_head is None else ""
+            return f"cut along the vocabulary: each device looks up{tied} its own tokens; one all-reduce"
+        case RowLinear(shares=None) if is_bias:
+            return "bias of a row-parallel product: added once, after the all-reduce"
+        case RowLinear() if is_bias:
+            return "bias of a row-parallel product: added by the first device alone, before the all-reduce"
+        case RowLinear():
+            return "row-parallel: each device sums over its own inputs; one all-reduce adds the sums"
+        case ColumnLinear() if is_bias:
+            return "bias of a column-parallel product: cut as its outputs are"
+        case ColumnLinear():
+            what = "features" if not isinstance(parent, Attention | LatentAttention) else "heads"
+            return f"column-parallel: each device computes its own {what}, and nothing moves"
+        case KeyValueProjection():
+            return "each device expands the latent for its own heads, and nothing moves"
+        case ReplicatedLinear():
+            return "every head reads the whole latent: every device computes it"
+        case Router():
+            return "small: every device picks the same experts, and nothing moves"
+        case Scores():
+            return "small: every device computes the same weight, and nothing moves"
+        case Experts():
+            return _expert_placement(parameter, owner, parent.experts, model.config, tp)
+    return "replicated" if parameter.sharding.is_fully_replicated else "cut"
+
+
+def _expert_placement(
+    parameter: Parameter, owner: Experts, routed: Experts, config: ModelConfig, tp: int
+) -> str:
+    spec = tuple(parameter.sharding.spec)
+    if AXIS not in spec:
+        return "bias of a sum over the width: counted on the first device alone"
+    if owner is not routed:
+        return "each device has a share of its width, whose sum joins the all-reduce of the others"
+    assert config.moe is not None
+    what = "whole experts" if spec[0] == AXIS else "a share of every expert's width"
+    return f"each device has {what}: {experts_reason(config.moe, tp)}"
+
+
+def _head_places(plan: HeadPlan, content: Content) -> list[str]:
+    parts = []
+    if content.zeros:
+        parts.append(
+            f"padded: {plan.num_heads} query and {plan.num_kv_heads} KV heads → "
+            f"{plan.num_padded_heads} and {plan.num_slots}"
+        )
+    if content.copied:
+        count = sum(head is not None for head, _ in plan.slots)
+        why = ">" if plan.tp > plan.num_kv_heads else "does not divide"
+        parts.append(
+            f"KV heads replicated, {plan.num_kv_heads} → {count}: tp={plan.tp} {why} {plan.num_kv_heads}"
+        )
+    return parts
+
+
+def _padding(parameter: Parameter, owner: Any, parent: Any, config: ModelConfig) -> str:
+    for module in (owner, parent):
+        if isinstance(module, LatentAttention | KeyValueProjection):
+            return f"padded: {config.num_heads} heads → {module.num_heads}"
+    layout = parameter.layout
+    one = layout.one if isinstance(layout, StackedLayout) else layout
+    _, size = one.sizes[0]
+    what = "tokens" if isinstance(owner, Embedding) else "features"
+    return f"padded: {size} {what} → {one.shape[one.axis] // len(one.sizes)}"

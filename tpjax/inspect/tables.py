@@ -1,0 +1,86 @@
+"""What the reports of ``inspect/`` are shown with."""
+
+from __future__ import annotations
+
+import io
+import linecache
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tpjax.inspect.budget import measured
+from tpjax.inspect.collectives import Collective
+from tpjax.memory import human_bytes
+
+
+def plain_table(title: str, *names: str, numbers: Sequence[str] = ()) -> Table:
+    """An empty table: ``names`` head columns of text, ``numbers`` columns that are aligned to the right."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def as_html(report: RenderableType) -> str:
+    """The report as a notebook shows it."""
+    console = Console(record=True, file=io.StringIO(), width=110, force_jupyter=False)
+    console.print(report)
+    return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+
+def collective_table(name: str, collectives: Sequence[Collective], budget: dict[str, Any]) -> Table:
+    """A program's collectives by the line that asked for them, and their sums next to the budget.
+
+    Bytes are those of the results on one device.
+    """
+    title = f"collectives of {name}\nalways: {_sums(measured(collectives))}"
+    title += f"\nbudget: {_sums(budget)}: {budget['rule']}"
+    table = plain_table(title, "kind", "result", numbers=("times", "bytes"))
+    table.add_column("asked for by", overflow="ellipsis")
+    table.columns[0].no_wrap = True
+    for one in collectives:
+        # only what always runs is told apart from its neighbours: there may be many of the others
+        text = "" if one.conditional else source_text(one.source)
+        table.add_row(
+            one.kind,
+            one.shapes,
+            str(one.count),
+            human_bytes(one.bytes * one.count),
+            Text.assemble(
+                one.source,
+                (", if a request asks" if one.conditional else f"  {text}", "dim"),
+                no_wrap=True,
+                overflow="ellipsis",
+            ),
+        )
+    if not collectives:
+        table.add_row("none", "", "0", "", "")
+    return table
+
+
+def source_text(source: str) -> str:
+    """What stands in a line of this package, such as ``model.py:66``, right of an assignment.
+
+    Empty where there is no such line.
+    """
+    file, _, line = source.partition(":")
+    path = Path(__file__).parents[1] / file
+    text = linecache.getline(str(path), int(line)) if line.isdecimal() else ""
+    return re.sub(r"^[\w., ]+ = ", "", text.strip())
+
+
+def _sums(figures: dict[str, Any]) -> str:
+    parts = [
+        f"{figures[f'{kind}s']} {kind.replace('_', '-')}{'s' * (figures[f'{kind}s'] != 1)} "
+        f"({human_bytes(figures[f'{kind}_bytes'])})"
+        for kind in ("all_reduce", "all_gather")
+    ]
+    return ", ".join(parts) + (f", {figures['others']} others" if figures["others"] else "")

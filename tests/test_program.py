@@ -17,8 +17,8 @@ from conftest import GOLDENS
 from tpjax import LLM, SamplingParams
 from tpjax.checkpoints.load import abstract_decoder, read_config
 from tpjax.config import ModelConfig, RopeConfig
+from tpjax.inspect.budget import collective_budget
 from tpjax.inspect.collectives import find_collectives
-from tpjax.inspect.explain import collective_budget
 from tpjax.mesh import make_mesh
 from tpjax.runner import Limits, Runner
 

@@ -20,8 +20,8 @@ from rich.text import Text
 from tpjax.checkpoints.hub import resolve
 from tpjax.checkpoints.load import abstract_decoder, parameters, read_config
 from tpjax.config import ExpertSharding, ModelConfig
+from tpjax.inspect.budget import collective_budget
 from tpjax.inspect.collectives import DTYPE_BITS, Collective, find_collectives, summarise
-from tpjax.inspect.explain import collective_budget
 from tpjax.inspect.hardware import USABLE_MEMORY
 from tpjax.inspect.topology import Topology
 from tpjax.memory import Memory, human_bytes, plan_limits

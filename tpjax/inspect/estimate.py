@@ -119,7 +119,7 @@ def estimate(
             continue
         if match := _CYCLES.search(one.instruction.line):
             cycles += int(match[1]) * one.times
-            walked += int(match[1]) * one.times * (one.computation != module.entry)
+            walked += int(match[1]) * one.times * one.walking
         elif one.instruction.opcode == "custom-call" and "tpu_custom_call" in one.instruction.line:
             kernels += one.times
         traffic += _traffic(module, one) * one.times

@@ -123,6 +123,7 @@ class Executed:
         times: it runs in one call of the program.
         conditional: it is in a branch.
         fused: it is part of another instruction.
+        walking: it is in a loop of unknown length.
     """
 
     computation: str
@@ -130,6 +131,7 @@ class Executed:
     times: int
     conditional: bool
     fused: bool
+    walking: bool
 
 
 class Module:
@@ -156,30 +158,31 @@ class Module:
                     name, kind, opcode, arguments, bool(root), line
                 )
 
-    def executed(self, walks: Sequence[int] = ()) -> Iterator[Executed]:
+    def executed(self, lengths: Sequence[int] = ()) -> Iterator[Executed]:
         """What a call of the program runs, in order; a loop's body once, with the trips in ``times``.
 
         Args:
-            walks: trips of the loops of unknown length outside of branches, in order; further ones run once.
+            lengths: trips of loops of unknown length outside of branches, in order; further ones run once.
         """
-        unknown = iter(walks)
+        unknown = iter(lengths)
 
-        def walk(name: str, times: int, conditional: bool, fused: bool) -> Iterator[Executed]:
+        def run(name: str, times: int, conditional: bool, fused: bool, walking: bool) -> Iterator[Executed]:
             for one in self.computations.get(name, {}).values():
-                yield Executed(name, one, times, conditional, fused)
+                yield Executed(name, one, times, conditional, fused, walking)
                 if one.opcode in ("async-done", "async-update"):
                     continue  # may name the computation that its start has run
-                trips = 1
-                if one.opcode == "while":
-                    trips = self._trips(one) or (1 if conditional else next(unknown, 1))
-                inside = fused or one.opcode == "fusion"
+                trips, part, walks = 1, fused or one.opcode == "fusion", walking
+                if one.opcode == "while" and (known := self._trips(one)):
+                    trips = known
+                elif one.opcode == "while":
+                    trips, walks = 1 if conditional else next(unknown, 1), True
                 for callee in one.callees:
-                    yield from walk(callee, times * trips, conditional, inside)
+                    yield from run(callee, times * trips, conditional, part, walks)
                 for several, single in _BRANCHES.findall(one.line):
                     for callee in (several or single).split(","):
-                        yield from walk(callee.strip().lstrip("%"), times, True, inside)
+                        yield from run(callee.strip().lstrip("%"), times, True, part, walks)
 
-        yield from walk(self.entry, 1, False, False)
+        yield from run(self.entry, 1, False, False, False)
 
     def users(self, computation: str, name: str) -> list[tuple[Instruction, int]]:
         """The instructions that read a result, each with the place among its operands."""

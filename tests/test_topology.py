@@ -164,6 +164,11 @@ def test_bad_names(name: str, message: str, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err == f"tpjax: error: {message}\n"
 
 
+def test_a_context_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "llama-3-8b", "--topology", "v5e:2x4", "--context", "0"]) == 2
+    assert capsys.readouterr().err == "tpjax: error: context=0 is less than 1\n"
+
+
 def test_missing_and_unfit_extras(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

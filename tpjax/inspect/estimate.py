@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from tpjax.config import ModelConfig
@@ -42,6 +42,7 @@ _IDEAL = Efficiency(
     expert_us=0.0,
 )
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_NO_ESTIMATE = 2**62  # and more: the compiler's largest number, where it has none
 _DONE = ("slice-done", "copy-done")
 # no traffic of their own: names and bookkeeping, starts whose end is counted, and collectives, timed apart
 _FREE = re.compile(
@@ -93,6 +94,7 @@ def estimate(
     length: int,
     context: int,
     page_size: int,
+    caches: Collection[tuple[int, ...]],
 ) -> Estimate:
     """Estimates one call of a TPU program.
 
@@ -107,20 +109,22 @@ def estimate(
         length: tokens of each in one call.
         context: tokens in the cache of each sequence before a chunk, or up to the token that is decoded.
         page_size: tokens of a page.
+        caches: dimensions of the cache's buffers, as :attr:`Array.sizes` gives them.
     """
     chip = topology.hardware
     share = topology.devices_per_chip
     bandwidth = chip.bandwidth_bytes_s / share
     clock = chip.flops / (2 * _MACS_A_CYCLE[chip.name])
-    walks = [_pages(context, config.window_of(kind), page_size) for kind in config.layer_types]
+    pages = [_pages(context, config.window_of(kind), page_size) for kind in config.layer_types]
     cycles, walked, traffic, kernels = 0, 0, 0, 0
-    for one in module.executed(walks):
+    for one in module.executed(pages, caches):
         if one.conditional or one.fused:
             continue
-        if match := _CYCLES.search(one.instruction.line):
+        match = _CYCLES.search(one.instruction.line)
+        if match and int(match[1]) < _NO_ESTIMATE:
             cycles += int(match[1]) * one.times
             walked += int(match[1]) * one.times * one.walking
-        elif one.instruction.opcode == "custom-call" and "tpu_custom_call" in one.instruction.line:
+        elif match or "tpu_custom_call" in one.instruction.line:
             kernels += one.times
         traffic += _traffic(module, one) * one.times
     moved = sum(_seconds(one, chip.interconnect, tp) for one in collectives if not one.conditional)

@@ -6,7 +6,7 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 DTYPE_BITS = {
@@ -67,6 +67,11 @@ class Array:
         return math.prod(self.dims)
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Dimensions that are more than 1, sorted: the same of a transposed copy."""
+        return tuple(sorted(size for size in self.dims if size > 1))
+
+    @property
     def bytes(self) -> int:
         """In memory, tiles filled up."""
         order = self.order or tuple(reversed(range(len(self.dims))))
@@ -123,7 +128,7 @@ class Executed:
         times: it runs in one call of the program.
         conditional: it is in a branch.
         fused: it is part of another instruction.
-        walking: it is in a loop of unknown length.
+        walking: it is in a loop over pages of the cache.
     """
 
     computation: str
@@ -158,13 +163,16 @@ class Module:
                     name, kind, opcode, arguments, bool(root), line
                 )
 
-    def executed(self, lengths: Sequence[int] = ()) -> Iterator[Executed]:
+    def executed(
+        self, pages: Sequence[int] = (), caches: Collection[tuple[int, ...]] = ()
+    ) -> Iterator[Executed]:
         """What a call of the program runs, in order; a loop's body once, with the trips in ``times``.
 
         Args:
-            lengths: trips of loops of unknown length outside of branches, in order; further ones run once.
+            pages: trips of each layer's loop over the cache; further loops of unknown length run once.
+            caches: dimensions of its buffers, as :attr:`Array.sizes` gives them: such a loop carries them.
         """
-        unknown = iter(lengths)
+        layers = iter(pages)
 
         def run(name: str, times: int, conditional: bool, fused: bool, walking: bool) -> Iterator[Executed]:
             for one in self.computations.get(name, {}).values():
@@ -174,8 +182,8 @@ class Module:
                 trips, part, walks = 1, fused or one.opcode == "fusion", walking
                 if one.opcode == "while" and (known := self._trips(one)):
                     trips = known
-                elif one.opcode == "while":
-                    trips, walks = 1 if conditional else next(unknown, 1), True
+                elif one.opcode == "while" and any(array.sizes in caches for array in one.arrays):
+                    trips, walks = next(layers, 1), True
                 for callee in one.callees:
                     yield from run(callee, times * trips, conditional, part, walks)
                 for several, single in _BRANCHES.findall(one.line):

@@ -308,7 +308,7 @@ def compile_program(
     copies, collectives = whole_copies(module), find_collectives(module)
     caches = {_shard(buffer) for buffer in cache}
     matrices = {_shard(weight) for weight in weights if weight.ndim > 1}
-    moved = [array.bytes for array in copies if _dims(array) in matrices]
+    moved = [array.bytes for array in copies if array.sizes in matrices]
     return Program(
         name=kind,
         batch=batch,
@@ -323,8 +323,8 @@ def compile_program(
         predicted_bytes=predicted,
         cache_buffers=len(cache),
         aliased_cache_buffers=len(aliased & set(range(first, first + len(cache)))),
-        cache_copies=sum(_dims(array) in caches for array in copies),
-        cache_write_backs=sum(_dims(array) in caches for array in write_backs(module)),
+        cache_copies=sum(array.sizes in caches for array in copies),
+        cache_write_backs=sum(array.sizes in caches for array in write_backs(module)),
         weight_copies=len(moved),
         weight_copy_bytes=sum(moved),
         estimate=estimate(
@@ -338,6 +338,7 @@ def compile_program(
             length=length,
             context=min(context, runner.limits.max_model_len),
             page_size=runner.limits.page_size,
+            caches=caches,
         )
         if topology.is_tpu
         else None,
@@ -382,12 +383,8 @@ def _on_chip(copy: Instruction) -> bool:
 
 
 def _shard(array: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    """Dimensions on one device, sorted and without those of 1: a transposed copy is a copy."""
+    """Dimensions on one device, as :attr:`Array.sizes` gives them."""
     return tuple(sorted(size for size in array.sharding.shard_shape(array.shape) if size > 1))
-
-
-def _dims(array: Array) -> tuple[int, ...]:
-    return tuple(sorted(size for size in array.dims if size > 1))
 
 
 def _bytes(array: jax.ShapeDtypeStruct, tiled: bool) -> int:

@@ -194,7 +194,7 @@ class Module:
 
     def users(self, computation: str, name: str) -> list[tuple[Instruction, int]]:
         """The instructions that read a result, each with the place among its operands."""
-        return self._users[computation][name]
+        return self._users.get(computation, {}).get(name, [])
 
     def sliced(self, reader: Instruction, place: int) -> Array | None:
         """The part that an instruction reads of its operand at ``place``; ``None``: all, or several parts."""
@@ -203,8 +203,7 @@ class Module:
         if reader.opcode != "fusion":
             return None
         name = reader.callees[0]
-        source = self._parameters[name].get(place, "")
-        readers = self.users(name, source)
+        readers = self.users(name, self._parameters.get(name, {}).get(place, ""))
         while len(readers) == 1 and readers[0][0].opcode in _VIEWS:
             readers = self.users(name, readers[0][0].name)
         return self.sliced(*readers[0]) if len(readers) == 1 else None
@@ -231,10 +230,9 @@ class Module:
 
     def written(self, instruction: Instruction) -> list[tuple[Array, int]]:
         """The arrays of a result, each with the bytes written: of one updated in place, the update."""
-        return [
-            (array, self._written(instruction, index, array.bytes))
-            for index, array in enumerate(instruction.arrays)
-        ]
+        # a copy's start also shows what it reads
+        arrays = instruction.arrays[: 1 if instruction.opcode == "copy-start" else None]
+        return [(array, self._written(instruction, index, array.bytes)) for index, array in enumerate(arrays)]
 
     def _trips(self, loop: Instruction) -> int | None:
         if match := _TRIPS.search(loop.line):
@@ -254,7 +252,7 @@ class Module:
         if opcode != "fusion":
             return whole
         name = instruction.callees[0]
-        parameter = self._parameters[name].get(place)
+        parameter = self._parameters.get(name, {}).get(place)
         return whole if parameter is None else self._read_inside(name, parameter, whole)
 
     def _read_inside(self, computation: str, name: str, whole: int) -> int:

@@ -230,8 +230,9 @@ class Module:
 
     def written(self, instruction: Instruction) -> list[tuple[Array, int]]:
         """The arrays of a result, each with the bytes written: of one updated in place, the update."""
-        # a copy's start also shows what it reads
-        arrays = instruction.arrays[: 1 if instruction.opcode == "copy-start" else None]
+        # a copy's start also shows what it reads; others count at their end
+        starts = {"copy-start": 1, "slice-start": 0}
+        arrays = instruction.arrays[: starts.get(instruction.opcode)]
         return [(array, self._written(instruction, index, array.bytes)) for index, array in enumerate(arrays)]
 
     def _trips(self, loop: Instruction) -> int | None:

@@ -304,6 +304,80 @@ def test_calls_are_followed_and_unreachable_computations_are_not() -> None:
     assert [(c.kind, c.count) for c in find_collectives(module(twice, BRANCHES))] == [("all-reduce", 1)] * 2
 
 
+# --- reduce-scatters of a CPU ------------------------------------------------------------------------------
+
+# as XLA's CPU compiler prints a product whose sum each of four devices keeps 16 of 64 rows of
+KEPT = """
+%kept (param_0: f32[64,32], param_1: u32[]) -> f32[16,32] {
+  %param_0 = f32[64,32]{1,0} parameter(0)
+  %param_1 = u32[] parameter(1)
+  %convert = s32[] convert(%param_1)
+  %rows = s32[] constant(16)
+  %first = s32[] multiply(%convert, %rows)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[16,32]{1,0} dynamic-slice(%param_0, %first, %zero), dynamic_slice_sizes={16,32}
+}
+
+%whole (param_0.1: f32[64,32]) -> f32[64,32] {
+  %param_0.1 = f32[64,32]{1,0} parameter(0)
+  ROOT %tanh = f32[64,32]{1,0} tanh(%param_0.1)
+}
+"""
+SUMMED = """
+  %x = f32[64,32]{1,0} parameter(0)
+  %step = u32[] parameter(1)
+  %device = u32[] partition-id()
+  %sum = f32[64,32]{1,0} all-reduce(%x), replica_groups=mesh['axis_0'=4] {'axis_0'}, to_apply=%add
+"""
+
+
+@pytest.mark.parametrize(
+    "reader",
+    (
+        "%part = f32[16,32]{1,0} fusion(%sum, %device), kind=kLoop, calls=%kept",
+        """%shape = f32[64,32]{1,0} bitcast(%sum)
+  %zero = s32[] constant(0)
+  %first = s32[] convert(%device)
+  %part = f32[16,32]{1,0} dynamic-slice(%shape, %first, %zero), dynamic_slice_sizes={16,32}""",
+    ),
+)
+def test_all_reduce_whose_part_is_kept(reader: str) -> None:
+    assert brief(find_collectives(module(f"{SUMMED}  {reader}", KEPT))) == [
+        ("reduce-scatter", "f32[16,32]", 16 * 32 * 4, 4, 1, False)
+    ]
+
+
+@pytest.mark.parametrize(
+    "reader",
+    (
+        "%part = f32[16,32]{1,0} fusion(%sum, %step), kind=kLoop, calls=%kept",  # the same rows everywhere
+        "%all = f32[64,32]{1,0} fusion(%sum), kind=kLoop, calls=%whole",
+        """%part = f32[16,32]{1,0} fusion(%sum, %device), kind=kLoop, calls=%kept
+  %all = f32[64,32]{1,0} fusion(%sum), kind=kLoop, calls=%whole""",
+        "%row = f32[1,32]{1,0} dynamic-slice(%sum, %device, %device), dynamic_slice_sizes={1,32}",
+    ),
+)
+def test_all_reduce_of_which_more_is_read(reader: str) -> None:
+    assert brief(find_collectives(module(f"{SUMMED}  {reader}", KEPT))) == [
+        ("all-reduce", "f32[64,32]", 64 * 32 * 4, 4, 1, False)
+    ]
+
+
+def test_live_part_kept() -> None:
+    """Rows that are summed and cut: no whole sum stays on any device."""
+    mesh = make_mesh(4)
+
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x @ w, NamedSharding(mesh, P("tp", None)))
+
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for shape, spec in (((64, 128), P(None, "tp")), ((128, 32), P("tp", None)))
+    ]
+    found = find_collectives(jax.jit(product).lower(*shapes).compile().as_text())
+    assert brief(found) == [("reduce-scatter", "f32[16,32]", 16 * 32 * 4, 4, 1, False)]
+
+
 def test_summarise() -> None:
     def one(kind: str, size: int, count: int, conditional: bool, name: str) -> Collective:
         return Collective(kind, f"f32[{size // 4}]", size, 8, count, conditional, name)

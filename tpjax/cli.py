@@ -302,6 +302,7 @@ def _explain_topology(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         max_model_len=args.max_model_len,
         expert_sharding=args.expert_sharding,
+        context=args.context,
     )
     _show(json.dumps(report.to_dict(), indent=2) if args.json else report)
 
@@ -322,11 +323,13 @@ def _load(args: argparse.Namespace, **options: Any) -> LLM:
 
 
 def _devices(args: argparse.Namespace, *, configuration: bool = False) -> None:
-    """Sees to it that there are as many devices as asked for; ``configuration``: a config.json will do."""
+    """Sees to it that there are as many devices as asked for; ``configuration``: weights are not needed."""
     from tpjax.checkpoints import hub
+    from tpjax.inspect.published import is_published
 
     # before JAX starts: a misspelt name is reported at once
-    hub.resolve(args.model, configuration=configuration)
+    if not (configuration and is_published(args.model)):
+        hub.resolve(args.model, configuration=configuration)
     if args.tp is not None and args.tp > 1:
         from tpjax.mesh import ensure_devices
 
@@ -646,10 +649,10 @@ def _add_explain(verbs: Any) -> None:
         tpjax explain smollm2-135m --tp 4 --plot shards.svg
         tpjax explain meta-llama/Llama-3.1-8B --tp 8
         tpjax explain --config llama-3-8b/config.json --tp 8
-        tpjax explain --config llama-3-8b/config.json --topology v5e:2x4
+        tpjax explain llama-3-8b --topology v5e:2x4 --context 1024
         """,
     )
-    verb.add_argument("model", metavar="MODEL", nargs="?", help=_MODEL_HELP)
+    verb.add_argument("model", metavar="MODEL", nargs="?", help=f"{_MODEL_HELP}; or a published model's name")
     verb.add_argument(
         "--config", metavar="FILE", help="a config.json in MODEL's place: no weights are needed"
     )
@@ -658,6 +661,13 @@ def _add_explain(verbs: Any) -> None:
         "--topology",
         metavar="NAME:GRID",
         help="compile for chips that are not here, such as v5e:2x4 or h200:8; a wrong name lists those known",
+    )
+    verb.add_argument(
+        "--context",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="tokens in the cache of each sequence, for a TPU's estimated time (default: %(default)s)",
     )
     verb.add_argument("--json", action="store_true", help="print JSON")
     verb.add_argument(

@@ -8,6 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from tpjax.inspect.hlo import DTYPE_BITS, Array, Instruction, Module
+
 KINDS = (
     "all-reduce",
     "all-gather",
@@ -18,32 +20,12 @@ KINDS = (
 )
 
 _PACKAGE = "tpjax"
-DTYPE_BITS = {
-    "pred": 8,
-    "f64": 64,
-    "f32": 32,
-    "bf16": 16,
-    "f16": 16,
-    "c64": 64,
-    **{f"{sign}{bits}": bits for sign in "su" for bits in (64, 32, 16, 8, 4, 2)},
-    **{
-        f"f8{kind}": 8
-        for kind in ("e4m3", "e4m3fn", "e5m2", "e4m3b11fnuz", "e4m3fnuz", "e5m2fnuz", "e3m4", "e8m0fnu")
-    },
-    "f4e2m1fn": 4,
-}
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")  # instructions are indented, headers are not
-_COLLECTIVE = re.compile(rf" = (.+?) ({'|'.join(KINDS)})(-start)?\(")
-_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
-_CALLS = re.compile(r"(?:to_apply|calls|body|condition)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=(%?[\w.\-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_STARTS = tuple(f"{kind}-start" for kind in KINDS)
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\] *\{([^}]*)\})")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _FRAME = re.compile(r"stack_frame_id=(\d+)")
-_SCATTER = re.compile(r" = (.+?) (fusion)\(.*calls=%?(all-reduce-scatter[\w.\-]*)")
-_WINDOWED = re.compile(r"condition=%?([\w.\-]+), body=%?[\w.\-]*windowed_dot_general_body")
-_BOUND = re.compile(r" [su]32\[\]\S* constant\((\d+)\)")
+_SCATTER = "all-reduce-scatter"  # begins the name of what a TPU's reduce-scatter calls
+_HANDED_ON = ("bitcast", "reshape", "copy", "get-tuple-element", "all-reduce-done")
 
 
 @dataclass(frozen=True)
@@ -72,38 +54,47 @@ class Collective:
     source: str = ""
 
 
-def find_collectives(hlo: str) -> list[Collective]:
+def find_collectives(hlo: str | Module) -> list[Collective]:
     """Lists the collectives reachable from the entry computation.
 
+    A reduce-scatter is one in whatever form: as an operation; on a TPU as a fusion of an all-reduce and a
+    slice; on a CPU as an all-reduce of which every reader keeps its own device's part.
+
     Args:
-        hlo: text of an optimised module, as ``Compiled.as_text()`` gives it.
+        hlo: an optimised module, or its text as ``Compiled.as_text()`` gives it.
     """
-    bodies, entry = _computations(hlo)
-    sources = source_lines(hlo)
-    found: list[Collective] = []
-
-    def walk(name: str, times: int, conditional: bool) -> None:
-        for line in bodies.get(name, ()):
-            if match := _COLLECTIVE.search(line):
-                one = _parse(line, match, match[2], times, conditional)
-                found.append(replace(one, source=_source(line, sources)))
-                continue  # to_apply of a reduction holds no collective
-            if match := _SCATTER.search(line):
-                # a TPU's reduce-scatter: a fusion of an all-reduce and the slice that a device keeps of it
-                one = _parse(line, match, "reduce-scatter", times, conditional)
-                size = max((_group_size(inner) for inner in bodies.get(match[3], ())), default=0)
-                found.append(replace(one, group_size=size, source=_source(line, sources)))
+    module = Module(hlo) if isinstance(hlo, str) else hlo
+    sources = source_lines(module.text)
+    found = []
+    for one in module.executed():
+        instruction = one.instruction
+        kind = instruction.opcode.removesuffix("-start")
+        callee = instruction.callees[0] if instruction.opcode == "fusion" and instruction.callees else ""
+        if kind not in KINDS or (instruction.opcode != kind and instruction.opcode not in _STARTS):
+            if not callee.startswith(_SCATTER):
                 continue
-            if " async-done(" in line or " async-update(" in line:
-                continue  # may name the computation that its start has run
-            trips = int(match[1]) if (match := _TRIPS.search(line)) else _windows(line, bodies)
-            for callee in _CALLS.findall(line):
-                walk(callee, times * trips, conditional)
-            for several, one in _BRANCHES.findall(line):
-                for callee in (several or one).split(","):
-                    walk(callee.strip().lstrip("%"), times, True)
-
-    walk(entry, 1, False)
+            kind = "reduce-scatter"
+        elif one.computation.startswith(_SCATTER):
+            continue  # counted as the fusion that calls it
+        arrays = _results(instruction)
+        size = _group_size(instruction.line)
+        if callee:
+            size = max((_group_size(inner.line) for inner in module.computations[callee].values()), default=0)
+        if kind == "all-reduce" and (kept := _kept(module, one.computation, instruction, size)):
+            kind, arrays = "reduce-scatter", kept
+        name = _OP_NAME.search(instruction.line)
+        found.append(
+            Collective(
+                kind=kind,
+                shapes=" ".join(f"{a.dtype}[{','.join(map(str, a.dims))}]" for a in arrays),
+                bytes=sum(a.elements * DTYPE_BITS[a.dtype] // 8 for a in arrays),
+                group_size=size,
+                count=one.times,
+                conditional=one.conditional,
+                op_name=name[1] if name else "",
+                source=_source(instruction.line, sources),
+            )
+        )
     return found
 
 
@@ -155,49 +146,34 @@ def _source(line: str, sources: dict[int, str]) -> str:
     return sources.get(int(match[1]), "") if match else ""
 
 
-def _windows(line: str, bodies: dict[str, list[str]]) -> int:
-    """Trips of a windowed product's loop, whose condition compares with a constant; other loops: 1."""
-    match = _WINDOWED.search(line)
-    bounds = [
-        int(bound) for inner in bodies.get(match[1] if match else "", ()) for bound in _BOUND.findall(inner)
-    ]
-    return max(bounds, default=1)
-
-
-def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    bodies: dict[str, list[str]] = {}
-    entry, current = "", ""
-    for line in hlo.splitlines():
-        if match := _COMPUTATION.match(line):
-            current = match[2]
-            bodies[current] = []
-            entry = current if match[1] else entry
-        elif line.startswith("}"):
-            current = ""
-        elif current:
-            bodies[current].append(line)
-    return bodies, entry
-
-
-def _parse(line: str, match: re.Match[str], kind: str, times: int, conditional: bool) -> Collective:
-    shapes = [(dtype, dims) for dtype, dims in _SHAPE.findall(match[1]) if dtype in DTYPE_BITS]
-    if match[3] == "-start" and kind != "all-reduce":
+def _results(instruction: Instruction) -> list[Array]:
+    arrays = instruction.arrays
+    if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
         # an asynchronous start gives (operands, results) and, on some backends, counters
-        shapes = [(dtype, dims) for dtype, dims in shapes if (dtype, dims) != ("u32", "")]
-        shapes = shapes[len(shapes) // 2 :]
-    size = sum(
-        math.prod(int(n) for n in dims.split(",") if n) * DTYPE_BITS[dtype] // 8 for dtype, dims in shapes
-    )
-    name = _OP_NAME.search(line)
-    return Collective(
-        kind=kind,
-        shapes=" ".join(f"{dtype}[{dims}]" for dtype, dims in shapes),
-        bytes=size,
-        group_size=_group_size(line),
-        count=times,
-        conditional=conditional,
-        op_name=name[1] if name else "",
-    )
+        arrays = [array for array in arrays if (array.dtype, array.dims) != ("u32", ())]
+        arrays = arrays[len(arrays) // 2 :]
+    return arrays
+
+
+def _kept(module: Module, computation: str, reduced: Instruction, devices: int) -> list[Array]:
+    """What a device keeps of an all-reduce, if every reader takes no more than its own part; else nothing."""
+    whole, *others = _results(reduced)
+    if others:
+        return []
+    kept: list[Array] = []
+    readers = list(module.users(computation, reduced.name))
+    while readers:
+        reader, place = readers.pop()
+        if reader.opcode in _HANDED_ON:
+            readers += module.users(computation, reader.name)
+            continue
+        part = module.sliced(reader, place)
+        if part is None or part.elements * devices != whole.elements:
+            return []
+        if not module.depends(computation, reader, "partition-id", but=reduced.name):
+            return []
+        kept = [part]
+    return kept
 
 
 def _group_size(line: str) -> int:

@@ -28,6 +28,7 @@ from tpjax.config import ExpertSharding, ModelConfig, MoEConfig
 from tpjax.inspect.budget import collective_budget
 from tpjax.inspect.collectives import find_collectives, summarise
 from tpjax.inspect.explain_report import Report, Step, TensorRow
+from tpjax.inspect.published import is_published, published_config
 from tpjax.inspect.reasons import cache_reason, experts_reason, reason
 from tpjax.memory import device_memory, plan_limits, workspace_bytes
 from tpjax.mesh import make_mesh
@@ -73,8 +74,8 @@ def explain_model(
     """Describes a checkpoint cut over ``tp`` devices without reading a weight.
 
     Args:
-        model: as ``LLM`` takes it; or a ``config.json``, or a directory that holds one and no weights. Of a
-            Hugging Face id nothing but its ``config.json`` is fetched.
+        model: as ``LLM`` takes it; or the name of a published model, a ``config.json``, or a directory that
+            holds one and no weights. Of a Hugging Face id nothing but its ``config.json`` is fetched.
         tp: devices; ``None``: all of them.
         dtype: as ``LLM`` takes it.
         max_model_len: longest sequence, tokens.
@@ -83,10 +84,14 @@ def explain_model(
     Raises:
         TpjaxError: the checkpoint is not supported, or its configuration and tensors disagree.
     """
-    path = resolve(model, configuration=True)
-    bare = path.suffix == ".json" or (path.is_dir() and not any(path.glob("*.safetensors*")))
-    checkpoint = None if bare else open_checkpoint(path)
-    config = read_config(path) if checkpoint is None else checkpoint.config
+    checkpoint = None
+    if is_published(model):
+        config = published_config(model)
+    else:
+        path = resolve(model, configuration=True)
+        bare = path.suffix == ".json" or (path.is_dir() and not any(path.glob("*.safetensors*")))
+        checkpoint = None if bare else open_checkpoint(path)
+        config = read_config(path) if checkpoint is None else checkpoint.config
     config = config.with_expert_sharding(expert_sharding)
     mesh, kind = make_mesh(tp), resolve_dtype(dtype)
     decoder = abstract_decoder(config, mesh, kind)

@@ -6,8 +6,8 @@ import io
 import math
 import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,18 +20,22 @@ from rich.text import Text
 from tpjax.checkpoints.hub import resolve
 from tpjax.checkpoints.load import abstract_decoder, parameters, read_config
 from tpjax.config import ExpertSharding, ModelConfig
+from tpjax.errors import ConfigError
 from tpjax.inspect.budget import collective_budget
-from tpjax.inspect.collectives import DTYPE_BITS, Collective, find_collectives, summarise
+from tpjax.inspect.collectives import Collective, find_collectives, summarise
+from tpjax.inspect.estimate import Estimate, estimate
 from tpjax.inspect.hardware import USABLE_MEMORY
+from tpjax.inspect.hlo import Array, Instruction, Module, tpu_array
+from tpjax.inspect.published import is_published, published_config
 from tpjax.inspect.topology import Topology
 from tpjax.memory import Memory, human_bytes, plan_limits
-from tpjax.runner import Runner, resolve_dtype
+from tpjax.runner import Limits, Runner, resolve_dtype
 
 _ALIAS = re.compile(r"\{\d*\}: \((\d+), \{\}")
-_COPY = re.compile(
-    r"^  (?:ROOT )?%\S+ = \(?(\w+)\[([\d,]*)\](\{[^}]*\})?(?:, .*\))? (copy|copy-start|transpose)\("
-)
-_ON_CHIP = re.compile(r"S\(1\)")  # a TPU's vector memory, where weights are read to
+_CONTEXT = 2048  # tokens, where nothing says how many
+_COPIES = ("copy", "copy-start", "transpose")
+# hand buffers on, or begin what is counted at its end
+_NO_WRITES = ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call")
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,18 @@ class Program:
         collectives: by the line that asked for them.
         argument_bytes: weights, cache and requests on each device, as the compiler lays them out.
         temporary_bytes: besides those.
-        predicted_bytes: of the arguments, by the sum of their shapes.
+        needed_bytes: of both, of the program itself, and of results that replace no argument.
+        fits: they are no more than the device has.
+        refused: what the compiler said instead of compiling, in a line; else empty. All that it would have
+            found is then 0.
+        predicted_bytes: of weights, cache and state, by the sum of their shapes, as a TPU tiles them.
         cache_buffers: of the key-value cache.
         aliased_cache_buffers: of those, the ones updated in place.
-        cache_copies: times a whole buffer of the cache is written anew.
+        cache_copies: times a whole buffer of the cache is copied or transposed.
+        cache_write_backs: times one is written whole by anything else.
         weight_copies: times a whole weight is laid out anew.
         weight_copy_bytes: of those together.
+        estimate: of its time, on a TPU.
     """
 
     name: str
@@ -61,12 +71,17 @@ class Program:
     collectives: list[Collective]
     argument_bytes: int
     temporary_bytes: int
+    needed_bytes: int
+    fits: bool
+    refused: str
     predicted_bytes: int
     cache_buffers: int
     aliased_cache_buffers: int
     cache_copies: int
+    cache_write_backs: int
     weight_copies: int
     weight_copy_bytes: int
+    estimate: Estimate | None
 
 
 @dataclass(frozen=True, repr=False)
@@ -100,30 +115,51 @@ class TopologyReport:
 
     def __rich__(self) -> RenderableType:
         title = f"{self.model} at tp={self.tp} on {self.topology}, {self.dtype}, compiled ahead of time"
-        tables = [_collectives(one, self.budget) for one in self.programs]
-        return Group(Text(title, style="bold"), self._memory(), *tables)
+        compiled = [one for one in self.programs if not one.refused]
+        return Group(
+            Text(title, style="bold"),
+            *(Text(self._does_not_fit(one), style="red") for one in self.programs if not one.fits),
+            self._memory(),
+            *([_times(compiled)] if any(one.estimate for one in compiled) else []),
+            *(_collectives(one, self.budget) for one in compiled),
+        )
 
     def _repr_html_(self) -> str:
         console = Console(record=True, file=io.StringIO(), width=100, force_jupyter=False)
         console.print(self)
         return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
+    def _does_not_fit(self, program: Program) -> str:
+        needed = max(program.needed_bytes, program.predicted_bytes)
+        said = f"; the compiler: {program.refused}" if program.refused else ""
+        return (
+            f"{program.name} does not fit: it needs {human_bytes(needed)} on each device, of "
+            f"{human_bytes(self.memory_bytes)}{said}"
+        )
+
     def _memory(self) -> Table:
         table = _table(f"per device, of {human_bytes(self.memory_bytes)}")
         table.add_column("what")
         for one in self.programs:
-            table.add_column(f"{one.name} {one.batch}×{one.length}", justify="right")
+            table.add_column(_heading(one), justify="right")
         rows = {
             "weights, cache and state": lambda p: human_bytes(p.argument_bytes),
             "  predicted": lambda p: f"{human_bytes(p.predicted_bytes)} ({_off(p):+.1%})",
             "temporaries": lambda p: human_bytes(p.temporary_bytes),
+            "all of it": lambda p: f"{human_bytes(p.needed_bytes)}, {'fits' if p.fits else 'does not fit'}",
             "cache buffers updated in place": lambda p: f"{p.aliased_cache_buffers} of {p.cache_buffers}",
             "whole-cache copies": lambda p: str(p.cache_copies),
+            "whole-cache write-backs": lambda p: str(p.cache_write_backs),
             "weight copies": lambda p: f"{p.weight_copies} ({human_bytes(p.weight_copy_bytes)})",
             "compiled in": lambda p: f"{p.compile_s:.1f} s",
         }
+        refused = {
+            "  predicted": lambda p: human_bytes(p.predicted_bytes),
+            "all of it": lambda p: "does not fit",
+        }
         for name, show in rows.items():
-            table.add_row(name, *(show(one) for one in self.programs))
+            cells = (refused.get(name, lambda p: "") if one.refused else show for one in self.programs)
+            table.add_row(name, *(cell(one) for cell, one in zip(cells, self.programs, strict=True)))
         return table
 
 
@@ -134,22 +170,31 @@ def explain_topology(
     dtype: str = "auto",
     max_model_len: int | None = None,
     expert_sharding: ExpertSharding = "auto",
+    context: int = _CONTEXT,
 ) -> TopologyReport:
     """Compiles a model's decode and prefill steps for chips that are not here, from shapes alone.
 
+    A program that does not fit the chips is compiled all the same, if the compiler takes it.
+
     Args:
-        model: as ``LLM`` takes it, or a ``config.json``.
+        model: the name of a built-in model, or as ``LLM`` takes it, or a ``config.json``.
         topology: the chips.
         tp: devices; ``None``: all of them.
         dtype: as ``LLM`` takes it; ``auto`` is bfloat16 here.
         max_model_len: longest sequence, tokens.
         expert_sharding: as ``LLM`` takes it.
+        context: tokens in the cache of each sequence that is decoded, for the estimate of time; no more than
+            ``max_model_len``.
 
     Raises:
-        TpjaxError: the model is not supported or does not fit, or its programs cannot be compiled here.
+        TpjaxError: the model is not supported, or its programs cannot be compiled here.
     """
-    path = Path(model).expanduser()
-    config = read_config(path if path.suffix == ".json" else resolve(model))
+    if context < 1:
+        raise ConfigError(f"context={context} is less than 1")
+    if is_published(model):
+        config = published_config(model)
+    else:
+        config = read_config(resolve(model, configuration=True))
     runner = abstract_runner(
         config.with_expert_sharding(expert_sharding), topology, tp, dtype, max_model_len=max_model_len
     )
@@ -163,8 +208,8 @@ def explain_topology(
         memory_bytes=topology.memory_bytes,
         budget=collective_budget(config, runner.mesh.size),
         programs=[
-            compile_program(runner, "decode", limits.max_slots, 1),
-            compile_program(runner, "prefill", 1, chunk),
+            compile_program(runner, topology, "decode", limits.max_slots, 1, context),
+            compile_program(runner, topology, "prefill", 1, chunk),
         ],
     )
 
@@ -178,84 +223,203 @@ def abstract_runner(
     max_model_len: int | None = None,
     max_slots: int = 8,
 ) -> Runner:
-    """A runner whose programs can be lowered and compiled for a topology, not run."""
+    """A runner whose programs can be lowered and compiled for a topology, not run.
+
+    Where the model does not fit, its cache is as large as if it did.
+    """
     mesh, kind = topology.mesh(tp), resolve_dtype("bfloat16" if dtype == "auto" else dtype)
     decoder = abstract_decoder(config, mesh, kind)
-    limits = plan_limits(
-        config,
-        mesh.size,
-        kind,
-        weight_bytes=sum(p.bytes_per_device for p in parameters(decoder, mesh)),
-        memory=Memory(int(topology.memory_bytes * USABLE_MEMORY)),
-        max_model_len=max_model_len,
-        max_slots=max_slots,
-    )
-    return Runner(decoder, mesh, limits, kind)
+
+    def limits(memory: Memory | None, longest: int | None) -> Limits:
+        return plan_limits(
+            config,
+            mesh.size,
+            kind,
+            weight_bytes=sum(p.bytes_per_device for p in parameters(decoder, mesh)),
+            memory=memory,
+            max_model_len=longest,
+            max_slots=max_slots,
+        )
+
+    try:
+        sizes = limits(Memory(int(topology.memory_bytes * USABLE_MEMORY)), max_model_len)
+    except ConfigError:  # what else is wrong with the sizes is raised again
+        sizes = limits(None, max_model_len or min(config.longest_context, _CONTEXT))
+    return Runner(decoder, mesh, sizes, kind)
 
 
-def compile_program(runner: Runner, kind: str, batch: int, length: int) -> Program:
-    """Compiles one of a runner's programs and reads what it does."""
-    started = time.perf_counter()
-    compiled = runner.program(kind, batch, length)
-    seconds = time.perf_counter() - started
-    hlo, memory = compiled.as_text(), compiled.memory_analysis()
+def compile_program(
+    runner: Runner, topology: Topology, kind: str, batch: int, length: int, context: int = 0
+) -> Program:
+    """Compiles one of a runner's programs and reads what it does.
+
+    Args:
+        runner: of :func:`abstract_runner`.
+        topology: that it was made for.
+        kind: as :meth:`Runner.program` takes it.
+        batch: likewise.
+        length: likewise.
+        context: tokens in the cache of each sequence, for the estimate of time.
+    """
     state = runner.abstract_state()
     cache = jax.tree.leaves(state.cache)
     weights = [
         jax.ShapeDtypeStruct(p.layout.shape, p.dtype, sharding=p.sharding)
         for p in parameters(runner.abstract_model(), runner.mesh)
     ]
+    predicted = sum(_bytes(leaf, topology.is_tpu) for leaf in (*weights, *jax.tree.leaves(state)))
+    started = time.perf_counter()
+    refused, compiled = "", None
+    try:
+        compiled = runner.program(kind, batch, length)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        refused = str(error).strip().splitlines()[0]
+    seconds = time.perf_counter() - started
+    if compiled is None:
+        return Program(
+            name=kind,
+            batch=batch,
+            length=length,
+            compile_s=seconds,
+            collectives=[],
+            argument_bytes=0,
+            temporary_bytes=0,
+            needed_bytes=0,
+            fits=False,
+            refused=refused,
+            predicted_bytes=predicted,
+            cache_buffers=len(cache),
+            aliased_cache_buffers=0,
+            cache_copies=0,
+            cache_write_backs=0,
+            weight_copies=0,
+            weight_copy_bytes=0,
+            estimate=None,
+        )
+    memory, module = compiled.memory_analysis(), Module(compiled.as_text())
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
     first = len(weights)  # arguments: the weights, then the state, the cache first
-    aliased = {int(n) for n in _ALIAS.findall(hlo.split("entry_computation_layout", 1)[0])}
-    copies = whole_copies(hlo)
-    cache_shapes = {_shard(buffer) for buffer in cache}
+    aliased = {int(n) for n in _ALIAS.findall(module.text.split("entry_computation_layout", 1)[0])}
+    copies, collectives = whole_copies(module), find_collectives(module)
+    caches = {_shard(buffer) for buffer in cache}
     matrices = {_shard(weight) for weight in weights if weight.ndim > 1}
-    moved = [size for shape, size in copies if shape in matrices]
+    moved = [array.bytes for array in copies if array.sizes in matrices]
     return Program(
         name=kind,
         batch=batch,
         length=length,
         compile_s=seconds,
-        collectives=summarise(find_collectives(hlo)),
+        collectives=summarise(collectives),
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        predicted_bytes=sum(_bytes(leaf) for leaf in (*weights, *jax.tree.leaves(state))),
+        needed_bytes=needed,
+        fits=needed <= topology.memory_bytes,
+        refused="",
+        predicted_bytes=predicted,
         cache_buffers=len(cache),
         aliased_cache_buffers=len(aliased & set(range(first, first + len(cache)))),
-        cache_copies=sum(shape in cache_shapes for shape, _ in copies),
+        cache_copies=sum(array.sizes in caches for array in copies),
+        cache_write_backs=sum(array.sizes in caches for array in write_backs(module)),
         weight_copies=len(moved),
         weight_copy_bytes=sum(moved),
+        estimate=estimate(
+            module,
+            collectives,
+            runner.config,
+            topology,
+            tp=runner.mesh.size,
+            dtype=str(runner.dtype),
+            batch=batch,
+            length=length,
+            context=min(context, runner.limits.max_model_len),
+            page_size=runner.limits.page_size,
+            caches=caches,
+        )
+        if topology.is_tpu
+        else None,
     )
 
 
-def whole_copies(hlo: str) -> list[tuple[tuple[int, ...], int]]:
-    """Copies and transposes of a module, as sorted dimensions and bytes.
+def whole_copies(module: Module) -> list[Array]:
+    """What a module copies or transposes, fused or not.
 
     Reading ahead into a TPU's own memory is no copy: that is how it reads.
     """
-    found = []
-    for line in hlo.splitlines():
-        if (match := _COPY.match(line)) is None:
-            continue
-        dtype, dims, layout, kind = match.groups()
-        if kind == "copy-start" and _ON_CHIP.search(layout or ""):
-            continue
-        shape = tuple(sorted(int(n) for n in dims.split(",") if n))
-        found.append((shape, math.prod(shape) * DTYPE_BITS[dtype] // 8))
-    return found
+    return [
+        one.arrays[0]
+        for body in module.computations.values()
+        for one in body.values()
+        if one.opcode in _COPIES and not (one.opcode == "copy-start" and _on_chip(one))
+    ]
+
+
+def write_backs(module: Module) -> list[Array]:
+    """What a module writes whole to the device's memory otherwise; in place, it would write the update."""
+    return [
+        array
+        for one in module.executed()
+        for array, size in module.written(one.instruction)
+        if not one.fused
+        and array.space == 0
+        and size == array.bytes
+        and one.instruction.opcode not in _NO_WRITES
+        and (one.instruction.opcode not in _COPIES or _on_chip(one.instruction))
+        and not any(
+            inner.opcode in _COPIES
+            for callee in one.instruction.callees
+            for inner in module.computations[callee].values()
+        )
+    ]
+
+
+def _on_chip(copy: Instruction) -> bool:
+    """Whether an asynchronous copy goes to, or comes from, a TPU's own memory."""
+    return copy.opcode == "copy-start" and any(array.space == 1 for array in copy.arrays[:2])
 
 
 def _shard(array: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    """Dimensions on one device, sorted: a transposed copy is a copy."""
-    return tuple(sorted(array.sharding.shard_shape(array.shape)))
+    """Dimensions on one device, as :attr:`Array.sizes` gives them."""
+    return tuple(sorted(size for size in array.sharding.shard_shape(array.shape) if size > 1))
 
 
-def _bytes(array: jax.ShapeDtypeStruct) -> int:
-    return math.prod(array.sharding.shard_shape(array.shape)) * np.dtype(array.dtype).itemsize
+def _bytes(array: jax.ShapeDtypeStruct, tiled: bool) -> int:
+    dims, dtype = array.sharding.shard_shape(array.shape), np.dtype(array.dtype)
+    return tpu_array(f"u{8 * dtype.itemsize}", dims).bytes if tiled else math.prod(dims) * dtype.itemsize
 
 
 def _off(program: Program) -> float:
     return program.predicted_bytes / program.argument_bytes - 1
+
+
+def _heading(program: Program) -> str:
+    return f"{program.name} {program.batch}×{program.length}"
+
+
+def _times(programs: list[Program]) -> Table:
+    table = _table("estimated time, ms: the longer of compute and traffic, and the collectives")
+    table.add_column("what")
+    for one in programs:
+        table.add_column(_heading(one), justify="right")
+    rows: dict[str, Callable[[Estimate], str]] = {
+        "tokens in the cache of each": lambda e: str(e.context),
+        "compute, by the compiler's cycles": lambda e: f"{e.compute_s * 1e3:.2f}",
+        "  of it walking over pages": lambda e: f"{e.pages_s * 1e3:.2f}",
+        "memory traffic": lambda e: f"{human_bytes(e.traffic_bytes)}, {e.traffic_s * 1e3:.2f}",
+        "collectives": lambda e: f"{e.collectives_s * 1e3:.2f}",
+        "estimate": lambda e: f"{e.total_s * 1e3:.2f}",
+        "bound by memory": lambda e: f"{e.memory_bound_s * 1e3:.2f}",
+        "bound by compute": lambda e: f"{e.compute_bound_s * 1e3:.2f}",
+        "estimate / bound": lambda e: f"{e.total_s / e.bound_s:.2f}×",
+    }
+    estimates = [one.estimate for one in programs if one.estimate]
+    if any(one.kernels for one in estimates):
+        rows["kernels without cycles"] = lambda e: str(e.kernels)
+    for name, show in rows.items():
+        table.add_row(name, *(show(one) for one in estimates))
+    return table
 
 
 def _collectives(program: Program, budget: dict[str, Any]) -> Table:

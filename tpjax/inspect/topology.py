@@ -21,6 +21,8 @@ from tpjax.inspect.hardware import HARDWARE, SHORT_NAMES, Hardware
 from tpjax.mesh import AXIS
 
 TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # axes of the chip grid
+# chips of a whole pod: beyond it, the compiler does not refuse but aborts
+_POD = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}
 # libtpu that was built from the same XLA as this jax
 LIBTPU = {"0.10": "0.0.42.*", "0.12": "0.0.51.*"}
 _CORES_PER_DEVICE = {"v4": {"chip_config_name": "megacore"}}  # else libtpu shows v4's two cores apart
@@ -150,7 +152,10 @@ def parse_topology(text: str) -> Topology:
         example = f"{name}:{'x'.join(['2', '4', '4'][:axes]) if axes > 1 else 8}"
         what = f"a grid of {axes} axes" if axes > 1 else "a number of chips"
         raise ConfigError(f"topology {text!r}: {grid!r} is not {what}, such as {example}")
-    return Topology(text, HARDWARE[name], tuple(map(int, grid.split("x"))))
+    found = Topology(text, HARDWARE[name], tuple(map(int, grid.split("x"))))
+    if (chips := math.prod(found.grid)) > _POD.get(name, chips):
+        raise ConfigError(f"topology {text!r} has {chips} chips, but a pod of {name} has {_POD[name]}")
+    return found
 
 
 def check_extra(kind: str) -> None:

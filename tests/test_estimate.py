@@ -1,0 +1,137 @@
+"""The time of a TPU program, from a small one written by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tpjax.config import ModelConfig, RopeConfig
+from tpjax.inspect.collectives import find_collectives
+from tpjax.inspect.estimate import Estimate, estimate
+from tpjax.inspect.hardware import HARDWARE
+from tpjax.inspect.hlo import Module
+from tpjax.inspect.topology import parse_topology
+
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=1024,
+    hidden_size=512,
+    intermediate_size=1024,
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=64,
+    max_position_embeddings=2048,
+    norm_eps=1e-5,
+    rope=RopeConfig(),
+    layer_types=("sliding_attention", "full_attention"),
+    sliding_window=128,
+    query_scale=0.125,
+)
+LOOPS = "\n".join(
+    f"""
+%body{n} (s{n}: (s32[], bf16[64,128,64])) -> (s32[], bf16[64,128,64]) {{
+  %s{n} = (s32[], bf16[64,128,64]{{2,1,0}}) parameter(0)
+  %pages{n} = bf16[64,128,64]{{2,1,0}} get-tuple-element(%s{n}), index=1
+  %take{n} = bf16[2,128,64]{{2,1,0:S(1)}} fusion(%pages{n}), kind=kCustom, calls=%taken
+  %mix{n} = f32[64]{{0:S(1)}} fusion(%take{n}), calls=%mixed, backend_config={{"estimated_cycles":"2000"}}
+}}
+
+%until{n} (u{n}: (s32[], bf16[64,128,64])) -> pred[] {{
+  %u{n} = (s32[], bf16[64,128,64]{{2,1,0}}) parameter(0)
+}}
+"""
+    for n in (0, 1)
+)
+PROGRAM = f"""HloModule jit_decode
+
+%taken (p: bf16[64,128,64]) -> bf16[2,128,64] {{
+  %p = bf16[64,128,64]{{2,1,0}} parameter(0)
+  ROOT %slice = bf16[2,128,64]{{2,1,0}} slice(%p), slice={{[0:2], [0:128], [0:64]}}
+}}
+
+%mixed (m: bf16[2,512], h: bf16[1024,512]) -> f32[2,1024] {{
+  %m = bf16[2,512]{{1,0}} parameter(0)
+  %h = bf16[1024,512]{{1,0}} parameter(1)
+  ROOT %d = f32[2,1024]{{1,0}} convolution(%m, %h), dim_labels=bf_oi->bf
+}}
+
+%rare (q: f32[8]) -> f32[8] {{
+  %q = f32[8]{{0}} parameter(0)
+  ROOT %r = f32[8]{{0}} fusion(%q), kind=kLoop, calls=%mixed, backend_config={{"estimated_cycles":"70000"}}
+}}
+{LOOPS}
+ENTRY %main (w: bf16[512,1024], x: bf16[2,512], head: bf16[1024,512], c: s32[]) -> f32[2,1024] {{
+  %w = bf16[512,1024]{{1,0}} parameter(0)
+  %x = bf16[2,512]{{1,0:S(1)}} parameter(1)
+  %head = bf16[1024,512]{{1,0}} parameter(2)
+  %ahead = ((bf16[512,1024]{{1,0}}), bf16[256,1024]{{1,0:S(1)}}, s32[]{{:S(2)}}) slice-start(%w), slice={{[0:256], [0:1024]}}
+  %fetched = bf16[256,1024]{{1,0:S(1)}} slice-done(%ahead)
+  %out = (bf16[2,512]{{1,0}}, bf16[2,512]{{1,0:S(1)}}, u32[]{{:S(2)}}) copy-start(%x)
+  %stored = bf16[2,512]{{1,0}} copy-done(%out)
+  %walk0 = (s32[], bf16[64,128,64]{{2,1,0}}) while(%t0), condition=%until0, body=%body0
+  %walk1 = (s32[], bf16[64,128,64]{{2,1,0}}) while(%t1), condition=%until1, body=%body1
+  %some = f32[8]{{0:S(1)}} conditional(%c, %y, %y), branch_computations={{%rare, %rare}}
+  %sorted = f32[8]{{0:S(1)}} sort(%some), backend_config={{"estimated_cycles":"9223372036854775807"}}
+  %kernel = bf16[2,512]{{1,0:S(1)}} custom-call(%fetched), custom_call_target="tpu_custom_call"
+  %sum = bf16[2,512]{{1,0:S(1)}} all-reduce(%kernel), replica_groups={{{{0,1,2,3,4,5,6,7}}}}, to_apply=%add
+  ROOT %logits = f32[2,1024]{{1,0}} fusion(%sum, %head), kind=kOutput, calls=%mixed, backend_config={{"estimated_cycles":"9000"}}
+}}
+"""  # noqa: E501
+
+
+def estimated(config: ModelConfig = CONFIG, chip: str = "v5e:2x4", context: int = 300) -> Estimate:
+    module = Module(PROGRAM)
+    return estimate(
+        module,
+        find_collectives(module),
+        config,
+        parse_topology(chip),
+        tp=8,
+        dtype="bfloat16",
+        batch=2,
+        length=1,
+        context=context,
+        page_size=128,
+        caches={(64, 64, 128)},
+    )
+
+
+def test_parts() -> None:
+    """300 tokens are three pages; a window of 128 reaches back to the second."""
+    found = estimated()
+    clock = 197e12 / 2 / (4 * 128 * 128)
+    assert clock == pytest.approx(1.50e9, rel=0.01)
+    assert found.pages_s == pytest.approx((2 + 3) * 2000 / clock)
+    assert found.compute_s == pytest.approx(((2 + 3) * 2000 + 9000) / clock)
+    page = 2 * 128 * 64 * 2
+    weights, stored, head, logits = 256 * 1024 * 2, 2 * 512 * 2, 1024 * 512 * 2, 2 * 1024 * 4
+    assert found.traffic_bytes == weights + stored + (2 + 3) * page + head + logits
+    assert found.traffic_s == pytest.approx(found.traffic_bytes / 819e9)
+    assert found.collectives_s == HARDWARE["v5e"].interconnect.all_reduce_s(8, 2 * 512 * 2)
+    assert found.total_s == found.compute_s + found.collectives_s
+    assert found.kernels == 2  # and the sort, whose number is none
+
+
+def test_bounds() -> None:
+    """Weights and cache read once at full bandwidth, products at the peak rate."""
+    found = estimated(replace(CONFIG, layer_types=("full_attention",) * 2, sliding_window=None))
+    layer = (4 * 512 * 512 + 3 * 512 * 1024) // 8
+    cache = 2 * 2 * 300 * 2 * 64 * 2  # sequences, layers, tokens, keys and values, their width, bytes
+    weights = 2 * (2 * layer + 1024 * 512 // 8)
+    assert found.memory_bound_s == pytest.approx((weights + cache) / 819e9)
+    flops = 2 * 2 * (2 * layer + 1024 * 512 // 8) + 2 * 2 * 300 * 4 * 64
+    assert found.compute_bound_s == pytest.approx(flops / 197e12)
+    assert found.bound_s == pytest.approx(found.memory_bound_s)  # two rows: memory holds everywhere
+
+
+def test_a_chip_that_shows_as_two_devices() -> None:
+    """Each half has half the bandwidth, at the same clock."""
+    one = estimated(chip="tpu7x:2x2x1")
+    assert one.traffic_s == pytest.approx(one.traffic_bytes / (7380e9 / 2))
+    assert one.compute_s == pytest.approx(((2 + 3) * 2000 + 9000) / (2307e12 / 2 / (8 * 256 * 256)))
+
+
+def test_an_empty_cache_is_not_walked() -> None:
+    assert estimated(context=0).pages_s == 0

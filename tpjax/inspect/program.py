@@ -25,7 +25,7 @@ from tpjax.inspect.explain import collective_budget
 from tpjax.inspect.hardware import USABLE_MEMORY
 from tpjax.inspect.topology import Topology
 from tpjax.memory import Memory, human_bytes, plan_limits
-from tpjax.runner import Runner, resolve_dtype
+from tpjax.runner import Residual, Runner, resolve_dtype
 
 _ALIAS = re.compile(r"\{\d*\}: \((\d+), \{\}")
 _COPY = re.compile(
@@ -177,6 +177,7 @@ def abstract_runner(
     *,
     max_model_len: int | None = None,
     max_slots: int = 8,
+    residual: Residual = "auto",
 ) -> Runner:
     """A runner whose programs can be lowered and compiled for a topology, not run."""
     mesh, kind = topology.mesh(tp), resolve_dtype("bfloat16" if dtype == "auto" else dtype)
@@ -190,7 +191,7 @@ def abstract_runner(
         max_model_len=max_model_len,
         max_slots=max_slots,
     )
-    return Runner(decoder, mesh, limits, kind)
+    return Runner(decoder, mesh, limits, kind, residual)
 
 
 def compile_program(runner: Runner, kind: str, batch: int, length: int) -> Program:

@@ -191,7 +191,7 @@ def test_tpu_decode(tp: int, capfd: pytest.CaptureFixture[str]) -> None:
 def test_tpu_llama3_8b() -> None:
     program = compiled(LLAMA3_8B, "v5e:2x4", 8, "decode")
     check(program, LLAMA3_8B, 8)
-    assert program.cache_copies == 0
+    assert program.cache_copies == program.weight_copies == 0
     assert program.predicted_bytes == pytest.approx(program.argument_bytes, rel=0.02)
 
 

@@ -108,11 +108,8 @@ class LatentAttention(nnx.Module):
         """Each device's share of the sum over heads, and the cache with the new latents."""
         config, rank = self.config, self.latent.kv_lora_rank
         q_rank = self.latent.q_lora_rank or 0
-        # Where the residual is cut over positions, one all-gather over tp: of what all of it is projected to,
-        # which is narrower, or of itself.
-        x = x if q_rank else constrain(x, REPLICATED)
-        compressed = constrain(self.a_proj(x), REPLICATED)
-        queries, latent, key_turn = jnp.split(compressed, [q_rank, q_rank + rank], -1)
+        x = constrain(x, REPLICATED)  # all-gather over tp where the residual is cut over positions
+        queries, latent, key_turn = jnp.split(self.a_proj(x), [q_rank, q_rank + rank], -1)
         queries = x if self.q_a_layernorm is None else self.q_a_layernorm(queries)
         query = self.q_proj(queries).reshape(*x.shape[:2], self.num_heads, 1, config.head_dim)
         query = constrain(query, HEADS)

@@ -172,6 +172,7 @@ def test_logits_bounds(tiny: LLM) -> None:
         ({"max_slots": 0}, ConfigError, "max_slots=0"),
         ({"quantize": "int8"}, ConfigError, "quantize='int8'"),
         ({"seed": -1}, ConfigError, "seed=-1"),
+        ({"residual": "rows"}, ConfigError, "residual='rows' is not supported: use auto, replicated or"),
     ),
 )
 def test_bad_arguments(arguments: dict[str, object], error: type[TpjaxError], message: str) -> None:

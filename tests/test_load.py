@@ -15,6 +15,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
+from tpjax import LLM
+from tpjax.checkpoints import load as load_module
 from tpjax.checkpoints.load import (
     CanonicalSource,
     Checkpoint,
@@ -161,6 +163,26 @@ def test_each_device_holds_its_slice(plain: Path, tp: int) -> None:
         shares = [whole[name]] * tp if axis is None else np.split(whole[name], tp, axis=axis)
         for shard in array.addressable_shards:
             np.testing.assert_array_equal(np.asarray(shard.data), shares[shard.device.id], err_msg=name)
+
+
+def test_order_in_memory(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a TPU: the same logits from weights [in, out] that have the inputs last in memory."""
+    tokens = list(range(20))
+    expected = LLM(plain, tp=3, max_slots=1).logits(tokens)
+    monkeypatch.setattr(load_module, "_OUT_FIRST", {"cpu"})
+    llm = LLM(plain, tp=3, max_slots=1)
+    np.testing.assert_allclose(llm.logits(tokens), expected, rtol=1e-5, atol=1e-5)
+    orders = {
+        parameter.name: weight.format.layout.major_to_minor
+        for parameter, weight in zip(
+            parameters(llm.runner.abstract_model(), llm.mesh), llm.runner._weights, strict=True
+        )
+    }
+    assert {name.split(".", 2)[-1] for name, order in orders.items() if order == (1, 0)} == {
+        "self_attn.qkv_proj.weight",
+        "mlp.gate_up_proj.weight",
+    }
+    assert "f32[10,14]{0,1}" in llm.runner.compiled["score", 1, 32].as_text()  # a device's gate and up
 
 
 def test_sharded_files_and_single_file_are_the_same(plain: Path, tmp_path: Path) -> None:

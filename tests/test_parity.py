@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 from conftest import GOLDENS
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from tpjax import LLM, SamplingParams
 from tpjax.cache import Placement, allocate
 from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint
 from tpjax.config import RopeConfig
 from tpjax.mesh import make_mesh
+from tpjax.sharding import POSITIONS, REPLICATED
 
 TINY = sorted(golden.parent.name for golden in GOLDENS.glob("*/golden.npz"))
 EVERY_TP = range(1, 9)
@@ -42,11 +44,12 @@ class Stepwise:
         name: of the golden.
         tp: devices.
         reach: tokens the sequence will get to.
+        residual: layout of the residual.
     """
 
     PAGE = 64
 
-    def __init__(self, name: str, tp: int, reach: int) -> None:
+    def __init__(self, name: str, tp: int, reach: int, residual: PartitionSpec = REPLICATED) -> None:
         checkpoint = open_checkpoint(GOLDENS / name)
         self.mesh, self.vocab_size = make_mesh(tp), checkpoint.config.vocab_size
         float32, pages = jnp.dtype("float32"), -(-reach // self.PAGE)
@@ -63,7 +66,7 @@ class Stepwise:
         def forward(weights: Any, cache: Any, tokens: jax.Array, start: jax.Array) -> tuple[jax.Array, Any]:
             positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
             model = nnx.merge(graph, weights)
-            hidden, cache = model(tokens, cache, Placement(table, positions, reaches))
+            hidden, cache = model(tokens, cache, Placement(table, positions, reaches), residual)
             return model.logits(hidden[0]), cache
 
         self.forward = forward
@@ -93,6 +96,15 @@ def test_parity_with_goldens(name: str, tp: int) -> None:
     while len(tokens) < STEPS:
         tokens.append(int(model(tokens[-1:])[0].argmax()))
     assert tokens == golden["greedy"].tolist()
+
+
+@pytest.mark.parametrize("tp", (1, 2, 3, 4, 8))
+@pytest.mark.parametrize("name", ("qwen3", "gemma3", "cohere", "gpt2", "gpt_oss", "deepseek_v3"))
+def test_parity_with_the_residual_cut_over_positions(name: str, tp: int) -> None:
+    """Also where tp does not divide the chunk, 64 positions."""
+    golden = np.load(GOLDENS / name / "golden.npz")
+    model = Stepwise(name, tp, reach=len(golden["prompt"]) + STEPS, residual=POSITIONS)
+    assert relative_error(model(golden["prompt"].tolist()), golden["logits"]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", ("cohere", "deepseek_v3", "gemma3", "gpt2", "gpt_oss", "mixtral", "phi3"))

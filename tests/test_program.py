@@ -20,7 +20,8 @@ from tpjax.config import ModelConfig, RopeConfig
 from tpjax.inspect.budget import collective_budget
 from tpjax.inspect.collectives import find_collectives
 from tpjax.mesh import make_mesh
-from tpjax.runner import Limits, Runner
+from tpjax.runner import Limits, Residual, Runner
+from tpjax.sharding import POSITIONS, REPLICATED
 
 # Large enough that a weight- or cache-sized buffer cannot be mistaken for an activation.
 CONFIG = ModelConfig(
@@ -81,6 +82,39 @@ def test_collective_budget_of_other_blocks(name: str, of_a_layer: list[int]) -> 
     reduced = [one.bytes // 4 for one in found if one.kind == "all-reduce" and not one.conditional]
     assert sorted(reduced) == sorted([36, *of_a_layer * model.config.num_layers])
     assert len(reduced) == collective_budget(model.config, 4)["all_reduces"]
+
+
+@pytest.mark.parametrize(
+    ("name", "gathers_of_a_layer"),
+    [("qwen3", 2), ("gemma2", 2), ("cohere", 1), ("gpt_neox", 2), ("mixtral", 2), ("deepseek_v3", 2)],
+)
+def test_prefill_with_the_residual_cut_over_positions(name: str, gathers_of_a_layer: int) -> None:
+    """Each block gathers what it reads once, and moves nothing else of that size but its sum."""
+    mesh, float32 = make_mesh(4), jnp.dtype("float32")
+    model = abstract_decoder(read_config(GOLDENS / name), mesh, float32)
+    limits = Limits(max_slots=1, max_model_len=128, num_pages=2)
+    runner = Runner(model, mesh, limits, float32, residual="positions")
+    assert runner.residual_of(64) == POSITIONS
+    found = [one for one in find_collectives(runner.program("prefill", 1, 64).as_text()) if one.bytes > 2048]
+    gathers = [one for one in found if one.kind == "all-gather"]
+    assert sum(one.count for one in gathers) == gathers_of_a_layer * model.config.num_layers
+    # XLA has no reduce-scatter on CPU: an all-reduce and a slice
+    sums = [one for one in found if one.kind in ("all-reduce", "reduce-scatter")]
+    assert sum(one.count for one in sums) == collective_budget(model.config, 4)["all_reduces"]
+    assert len(found) == len(gathers) + len(sums)
+
+
+def test_where_the_residual_is_cut() -> None:
+    float32 = jnp.dtype("float32")
+    mesh = make_mesh(3)
+
+    def runner(residual: Residual) -> Runner:
+        return Runner(abstract_decoder(CONFIG, mesh, float32), mesh, LIMITS, float32, residual)
+
+    assert runner("positions").residual_of(63) == POSITIONS
+    assert runner("positions").residual_of(64) == REPLICATED  # tp does not divide it
+    assert runner("auto").residual_of(63) == REPLICATED  # on a CPU
+    assert runner("replicated").residual_of(63) == REPLICATED
 
 
 def test_cache_is_updated_in_place(decode: tuple[int, jax.stages.Compiled]) -> None:

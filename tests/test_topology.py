@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.metadata
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from tpjax.inspect.program import (
 )
 from tpjax.inspect.shapes import SHAPES, Shape
 from tpjax.inspect.topology import extra_problem, parse_topology
+from tpjax.runner import Residual
 
 HLO = Path(__file__).parent / "data" / "hlo"
 
@@ -204,7 +206,7 @@ LLAMA3_8B = llama(4096, 14336, 32, 8, 128256, layers=2)
 
 
 def compiled(config: ModelConfig, name: str, tp: int, kind: str) -> Program:
-    runner = abstract_runner(config, parse_topology(name), tp, max_slots=4)
+    runner = abstract_runner(config, parse_topology(name), tp, max_slots=4, residual="replicated")
     sizes = (4, 1) if kind == "decode" else (1, 128)
     return compile_program(runner, parse_topology(name), kind, *sizes, context=256 * (kind == "decode"))
 
@@ -255,8 +257,9 @@ def test_llama3_8b(name: str, kind: str, capfd: pytest.CaptureFixture[str]) -> N
     program = compiled(LLAMA3_8B, name, 8, kind)
     check(program, LLAMA3_8B, 8, capfd.readouterr().err)
     assert program.cache_copies == 0
-    if name == "h200:8":
+    if name == "h200:8" or kind == "decode":
         assert program.weight_copies == 0
+    if name == "h200:8":
         return
     found = program.estimate
     assert found is not None and found.bound_s < found.total_s
@@ -301,3 +304,34 @@ def test_what_the_compiler_cannot_target(
 def test_more_than_there_are() -> None:
     with pytest.raises(ConfigError, match="tp=9 is more than the 8 devices of v5e:2x4"):
         parse_topology("v5e:2x4").mesh(9)
+
+
+# --- prefill with the residual cut over positions ----------------------------------------------------------
+
+
+def moves(chip: str, config: ModelConfig, residual: Residual) -> Counter[str]:
+    """Collectives by which a chunk of 512 tokens moves the residual, or a device's part of it."""
+    topology = parse_topology(chip)
+    runner = abstract_runner(config, topology, residual=residual, max_slots=1)
+    program = compile_program(runner, topology, "prefill", 1, 512)
+    assert program.aliased_cache_buffers == program.cache_buffers
+    assert program.cache_copies == 0
+    counts: Counter[str] = Counter()
+    for one in program.collectives:
+        if one.bytes >= 512 * config.hidden_size * 2 / runner.mesh.size:
+            counts[one.kind] += one.count
+    return counts
+
+
+@needs_tpu
+def test_tpu_prefill_cuts_the_residual() -> None:
+    """Each block gathers what it reads once and scatters its sum; so does the embedding."""
+    assert moves("v5e:2x4", LLAMA3_8B, "auto") == {"all-gather": 4, "reduce-scatter": 5}
+    assert moves("v5e:2x4", LLAMA3_8B, "replicated") == {"all-reduce": 5}
+
+
+@needs_gpu
+def test_gpu_prefill_cuts_the_residual() -> None:
+    """Where it is asked for: 4 MB are summed faster by one kernel."""
+    assert moves("h200:8", LLAMA3_8B, "positions") == {"all-gather": 4, "reduce-scatter": 5}
+    assert moves("h200:8", LLAMA3_8B, "auto") == {"all-reduce": 5}

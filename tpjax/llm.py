@@ -16,14 +16,14 @@ import numpy as np
 
 from tpjax.checkpoints.hub import cache_dir, resolve
 from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint, parameters
-from tpjax.config import ExpertSharding, ModelConfig
+from tpjax.config import ExpertSharding, ModelConfig, check_choice
 from tpjax.engine.engine import Engine
 from tpjax.engine.generation import Delta, Generation
 from tpjax.engine.request import FinishReason, Request, TokenLogprobs
 from tpjax.errors import ConfigError, RequestError
 from tpjax.memory import device_memory, plan_limits
 from tpjax.mesh import make_mesh
-from tpjax.runner import Row, Runner, resolve_dtype
+from tpjax.runner import Residual, Row, Runner, resolve_dtype
 from tpjax.sampling_params import MAX_SEED, SamplingParams
 from tpjax.tokenizer import Tokenizer, load_tokenizer
 
@@ -73,6 +73,9 @@ class LLM:
         seed: of the draws of requests that bring no seed of their own.
         expert_sharding: of a mixture of experts: ``experts`` (whole ones on each device), ``width`` (each
             device has a share of every expert), or ``auto``: experts where ``tp`` divides them.
+        residual: layout of the residual while a prompt is read: ``replicated``, cut over ``positions``
+            (norms then work on 1/tp of the rows; chunks that ``tp`` does not divide stay replicated), or
+            ``auto``: positions on TPU and GPU. It changes no result.
 
     Attributes:
         config: the architecture.
@@ -93,9 +96,11 @@ class LLM:
         quantize: str | None = None,
         seed: int = 0,
         expert_sharding: ExpertSharding = "auto",
+        residual: Residual = "auto",
     ) -> None:
         if quantize is not None:
             raise ConfigError(f"quantize={quantize!r} is not supported: use None")
+        check_choice("residual", residual, Residual)
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
             raise ConfigError(f"seed={seed!r} is not a whole number, 0 to {MAX_SEED}")
         path = resolve(os.fspath(model))
@@ -118,7 +123,7 @@ class LLM:
         decoder = load_decoder(checkpoint, decoder, self.mesh)
         self.name = str(model)
         self.path: Path = path
-        self.runner = Runner(decoder, self.mesh, limits, self.dtype)
+        self.runner = Runner(decoder, self.mesh, limits, self.dtype, residual)
         self.engine = Engine(self.runner)
         self._running: dict[Request, tuple[Generation, deque[Delta]]] = {}
         self._seeds = np.random.default_rng(seed)

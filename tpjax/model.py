@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tpjax.cache import LatentCache, LayerCache, PagedKVCache, Placement
@@ -22,11 +23,15 @@ from tpjax.layers.mlp import MLP
 from tpjax.layers.moe import MoE
 from tpjax.layers.norm import Norm
 from tpjax.layers.rope import Rotation, rotation
-from tpjax.sharding import LOGITS, REPLICATED, constrain
+from tpjax.sharding import LOGITS, REPLICATED, add_up, constrain
 
 
 class DecoderLayer(nnx.Module):
     """Attention and MLP, each added to the residual; ``config.block`` says where the layer norms.
+
+    The residual is whole on every device, or cut over positions (``sharding.POSITIONS``). Then norms and sums
+    work on 1/tp of the rows, and an all-reduce is taken apart: attention and MLP gather what they read, and
+    their shares are summed by a reduce-scatter.
 
     Args:
         config: the architecture.
@@ -60,27 +65,27 @@ class DecoderLayer(nnx.Module):
         cache: LayerCache | LatentCache,
         at: Placement,
         window: int | None,
+        residual: PartitionSpec,
     ) -> tuple[Float[Array, "B S D"], LayerCache | LatentCache]:
-        """The residual after this layer, on every device, and its cache."""
+        """The residual after this layer, in the layout ``residual``, and the layer's cache."""
         normed = x if self.block == "post" else self.input_layernorm(x)
         mixed, cache = self.self_attn(normed, rotation, cache, at, window)
         if self.block in ("parallel", "parallel_two_norms"):
             read = normed if self.block == "parallel" else self.post_attention_layernorm(x)
-            shares = mixed + self.mlp(read)
-            mixed = constrain(shares.sum(axis=0), REPLICATED)  # all-reduce over tp, one for both
+            mixed = add_up(mixed + self.mlp(read), residual)  # all-reduce over tp, one for both
             return self._add(x, mixed), cache
-        mixed = constrain(mixed, REPLICATED)  # all-reduce over tp
+        mixed = constrain(mixed, residual)  # all-reduce or reduce-scatter over tp
         match self.block:
             case "pre":
                 x = self._add(x, mixed)
-                mixed = constrain(self.mlp(self.post_attention_layernorm(x)), REPLICATED)  # all-reduce
+                mixed = constrain(self.mlp(self.post_attention_layernorm(x)), residual)  # likewise
             case "sandwich":
                 x = self._add(x, self.post_attention_layernorm(mixed))
-                mixed = constrain(self.mlp(self.pre_feedforward_layernorm(x)), REPLICATED)  # all-reduce
+                mixed = constrain(self.mlp(self.pre_feedforward_layernorm(x)), residual)  # likewise
                 mixed = self.post_feedforward_layernorm(mixed)
             case "post":
                 x = self._add(x, self.post_attention_layernorm(mixed))
-                mixed = constrain(self.mlp(x), REPLICATED)  # all-reduce
+                mixed = constrain(self.mlp(x), residual)  # likewise
                 mixed = self.post_feedforward_layernorm(mixed)
         return self._add(x, mixed), cache
 
@@ -115,12 +120,23 @@ class Decoder(nnx.Module):
         )
 
     def __call__(
-        self, tokens: Int[Array, "B S"], cache: PagedKVCache, at: Placement
+        self,
+        tokens: Int[Array, "B S"],
+        cache: PagedKVCache,
+        at: Placement,
+        residual: PartitionSpec = REPLICATED,
     ) -> tuple[Float[Array, "B S D"], PagedKVCache]:
-        """Final hidden states of the tokens, and the cache with their keys and values."""
+        """Final hidden states of the tokens, and the cache with their keys and values.
+
+        Args:
+            tokens: of a step or a chunk.
+            cache: of all layers.
+            at: where the tokens sit.
+            residual: layout of the residual, and of what comes out: ``REPLICATED`` or ``POSITIONS``.
+        """
         config = self.config
         x = constrain(self.embed_tokens(tokens), REPLICATED)  # all-reduce over tp
-        x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        x = constrain(x, residual) * jnp.asarray(config.embedding_scale, x.dtype)
         rotations: dict[LayerType, Rotation] = {}
         if config.position_embedding == "learned":
             x = x + self.embed_positions(at.positions)
@@ -133,13 +149,14 @@ class Decoder(nnx.Module):
         for i, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
             kind = config.layer_types[i]
             turn = rotations[kind] if config.rotates(i) else None
-            x, layer_cache = layer(x, turn, layer_cache, at, config.window_of(kind))
+            x, layer_cache = layer(x, turn, layer_cache, at, config.window_of(kind), residual)
             written.append(layer_cache)
         return self.norm(x), tuple(written)
 
     def logits(self, hidden: Float[Array, "N D"]) -> Float[Array, "N V"]:
         """Scores of the padded vocabulary, float32, cut along V; padding scores minus infinity."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
+        hidden = constrain(hidden, REPLICATED)  # all-gather over tp where positions are cut
         scores = constrain(head.attend(hidden), LOGITS)  # stays sharded: no collective
         scores = soft_capped(scores * self.config.logit_scale, self.config.logit_softcap)
         token = jnp.arange(scores.shape[-1])

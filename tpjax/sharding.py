@@ -25,6 +25,7 @@ VOCAB = P(AXIS, None)  # [V, D]: each device holds some tokens' rows
 HEAD_ROWS = P(AXIS, None)  # [H * out, in]: each device projects to its heads; no collective
 BIAS = P(AXIS)  # [out] of a column-parallel product
 SHARES = P(AXIS)  # [tp, ...]: each device's part of a sum
+POSITIONS = P(None, AXIS, None)  # [B, S, D]: a residual of which each device holds some positions
 LOGITS = P(None, AXIS)  # [B, V]
 HEADS = P(None, None, AXIS, None, None)  # [B, S, K, queries per group, h]
 PAGES = P(None, AXIS, None, None)  # [pages, K, page_size, h]
@@ -33,6 +34,14 @@ PAGES = P(None, AXIS, None, None)  # [pages, K, page_size, h]
 def constrain(x: jax.Array, spec: P) -> jax.Array:
     """Fixes the layout of ``x`` at this point of the program; the partitioner moves data as needed."""
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def add_up(shares: jax.Array, spec: P) -> jax.Array:
+    """Sums each device's share [tp, ...] and fixes the layout of the sum: that is what moves data.
+
+    In the dtype of the shares: ``jnp.sum`` adds bfloat16 up as float32, and GPUs would then move that.
+    """
+    return constrain(jax.lax.reduce_sum(shares, (0,)), spec)
 
 
 def pad_to_multiple(size: int, of: int) -> int:

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Format
+from jax.experimental.layout import Layout as MemoryLayout
 from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -30,9 +32,10 @@ from tpjax.families import FAMILIES, config_from_gguf, config_from_hf, gguf_arch
 from tpjax.mappings.fields import Fields, GGUFArchitecture, GGUFView, Names, Stored
 from tpjax.mappings.quantization import quantization_of
 from tpjax.model import Decoder
-from tpjax.sharding import Layout
+from tpjax.sharding import Layout, WeightLayout
 
 _MOST_ROWS_SHOWN = 20
+_OUT_FIRST = {"tpu"}  # platforms that keep a weight stored [in, out] as [out, in] in memory
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def abstract_decoder(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> Decod
         model,
         {
             parameter.path: jax.ShapeDtypeStruct(
-                parameter.layout.shape, parameter.dtype, sharding=parameter.sharding
+                parameter.layout.shape, parameter.dtype, sharding=parameter.format
             )
             for parameter in parameters(model, mesh)
         },
@@ -138,6 +141,20 @@ class Parameter:
     def name(self) -> str:
         """Dotted path."""
         return ".".join(map(str, self.path))
+
+    @property
+    def format(self) -> Format | NamedSharding:
+        """The sharding and, on a TPU, the order in memory of weights that are stored transposed.
+
+        A TPU keeps those as the checkpoint has them, [out, in]. That is how it reads them for the few rows of
+        a decode step; it would turn each of them round at every step otherwise: two layers of Llama-3-8B and
+        the head take an estimated 0.41 ms on v5e:2x4, not 0.57. On a CPU, products of 2 to 32 rows are 10 to
+        40% slower that way.
+        """
+        platform = self.sharding.mesh.devices.flat[0].platform
+        if platform in _OUT_FIRST and isinstance(self.layout, WeightLayout) and self.layout.transposed:
+            return Format(MemoryLayout((1, 0)), self.sharding)
+        return self.sharding
 
     @property
     def bytes_per_device(self) -> int:
@@ -236,7 +253,7 @@ def _load(parameter: Parameter, source: CanonicalSource) -> jax.Array:
             built[key] = parameter.layout.read(read, index, np.dtype(parameter.dtype))
         return built[key]
 
-    return jax.make_array_from_callback(shape, parameter.sharding, slice_for)
+    return jax.make_array_from_callback(shape, parameter.format, slice_for)
 
 
 def _bar(show: bool) -> Progress:

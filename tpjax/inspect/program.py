@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 import time
@@ -12,8 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -27,9 +25,11 @@ from tpjax.inspect.estimate import Estimate, estimate
 from tpjax.inspect.hardware import USABLE_MEMORY
 from tpjax.inspect.hlo import Array, Instruction, Module, tpu_array
 from tpjax.inspect.published import is_published, published_config
+from tpjax.inspect.tables import as_html, collective_table, plain_table
 from tpjax.inspect.topology import Topology
 from tpjax.memory import Memory, human_bytes, plan_limits
-from tpjax.runner import Limits, Runner, resolve_dtype
+from tpjax.runner import Limits, Residual, Runner, resolve_dtype
+from tpjax.sharding import POSITIONS
 
 _ALIAS = re.compile(r"\{\d*\}: \((\d+), \{\}")
 _CONTEXT = 2048  # tokens, where nothing says how many
@@ -46,6 +46,7 @@ class Program:
         name: ``decode`` or ``prefill``.
         batch: rows.
         length: tokens of a row in one call.
+        budget: what the design allows its collectives.
         compile_s: seconds.
         collectives: by the line that asked for them.
         argument_bytes: weights, cache and requests on each device, as the compiler lays them out.
@@ -67,6 +68,7 @@ class Program:
     name: str
     batch: int
     length: int
+    budget: dict[str, Any]
     compile_s: float
     collectives: list[Collective]
     argument_bytes: int
@@ -94,7 +96,6 @@ class TopologyReport:
         tp: devices.
         dtype: of weights and cache.
         memory_bytes: of one device.
-        budget: what the design allows per decode step.
         programs: decode, then prefill.
     """
 
@@ -103,7 +104,6 @@ class TopologyReport:
     tp: int
     dtype: str
     memory_bytes: int
-    budget: dict[str, Any]
     programs: list[Program]
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,13 +121,11 @@ class TopologyReport:
             *(Text(self._does_not_fit(one), style="red") for one in self.programs if not one.fits),
             self._memory(),
             *([_times(compiled)] if any(one.estimate for one in compiled) else []),
-            *(_collectives(one, self.budget) for one in compiled),
+            *(collective_table(_heading(one), one.collectives, one.budget) for one in compiled),
         )
 
     def _repr_html_(self) -> str:
-        console = Console(record=True, file=io.StringIO(), width=100, force_jupyter=False)
-        console.print(self)
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return as_html(self)
 
     def _does_not_fit(self, program: Program) -> str:
         needed = max(program.needed_bytes, program.predicted_bytes)
@@ -138,10 +136,11 @@ class TopologyReport:
         )
 
     def _memory(self) -> Table:
-        table = _table(f"per device, of {human_bytes(self.memory_bytes)}")
-        table.add_column("what")
-        for one in self.programs:
-            table.add_column(_heading(one), justify="right")
+        table = plain_table(
+            f"per device, of {human_bytes(self.memory_bytes)}",
+            "what",
+            numbers=list(map(_heading, self.programs)),
+        )
         rows = {
             "weights, cache and state": lambda p: human_bytes(p.argument_bytes),
             "  predicted": lambda p: f"{human_bytes(p.predicted_bytes)} ({_off(p):+.1%})",
@@ -206,7 +205,6 @@ def explain_topology(
         tp=runner.mesh.size,
         dtype=str(runner.dtype),
         memory_bytes=topology.memory_bytes,
-        budget=collective_budget(config, runner.mesh.size),
         programs=[
             compile_program(runner, topology, "decode", limits.max_slots, 1, context),
             compile_program(runner, topology, "prefill", 1, chunk),
@@ -222,6 +220,7 @@ def abstract_runner(
     *,
     max_model_len: int | None = None,
     max_slots: int = 8,
+    residual: Residual = "auto",
 ) -> Runner:
     """A runner whose programs can be lowered and compiled for a topology, not run.
 
@@ -245,7 +244,7 @@ def abstract_runner(
         sizes = limits(Memory(int(topology.memory_bytes * USABLE_MEMORY)), max_model_len)
     except ConfigError:  # what else is wrong with the sizes is raised again
         sizes = limits(None, max_model_len or min(config.longest_context, _CONTEXT))
-    return Runner(decoder, mesh, sizes, kind)
+    return Runner(decoder, mesh, sizes, kind, residual)
 
 
 def compile_program(
@@ -264,11 +263,19 @@ def compile_program(
     state = runner.abstract_state()
     cache = jax.tree.leaves(state.cache)
     weights = [
-        jax.ShapeDtypeStruct(p.layout.shape, p.dtype, sharding=p.sharding)
+        jax.ShapeDtypeStruct(p.layout.shape, p.dtype, sharding=p.format)
         for p in parameters(runner.abstract_model(), runner.mesh)
     ]
     predicted = sum(_bytes(leaf, topology.is_tpu) for leaf in (*weights, *jax.tree.leaves(state)))
     started = time.perf_counter()
+    budget = collective_budget(
+        runner.config,
+        runner.mesh.size,
+        tokens=batch * length,
+        rows=batch,
+        itemsize=runner.dtype.itemsize,
+        cut=kind == "prefill" and runner.residual_of(length) == POSITIONS,
+    )
     refused, compiled = "", None
     try:
         compiled = runner.program(kind, batch, length)
@@ -282,6 +289,7 @@ def compile_program(
             name=kind,
             batch=batch,
             length=length,
+            budget=budget,
             compile_s=seconds,
             collectives=[],
             argument_bytes=0,
@@ -311,6 +319,7 @@ def compile_program(
         name=kind,
         batch=batch,
         length=length,
+        budget=budget,
         compile_s=seconds,
         collectives=summarise(collectives),
         argument_bytes=memory.argument_size_in_bytes,
@@ -387,6 +396,8 @@ def _shard(array: jax.ShapeDtypeStruct) -> tuple[int, ...]:
 
 def _bytes(array: jax.ShapeDtypeStruct, tiled: bool) -> int:
     dims, dtype = array.sharding.shard_shape(array.shape), np.dtype(array.dtype)
+    if array.format.layout is not None:
+        dims = tuple(dims[axis] for axis in array.format.layout.major_to_minor)
     return tpu_array(f"u{8 * dtype.itemsize}", dims).bytes if tiled else math.prod(dims) * dtype.itemsize
 
 
@@ -399,10 +410,8 @@ def _heading(program: Program) -> str:
 
 
 def _times(programs: list[Program]) -> Table:
-    table = _table("estimated time, ms: the longer of compute and traffic, and the collectives")
-    table.add_column("what")
-    for one in programs:
-        table.add_column(_heading(one), justify="right")
+    title = "estimated time, ms: the longer of compute and traffic, and the collectives"
+    table = plain_table(title, "what", numbers=list(map(_heading, programs)))
     rows: dict[str, Callable[[Estimate], str]] = {
         "tokens in the cache of each": lambda e: str(e.context),
         "compute, by the compiler's cycles": lambda e: f"{e.compute_s * 1e3:.2f}",
@@ -420,23 +429,3 @@ def _times(programs: list[Program]) -> Table:
     for name, show in rows.items():
         table.add_row(name, *(show(one) for one in estimates))
     return table
-
-
-def _collectives(program: Program, budget: dict[str, Any]) -> Table:
-    rule = f"; {budget['rule']}" if program.name == "decode" else ""
-    table = _table(f"collectives of {program.name}{rule}")
-    for column in ("kind", "result", "asked for by", "when"):
-        table.add_column(column, overflow="fold")
-    for column in ("times", "bytes"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for one in program.collectives:
-        when = "if asked for" if one.conditional else "always"
-        total = human_bytes(one.bytes * one.count)
-        table.add_row(one.kind, one.shapes, one.source, when, str(one.count), total)
-    if not program.collectives:
-        table.add_row("none", "", "", "", "0", "")
-    return table
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)

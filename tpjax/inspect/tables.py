@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tpjax.inspect.budget import measured
+from tpjax.inspect.budget import KINDS, measured
 from tpjax.inspect.collectives import Collective
 from tpjax.memory import human_bytes
 
@@ -78,9 +78,11 @@ def source_text(source: str) -> str:
 
 
 def _sums(figures: dict[str, Any]) -> str:
-    parts = [
-        f"{figures[f'{kind}s']} {kind.replace('_', '-')}{'s' * (figures[f'{kind}s'] != 1)} "
-        f"({human_bytes(figures[f'{kind}_bytes'])})"
-        for kind in ("all_reduce", "all_gather")
-    ]
-    return ", ".join(parts) + (f", {figures['others']} others" if figures["others"] else "")
+    parts = []
+    for kind in KINDS:
+        name = kind.replace("-", "_")
+        if count := figures[f"{name}s"]:
+            parts.append(f"{count} {kind}{'s' * (count != 1)} ({human_bytes(figures[f'{name}_bytes'])})")
+    if figures["others"]:
+        parts.append(f"{figures['others']} others")
+    return ", ".join(parts) or "none"

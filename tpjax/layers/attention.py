@@ -103,6 +103,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
         """Each device's share of the sum over heads, and the cache with the new keys and values."""
         config, group = self.config, self.plan.group_size
+        x = constrain(x, REPLICATED)  # all-gather over tp where the residual is cut over positions
         qkv = self.qkv_proj(x).reshape(*x.shape[:2], self.plan.num_slots, group + 2, config.head_dim)
         qkv = constrain(qkv, HEADS)
         query, key, value = qkv[..., :group, :], qkv[..., group, :], qkv[..., group + 1, :]

@@ -29,6 +29,7 @@ from tpjax.layers.rope import Rotation, rotate
 from tpjax.sharding import (
     HEAD_ROWS,
     HEADS,
+    REPLICATED,
     HeadPlan,
     Segment,
     WeightLayout,
@@ -107,6 +108,7 @@ class LatentAttention(nnx.Module):
         """Each device's share of the sum over heads, and the cache with the new latents."""
         config, rank = self.config, self.latent.kv_lora_rank
         q_rank = self.latent.q_lora_rank or 0
+        x = constrain(x, REPLICATED)  # all-gather over tp where the residual is cut over positions
         queries, latent, key_turn = jnp.split(self.a_proj(x), [q_rank, q_rank + rank], -1)
         queries = x if self.q_a_layernorm is None else self.q_a_layernorm(queries)
         query = self.q_proj(queries).reshape(*x.shape[:2], self.num_heads, 1, config.head_dim)

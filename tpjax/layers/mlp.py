@@ -14,6 +14,7 @@ from tpjax.config import Activation, ModelConfig
 from tpjax.layers.linear import ColumnLinear, RowLinear
 from tpjax.mesh import AXIS
 from tpjax.sharding import (
+    REPLICATED,
     Segment,
     columns,
     constrain,
@@ -91,6 +92,7 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Each device's share of the sum over F; the caller adds the shares up."""
         batch = x.shape[:-1]
+        x = constrain(x, REPLICATED)  # all-gather over tp where the residual is cut over positions
         if self.gated:
             gate_up = self.gate_up_proj(x).reshape(*batch, self.tp, 2, -1)
             gate_up = constrain(gate_up, P(None, None, AXIS, None, None))

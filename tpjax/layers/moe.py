@@ -21,7 +21,17 @@ from tpjax.errors import ConfigError
 from tpjax.layers.linear import parameter
 from tpjax.layers.mlp import activate, fused_segments
 from tpjax.mesh import AXIS
-from tpjax.sharding import REPLICATED, Segment, StackedLayout, WeightLayout, columns, pad_to_multiple, whole
+from tpjax.sharding import (
+    REPLICATED,
+    SHARES,
+    Segment,
+    StackedLayout,
+    WeightLayout,
+    columns,
+    constrain,
+    pad_to_multiple,
+    whole,
+)
 
 # Rows that go through an expert at once: enough to pay for reading its weights, few enough that an expert's
 # last tile, which is rarely full, wastes little.
@@ -209,15 +219,16 @@ class MoE(nnx.Module):
         self.config = config
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """The sum of each token's experts, on every device; of a parallel block, each device's share."""
+        """Each device's share of the sum of each token's experts; the caller adds the shares up."""
+        x = constrain(x, REPLICATED)  # all-gather over tp where the residual is cut over positions
         tokens = x.reshape(-1, x.shape[-1])
         routing = self.gate.route(tokens)
         shared = None if self.shared_expert is None else self.shared_expert.weights()
         shared_weight = jnp.ones((tokens.shape[0], 1), jnp.float32)
         if self.shared_expert_gate is not None:
             shared_weight = jax.nn.sigmoid(self.shared_expert_gate(tokens))
-        out = jax.shard_map(
-            self._sum,
+        shares = jax.shard_map(
+            self._share,
             in_specs=(
                 REPLICATED,
                 REPLICATED,
@@ -225,20 +236,22 @@ class MoE(nnx.Module):
                 REPLICATED,
                 None if self.shared_expert is None else self.shared_expert.specs(),
             ),
-            out_specs=P(AXIS) if self.config.parallel else REPLICATED,
+            out_specs=SHARES,
             check_vma=False,
         )(tokens, routing, self.experts.weights(), shared_weight, shared)
-        return out.reshape(*out.shape[:-2], *x.shape)
+        shares = shares.reshape(-1, *x.shape)
+        # a parallel block adds attention's shares before it sums them
+        return shares if self.config.parallel else jax.lax.reduce_sum(shares, (0,))
 
-    def _sum(
+    def _share(
         self,
         x: Float[Array, "N D"],
         routing: Routing,
         experts: ExpertWeights,
         shared_weight: Float[Array, "N 1"],
         shared: ExpertWeights | None,
-    ) -> Float[Array, "*share N D"]:
-        """On one device: its experts, or its share of each expert, and the sum over devices."""
+    ) -> Float[Array, "1 N D"]:
+        """On one device: its experts, or its share of each expert."""
         device = jax.lax.axis_index(AXIS)
         if self.experts.cut == "experts":
             local = experts.gate_up.shape[0]
@@ -249,10 +262,7 @@ class MoE(nnx.Module):
         if shared is not None:
             one = jax.tree.map(lambda stack: stack[0], shared)
             share = share + shared_weight * gated_expert(x, one, self.config).astype(jnp.float32)
-        share = share.astype(x.dtype)
-        if self.config.parallel:  # the block adds attention's share before it sums them
-            return share[None]
-        return jax.lax.psum(share, AXIS)  # all-reduce over tp
+        return share.astype(x.dtype)[None]
 
 
 def gated_expert(x: Float[Array, "T D"], expert: ExpertWeights, config: ModelConfig) -> Float[Array, "T D"]:

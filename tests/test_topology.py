@@ -265,7 +265,7 @@ def test_llama3_8b(name: str, kind: str, capfd: pytest.CaptureFixture[str]) -> N
     assert found is not None and found.bound_s < found.total_s
     if kind == "decode":
         # what is read is little more than the weights, and two pages of each sequence
-        assert 1.0 <= found.traffic_s / found.memory_bound_s < 1.1
+        assert 1.0 <= found.traffic_s / found.memory_bound_s < 1.2
 
 
 @needs_tpu

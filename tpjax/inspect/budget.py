@@ -25,8 +25,8 @@ def collective_budget(
     A layer whose attention and MLP stand side by side needs one; a norm over all heads one more, of two
     float32 numbers a token. Each device offers the best score of each row and its token, 8 bytes. Where the
     residual is cut over positions, an all-gather and a reduce-scatter take the place of a layer's all-reduce,
-    a reduce-scatter that of the embedding's, and the last token's row is summed over the devices. On a CPU, XLA sums bfloat16 as float32: a program
-    then moves twice the bytes.
+    a reduce-scatter that of the embedding's, and the last token's row is summed over the devices. On a CPU,
+    XLA sums bfloat16 as float32: a program then moves twice the bytes.
 
     Args:
         config: the architecture.

@@ -325,10 +325,11 @@ def read_arrays(text: str) -> list[Array]:
     return found
 
 
-def tpu_array(dtype: str, dims: tuple[int, ...]) -> Array:
+def tpu_array(dtype: str, dims: tuple[int, ...], *, fixed: bool = False) -> Array:
     """How a TPU lays out an argument: tiles of 8×128, of whose two ways round the one with less padding.
 
-    The last two dimensions may change places; few rows take a tile of few; vectors are cut into 1024.
+    The last two dimensions may change places, unless their order is ``fixed``; few rows take a tile of few;
+    vectors are cut into 1024.
     """
     packed = max(1, 32 // DTYPE_BITS[dtype])
     order = tuple(reversed(range(len(dims))))
@@ -338,7 +339,7 @@ def tpu_array(dtype: str, dims: tuple[int, ...]) -> Array:
     ways = []
     for rows, turned in ((dims[-2], order), (dims[-1], (order[1], order[0], *order[2:]))):
         ways.append(Array(dtype, dims, turned, (min(8, _power(rows)), 128)))
-    return min(ways, key=lambda array: array.bytes)
+    return ways[0] if fixed else min(ways, key=lambda array: array.bytes)
 
 
 def _power(number: int) -> int:

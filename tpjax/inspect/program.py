@@ -396,9 +396,12 @@ def _shard(array: jax.ShapeDtypeStruct) -> tuple[int, ...]:
 
 def _bytes(array: jax.ShapeDtypeStruct, tiled: bool) -> int:
     dims, dtype = array.sharding.shard_shape(array.shape), np.dtype(array.dtype)
-    if array.format.layout is not None:
-        dims = tuple(dims[axis] for axis in array.format.layout.major_to_minor)
-    return tpu_array(f"u{8 * dtype.itemsize}", dims).bytes if tiled else math.prod(dims) * dtype.itemsize
+    if not tiled:
+        return math.prod(dims) * dtype.itemsize
+    layout = array.format.layout
+    if layout is not None:
+        dims = tuple(dims[axis] for axis in layout.major_to_minor)
+    return tpu_array(f"u{8 * dtype.itemsize}", dims, fixed=layout is not None).bytes
 
 
 def _off(program: Program) -> float:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from tpjax.inspect.budget import measured
 from tpjax.inspect.explain import explain_model
 from tpjax.inspect.published import is_published, published_config
 from tpjax.inspect.shapes import SHAPES, Shape
@@ -37,4 +38,4 @@ def test_explained_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "llama-3-tiny", Shape("llama-3-tiny", 2, 64, 4, 2, 16, 96, 128))
     report = explain_model("llama-3-tiny", tp=2, max_model_len=128)
     assert (report.model, report.model_type, report.tp) == ("llama-3-tiny", "llama", 2)
-    assert sum(c.count for c in report.collectives if c.kind == "all-reduce" and not c.conditional) == 5
+    assert measured(report.steps[0].collectives)["all_reduces"] == 5

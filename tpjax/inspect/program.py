@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -48,16 +48,17 @@ class Program:
         length: tokens of a row in one call.
         budget: what the design allows its collectives.
         compile_s: seconds.
+        predicted_bytes: of weights, cache and state, by the sum of their shapes, as a TPU tiles them.
+        cache_buffers: of the key-value cache.
+        refused: what the compiler said instead of compiling, in a line; else empty. All that it would have
+            found has then its default.
+        fits: arguments and temporaries, the program itself, and results that replace no argument, are no more
+            than the device has.
+        needed_bytes: of all these.
         collectives: by the line that asked for them.
         argument_bytes: weights, cache and requests on each device, as the compiler lays them out.
         temporary_bytes: besides those.
-        needed_bytes: of both, of the program itself, and of results that replace no argument.
-        fits: they are no more than the device has.
-        refused: what the compiler said instead of compiling, in a line; else empty. All that it would have
-            found is then 0.
-        predicted_bytes: of weights, cache and state, by the sum of their shapes, as a TPU tiles them.
-        cache_buffers: of the key-value cache.
-        aliased_cache_buffers: of those, the ones updated in place.
+        aliased_cache_buffers: the ones updated in place.
         cache_copies: times a whole buffer of the cache is copied or transposed.
         cache_write_backs: times one is written whole by anything else.
         weight_copies: times a whole weight is laid out anew.
@@ -70,20 +71,20 @@ class Program:
     length: int
     budget: dict[str, Any]
     compile_s: float
-    collectives: list[Collective]
-    argument_bytes: int
-    temporary_bytes: int
-    needed_bytes: int
-    fits: bool
-    refused: str
     predicted_bytes: int
     cache_buffers: int
-    aliased_cache_buffers: int
-    cache_copies: int
-    cache_write_backs: int
-    weight_copies: int
-    weight_copy_bytes: int
-    estimate: Estimate | None
+    refused: str = ""
+    fits: bool = False
+    needed_bytes: int = 0
+    collectives: Sequence[Collective] = ()
+    argument_bytes: int = 0
+    temporary_bytes: int = 0
+    aliased_cache_buffers: int = 0
+    cache_copies: int = 0
+    cache_write_backs: int = 0
+    weight_copies: int = 0
+    weight_copy_bytes: int = 0
+    estimate: Estimate | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -267,7 +268,6 @@ def compile_program(
         for p in parameters(runner.abstract_model(), runner.mesh)
     ]
     predicted = sum(_bytes(leaf, topology.is_tpu) for leaf in (*weights, *jax.tree.leaves(state)))
-    started = time.perf_counter()
     budget = collective_budget(
         runner.config,
         runner.mesh.size,
@@ -276,6 +276,7 @@ def compile_program(
         itemsize=runner.dtype.itemsize,
         cut=kind == "prefill" and runner.residual_of(length) == POSITIONS,
     )
+    started = time.perf_counter()
     refused, compiled = "", None
     try:
         compiled = runner.program(kind, batch, length)
@@ -283,29 +284,18 @@ def compile_program(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         refused = str(error).strip().splitlines()[0]
-    seconds = time.perf_counter() - started
+    program = Program(
+        name=kind,
+        batch=batch,
+        length=length,
+        budget=budget,
+        compile_s=time.perf_counter() - started,
+        predicted_bytes=predicted,
+        cache_buffers=len(cache),
+        refused=refused,
+    )
     if compiled is None:
-        return Program(
-            name=kind,
-            batch=batch,
-            length=length,
-            budget=budget,
-            compile_s=seconds,
-            collectives=[],
-            argument_bytes=0,
-            temporary_bytes=0,
-            needed_bytes=0,
-            fits=False,
-            refused=refused,
-            predicted_bytes=predicted,
-            cache_buffers=len(cache),
-            aliased_cache_buffers=0,
-            cache_copies=0,
-            cache_write_backs=0,
-            weight_copies=0,
-            weight_copy_bytes=0,
-            estimate=None,
-        )
+        return program
     memory, module = compiled.memory_analysis(), Module(compiled.as_text())
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -315,20 +305,13 @@ def compile_program(
     caches = {_shard(buffer) for buffer in cache}
     matrices = {_shard(weight) for weight in weights if weight.ndim > 1}
     moved = [array.bytes for array in copies if array.sizes in matrices]
-    return Program(
-        name=kind,
-        batch=batch,
-        length=length,
-        budget=budget,
-        compile_s=seconds,
+    return replace(
+        program,
+        fits=needed <= topology.memory_bytes,
+        needed_bytes=needed,
         collectives=summarise(collectives),
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        needed_bytes=needed,
-        fits=needed <= topology.memory_bytes,
-        refused="",
-        predicted_bytes=predicted,
-        cache_buffers=len(cache),
         aliased_cache_buffers=len(aliased & set(range(first, first + len(cache)))),
         cache_copies=sum(array.sizes in caches for array in copies),
         cache_write_backs=sum(array.sizes in caches for array in write_backs(module)),

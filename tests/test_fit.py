@@ -115,9 +115,20 @@ def test_accelerators_say_what_they_have(monkeypatch: pytest.MonkeyPatch) -> Non
     device = type("Device", (), {"platform": "gpu", "memory_stats": lambda self: stats})()
     monkeypatch.setattr(jax, "devices", lambda: [device])
     found = memory_module.device_memory(8)
-    assert found == Memory(int(80 * MIB * 0.92), None)  # each has its own: tp divides nothing
+    assert found == Memory(int(80 * MIB * 0.92), None, "gpu")  # each has its own: tp divides nothing
     monkeypatch.setattr(device, "memory_stats", lambda: None, raising=False)
     assert memory_module.device_memory(8) is None
+
+
+def test_rows_of_a_tpu_are_of_128_numbers() -> None:
+    """Heads of 64 take twice the room there, and the cache has half the pages."""
+    assert page_bytes_per_device(CONFIG, 1, 128, F32, "tpu") == 2 * PAGE
+    assert page_bytes_per_device(replace(CONFIG, head_dim=256), 1, 128, F32, "tpu") == 4 * PAGE
+    free = workspace_bytes(CONFIG, 1, F32, 64) + 64 * PAGE
+    options: dict[str, Any] = {"weight_bytes": 0, "max_model_len": None, "max_slots": 64}
+    for platform, pages in (("gpu", 64), ("tpu", 32)):
+        memory = Memory(free, platform=platform)
+        assert plan_limits(CONFIG, 1, F32, memory=memory, **options).num_pages == pages
 
 
 def test_faked_devices_share_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

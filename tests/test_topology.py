@@ -242,6 +242,7 @@ def test_gpu_smollm2(tp: int, capfd: pytest.CaptureFixture[str]) -> None:
 def test_tpu_smollm2(tp: int, capfd: pytest.CaptureFixture[str]) -> None:
     program = compiled(SMOLLM2, "v5e:2x4", tp, "decode")
     check(program, SMOLLM2, tp, capfd.readouterr().err)
+    assert program.cache_copies == 0  # heads of 64 lie in rows of 128
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,15 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format
+from jax.experimental.layout import Layout as MemoryLayout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tpjax.config import ModelConfig
-from tpjax.sharding import PAGES, REPLICATED, HeadPlan
+from tpjax.sharding import PAGES, REPLICATED, HeadPlan, pad_to_multiple
 
+_LANES = {"tpu": 128}  # a row of a buffer takes a multiple of so many numbers there
 NULL_PAGE = 0
 
 
@@ -131,11 +134,15 @@ def cache_layout(config: ModelConfig, tp: int, num_pages: int, page_size: int) -
     return CacheLayout(LayerCache, 2, (num_pages, slots, page_size, config.head_dim), PAGES)
 
 
-def page_bytes_per_device(config: ModelConfig, tp: int, page_size: int, dtype: jnp.dtype) -> int:
-    """Bytes one page takes on each device, all layers together."""
+def page_bytes_per_device(
+    config: ModelConfig, tp: int, page_size: int, dtype: jnp.dtype, platform: str = "cpu"
+) -> int:
+    """Bytes one page takes on each device of a platform, all layers together."""
     layout = cache_layout(config, tp, 1, page_size)
     devices = tp if layout.spec == PAGES else 1
-    return config.num_layers * layout.count * math.prod(layout.shape) // devices * jnp.dtype(dtype).itemsize
+    *rows, width = layout.shape
+    size = math.prod(rows) // devices * pad_to_multiple(width, _LANES.get(platform, 1))
+    return config.num_layers * layout.count * size * jnp.dtype(dtype).itemsize
 
 
 def allocate(
@@ -143,7 +150,7 @@ def allocate(
 ) -> PagedKVCache:
     """A cache of zeros; each device allocates only its own part."""
     layout = cache_layout(config, mesh.size, num_pages, page_size)
-    zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=NamedSharding(mesh, layout.spec))
+    zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=_format(mesh, layout))
     return tuple(
         layout.layer(*(zeros(layout.shape, dtype) for _ in range(layout.count)))
         for _ in range(config.num_layers)
@@ -155,8 +162,20 @@ def abstract(
 ) -> PagedKVCache:
     """The shapes, dtypes and shardings of :func:`allocate`, without the memory."""
     layout = cache_layout(config, mesh.size, num_pages, page_size)
-    buffer: Any = jax.ShapeDtypeStruct(layout.shape, dtype, sharding=NamedSharding(mesh, layout.spec))
+    buffer: Any = jax.ShapeDtypeStruct(layout.shape, dtype, sharding=_format(mesh, layout))
     return tuple(layout.layer(*[buffer] * layout.count) for _ in range(config.num_layers))
+
+
+def _format(mesh: Mesh, layout: CacheLayout) -> Format | NamedSharding:
+    """Where a buffer lies and, on a TPU, in which order.
+
+    Rows of fewer than 128 numbers would lie with positions last there, and every step would turn the whole
+    cache round to write to it.
+    """
+    sharding = NamedSharding(mesh, layout.spec)
+    if mesh.devices.flat[0].platform not in _LANES:
+        return sharding
+    return Format(MemoryLayout(tuple(range(len(layout.shape)))), sharding)
 
 
 def _read(

@@ -30,10 +30,12 @@ class Memory:
     Attributes:
         free: bytes.
         cache_cap: bytes the cache should not take without need; ``None``: all there is.
+        platform: the kind of device, which says how its memory is laid out.
     """
 
     free: int
     cache_cap: int | None = None
+    platform: str = "cpu"
 
 
 def device_memory(tp: int) -> Memory | None:
@@ -48,7 +50,8 @@ def device_memory(tp: int) -> Memory | None:
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
         return None
-    return Memory(int((stats["bytes_limit"] - stats.get("bytes_in_use", 0)) * (1 - _RESERVED)))
+    free = int((stats["bytes_limit"] - stats.get("bytes_in_use", 0)) * (1 - _RESERVED))
+    return Memory(free, platform=device.platform)
 
 
 def plan_limits(
@@ -83,7 +86,8 @@ def plan_limits(
         raise ConfigError(f"max_model_len={max_model_len} is not between 1 and the model's {longest}")
     if max_slots < 1:
         raise ConfigError(f"max_slots={max_slots} is less than 1")
-    page_bytes = kv.page_bytes_per_device(config, tp, PAGE_SIZE, dtype)
+    platform = "cpu" if memory is None else memory.platform
+    page_bytes = kv.page_bytes_per_device(config, tp, PAGE_SIZE, dtype, platform)
     workspace = workspace_bytes(config, tp, dtype, max_slots)
     wanted = -(-(max_model_len or longest) // PAGE_SIZE)
     pages = wanted * max_slots
@@ -138,7 +142,7 @@ def _does_not_fit(
     max_model_len: int | None,
     max_slots: int,
 ) -> str:
-    page_bytes = kv.page_bytes_per_device(config, tp, PAGE_SIZE, dtype)
+    page_bytes = kv.page_bytes_per_device(config, tp, PAGE_SIZE, dtype, memory.platform)
     ways = []
     pages = (memory.free - need.weights - need.workspace) // page_bytes - 1
     if max_model_len is not None and pages > 0:
@@ -152,7 +156,7 @@ def _does_not_fit(
         there = Need(
             need.weights * tp // more,
             workspace_bytes(config, more, dtype, max_slots),
-            pages * kv.page_bytes_per_device(config, more, PAGE_SIZE, dtype),
+            pages * kv.page_bytes_per_device(config, more, PAGE_SIZE, dtype, memory.platform),
         )
         if there.total <= memory.free:
             ways.append(f"tp={more}")

@@ -455,8 +455,8 @@ class Runner:
         )
 
     def _jit(self, function: Callable[..., Any], donate: int) -> Any:
-        # the state comes out sharded as it went in, so that it can be donated to the next call
-        state = jax.tree.map(lambda buffer: buffer.sharding, self.abstract_state())
+        # the state comes out as it lay when it went in, so that it can be donated to the next call
+        state = jax.tree.map(lambda buffer: buffer.format, self.abstract_state())
         whole, cut = (NamedSharding(self.mesh, spec) for spec in (REPLICATED, LOGITS))
         out: Any = (state, whole)
         if function in (_set_history, _set_masks):
@@ -473,8 +473,8 @@ class Runner:
         def zeros() -> State:
             return jax.tree.map(lambda buffer: jnp.zeros(buffer.shape, buffer.dtype), abstract)
 
-        shardings = jax.tree.map(lambda buffer: buffer.sharding, abstract)
-        return jax.jit(zeros, out_shardings=shardings)()
+        formats = jax.tree.map(lambda buffer: buffer.format, abstract)
+        return jax.jit(zeros, out_shardings=formats)()
 
     def _model(self, weights: Sequence[Any]) -> Decoder:
         return nnx.merge(self._graph, jax.tree.unflatten(self._tree, weights))

@@ -185,7 +185,8 @@ def _contents(layout: Layout, sharding: NamedSharding, size: int) -> tuple[Conte
 def _cache(runner: Runner) -> dict[str, Any]:
     config, mesh, limits = runner.config, runner.mesh, runner.limits
     cache = cache_layout(config, mesh.size, limits.num_pages, limits.page_size)
-    page_bytes = page_bytes_per_device(config, mesh.size, limits.page_size, runner.dtype)
+    platform = mesh.devices.flat[0].platform
+    page_bytes = page_bytes_per_device(config, mesh.size, limits.page_size, runner.dtype, platform)
     layout = whole("latents", cache.shape)
     if config.latent is None:
         slots = enumerate(HeadPlan(config.num_heads, config.num_kv_heads, mesh.size).slots)

@@ -241,8 +241,10 @@ def abstract_runner(
             max_slots=max_slots,
         )
 
+    platform = mesh.devices.flat[0].platform
+    memory = Memory(int(topology.memory_bytes * USABLE_MEMORY), platform=platform)
     try:
-        sizes = limits(Memory(int(topology.memory_bytes * USABLE_MEMORY)), max_model_len)
+        sizes = limits(memory, max_model_len)
     except ConfigError:  # what else is wrong with the sizes is raised again
         sizes = limits(None, max_model_len or min(config.longest_context, _CONTEXT))
     return Runner(decoder, mesh, sizes, kind, residual)

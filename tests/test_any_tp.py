@@ -30,7 +30,7 @@ from tpjax.mesh import make_mesh
 
 F32 = jnp.dtype("float32")
 TOLERANCE = 1e-4  # of the largest logit, as DESIGN has it
-EXAMPLES = 12
+EXAMPLES = 10
 PAGE = 4
 CHUNKS = ((0, 8), (8, 12), (12, 13))  # the first chunk, one with pages before it, and a decode step
 LENGTH = CHUNKS[-1][1]

@@ -286,7 +286,7 @@ def test_a_picture_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 
     from tpjax.errors import ConfigError
-    from tpjax.inspect.plots import save
+    from tpjax.planning.plots import save
 
     with pytest.raises(ConfigError, match=r"^--plot .*x\.svg: No such file or directory$"):
         save(Figure(), tmp_path / "gone" / "x.svg")

@@ -16,7 +16,8 @@ PACKAGE = Path(tpjax.__file__).parent
 RANKS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("mesh", "config"),
-    ("sharding", "sampling_params"),
+    ("interconnect",),
+    ("sharding", "sampling_params", "hardware"),
     ("cache",),
     ("layers",),
     ("model", "sampling"),
@@ -28,6 +29,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("runner",),
     ("memory",),
     ("engine",),
+    ("planning",),
     ("inspect",),
     ("llm",),
     ("server", "terminal"),
@@ -49,6 +51,8 @@ WITHOUT_JAX = (
     "errors",
     "config",
     "sampling_params",
+    "interconnect",
+    "hardware",
     "engine.block_manager",
     "engine.request",
     "engine.scheduler",
@@ -152,7 +156,7 @@ def test_only_the_runner_compiles_for_serving() -> None:
         and isinstance(node.value, ast.Name)
         and (node.value.id, node.attr) in (("jax", "jit"), ("nnx", "jit"), ("nnx", "split"))
     }
-    assert users <= {"runner", "cache", "inspect.measure"}
+    assert users <= {"runner", "cache", "planning.measure"}
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.endswith(".__init__")])

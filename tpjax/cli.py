@@ -199,7 +199,7 @@ def _explain(args: argparse.Namespace) -> None:
         raise RequestError("give either MODEL or --config FILE")
     args.model = args.model or args.config
     if args.plot is not None:
-        from tpjax.inspect.plots import check_plot
+        from tpjax.planning.plots import check_plot
 
         check_plot(args.plot)
     if args.topology is not None:
@@ -218,70 +218,71 @@ def _explain(args: argparse.Namespace) -> None:
         expert_sharding=args.expert_sharding,
     )
     if args.plot is not None:
-        from tpjax.inspect.plots import save
+        from tpjax.planning.plots import save
 
         save(report.figure(), args.plot)
     _show(json.dumps(report.to_dict(), indent=2) if args.json else report)
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from tpjax.inspect import plan, plan_report, plots
-    from tpjax.inspect.hardware import parse_hardware
-    from tpjax.inspect.shapes import find_shape
-    from tpjax.inspect.strategies import compare
+    from tpjax.hardware import parse_hardware
+    from tpjax.planning import plan, plots, report
+    from tpjax.planning.counts import Counts
+    from tpjax.planning.published import find_config
+    from tpjax.planning.strategies import compare
 
     if args.plot is not None:
         plots.check_plot(args.plot)
     if args.measure == (args.hardware is not None):
         raise RequestError("give either --hardware NAME:CHIPS or --measure")
-    shape = find_shape(args.model)
-    traffic = _traffic(args, "float32" if args.measure else "bf16")
+    counts = Counts(*find_config(args.model))
+    workload = _workload(args, "float32" if args.measure else "bf16")
     comparison = None
     if args.measure:
-        from tpjax.inspect.measure import measured_hardware
+        from tpjax.planning.measure import measured_hardware
 
         tps = [args.tp] if args.tp else list(range(1, 5))
-        plans = [plan.make_plan(shape, measured_hardware(tp, fresh=True), tp, tp, traffic) for tp in tps]
+        plans = [plan.make_plan(counts, measured_hardware(tp, fresh=True), tp, tp, workload) for tp in tps]
     else:
         hardware, chips = parse_hardware(args.hardware, args.hardware_file)
         tps = [args.tp] if args.tp else plan.divisors(chips)
-        plans = [plan.make_plan(shape, hardware, chips, tp, traffic) for tp in tps]
+        plans = [plan.make_plan(counts, hardware, chips, tp, workload) for tp in tps]
     if args.tp is None:
         best, reason = plan.recommend(plans)
         if not args.measure:
-            comparison = compare(shape, hardware, chips, traffic)
+            comparison = compare(counts, hardware, chips, workload)
     else:
         best, reason = plans[0], f"tp={args.tp} as asked; most of a step is {plans[0].decode.bound}"
         if not best.fits and not args.json:  # the JSON says so itself
             raise RequestError(plan.does_not_fit(best))
-    report = plan_report.PlanReport(plans, best, reason, comparison)
+    shown = report.PlanReport(plans, best, reason, comparison)
     if args.plot is not None:
-        plan_report.plot_frontier(plans, args.plot)
-    _show(json.dumps(report.to_dict(), indent=2) if args.json else report)
+        report.plot_frontier(plans, args.plot)
+    _show(json.dumps(shown.to_dict(), indent=2) if args.json else shown)
 
 
 def _bench(args: argparse.Namespace) -> None:
     from tpjax.checkpoints import hub
-    from tpjax.inspect import bench
-    from tpjax.inspect.measure import measured_hardware
-    from tpjax.inspect.plan import make_plan
-    from tpjax.inspect.shapes import Shape
+    from tpjax.planning import bench
+    from tpjax.planning.counts import Counts
+    from tpjax.planning.measure import measured_hardware
+    from tpjax.planning.plan import make_plan
 
     hub.resolve(args.model)  # before anything is measured: a misspelt name is reported at once
     hardware = measured_hardware(args.tp)  # in a process of its own, before this one starts JAX
-    traffic = _traffic(args, "float32")
-    args.dtype, args.max_model_len = traffic.dtype, bench.longest(traffic)
+    workload = _workload(args, "float32")
+    args.dtype, args.max_model_len = workload.dtype, bench.longest(workload)
     llm = _load(args)
-    plan = make_plan(Shape.from_config(llm.config, args.model), hardware, args.tp, args.tp, traffic)
+    plan = make_plan(Counts(args.model, llm.config), hardware, args.tp, args.tp, workload)
     report = bench.run(llm.runner, plan)
     _show(json.dumps(report.to_dict(), indent=2) if args.json else report)
 
 
-def _traffic(args: argparse.Namespace, dtype: str) -> Any:
-    from tpjax.inspect.plan import Traffic
+def _workload(args: argparse.Namespace, dtype: str) -> Any:
+    from tpjax.planning.plan import Workload
 
     prompt_len = args.prompt_len or min(args.context, 1024)
-    return Traffic(
+    return Workload(
         getattr(args, "batch", 1),
         args.context,
         prompt_len,
@@ -325,7 +326,7 @@ def _load(args: argparse.Namespace, **options: Any) -> LLM:
 def _devices(args: argparse.Namespace, *, configuration: bool = False) -> None:
     """Sees to it that there are as many devices as asked for; ``configuration``: weights are not needed."""
     from tpjax.checkpoints import hub
-    from tpjax.inspect.published import is_published
+    from tpjax.planning.published import is_published
 
     # before JAX starts: a misspelt name is reported at once
     if not (configuration and is_published(args.model)):

@@ -12,14 +12,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tpjax.inspect.plan import Cost, Plan, frontier
-from tpjax.inspect.plots import save
-from tpjax.inspect.strategies import Comparison
+from tpjax.planning.plan import Cost, Plan, frontier
+from tpjax.planning.plots import save
+from tpjax.planning.strategies import Comparison
 
 
 @dataclass(frozen=True)
 class PlanReport:
-    """Every plan for a model, chips and traffic.
+    """Every plan for a model, chips and workload.
 
     Attributes:
         plans: one per tp.
@@ -43,15 +43,15 @@ class PlanReport:
         return data
 
     def __rich__(self) -> RenderableType:
-        best, traffic = self.best, self.best.traffic
-        hardware, shape = best.model.hardware, best.model.shape
+        best, workload = self.best, self.best.workload
+        hardware, counts = best.model.hardware, best.model.counts
         head = (
-            f"{shape.name} ({shape.parameters / 1e9:.2f} B parameters, {traffic.dtype}) "
+            f"{counts.name} ({counts.parameters / 1e9:.2f} B parameters, {workload.dtype}) "
             f"on {self.best.chips} × {hardware.name}"
         )
         what = (
-            f"{traffic.batch} sequence{'s' * (traffic.batch > 1)} of {traffic.context} tokens at once, "
-            f"prompts of {traffic.prompt_len}; figures: {hardware.source}"
+            f"{workload.batch} sequence{'s' * (workload.batch > 1)} of {workload.context} tokens at once, "
+            f"prompts of {workload.prompt_len}; figures: {hardware.source}"
         )
         parts: list[RenderableType] = [Text(head, style="bold"), Text(what)]
         if hardware.shared:
@@ -78,7 +78,7 @@ class PlanReport:
                 str(plan.replicas),
                 *(f"{n / 1e9:.2f}" for n in (memory.weights, memory.cache, memory.workspace, memory.total)),
                 f"{plan.model.hardware.usable_bytes / 1e9:.1f}" if plan.fits else "does not fit",
-                str(plan.replicas * plan.model.largest_batch(plan.traffic.context)),
+                str(plan.replicas * plan.model.largest_batch(plan.workload.context)),
                 str(plan.model.largest_context(plan.batch)),
                 style=None if plan.fits else "dim",
             )
@@ -150,8 +150,8 @@ def plot_frontier(plans: Sequence[Plan], path: Path) -> None:
         xlabel="tokens/s a user",
         ylabel="tokens/s a chip",
         title=(
-            f"{best.model.shape.name} on {best.chips} × {best.model.hardware.name}, {best.traffic.dtype}, "
-            f"context {best.traffic.context}\nnumbers: batch over all replicas"
+            f"{best.model.counts.name} on {best.chips} × {best.model.hardware.name}, {best.workload.dtype}, "
+            f"context {best.workload.context}\nnumbers: batch over all replicas"
         ),
     )
     axes.grid(which="both", alpha=0.3)

@@ -9,8 +9,8 @@ from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 
-from tpjax.inspect.measure import best_s
-from tpjax.inspect.plan import Plan, Traffic
+from tpjax.planning.measure import best_s
+from tpjax.planning.plan import Plan, Workload
 
 _DECODE_TOKENS = 64
 
@@ -32,42 +32,44 @@ class BenchReport:
     @property
     def rows(self) -> list[tuple[str, float, float]]:
         """(what, measured ms, predicted ms)."""
-        traffic = self.plan.traffic
+        workload = self.plan.workload
         return [
-            (f"decode at {traffic.context} tokens", self.decode_ms, self.plan.decode.total * 1e3),
-            (f"prefill of {traffic.prompt_len} tokens", self.prefill_ms, self.plan.prefill.total * 1e3),
+            (f"decode at {workload.context} tokens", self.decode_ms, self.plan.decode.total * 1e3),
+            (f"prefill of {workload.prompt_len} tokens", self.prefill_ms, self.plan.prefill.total * 1e3),
         ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         (_, decode, decode_plan), (_, prefill, prefill_plan) = self.rows
         return {
-            "model": self.plan.model.shape.name,
+            "model": self.plan.model.counts.name,
             "device": self.plan.model.hardware.name,
             "tp": self.plan.tp,
-            **asdict(self.plan.traffic),
+            **asdict(self.plan.workload),
             "decode": {"measured_ms": decode, "predicted_ms": decode_plan},
             "prefill": {"measured_ms": prefill, "predicted_ms": prefill_plan},
         }
 
     def __rich__(self) -> RenderableType:
         plan = self.plan
-        title = f"{plan.model.shape.name} at tp={plan.tp} on {plan.model.hardware.name}, {plan.traffic.dtype}"
+        title = (
+            f"{plan.model.counts.name} at tp={plan.tp} on {plan.model.hardware.name}, {plan.workload.dtype}"
+        )
         table = Table(
             title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
         )
         table.add_column("")
         for name in ("measured ms", "predicted ms", "predicted / measured", "tokens/s"):
             table.add_column(name, justify="right")
-        for (what, measured, predicted), tokens in zip(self.rows, (1, plan.traffic.prompt_len), strict=True):
+        for (what, measured, predicted), tokens in zip(self.rows, (1, plan.workload.prompt_len), strict=True):
             speed = f"{tokens * 1e3 / measured:.1f}"
             table.add_row(what, f"{measured:.2f}", f"{predicted:.2f}", f"{predicted / measured:.2f}", speed)
         return table
 
 
-def longest(traffic: Traffic) -> int:
+def longest(workload: Workload) -> int:
     """Tokens of the longest sequence that the benchmark runs."""
-    return max(traffic.context + _DECODE_TOKENS, traffic.prompt_len)
+    return max(workload.context + _DECODE_TOKENS, workload.prompt_len)
 
 
 def run(runner: Any, plan: Plan, rounds: int | None = None) -> BenchReport:
@@ -78,11 +80,11 @@ def run(runner: Any, plan: Plan, rounds: int | None = None) -> BenchReport:
         plan: what is predicted.
         rounds: as :func:`best_s` takes it; fewer are quicker, and noisier.
     """
-    traffic = plan.traffic
+    workload = plan.workload
     seconds = best_s(
         {
-            "decode": lambda: _decode(runner, traffic.context),
-            "prefill": lambda: _prefill(runner, traffic.prompt_len),
+            "decode": lambda: _decode(runner, workload.context),
+            "prefill": lambda: _prefill(runner, workload.prompt_len),
         },
         rounds,
     )

@@ -1,6 +1,6 @@
 """Tensor parallelism against its neighbours: replicas, pipeline stages, expert parallelism.
 
-All with the formulas of ``plan.py``, for the same model, chips and traffic ("How to Scale Your Model",
+All with the formulas of ``plan.py``, for the same model, chips and workload ("How to Scale Your Model",
 chapters 7 and 8; Pope et al. 2022, section 3).
 """
 
@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tpjax.errors import ConfigError
-from tpjax.inspect.hardware import Hardware
-from tpjax.inspect.plan import Cost, Model, Traffic, divisors, make_plan
-from tpjax.inspect.shapes import Shape
+from tpjax.hardware import Hardware
+from tpjax.planning.counts import Counts
+from tpjax.planning.plan import Cost, CostModel, Workload, divisors, make_plan
 
 
 @dataclass(frozen=True)
@@ -57,26 +57,26 @@ class Comparison:
         return asdict(self)
 
 
-def compare(shape: Shape, hardware: Hardware, chips: int, traffic: Traffic) -> Comparison:
-    """The best layout of each kind for this traffic, and which kind wins.
+def compare(counts: Counts, hardware: Hardware, chips: int, workload: Workload) -> Comparison:
+    """The best layout of each kind for this workload, and which kind wins.
 
     Raises:
         ConfigError: none fits.
     """
     every = [
-        *_tensor_and_replicas(shape, hardware, chips, traffic),
-        *_pipelines(shape, hardware, chips, traffic),
-        *_experts(shape, hardware, chips, traffic),
+        *_tensor_and_replicas(counts, hardware, chips, workload),
+        *_pipelines(counts, hardware, chips, workload),
+        *_experts(counts, hardware, chips, workload),
     ]
     kinds = dict.fromkeys(one.kind for one in every)
     ranked = sorted((_fastest(one for one in every if one.kind == kind) for kind in kinds), key=_rank)
     if not ranked[0].fits:
         raise ConfigError(
-            f"{shape.name} fits {hardware.name}:{chips} in no way: the least is "
+            f"{counts.name} fits {hardware.name}:{chips} in no way: the least is "
             f"{min(one.bytes_per_chip for one in every) / 1e9:.1f} GB a chip, but "
             f"{hardware.usable_bytes / 1e9:.1f} GB are usable"
         )
-    return Comparison(ranked, _verdict(ranked, traffic))
+    return Comparison(ranked, _verdict(ranked, workload))
 
 
 def _rank(one: Strategy) -> tuple[bool, float, float]:
@@ -87,9 +87,9 @@ def _fastest(strategies: Iterable[Strategy]) -> Strategy:
     return min(strategies, key=_rank)
 
 
-def _verdict(ranked: list[Strategy], traffic: Traffic) -> str:
+def _verdict(ranked: list[Strategy], workload: Workload) -> str:
     best, *others = [one for one in ranked if one.fits]
-    text = f"{best.layout} is best for {traffic.batch} at once: {best.tokens_per_s:.0f} tokens/s"
+    text = f"{best.layout} is best for {workload.batch} at once: {best.tokens_per_s:.0f} tokens/s"
     if not others:
         return f"{text}; nothing else fits"
     gain = best.tokens_per_s / others[0].tokens_per_s
@@ -97,10 +97,10 @@ def _verdict(ranked: list[Strategy], traffic: Traffic) -> str:
 
 
 def _tensor_and_replicas(
-    shape: Shape, hardware: Hardware, chips: int, traffic: Traffic
+    counts: Counts, hardware: Hardware, chips: int, workload: Workload
 ) -> Iterator[Strategy]:
     for tp in divisors(chips):
-        plan = make_plan(shape, hardware, chips, tp, traffic)
+        plan = make_plan(counts, hardware, chips, tp, workload)
         kind = "tensor" if tp == chips else "replicas" if tp == 1 else "tensor and replicas"
         layout = f"tp={tp}" if tp == chips else f"{plan.replicas} replicas" + (f" of tp={tp}" * (tp > 1))
         yield Strategy(
@@ -114,71 +114,75 @@ def _tensor_and_replicas(
         )
 
 
-def _pipelines(shape: Shape, hardware: Hardware, chips: int, traffic: Traffic) -> Iterator[Strategy]:
-    """Stages of consecutive layers, each cut over tp chips.
+def _pipelines(counts: Counts, hardware: Hardware, chips: int, workload: Workload) -> Iterator[Strategy]:
+    """Stages of consecutive layers, each sharded over tp chips.
 
     A token passes all stages before the next one of its sequence starts, so that the batch is split into as
     many parts as there are stages, and a step lasts as many times the slowest stage, which also draws.
     """
+    layers = counts.config.num_layers
     for stages in divisors(chips):
         tp = chips // stages
-        if stages == 1 or stages > shape.layers:
+        if stages == 1 or stages > layers:
             continue
-        depth = math.ceil(shape.layers / stages) / shape.layers
-        model = Model(shape, hardware, tp, traffic)
-        part = math.ceil(traffic.batch / stages)
+        depth = math.ceil(layers / stages) / layers
+        model = CostModel(counts, hardware, tp, workload)
+        part = math.ceil(workload.batch / stages)
 
-        def through(layers: Cost, ends: Cost, tokens: int, rounds: int, depth: float = depth) -> float:
-            handed = hardware.interconnect.transfer_s(2.0 * tokens * shape.hidden)
-            return rounds * ((layers * depth + ends).total + handed)
+        def through(blocks: Cost, rest: Cost, tokens: int, rounds: int, depth: float = depth) -> float:
+            handed = hardware.interconnect.transfer_s(2.0 * tokens * counts.config.hidden_size)
+            return rounds * ((blocks * depth + rest).total + handed)
 
-        step = through(model.layers(part, part, traffic.context), model.ends(part), part, stages)
-        prompt = traffic.prompt_len
+        step = through(
+            model.layers(part, part, workload.context), model.embedding_and_head(part), part, stages
+        )
+        prompt = workload.prompt_len
         prefill = through(model.layers(1, prompt, (prompt + 1) / 2), Cost(), prompt, stages)
-        prefill += model.ends(1, prompt).total
-        memory = model.memory(traffic.batch, traffic.context)
+        prefill += model.embedding_and_head(1, prompt).total
+        memory = model.memory(workload.batch, workload.context)
         # the first stage has the embedding, the last the projection
-        vocab = shape.vocab_weights(tp)
-        ends = vocab * (traffic.wide_bytes + traffic.weight_bytes * (not shape.tied))
-        held = (memory.weights - ends + memory.cache) * depth + vocab * traffic.wide_bytes + memory.workspace
+        embedding = model.held.embedding * workload.activation_bytes
+        both_ends = embedding + model.held.head * workload.weight_bytes
+        held = (memory.weights - both_ends + memory.cache) * depth + embedding + memory.workspace
         yield Strategy(
             "pipeline",
             f"{stages} pipeline stages" + (f" of tp={tp}" * (tp > 1)),
             step * 1e3,
-            traffic.batch / step,
+            workload.batch / step,
             prefill * 1e3,
             held,
             held <= hardware.usable_bytes,
         )
 
 
-def _experts(shape: Shape, hardware: Hardware, chips: int, traffic: Traffic) -> Iterator[Strategy]:
+def _experts(counts: Counts, hardware: Hardware, chips: int, workload: Workload) -> Iterator[Strategy]:
     """Whole experts on each chip, and attention on whole sequences: two all-to-alls a layer of experts.
 
     An all-to-all moves at most what an all-gather of the same tokens moves, half an all-reduce (the book,
     chapter 3), and the experts' step waits for the chip with the most of them to read.
     """
-    if shape.experts is None or chips == 1 or shape.experts.count % chips:
+    moe = counts.config.moe
+    if moe is None or chips == 1 or moe.num_experts % chips:
         return
-    whole, cut = (Model(shape, hardware, tp, traffic, "experts") for tp in (1, chips))
+    whole, cut = (CostModel(counts, hardware, tp, workload, "experts") for tp in (1, chips))
 
     def seconds(sequences: int, own: int, tokens: int, context: float) -> float:
         # a chip computes attention for its own sequences, and its experts for everybody's
         cost = whole.attention(sequences, own, context) + whole.dense(own) + whole.overhead(own)
-        cost += cut.mixture(tokens) + whole.ends(sequences)
-        exchange = hardware.interconnect.all_reduce_s(chips, 2.0 * tokens * shape.hidden)
-        return cost.total + shape.expert_layers * exchange
+        cost += cut.mixture(tokens) + whole.embedding_and_head(sequences)
+        exchange = hardware.interconnect.all_reduce_s(chips, 2.0 * tokens * counts.config.hidden_size)
+        return cost.total + counts.expert_layers * exchange
 
-    part, prompt = math.ceil(traffic.batch / chips), traffic.prompt_len
-    step = seconds(part, part, traffic.batch, traffic.context)
+    part, prompt = math.ceil(workload.batch / chips), workload.prompt_len
+    step = seconds(part, part, workload.batch, workload.context)
     prefill = seconds(1, prompt, prompt, (prompt + 1) / 2)
-    spread = shape.expert_layers * (shape.mixture_weights(1) - shape.mixture_weights(chips))
-    held = whole.memory(part, traffic.context).total - spread * traffic.weight_bytes
+    spread = whole.held.experts - cut.held.experts
+    held = whole.memory(part, workload.context).total - spread * workload.weight_bytes
     yield Strategy(
         "expert",
         f"experts over {chips} chips, sequences whole",
         step * 1e3,
-        traffic.batch / step,
+        workload.batch / step,
         prefill * 1e3,
         held,
         held <= hardware.usable_bytes,

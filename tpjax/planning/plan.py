@@ -18,22 +18,19 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 from tpjax.errors import ConfigError
-from tpjax.inspect.hardware import Hardware
-from tpjax.inspect.shapes import Shape
+from tpjax.hardware import Hardware
+from tpjax.planning.counts import Counts, ExpertCut
+from tpjax.runner import CHUNK_SIZES, PAGE_SIZE
 
 DTYPE_BYTES = {"float32": 4, "bf16": 2, "int8": 1, "fp8": 1}
-_PAGE = 128  # positions; a sequence's cache is whole pages, as in the runner
-_CHUNK = 512  # tokens of a prompt that are computed at once, the runner's largest chunk
 _CLOSE = 0.05  # plans within this of the fastest count as equal, and the one with fewer chips a replica wins
-
-ExpertCut = Literal["width", "experts"]
 
 
 @dataclass(frozen=True)
-class Traffic:
+class Workload:
     """What is served.
 
     Attributes:
@@ -66,7 +63,7 @@ class Traffic:
         return DTYPE_BYTES[self.dtype]
 
     @property
-    def wide_bytes(self) -> int:
+    def activation_bytes(self) -> int:
         """Of one element of an activation, a norm or the embedding."""
         return max(2, self.weight_bytes)
 
@@ -108,7 +105,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryUse:
     """What one chip holds, bytes."""
 
     weights: int
@@ -121,21 +118,24 @@ class Memory:
         return self.weights + self.cache + self.workspace
 
 
-class Model:
-    """A shape cut over ``tp`` chips of a kind: the formulas.
+class CostModel:
+    """A model sharded over ``tp`` chips of a kind: the formulas.
 
     Args:
-        shape: the model.
+        counts: the model.
         hardware: the chip.
         tp: chips of one replica.
-        traffic: gives the dtypes; batch and lengths are arguments of each formula.
-        cut: of a mixture's experts: each one's width, or whole experts where tp divides their count.
+        workload: gives the dtypes; batch and lengths are arguments of each formula.
+        cut: what of a mixture's experts is sharded: each one's width, or whole experts where tp divides
+            their count.
     """
 
     def __init__(
-        self, shape: Shape, hardware: Hardware, tp: int, traffic: Traffic, cut: ExpertCut = "width"
+        self, counts: Counts, hardware: Hardware, tp: int, workload: Workload, cut: ExpertCut = "width"
     ) -> None:
-        self.shape, self.hardware, self.tp, self.traffic, self.cut = shape, hardware, tp, traffic, cut
+        self.counts, self.hardware, self.tp, self.workload, self.cut = counts, hardware, tp, workload, cut
+        self.config, self.held = counts.config, counts.on_device(tp, cut)
+        self._cache_elements, self._attention_flops = counts.cache_elements(tp), counts.attention_flops(tp)
         # Faked chips share one machine: what they read and multiply adds up, it does not go on in parallel.
         self._sharing = tp if hardware.shared else 1
 
@@ -143,11 +143,11 @@ class Model:
 
     def decode(self, batch: int, context: int) -> Cost:
         """One step of ``batch`` sequences of one replica (Pope et al., section 2; the book, chapter 7)."""
-        return self.layers(batch, batch, context) + self.ends(batch)
+        return self.layers(batch, batch, context) + self.embedding_and_head(batch)
 
     def prefill(self, tokens: int) -> Cost:
         """One prompt on one replica, causal: a token sees half of it on average. Draws one token."""
-        return self.layers(1, tokens, (tokens + 1) / 2) + self.ends(1, tokens)
+        return self.layers(1, tokens, (tokens + 1) / 2) + self.embedding_and_head(1, tokens)
 
     def layers(self, sequences: int, tokens: int, context: float) -> Cost:
         """All layers.
@@ -159,21 +159,19 @@ class Model:
         """
         reduce = self.hardware.interconnect.all_reduce_s(self.tp, self._message(tokens))
         blocks = self.attention(sequences, tokens, context) + self.dense(tokens) + self.mixture(tokens)
-        return blocks + self.overhead(tokens) + Cost(collectives=2 * self.shape.layers * reduce)
+        return blocks + self.overhead(tokens) + Cost(collectives=2 * self.config.num_layers * reduce)
 
     def attention(self, sequences: int, tokens: int, context: float) -> Cost:
         """Attention of all layers, its projections included."""
-        shape = self.shape
-        seen = min(context, shape.window) if shape.window else context
-        cost = self._product(shape.attention_weights(self.tp), tokens) * shape.layers
-        cost += self._cache(sequences, tokens, seen) * shape.window_layers
-        return cost + self._cache(sequences, tokens, context) * (shape.layers - shape.window_layers)
+        config, window_layers = self.config, self.counts.window_layers
+        seen = min(context, config.sliding_window) if config.sliding_window else context
+        cost = self._product(self.held.attention, tokens)
+        cost += self._cache(sequences, tokens, seen) * window_layers
+        return cost + self._cache(sequences, tokens, context) * (config.num_layers - window_layers)
 
     def dense(self, tokens: int) -> Cost:
-        """The MLPs of all layers that have one."""
-        shape = self.shape
-        count = shape.layers - shape.expert_layers
-        return self._product(shape.mlp_weights(self.tp, shape.width), tokens) * count
+        """The MLPs of all layers, shared experts included."""
+        return self._product(self.held.mlp, tokens)
 
     def mixture(self, tokens: int) -> Cost:
         """The experts of all layers that have them; of their weights, only those some token chose are read.
@@ -181,47 +179,47 @@ class Model:
         A token chooses k of E, so that T tokens touch E (1 - (1 - k/E)^T) of them if they choose at random.
         Whole experts on different chips are not touched evenly: the step waits for the chip with the most.
         """
-        shape, experts = self.shape, self.shape.experts
-        if experts is None:
+        moe = self.config.moe
+        if moe is None:
             return Cost()
-        chance = 1 - (1 - experts.active / experts.count) ** tokens
-        every = shape.hidden * experts.count + shape.mlp_weights(self.tp, experts.shared_width)
+        count, active = moe.num_experts, moe.experts_per_token
+        chosen = 1 - (1 - active / count) ** tokens
         if self.cut == "width":
-            one, touched = shape.mlp_weights(self.tp, experts.width), experts.count * chance
-            computed = float(tokens * experts.active)
+            one, touched = self.held.experts / count, count * chosen
+            computed = float(tokens * active)
         else:
-            one, even = shape.mlp_weights(1, experts.width), experts.count * chance / self.tp
-            touched = busiest(experts.count / self.tp, chance, self.tp)
-            computed = tokens * experts.active / self.tp * touched / even
-        layer = self._block(touched * one, 2.0 * computed * one) + self._product(every, tokens)
-        return layer * shape.expert_layers
+            one, even = self.held.experts * self.tp / count, count * chosen / self.tp
+            touched = busiest(count / self.tp, chosen, self.tp)
+            computed = tokens * active / self.tp * touched / even
+        return self._block(touched * one, 2.0 * computed * one) + self._product(self.held.routers, tokens)
 
     def overhead(self, tokens: int) -> Cost:
         """What layers cost beyond traffic, products and collectives."""
-        shape, efficiency = self.shape, self.hardware.efficiency
-        micros = (efficiency.layer_us + efficiency.token_us * tokens) * shape.layers
-        micros += efficiency.expert_us * shape.expert_layers
+        efficiency = self.hardware.efficiency
+        micros = (efficiency.layer_us + efficiency.token_us * tokens) * self.config.num_layers
+        micros += efficiency.expert_us * self.counts.expert_layers
         return Cost(fixed=1e-6 * micros)
 
-    def ends(self, rows: int, tokens: int | None = None) -> Cost:
+    def embedding_and_head(self, rows: int, tokens: int | None = None) -> Cost:
         """Embedding and vocabulary projection: one all-reduce of all tokens, and small ones to sample."""
-        head = self.shape.vocab_weights(self.tp)
-        stored = self.traffic.wide_bytes if self.shape.tied else self.traffic.weight_bytes
+        workload = self.workload
+        stored = workload.weight_bytes if self.held.head else workload.activation_bytes
         reduce = self.hardware.interconnect.all_reduce_s
         moved = reduce(self.tp, self._message(tokens or rows)) + reduce(self.tp, 8.0 * rows)
         fixed = self.hardware.efficiency.step_us * 1e-6
-        return self._product(head, rows, stored) + Cost(collectives=moved, fixed=fixed)
+        projection = self._product(self.held.head or self.held.embedding, rows, stored)
+        return projection + Cost(collectives=moved, fixed=fixed)
 
     def _product(self, elements: float, tokens: float, stored: int | None = None) -> Cost:
         """Matrices that every token is multiplied by."""
         return self._block(elements, 2.0 * tokens * elements, stored)
 
     def _block(self, elements: float, flops: float, stored: int | None = None) -> Cost:
-        stored = stored or self.traffic.weight_bytes
+        stored = stored or self.workload.weight_bytes
         hardware, efficiency = self.hardware, self.hardware.efficiency
         rate = hardware.bandwidth_bytes_s * efficiency.weights
         if stored == 1:
-            rate *= efficiency.narrow_weights
+            rate *= efficiency.low_precision_weights
         read = self._sharing * elements * stored / rate
         return Cost(weights=read, compute=self._beyond(flops, read))
 
@@ -229,50 +227,44 @@ class Model:
         """One layer's scores and sums, and the cache's traffic."""
         hardware = self.hardware
         length = seen if tokens == sequences else 2 * seen  # a prompt is written, and read back
-        moved = sequences * length * self.shape.cache_elements(self.tp) * self.traffic.cache_bytes
+        moved = sequences * length * self._cache_elements * self.workload.cache_bytes
         read = self._sharing * moved / (hardware.bandwidth_bytes_s * hardware.efficiency.cache)
-        flops = tokens * seen * self.shape.attention_flops(self.tp)
-        return Cost(cache=read, compute=self._beyond(flops, read, narrow=False))
+        flops = tokens * seen * self._attention_flops
+        return Cost(cache=read, compute=self._beyond(flops, read, low_precision=False))
 
-    def _beyond(self, flops: float, traffic_s: float, *, narrow: bool = True) -> float:
+    def _beyond(self, flops: float, traffic_s: float, *, low_precision: bool = True) -> float:
         """Arithmetic's time beyond the traffic that it hides behind."""
         hardware, efficiency = self.hardware, self.hardware.efficiency
         rate = hardware.flops * efficiency.compute
-        if narrow and self.traffic.dtype == "fp8" and hardware.narrow_flops is not None:
-            rate = hardware.narrow_flops * efficiency.narrow_compute
+        if low_precision and self.workload.dtype == "fp8" and hardware.low_precision_flops is not None:
+            rate = hardware.low_precision_flops * efficiency.low_precision_compute
         return max(0.0, self._sharing * flops / rate - traffic_s)
 
     def _message(self, tokens: int) -> float:
-        return float(tokens * self.shape.hidden * self.traffic.wide_bytes)
+        return float(tokens * self.config.hidden_size * self.workload.activation_bytes)
 
     # --- memory --------------------------------------------------------------------------------------------
 
-    def memory(self, batch: int, context: int) -> Memory:
+    def memory(self, batch: int, context: int) -> MemoryUse:
         """What a chip of a replica with ``batch`` sequences holds.
 
         The cache keeps whole pages, of sliding layers too. Workspace: the widest activations of a chunk of a
         prompt, and the logits of a batch.
         """
-        shape, traffic = self.shape, self.traffic
-        wide = traffic.wide_bytes
-        matrices = shape.layers * shape.attention_weights(self.tp)
-        matrices += (shape.layers - shape.expert_layers) * shape.mlp_weights(self.tp, shape.width)
-        if shape.experts:
-            matrices += shape.expert_layers * shape.mixture_weights(self.tp)
-        weights = matrices * traffic.weight_bytes
-        weights += (shape.layers * shape.layer_vectors + shape.hidden) * wide
-        weights += shape.vocab_weights(self.tp) * wide
-        if not shape.tied:
-            weights += shape.vocab_weights(self.tp) * traffic.weight_bytes
-        rows = max(batch, _CHUNK)
-        width = math.ceil(max(2 * shape.width, 4 * shape.heads * shape.head_dim) / self.tp) + 4 * shape.hidden
-        workspace = rows * width * wide + 8 * batch * math.ceil(shape.vocab / self.tp)
-        return Memory(weights, batch * self.sequence_bytes(context), workspace)
+        config, held, workload = self.config, self.held, self.workload
+        wide = workload.activation_bytes
+        weights = (held.layer_matrices + held.head) * workload.weight_bytes
+        weights += (held.vectors + held.embedding) * wide
+        rows = max(batch, CHUNK_SIZES[-1])
+        widest = max(2 * config.intermediate_size, 4 * config.num_heads * config.head_dim)
+        width = math.ceil(widest / self.tp) + 4 * config.hidden_size
+        workspace = rows * width * wide + 8 * batch * math.ceil(config.vocab_size / self.tp)
+        return MemoryUse(weights, batch * self.sequence_bytes(context), workspace)
 
     def sequence_bytes(self, context: int) -> int:
         """The cache of one sequence on one chip."""
-        positions = math.ceil(context / _PAGE) * _PAGE
-        return positions * self.shape.layers * self.shape.cache_elements(self.tp) * self.traffic.cache_bytes
+        positions = math.ceil(context / PAGE_SIZE) * PAGE_SIZE
+        return positions * self.config.num_layers * self._cache_elements * self.workload.cache_bytes
 
     def largest_batch(self, context: int) -> int:
         """Sequences of that length that a replica has room for."""
@@ -283,9 +275,11 @@ class Model:
     def largest_context(self, batch: int) -> int:
         """Tokens, in whole pages, that each of so many sequences has room for."""
         usable = self.hardware.usable_bytes
-        most = int(usable // (batch * self.sequence_bytes(_PAGE)))
+        most = int(usable // (batch * self.sequence_bytes(PAGE_SIZE)))
         pages = range(1, most + 1)
-        return _PAGE * bisect_right(pages, usable, key=lambda count: self.memory(batch, count * _PAGE).total)
+        return PAGE_SIZE * bisect_right(
+            pages, usable, key=lambda count: self.memory(batch, count * PAGE_SIZE).total
+        )
 
 
 @dataclass(frozen=True)
@@ -295,18 +289,18 @@ class Plan:
     Attributes:
         model: the formulas it comes from.
         chips: all of them.
-        traffic: what is served.
+        workload: what is served.
         decode: a step of the fullest replica.
         prefill: one prompt.
         memory: of a chip of the fullest replica.
     """
 
-    model: Model
+    model: CostModel
     chips: int
-    traffic: Traffic
+    workload: Workload
     decode: Cost
     prefill: Cost
-    memory: Memory
+    memory: MemoryUse
 
     @property
     def tp(self) -> int:
@@ -321,7 +315,7 @@ class Plan:
     @property
     def batch(self) -> int:
         """Sequences of the fullest replica."""
-        return math.ceil(self.traffic.batch / self.replicas)
+        return math.ceil(self.workload.batch / self.replicas)
 
     @property
     def fits(self) -> bool:
@@ -331,20 +325,20 @@ class Plan:
     @property
     def tokens_per_s(self) -> float:
         """Of all sequences together."""
-        return self.traffic.batch / self.decode.total
+        return self.workload.batch / self.decode.total
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
-        model, traffic, hardware = self.model, self.traffic, self.model.hardware
+        model, workload, hardware = self.model, self.workload, self.model.hardware
         return {
-            "model": model.shape.name,
+            "model": model.counts.name,
             "hardware": hardware.name,
             "chips": self.chips,
             "tp": self.tp,
             "replicas": self.replicas,
-            **asdict(traffic),
+            **asdict(workload),
             "batch_per_replica": self.batch,
-            "experts_cut_by": model.cut if model.shape.experts else None,
+            "experts_cut_by": model.cut if model.config.moe else None,
             "decode": {
                 "step_ms": self.decode.total * 1e3,
                 "tokens_per_s_per_sequence": 1 / self.decode.total,
@@ -355,7 +349,7 @@ class Plan:
             },
             "prefill": {
                 "ms": self.prefill.total * 1e3,
-                "tokens_per_s": traffic.prompt_len / self.prefill.total,
+                "tokens_per_s": workload.prompt_len / self.prefill.total,
                 "split_ms": self.prefill.ms(),
                 "bound": self.prefill.bound,
             },
@@ -364,14 +358,14 @@ class Plan:
                 "fits": self.fits,
                 "usable_bytes": hardware.usable_bytes,
                 "split_bytes": asdict(self.memory),
-                "largest_batch": self.replicas * model.largest_batch(traffic.context),
+                "largest_batch": self.replicas * model.largest_batch(workload.context),
                 "largest_context": model.largest_context(self.batch),
             },
             "source": hardware.source,
         }
 
 
-def make_plan(shape: Shape, hardware: Hardware, chips: int, tp: int, traffic: Traffic) -> Plan:
+def make_plan(counts: Counts, hardware: Hardware, chips: int, tp: int, workload: Workload) -> Plan:
     """Costs of one tp. A mixture's experts are cut in the way that decodes faster.
 
     Raises:
@@ -381,25 +375,26 @@ def make_plan(shape: Shape, hardware: Hardware, chips: int, tp: int, traffic: Tr
         raise ConfigError(
             f"{chips} chips are not a multiple of tp={tp}: use tp={', '.join(map(str, divisors(chips)))}"
         )
-    batch = math.ceil(traffic.batch / (chips // tp))
+    batch = math.ceil(workload.batch / (chips // tp))
     cuts: list[ExpertCut] = ["width"]
-    if shape.experts and shape.experts.count % tp == 0:
+    moe = counts.config.moe
+    if moe and moe.num_experts % tp == 0:
         cuts.append("experts")
-    models = [Model(shape, hardware, tp, traffic, cut) for cut in cuts]
-    model = min(models, key=lambda model: model.decode(batch, traffic.context).total)
+    models = [CostModel(counts, hardware, tp, workload, cut) for cut in cuts]
+    model = min(models, key=lambda model: model.decode(batch, workload.context).total)
     return Plan(
         model,
         chips,
-        traffic,
-        model.decode(batch, traffic.context),
-        model.prefill(traffic.prompt_len),
-        model.memory(batch, traffic.context),
+        workload,
+        model.decode(batch, workload.context),
+        model.prefill(workload.prompt_len),
+        model.memory(batch, workload.context),
     )
 
 
-def make_plans(shape: Shape, hardware: Hardware, chips: int, traffic: Traffic) -> list[Plan]:
+def make_plans(counts: Counts, hardware: Hardware, chips: int, workload: Workload) -> list[Plan]:
     """Costs of every tp that divides the chips; the rest are replicas."""
-    return [make_plan(shape, hardware, chips, tp, traffic) for tp in divisors(chips)]
+    return [make_plan(counts, hardware, chips, tp, workload) for tp in divisors(chips)]
 
 
 def recommend(plans: Iterable[Plan]) -> tuple[Plan, str]:
@@ -427,24 +422,24 @@ def recommend(plans: Iterable[Plan]) -> tuple[Plan, str]:
 
 def does_not_fit(plan: Plan) -> str:
     """The numbers, and what would fit."""
-    shape, hardware, traffic = plan.model.shape, plan.model.hardware, plan.traffic
+    counts, hardware, workload = plan.model.counts, plan.model.hardware, plan.workload
     memory, usable = plan.memory, hardware.usable_bytes
     text = (
-        f"{shape.name} at tp={plan.tp} needs {memory.total / 1e9:.1f} GB a chip "
+        f"{counts.name} at tp={plan.tp} needs {memory.total / 1e9:.1f} GB a chip "
         f"({memory.weights / 1e9:.1f} of weights, {memory.cache / 1e9:.1f} of cache), "
         f"but {hardware.name} has {usable / 1e9:.1f} GB usable of {hardware.memory_bytes / 1e9:.0f}"
     )
     would = []
-    if (batch := plan.replicas * plan.model.largest_batch(traffic.context)) > 0:
+    if (batch := plan.replicas * plan.model.largest_batch(workload.context)) > 0:
         would.append(f"a batch of {batch}")
         if (context := plan.model.largest_context(plan.batch)) > 0:
             would.append(f"a context of {context}")
-    if traffic.weight_bytes > 1:
-        smaller = replace(traffic, dtype="int8", cache_dtype="auto")
-        if make_plan(shape, hardware, plan.chips, plan.tp, smaller).fits:
+    if workload.weight_bytes > 1:
+        smaller = replace(workload, dtype="int8", cache_dtype="auto")
+        if make_plan(counts, hardware, plan.chips, plan.tp, smaller).fits:
             would.append("--dtype int8")
     for more in (2**power for power in range(13)):
-        if more > plan.tp and make_plan(shape, hardware, more, more, traffic).fits:
+        if more > plan.tp and make_plan(counts, hardware, more, more, workload).fits:
             would.append(f"tp={more}")
             break
     return f"{text}; {' or '.join(would) or 'nothing smaller'} would fit"
@@ -452,7 +447,7 @@ def does_not_fit(plan: Plan) -> str:
 
 def frontier(plan: Plan) -> list[tuple[int, float, float]]:
     """Batches from 1 to the largest that fits: (batch, tokens/s a sequence, tokens/s a chip)."""
-    model, context = plan.model, plan.traffic.context
+    model, context = plan.model, plan.workload.context
     largest = model.largest_batch(context)
     batches = [2**power for power in range(largest.bit_length()) if 2**power < largest]
     points = []

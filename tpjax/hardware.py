@@ -7,6 +7,7 @@ they carry.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import tomllib
 from collections.abc import Mapping
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from tpjax.errors import ConfigError
-from tpjax.inspect.interconnect import ICI, Interconnect, NVLink
+from tpjax.interconnect import ICI, Interconnect, NVLink
+
+log = logging.getLogger(__name__)
 
 # A runtime, its programs and fragmentation take the rest.
 USABLE_MEMORY = 0.92
@@ -28,10 +31,10 @@ class Efficiency:
 
     Attributes:
         weights: of the memory bandwidth, reading 16-bit weights.
-        narrow_weights: of that again, reading 8-bit weights, which are widened on the way.
+        low_precision_weights: of that again, reading 8-bit weights, which are widened on the way.
         cache: of the memory bandwidth, reading keys and values.
         compute: of the bfloat16 peak.
-        narrow_compute: of the float8 peak.
+        low_precision_compute: of the float8 peak.
         layer_us: a decoder layer's norms, rotations and launches.
         expert_us: on top of it, a mixture's routing.
         step_us: a step's sampling, and what the host does between two steps.
@@ -39,10 +42,10 @@ class Efficiency:
     """
 
     weights: float
-    narrow_weights: float
+    low_precision_weights: float
     cache: float
     compute: float
-    narrow_compute: float
+    low_precision_compute: float
     layer_us: float
     expert_us: float
     step_us: float = 0.0
@@ -54,10 +57,10 @@ class Efficiency:
 # Compute fractions: first-token latencies of TensorRT-LLM 0.5 on A100 (float16) and H100 (float8).
 _GPU = Efficiency(
     weights=0.80,
-    narrow_weights=0.86,
+    low_precision_weights=0.86,
     cache=0.80,
     compute=0.67,
-    narrow_compute=0.45,
+    low_precision_compute=0.45,
     layer_us=45.0,
     expert_us=15.0,
 )
@@ -66,20 +69,20 @@ _GPU = Efficiency(
 # DeepSeek-R1 table (v5e-64), where sorting tokens by expert and back dominates.
 _TPU_PROGRAM = Efficiency(
     weights=0.96,
-    narrow_weights=1.0,
+    low_precision_weights=1.0,
     cache=0.96,
     compute=0.65,
-    narrow_compute=0.65,
+    low_precision_compute=0.65,
     layer_us=0.0,
     expert_us=290.0,
 )
 # Fitted to sglang-jax's Qwen3 tables (v6e-4; mixtures: v6e-16), thus a server's loop included.
 _TPU_SERVER = Efficiency(
     weights=0.78,
-    narrow_weights=1.0,
+    low_precision_weights=1.0,
     cache=0.50,
     compute=0.60,
-    narrow_compute=0.60,
+    low_precision_compute=0.60,
     layer_us=60.0,
     expert_us=75.0,
     step_us=500.0,
@@ -95,8 +98,8 @@ class Hardware:
         memory_bytes: of one chip.
         bandwidth_bytes_s: of its memory.
         flops: bfloat16, multiply and add counted as two.
-        narrow_flops: float8; ``None``: not native, so that float8 weights are widened and multiplied as
-            bfloat16. int8 means weights only everywhere.
+        low_precision_flops: float8; ``None``: not native, so that float8 weights are widened and multiplied
+            as bfloat16. int8 means weights only everywhere.
         interconnect: between chips.
         efficiency: what is reached of these.
         source: of the figures.
@@ -107,7 +110,7 @@ class Hardware:
     memory_bytes: float
     bandwidth_bytes_s: float
     flops: float
-    narrow_flops: float | None
+    low_precision_flops: float | None
     interconnect: Interconnect
     efficiency: Efficiency
     source: str
@@ -258,7 +261,7 @@ def _chip(where: str, name: str, figures: Mapping[str, Any]) -> Hardware:
         figure("memory_gb", 1e9, base.memory_bytes if base else None),
         figure("bandwidth_gb_s", 1e9, base.bandwidth_bytes_s if base else None),
         figure("bf16_tflops", 1e12, base.flops if base else None),
-        figure("fp8_tflops", 1e12, base.narrow_flops if base else None),
+        figure("fp8_tflops", 1e12, base.low_precision_flops if base else None),
         wires,
         replace(usual, **_fractions(where, figures.get("efficiency", {}))),
         where,
@@ -269,11 +272,20 @@ def _fractions(where: str, given: Any) -> dict[str, float]:
     known = list(Efficiency.__dataclass_fields__)
     if not isinstance(given, dict):
         raise ConfigError(f"{where}: efficiency={given!r} is not an object")
+    given = {_renamed(where, field): value for field, value in given.items()}
     for field, value in given.items():
         if field not in known:
             raise ConfigError(f"{where}: unknown efficiency {field!r}; known are {', '.join(known)}")
         _positive(where, field, value, zero=field.endswith("_us"))
     return given
+
+
+def _renamed(where: str, field: str) -> str:
+    """The present name of a field of ``efficiency``; an old one works with a warning, for one release."""
+    new = field.replace("narrow_", "low_precision_")
+    if new != field:
+        log.warning("%s: efficiency %s is now called %s", where, field, new)
+    return new
 
 
 def _positive(where: str, field: str, value: Any, *, zero: bool = False) -> float:

@@ -5,7 +5,7 @@ bandwidth of reading weights, the rate of large products, the time of a dispatch
 mesh, and what a decoder layer costs beyond these, from small decoders of two depths. Nothing is fitted to the
 model that is predicted.
 
-    python -m tpjax.inspect.measure 2      # prints the figures at tp=2 as JSON
+    python -m tpjax.planning.measure 2      # prints the figures at tp=2 as JSON
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from typing import Any
 
 from tpjax.checkpoints.hub import cache_dir
 from tpjax.errors import DeviceError
-from tpjax.inspect.hardware import Efficiency, Hardware
-from tpjax.inspect.interconnect import Measured
-from tpjax.inspect.shapes import Shape
+from tpjax.hardware import Efficiency, Hardware
+from tpjax.interconnect import Measured
 
 _VERSION = 4  # of what is measured; raise it when that changes
 _MESSAGES = (1 << 10, 1 << 13, 1 << 16, 1 << 19, 1 << 22)  # bytes
@@ -36,7 +35,18 @@ _ROUNDS = 15
 _CHAIN = 32  # all-reduces timed together
 _STEPS = 16  # decode steps timed together
 # A layer with 12 MB of weights: its products are cut over the cores as a model's are.
-_LAYER = Shape("layer", 1, 512, 8, 4, 64, 1408, 512)
+_LAYER = {
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "vocab_size": 512,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+}
 
 
 def measured_hardware(tp: int, *, fresh: bool = False) -> Hardware:
@@ -65,10 +75,10 @@ def hardware_from(figures: dict[str, Any]) -> Hardware:
     """Figures of :func:`measure` as a chip: what was measured is what is reached, so that fractions are 1."""
     efficiency = Efficiency(
         weights=1.0,
-        narrow_weights=1.0,
+        low_precision_weights=1.0,
         cache=1.0,
         compute=1.0,
-        narrow_compute=1.0,
+        low_precision_compute=1.0,
         layer_us=figures["layer_us"],
         token_us=figures["token_us"],
         expert_us=0.0,
@@ -79,7 +89,7 @@ def hardware_from(figures: dict[str, Any]) -> Hardware:
         memory_bytes=figures["memory_bytes"],
         bandwidth_bytes_s=figures["bandwidth_bytes_s"],
         flops=figures["flops"],
-        narrow_flops=None,
+        low_precision_flops=None,
         interconnect=Measured(tuple((size, seconds) for size, seconds in figures["all_reduce_s"])),
         efficiency=efficiency,
         source="measured on this machine",
@@ -142,10 +152,14 @@ def fit(seconds: Mapping[str, float], tp: int, machine: int) -> dict[str, Any]:
     element_s = product_s(1) / (_WIDTH * _INNER)
     flops = 2 * _PROMPT * _WIDTH * _INNER / product_s(_PROMPT)
     (steps, rest), (prompt, _) = per_layer("decode"), per_layer("prefill")
-    elements = tp * (_LAYER.attention_weights(tp) + _LAYER.mlp_weights(tp, _LAYER.width))
+    from tpjax.families import config_from_hf
+    from tpjax.planning.counts import Counts
+
+    layer = config_from_hf(_LAYER)
+    elements = tp * Counts("layer", layer).on_device(tp).layer_matrices
     # what is left of a layer's time once its weights are read, or its products computed, and summed
-    step = steps / _STEPS - elements * element_s - 2 * links.all_reduce_s(tp, 4.0 * _LAYER.hidden)
-    prompt -= 2 * _PROMPT * elements / flops + 2 * links.all_reduce_s(tp, 4.0 * _PROMPT * _LAYER.hidden)
+    step = steps / _STEPS - elements * element_s - 2 * links.all_reduce_s(tp, 4.0 * layer.hidden_size)
+    prompt -= 2 * _PROMPT * elements / flops + 2 * links.all_reduce_s(tp, 4.0 * _PROMPT * layer.hidden_size)
     return {
         "bandwidth_bytes_s": 4 / element_s / machine,
         "flops": flops / machine,
@@ -259,20 +273,7 @@ def _zeros_runner(mesh: Any, depth: int) -> Any:
     from tpjax.families import config_from_hf
     from tpjax.runner import Limits, Runner
 
-    config = config_from_hf(
-        {
-            "model_type": "llama",
-            "num_hidden_layers": depth,
-            "vocab_size": _LAYER.vocab,
-            "hidden_size": _LAYER.hidden,
-            "intermediate_size": _LAYER.width,
-            "num_attention_heads": _LAYER.heads,
-            "num_key_value_heads": _LAYER.kv_heads,
-            "head_dim": _LAYER.head_dim,
-            "max_position_embeddings": 512,
-            "rms_norm_eps": 1e-5,
-        }
-    )
+    config = config_from_hf({**_LAYER, "num_hidden_layers": depth})
     dtype = jnp.dtype(jnp.float32)
     graph, state = nnx.split(abstract_decoder(config, mesh, dtype))
     state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), state)
@@ -289,7 +290,7 @@ def _measure_apart(tp: int) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     for name in ("XLA_FLAGS", "NPROC"):
         environment.pop(name, None)  # this process may fake another number of devices
-    command = [sys.executable, "-m", "tpjax.inspect.measure", str(tp)]
+    command = [sys.executable, "-m", "tpjax.planning.measure", str(tp)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         why = done.stderr.strip().splitlines()

@@ -10,20 +10,25 @@ import json
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+
+import httpx2 as httpx
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tpjax.errors import RequestError
+from tpjax.planning.plots import save
 
 METRICS = {"ttft": "Time to First Token", "tpot": "Time per Output Token", "itl": "Inter-token Latency"}
 METRICS["e2el"] = "End-to-end Latency"
 
 
 @dataclass(frozen=True)
-class Load:
+class LoadProfile:
     """What to send.
 
     Attributes:
@@ -161,58 +166,76 @@ def percentile(ordered: Sequence[float], percent: float) -> float | None:
     return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
 
 
-def sweep(load: Load, rates: Sequence[float], goals: Mapping[str, float]) -> list[Result]:
-    """One run after the other, one for each request rate.
+def sweep(profile: LoadProfile, rates: Sequence[float], goals: Mapping[str, float]) -> list[Result]:
+    """One run after the other, one for each request rate, with a progress bar on a terminal's stderr.
 
     Raises:
         RequestError: the server cannot be reached, or has no such model.
     """
-    return [asyncio.run(run(load, rate, goals)) for rate in rates]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    results = []
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        for rate in rates:
+            task = progress.add_task(f"{rate:g} requests/s", total=profile.num_prompts)
+            results.append(asyncio.run(run(profile, rate, goals, partial(progress.advance, task))))
+    return results
 
 
-async def run(load: Load, rate: float, goals: Mapping[str, float]) -> Result:
-    """Sends the requests, at random moments ``rate`` a second on average, and waits for all answers."""
-    try:
-        card = await _model(load)
-    except (OSError, ValueError, LookupError) as error:
-        raise RequestError(f"{load.base_url} does not answer as an OpenAI server: {error}") from error
-    draw = random.Random(load.seed)
-    vocab = int(card.get("vocab_size", 1000))
-    room = asyncio.Semaphore(load.max_concurrency or load.num_prompts)
+async def run(
+    profile: LoadProfile,
+    rate: float,
+    goals: Mapping[str, float],
+    on_answer: Callable[[], None] = lambda: None,
+) -> Result:
+    """Sends the requests, at random moments ``rate`` a second on average, and waits for all answers.
 
-    def length(mean: int) -> int:
-        spread = int(mean * load.range_ratio)
-        return max(1, draw.randint(mean - spread, mean + spread))
+    Raises:
+        RequestError: the server cannot be reached, or has no such model.
+    """
+    async with _client(profile) as client:
+        try:
+            card = await _model(client, profile.model)
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError) as error:
+            raise RequestError(f"{profile.base_url} does not answer as an OpenAI server: {error}") from error
+        draw = random.Random(profile.seed)
+        vocab = int(card.get("vocab_size", 1000))
+        room = asyncio.Semaphore(profile.max_concurrency or profile.num_prompts)
 
-    async def one(body: dict[str, Any]) -> Outcome:
-        async with room:
-            return await request(load, body)
+        def length(mean: int) -> int:
+            spread = int(mean * profile.range_ratio)
+            return max(1, draw.randint(mean - spread, mean + spread))
 
-    tasks = []
-    start = time.perf_counter()
-    for i in range(load.num_prompts):
-        body = {
-            "model": card["id"],
-            "prompt": [draw.randrange(vocab) for _ in range(length(load.input_len))],
-            "max_tokens": length(load.output_len),
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        tasks.append(asyncio.ensure_future(one(body)))
-        if math.isfinite(rate) and i < load.num_prompts - 1:
-            await asyncio.sleep(draw.expovariate(rate))
-    outcomes = await asyncio.gather(*tasks)
-    return Result(rate, time.perf_counter() - start, list(outcomes), goals)
+        async def one(body: dict[str, Any]) -> Outcome:
+            async with room:
+                outcome = await request(client, body)
+            on_answer()
+            return outcome
+
+        tasks = []
+        start = time.perf_counter()
+        for i in range(profile.num_prompts):
+            body = {
+                "model": card["id"],
+                "prompt": [draw.randrange(vocab) for _ in range(length(profile.input_len))],
+                "max_tokens": length(profile.output_len),
+                "temperature": 0,
+                "ignore_eos": True,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            }
+            tasks.append(asyncio.ensure_future(one(body)))
+            if math.isfinite(rate) and i < profile.num_prompts - 1:
+                await asyncio.sleep(draw.expovariate(rate))
+        outcomes = await asyncio.gather(*tasks)
+        return Result(rate, time.perf_counter() - start, list(outcomes), goals)
 
 
-async def request(load: Load, body: dict[str, Any]) -> Outcome:
+async def request(client: httpx.AsyncClient, body: dict[str, Any]) -> Outcome:
     """One streamed completion."""
     outcome = Outcome()
     start = last = time.perf_counter()
     try:
-        async for data in stream_events(load, "/v1/completions", body):
+        async for data in stream_events(client, "/v1/completions", body):
             now = time.perf_counter()
             if data == "[DONE]":
                 break
@@ -233,21 +256,50 @@ async def request(load: Load, body: dict[str, Any]) -> Outcome:
             outcome.latency = now - start
         else:
             outcome.error = "the stream ended early"
-    except (OSError, ValueError, LookupError) as error:
+    except (httpx.HTTPError, ValueError, LookupError) as error:
         outcome.error = f"{type(error).__name__}: {error}"
     return outcome
 
 
+async def stream_events(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> AsyncIterator[str]:
+    """The data of server-sent events."""
+    async with client.stream("POST", path, json=body) as response:
+        if response.status_code != 200:
+            text = (await response.aread())[:300].decode(errors="replace")
+            raise ValueError(f"HTTP {response.status_code}: {text}")
+        async for line in response.aiter_lines():
+            if line.startswith("data: "):
+                yield line[6:]
+
+
+async def _model(client: httpx.AsyncClient, name: str | None) -> dict[str, Any]:
+    response = await client.get("/v1/models")
+    response.raise_for_status()
+    cards: list[dict[str, Any]] = response.json()["data"]
+    if name is None:
+        return cards[0]
+    found = [card for card in cards if card["id"] == name]
+    if not found:
+        raise LookupError(f"it has {', '.join(card['id'] for card in cards)}, and not {name!r}")
+    return found[0]
+
+
+def _client(profile: LoadProfile) -> httpx.AsyncClient:
+    """One connection per request in flight, and no time limit: waiting is what is measured."""
+    headers = {"Authorization": f"Bearer {profile.api_key}"} if profile.api_key else {}
+    base_url = profile.base_url.rstrip("/").removesuffix("/v1")
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    return httpx.AsyncClient(base_url=base_url, headers=headers, timeout=None, limits=limits)
+
+
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Latency and throughput over the request rate, as a PNG.
+    """Latency and throughput over the request rate, in the format the file's name ends in.
 
     Raises:
-        RequestError: matplotlib is not installed, or the file cannot be written.
+        ConfigError: it cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RequestError("--plot needs matplotlib: pip install matplotlib") from error
+    from matplotlib.figure import Figure
+
     summaries = [result.summary() for result in results]
     labels = [f"{result.request_rate:g}" for result in results]
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -263,62 +315,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
     for axis in axes:
         axis.set(xlabel="requests a second asked for", ylim=(0, 1.1 * axis.dataLim.ymax))
         axis.grid(alpha=0.3)
-    try:
-        figure.savefig(path, format="png", dpi=150)
-    except OSError as error:
-        raise RequestError(f"{path}: {error.strerror or error}") from error
-
-
-async def _model(load: Load) -> dict[str, Any]:
-    body = "".join([line async for line in _lines(load, "GET", "/v1/models", None)])
-    cards: list[dict[str, Any]] = json.loads(body)["data"]
-    if load.model is None:
-        return cards[0]
-    found = [card for card in cards if card["id"] == load.model]
-    if not found:
-        raise LookupError(f"it has {', '.join(card['id'] for card in cards)}, and not {load.model!r}")
-    return found[0]
-
-
-async def stream_events(load: Load, path: str, body: dict[str, Any]) -> AsyncIterator[str]:
-    """The data of server-sent events."""
-    async for line in _lines(load, "POST", path, body):
-        if line.startswith("data: "):
-            yield line[6:].rstrip()
-
-
-async def _lines(load: Load, method: str, path: str, body: dict[str, Any] | None) -> AsyncIterator[str]:
-    """The lines of an answer.
-
-    HTTP 1.0 on a connection of its own: the answer comes as it is and ends with the connection, and nothing
-    stands between the socket and the clock.
-    """
-    url = urlsplit(load.base_url)
-    if url.scheme != "http" or url.hostname is None:
-        raise ValueError(f"{load.base_url!r} is no http:// address")
-    reader, writer = await asyncio.open_connection(url.hostname, url.port or 80, limit=1 << 24)
-    try:
-        data = b"" if body is None else json.dumps(body).encode()
-        head = [
-            f"{method} {url.path.rstrip('/')}{path} HTTP/1.0",
-            f"Host: {url.netloc}",
-            "Content-Type: application/json",
-            f"Content-Length: {len(data)}",
-            *([f"Authorization: Bearer {load.api_key}"] if load.api_key else []),
-        ]
-        writer.write("\r\n".join([*head, "", ""]).encode() + data)
-        await writer.drain()
-        status = (await reader.readline()).decode("latin-1").split()
-        while (await reader.readline()).strip():
-            pass
-        if status[1:2] != ["200"]:
-            raise ValueError(
-                f"HTTP {' '.join(status[1:])}: {(await reader.read())[:300].decode(errors='replace')}"
-            )
-        while line := await reader.readline():
-            yield line.decode()
-    finally:
-        writer.close()
+    save(figure, path)
 
 
 def _row(label: str, value: Any) -> str:

@@ -3,16 +3,11 @@
 
     python scripts/rename.py tests/ my_program.py      # in place; --check only counts
 
-What moved (modules) and what is called otherwise (identifiers, options) is in the two tables below: code written
+What moved and what is called otherwise is in the two tables below: code written
 against the old names runs after one pass. Words of prose are not touched.
 """
 
 from __future__ import annotations
-
-import argparse
-import re
-import sys
-from pathlib import Path
 
 # old module -> new module, the longest first
 MODULES = {

@@ -12,8 +12,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from tpjax import __version__, cli
+from tpjax import __version__
 from tpjax.checkpoints import hub
+from tpjax.cli import app as cli
 from tpjax.errors import DeviceError
 from tpjax.inspect import doctor
 
@@ -103,7 +104,7 @@ def test_version(capsys):
 
 
 def test_dtypes_are_those_of_the_library():
-    from tpjax import runner
+    from tpjax.runtime import runner
 
     assert runner.DTYPES == cli.DTYPES
 

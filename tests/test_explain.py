@@ -14,8 +14,8 @@ import pytest
 from conftest import GOLDENS
 from rich.console import Console
 
-from tpjax import cli
 from tpjax.checkpoints.load import abstract_decoder, parameters, read_config
+from tpjax.cli import app as cli
 from tpjax.inspect.budget import measured
 from tpjax.inspect.explain import explain_model
 from tpjax.inspect.explain_report import Report

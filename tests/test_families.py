@@ -12,15 +12,15 @@ from conftest import GOLDENS
 
 from tpjax.config import ModelConfig, RopeConfig
 from tpjax.errors import ConfigError
-from tpjax.families import (
+from tpjax.families.fields import INERT, Fields, Names
+from tpjax.families.quantization import Quantization, quantization_of
+from tpjax.families.registry import (
     FAMILIES,
     GGUFView,
     config_from_gguf,
     config_from_hf,
     gguf_architecture,
 )
-from tpjax.mappings.fields import INERT, Fields, Names
-from tpjax.mappings.quantization import Quantization, quantization_of
 
 SCALING = {
     "factor": 8.0,

@@ -5,8 +5,8 @@ import types
 
 import pytest
 
-from tpjax import cli
 from tpjax.checkpoints import hub
+from tpjax.cli import app as cli
 from tpjax.errors import DeviceError
 from tpjax.mesh import make_mesh
 from tpjax.planning import bench, measure

@@ -15,9 +15,9 @@ from tpjax.checkpoints.convert import convert, write_vocabulary
 from tpjax.checkpoints.gguf import GGUFFile
 from tpjax.checkpoints.load import open_checkpoint, read_config
 from tpjax.checkpoints.orbax import OrbaxCheckpoint
-from tpjax.cli import main
+from tpjax.cli.app import main
 from tpjax.errors import CheckpointError
-from tpjax.tokenizer import load_tokenizer
+from tpjax.text.tokenizer import load_tokenizer
 
 GOLDENS = Path(__file__).parent / "goldens"
 TOKENS = [3, 14, 15, 92, 65, 35, 89, 79]

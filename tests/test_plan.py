@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tpjax import cli
 from tpjax.cache import page_bytes_per_device
 from tpjax.checkpoints.load import abstract_decoder, parameters
+from tpjax.cli import app as cli
 from tpjax.errors import ConfigError
-from tpjax.families import config_from_hf
+from tpjax.families.registry import config_from_hf
 from tpjax.hardware import HARDWARE, Efficiency, Hardware
 from tpjax.interconnect import NVLink
 from tpjax.mesh import make_mesh

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from serving import tiny_checkpoint
 
 from tpjax import LLM
-from tpjax.cli import main
+from tpjax.cli.app import main
+from tpjax.cli.terminal import Chat
 from tpjax.engine.generation import Delta
 from tpjax.errors import RequestError
 from tpjax.sampling_params import SamplingParams
@@ -30,8 +31,7 @@ from tpjax.server.errors import ApiError
 from tpjax.server.grammar import GrammarCompiler
 from tpjax.server.protocol import ChatBody, Message
 from tpjax.server.sandbox import Sandbox
-from tpjax.terminal import Chat
-from tpjax.tokenizer import Tokenizer, load_tokenizer
+from tpjax.text.tokenizer import Tokenizer, load_tokenizer
 
 # --- grammars
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tpjax.cli import main
+from tpjax.cli.app import main
 from tpjax.config import ModelConfig
 from tpjax.errors import ConfigError
-from tpjax.families import config_from_hf
+from tpjax.families.registry import config_from_hf
 from tpjax.inspect import doctor, topology
 from tpjax.inspect.collectives import Collective, find_collectives, summarise
 from tpjax.inspect.hlo import Module
@@ -25,7 +25,7 @@ from tpjax.inspect.program import (
     write_backs,
 )
 from tpjax.inspect.topology import extra_problem, parse_topology
-from tpjax.runner import Residual
+from tpjax.runtime.runner import Residual
 
 HLO = Path(__file__).parent / "data" / "hlo"
 

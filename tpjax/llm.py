@@ -21,11 +21,11 @@ from tpjax.engine.engine import Engine
 from tpjax.engine.generation import Delta, Generation
 from tpjax.engine.request import FinishReason, Request, TokenLogprobs
 from tpjax.errors import ConfigError, RequestError
-from tpjax.memory import device_memory, plan_limits
 from tpjax.mesh import make_mesh
-from tpjax.runner import Residual, Row, Runner, resolve_dtype
+from tpjax.runtime.memory import device_memory, plan_limits
+from tpjax.runtime.runner import Residual, Row, Runner, resolve_dtype
 from tpjax.sampling_params import MAX_SEED, SamplingParams
-from tpjax.tokenizer import Tokenizer, load_tokenizer
+from tpjax.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from tpjax.inspect.explain import Report

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
-from tpjax import __version__
+from tpjax._version import __version__
 from tpjax.cli import (
     batch,
     bench,

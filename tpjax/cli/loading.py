@@ -29,7 +29,7 @@ def chosen_model(positional: str | None, option: str | None) -> str:
 def load(model: str, sharding: Sharding, **options: Any) -> LLM:
     """Finds the model, sees to the devices, and loads the one onto the others."""
     ensure(model, sharding.tp)
-    from tpjax import LLM
+    from tpjax.llm import LLM
 
     return LLM(model, **asdict(sharding), **options)
 

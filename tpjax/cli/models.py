@@ -23,7 +23,7 @@ def run(as_json: Json = False) -> None:
 def known_models() -> dict[str, Any]:
     """What can be named as a model, as plain data."""
     from tpjax.checkpoints import hub
-    from tpjax.families import FAMILIES
+    from tpjax.families.registry import FAMILIES
     from tpjax.planning.published import hub_id, published_names
 
     return {

@@ -9,7 +9,7 @@ import numpy as np
 from tpjax.engine.block_manager import BlockManager
 from tpjax.engine.request import Request, TokenLogprobs
 from tpjax.engine.scheduler import Decode, Prefill, Scheduler
-from tpjax.runner import NO_TOKEN, Row, Runner
+from tpjax.runtime.runner import NO_TOKEN, Row, Runner
 from tpjax.sampling import NAN_TOKEN, Sampled
 from tpjax.sampling_params import SamplingParams
 

@@ -26,9 +26,9 @@ from tpjax.inspect.estimate import Estimate, estimate
 from tpjax.inspect.hlo import Array, Instruction, Module, tpu_array
 from tpjax.inspect.tables import as_html, collective_table, plain_table
 from tpjax.inspect.topology import Topology
-from tpjax.memory import Memory, human_bytes, plan_limits
 from tpjax.planning.published import is_published, published_config
-from tpjax.runner import Limits, Residual, Runner, resolve_dtype
+from tpjax.runtime.memory import Memory, human_bytes, plan_limits
+from tpjax.runtime.runner import Limits, Residual, Runner, resolve_dtype
 from tpjax.sharding import POSITIONS
 
 _ALIAS = re.compile(r"\{\d*\}: \((\d+), \{\}")

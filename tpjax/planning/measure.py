@@ -152,7 +152,7 @@ def fit(seconds: Mapping[str, float], tp: int, machine: int) -> dict[str, Any]:
     element_s = product_s(1) / (_WIDTH * _INNER)
     flops = 2 * _PROMPT * _WIDTH * _INNER / product_s(_PROMPT)
     (steps, rest), (prompt, _) = per_layer("decode"), per_layer("prefill")
-    from tpjax.families import config_from_hf
+    from tpjax.families.registry import config_from_hf
     from tpjax.planning.counts import Counts
 
     layer = config_from_hf(_LAYER)
@@ -256,7 +256,7 @@ def _prefill(mesh: Any, depth: int) -> Callable[[], Any]:
 
 
 def _row(position: int, remaining: int) -> Any:
-    from tpjax.runner import Row
+    from tpjax.runtime.runner import Row
     from tpjax.sampling_params import SamplingParams
 
     return Row(0, position, [1, 2, 3, 4], SamplingParams(temperature=0), seed=0, remaining=remaining)
@@ -270,8 +270,8 @@ def _zeros_runner(mesh: Any, depth: int) -> Any:
     from flax import nnx
 
     from tpjax.checkpoints.load import abstract_decoder
-    from tpjax.families import config_from_hf
-    from tpjax.runner import Limits, Runner
+    from tpjax.families.registry import config_from_hf
+    from tpjax.runtime.runner import Limits, Runner
 
     config = config_from_hf({**_LAYER, "num_hidden_layers": depth})
     dtype = jnp.dtype(jnp.float32)

@@ -23,7 +23,7 @@ from typing import Any
 from tpjax.errors import ConfigError
 from tpjax.hardware import Hardware
 from tpjax.planning.counts import Counts, ExpertCut
-from tpjax.runner import CHUNK_SIZES, PAGE_SIZE
+from tpjax.runtime.runner import CHUNK_SIZES, PAGE_SIZE
 
 DTYPE_BYTES = {"float32": 4, "bf16": 2, "int8": 1, "fp8": 1}
 _CLOSE = 0.05  # plans within this of the fastest count as equal, and the one with fewer chips a replica wins

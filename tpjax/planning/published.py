@@ -18,7 +18,7 @@ from tpjax.checkpoints.hub import ALIASES, resolve
 from tpjax.checkpoints.load import read_config
 from tpjax.config import ModelConfig
 from tpjax.errors import CheckpointError
-from tpjax.families import config_from_hf
+from tpjax.families.registry import config_from_hf
 
 
 @cache

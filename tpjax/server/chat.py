@@ -20,7 +20,7 @@ from tpjax.server.service import Service
 if TYPE_CHECKING:
     from tpjax.engine.request import Request, TokenLogprobs
     from tpjax.llm import LLM
-    from tpjax.tokenizer import Tokenizer
+    from tpjax.text.tokenizer import Tokenizer
 
 
 class Templates:

@@ -14,7 +14,7 @@ from tpjax.server.errors import bad_request
 
 if TYPE_CHECKING:
     from tpjax.server.sandbox import Sandbox
-    from tpjax.tokenizer import Tokenizer
+    from tpjax.text.tokenizer import Tokenizer
 
 MAX_GRAMMAR_BYTES = 64 << 10
 DEADLINE_S = 10.0

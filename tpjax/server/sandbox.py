@@ -156,8 +156,8 @@ def main() -> None:
 def _work(stdin: IO[bytes], stdout: IO[bytes]) -> None:
     import llguidance
 
-    from tpjax.chat_template import ChatTemplates
     from tpjax.errors import TpjaxError
+    from tpjax.text.chat_template import ChatTemplates
 
     templates: ChatTemplates | None = None
     while (message := _receive(stdin)) is not None:

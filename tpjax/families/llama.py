@@ -7,7 +7,7 @@ from typing import Any
 
 from tpjax.config import LayerType, ModelConfig
 from tpjax.errors import ConfigError
-from tpjax.mappings.fields import (
+from tpjax.families.fields import (
     Family,
     Fields,
     GGUFArchitecture,

@@ -6,7 +6,7 @@ from typing import Any
 
 from tpjax.config import LayerType, ModelConfig, RopeConfig
 from tpjax.errors import ConfigError
-from tpjax.mappings.fields import (
+from tpjax.families.fields import (
     Family,
     Fields,
     Names,
@@ -19,7 +19,7 @@ from tpjax.mappings.fields import (
     slices,
     thirds_of_heads,
 )
-from tpjax.mappings.llama import llama_like
+from tpjax.families.llama import llama_like
 
 _GPT: dict[str, Any] = {"norm": "layer", "norm_bias": True, "gated_mlp": False}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tpjax.config import LayerType, ModelConfig
-from tpjax.mappings.fields import (
+from tpjax.families.fields import (
     Family,
     Fields,
     GGUFArchitecture,
@@ -16,7 +16,7 @@ from tpjax.mappings.fields import (
     gguf_sizes,
     layer_types_of,
 )
-from tpjax.mappings.llama import GGUF_LAYER, llama_like
+from tpjax.families.llama import GGUF_LAYER, llama_like
 
 
 def windows_of(fields: Fields) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from tpjax.config import LayerType, ModelConfig, MoEConfig, check_size
 from tpjax.errors import ConfigError
-from tpjax.mappings.fields import (
+from tpjax.families.fields import (
     Family,
     Fields,
     GGUFArchitecture,
@@ -19,8 +19,8 @@ from tpjax.mappings.fields import (
     layer_types_of,
     rope_of,
 )
-from tpjax.mappings.llama import GGUF_LAYER, llama_like
-from tpjax.mappings.qwen import GGUF_QK_NORMS, gguf_qwen
+from tpjax.families.llama import GGUF_LAYER, llama_like
+from tpjax.families.qwen import GGUF_QK_NORMS, gguf_qwen
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from tpjax.config import check_size
 from tpjax.errors import ConfigError
-from tpjax.mappings.fields import Fields
+from tpjax.families.fields import Fields
 
 METHODS = ("fp8", "mxfp4")
 

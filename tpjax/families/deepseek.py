@@ -7,8 +7,8 @@ import math
 import numpy as np
 
 from tpjax.config import LatentConfig, ModelConfig, MoEConfig, check_size
-from tpjax.mappings.fields import Family, Fields, Names, Stored
-from tpjax.mappings.llama import llama_like
+from tpjax.families.fields import Family, Fields, Names, Stored
+from tpjax.families.llama import llama_like
 
 
 def _deepseek_v3(fields: Fields) -> ModelConfig:

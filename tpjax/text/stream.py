@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tpjax.tokenizer import IncrementalDetokenizer, Tokenizer
+from tpjax.text.tokenizer import IncrementalDetokenizer, Tokenizer
 
 
 class TextStream:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tpjax.config import ModelConfig, RopeConfig, check_positive
 from tpjax.errors import ConfigError
-from tpjax.mappings.fields import (
+from tpjax.families.fields import (
     Family,
     Fields,
     GGUFArchitecture,
@@ -25,7 +25,7 @@ from tpjax.mappings.fields import (
     rope_of,
     sizes_of,
 )
-from tpjax.mappings.llama import GGUF_LAYER
+from tpjax.families.llama import GGUF_LAYER
 
 
 def _gemma(

@@ -13,9 +13,9 @@ from typing import Any
 
 from tpjax.config import ModelConfig
 from tpjax.errors import ConfigError
-from tpjax.mappings import cohere, deepseek, gemma, gpt, llama, moe, phi, qwen
-from tpjax.mappings.fields import Family, Fields, GGUFArchitecture, GGUFView
-from tpjax.mappings.quantization import quantization_of
+from tpjax.families import cohere, deepseek, gemma, gpt, llama, moe, phi, qwen
+from tpjax.families.fields import Family, Fields, GGUFArchitecture, GGUFView
+from tpjax.families.quantization import quantization_of
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family

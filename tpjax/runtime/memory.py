@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from tpjax import cache as kv
 from tpjax.config import ModelConfig
 from tpjax.errors import ConfigError
-from tpjax.runner import CHUNK_SIZES, PAGE_SIZE, Limits
+from tpjax.runtime.runner import CHUNK_SIZES, PAGE_SIZE, Limits
 from tpjax.sharding import HeadPlan, pad_to_multiple
 
 # What the cache takes where the memory is the user's own, unless one sequence needs more: enough for several

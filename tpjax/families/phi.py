@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpjax.config import LayerType, ModelConfig, RopeConfig
-from tpjax.mappings.fields import (
+from tpjax.families.fields import (
     Family,
     Fields,
     GGUFArchitecture,
@@ -20,7 +20,7 @@ from tpjax.mappings.fields import (
     sizes_of,
     slices,
 )
-from tpjax.mappings.llama import GGUF_LAYER, llama_like
+from tpjax.families.llama import GGUF_LAYER, llama_like
 
 
 def _window(window: int | None, layers: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tpjax.config import ModelConfig
-from tpjax.mappings.fields import (
+from tpjax.families.fields import (
     Family,
     Fields,
     Names,
@@ -14,7 +14,7 @@ from tpjax.mappings.fields import (
     layer_types_of,
     rope_of,
 )
-from tpjax.mappings.llama import llama_like
+from tpjax.families.llama import llama_like
 
 
 def _parallel(fields: Fields, **differences: Any) -> ModelConfig:

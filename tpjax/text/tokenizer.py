@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tpjax.chat_template import ChatTemplates
-from tpjax.checkpoints import gguf_vocab
 from tpjax.checkpoints.orbax import VOCABULARY
 from tpjax.errors import CheckpointError, RequestError
+from tpjax.text import gguf_vocab
+from tpjax.text.chat_template import ChatTemplates
 
 if TYPE_CHECKING:
     import tokenizers

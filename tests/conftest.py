@@ -18,6 +18,31 @@ import pytest  # noqa: E402
 GOLDENS = Path(__file__).parent / "goldens"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds `--all`."""
+    parser.addoption("--all", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what is marked slow, unless all is asked for, a mark, or the test by its name."""
+    if config.getoption("--all") or config.getoption("markexpr"):
+        return
+    named = [arg.partition("::")[2] for arg in config.args if "::" in arg]
+    kept, left_out = [], []
+    for item in items:
+        name = item.nodeid.partition("::")[2]
+        slow = item.get_closest_marker("slow") and not any(name.startswith(one) for one in named)
+        (left_out if slow else kept).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Says how to run what was left out."""
+    if not (config.getoption("--all") or config.getoption("markexpr")):
+        terminalreporter.write_line("without the tests marked slow: --all runs them too")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def strict_jax(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Dtypes never widen silently, and no program comes from an earlier run's cache."""

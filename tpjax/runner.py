@@ -27,7 +27,7 @@ from tpjax.cache import NULL_PAGE, PagedKVCache, Placement
 from tpjax.config import ModelConfig
 from tpjax.errors import ConfigError
 from tpjax.model import Decoder
-from tpjax.sampling import NAN_TOKEN, History, Sampled, SamplingRows, sample, score
+from tpjax.sampling import History, Sampled, SamplingRows, sample, score
 from tpjax.sampling_params import SamplingParams
 from tpjax.sharding import LOGITS, POSITIONS, REPLICATED, Leaf, pad_to_multiple
 
@@ -571,7 +571,7 @@ class Runner:
                     drawn.top_logprobs,
                 )
                 out = jax.tree.map(lambda all_, one: all_.at[i].set(one), out, drawn)
-                ended = jnp.any(drawn.tokens[:, None] == rows.stop_ids, axis=1) | (drawn.tokens == NAN_TOKEN)
+                ended = jnp.any(drawn.tokens[:, None] == rows.stop_ids, axis=1) | (drawn.tokens < 0)
                 return state, alive & ~ended & (i + 1 < remaining), out
 
             shapes = jax.eval_shape(lambda: step(model, state, rows, remaining > 0, start)[1])

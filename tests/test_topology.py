@@ -15,6 +15,7 @@ from tpjax.config import ModelConfig
 from tpjax.errors import ConfigError
 from tpjax.families.registry import config_from_hf
 from tpjax.inspect import doctor, topology
+from tpjax.planning import published
 from tpjax.inspect.collectives import Collective, find_collectives, summarise
 from tpjax.inspect.hlo import Module
 from tpjax.inspect.program import (

@@ -166,7 +166,7 @@ def test_several_steps_while_a_slot_is_free_but_no_page() -> None:
     """The second request does not fit beside the first, which ends with its last page."""
     of = scheduler(slots=2, pages=6, steps=4)
     of.add(request(8, 16))
-    of.add(request(12, 4, first=90))
+    of.add(request(20, 4, first=90))
     assert steps_of(of)[:6] == [4, 4, 4, 1, 1, 1]
 
 

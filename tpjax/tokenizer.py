@@ -161,6 +161,11 @@ class IncrementalDetokenizer:
     ``"".join(map(push, ids)) + flush()`` equals ``decode(ids)`` if the prompt shows no text, and otherwise
     what ``decode([*prompt_ids, *ids])`` has beyond ``decode(prompt_ids)``: only the first token of a whole
     text loses its leading space. A character the prompt left incomplete comes out once it is completed.
+
+    Attributes:
+        start: where the last token pushed begins, characters of the text: the character that holds its first
+            byte, or the end of the text where it shows nothing.
+        length: of the text given out so far, characters.
     """
 
     def __init__(
@@ -177,12 +182,16 @@ class IncrementalDetokenizer:
                 break
         self._decoder.decode(tail)
         self._strip_pending = tokenizer._backend.strips_leading_space and not tail
+        self.start = self.length = 0
 
     def push(self, token_id: int) -> str:
         """Adds a token; returns the text that is now certain (often one word, sometimes nothing)."""
-        return self._emit(
-            self._decoder.decode(self._tokenizer._visible_bytes(token_id, self._skip_special_tokens))
-        )
+        data = self._tokenizer._visible_bytes(token_id, self._skip_special_tokens)
+        # its first byte by itself: it may end a character, or show that the one before it never will
+        head = self._emit(self._decoder.decode(data[:1]))
+        inside = bool(head) and not self._decoder.getstate()[0]
+        self.start = self.length - inside
+        return head + self._emit(self._decoder.decode(data[1:]))
 
     def flush(self) -> str:
         """Ends the text; returns what was held back, with U+FFFD for an incomplete character."""
@@ -191,7 +200,8 @@ class IncrementalDetokenizer:
     def _emit(self, text: str) -> str:
         if text and self._strip_pending:
             self._strip_pending = False
-            return text.removeprefix(" ")
+            text = text.removeprefix(" ")
+        self.length += len(text)
         return text
 
 

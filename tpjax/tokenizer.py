@@ -78,6 +78,11 @@ class Tokenizer:
         self.special_ids = frozenset(special_ids) | frozenset(ids.values()) | self.eos_ids
 
     @property
+    def edges(self) -> tuple[int, int]:
+        """How many tokens `encode` puts before and after a text."""
+        return len(self._prefix_ids), len(self._suffix_ids)
+
+    @property
     def chat_template(self) -> str | None:
         """The Jinja source of the default chat template, or None."""
         return self.chat_templates.sources.get("default")
@@ -125,7 +130,9 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Any] | None = None,
+        chat_template: str | None = None,
         **kwargs: Any,
     ) -> str:
         """Renders a conversation as the prompt the model was trained on.
@@ -136,7 +143,10 @@ class Tokenizer:
         Args:
             messages: `{"role": ..., "content": ...}`, oldest first.
             add_generation_prompt: end with the opening of the assistant's turn.
+            continue_final_message: end with the last message's text, so that the model goes on with it; pass
+                ``add_generation_prompt=False`` too.
             tools: JSON schemas the template may describe to the model.
+            chat_template: Jinja source to use in place of the checkpoint's.
             **kwargs: further template variables (`enable_thinking=False`).
 
         Returns:
@@ -147,7 +157,12 @@ class Tokenizer:
             CheckpointError: the template is not valid Jinja.
         """
         return self.chat_templates.render(
-            messages, add_generation_prompt=add_generation_prompt, tools=tools, **kwargs
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template=chat_template,
+            **kwargs,
         )
 
     def _visible_bytes(self, token_id: int, skip_special_tokens: bool) -> bytes:

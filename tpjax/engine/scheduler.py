@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tpjax.engine.block_manager import BlockManager
 from tpjax.engine.request import Request
-from tpjax.errors import RequestError
+from tpjax.errors import ContextLengthError, RequestError
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,18 @@ class Scheduler:
         """Refuses what can never run.
 
         Raises:
-            RequestError: the prompt is empty, or prompt and output do not fit the context or the cache.
+            RequestError: the prompt is empty, or the request does not fit the cache.
+            ContextLengthError: prompt and output do not fit the context.
         """
         prompt, limit = len(request.prompt_ids), self.max_model_len
         if not prompt:
             raise RequestError("the prompt is empty: it has 0 tokens, and at least 1 is needed")
         if prompt > limit or (prompt == limit and request.params.max_tokens):
-            raise RequestError(
+            raise ContextLengthError(
                 f"the prompt has {prompt} tokens, but max_model_len={limit} leaves no room to answer"
             )
         if request.most_tokens > limit:
-            raise RequestError(
+            raise ContextLengthError(
                 f"the prompt has {prompt} tokens and max_tokens={request.params.max_tokens}: together "
                 f"{request.most_tokens}, over max_model_len={limit}"
             )

@@ -288,7 +288,7 @@ for trial in range(24):
     for delta in stream:
         got += delta.token_ids
     ended += delta.finish_reason in ("length", "error") and got == wanted[0][: len(got)]
-    clean += not llm.engine.busy and scheduler.blocks.free == scheduler.blocks.capacity
+    clean += not scheduler.busy and not llm._running and scheduler.blocks.free == scheduler.blocks.capacity
     right += [one.token_ids for one in llm.generate(prompts, params)] == wanted
 print(json.dumps([interrupted, ended, clean, right]))
 """

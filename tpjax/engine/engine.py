@@ -14,7 +14,7 @@ from tpjax.engine.request import Request, TokenLogprobs
 from tpjax.engine.scheduler import Decode, Prefill, Scheduler
 from tpjax.errors import EngineError
 from tpjax.runner import NO_TOKEN, Row, Runner
-from tpjax.sampling import NAN_TOKEN, Sampled
+from tpjax.sampling import NAN_TOKEN, NOTHING_ALLOWED, Sampled
 from tpjax.sampling_params import SamplingParams
 
 log = logging.getLogger(__name__)
@@ -277,6 +277,10 @@ class Engine:
                 if token == NAN_TOKEN:
                     request.finish_reason = "error"
                     request.error = f"the model's logits are not numbers after {_length(request)} tokens"
+                    break
+                if token == NOTHING_ALLOWED:
+                    request.finish_reason = "error"
+                    request.error = f"no token is allowed after {_length(request)} tokens: all are masked"
                     break
                 if not request.params.max_tokens:  # only the prompt's log-probabilities were asked for
                     request.finish_reason = "length"

@@ -309,6 +309,8 @@ class LLM:
         self._grown.extend(self.engine.step())
         while self._grown:
             request, tokens = self._grown.popleft()
+            if request not in self._running:
+                continue  # an interrupt has ended the call that it was for
             generation, deltas = self._running[request]
             if delta := generation.advance(tokens):
                 deltas.append(delta)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tpjax.chat_template import ChatTemplates
 from tpjax.checkpoints import gguf_vocab
 from tpjax.errors import CheckpointError, RequestError
 from tpjax.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer, tokenizer_from_gguf

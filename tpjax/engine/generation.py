@@ -20,6 +20,7 @@ class Delta:
         logprobs: one entry a token where ``SamplingParams.logprobs`` asked for them.
         offsets: where each token begins in the whole text, characters; one that shows nothing begins where
             the next would.
+        error: what went wrong, where ``finish_reason`` is ``error``.
     """
 
     text: str
@@ -27,6 +28,7 @@ class Delta:
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
+    error: str | None = None
 
     def __bool__(self) -> bool:
         return bool(self.text or self.token_ids or self.finish_reason)
@@ -70,9 +72,8 @@ class Generation:
         request = self.request
         first = len(request.output_ids) - len(tokens)
         text, offsets = self._push(tokens) if self._stream else ("", [0] * len(tokens))
-        return Delta(
-            text, request.output_ids[first:], request.finish_reason, request.logprobs[first:], offsets
-        )
+        ids, logprobs = request.output_ids[first:], request.logprobs[first:]
+        return Delta(text, ids, request.finish_reason, logprobs, offsets, request.error)
 
     def _push(self, tokens: list[int]) -> tuple[str, list[int]]:
         """The text of new tokens, and where each that counts begins in the whole of it."""

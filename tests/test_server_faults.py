@@ -374,7 +374,15 @@ def test_keys(directory: Path) -> None:
             assert http.get(path).status_code == http.head(path).status_code == 200
             assert not http.head(path).content
         assert http.post("/ping").status_code == 200
-        for path in ("/v1/models", "/version", "/openapi.json", "/stats", "/shards", "/tokenizer_info", "/nothing"):
+        for path in (
+            "/v1/models",
+            "/version",
+            "/openapi.json",
+            "/stats",
+            "/shards",
+            "/tokenizer_info",
+            "/nothing",
+        ):
             assert error_of(http.get(path), 401)["code"] == "invalid_api_key"
         page = http.get("/")
         assert page.status_code == 401 and page.headers["www-authenticate"].startswith("Basic")

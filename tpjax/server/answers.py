@@ -119,17 +119,19 @@ async def gather(stream: Stream) -> list[Delta]:
     parts: list[list[Delta]] = [[] for _ in stream.generations]
     async for index, delta in stream.deltas():
         parts[index].append(delta)
-    return [
-        Delta(
-            "".join(delta.text for delta in deltas),
-            [token for delta in deltas for token in delta.token_ids],
-            deltas[-1].finish_reason,
-            [entry for delta in deltas for entry in delta.logprobs],
-            deltas[-1].error,
-            [min(at, sum(len(delta.text) for delta in deltas)) for delta in deltas for at in delta.offsets],
-        )
-        for deltas in parts
-    ]
+    return [_joined(deltas) for deltas in parts]
+
+
+def _joined(deltas: Sequence[Delta]) -> Delta:
+    text = "".join(delta.text for delta in deltas)
+    return Delta(
+        text,
+        [token for delta in deltas for token in delta.token_ids],
+        deltas[-1].finish_reason,
+        [entry for delta in deltas for entry in delta.logprobs],
+        [min(at, len(text)) for delta in deltas for at in delta.offsets],  # a stop string was cut off
+        deltas[-1].error,
+    )
 
 
 def usage(stream: Stream, n: int) -> dict[str, Any]:

@@ -100,9 +100,7 @@ def _gemma3_text(fields: Fields) -> ModelConfig:
     if per_type.raw.get("rope_type"):
         raise ConfigError("config.json: rope_parameters of gemma3_text is given per layer type")
     full, sliding = per_type.section("full_attention"), per_type.section("sliding_attention")
-    scaling = fields.section("rope_scaling")
-    if scaling.raw:
-        full = scaling
+    full = _with_scaling(full, fields.section("rope_scaling"))
     theta = full.number("rope_theta", fields.number("rope_theta", 1_000_000.0))
     local_theta = sliding.number("rope_theta", fields.number("rope_local_base_freq", 10_000.0))
     per_type.finish()
@@ -122,6 +120,15 @@ def _gemma3_text(fields: Fields) -> ModelConfig:
         logit_softcap=fields.get("final_logit_softcapping", None),
         **_shared(fields, sizes, "hidden_activation"),
     )
+
+
+def _with_scaling(full: Fields, scaling: Fields) -> Fields:
+    """The rotary embedding of full-attention layers: an older file's ``rope_scaling`` goes on top."""
+    if not scaling.raw:
+        return full
+    if "type" in scaling.raw and "rope_type" not in scaling.raw:
+        scaling.fixed("type", "default")  # the others are scaled by transformers 4 and passed over by 5
+    return Fields({**full.raw, **scaling.raw}, scaling.where)
 
 
 def _gemma3(fields: Fields) -> ModelConfig:

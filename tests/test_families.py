@@ -368,7 +368,7 @@ def label(value: Any) -> str:
         (LLAMA_4, {"model_type": ["llama"]}, ("model_type",)),
         (LLAMA_4, {"rope_scaling": {"rope_type": "spiral", "factor": 4.0}}, ("rope_type='spiral'",)),
         (LLAMA_4, {"rope_scaling": {"rope_type": "yarn"}}, ("'yarn'", "factor")),
-        (LLAMA_4, {"rope_scaling": {"type": "linear", "factor": 2.0, "alpha": 3}}, ("rope_scaling: alpha=3",)),
+        (LLAMA_4, {"rope_scaling": {"type": "linear", "factor": 2.0, "alpha": 3}}, ("alpha=3",)),
         (LLAMA_4, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ("'llama3'", "low_freq_factor")),
         (LLAMA_4, {"rope_scaling": {"type": "linear"}}, ("'linear'", "factor")),
         (LLAMA_4, {"rope_scaling": {"type": "linear", "factor": "4"}}, ("factor",)),

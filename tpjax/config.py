@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -19,8 +18,8 @@ RouterScoring = Literal["softmax", "sigmoid"]
 ExpertSharding = Literal["auto", "experts", "width"]
 
 
-# A Python object is made for each layer, head and expert: beyond what any model has by far, a file's number is
-# refused before they are. The deepest published model has 126 layers, the widest 128 heads and 512 experts.
+# A Python object is made for each layer, head and expert: a number beyond what any model has by far is
+# refused before that. The deepest published model has 126 layers, the widest 128 heads and 512 experts.
 MAX_LAYERS, MAX_HEADS, MAX_EXPERTS = 2048, 2048, 8192
 # Of one axis of a weight, and of everything else: token positions are int32.
 MAX_WIDTH, MAX_INTEGER = 2**24, 2**31 - 1
@@ -61,7 +60,7 @@ def check_positive(name: str, value: object) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     # an integer is compared first: one beyond the range of floats is none to ask for being finite
     fine = number and 0 < value < float("inf")  # type: ignore[operator]
-    if not fine or isinstance(value, int) and value >= 2**63:
+    if not fine or (isinstance(value, int) and value >= 2**63):
         raise ConfigError(f"{name}={brief(value)} is not a positive number")
 
 

@@ -36,6 +36,7 @@ def _count(fields: Fields) -> int:
     count: int = fields.integer("num_local_experts", fields.integer("num_experts", None))
     if count is None:
         raise ConfigError(f"{fields.where}: field 'num_experts' is missing")
+    fields.fixed("num_experts", count)
     return count
 
 

@@ -51,7 +51,8 @@ def quantization_of(fields: Fields) -> Quantization | None:
         return Quantization("mxfp4")
     if method != "fp8":
         raise ConfigError(
-            f"{settings.where}: quant_method={brief(method)} is not supported; supported are {', '.join(METHODS)}"
+            f"{settings.where}: quant_method={brief(method)} is not supported; "
+            f"supported are {', '.join(METHODS)}"
         )
     # a static scheme keeps scales of the activations as well; the others say what a stored byte means
     for name, known in (("activation_scheme", "dynamic"), ("fmt", "e4m3"), ("expert_dtype", "fp8")):

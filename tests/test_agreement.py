@@ -20,6 +20,7 @@ from tpjax import LLM
 from tpjax.checkpoints.convert import convert
 from tpjax.checkpoints.load import abstract_decoder, check_tensors, open_checkpoint, parameters, read_config
 from tpjax.checkpoints.source import TensorInfo
+from tpjax.cli import main
 from tpjax.errors import CheckpointError, ConfigError, TpjaxError
 from tpjax.mesh import make_mesh
 
@@ -257,6 +258,20 @@ def test_an_orbax_directory_of_absurd_sizes(tmp_path: Path) -> None:
         file.write_text(json.dumps({**raw, name: value}))
         with pytest.raises((ConfigError, CheckpointError), match=f"{name}={value}"):
             open_checkpoint(tmp_path / "orbax")
+
+
+@pytest.mark.parametrize("verb", ("plan", "explain"))
+@pytest.mark.parametrize("name", ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"))
+def test_a_bare_configuration_of_absurd_sizes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str, name: str
+) -> None:
+    value = 10**7
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, name: value, "head_dim": 8}))
+    begun = time.thread_time()
+    how = ["--hardware", "v5e:8"] if verb == "plan" else ["--tp", "1"]
+    assert main([verb, str(tmp_path / "config.json"), *how]) == 2
+    assert time.thread_time() - begun < 2  # seconds of this thread's own
+    assert f"={value} is over" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -459,6 +459,8 @@ def without_effect(raw: Mapping[str, Any], field: str, other: Any) -> bool:
         return all(
             without_effect(inside, name, other[name]) for name in inside if inside[name] != other[name]
         )
+    if field == "tie_word_embeddings":
+        return raw["model_type"] == "gemma3_text"  # as a part: the whole says it
     if field == "sliding_window":
         return "sliding_attention" not in raw.get("layer_types", ())
     if field in ("max_window_layers", "use_sliding_window", "_sliding_window_pattern"):

@@ -19,10 +19,10 @@ ExpertSharding = Literal["auto", "experts", "width"]
 
 
 # A Python object is made for each layer, head and expert: a number beyond what any model has by far is
-# refused before that. The deepest published model has 126 layers, the widest 128 heads and 512 experts.
-MAX_LAYERS, MAX_HEADS, MAX_EXPERTS = 2048, 2048, 8192
-# Of one axis of a weight, and of everything else: token positions are int32.
-MAX_WIDTH, MAX_INTEGER = 2**24, 2**31 - 1
+# refused before that. The deepest published model has 126 layers; the widest have 128 heads and 512 experts.
+MAX_LAYERS, MAX_HEADS, MAX_EXPERTS = 1024, 2048, 8192
+# Axes of weights, of which the longest published are 53,248 and 262,208; all else: token positions are int32.
+MAX_WIDTH, MAX_VOCAB, MAX_INTEGER = 2**20, 2**22, 2**31 - 1
 
 _MOST_CHARS_SHOWN = 80
 
@@ -273,7 +273,7 @@ class MoEConfig:
 
 # The sizes of a model, and the most each may be.
 SIZES = {
-    "vocab_size": MAX_WIDTH,
+    "vocab_size": MAX_VOCAB,
     "hidden_size": MAX_WIDTH,
     "intermediate_size": MAX_WIDTH,
     "num_layers": MAX_LAYERS,

@@ -141,10 +141,10 @@ def _gemma3(fields: Fields) -> ModelConfig:
     if not text.raw:
         raise ConfigError(f"{fields.where}: field 'text_config' is missing")
     text.fixed("model_type", "gemma3_text")
-    text.fixed("tie_word_embeddings", fields.boolean("tie_word_embeddings", True))
     # the first files leave out of the text part what is at its default, sizes included
     sizes = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262_208}
-    filled = Fields({**sizes, "tie_word_embeddings": fields.boolean("tie_word_embeddings", True), **text.raw})
+    tied = fields.boolean("tie_word_embeddings", True)  # of the whole, whatever the part says: it has no head
+    filled = Fields({**sizes, **text.raw, "tie_word_embeddings": tied}, text.where)
     config = replace(_gemma3_text(filled), model_type="gemma3")
     filled.finish()
     return config

@@ -72,9 +72,9 @@ class FakeRunner:
 
     def prefill_and_score(self, row: Row, tokens: Sequence[int], targets: Sequence[int]) -> Any:
         drawn = self.prefill(row, tokens)
-        scores = np.array([-float(t) for t in targets] + [0.0] * (8 - len(targets)))
+        padded = np.array([*targets, *[0] * (8 - len(targets))])
         top = np.tile(np.arange(20), (8, 1))
-        return drawn, Sampled(np.array([*targets]), scores, top, -top.astype(float))
+        return drawn, Sampled(padded, -padded.astype(float), top, -top.astype(float))
 
     def decode(self, rows: Sequence[Row], steps: int) -> Sampled:
         out = np.full((steps, len(rows)), NO_TOKEN)
@@ -87,7 +87,9 @@ class FakeRunner:
                     break
         return self.sampled(out)
 
-    def set_history(self, slot: int, prompt: Any, output: Any, params: SamplingParams) -> None:
+    def set_history(
+        self, slot: int, prompt: Any, output: Any, params: SamplingParams, barred: Any = ()
+    ) -> None:
         self.history[slot] = (list(prompt), list(output))
 
     def set_masks(self, masks: Mapping[int, np.ndarray]) -> None:

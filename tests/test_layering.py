@@ -203,5 +203,6 @@ def test_every_error_is_a_tpjax_error() -> None:
         "DownloadError",
         "EngineError",
         "RequestError",
+        "ContextLengthError",
     }
     assert all(issubclass(kind, tpjax.TpjaxError) for kind in kinds)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+ADDITIONAL = "additional_chat_templates"  # folder of a checkpoint: NAME.jinja
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -225,7 +226,7 @@ def load_tokenizer(path: Path) -> Tokenizer | None:
 
     A directory holds `tokenizer.json` (preferred) or `tokenizer.model`, and beside it, all optional:
     `tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json`, `generation_config.json`,
-    `config.json` and `chat_template.jinja`; or `tokenizer.gguf`.
+    `config.json`, `chat_template.jinja` and `additional_chat_templates/`; or `tokenizer.gguf`.
 
     Returns:
         The tokenizer, or None if the directory has none.
@@ -653,17 +654,43 @@ def _eos_ids(directory: Path) -> frozenset[int]:
 
 
 def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Templates by name; a file of its own wins over the one inside tokenizer_config.json."""
-    value = config.get("chat_template")
-    if isinstance(value, list):  # several, by name
-        named = [item for item in value if isinstance(item, dict) and {"name", "template"} <= item.keys()]
-        templates = {str(item["name"]): str(item["template"]) for item in named}
-    else:
-        templates = {"default": value} if isinstance(value, str) else {}
-    file = directory / "chat_template.jinja"
-    if file.is_file():
+    """Templates by name, as transformers finds them.
+
+    Files of their own (`chat_template.jinja` and `additional_chat_templates/NAME.jinja`) stand in for what
+    tokenizer_config.json has, which is a template, an object from names to templates, or a list of both; a
+    processor's `chat_template.json` counts where there is nothing else.
+    """
+    found = _template_files(directory)
+    if "default" not in found:
+        found = _named_templates(config.get("chat_template"), directory / "tokenizer_config.json") | found
+    if not found:
+        file = directory / "chat_template.json"
+        found = _named_templates(_read_json(file).get("chat_template"), file)
+    return found
+
+
+def _template_files(directory: Path) -> dict[str, str]:
+    files = {file.name.removesuffix(".jinja"): file for file in (directory / ADDITIONAL).glob("*.jinja")}
+    if (directory / "chat_template.jinja").is_file():
+        files["default"] = directory / "chat_template.jinja"
+    templates = {}
+    for name, file in sorted(files.items()):
         try:
-            templates["default"] = file.read_text("utf-8")
-        except ValueError as error:
+            templates[name] = file.read_text("utf-8")
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{file}: not UTF-8 text") from error
     return templates
+
+
+def _named_templates(value: Any, file: Path) -> dict[str, str]:
+    """Templates from JSON: one, an object from names to templates, or a list of objects with both."""
+    if value is None:
+        return {}
+    templates = {"default": value} if isinstance(value, str) else value
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        templates = {item.get("name"): item.get("template") for item in value}
+    if not isinstance(templates, dict) or not all(
+        isinstance(name, str) and isinstance(source, str) for name, source in templates.items()
+    ):
+        raise CheckpointError(f"{file}: chat_template is not a template, nor templates with their names")
+    return dict(templates)

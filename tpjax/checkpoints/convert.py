@@ -17,8 +17,14 @@ from tpjax.mesh import make_mesh
 # What a tokenizer is read from; the model's config.json may name its end-of-text tokens.
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "chat_template.jinja", "generation_config.json", "config.json"),
-    orbax.VOCABULARY,
+    *(
+        "added_tokens.json",
+        "generation_config.json",
+        "config.json",
+        "chat_template.jinja",
+        "chat_template.json",
+    ),
+    *("additional_chat_templates/*.jinja", orbax.VOCABULARY),
 )
 
 
@@ -49,9 +55,10 @@ def convert(path: Path, target: Path, dtype: jnp.dtype | None = None) -> None:
                 tensors[name] = values if dtype is None else values.astype(dtype)
         orbax.write(directory, checkpoint.config, tensors)
         if path.is_dir():
-            for file in _TOKENIZER_FILES:
-                if (path / file).is_file():
-                    shutil.copyfile(path / file, directory / file)
+            for file in (file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
+                copy = directory / file.relative_to(path)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
         else:
             write_vocabulary(GGUFFile(path), directory / orbax.VOCABULARY)
 

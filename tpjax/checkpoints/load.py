@@ -74,6 +74,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         config = config_from_gguf(_gguf_view(file, architecture))
         return Checkpoint(path, config, CanonicalSource(file, architecture.names(config), config))
     if orbax.is_orbax(path):
+        orbax.check_files(path)
         config = orbax.read_config(path)
         return Checkpoint(path, config, CanonicalSource(orbax.OrbaxCheckpoint(path), Names(), config))
     raw = _read_json(path)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tpjax.chat_template import ChatTemplates
 from tpjax.checkpoints import gguf_vocab
 from tpjax.errors import CheckpointError, RequestError
 from tpjax.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer, tokenizer_from_gguf
@@ -727,6 +728,41 @@ def test_chat_templates_run_as_in_transformers(byte_level_dir, template, expecte
         reference = AutoTokenizer.from_pretrained(byte_level_dir)
         options["chat_template"] = template
         assert reference.apply_chat_template(MESSAGES, tokenize=False, **options) == expected
+
+
+@pytest.mark.parametrize("content", ("so, the", "so, the  ", "\n so", "a{{ b }}"))
+@pytest.mark.parametrize(
+    "template",
+    (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}",
+        "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</s>{% endfor %}",
+        "{% for m in messages %}{{ '[' + m['content'] + ']' }}{% endfor %}{{ '|' + messages[0].content }}",
+        "{% for m in messages %}{{ m.content.split('x')[0] }}{% endfor %}",
+    ),
+)
+def test_a_final_message_is_continued_as_in_transformers(template, content):
+    utilities = pytest.importorskip("transformers.utils.chat_template_utils")
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": content}]
+    (expected,), _ = utilities.render_jinja_template(
+        conversations=[messages], chat_template=template, continue_final_message=True
+    )
+    templates = ChatTemplates({"default": "unused"}, {})
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    assert templates.render(messages, chat_template=template, **options) == expected
+
+
+def test_a_final_message_that_cannot_be_continued():
+    templates = ChatTemplates({"default": "{{ messages[0].content }}", "empty": "x"}, {})
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "so"}]
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    with pytest.raises(RequestError, match="does not show the final message"):
+        templates.render(messages, **options)
+    with pytest.raises(RequestError, match="cannot both be true"):
+        templates.render(messages, continue_final_message=True)
+    with pytest.raises(RequestError, match="needs a final message with text"):
+        templates.render([{"role": "assistant", "content": None}], **options)
+    with pytest.raises(RequestError, match="chat_template, line 2"):
+        templates.render(messages, chat_template="\n{% for %}")
 
 
 def test_template_file_wins_and_named_templates_are_chosen(tmp_path, byte_level_dir):

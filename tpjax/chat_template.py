@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     import jinja2
 
 
+# Put at the end of the message that is to be continued: the rendering is cut there. The space shows whether
+# the template takes white space off (transformers does it so, and with this text).
+_CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "
+
+
 class ChatTemplates:
     """The chat templates of a checkpoint.
 
@@ -39,22 +44,27 @@ class ChatTemplates:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Any] | None = None,
+        chat_template: str | None = None,
         **kwargs: Any,
     ) -> str:
         """Renders a conversation; see ``Tokenizer.apply_chat_template``.
 
         Raises:
-            RequestError: there is no template, or the template refuses the messages.
-            CheckpointError: the template is not valid Jinja.
+            RequestError: there is no template, the template refuses the messages, or the request's own is not
+                valid Jinja.
+            CheckpointError: the checkpoint's template is not valid Jinja.
         """
         import jinja2
 
         _check_messages(messages)
-        template = self._template(self.chosen(tools))
+        if continue_final_message:
+            final, messages = messages[-1], _tagged(messages, add_generation_prompt)
+        template = self._template(self.chosen(tools)) if chat_template is None else _compiled(chat_template)
         variables = {**self.variables, "documents": None, **kwargs}
         try:
-            return template.render(
+            text = template.render(
                 messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
             )
         # A template is code: it can fail on odd messages in any way, and each is the request's fault.
@@ -67,6 +77,7 @@ class ChatTemplates:
             ArithmeticError,
         ) as error:
             raise RequestError(f"the chat template refused the messages: {error}") from error
+        return _cut(text, final["content"]) if continue_final_message else text
 
     def chosen(self, tools: Sequence[Any] | None) -> str:
         """Name of the template for these tools."""
@@ -85,6 +96,34 @@ class ChatTemplates:
                     f"chat template {name!r}, line {error.lineno}: {error.message}"
                 ) from error
         return self._compiled[name]
+
+
+def _compiled(source: str) -> jinja2.Template:
+    """A request's own template; it is not kept."""
+    import jinja2
+
+    try:
+        return _environment().from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise RequestError(f"chat_template, line {error.lineno}: {error.message}") from error
+
+
+def _tagged(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> list[Mapping[str, Any]]:
+    """Messages whose last one says where it ends."""
+    if add_generation_prompt:
+        raise RequestError("continue_final_message and add_generation_prompt cannot both be true")
+    content = messages[-1].get("content")
+    if not isinstance(content, str):
+        raise RequestError("continue_final_message needs a final message with text to continue")
+    return [*messages[:-1], {**messages[-1], "content": content + _CONTINUE}]
+
+
+def _cut(text: str, content: str) -> str:
+    at = text.rfind(_CONTINUE.strip())
+    if at < 0 or content.strip() not in text:
+        raise RequestError("continue_final_message: the chat template does not show the final message")
+    kept = text[:at]
+    return kept if text.startswith(_CONTINUE, at) else kept.rstrip()
 
 
 def _check_messages(messages: Any) -> None:

@@ -2,8 +2,8 @@
 
 ``paged_attention`` walks the pages in use with an online softmax (Milakov and Gimelshein 2018,
 https://arxiv.org/abs/1805.02867; Dao et al. 2022, https://arxiv.org/abs/2205.14135): its cost follows the
-longest context in the batch and nothing is gathered whole. ``reference_attention`` is the definition it is
-held to.
+longest context in the batch, or the window where that is shorter, and nothing is gathered whole.
+``reference_attention`` is the definition it is held to.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Attention(nnx.Module):
         cache: LayerCache,
         at: Placement,
         window: int | None,
-    ) -> tuple[Float[Array, "B S D"], LayerCache]:
+    ) -> tuple[Float[Array, "*shares B S D"], LayerCache]:
         """Each device's share of the sum over heads, and the cache with the new keys and values."""
         config, group = self.config, self.plan.group_size
         x = constrain(x, REPLICATED)  # all-gather over tp where the residual is cut over positions
@@ -178,8 +178,8 @@ class _Mix(NamedTuple):
     def attend(
         self,
         query: Float[Array, "B K rows h"],
-        keys: Float[Array, "B K T h"],
-        values: Float[Array, "B K T v"],
+        keys: Float[Array, " B #K T h"],
+        values: Float[Array, " B #K T v"],
         visible: Bool[Array, "B 1 rows T"],
         scale: float,
         softcap: float | None,
@@ -212,8 +212,8 @@ def soft_capped(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*
 
 def paged_attention(
     query: Float[Array, "B S K G h"],
-    key: Float[Array, "B S K h"],
-    value: Float[Array, "B S K v"],
+    key: Float[Array, "B S #K h"],
+    value: Float[Array, "B S #K v"],
     cache: Pages,
     at: Placement,
     *,
@@ -273,20 +273,29 @@ def _walk(
     row_positions: Int[Array, "B 1 rows 1"],
     cache: Pages,
     at: Placement,
-    stop: Int[Array, B],
+    stop: Int[Array, " B"],
     scale: float,
     window: int | None,
     softcap: float | None,
     width: int,
 ) -> _Mix:
-    """Attends to the cached positions before ``stop``, from the first page that any window reaches."""
-    page_size = cache.page_size
-    first = 0 if window is None else jnp.maximum(jnp.min(at.positions) - (window - 1), 0) // page_size
+    """Attends to the cached positions before ``stop``, each row from the first page that its window reaches.
 
-    def page(index: Int[Array, ""], mix: _Mix) -> _Mix:
-        pages = jax.lax.dynamic_index_in_dim(at.block_tables, index, axis=1, keepdims=False)
+    Rows walk side by side, each over pages of its own: a step of the walk is one page of every row, so that
+    rows far apart, or rows that do not exist (at position 0), do not make each other's walk longer.
+    """
+    page_size = cache.page_size
+    first, tables = jnp.zeros_like(stop), at.block_tables
+    if window is not None:
+        first = jnp.maximum(at.positions[:, 0] - (window - 1), 0) // page_size
+        # past its end a row's table repeats the last page, in which the row sees nothing
+        reached = first[:, None] + jnp.arange(tables.shape[1])
+        tables = jnp.take_along_axis(tables, reached, axis=1, mode="clip")
+
+    def page(step: Int[Array, ""], mix: _Mix) -> _Mix:
+        pages = jax.lax.dynamic_index_in_dim(tables, step, axis=1, keepdims=False)
         keys, values = cache.read(pages)
-        positions = index * page_size + jnp.arange(page_size)
+        positions = ((first + step)[:, None] * page_size + jnp.arange(page_size))[:, None, None, :]
         # a sequence that starts earlier than the batch's latest must not see its own chunk here already
         written = positions < stop[:, None, None, None]
         visible = _visible(row_positions, positions, window) & written
@@ -294,10 +303,13 @@ def _walk(
         values = jnp.where(written.swapaxes(2, 3), values, 0)
         return mix.attend(rows, keys, values, visible, scale, softcap)
 
-    return jax.lax.fori_loop(first, -(-jnp.max(stop) // page_size), page, _Mix.empty(rows, width))
+    most = jnp.max(-(-stop // page_size) - first)
+    return jax.lax.fori_loop(0, most, page, _Mix.empty(rows, width))
 
 
-def _visible(query_at: Int[Array, ...], key_at: Int[Array, ...], window: int | None) -> Bool[Array, ...]:
+def _visible(
+    query_at: Int[Array, " ..."], key_at: Int[Array, " ..."], window: int | None
+) -> Bool[Array, " ..."]:
     causal = key_at <= query_at
     return causal if window is None else causal & (key_at > query_at - window)
 
@@ -305,14 +317,14 @@ def _visible(query_at: Int[Array, ...], key_at: Int[Array, ...], window: int | N
 def reference_attention(
     query: Float[Array, "B S K G h"],
     keys: Float[Array, "B T K h"],
-    values: Float[Array, "B T K h"],
+    values: Float[Array, "B T K v"],
     positions: Int[Array, "B S"],
     *,
     scale: float,
     window: int | None,
     softcap: float | None = None,
     sinks: Float[Array, "K G"] | None = None,
-) -> Float[Array, "B S K G h"]:
+) -> Float[Array, "B S K G v"]:
     """What :func:`paged_attention` computes, written as the definition: one softmax over contiguous keys."""
     scores = jnp.einsum("bskgh,btkh->bkgst", query, keys, preferred_element_type=jnp.float32) * scale
     visible = _visible(positions[:, :, None], jnp.arange(keys.shape[1]), window)

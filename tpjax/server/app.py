@@ -65,6 +65,21 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
 }
 
 
+# As vLLM's model cards have it, for clients that read it.
+_PERMISSION = {
+    "object": "model_permission",
+    "allow_create_engine": False,
+    "allow_sampling": True,
+    "allow_logprobs": True,
+    "allow_search_indices": False,
+    "allow_view": True,
+    "allow_fine_tuning": False,
+    "organization": "*",
+    "group": None,
+    "is_blocking": False,
+}
+
+
 class _JsonRequest(Request):
     """Reads JSON strictly: no NaN, no lone surrogate, no ten thousand brackets."""
 
@@ -163,7 +178,10 @@ def create_app(service: Service) -> FastAPI:
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continues prompts."""
         state.check_model(body.model)
-        return await _answered(service, request, CompletionAnswer.begin(service, body), bool(body.stream))
+        templates = state.templates if service.state == "ready" else None
+        compiler = None if templates is None else templates.grammars
+        begin = CompletionAnswer.begin(service, compiler, body)
+        return await _answered(service, request, begin, bool(body.stream))
 
     @app.post("/v1/chat/completions", responses=_ANSWERS)
     async def chat_completions(body: ChatBody, request: Request) -> Response:
@@ -193,13 +211,11 @@ def create_app(service: Service) -> FastAPI:
             raise bad_request("give prompt or messages, one of them", "prompt")
         if body.messages is not None:
             assert state.templates is not None
-            tokens = await state.templates.prompt(
-                body.messages, add_generation_prompt=body.add_generation_prompt
-            )
+            tokens = await state.templates.prompt(body.messages, body.tools, asked=body)
         else:
             assert body.prompt is not None
             tokens = await asyncio.to_thread(
-                tokenizer.encode, body.prompt, add_special_tokens=body.add_special_tokens
+                tokenizer.encode, body.prompt, add_special_tokens=body.add_special_tokens is not False
             )
         texts = [token_text(tokenizer)(token) for token in tokens] if body.return_token_strs else None
         return {
@@ -222,11 +238,21 @@ def create_app(service: Service) -> FastAPI:
         text = await asyncio.to_thread(state.tokenizer.decode, body.tokens, skip_special_tokens=False)
         return {"prompt": text}
 
+    @app.get("/tokenizer_info", responses=_ANSWERS)
+    async def tokenizer_info() -> dict[str, Any]:
+        """What a client needs to know to prepare prompts itself: special tokens and the chat template."""
+        return state.tokenizer_info()
+
+    @app.get("/ping")
+    @app.post("/ping", include_in_schema=False)
+    @app.head("/ping", include_in_schema=False)
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Response:
         """200 while the process lives and its engine has not failed."""
         return Response(status_code=503 if service.state == "failed" else 200)
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses=_ANSWERS)
     async def ready() -> dict[str, str]:
         """200 while requests are taken."""
@@ -238,6 +264,7 @@ def create_app(service: Service) -> FastAPI:
         """The version of tpjax."""
         return {"version": __version__}
 
+    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics")
     async def metrics() -> Response:
         """Metrics in Prometheus's text format."""
@@ -310,8 +337,26 @@ class _State:
             "object": "model",
             "created": self.created,
             "owned_by": "tpjax",
+            "root": self.service.llm.name,
+            "parent": None,
             "max_model_len": self.service.llm.max_model_len,
             "vocab_size": self.service.llm.config.vocab_size,
+            "permission": [_PERMISSION | {"id": f"modelperm-{self.created:x}", "created": self.created}],
+        }
+
+    def tokenizer_info(self) -> dict[str, Any]:
+        """The tokenizer under the names of Hugging Face's ``tokenizer_config.json``."""
+        tokenizer, llm = self.tokenizer, self.service.llm
+        before, after = tokenizer.edges
+        roles = ("bos_token", "eos_token", "unk_token", "pad_token")
+        return {
+            "tokenizer_class": "TpjaxTokenizer",
+            **{role: tokenizer.chat_templates.variables.get(role) for role in roles},
+            "add_bos_token": before > 0,
+            "add_eos_token": after > 0,
+            "model_max_length": llm.max_model_len,
+            "vocab_size": tokenizer.vocab_size,
+            "chat_template": tokenizer.chat_template,
         }
 
     def live(self) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tpjax.engine.generation import Delta, Generation
 from tpjax.server.errors import ApiError, internal_error
-from tpjax.server.grammar import TokenGrammar
 from tpjax.server.metrics import Clock, Metrics
 from tpjax.server.shards import shards
 
@@ -82,8 +81,11 @@ class Stream:
         if self.ended:
             return True
         if delta.finish_reason == "error":
-            message = self.generations[index].request.error or "the generation failed"
-            self.fail(ApiError(500, message, code="generation_failed"))
+            request = self.generations[index].request
+            message, code = request.error or "the generation failed", "generation_failed"
+            if request.lost:  # an error from inside, which is for the log
+                message, code = "the engine failed while this ran; the server's log has it", "engine_failed"
+            self.fail(ApiError(500, message, code=code))
             return True
         self._open -= delta.finish_reason is not None
         self._deltas.append((index, delta))
@@ -278,8 +280,8 @@ class Service:
             if place is None:
                 continue  # cancelled after its dispatch
             stream, index = place
-            if isinstance(request.grammar, TokenGrammar) and request.grammar.error:
-                request.finish_reason, request.error = "error", request.grammar.error
+            if error := getattr(request.grammar, "error", None):
+                request.finish_reason, request.error = "error", error
             delta = stream.generations[index].advance(tokens)
             if delta.finish_reason is not None:
                 engine.cancel(request)

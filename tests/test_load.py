@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from safetensors.numpy import save_file
 
 from tpjax import LLM
 from tpjax.checkpoints import load as load_module
+from tpjax.checkpoints.assemble import fill
 from tpjax.checkpoints.load import (
     CanonicalSource,
     Checkpoint,
@@ -250,26 +254,40 @@ class Counting:
         self._source = source
         self.tensors: Mapping[str, TensorInfo] = source.tensors
         self.elements: dict[str, int] = {}
-        self.largest = 0
+        self._lock = threading.Lock()
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         out = self._source.read(name, index)
-        self.elements[name] = self.elements.get(name, 0) + out.size
-        self.largest = max(self.largest, out.size)
+        with self._lock:
+            self.elements[name] = self.elements.get(name, 0) + out.size
         return out
 
 
-def test_only_the_slices_are_read(plain: Path) -> None:
-    """At tp = 8 every element once; k and v once per slot that holds a replica, and norms once in all."""
-    config, mesh = read_config(plain), make_mesh(8)
+@pytest.mark.parametrize("tp", (1, 3, 8))
+def test_every_element_is_read_once(plain: Path, tp: int) -> None:
+    """Whichever devices want it: at tp = 8 three slots hold each KV head, and all devices the norms."""
+    config, mesh = read_config(plain), make_mesh(tp)
     source = Counting(SafetensorsCheckpoint(plain))
     checkpoint = Checkpoint(plain, config, CanonicalSource(source, FAMILIES["llama"].names(config), config))
     load_decoder(checkpoint, abstract_decoder(config, mesh, F32), mesh, progress=False)
-    for name, count in source.elements.items():
-        replicas = 3 if name.split(".")[-2] in ("k_proj", "v_proj") else 1
-        assert count == replicas * np.prod(source.tensors[name].shape), name
-    assert source.elements.keys() == source.tensors.keys()
-    assert source.largest == 7 * D  # a device's rows of the vocabulary
+    assert source.elements == {name: math.prod(info.shape) for name, info in source.tensors.items()}
+
+
+def test_a_process_reads_only_its_devices_slices(plain: Path) -> None:
+    """Of eight devices the last two, as where each process has two: no more than they hold is read."""
+    config, mesh = read_config(plain), make_mesh(8)
+    source = Counting(SafetensorsCheckpoint(plain))
+    canonical = CanonicalSource(source, FAMILIES["llama"].names(config), config)
+    declared = parameters(abstract_decoder(config, mesh, F32), mesh)
+    orders, wanted = [], 0
+    for parameter in declared:
+        order = load_module._order(parameter)
+        parts = dict(list(order.parts.items())[-2:])
+        orders.append(replace(order, parts=parts))
+        contents = (parameter.layout.content(tuple(slice(*b) for b in bounds)) for bounds in parts)
+        wanted += sum(content.held + content.copied for content in contents)
+    assert [order.what for order in fill(orders, canonical)] == declared
+    assert 0 < sum(source.elements.values()) <= wanted < sum(x.size for x in TENSORS.values()) / 3
 
 
 def test_abstract_model_holds_no_memory(plain: Path) -> None:

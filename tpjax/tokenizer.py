@@ -15,7 +15,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -164,10 +164,16 @@ class IncrementalDetokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        prompt_ids: Sequence[int] = (),
+        shown: Collection[int] = (),
     ):
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
+        self._shown = shown  # special tokens that are not skipped
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         # At most three bytes of an unfinished character precede the generated ones.
         tail = b""
@@ -180,9 +186,8 @@ class IncrementalDetokenizer:
 
     def push(self, token_id: int) -> str:
         """Adds a token; returns the text that is now certain (often one word, sometimes nothing)."""
-        return self._emit(
-            self._decoder.decode(self._tokenizer._visible_bytes(token_id, self._skip_special_tokens))
-        )
+        skip = self._skip_special_tokens and token_id not in self._shown
+        return self._emit(self._decoder.decode(self._tokenizer._visible_bytes(token_id, skip)))
 
     def flush(self) -> str:
         """Ends the text; returns what was held back, with U+FFFD for an incomplete character."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from tpjax.engine.request import FinishReason, Request, TokenLogprobs
@@ -35,15 +36,18 @@ class Generation:
     Args:
         request: what the engine runs.
         tokenizer: ``None``: there is no text, only tokens.
+        shown: special tokens that the text shows as they are written.
 
     Attributes:
         request: as given.
     """
 
-    def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, request: Request, tokenizer: Tokenizer | None, shown: Collection[int] = ()) -> None:
         self.request = request
         self._stream = (
-            None if tokenizer is None else TextStream(tokenizer, request.prompt_ids, request.params.stop)
+            None
+            if tokenizer is None
+            else TextStream(tokenizer, request.prompt_ids, request.params.stop, shown=shown)
         )
 
     @property

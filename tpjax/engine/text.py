@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tpjax.tokenizer import IncrementalDetokenizer, Tokenizer
 
@@ -16,14 +16,22 @@ class TextStream:
         tokenizer: of the model.
         prompt_ids: the prompt's tokens; they decide about a leading space.
         stop: strings that end the text.
+        shown: special tokens that are shown as they are written.
 
     Attributes:
         text: everything given out so far.
         stopped: whether a stop string was met; the text ends before it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
-        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids=prompt_ids)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        stop: Sequence[str] = (),
+        *,
+        shown: Collection[int] = (),
+    ) -> None:
+        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids=prompt_ids, shown=shown)
         self._stop = tuple(stop)
         self._held = ""
         self.text = ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tpjax.engine.generation import Delta, Generation
@@ -87,9 +87,11 @@ def make_requests(
         raise from_request_error(error, type(body).model_fields) from error
 
 
-def submit(service: Service, llm: LLM, body: Sampling, requests: Sequence[Request]) -> Stream:
-    """Hands requests to the engine."""
-    generations = [Generation(request, llm.tokenizer) for request in requests]
+def submit(
+    service: Service, llm: LLM, body: Sampling, requests: Sequence[Request], shown: Collection[int] = ()
+) -> Stream:
+    """Hands requests to the engine; some special tokens may be shown in their texts."""
+    generations = [Generation(request, llm.tokenizer, shown) for request in requests]
     return service.submit(generations, STREAM_LIMIT * len(generations) if body.stream else None)
 
 

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from tpjax.engine.generation import Delta
 from tpjax.server import tools
+from tpjax.server.answer_grammar import Wanted, answer_grammar
 from tpjax.server.answers import gather, make_requests, submit, token_text, usage
+from tpjax.server.conversation import conversation
+from tpjax.server.dialect import AnswerReader, Dialect
 from tpjax.server.errors import bad_request
 from tpjax.server.grammar import GrammarCompiler, TokenGrammar
 from tpjax.server.protocol import ChatBody, Message, Tool
+from tpjax.server.reader import Piece
 from tpjax.server.sandbox import Sandbox
 from tpjax.server.service import Service
 
@@ -37,6 +41,22 @@ class Templates:
         arguments = (self._templates.sources, self._templates.variables)
         self._renderer, self._checker = Sandbox(*arguments), Sandbox(*arguments)
         self.grammars = GrammarCompiler(tokenizer, vocab_size, self._checker)
+        self._dialects: dict[str, Dialect] = {}
+
+    async def dialect(self, offered: Sequence[Tool] | None) -> Dialect:
+        """How the model converses, with these tools; found out once for each template.
+
+        Raises:
+            ApiError: the server is too busy to find out, or the template too slow.
+        """
+        name = self._templates.chosen(offered)
+        found = self._dialects.get(name)
+        if found is None:
+            source, render = self._templates.sources.get(name, ""), self._renderer.render
+            with_tools = bool(offered) and name != self._templates.chosen(None)
+            found = await Dialect.of(source, self._tokenizer, render, with_tools=with_tools)
+            self._dialects[name] = found
+        return found
 
     async def prompt(
         self,
@@ -53,10 +73,10 @@ class Templates:
         """
         if not messages:
             raise bad_request("messages is empty: at least 1 message is needed", "messages")
-        source = self._templates.sources.get(self._templates.chosen(offered), "")
-        knows = "tools" in source
-        plain = tools.conversation(messages, offered, knows)
-        given = [tool.model_dump(exclude_none=True) for tool in offered or ()] if knows else None
+        dialect = await self.dialect(offered)
+        plain = conversation(messages, offered, dialect.traits, dialect.calls)
+        told = offered if offered and dialect.traits.tools else ()
+        given = [tool.model_dump(exclude_none=True) for tool in told]
         clash = {"messages", "tools", "add_generation_prompt"} & set(options or ())
         if clash:
             raise bad_request(f"chat_template_kwargs has {min(clash)}", "chat_template_kwargs")
@@ -84,10 +104,16 @@ class ChatAnswer:
     """
 
     def __init__(
-        self, service: Service, llm: LLM, body: ChatBody, requests: list[Request], *, calls: bool
+        self, service: Service, llm: LLM, body: ChatBody, requests: list[Request], dialect: Dialect
     ) -> None:
+        offered = _offered(body)
+        schemas = (
+            None if not offered else {one.function.name: one.function.parameters or {} for one in offered}
+        )
+        inside = dialect.inside(llm.tokenizer, requests[0].prompt_ids) if llm.tokenizer else False
         self._body = body
-        self._calls = calls
+        self._dialect = dialect
+        self._reader = lambda: dialect.reader(schemas, inside=inside)
         self._show = token_text(llm.tokenizer)
         self._tokenizer = llm.tokenizer
         self._frame = {
@@ -96,7 +122,7 @@ class ChatAnswer:
             "created": int(time.time()),
             "model": body.model or service.model,
         }
-        self.stream = submit(service, llm, body, requests)
+        self.stream = submit(service, llm, body, requests, dialect.shown_ids(with_calls=bool(offered)))
 
     @classmethod
     async def begin(cls, service: Service, templates: Templates | None, body: ChatBody) -> ChatAnswer:
@@ -111,23 +137,31 @@ class ChatAnswer:
         service.admit(n)
         if templates is None:
             raise bad_request("the model has no tokenizer: use /v1/completions with token ids", "messages")
-        offered = body.tools if body.tool_choice != "none" else None
-        ids = await templates.prompt(body.messages, offered, options=body.chat_template_kwargs)
-        grammars = await _grammars(templates.grammars, body, n)
+        offered = _offered(body)
+        dialect = await templates.dialect(offered)
+        ids = await templates.prompt(body.messages, offered, options=_options(body))
+        assert llm.tokenizer is not None
+        grammars = await _grammars(templates.grammars, body, dialect, dialect.inside(llm.tokenizer, ids))
         params = {"logprobs": body.top_logprobs or 0} if body.logprobs else {}
         requests = make_requests(llm, body, ids, body.limit, None, grammars, **params)
-        return cls(service, llm, body, requests, calls=bool(offered))
+        for request in requests if not body.ignore_eos else ():
+            request.stop_ids += tuple(one for one in dialect.stop_ids if one not in request.stop_ids)
+        return cls(service, llm, body, requests, dialect)
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
         choices = []
         for index, delta in enumerate(await gather(self.stream)):
-            pieces = self._pieces(tools.ToolParser() if self._calls else None, delta)
-            calls = _calls(pieces)
-            content = "".join(piece.text for piece in pieces if piece.call is None)
-            message = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
+            pieces = self._pieces(self._reader(), delta)
+            calls = tools.whole_calls(pieces)
+            content = "".join(piece.text for piece in pieces if piece.call is None and not piece.reasoning)
+            message: dict[str, Any] = {"role": "assistant", "content": content or None if calls else content}
+            message["refusal"] = None
+            if self._dialect.reasons:
+                reasoning = "".join(piece.text for piece in pieces if piece.reasoning) or None
+                message |= {"reasoning": reasoning, "reasoning_content": reasoning}
             if calls:
-                message["tool_calls"] = calls  # type: ignore[assignment]
+                message["tool_calls"] = calls
             choices.append(
                 {
                     "index": index,
@@ -143,7 +177,7 @@ class ChatAnswer:
         count = len(self.stream.generations)
         frame = self._frame | {"object": "chat.completion.chunk"}
         empty = {"usage": None} if self._body.include_usage else {}
-        parsers = [tools.ToolParser() if self._calls else None for _ in range(count)]
+        readers = [self._reader() for _ in range(count)]
         begun: set[int] = set()
 
         def chunk(index: int, delta: dict[str, Any], logprobs: Any = None, reason: Any = None) -> Any:
@@ -151,25 +185,25 @@ class ChatAnswer:
             return {**frame, "choices": [choice], **empty}
 
         async for index, delta in self.stream.deltas():
-            parser = parsers[index]
+            reader = readers[index]
             if index not in begun:
                 begun.add(index)
                 yield chunk(index, {"role": "assistant", "content": ""})
             logprobs = self._logprobs(delta)
-            for piece in self._pieces(parser, delta):
-                yield chunk(index, _piece(piece), logprobs)
+            for piece in self._pieces(reader, delta):
+                yield chunk(index, tools.delta(piece), logprobs)
                 logprobs = None  # once a delta, with its first piece
             if logprobs or delta.finish_reason is not None:
-                reason = delta.finish_reason and _reason(delta, bool(parser and parser.calls))
+                reason = delta.finish_reason and _reason(delta, bool(reader and reader.called))
                 yield chunk(index, {}, logprobs, reason)
         if self._body.include_usage:
             yield {**frame, "choices": [], "usage": usage(self.stream, count)}
 
-    def _pieces(self, parser: tools.ToolParser | None, delta: Delta) -> list[tools.Piece]:
-        if parser is None:
-            return [tools.Piece(delta.text)] if delta.text else []
-        pieces = parser.push(delta.text)
-        return pieces + parser.flush() if delta.finish_reason is not None else pieces
+    def _pieces(self, reader: AnswerReader | None, delta: Delta) -> list[Piece]:
+        if reader is None:
+            return [Piece(delta.text)] if delta.text else []
+        pieces = reader.push(delta.text)
+        return pieces + reader.flush() if delta.finish_reason is not None else pieces
 
     def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
         if not self._body.logprobs or not delta.token_ids:
@@ -185,41 +219,29 @@ class ChatAnswer:
         return {"token": self._show(token), "logprob": logprob, "bytes": list(data)}
 
 
-async def _grammars(compiler: GrammarCompiler, body: ChatBody, count: int) -> list[TokenGrammar]:
-    lark = tools.grammar(body)
-    form = body.response_format
-    if lark is not None:
-        if form is not None and form.type != "text":
-            raise bad_request("response_format and tools cannot both shape the answer", "response_format")
-        return await compiler.lark(lark, "tools", count)
-    if form is None or form.type == "text":
+def _offered(body: ChatBody) -> list[Tool] | None:
+    return body.tools if body.tool_choice != "none" else None
+
+
+def _options(body: ChatBody) -> dict[str, Any]:
+    """What the template is told besides the conversation; what the client says to it itself goes first."""
+    options: dict[str, Any] = {}
+    if (effort := body.reasoning_effort) is not None:
+        options["reasoning_effort"] = {"none": "low", "minimal": "low", "xhigh": "high"}.get(effort, effort)
+        if effort == "none":
+            options |= {"enable_thinking": False, "thinking": False}
+    return options | (body.chat_template_kwargs or {})
+
+
+async def _grammars(
+    compiler: GrammarCompiler, body: ChatBody, dialect: Dialect, inside: bool
+) -> list[TokenGrammar]:
+    wanted = Wanted.of(body)
+    write = answer_grammar(wanted, dialect.calls, dialect.reasoning, inside, dialect.special)
+    if write is None:
         return []
-    schema: Any = {"type": "object"} if form.json_schema is None else form.json_schema.schema_
-    if schema is True:
-        schema = {}  # the same to JSON Schema, and llguidance takes its options in an object
-    return await compiler.schema(schema, "response_format", count)
-
-
-def _calls(pieces: Sequence[tools.Piece]) -> list[dict[str, Any]]:
-    calls: list[dict[str, Any]] = []
-    for piece in pieces:
-        if piece.call is None:
-            continue
-        if piece.name is not None:
-            function = {"name": piece.name, "arguments": ""}
-            calls.append({"id": tools.call_id(), "type": "function", "function": function})
-        calls[piece.call]["function"]["arguments"] += piece.text
-    return calls
-
-
-def _piece(piece: tools.Piece) -> dict[str, Any]:
-    if piece.call is None:
-        return {"content": piece.text}
-    call: dict[str, Any] = {"index": piece.call, "function": {"arguments": piece.text}}
-    if piece.name is not None:
-        call |= {"id": tools.call_id(), "type": "function"}
-        call["function"]["name"] = piece.name
-    return {"tool_calls": [call]}
+    param = "tools" if wanted.tools else "response_format"
+    return await compiler.compile(write, wanted.schemas, param, body.n or 1)
 
 
 def _reason(delta: Delta, called: bool) -> str | None:

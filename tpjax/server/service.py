@@ -8,12 +8,13 @@ event loop in one call.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from tpjax.engine.generation import Delta, Generation
@@ -138,7 +139,8 @@ class Service:
         self._on_ready = on_ready
         self._on_failure = on_failure
         self._llm: LLM | None = None
-        self._streams: set[Stream] = set()  # the event loop's
+        self._streams: set[Stream] = set()  # the event loop's, as is the next
+        self._preparing = 0
         self._active: dict[Request, tuple[Stream, int]] = {}  # the engine thread's
         self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="tpjax-engine", daemon=True)
@@ -170,8 +172,8 @@ class Service:
 
     @property
     def pending(self) -> int:
-        """Choices that wait or run."""
-        return sum(len(stream.generations) for stream in self._streams)
+        """Choices that are prepared, wait or run."""
+        return self._preparing + sum(len(stream.generations) for stream in self._streams)
 
     def admit(self, choices: int) -> None:
         """Refuses what the queue has no room for.
@@ -187,6 +189,20 @@ class Service:
                 code="queue_full",
                 headers={"Retry-After": "1"},
             )
+
+    @contextlib.contextmanager
+    def preparing(self, choices: int) -> Iterator[None]:
+        """Holds places for choices whose prompts are rendered and tokenised; before anything is done for them.
+
+        Raises:
+            ApiError: 429, or 503.
+        """
+        self.admit(choices)
+        self._preparing += choices
+        try:
+            yield
+        finally:
+            self._preparing -= choices
 
     def submit(self, generations: Sequence[Generation], limit: int | None = None) -> Stream:
         """Hands generations to the engine; ``close`` the stream in any case.

@@ -27,9 +27,9 @@ from tpjax.cache import NULL_PAGE, PagedKVCache, Placement
 from tpjax.config import ModelConfig
 from tpjax.errors import ConfigError
 from tpjax.model import Decoder
-from tpjax.sampling import NAN_TOKEN, History, Sampled, SamplingRows, sample, score
+from tpjax.sampling import History, Sampled, SamplingRows, sample, score
 from tpjax.sampling_params import SamplingParams
-from tpjax.sharding import LOGITS, POSITIONS, REPLICATED, pad_to_multiple
+from tpjax.sharding import LOGITS, POSITIONS, REPLICATED, Leaf, pad_to_multiple
 
 log = logging.getLogger(__name__)
 
@@ -145,9 +145,9 @@ class Row:
 class _Rows:
     """``Row``s as arrays; a row that does not exist uses the spare slot and the null page."""
 
-    ints: Int[Array, "B 4"]  # slot, position, remaining, reach
-    stop_ids: Int[Array, "B stop"]
-    block_tables: Int[Array, "B blocks"]
+    ints: Int[Leaf, "B 4"]  # slot, position, remaining, reach
+    stop_ids: Int[Leaf, "B stop"]
+    block_tables: Int[Leaf, "B blocks"]
     sampling: SamplingRows
 
     @classmethod
@@ -177,7 +177,7 @@ class State:
     """
 
     cache: PagedKVCache
-    tokens: Int[Array, slots]
+    tokens: Int[Leaf, " slots"]
     history: History
 
 
@@ -571,7 +571,7 @@ class Runner:
                     drawn.top_logprobs,
                 )
                 out = jax.tree.map(lambda all_, one: all_.at[i].set(one), out, drawn)
-                ended = jnp.any(drawn.tokens[:, None] == rows.stop_ids, axis=1) | (drawn.tokens == NAN_TOKEN)
+                ended = jnp.any(drawn.tokens[:, None] == rows.stop_ids, axis=1) | (drawn.tokens < 0)
                 return state, alive & ~ended & (i + 1 < remaining), out
 
             shapes = jax.eval_shape(lambda: step(model, state, rows, remaining > 0, start)[1])
@@ -600,7 +600,7 @@ def _set_history(
     return State(state.cache, state.tokens, history)
 
 
-def _set_masks(state: State, slots: Int[Array, B], words: UInt[Array, "B words"]) -> State:
+def _set_masks(state: State, slots: Int[Array, " B"], words: UInt[Array, "B words"]) -> State:
     bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
     padded_vocab = state.history.allowed.shape[1]
     allowed = bits.reshape(len(slots), -1)[:, :padded_vocab].astype(jnp.bool_)

@@ -10,7 +10,7 @@ from tpjax.engine.block_manager import BlockManager
 from tpjax.engine.request import Request, TokenLogprobs
 from tpjax.engine.scheduler import Decode, Prefill, Scheduler
 from tpjax.runner import NO_TOKEN, Row, Runner
-from tpjax.sampling import NAN_TOKEN, Sampled
+from tpjax.sampling import NAN_TOKEN, NOTHING_ALLOWED, Sampled
 from tpjax.sampling_params import SamplingParams
 
 # While others decode, a prompt runs in chunks of this many tokens: what a stream waits for at most.
@@ -201,6 +201,10 @@ class Engine:
                 if token == NAN_TOKEN:
                     request.finish_reason = "error"
                     request.error = f"the model's logits are not numbers after {_length(request)} tokens"
+                    break
+                if token == NOTHING_ALLOWED:
+                    request.finish_reason = "error"
+                    request.error = f"no token is allowed after {_length(request)} tokens: all are masked"
                     break
                 if not request.params.max_tokens:  # only the prompt's log-probabilities were asked for
                     request.finish_reason = "length"

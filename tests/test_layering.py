@@ -202,5 +202,6 @@ def test_every_error_is_a_tpjax_error() -> None:
         "DeviceError",
         "DownloadError",
         "RequestError",
+        "ContextLengthError",
     }
     assert all(issubclass(kind, tpjax.TpjaxError) for kind in kinds)

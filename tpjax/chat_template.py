@@ -25,6 +25,11 @@ MAX_RENDERED_CHARS = 4 << 20
 _NO_TEMPLATE = "this checkpoint has no chat template"
 
 
+# Put at the end of the message that is to be continued: the rendering is cut there. The space shows whether
+# the template takes white space off (transformers does it so, and with this text).
+_CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "
+
+
 class ChatTemplates:
     """The chat templates of a checkpoint.
 
@@ -50,7 +55,8 @@ class ChatTemplates:
             CheckpointError: the template is not valid Jinja.
         """
         _check_messages(messages)
-        if self.chosen(conversation.get("tools")) not in self.sources:
+        own = conversation.get("chat_template") is not None
+        if not own and self.chosen(conversation.get("tools")) not in self.sources:
             raise RequestError(_NO_TEMPLATE)
         text: str = sandbox.run(RENDER, self.job({"messages": messages, **conversation}), WHAT)
         return text
@@ -64,17 +70,27 @@ class ChatTemplates:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Any] | None = None,
+        chat_template: str | None = None,
         **kwargs: Any,
     ) -> str:
-        """Renders a conversation in this process, without limits; see ``Tokenizer.apply_chat_template``."""
+        """Renders a conversation in this process, without limits; see ``Tokenizer.apply_chat_template``.
+
+        Raises:
+            RequestError: there is no template, the template refuses the messages, or the request's own is not
+                valid Jinja.
+            CheckpointError: the checkpoint's template is not valid Jinja.
+        """
         import jinja2
 
         _check_messages(messages)
-        template = self._template(self.chosen(tools))
+        if continue_final_message:
+            final, messages = messages[-1], _tagged(messages, add_generation_prompt)
+        template = self._template(self.chosen(tools)) if chat_template is None else _compiled(chat_template)
         variables = {**self.variables, "documents": None, **kwargs}
         try:
-            return template.render(
+            text = template.render(
                 messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
             )
         # A template is code: it can fail on odd messages in any way, and each is the request's fault.
@@ -87,6 +103,7 @@ class ChatTemplates:
             ArithmeticError,
         ) as error:
             raise RequestError(f"the chat template refused the messages: {error}") from error
+        return _cut(text, final["content"]) if continue_final_message else text
 
     def chosen(self, tools: Sequence[Any] | None) -> str:
         """Name of the template for these tools."""
@@ -125,6 +142,34 @@ def rendered(
 @lru_cache(8)
 def _templates(sources: tuple[tuple[str, str], ...], variables: tuple[tuple[str, str], ...]) -> ChatTemplates:
     return ChatTemplates(dict(sources), dict(variables))
+
+
+def _compiled(source: str) -> jinja2.Template:
+    """A request's own template; it is not kept."""
+    import jinja2
+
+    try:
+        return _environment().from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise RequestError(f"chat_template, line {error.lineno}: {error.message}") from error
+
+
+def _tagged(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> list[Mapping[str, Any]]:
+    """Messages whose last one says where it ends."""
+    if add_generation_prompt:
+        raise RequestError("continue_final_message and add_generation_prompt cannot both be true")
+    content = messages[-1].get("content")
+    if not isinstance(content, str):
+        raise RequestError("continue_final_message needs a final message with text to continue")
+    return [*messages[:-1], {**messages[-1], "content": content + _CONTINUE}]
+
+
+def _cut(text: str, content: str) -> str:
+    at = text.rfind(_CONTINUE.strip())
+    if at < 0 or content.strip() not in text:
+        raise RequestError("continue_final_message: the chat template does not show the final message")
+    kept = text[:at]
+    return kept if text.startswith(_CONTINUE, at) else kept.rstrip()
 
 
 def _check_messages(messages: Any) -> None:

@@ -39,9 +39,9 @@ _LARGE_BYTES = 1 << 20  # after a message this long the worker gives freed memor
 _NICENESS = 5  # the model's own threads go first
 _ENVIRONMENT = ("PATH", "PYTHONDONTWRITEBYTECODE", "LD_LIBRARY_PATH", "LANG", "TZ", "TPJAX_CACHE")
 # One thread each: others' stacks and arenas would count against the limit of address space.
-_SINGLE = {
-    name: "1" for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_ARENA_MAX")
-}
+_SINGLE = dict.fromkeys(
+    ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_ARENA_MAX"), "1"
+)
 
 
 class Worker:

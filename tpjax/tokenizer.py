@@ -82,6 +82,11 @@ class Tokenizer:
         self.special_ids = frozenset(special_ids) | frozenset(ids.values()) | self.eos_ids
 
     @property
+    def edges(self) -> tuple[int, int]:
+        """How many tokens `encode` puts before and after a text."""
+        return len(self._prefix_ids), len(self._suffix_ids)
+
+    @property
     def chat_template(self) -> str | None:
         """The Jinja source of the default chat template, or None."""
         return self.chat_templates.sources.get("default")
@@ -138,7 +143,9 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Any] | None = None,
+        chat_template: str | None = None,
         **kwargs: Any,
     ) -> str:
         """Renders a conversation as the prompt the model was trained on.
@@ -149,7 +156,10 @@ class Tokenizer:
         Args:
             messages: `{"role": ..., "content": ...}`, oldest first.
             add_generation_prompt: end with the opening of the assistant's turn.
+            continue_final_message: end with the last message's text, so that the model goes on with it; pass
+                ``add_generation_prompt=False`` too.
             tools: JSON schemas the template may describe to the model.
+            chat_template: Jinja source to use in place of the checkpoint's.
             **kwargs: further template variables (`enable_thinking=False`).
 
         Returns:
@@ -160,7 +170,12 @@ class Tokenizer:
             CheckpointError: the template is not valid Jinja.
         """
         return self.chat_templates.render(
-            messages, add_generation_prompt=add_generation_prompt, tools=tools, **kwargs
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template=chat_template,
+            **kwargs,
         )
 
     def _visible_bytes(self, token_id: int, skip_special_tokens: bool) -> bytes:
@@ -174,6 +189,11 @@ class IncrementalDetokenizer:
     ``"".join(map(push, ids)) + flush()`` equals ``decode(ids)`` if the prompt shows no text, and otherwise
     what ``decode([*prompt_ids, *ids])`` has beyond ``decode(prompt_ids)``: only the first token of a whole
     text loses its leading space. A character the prompt left incomplete comes out once it is completed.
+
+    Attributes:
+        start: where the last token pushed begins, characters of the text: the character that holds its first
+            byte, or the end of the text where it shows nothing.
+        length: of the text given out so far, characters.
     """
 
     def __init__(
@@ -190,12 +210,16 @@ class IncrementalDetokenizer:
                 break
         self._decoder.decode(tail)
         self._strip_pending = tokenizer._backend.strips_leading_space and not tail
+        self.start = self.length = 0
 
     def push(self, token_id: int) -> str:
         """Adds a token; returns the text that is now certain (often one word, sometimes nothing)."""
-        return self._emit(
-            self._decoder.decode(self._tokenizer._visible_bytes(token_id, self._skip_special_tokens))
-        )
+        data = self._tokenizer._visible_bytes(token_id, self._skip_special_tokens)
+        # its first byte by itself: it may end a character, or show that the one before it never will
+        head = self._emit(self._decoder.decode(data[:1]))
+        inside = bool(head) and not self._decoder.getstate()[0]
+        self.start = self.length - inside
+        return head + self._emit(self._decoder.decode(data[1:]))
 
     def flush(self) -> str:
         """Ends the text; returns what was held back, with U+FFFD for an incomplete character."""
@@ -204,7 +228,8 @@ class IncrementalDetokenizer:
     def _emit(self, text: str) -> str:
         if text and self._strip_pending:
             self._strip_pending = False
-            return text.removeprefix(" ")
+            text = text.removeprefix(" ")
+        self.length += len(text)
         return text
 
 
@@ -447,7 +472,8 @@ class _SentencePieceBackend:
     def token_bound(self) -> TokenBound | None:
         pieces = range(self._pieces)
         whole = sum(self.processor.is_byte(i) for i in pieces) == 256 and all(
-            self.processor.normalize(text).strip("▁") == text.replace(" ", "▁").strip("▁") for text in _ODD_TEXTS
+            self.processor.normalize(text).strip("▁") == text.replace(" ", "▁").strip("▁")
+            for text in _ODD_TEXTS
         )
         if not whole:
             return None

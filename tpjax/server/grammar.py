@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import threading
 from typing import TYPE_CHECKING, Any
@@ -11,13 +10,15 @@ import llguidance
 import numpy as np
 
 from tpjax.server.errors import bad_request
+from tpjax.server.sandbox import ThreadPool
 
 if TYPE_CHECKING:
-    from tpjax.server.sandbox import Sandbox
+    from tpjax.server.grammar_check import GrammarChecker
     from tpjax.tokenizer import Tokenizer
 
 MAX_GRAMMAR_BYTES = 64 << 10
 DEADLINE_S = 10.0
+_THREADS = 2
 # Between tokens of JSON: nothing, a space, or a line with some indentation. A model that has lost its thread
 # would otherwise write white space until its limit.
 WHITESPACE = r"( |\n {0,16})?"
@@ -67,28 +68,39 @@ class GrammarCompiler:
     Args:
         tokenizer: its vocabulary is handed to llguidance when the first grammar is made.
         vocab_size: of the model, which may have more rows than the tokenizer.
-        sandbox: where a grammar is tried first.
+        checker: tries a grammar first.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, sandbox: Sandbox) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, checker: GrammarChecker) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._sandbox = sandbox
+        self._checker = checker
+        self._threads = ThreadPool(_THREADS, "grammar")
         self._vocabulary: llguidance.LLTokenizer | None = None
         self._lock = threading.Lock()
 
-    async def schema(self, schema: Any, param: str, count: int) -> list[TokenGrammar]:
+    async def schema(
+        self, schema: Any, param: str, count: int, *, whitespace: str | None = None
+    ) -> list[TokenGrammar]:
         """Grammars of a JSON schema, one for each of ``count`` choices.
+
+        Args:
+            schema: decoded.
+            param: of the request, for errors.
+            count: of choices.
+            whitespace: expression of what may stand between tokens of JSON; ``None``: a little.
 
         Raises:
             ApiError: 400; it is too large, not valid, or cannot be compiled in time.
         """
         text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
+        _check_size(text, param)
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_LAYOUT)
+            layout: Any = _LAYOUT if whitespace is None else {"whitespace_pattern": whitespace}
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=layout)
         except ValueError as error:
             raise bad_request(f"the schema is not usable: {error}"[:500], param) from error
-        return await self._make(grammar, param, count)
+        return await self.grammar(grammar, param, count)
 
     async def lark(self, lark: str, param: str, count: int) -> list[TokenGrammar]:
         """Grammars in llguidance's dialect of Lark.
@@ -96,21 +108,38 @@ class GrammarCompiler:
         Raises:
             ApiError: as for a schema.
         """
-        return await self._make(llguidance.LLMatcher.grammar_from_lark(lark), param, count)
+        return await self.grammar(llguidance.LLMatcher.grammar_from_lark(lark), param, count)
 
-    async def _make(self, grammar: str, param: str, count: int) -> list[TokenGrammar]:
-        if len(grammar) > MAX_GRAMMAR_BYTES:
-            raise bad_request(f"the schema takes {len(grammar)} bytes, over {MAX_GRAMMAR_BYTES}", param)
+    async def grammar(self, grammar: str, param: str, count: int) -> list[TokenGrammar]:
+        """Grammars in llguidance's own form.
+
+        Raises:
+            ApiError: as for a schema.
+        """
+        _check_size(grammar, param)
         if not self._tokenizer.eos_ids:
             raise bad_request("a schema needs an end-of-text token, and the model has none", param)
-        await self._sandbox.check_grammar(grammar, param)
+        await self._checker.check_grammar(grammar, param)
         try:
-            async with asyncio.timeout(DEADLINE_S):
-                first = await asyncio.to_thread(self._compile, grammar, param)
+            first = await self._threads.run(self._compile, grammar, param, limit_s=DEADLINE_S)
         except TimeoutError as error:
             raise bad_request(f"the schema took over {DEADLINE_S:g} s to compile", param) from error
         matchers = [first, *(first.deep_copy() for _ in range(count - 1))]
         return [TokenGrammar(one, self._tokenizer.eos_ids, self._vocab_size) for one in matchers]
+
+    async def to_lark(self, grammar: str, param: str) -> str:
+        """A grammar in Lark's dialect, which it may be, or may be GBNF.
+
+        Raises:
+            ApiError: 400; it is neither, too large, or takes too long.
+        """
+        _check_size(grammar, param)
+        return await self._checker.to_lark(grammar, param)
+
+    def close(self) -> None:
+        """Ends what runs."""
+        self._threads.close()
+        self._checker.close()
 
     def _compile(self, grammar: str, param: str) -> Any:
         with self._lock:
@@ -123,6 +152,11 @@ class GrammarCompiler:
         if not any(allowed):
             raise bad_request("the schema allows no text at all", param)
         return matcher
+
+
+def _check_size(grammar: str, param: str) -> None:
+    if len(grammar) > MAX_GRAMMAR_BYTES:
+        raise bad_request(f"the schema takes {len(grammar)} bytes, over {MAX_GRAMMAR_BYTES}", param)
 
 
 class _Vocabulary:

@@ -37,8 +37,8 @@ BODY_LIMIT_S = 30.0
 LINGER_BYTES = 256 << 20
 LINGER_S, LINGER_IDLE_S = 30.0, 5.0
 MAX_LOGGED_PATH = 256  # characters
-OPEN_PATHS = ("/health",)
-POLLED_PATHS = ("/health", "/ready", "/metrics", "/stats")  # every second or so: no news where all is well
+OPEN_PATHS = ("/health", "/ping", "/ready", "/metrics")  # a probe and a scraper have no key
+POLLED_PATHS = (*OPEN_PATHS, "/stats")  # every second or so: no news where all is well
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 
@@ -47,14 +47,20 @@ class Edge:
 
     Args:
         app: what is inside.
-        api_keys: any of them opens every path but ``/health``; none: all is open.
+        api_keys: any of them opens every path but ``OPEN_PATHS``; none: all is open.
         max_body_bytes: over it, 413.
+        protect_metrics: ``/metrics`` asks for a key too.
     """
 
     def __init__(
-        self, app: App, api_keys: tuple[str, ...] = (), max_body_bytes: int = MAX_BODY_BYTES
+        self,
+        app: App,
+        api_keys: tuple[str, ...] = (),
+        max_body_bytes: int = MAX_BODY_BYTES,
+        protect_metrics: bool = False,
     ) -> None:
         self._app = app
+        self._open = set(OPEN_PATHS) - ({"/metrics"} if protect_metrics else set())
         self._keys = [key.encode() for key in api_keys]
         self._max_body_bytes = max_body_bytes
         self._budget = Budget(MAX_PREPARED_BODIES * max_body_bytes)
@@ -111,7 +117,7 @@ class Edge:
             request_id.reset(token)
 
     def _check_key(self, path: str, headers: dict[str, str]) -> None:
-        if not self._keys or path in OPEN_PATHS:
+        if not self._keys or path in self._open:
             return
         kind, _, value = headers.get("authorization", "").partition(" ")
         given = value.strip().encode("latin-1")

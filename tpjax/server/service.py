@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tpjax.engine.generation import Delta, Generation
 from tpjax.server.errors import ApiError, internal_error
-from tpjax.server.grammar import TokenGrammar
 from tpjax.server.metrics import Clock, Metrics
 from tpjax.server.shards import shards
 
@@ -294,8 +293,8 @@ class Service:
             if place is None:
                 continue  # cancelled after its dispatch
             stream, index = place
-            if isinstance(request.grammar, TokenGrammar) and request.grammar.error:
-                request.finish_reason, request.error = "error", request.grammar.error
+            if error := getattr(request.grammar, "error", None):
+                request.finish_reason, request.error = "error", error
             delta = stream.generations[index].advance(tokens)
             if delta.finish_reason is not None:
                 engine.cancel(request)

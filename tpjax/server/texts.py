@@ -12,7 +12,6 @@ from tpjax.server.sandbox import ThreadPool, WorkerPool
 
 if TYPE_CHECKING:
     from tpjax.llm import LLM
-    from tpjax.tokenizer import Tokenizer
 
 ENCODE = "tpjax.tokenizer:encoded"
 # Longer texts are encoded in a process: it can be killed, and gives its memory back. They take over 30 ms.
@@ -27,63 +26,68 @@ class Texts:
 
     Args:
         llm: whose tokenizer and context.
-        tokenizer: of the model.
 
     Attributes:
         threads: for what is short.
         workers: for what is long.
     """
 
-    def __init__(self, llm: LLM, tokenizer: Tokenizer) -> None:
-        self._path, self._context, self._tokenizer = str(llm.path), llm.max_model_len, tokenizer
+    def __init__(self, llm: LLM) -> None:
+        self._path, self._context, self._tokenizer = str(llm.path), llm.max_model_len, llm.tokenizer
         self.threads = ThreadPool(SHORT_THREADS, "text")
         self.workers = WorkerPool(LONG_PROCESSES, "the prompt", TIME_LIMIT_S, MEMORY_LIMIT_BYTES)
 
-    async def prompt(self, text: str, param: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt.
+    async def encode(
+        self, text: str, param: str, *, add_special_tokens: bool = True, whole: bool = False
+    ) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: a client's.
+            param: which it was, for errors.
+            add_special_tokens: as in ``Tokenizer.encode``.
+            whole: of a text over the context too.
 
         Raises:
-            ApiError: 400, naming ``param``: it is over the context. 429: too much text is being prepared.
+            ApiError: 400; it is over the context. 429: too much text is being prepared.
         """
+        if self._tokenizer is None:
+            raise bad_request(f"{self._path} has no tokenizer: give the prompt as token ids", param)
         budget.take(len(text))
-        if len(text) > SHORT_CHARS:
+        if len(text) <= SHORT_CHARS:
+            return await self.threads.run(self._encoded, text, add_special_tokens)
+        if not whole:
             fewest = await self.threads.run(self._tokenizer.fewest_tokens, text)
-            if fewest > self._context:
-                raise over_context(f"at least {fewest}", self._context, param)
-        return await self._encoded(text, param, add_special_tokens, self._context)
+            self.check_length(fewest, param, "at least ")
+        limit = None if whole else self._context
+        job = {"path": self._path, "text": text, "add_special_tokens": add_special_tokens, "limit": limit}
+        found = await self.workers.run(ENCODE, job, param)
+        if "ids" not in found:
+            self.check_length(found["count"], param)
+        return await self.threads.run(_ids, found["ids"])
 
-    async def tokens(self, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text, however many.
+    def check_length(self, count: int, param: str, about: str = "") -> None:
+        """Refuses a prompt of more tokens than the context.
 
         Raises:
-            ApiError: 429: too much text is being prepared.
+            ApiError: 400.
         """
-        budget.take(len(text))
-        return await self._encoded(text, param, add_special_tokens, None)
+        if count > self._context:
+            raise ApiError(
+                400,
+                f"the prompt has {about}{count} tokens, over the context of {self._context}",
+                param=param,
+                code="context_length_exceeded",
+            )
 
     def close(self) -> None:
         """Ends what runs."""
         self.threads.close()
         self.workers.close()
 
-    async def _encoded(self, text: str, param: str, special: bool, limit: int | None) -> list[int]:
-        if len(text) <= SHORT_CHARS:
-            return await self.threads.run(self._here, text, special)
-        job = {"path": self._path, "text": text, "add_special_tokens": special, "limit": limit}
-        found = await self.workers.run(ENCODE, job, param)
-        if "ids" not in found:
-            raise over_context(str(found["count"]), limit or 0, param)
-        return await self.threads.run(_ids, found["ids"])
-
-    def _here(self, text: str, special: bool) -> list[int]:
+    def _encoded(self, text: str, special: bool) -> list[int]:
+        assert self._tokenizer is not None
         return self._tokenizer.encode(text, add_special_tokens=special)
-
-
-def over_context(count: str, context: int, param: str) -> ApiError:
-    """Status 400: a prompt has more tokens than the context."""
-    return bad_request(
-        f"the prompt has {count} tokens, over the context of {context}", param, "context_length_exceeded"
-    )
 
 
 def _ids(data: str) -> list[int]:

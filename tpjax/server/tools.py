@@ -134,7 +134,11 @@ def grammar(body: ChatBody) -> str | None:
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text)
+    return _json(text)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)  # escapes would be other text to the model
 
 
 def _parameters(tool: Tool) -> str:
@@ -156,7 +160,7 @@ def conversation(
         return plain
     plain = [_spelled_out(message) for message in plain]
     if tools:
-        described = "\n".join(json.dumps(tool.model_dump(exclude_none=True)) for tool in tools)
+        described = "\n".join(_json(tool.model_dump(exclude_none=True)) for tool in tools)
         text = _INSTRUCTIONS.format(tools=described)
         if plain[0]["role"] == "system":
             plain[0] = {**plain[0], "content": f"{plain[0]['content']}\n\n{text}"}
@@ -206,7 +210,7 @@ def _spelled_out(message: dict[str, Any]) -> dict[str, Any]:
     """Calls and results as text."""
     if message["role"] == "tool":
         return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
-    calls = [f"{OPEN}\n{json.dumps(call['function'])}\n{CLOSE}" for call in message.pop("tool_calls", ())]
+    calls = [f"{OPEN}\n{_json(call['function'])}\n{CLOSE}" for call in message.pop("tool_calls", ())]
     if calls:
         message["content"] = "\n".join(filter(None, [message["content"], *calls]))
     return message

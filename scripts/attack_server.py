@@ -17,7 +17,9 @@ import asyncio
 import collections
 import contextlib
 import json
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +28,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from contenders import served
+
+from tpjax.checkpoints.gguf import GGUFFile
+from tpjax.checkpoints.hub import resolve
 
 CHARS = 4_000_000
 LATENCY_S, GROWTH_MB = 1.0, 200.0
@@ -99,12 +104,22 @@ def _resident(pid: int) -> int:
 
 
 def completion(text: str) -> bytes:
-    return json.dumps({"prompt": text, "max_tokens": 1}).encode()
+    return json.dumps({"prompt": text, "max_tokens": 1}, ensure_ascii=False).encode()
 
 
 def chat(text: str, **options: Any) -> bytes:
     messages = [{"role": "user", "content": text}]
-    return json.dumps({"messages": messages, "max_tokens": 1, **options}).encode()
+    return json.dumps({"messages": messages, "max_tokens": 1, **options}, ensure_ascii=False).encode()
+
+
+def with_slow_template(model: str, directory: str) -> str:
+    """A copy of a GGUF model whose chat template does not end where it is told not to."""
+    own, path = resolve(model), Path(directory) / "slow.gguf"
+    template = GGUFFile(own).metadata["tokenizer.chat_template"]
+    slow = f"{{% if messages[0]['content'] == 'slow' %}}{SLOW}{{% endif %}}"
+    command = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--chat-template", slow + template]
+    subprocess.run([*command, str(own), str(path)], check=True, capture_output=True)
+    return str(path)
 
 
 def costly_bodies() -> dict[str, tuple[str, bytes]]:
@@ -127,7 +142,7 @@ def costly_bodies() -> dict[str, tuple[str, bytes]]:
     }
 
 
-async def watched(target: Target, seen: Seen, work: Sequence[Any]) -> collections.Counter[int]:
+async def watched(target: Target, seen: Seen, work: Sequence[Any], chats: bool) -> collections.Counter[int]:
     """Runs what attacks while others ask; the statuses the attackers got."""
     attack = asyncio.gather(*work)
 
@@ -142,11 +157,14 @@ async def watched(target: Target, seen: Seen, work: Sequence[Any]) -> collection
                 return
             await asyncio.sleep(0.05)
 
-    await asyncio.gather(asks("token", COMPLETIONS, completion("hi")), asks("chat", CHAT, chat("hi")))
+    others = [asks("token", COMPLETIONS, completion("hi"))]
+    if chats:
+        others.append(asks("chat", CHAT, chat("hi")))
+    await asyncio.gather(*others)
     return collections.Counter(status for status in await attack if status is not None)
 
 
-async def attack(target: Target, rounds: int, slow: bool) -> bool:
+async def attack(target: Target, rounds: int) -> bool:
     """All attacks one after the other; says whether the server held."""
     for body, path in ((completion("hi"), COMPLETIONS), (chat("hi"), CHAT)) * 4:
         await target.status(path, body)
@@ -154,9 +172,9 @@ async def attack(target: Target, rounds: int, slow: bool) -> bool:
     worst: dict[str, float] = {}
     failures: collections.Counter[str] = collections.Counter()
 
-    async def run(name: str, work: Sequence[Any]) -> None:
+    async def run(name: str, work: Sequence[Any], chats: bool = True) -> None:
         seen, start = Seen(), time.perf_counter()
-        statuses = await watched(target, seen, work)
+        statuses = await watched(target, seen, work, chats)
         for who, seconds in seen.seconds.items():
             worst[who] = max(worst.get(who, 0), *seconds)
         failures.update(seen.failed)
@@ -167,7 +185,7 @@ async def attack(target: Target, rounds: int, slow: bool) -> bool:
             flush=True,
         )
 
-    texts = [text * (CHARS // len(text)) for text in TEXTS.values()]
+    texts = [text * (CHARS // len(text.encode())) for text in TEXTS.values()]
     for number in range(rounds):
         body = completion(texts[number % len(texts)])
         await run(f"round {number + 1}", [target.hang_up(COMPLETIONS, body) for _ in range(8)])
@@ -177,10 +195,13 @@ async def attack(target: Target, rounds: int, slow: bool) -> bool:
         await run(f"40 chats, {name}", [target.status(CHAT, chat(text)) for _ in range(40)])
     for name, (path, body) in costly_bodies().items():
         await run(f"8 bodies, {name}", [target.status(path, body) for _ in range(8)])
-    if slow:
-        bodies = [chat("slow") for _ in range(3)]
-        await run("3 slow templates", [target.status(CHAT, body) for body in bodies])
-        await run("3 slow templates, hung up", [target.hang_up(CHAT, body) for body in bodies])
+    slow = chat("slow")
+    await run("3 slow templates", [target.status(CHAT, slow) for _ in range(3)])
+    await run("8 slow templates, hung up", [target.hang_up(CHAT, slow) for _ in range(8)])
+    # more of them than places: a chat waits for a place then, and is not asked for here
+    await run(
+        "3 slow templates and 30 behind", [target.hang_up(CHAT, slow, 8) for _ in range(33)], chats=False
+    )
     await asyncio.sleep(2)
     last = target.memory_mb()
     checks = {
@@ -201,8 +222,10 @@ def main() -> int:
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()
-    with served(args.model, args.tp, "--max-model-len", str(args.context)) as server:
-        held = asyncio.run(attack(Target(server.url, server.pid), args.rounds, slow=False))
+    with tempfile.TemporaryDirectory() as directory:
+        model = with_slow_template(args.model, directory)
+        with served(model, args.tp, "--max-model-len", str(args.context)) as server:
+            held = asyncio.run(attack(Target(server.url, server.pid), args.rounds))
     return 0 if held and server.status == 0 else 1
 
 

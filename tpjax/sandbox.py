@@ -1,9 +1,10 @@
-"""Runs functions in a process of their own, with limits on time and memory: what clients make run, and templates.
+"""Runs functions in a process of their own, with limits on time and memory.
 
-A template is a checkpoint's code over a client's text, a schema can make its compiler run long or overflow its
-stack (llguidance 1.9 ends the process on a chain of some thousand ``$ref``), and a text of megabytes takes a
-tokenizer seconds and hundreds of megabytes. None of it may touch the process that serves or a notebook's: a
-worker has a memory limit, ends itself at a time limit, can be killed at any moment, and is replaced.
+A template is a checkpoint's code over a client's text, a schema can make its compiler run long or overflow
+its stack (llguidance 1.9 ends the process on a chain of some thousand ``$ref``), and a text of megabytes
+takes a tokenizer seconds and hundreds of megabytes. None of it may touch the process that serves or a
+notebook's: a worker has a memory limit, ends itself at a time limit, can be killed at any moment, and is
+replaced.
 
 ``python -m tpjax.sandbox`` is the worker: on stdin and stdout, JSON with its length before it.
 """
@@ -39,9 +40,7 @@ _LARGE_BYTES = 1 << 20  # after a message this long the worker gives freed memor
 _NICENESS = 5  # the model's own threads go first
 _ENVIRONMENT = ("PATH", "PYTHONDONTWRITEBYTECODE", "LD_LIBRARY_PATH", "LANG", "TZ", "TPJAX_CACHE")
 # One thread each: others' stacks and arenas would count against the limit of address space.
-_SINGLE = dict.fromkeys(
-    ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_ARENA_MAX"), "1"
-)
+_SINGLE = {f"{name}_NUM_THREADS": "1" for name in ("RAYON", "OMP", "OPENBLAS")} | {"MALLOC_ARENA_MAX": "1"}
 
 
 class Worker:
@@ -132,7 +131,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env={**own, **_SINGLE, "PYTHONPATH": os.pathsep.join(path for path in paths if path)},
-                start_new_session=True,  # Ctrl-C is for the server or the notebook, which then ends the worker
+                start_new_session=True,  # Ctrl-C is for whoever asked, and ends the worker then
             )
         if _receive(process.stdout) is None:
             if self._killed:

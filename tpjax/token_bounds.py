@@ -2,8 +2,8 @@
 
 A token that covers L bytes gives each of them a share of 1/L. With ``longest[b]`` the length of the longest
 token that contains byte ``b``, no token's bytes sum to over one in ``sum(1 / longest[b] for b in text)``: the
-sum is a lower bound of their number. It takes milliseconds for megabytes of text, where encoding takes seconds
-and a hundred times the memory.
+sum is a lower bound of their number. It takes milliseconds for megabytes of text, where encoding takes
+seconds and a hundred times the memory.
 """
 
 from __future__ import annotations

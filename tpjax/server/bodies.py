@@ -1,4 +1,4 @@
-"""Reads the bodies of requests: strict JSON, and no more of it than is looked at without holding others up."""
+"""Reads the bodies of requests: strict JSON, and no more of it than can be checked in a moment."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _fail_fast(schema: Any) -> None:
 
 
 class QuickModel(BaseModel):
-    """Stops at the first wrong item of a list: a million numbers that are no texts would be a million errors."""
+    """Stops at the first wrong item of a list: a million wrong ones would be a million errors."""
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

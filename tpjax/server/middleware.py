@@ -137,7 +137,7 @@ class Edge:
             )
 
     async def _body(self, receive: Receive, headers: dict[str, str], share: Share) -> bytes | None:
-        """The whole body; ``None`` where the client has gone. Its bytes are taken from the budget as they come.
+        """The whole body; ``None`` where the client has gone. Its bytes come from the budget, one by one.
 
         Raises:
             ApiError: 408, 413 or 429; the rest of the body is still to come.

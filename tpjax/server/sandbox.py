@@ -1,4 +1,4 @@
-"""The server's workers: pools of processes for templates, grammars and long texts, and threads for short ones.
+"""The server's workers: processes for templates, grammars and long texts, and threads for short ones.
 
 Each pool has few places, and a job's clock starts when it has one. Whoever waits for a place counts towards
 ``max_queue`` (``Service.preparing``). A job ends with its client: one that waits is forgotten, the process of

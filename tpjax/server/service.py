@@ -191,7 +191,7 @@ class Service:
 
     @contextlib.contextmanager
     def preparing(self, choices: int) -> Iterator[None]:
-        """Holds places for choices whose prompts are rendered and tokenised; before anything is done for them.
+        """Holds places for choices while their prompts are rendered and tokenised, and from before that.
 
         Raises:
             ApiError: 429, or 503.

@@ -1,4 +1,4 @@
-"""Prompts from texts: what is certainly too long is refused at once, and what is long is encoded elsewhere."""
+"""Prompts from texts: what is certainly too long is refused, and what is long is encoded elsewhere."""
 
 from __future__ import annotations
 

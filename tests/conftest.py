@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import tpjax
+import jaxtyping
+
+
+def modules_with_shapes() -> list[str]:
+    """The modules of tpjax whose signatures have array shapes, found without importing one."""
+    (package,) = (Path(one) for one in importlib.util.find_spec("tpjax").submodule_search_locations)
+    found = sorted(path for path in package.rglob("*.py") if "from jaxtyping import" in path.read_text())
+    return [".".join(path.relative_to(package.parent).with_suffix("").parts) for path in found]
+
+
+# shapes and dtypes in signatures are checked at each call: while tracing, that is, so once a program
+jaxtyping.install_import_hook(modules_with_shapes(), "signatures.checked")
+
+import tpjax  # noqa: E402
 
 # the tests compile hundreds of small programs, each for a few calls: LLVM's optimisation costs half that time
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
@@ -16,6 +30,31 @@ import jax  # noqa: E402  (after the devices are faked)
 import pytest  # noqa: E402
 
 GOLDENS = Path(__file__).parent / "goldens"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds `--all`."""
+    parser.addoption("--all", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what is marked slow, unless all is asked for, a mark, or the test by its name."""
+    if config.getoption("--all") or config.getoption("markexpr"):
+        return
+    named = [arg.partition("::")[2] for arg in config.args if "::" in arg]
+    kept, left_out = [], []
+    for item in items:
+        name = item.nodeid.partition("::")[2]
+        slow = item.get_closest_marker("slow") and not any(name.startswith(one) for one in named)
+        (left_out if slow else kept).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Says how to run what was left out."""
+    if not (config.getoption("--all") or config.getoption("markexpr")):
+        terminalreporter.write_line("without the tests marked slow: --all runs them too")
 
 
 @pytest.fixture(scope="session", autouse=True)

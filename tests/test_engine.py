@@ -82,7 +82,9 @@ class FakeRunner:
                     break
         return self.sampled(out)
 
-    def set_history(self, slot: int, prompt: Any, output: Any, params: SamplingParams) -> None:
+    def set_history(
+        self, slot: int, prompt: Any, output: Any, params: SamplingParams, barred: Any = ()
+    ) -> None:
         self.history[slot] = (list(prompt), list(output))
 
     def set_masks(self, masks: Mapping[int, np.ndarray]) -> None:

@@ -24,7 +24,6 @@ from tpjax.sampling_params import SamplingParams
 from tpjax.server.answers import event
 from tpjax.server.errors import ApiError
 from tpjax.server.grammar import GrammarCompiler
-from tpjax.server.sandbox import Sandbox
 from tpjax.terminal import Chat
 from tpjax.tokenizer import Tokenizer, load_tokenizer
 
@@ -112,31 +111,6 @@ def test_a_grammar_that_allows_nothing_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(ApiError) as caught:
         grammars_of(tokenizer, tokenizer.vocab_size, {"$ref": "#"})
     assert caught.value.status == 400 and caught.value.param == "response_format"
-
-
-def test_the_sandbox_outlives_what_it_runs() -> None:
-    async def play() -> None:
-        sandbox = Sandbox({"default": "{{ messages[0].content }}"}, {}, time_limit_s=5)
-        conversation = {"messages": [{"role": "user", "content": "é\n"}]}
-        try:
-            assert await sandbox.render(conversation) == "é\n"
-            crash = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(20_000)}
-            text = json.dumps({"$ref": "#/$defs/a0", "$defs": crash})
-            import llguidance
-
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(text)
-            with pytest.raises(ApiError, match="the schema"):
-                await sandbox.check_grammar(grammar, "response_format")
-            task = asyncio.ensure_future(sandbox.render(conversation))
-            await asyncio.sleep(0)
-            task.cancel()  # a client that goes: the answer must not be the next one's
-            await asyncio.gather(task, return_exceptions=True)
-            other = {"messages": [{"role": "user", "content": "next"}]}
-            assert await sandbox.render(other) == "next"
-        finally:
-            sandbox.close()
-
-    asyncio.run(play())
 
 
 # --- events

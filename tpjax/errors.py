@@ -27,3 +27,7 @@ class DownloadError(TpjaxError):
 
 class RequestError(TpjaxError, ValueError):
     """A generation request or one of its sampling parameters is invalid."""
+
+
+class ContextLengthError(RequestError):
+    """A prompt, with the answer it asks for, is longer than the model's context."""

@@ -27,9 +27,9 @@ from tpjax.cache import NULL_PAGE, PagedKVCache, Placement
 from tpjax.config import ModelConfig
 from tpjax.errors import ConfigError
 from tpjax.model import Decoder
-from tpjax.sampling import NAN_TOKEN, History, Sampled, SamplingRows, sample, score
+from tpjax.sampling import History, Sampled, SamplingRows, sample, score
 from tpjax.sampling_params import SamplingParams
-from tpjax.sharding import LOGITS, POSITIONS, REPLICATED, pad_to_multiple
+from tpjax.sharding import LOGITS, POSITIONS, REPLICATED, Leaf, pad_to_multiple
 
 log = logging.getLogger(__name__)
 
@@ -145,9 +145,9 @@ class Row:
 class _Rows:
     """``Row``s as arrays; a row that does not exist uses the spare slot and the null page."""
 
-    ints: Int[Array, "B 4"]  # slot, position, remaining, reach
-    stop_ids: Int[Array, "B stop"]
-    block_tables: Int[Array, "B blocks"]
+    ints: Int[Leaf, "B 4"]  # slot, position, remaining, reach
+    stop_ids: Int[Leaf, "B stop"]
+    block_tables: Int[Leaf, "B blocks"]
     sampling: SamplingRows
 
     @classmethod
@@ -177,7 +177,7 @@ class State:
     """
 
     cache: PagedKVCache
-    tokens: Int[Array, slots]
+    tokens: Int[Leaf, " slots"]
     history: History
 
 
@@ -272,15 +272,28 @@ class Runner:
         return np.asarray(logits)[: len(tokens), : self.config.vocab_size]
 
     def set_history(
-        self, slot: int, prompt: Sequence[int], output: Sequence[int], params: SamplingParams
+        self,
+        slot: int,
+        prompt: Sequence[int],
+        output: Sequence[int],
+        params: SamplingParams,
+        barred: Sequence[int] = (),
     ) -> None:
-        """Tells a slot which tokens are in its prompt and its output so far, and sets its biases."""
+        """Tells a slot which tokens are in its prompt and its output so far, and sets its biases.
+
+        ``barred`` tokens, and those ``params.allowed_token_ids`` leaves out, have a bias of minus infinity.
+        """
         in_prompt = np.zeros((1, self.padded_vocab), np.bool_)
         in_prompt[0, list(prompt)] = True
         counts = np.bincount(np.asarray(output, np.int64), minlength=self.padded_vocab)[None].astype(np.int32)
         bias = np.zeros((1, self.padded_vocab), np.float32)
         for token, value in params.logit_bias.items():
             bias[0, token] = value
+        if params.allowed_token_ids is not None:
+            others = np.ones(self.padded_vocab, np.bool_)
+            others[list(params.allowed_token_ids)] = False
+            bias[0, others] = -np.inf
+        bias[0, list(barred)] = -np.inf
         program = self.program("set_history", 1, 1)
         self._state = program(self.state, np.int32(slot), in_prompt, counts, bias)
 
@@ -571,7 +584,7 @@ class Runner:
                     drawn.top_logprobs,
                 )
                 out = jax.tree.map(lambda all_, one: all_.at[i].set(one), out, drawn)
-                ended = jnp.any(drawn.tokens[:, None] == rows.stop_ids, axis=1) | (drawn.tokens == NAN_TOKEN)
+                ended = jnp.any(drawn.tokens[:, None] == rows.stop_ids, axis=1) | (drawn.tokens < 0)
                 return state, alive & ~ended & (i + 1 < remaining), out
 
             shapes = jax.eval_shape(lambda: step(model, state, rows, remaining > 0, start)[1])
@@ -600,7 +613,7 @@ def _set_history(
     return State(state.cache, state.tokens, history)
 
 
-def _set_masks(state: State, slots: Int[Array, B], words: UInt[Array, "B words"]) -> State:
+def _set_masks(state: State, slots: Int[Array, " B"], words: UInt[Array, "B words"]) -> State:
     bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
     padded_vocab = state.history.allowed.shape[1]
     allowed = bits.reshape(len(slots), -1)[:, :padded_vocab].astype(jnp.bool_)

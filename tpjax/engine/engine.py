@@ -10,7 +10,7 @@ from tpjax.engine.block_manager import BlockManager
 from tpjax.engine.request import Request, TokenLogprobs
 from tpjax.engine.scheduler import Decode, Prefill, Scheduler
 from tpjax.runner import NO_TOKEN, Row, Runner
-from tpjax.sampling import NAN_TOKEN, Sampled
+from tpjax.sampling import NAN_TOKEN, NOTHING_ALLOWED, Sampled
 from tpjax.sampling_params import SamplingParams
 
 # While others decode, a prompt runs in chunks of this many tokens: what a stream waits for at most.
@@ -132,7 +132,9 @@ class Engine:
     def _prefill(self, work: Prefill) -> _Launched:
         request, runner = work.request, self.runner
         if work.first and request.params.needs_history:
-            runner.set_history(_slot(request), request.prompt_ids, request.output_ids, request.params)
+            runner.set_history(
+                _slot(request), request.prompt_ids, request.output_ids, request.params, request.barred_ids
+            )
         # what follows an inner chunk is known: nothing is drawn that counts
         params = request.params if work.final else _GREEDY
         masked = work.final and request.grammar is not None
@@ -201,6 +203,10 @@ class Engine:
                 if token == NAN_TOKEN:
                     request.finish_reason = "error"
                     request.error = f"the model's logits are not numbers after {_length(request)} tokens"
+                    break
+                if token == NOTHING_ALLOWED:
+                    request.finish_reason = "error"
+                    request.error = f"no token is allowed after {_length(request)} tokens: all are masked"
                     break
                 if not request.params.max_tokens:  # only the prompt's log-probabilities were asked for
                     request.finish_reason = "length"

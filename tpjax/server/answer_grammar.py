@@ -14,7 +14,7 @@ from typing import Any
 
 from tpjax.server.grammar import WHITESPACE
 from tpjax.server.harmony import CHANNEL, CONSTRAIN, END, MESSAGE, START
-from tpjax.server.protocol import ChatBody, NamedTool, Tool
+from tpjax.server.protocol import ChatBody, NamedTool, ResponseFormat, Tool
 from tpjax.server.reasoning import ReasoningFormat
 from tpjax.server.schemas import Schema
 from tpjax.server.tool_formats import HARMONY, ToolFormat
@@ -46,7 +46,7 @@ class Wanted:
         if isinstance(choice, NamedTool):
             tools = [tool for tool in tools if tool.function.name == choice.function.name]
         many = body.parallel_tool_calls is not False and not named
-        return cls(tools, bool(tools) and choice != "auto", many, _form(body))
+        return cls(tools, bool(tools) and choice != "auto", many, form_schema(body.response_format))
 
     @property
     def schemas(self) -> list[Schema]:
@@ -63,8 +63,8 @@ class Wanted:
         return found + ([self.form] if self.form else [])
 
 
-def _form(body: ChatBody) -> Schema | None:
-    form = body.response_format
+def form_schema(form: ResponseFormat | None) -> Schema | None:
+    """The schema of a ``response_format``; ``None`` where that is any text."""
     if form is None or form.type == "text":
         return None
     if form.json_schema is None:

@@ -80,6 +80,11 @@ def _turn(message: Message, position: int, traits: Traits) -> Turn:
     return turn
 
 
+def message_text(message: Message) -> str:
+    """The text of a message."""
+    return " ".join(_texts(message.content, 0)[0])
+
+
 def _texts(content: str | list[dict[str, Any]] | None, position: int) -> tuple[list[str], str]:
     """The texts of a message, and the reasoning among its parts."""
     if content is None or isinstance(content, str):

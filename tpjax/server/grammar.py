@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import re
@@ -14,14 +13,16 @@ import llguidance
 import numpy as np
 
 from tpjax.server.errors import ApiError, bad_request
+from tpjax.server.sandbox import ThreadPool
 from tpjax.server.schemas import Schema, patterns, ready, without_patterns
 
 if TYPE_CHECKING:
-    from tpjax.server.sandbox import Sandbox
+    from tpjax.server.grammar_check import GrammarChecker
     from tpjax.tokenizer import Tokenizer
 
 MAX_GRAMMAR_BYTES = 64 << 10
 DEADLINE_S = 10.0
+_THREADS = 2
 # Between tokens of JSON: nothing, a space, or a line with some indentation. A model that has lost its thread
 # would otherwise write white space until its limit.
 WHITESPACE = r"( |\n {0,16})?"
@@ -74,13 +75,14 @@ class GrammarCompiler:
     Args:
         tokenizer: its vocabulary is handed to llguidance when the first grammar is made.
         vocab_size: of the model, which may have more rows than the tokenizer.
-        sandbox: where a grammar is tried first.
+        checker: tries a grammar first.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, sandbox: Sandbox) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, checker: GrammarChecker) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._sandbox = sandbox
+        self._checker = checker
+        self._threads = ThreadPool(_THREADS, "grammar")
         self._vocabulary: llguidance.LLTokenizer | None = None
         self._lock = threading.Lock()
 
@@ -102,28 +104,74 @@ class GrammarCompiler:
         """
         values = [ready(schema.value) for schema in schemas]
         try:
-            return await self._make(write(list(map(_with_options, values, schemas))), param, count)
+            return await self.lark(write(list(map(_with_options, values, schemas))), param, count)
         except ApiError as error:
             if _UNUSABLE not in error.message or all(schema.strict for schema in schemas):
                 raise
         mended = [await self._mended(*both, param) for both in zip(values, schemas, strict=True)]
-        return await self._make(write(list(map(_with_options, mended, schemas))), param, count)
+        return await self.lark(write(list(map(_with_options, mended, schemas))), param, count)
 
-    async def schema(self, schema: Any, param: str, count: int) -> list[TokenGrammar]:
-        """Grammars of one JSON schema, all of it enforced.
+    async def schema(
+        self, schema: Any, param: str, count: int, *, whitespace: str | None = None
+    ) -> list[TokenGrammar]:
+        """Grammars of a JSON schema, one for each of ``count`` choices; it is not strict.
+
+        Args:
+            schema: decoded.
+            param: of the request, for errors.
+            count: of choices.
+            whitespace: expression of what may stand between tokens of JSON; ``None``: a little.
 
         Raises:
             ApiError: as for :meth:`compile`.
         """
-        return await self.compile(_only, [Schema(schema, True, "the schema")], param, count)
+        one = Schema(schema, False, "the schema", whitespace=whitespace)
+        return await self.compile(only, [one], param, count)
 
     async def lark(self, lark: str, param: str, count: int) -> list[TokenGrammar]:
         """Grammars in llguidance's dialect of Lark.
 
         Raises:
-            ApiError: as for :meth:`compile`.
+            ApiError: as for a schema.
         """
-        return await self._make(lark, param, count)
+        return await self.grammar(llguidance.LLMatcher.grammar_from_lark(lark), param, count)
+
+    async def grammar(self, grammar: str, param: str, count: int) -> list[TokenGrammar]:
+        """Grammars in llguidance's own form.
+
+        Raises:
+            ApiError: as for a schema.
+        """
+        _check_size(grammar, param)
+        if not self._tokenizer.eos_ids:
+            raise bad_request("a schema needs an end-of-text token, and the model has none", param)
+        try:
+            await self._checker.check_grammar(grammar, param)
+            first = await self._threads.run(self._compile, grammar, param, limit_s=DEADLINE_S)
+        except TimeoutError as error:
+            raise bad_request(f"the schema took over {DEADLINE_S:g} s to compile", param) from error
+        except ApiError as error:
+            raise ApiError(
+                error.status, _in_a_line(error.message), param=param, code=error.code, headers=error.headers
+            ) from error
+        for warning in first.get_grammar_warnings():
+            log.warning("%s: passed over: %s", param, warning[:500])
+        matchers = [first, *(first.deep_copy() for _ in range(count - 1))]
+        return [TokenGrammar(one, self._tokenizer.eos_ids, self._vocab_size) for one in matchers]
+
+    async def to_lark(self, grammar: str, param: str) -> str:
+        """A grammar in Lark's dialect, which it may be, or may be GBNF.
+
+        Raises:
+            ApiError: 400; it is neither, too large, or takes too long.
+        """
+        _check_size(grammar, param)
+        return await self._checker.to_lark(grammar, param)
+
+    def close(self) -> None:
+        """Ends what runs."""
+        self._threads.close()
+        self._checker.close()
 
     async def _mended(self, value: Any, schema: Schema, param: str) -> Any:
         """A schema without what makes it unusable, where it is not strict."""
@@ -144,35 +192,14 @@ class GrammarCompiler:
         return value
 
     async def _usable(self, value: Any, schema: Schema, param: str) -> bool:
-        lark = _only([_with_options(value, schema)])
+        lark = only([_with_options(value, schema)])
         try:
-            await self._sandbox.check_grammar(llguidance.LLMatcher.grammar_from_lark(lark), param)
+            await self._checker.check_grammar(llguidance.LLMatcher.grammar_from_lark(lark), param)
         except ApiError as error:
             if _UNUSABLE not in error.message:
                 raise
             return False
         return True
-
-    async def _make(self, lark: str, param: str, count: int) -> list[TokenGrammar]:
-        grammar = llguidance.LLMatcher.grammar_from_lark(lark)
-        if len(grammar) > MAX_GRAMMAR_BYTES:
-            raise bad_request(f"the schema takes {len(grammar)} bytes, over {MAX_GRAMMAR_BYTES}", param)
-        if not self._tokenizer.eos_ids:
-            raise bad_request("a schema needs an end-of-text token, and the model has none", param)
-        try:
-            await self._sandbox.check_grammar(grammar, param)
-            async with asyncio.timeout(DEADLINE_S):
-                first = await asyncio.to_thread(self._compile, grammar, param)
-        except TimeoutError as error:
-            raise bad_request(f"the schema took over {DEADLINE_S:g} s to compile", param) from error
-        except ApiError as error:
-            raise ApiError(
-                error.status, _in_a_line(error.message), param=param, code=error.code, headers=error.headers
-            ) from error
-        for warning in first.get_grammar_warnings():
-            log.warning("%s: passed over: %s", param, warning[:500])
-        matchers = [first, *(first.deep_copy() for _ in range(count - 1))]
-        return [TokenGrammar(one, self._tokenizer.eos_ids, self._vocab_size) for one in matchers]
 
     def _compile(self, grammar: str, param: str) -> Any:
         with self._lock:
@@ -187,15 +214,21 @@ class GrammarCompiler:
         return matcher
 
 
+def _check_size(grammar: str, param: str) -> None:
+    if len(grammar) > MAX_GRAMMAR_BYTES:
+        raise bad_request(f"the schema takes {len(grammar)} bytes, over {MAX_GRAMMAR_BYTES}", param)
+
+
 def _with_options(value: Any, schema: Schema) -> Any:
     """A schema with what tells the engine how to read it."""
     if not isinstance(value, dict):
         return value
-    options = {"whitespace_pattern": WHITESPACE, "lenient": not schema.strict}
+    space = WHITESPACE if schema.whitespace is None else schema.whitespace
+    options = {"whitespace_pattern": space, "lenient": not schema.strict}
     return {**value, "x-guidance": options}
 
 
-def _only(schemas: Sequence[Any]) -> str:
+def only(schemas: Sequence[Any]) -> str:
     """The grammar of one schema."""
     return f"start: %json {json.dumps(schemas[0], ensure_ascii=False, separators=(',', ':'))}"
 

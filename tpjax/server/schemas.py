@@ -35,12 +35,14 @@ class Schema:
         strict: all of it is enforced, or the request is refused.
         name: what it is, for messages.
         replaceable: where it is not strict and cannot be used at all, any object will do.
+        whitespace: expression of what may stand between tokens of JSON; ``None``: a little.
     """
 
     value: Json
     strict: bool
     name: str
     replaceable: bool = False
+    whitespace: str | None = None
 
 
 def ready(schema: Json) -> Json:

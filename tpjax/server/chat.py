@@ -320,9 +320,6 @@ def _rendering(asked: ChatBody | TokenizeBody) -> dict[str, Any]:
     if isinstance(asked, ChatBody):
         if asked.documents is not None:
             more["documents"] = asked.documents
-        if asked.reasoning_effort is not None:  # templates know it under either name
-            more["reasoning_effort"] = asked.reasoning_effort
-            more["enable_thinking"] = asked.reasoning_effort != "none"
     return {
         "add_generation_prompt": asked.add_generation_prompt is not False and not goes_on,
         "continue_final_message": goes_on,

@@ -25,6 +25,7 @@ Turn = dict[str, Any]
 
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # the first that is there is the one meant
+_NOTED = "OK."  # an answer to results, where the next user's turn may not come without one
 _SHORT_ID = re.compile(r"[a-zA-Z0-9]{9}")
 _RESULT = "<tool_response>\n{}\n</tool_response>"
 
@@ -254,6 +255,9 @@ def _alternating(turns: list[Turn]) -> list[Turn]:
     merged: list[Turn] = []
     for turn in turns:
         last = merged[-1] if merged else {"role": None}
+        if last["role"] == "tool" and turn["role"] == "user":
+            merged.append({"role": "assistant", "content": _NOTED})
+            last = merged[-1]
         alike = turn["role"] == last["role"] and turn["role"] in ("user", "assistant")
         if alike and "tool_calls" not in turn and "tool_calls" not in last:
             merged[-1] = {**last, "content": _joined([last, turn])}

@@ -63,8 +63,10 @@ class Share:
         Raises:
             ApiError: 429; nothing more is taken then.
         """
+        if not self._open:
+            return
         self.check(size)
-        if self._open and size > max(self._taken, FREE_BYTES):
+        if size > max(self._taken, FREE_BYTES):
             self._budget.used += size - self._taken
             self._taken = size
 

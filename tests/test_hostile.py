@@ -470,7 +470,7 @@ def wire(request: pytest.FixtureRequest, server: Running) -> Iterator[Running]:
             from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as Protocol
         else:
             from uvicorn.protocols.http.h11_impl import H11Protocol as Protocol
-        patch.setattr("tpjax.server.run.Connection.__bases__", (Protocol,))
+        patch.setattr(server.server.config, "http_protocol_class", Protocol)
         yield server
 
 

@@ -88,7 +88,7 @@ class Edge:
 
         try:
             try:
-                _check_framing(headers)
+                _check_framing(scope["headers"])
                 self._check_key(scope["path"], headers)
                 body = await self._body(receive, headers, share)
             except ApiError as error:
@@ -181,10 +181,16 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-def _check_framing(headers: dict[str, str]) -> None:
-    """Refuses a body with two lengths: a proxy may believe the other one, and see a request in the rest."""
-    if "transfer-encoding" in headers and "content-length" in headers:
+def _check_framing(headers: list[tuple[bytes, bytes]]) -> None:
+    """Refuses a body of doubtful length: a proxy may see another one, and another request in the rest."""
+    lengths = [value for name, value in headers if name == b"content-length"]
+    codings = [value.strip().lower() for name, value in headers if name == b"transfer-encoding"]
+    if lengths and codings:
         raise bad_request("the request has both Content-Length and Transfer-Encoding")
+    if codings not in ([], [b"chunked"]):
+        raise ApiError(501, f"Transfer-Encoding {b', '.join(codings)[:80]!r} is not supported: use chunked")
+    if len(set(lengths)) > 1:
+        raise bad_request("the request has two different Content-Length")
 
 
 async def send_error(error: ApiError, send: Send, *, more_body: bool = False) -> None:

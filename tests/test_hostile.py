@@ -242,7 +242,7 @@ PIECES = (
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     parts=st.lists(st.tuples(st.sampled_from(PIECES) | st.text(max_size=4), st.integers(1, 50)), max_size=12)
 )

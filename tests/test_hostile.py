@@ -9,6 +9,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -370,7 +372,11 @@ def slow_chats(server: Running, count: int) -> Iterator[list[socket.socket]]:
         server.until(lambda: server.service.pending == 0, 60)
 
 
-def test_who_waits_for_a_template_waits_in_the_queue(http: httpx.Client, server: Running) -> None:
+def test_who_waits_for_a_template_waits_in_the_queue(
+    http: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = server.server.config.app._app.state.pools.templates.workers._slow
+    monkeypatch.setattr(workers, "_time_limit_s", 600)
     with slow_chats(server, SLOTS + QUEUE):
         for path, body in (
             (CHAT, chat("hi")),
@@ -382,11 +388,15 @@ def test_who_waits_for_a_template_waits_in_the_queue(http: httpx.Client, server:
     assert http.post(CHAT, json=chat("hi")).status_code == 200
 
 
-def test_slow_templates_leave_room_and_end_with_their_clients(http: httpx.Client, server: Running) -> None:
-    with slow_chats(server, 3):  # of four places
+def test_slow_templates_leave_room_and_end_with_their_clients(
+    http: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = server.server.config.app._app.state.pools.templates.workers._slow
+    monkeypatch.setattr(workers, "_time_limit_s", 600)
+    with slow_chats(server, SLOTS + QUEUE - 1):  # more than there are places for such
         assert http.post(COMPLETIONS, json=completion("hi")).status_code == 200
         assert http.post(CHAT, json=chat("hi")).status_code == 200
-        assert server.service.pending == 3
+        assert server.service.pending == SLOTS + QUEUE - 1
     assert http.post(CHAT, json=chat("hi")).status_code == 200
 
 
@@ -402,7 +412,7 @@ def test_text_over_the_budget_comes_back_later(http: httpx.Client, server: Runni
             held.append(sock)
         large = {"content-type": "application/json"}
 
-        held_bytes = 4 * (len(body) - 1)
+        held_bytes = 4 * len(body)
         server.until(lambda: server.server.config.app._budget.used == held_bytes, 60)
         answer = http.post(COMPLETIONS, content=body, headers=large)
         assert error_of(answer, 429)["code"] == "text_budget_full" and answer.headers["retry-after"] == "1"
@@ -563,3 +573,14 @@ def test_an_ordinary_client_reads_its_413(http: httpx.Client) -> None:
         answer = http.post(COMPLETIONS, content=content, headers={"content-type": "application/json"})
         assert error_of(answer, 413)["code"] == "request_too_large"
     assert http.post(COMPLETIONS, json=completion("hi")).status_code == 200
+
+
+@pytest.mark.slow
+def test_a_server_holds_under_attack() -> None:
+    """The script's whole programme against `tpjax serve`; on a busy machine others wait longer."""
+    script = Path(__file__).parents[1] / "scripts" / "attack_server.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--rounds", "5", "--latency-s", "10"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "held    memory after 5 rounds" in done.stdout and "429: " in done.stdout

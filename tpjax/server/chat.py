@@ -24,7 +24,7 @@ from tpjax.server.errors import bad_request
 from tpjax.server.grammar import GrammarCompiler, TokenGrammar
 from tpjax.server.grammar_check import GrammarChecker
 from tpjax.server.protocol import ChatBody, Message, TokenizeBody, Tool
-from tpjax.server.sandbox import WorkerPool
+from tpjax.server.sandbox import PatientPool
 from tpjax.server.service import Service
 from tpjax.server.texts import Texts
 
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from tpjax.tokenizer import Tokenizer
 
 
-RENDERERS = 4
+# Templates take a millisecond, and a tenth of a second over megabytes.
+QUICK_RENDERERS, SLOW_RENDERERS, QUICK_LIMIT_S = 2, 2, 0.25
 
 # Parameters of a rendering that have a place of their own in a body.
 _RENDERING = {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"}
@@ -57,7 +58,7 @@ class Templates:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, texts: Texts) -> None:
         self._templates = tokenizer.chat_templates
         self.texts = texts
-        self.workers = WorkerPool(RENDERERS, WHAT)
+        self.workers = PatientPool(QUICK_RENDERERS, SLOW_RENDERERS, WHAT, QUICK_LIMIT_S)
         self.grammars = GrammarCompiler(tokenizer, vocab_size, GrammarChecker())
 
     async def prompt(

@@ -56,6 +56,11 @@ class FakeRunner:
         self.history: dict[int, tuple[list[int], list[int]]] = {}
         self.masks: dict[int, np.ndarray] = {}
         self.prefilled = 0
+        self.losses = 0
+
+    def reset(self) -> None:
+        self.losses += 1
+        self.kept[:] = self.tokens[:] = -1
 
     def prefill(self, row: Row, tokens: Sequence[int]) -> Sampled:
         size = next(size for size in self.chunk_sizes if size >= len(tokens))
@@ -67,9 +72,9 @@ class FakeRunner:
 
     def prefill_and_score(self, row: Row, tokens: Sequence[int], targets: Sequence[int]) -> Any:
         drawn = self.prefill(row, tokens)
-        scores = np.array([-float(t) for t in targets] + [0.0] * (8 - len(targets)))
+        padded = np.array([*targets, *[0] * (8 - len(targets))])
         top = np.tile(np.arange(20), (8, 1))
-        return drawn, Sampled(np.array([*targets]), scores, top, -top.astype(float))
+        return drawn, Sampled(padded, -padded.astype(float), top, -top.astype(float))
 
     def decode(self, rows: Sequence[Row], steps: int) -> Sampled:
         out = np.full((steps, len(rows)), NO_TOKEN)

@@ -18,6 +18,7 @@ class Delta:
         token_ids: may be empty in the last delta.
         finish_reason: set in the last delta.
         logprobs: one entry a token where ``SamplingParams.logprobs`` asked for them.
+        error: what went wrong, where ``finish_reason`` is ``error``.
         offsets: where each token begins in the whole text, characters; one that shows nothing begins where
             the next would.
     """
@@ -26,6 +27,7 @@ class Delta:
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    error: str | None = None
     offsets: list[int] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -71,7 +73,12 @@ class Generation:
         first = len(request.output_ids) - len(tokens)
         text, offsets = self._push(tokens) if self._stream else ("", [0] * len(tokens))
         return Delta(
-            text, request.output_ids[first:], request.finish_reason, request.logprobs[first:], offsets
+            text,
+            request.output_ids[first:],
+            request.finish_reason,
+            request.logprobs[first:],
+            request.error,
+            offsets,
         )
 
     def _push(self, tokens: list[int]) -> tuple[str, list[int]]:

@@ -127,6 +127,7 @@ async def gather(stream: Stream) -> list[Delta]:
             [token for delta in deltas for token in delta.token_ids],
             deltas[-1].finish_reason,
             [entry for delta in deltas for entry in delta.logprobs],
+            deltas[-1].error,
             [min(at, sum(len(delta.text) for delta in deltas)) for delta in deltas for at in delta.offsets],
         )
         for deltas in parts

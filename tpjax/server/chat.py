@@ -262,12 +262,8 @@ def _rendering(asked: ChatBody | TokenizeBody) -> dict[str, Any]:
             "continue_final_message and add_generation_prompt cannot both be true", "continue_final_message"
         )
     more: dict[str, Any] = {"chat_template": asked.chat_template} if asked.chat_template is not None else {}
-    if isinstance(asked, ChatBody):
-        if asked.documents is not None:
-            more["documents"] = asked.documents
-        if asked.reasoning_effort is not None:  # templates know it under either name
-            more["reasoning_effort"] = asked.reasoning_effort
-            more["enable_thinking"] = asked.reasoning_effort != "none"
+    if isinstance(asked, ChatBody) and asked.documents is not None:
+        more["documents"] = asked.documents
     return {
         "add_generation_prompt": asked.add_generation_prompt is not False and not goes_on,
         "continue_final_message": goes_on,

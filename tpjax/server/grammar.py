@@ -79,16 +79,8 @@ class GrammarCompiler:
         self._vocabulary: llguidance.LLTokenizer | None = None
         self._lock = threading.Lock()
 
-    async def schema(
-        self, schema: Any, param: str, count: int, *, whitespace: str | None = None
-    ) -> list[TokenGrammar]:
+    async def schema(self, schema: Any, param: str, count: int) -> list[TokenGrammar]:
         """Grammars of a JSON schema, one for each of ``count`` choices.
-
-        Args:
-            schema: decoded.
-            param: of the request, for errors.
-            count: of choices.
-            whitespace: expression of what may stand between tokens of JSON; ``None``: a little.
 
         Raises:
             ApiError: 400; it is too large, not valid, or cannot be compiled in time.
@@ -96,11 +88,10 @@ class GrammarCompiler:
         text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
         _check_size(text, param)
         try:
-            layout: Any = _LAYOUT if whitespace is None else {"whitespace_pattern": whitespace}
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=layout)
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_LAYOUT)
         except ValueError as error:
             raise bad_request(f"the schema is not usable: {error}"[:500], param) from error
-        return await self.grammar(grammar, param, count)
+        return await self._make(grammar, param, count)
 
     async def lark(self, lark: str, param: str, count: int) -> list[TokenGrammar]:
         """Grammars in llguidance's dialect of Lark.
@@ -108,14 +99,9 @@ class GrammarCompiler:
         Raises:
             ApiError: as for a schema.
         """
-        return await self.grammar(llguidance.LLMatcher.grammar_from_lark(lark), param, count)
+        return await self._make(llguidance.LLMatcher.grammar_from_lark(lark), param, count)
 
-    async def grammar(self, grammar: str, param: str, count: int) -> list[TokenGrammar]:
-        """Grammars in llguidance's own form.
-
-        Raises:
-            ApiError: as for a schema.
-        """
+    async def _make(self, grammar: str, param: str, count: int) -> list[TokenGrammar]:
         _check_size(grammar, param)
         if not self._tokenizer.eos_ids:
             raise bad_request("a schema needs an end-of-text token, and the model has none", param)

@@ -58,14 +58,21 @@ async def _structured(
     if kind in ("json_", "json_object"):
         schema = {"type": "object"} if kind == "json_object" else _schema(asked.json_, param)
         space = "" if asked.disable_any_whitespace else asked.whitespace_pattern
-        return await compiler.schema(schema, param, count, whitespace=space)
-    if kind == "regex":
-        grammar = llguidance.LLMatcher.grammar_from_regex(asked.regex or "")
-        return await compiler.grammar(grammar, param, count)
-    if kind == "choice":
-        texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in asked.choice or ())
-        return await compiler.lark(f"start: {texts}", param, count)
-    return await compiler.lark(await compiler.to_lark(asked.grammar or "", param), param, count)
+        if space is None or not isinstance(schema, dict):
+            return await compiler.schema(schema, param, count)
+        lark = f"start: %json {_json(schema | {'x-guidance': {'whitespace_pattern': space}})}"
+    elif kind == "regex":
+        grammar = json.loads(llguidance.LLMatcher.grammar_from_regex(asked.regex or ""))
+        lark = grammar["grammars"][0]["lark_grammar"]
+    elif kind == "choice":
+        lark = f"start: {' | '.join(map(_json, asked.choice or ()))}"
+    else:
+        lark = await compiler.to_lark(asked.grammar or "", param)
+    return await compiler.lark(lark, param, count)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _schema(given: Any, param: str) -> Any:

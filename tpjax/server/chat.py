@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 # Templates take a millisecond, and a tenth of a second over megabytes.
-QUICK_RENDERERS, SLOW_RENDERERS, QUICK_LIMIT_S = 2, 2, 0.25
+QUICK_RENDERERS, SLOW_RENDERERS, QUICK_LIMIT_S = 2, 2, 0.5
 
 # Parameters of a rendering that have a place of their own in a body.
 _RENDERING = {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"}

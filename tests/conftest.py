@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import tpjax
+import jaxtyping
+
+
+def modules_with_shapes() -> list[str]:
+    """The modules of tpjax whose signatures have array shapes, found without importing one."""
+    (package,) = (Path(one) for one in importlib.util.find_spec("tpjax").submodule_search_locations)
+    found = sorted(path for path in package.rglob("*.py") if "from jaxtyping import" in path.read_text())
+    return [".".join(path.relative_to(package.parent).with_suffix("").parts) for path in found]
+
+
+# shapes and dtypes in signatures are checked at each call: while tracing, that is, so once a program
+jaxtyping.install_import_hook(modules_with_shapes(), "signatures.checked")
+
+import tpjax  # noqa: E402
 
 # the tests compile hundreds of small programs, each for a few calls: LLVM's optimisation costs half that time
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"

@@ -55,7 +55,8 @@ def test_absorbed_equals_expanded() -> None:
         project = KeyValueProjection(CONFIG, HEADS, F32)
     nnx.update(project, jax.tree.map(lambda w: random(*w.shape, seed=w.shape[0]), nnx.state(project)))
     latents, query = random(2, 1, 7, RANK + TURNING, seed=1), random(2, 3, HEADS, 1, FIXED + TURNING, seed=2)
-    positions = np.array([[4, 5, 6], [0, 1, 2]])
+    latents, query = jnp.asarray(latents), jnp.asarray(query)
+    positions = jnp.array([[4, 5, 6], [0, 1, 2]])
 
     keys, values = project.expand(latents)
     assert keys.shape == (2, HEADS, 7, FIXED + TURNING) and values.shape == (2, HEADS, 7, VALUE)

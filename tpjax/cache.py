@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +40,10 @@ class Placement:
 
     block_tables: Int[Array, "B blocks"]
     positions: Int[Array, "B S"]
-    reach: Int[Array, B] | None = None
+    reach: Int[Array, " B"] | None = None
 
 
+@runtime_checkable  # tests check types at run time
 class Pages(Protocol):
     """What attention walks: the keys and values of cached positions, a page at a time."""
 
@@ -52,7 +53,7 @@ class Pages(Protocol):
         ...
 
     def read(
-        self, pages: Int[Array, B]
+        self, pages: Int[Array, " B"]
     ) -> tuple[Float[Array, "B K page_size h"], Float[Array, "B K page_size v"]]:
         """Keys and values of one page of each sequence; K may be 1, for all heads alike."""
         ...
@@ -78,7 +79,7 @@ class LayerCache:
         return LayerCache(_write(self.keys, keys, at), _write(self.values, values, at))
 
     def read(
-        self, pages: Int[Array, B]
+        self, pages: Int[Array, " B"]
     ) -> tuple[Float[Array, "B K page_size h"], Float[Array, "B K page_size h"]]:
         """Keys and values of one page of each sequence."""
         return _read(self.keys, pages), _read(self.values, pages)
@@ -100,7 +101,7 @@ class LatentCache:
         """Stores new latents at their positions."""
         return LatentCache(_write(self.latents, latents, at))
 
-    def read(self, pages: Int[Array, B]) -> Float[Array, "B 1 page_size r"]:
+    def read(self, pages: Int[Array, " B"]) -> Float[Array, "B 1 page_size r"]:
         """Latents of one page of each sequence."""
         return _read(self.latents, pages)
 
@@ -179,7 +180,7 @@ def _format(mesh: Mesh, layout: CacheLayout) -> Format | NamedSharding:
 
 
 def _read(
-    buffer: Float[Array, "pages K page_size h"], pages: Int[Array, B]
+    buffer: Float[Array, "pages K page_size h"], pages: Int[Array, " B"]
 ) -> Float[Array, "B K page_size h"]:
     return buffer.at[pages].get(mode="promise_in_bounds")
 

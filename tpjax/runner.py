@@ -29,7 +29,7 @@ from tpjax.errors import ConfigError
 from tpjax.model import Decoder
 from tpjax.sampling import History, Sampled, SamplingRows, sample, score
 from tpjax.sampling_params import SamplingParams
-from tpjax.sharding import LOGITS, POSITIONS, REPLICATED, pad_to_multiple
+from tpjax.sharding import LOGITS, POSITIONS, REPLICATED, Leaf, pad_to_multiple
 
 log = logging.getLogger(__name__)
 
@@ -145,9 +145,9 @@ class Row:
 class _Rows:
     """``Row``s as arrays; a row that does not exist uses the spare slot and the null page."""
 
-    ints: Int[Array, "B 4"]  # slot, position, remaining, reach
-    stop_ids: Int[Array, "B stop"]
-    block_tables: Int[Array, "B blocks"]
+    ints: Int[Leaf, "B 4"]  # slot, position, remaining, reach
+    stop_ids: Int[Leaf, "B stop"]
+    block_tables: Int[Leaf, "B blocks"]
     sampling: SamplingRows
 
     @classmethod
@@ -177,7 +177,7 @@ class State:
     """
 
     cache: PagedKVCache
-    tokens: Int[Array, slots]
+    tokens: Int[Leaf, " slots"]
     history: History
 
 
@@ -600,7 +600,7 @@ def _set_history(
     return State(state.cache, state.tokens, history)
 
 
-def _set_masks(state: State, slots: Int[Array, B], words: UInt[Array, "B words"]) -> State:
+def _set_masks(state: State, slots: Int[Array, " B"], words: UInt[Array, "B words"]) -> State:
     bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
     padded_vocab = state.history.allowed.shape[1]
     allowed = bits.reshape(len(slots), -1)[:, :padded_vocab].astype(jnp.bool_)

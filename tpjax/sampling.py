@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from tpjax.mesh import AXIS
 from tpjax.sampling_params import MAX_LOGPROBS, SamplingParams
-from tpjax.sharding import LOGITS
+from tpjax.sharding import LOGITS, Leaf
 
 # Bits of the threshold settled per round; each round is one small all-reduce of 2**bits - 1 sums a row.
 _BITS_PER_ROUND = 4
@@ -42,8 +42,8 @@ class SamplingRows:
             whether to draw only what the slot's mask allows.
     """
 
-    floats: Float[Array, "B 6"]
-    ints: Int[Array, "B 5"]
+    floats: Float[Leaf, "B 6"]
+    ints: Int[Leaf, "B 5"]
 
     @classmethod
     def pack(
@@ -84,10 +84,10 @@ class History:
         allowed: whether a row that is masked may draw the token next.
     """
 
-    in_prompt: Bool[Array, "slots V"]
-    counts: Int[Array, "slots V"]
-    bias: Float[Array, "slots V"]
-    allowed: Bool[Array, "slots V"]
+    in_prompt: Bool[Leaf, "slots V"]
+    counts: Int[Leaf, "slots V"]
+    bias: Float[Leaf, "slots V"]
+    allowed: Bool[Leaf, "slots V"]
 
     @classmethod
     def abstract(cls, slots: int, padded_vocab: int, mesh: Mesh) -> History:
@@ -112,18 +112,18 @@ class Sampled:
         top_logprobs: theirs.
     """
 
-    tokens: Int[Array, B]
-    logprobs: Float[Array, B]
-    top_tokens: Int[Array, "B top"]
-    top_logprobs: Float[Array, "B top"]
+    tokens: Int[Leaf, "*steps B"]
+    logprobs: Float[Leaf, "*steps B"]
+    top_tokens: Int[Leaf, "*steps B top"]
+    top_logprobs: Float[Leaf, "*steps B top"]
 
 
 def sample(
     logits: Float[Array, "B V"],
     rows: SamplingRows,
     history: History,
-    slots: Int[Array, B],
-    positions: Int[Array, B],
+    slots: Int[Array, " B"],
+    positions: Int[Array, " B"],
     mesh: Mesh,
 ) -> tuple[Sampled, History]:
     """Draws one token per row and counts it in the row's slot.
@@ -146,7 +146,7 @@ def sample(
     )(logits, rows, history, slots, positions)
 
 
-def score(logits: Float[Array, "N V"], tokens: Int[Array, N], mesh: Mesh) -> Sampled:
+def score(logits: Float[Array, "N V"], tokens: Int[Array, " N"], mesh: Mesh) -> Sampled:
     """Log-probabilities of given tokens, and of the likeliest, each under its row of logits."""
 
     def shard(logits: Array, tokens: Array) -> Sampled:
@@ -285,7 +285,7 @@ def _unordered(keys: UInt[Array, "*n"]) -> Float[Array, "*n"]:
     return jnp.where(jnp.isnan(value), -jnp.inf, value)
 
 
-def _gumbel(seeds: Int[Array, B], positions: Int[Array, B], tokens: Int[Array, share]) -> Array:
+def _gumbel(seeds: Int[Array, " B"], positions: Int[Array, " B"], tokens: Int[Array, " share"]) -> Array:
     """Standard Gumbel noise for each row and token, float32 [B, share]."""
 
     def words(seed: Array, position: Array) -> Array:
@@ -308,7 +308,7 @@ def _gumbel_of(high: UInt[Array, "*n"], low: UInt[Array, "*n"]) -> Float[Array, 
     return -jnp.log(-jnp.log1p(-uniform))
 
 
-def _winner(scores: Float[Array, "B share"], tokens: Int[Array, share]) -> Int[Array, B]:
+def _winner(scores: Float[Array, "B share"], tokens: Int[Array, " share"]) -> Int[Array, " B"]:
     """The token of the highest score over all devices; of equals, the lowest id. One small all-gather.
 
     A NaN counts as highest, and gives ``NAN_TOKEN``; minus infinity gives ``NOTHING_ALLOWED``.

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import jax
 import numpy as np
@@ -17,6 +17,11 @@ from jax.sharding import PartitionSpec as P
 
 from tpjax.errors import ConfigError
 from tpjax.mesh import AXIS
+
+if TYPE_CHECKING:
+    Leaf: TypeAlias = jax.Array
+else:  # of a tree that a program takes or returns: on devices, or still (or again) on the host
+    Leaf = jax.Array | np.ndarray
 
 REPLICATED = P()
 COLUMN = P(None, AXIS)  # [in, out]: each device computes some outputs; no collective

@@ -100,7 +100,7 @@ class Attention(nnx.Module):
         cache: LayerCache,
         at: Placement,
         window: int | None,
-    ) -> tuple[Float[Array, "B S D"], LayerCache]:
+    ) -> tuple[Float[Array, "*shares B S D"], LayerCache]:
         """Each device's share of the sum over heads, and the cache with the new keys and values."""
         config, group = self.config, self.plan.group_size
         x = constrain(x, REPLICATED)  # all-gather over tp where the residual is cut over positions
@@ -178,8 +178,8 @@ class _Mix(NamedTuple):
     def attend(
         self,
         query: Float[Array, "B K rows h"],
-        keys: Float[Array, "B K T h"],
-        values: Float[Array, "B K T v"],
+        keys: Float[Array, " B #K T h"],
+        values: Float[Array, " B #K T v"],
         visible: Bool[Array, "B 1 rows T"],
         scale: float,
         softcap: float | None,
@@ -212,8 +212,8 @@ def soft_capped(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*
 
 def paged_attention(
     query: Float[Array, "B S K G h"],
-    key: Float[Array, "B S K h"],
-    value: Float[Array, "B S K v"],
+    key: Float[Array, "B S #K h"],
+    value: Float[Array, "B S #K v"],
     cache: Pages,
     at: Placement,
     *,
@@ -273,7 +273,7 @@ def _walk(
     row_positions: Int[Array, "B 1 rows 1"],
     cache: Pages,
     at: Placement,
-    stop: Int[Array, B],
+    stop: Int[Array, " B"],
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -297,7 +297,9 @@ def _walk(
     return jax.lax.fori_loop(first, -(-jnp.max(stop) // page_size), page, _Mix.empty(rows, width))
 
 
-def _visible(query_at: Int[Array, ...], key_at: Int[Array, ...], window: int | None) -> Bool[Array, ...]:
+def _visible(
+    query_at: Int[Array, " ..."], key_at: Int[Array, " ..."], window: int | None
+) -> Bool[Array, " ..."]:
     causal = key_at <= query_at
     return causal if window is None else causal & (key_at > query_at - window)
 
@@ -305,14 +307,14 @@ def _visible(query_at: Int[Array, ...], key_at: Int[Array, ...], window: int | N
 def reference_attention(
     query: Float[Array, "B S K G h"],
     keys: Float[Array, "B T K h"],
-    values: Float[Array, "B T K h"],
+    values: Float[Array, "B T K v"],
     positions: Int[Array, "B S"],
     *,
     scale: float,
     window: int | None,
     softcap: float | None = None,
     sinks: Float[Array, "K G"] | None = None,
-) -> Float[Array, "B S K G h"]:
+) -> Float[Array, "B S K G v"]:
     """What :func:`paged_attention` computes, written as the definition: one softmax over contiguous keys."""
     scores = jnp.einsum("bskgh,btkh->bkgst", query, keys, preferred_element_type=jnp.float32) * scale
     visible = _visible(positions[:, :, None], jnp.arange(keys.shape[1]), window)

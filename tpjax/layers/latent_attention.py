@@ -104,7 +104,7 @@ class LatentAttention(nnx.Module):
         cache: LatentCache,
         at: Placement,
         window: int | None,
-    ) -> tuple[Float[Array, "B S D"], LatentCache]:
+    ) -> tuple[Float[Array, "*shares B S D"], LatentCache]:
         """Each device's share of the sum over heads, and the cache with the new latents."""
         config, rank = self.config, self.latent.kv_lora_rank
         q_rank = self.latent.q_lora_rank or 0
@@ -191,5 +191,5 @@ class _View:
     def page_size(self) -> int:
         return self.cache.page_size
 
-    def read(self, pages: Int[Array, B]) -> KeysValues:
+    def read(self, pages: Int[Array, " B"]) -> KeysValues:
         return self.compute(self.cache.read(pages))

@@ -89,7 +89,7 @@ class RowLinear(nnx.Module):
         self.bias = None if bias is None else parameter(bias, REPLICATED, dtype)
         self.shares = shares
 
-    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "... out"]:
         """The sum over all devices' inputs; where the caller fixes its layout, the all-reduce happens.
 
         With ``shares``, each device's own part of it, along a first axis that is cut: no collective.

@@ -89,7 +89,7 @@ class MLP(nnx.Module):
         self.gated = config.gated_mlp
         self.tp = tp
 
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "*shares B S D"]:
         """Each device's share of the sum over F; the caller adds the shares up."""
         batch = x.shape[:-1]
         x = constrain(x, REPLICATED)  # all-gather over tp where the residual is cut over positions

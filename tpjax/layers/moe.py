@@ -49,11 +49,11 @@ class Routing(NamedTuple):
 
 
 class ExpertWeights(NamedTuple):
-    """Weights of a stack of experts, or of one of them: then without the first axis."""
+    """Weights of a stack of experts, or of one of them: then without the first axis. F2 is twice F."""
 
-    gate_up: Float[Array, "E D 2F"]
-    down: Float[Array, "E F D"]
-    gate_up_bias: Float[Array, "E 2F"] | None
+    gate_up: Float[Array, "E D F2"]
+    down: Float[Array, "E F2//2 D"]
+    gate_up_bias: Float[Array, "E F2"] | None
     down_bias: Float[Array, "E D"] | None
 
     def of(self, expert: Int[Array, ""]) -> ExpertWeights:
@@ -218,7 +218,7 @@ class MoE(nnx.Module):
         self.shared_expert_gate = Scores("shared_expert_gate", 1, config) if moe.shared_gate else None
         self.config = config
 
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "*shares B S D"]:
         """Each device's share of the sum of each token's experts; the caller adds the shares up."""
         x = constrain(x, REPLICATED)  # all-gather over tp where the residual is cut over positions
         tokens = x.reshape(-1, x.shape[-1])
@@ -308,7 +308,7 @@ def routed_experts(
 
 def tiled_experts(
     x: Float[Array, "M D"],
-    rows_of: Int[Array, E],
+    rows_of: Int[Array, " E"],
     experts: ExpertWeights,
     *,
     config: ModelConfig,
@@ -343,7 +343,7 @@ def tiled_experts(
 
 
 def ragged_experts(
-    x: Float[Array, "M D"], rows_of: Int[Array, E], experts: ExpertWeights, *, config: ModelConfig
+    x: Float[Array, "M D"], rows_of: Int[Array, " E"], experts: ExpertWeights, *, config: ModelConfig
 ) -> Float[Array, "M D"]:
     """What :func:`tiled_experts` computes, as two grouped products."""
     expert = jnp.repeat(jnp.arange(rows_of.size), rows_of, total_repeat_length=x.shape[0])
@@ -367,7 +367,7 @@ def reference_experts(
     return jnp.einsum("ne,end->nd", weights, every.astype(jnp.float32))
 
 
-def _glu(gate_up: Float[Array, "T 2F"], config: ModelConfig) -> Float[Array, "T F"]:
+def _glu(gate_up: Float[Array, "T F2"], config: ModelConfig) -> Float[Array, "T F2//2"]:
     moe = moe_of(config)
     gate, up = jnp.split(gate_up, 2, axis=-1)
     if moe.swiglu_limit is None:

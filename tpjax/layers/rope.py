@@ -60,7 +60,7 @@ def _yarn_ramp(rope: RopeConfig, dim: int) -> tuple[float, float]:
     return low, high if high != low else high + 0.001  # as the published code avoids dividing by zero
 
 
-def frequencies_by_length(rope: RopeConfig, dim: int, reach: Int[Array, B]) -> Float[Array, "B half"]:
+def frequencies_by_length(rope: RopeConfig, dim: int, reach: Int[Array, " B"]) -> Float[Array, "B half"]:
     """Radians per position for sequences that will get that long, where frequencies go by the length.
 
     ``dynamic``: the base grows by ``(factor * L / original - factor + 1) ** (dim / (dim - 2))`` for lengths
@@ -77,7 +77,7 @@ def frequencies_by_length(rope: RopeConfig, dim: int, reach: Int[Array, B]) -> F
 
 
 def rotation(
-    rope: RopeConfig, dim: int, positions: Int[Array, "B S"], reach: Int[Array, B] | None = None
+    rope: RopeConfig, dim: int, positions: Int[Array, "B S"], reach: Int[Array, " B"] | None = None
 ) -> Rotation:
     """The rotation of each position. One per kind of layer and step, shared by its layers.
 

@@ -56,6 +56,11 @@ class FakeRunner:
         self.history: dict[int, tuple[list[int], list[int]]] = {}
         self.masks: dict[int, np.ndarray] = {}
         self.prefilled = 0
+        self.losses = 0
+
+    def reset(self) -> None:
+        self.losses += 1
+        self.kept[:] = self.tokens[:] = -1
 
     def prefill(self, row: Row, tokens: Sequence[int]) -> Sampled:
         size = next(size for size in self.chunk_sizes if size >= len(tokens))

@@ -201,6 +201,7 @@ def test_every_error_is_a_tpjax_error() -> None:
         "CheckpointError",
         "DeviceError",
         "DownloadError",
+        "EngineError",
         "RequestError",
     }
     assert all(issubclass(kind, tpjax.TpjaxError) for kind in kinds)

@@ -136,17 +136,38 @@ def test_a_chunk_that_begins_inside_a_page_ends_in_it() -> None:
     assert run(of, of.schedule()) == (long, 4, 12)
 
 
-def test_several_steps_only_where_nobody_waits() -> None:
+def steps_of(of: Scheduler) -> list[int]:
+    """Runs until nothing is left; the steps of each decode dispatch."""
+    steps = []
+    while (work := of.schedule()) is not None:
+        if isinstance(work, Decode):
+            steps.append(work.steps)
+        run(of, work)
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("tokens", "steps"),
+    (
+        (9, [4, 4]),  # the slot becomes free with the end of the second
+        (11, [4, 4, 1, 1]),  # it becomes free in between, and is given away then
+        (3, [1, 1]),
+    ),
+)
+def test_several_steps_unless_a_place_could_be_given(tokens: int, steps: list[int]) -> None:
+    """The first token comes with the prompt. The last one has nobody to wait for it."""
     of = scheduler(slots=1, steps=4)
-    first, second = request(2, 9), request(2, 9, first=50)
-    of.add(first)
-    run(of, of.schedule())
-    work = of.schedule()
-    assert isinstance(work, Decode) and work.steps == 4
-    run(of, work)
-    of.add(second)
-    work = of.schedule()
-    assert isinstance(work, Decode) and work.steps == 1
+    for at in range(3):
+        of.add(request(2, tokens, first=50 * at))
+    assert steps_of(of)[: 2 * len(steps)] == steps * 2
+
+
+def test_several_steps_while_a_slot_is_free_but_no_page() -> None:
+    """The second request does not fit beside the first, which ends with its last page."""
+    of = scheduler(slots=2, pages=6, steps=4)
+    of.add(request(8, 16))
+    of.add(request(20, 4, first=90))
+    assert steps_of(of)[:6] == [4, 4, 4, 1, 1, 1]
 
 
 def test_a_large_request_is_not_overtaken() -> None:

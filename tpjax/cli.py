@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from tpjax import __version__
 from tpjax.config import ExpertSharding
-from tpjax.errors import ConfigError, RequestError, TpjaxError
+from tpjax.errors import ConfigError, EngineError, RequestError, TpjaxError
 
 if TYPE_CHECKING:
     from tpjax.llm import LLM
@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has gone (`tpjax generate ... | head -1`): let the interpreter's last flush go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    except EngineError as error:
+        return _fail(str(error), EXIT_INTERNAL, args)
     except TpjaxError as error:
         return _fail(str(error), EXIT_BAD_INPUT, args)
     except Exception as error:
@@ -392,6 +394,8 @@ def _print_stream(deltas: Iterable[Any], figures: Figures) -> None:
         sys.stdout.flush()
     sys.stdout.write("\n")
     sys.stdout.flush()
+    if figures.finish_reason == "error":
+        raise EngineError(delta.error)
     if figures.tokens > first_tokens and last > first:
         figures.tokens_per_s = (figures.tokens - first_tokens) / (last - first)
 

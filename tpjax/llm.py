@@ -23,7 +23,7 @@ from tpjax.engine.request import FinishReason, Request, TokenLogprobs
 from tpjax.errors import ConfigError, RequestError
 from tpjax.memory import device_memory, plan_limits
 from tpjax.mesh import make_mesh
-from tpjax.runner import Residual, Row, Runner, resolve_dtype
+from tpjax.runner import Residual, Runner, resolve_dtype
 from tpjax.sampling_params import MAX_SEED, SamplingParams
 from tpjax.tokenizer import Tokenizer, load_tokenizer
 
@@ -45,7 +45,7 @@ class Completion:
         finish_reason: ``stop`` (an end-of-text token, a stop token or string), ``length``, or ``error``.
         logprobs: one entry a token where ``SamplingParams.logprobs`` asked for them.
         prompt_logprobs: one entry a prompt token, ``None`` for the first, where asked for.
-        error: what went wrong with this request alone: logits that are not numbers.
+        error: what went wrong: logits that are not numbers, or a dispatch that failed while it ran.
     """
 
     prompt: str | None
@@ -126,6 +126,7 @@ class LLM:
         self.runner = Runner(decoder, self.mesh, limits, self.dtype, residual)
         self.engine = Engine(self.runner)
         self._running: dict[Request, tuple[Generation, deque[Delta]]] = {}
+        self._grown: deque[tuple[Request, list[int]]] = deque()  # read, and not yet handed out
         self._seeds = np.random.default_rng(seed)
 
     @property
@@ -160,8 +161,9 @@ class LLM:
         try:
             for generation in running:
                 self._start(generation)
-            while any(generation.request.finish_reason is None for generation in running):
-                self._step()
+            unfinished = {generation.request for generation in running}
+            while unfinished:
+                unfinished.difference_update(self._step())
         finally:
             for generation in running:
                 self._end(generation)
@@ -198,26 +200,17 @@ class LLM:
 
         Returns:
             float32 [T, V], V without padding.
+
+        Raises:
+            RequestError: the tokens are invalid.
+            EngineError: a dispatch failed.
         """
         tokens = self._checked(token_ids)
         if not tokens:
             raise RequestError("the list of tokens is empty: at least 1 is needed")
         if len(tokens) > self.max_model_len:
             raise RequestError(f"{len(tokens)} tokens are over max_model_len={self.max_model_len}")
-        blocks = self.engine.scheduler.blocks
-        pages = blocks.allocate(blocks.pages_for(len(tokens)))
-        chunk, slot = self.runner.chunk_sizes[-1], self.runner.limits.max_slots
-        try:
-            parts = [
-                self.runner.score(
-                    Row(slot, start, pages, SamplingParams(temperature=0), 0, reach=len(tokens)),
-                    tokens[start : start + chunk],
-                )
-                for start in range(0, len(tokens), chunk)
-            ]
-        finally:
-            blocks.release(pages)
-        return np.concatenate(parts)
+        return self.engine.logits(tokens)
 
     def explain(self) -> Report:
         """What is where, how many bytes it takes, and what a decode step moves between devices."""
@@ -232,11 +225,13 @@ class LLM:
             RequestError: the prompt or a parameter is invalid.
         """
         request = self.request(prompt, params or SamplingParams())
-        self.runner.prepare(len(request.prompt_ids))
+        with self.engine.guarded():
+            self.runner.prepare(len(request.prompt_ids))
 
     def warm_up(self) -> None:
         """Compiles everything serving can need; afterwards nothing compiles again."""
-        self.runner.warm_up()
+        with self.engine.guarded():
+            self.runner.warm_up()
 
     def request(self, prompt: str | Sequence[int], params: SamplingParams, **extra: Any) -> Request:
         """A request for ``engine``, checked against model, tokenizer, context and cache.
@@ -268,13 +263,15 @@ class LLM:
     # --- requests ------------------------------------------------------------------------------------------
 
     def _stream(self, generation: Generation) -> Iterator[Delta]:
-        deltas = self._start(generation)
+        deltas, ended = self._start(generation), False
         try:
-            while deltas or generation.request.finish_reason is None:
-                if deltas:
-                    yield deltas.popleft()
-                else:
+            while not ended:
+                if not deltas:
+                    ended = generation.request.finish_reason is not None  # others may have made it end
                     self._step()
+                while deltas:
+                    yield (delta := deltas.popleft())
+                    ended = delta.finish_reason is not None
         finally:
             self._end(generation)
 
@@ -284,13 +281,19 @@ class LLM:
         self._running[generation.request] = (generation, deque())
         return self._running[generation.request][1]
 
-    def _step(self) -> None:
-        for request, tokens in self.engine.step():
+    def _step(self) -> list[Request]:
+        """Steps the engine; returns the requests that ended."""
+        ended = []
+        self._grown.extend(self.engine.step())
+        while self._grown:
+            request, tokens = self._grown.popleft()
             generation, deltas = self._running[request]
             if delta := generation.advance(tokens):
                 deltas.append(delta)
             if delta.finish_reason is not None:
                 self.engine.cancel(request)
+                ended.append(request)
+        return ended
 
     def _end(self, generation: Generation) -> None:
         self.engine.cancel(generation.request)

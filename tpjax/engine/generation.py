@@ -18,12 +18,14 @@ class Delta:
         token_ids: may be empty in the last delta.
         finish_reason: set in the last delta.
         logprobs: one entry a token where ``SamplingParams.logprobs`` asked for them.
+        error: what went wrong, where ``finish_reason`` is ``error``.
     """
 
     text: str
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    error: str | None = None
 
     def __bool__(self) -> bool:
         return bool(self.text or self.token_ids or self.finish_reason)
@@ -60,7 +62,9 @@ class Generation:
         request = self.request
         first = len(request.output_ids) - len(tokens)
         text = self._push(tokens) if self._stream else ""
-        return Delta(text, request.output_ids[first:], request.finish_reason, request.logprobs[first:])
+        return Delta(
+            text, request.output_ids[first:], request.finish_reason, request.logprobs[first:], request.error
+        )
 
     def _push(self, tokens: list[int]) -> str:
         request, stream = self.request, self._stream

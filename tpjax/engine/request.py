@@ -60,16 +60,19 @@ class Request:
         prompt_logprobs: one entry a prompt token, ``None`` for the first, where asked for.
         finish_reason: ``None`` while it runs.
         error: what went wrong, where ``finish_reason`` is ``error``.
+        lost: it ended with the state on the devices, by an error that need not be its own.
         cached_tokens: prompt tokens whose keys and values were found in the cache.
         length_class: only requests of the same class have the same keys for the same text (the frequencies of
             some rotary embeddings go by how long a sequence may get).
         arrival: its number in the order of arrival.
+        queued: it waits for a slot.
         slot: place in the batch while it runs.
         pages: cache pages it holds, in order of position.
         prefill_ids: what it has to run before it can decode: the prompt and, if it was preempted, its output.
         prefill_start: how many of these were found in the cache.
         prefilled: how many of these are in the cache or have been handed to the device.
         launched: output tokens asked of the device, read or not.
+        published: of its pages, from the first on, have been made findable.
     """
 
     prompt_ids: Sequence[int]
@@ -83,15 +86,18 @@ class Request:
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: str | None = None
+    lost: bool = False
     cached_tokens: int = 0
     length_class: tuple[int, ...] = ()
     arrival: int = 0
+    queued: bool = False
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
     prefill_ids: list[int] = field(default_factory=list)
     prefill_start: int = 0
     prefilled: int = 0
     launched: int = 0
+    published: int = 0
     _keys: list[PageKey] = field(default_factory=list)
 
     @property
@@ -130,11 +136,22 @@ class Request:
         elif len(self.output_ids) >= self.params.max_tokens:
             self.finish_reason = "length"
 
-    def page_keys(self, page_size: int, pages: int) -> list[PageKey]:
-        """Keys of its first ``pages`` pages, all of whose tokens are known."""
-        if len(self._keys) < pages:
-            tokens = [*self.prompt_ids, *self.output_ids]
-            for page in range(len(self._keys), pages):
-                parent = self._keys[-1] if self._keys else root_key(f"{self.length_class}{self.cache_salt}")
-                self._keys.append(page_key(parent, tokens[page * page_size : (page + 1) * page_size]))
-        return self._keys[:pages]
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt and of the output read so far."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """These of its tokens, prompt and output."""
+        prompt = len(self.prompt_ids)
+        return [
+            *self.prompt_ids[start:stop],
+            *self.output_ids[max(0, start - prompt) : max(0, stop - prompt)],
+        ]
+
+    def page_keys(self, page_size: int, pages: int) -> Sequence[PageKey]:
+        """Keys of its first ``pages`` pages or more, all of whose tokens are known; computed once."""
+        for page in range(len(self._keys), pages):
+            parent = self._keys[-1] if self._keys else root_key(f"{self.length_class}{self.cache_salt}")
+            self._keys.append(page_key(parent, self.tokens(page * page_size, (page + 1) * page_size)))
+        return self._keys

@@ -48,7 +48,8 @@ class Scheduler:
     and its tokens are computed again (or found in the cache) when it is admitted again.
 
     The device runs behind: a request's ``launched`` counts what was asked of it, ``output_ids`` holds what
-    has been read. Pages may be given away while work that writes to them is under way, since the device runs
+    has been read. Rows that wait for the host, since a grammar has to see each token, hold up nobody else.
+    Pages may be given away while work that writes to them is under way, since the device runs
     work in order.
 
     Args:
@@ -56,7 +57,7 @@ class Scheduler:
         max_model_len: longest sequence, tokens.
         chunk_sizes: prefill sizes, ascending; each divides the page size or is a multiple of it.
         budget: most tokens of a prefill while others decode.
-        steps: decode steps of the long dispatch, taken where nobody waits.
+        steps: decode steps of the long dispatch, taken where nothing can come in between.
         blocks: the cache pages.
     """
 
@@ -79,9 +80,12 @@ class Scheduler:
         self.preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
+        self._max_slots = max_slots
         self._slots = list(range(max_slots - 1, -1, -1))
         self._arrivals = itertools.count()
         self._decode_next = False
+        self._bound_ran = False  # the last decode step had rows with a grammar, which have to be read first
+        self._refused: tuple[Request, int] | None = None  # the head of the queue, and the pages' changes then
 
     def check(self, request: Request) -> None:
         """Refuses what can never run.
@@ -115,6 +119,7 @@ class Scheduler:
         """
         self.check(request)
         request.arrival = next(self._arrivals)
+        request.queued = True
         self.waiting.append(request)
 
     def schedule(self) -> Prefill | Decode | None:
@@ -126,7 +131,7 @@ class Scheduler:
             self._decode_next = True
             return self._prefill(prefilling, self.budget if decoding else self.chunk_sizes[-1])
         self._decode_next = False
-        steps = 1 if self.waiting or prefilling or any(one.grammar for one in decoding) else self.steps
+        decoding, steps = self._together(decoding, self._steps_ahead(prefilling))
         decoding, steps = self._reserve(decoding, steps)
         if not decoding:
             return None
@@ -144,24 +149,38 @@ class Scheduler:
 
     def finish(self, request: Request) -> None:
         """Frees what an ended or cancelled request holds; does nothing for one that holds nothing."""
-        if request in self.running:
+        if request.slot is not None:
             self.running.remove(request)
-        elif request in self.waiting:
+        elif request.queued:
+            request.queued = False
             self.waiting.remove(request)
         if request.finish_reason != "error":
             self.publish(request)
         self._vacate(request)
 
+    def reset(self) -> None:
+        """Forgets who runs and what every page holds; who waits goes on waiting."""
+        ran = set(self.running)
+        self.waiting = deque(one for one in self.waiting if one not in ran)
+        for one in (*ran, *self.waiting):
+            one.slot, one.queued = None, one not in ran
+            one.pages.clear()
+        self.blocks.clear()
+        self._slots = list(range(self._max_slots - 1, -1, -1))
+        self._refused = None
+        self.running = []
+
     def publish(self, request: Request) -> None:
         """Makes a running request's full pages findable: those whose tokens are all known and computed."""
         if request.slot is None:
             return
-        known = len(request.prompt_ids) + len(request.output_ids) - 1  # the last one has not been fed
+        known = request.num_tokens - 1  # the last one has not been fed
         computed = request.prefilled if request.prefilling else max(request.prefilled, known)
         pages = min(computed // self.blocks.page_size, len(request.pages))
         keys = request.page_keys(self.blocks.page_size, pages)
-        for page, key in zip(request.pages, keys, strict=False):
-            self.blocks.register(page, key)
+        for index in range(request.published, pages):
+            self.blocks.register(request.pages[index], keys[index])
+        request.published = max(request.published, pages)
 
     @property
     def busy(self) -> bool:
@@ -172,29 +191,59 @@ class Scheduler:
         # One prefill at a time: the next finds the pages of the one before it.
         if not (self.waiting and self._slots) or any(one.prefilling for one in self.running):
             return
-        request = self.waiting[0]
-        tokens = [*request.prompt_ids, *request.output_ids]
-        page_size = self.blocks.page_size
+        request, blocks = self.waiting[0], self.blocks
+        if self._refused == (request, blocks.changes):
+            return  # nothing has become free or findable since it did not fit
+        tokens, page_size = request.num_tokens, blocks.page_size
         found: list[int] = []
         if request.params.prompt_logprobs is None:  # these need the logits of every token
             # the last token is always run: its logits are what the next one is drawn from
-            found = self.blocks.find(request.page_keys(page_size, (len(tokens) - 1) // page_size))
-        new = self.blocks.pages_for(len(tokens)) - len(found)
+            pages = (tokens - 1) // page_size
+            found = blocks.find(request.page_keys(page_size, pages)[:pages])
+        new = blocks.pages_for(tokens) - len(found)
         spare = len(self.running)  # else the first step of someone who runs would preempt it again
-        if new + spare > self.blocks.free - self.blocks.unused(found):
+        if new + spare > blocks.free - blocks.unused(found):
+            self._refused = (request, blocks.changes)
             return
-        self.waiting.popleft()
-        request.pages = self.blocks.take(found) + self.blocks.allocate(new)
+        request.pages = blocks.take(found) + blocks.allocate(new)
         request.slot = self._slots.pop()
-        request.prefill_ids = tokens
+        request.prefill_ids = request.tokens(0, tokens)
         request.prefill_start = request.prefilled = len(found) * page_size
+        request.published = len(found)
         request.launched = len(request.output_ids)
         if not request.output_ids:
             request.cached_tokens = request.prefilled
-            self.prefix_queries += len(tokens)
+            self.prefix_queries += tokens
             self.prefix_hits += request.prefilled
         self.running.append(request)
         self.running.sort(key=lambda one: one.arrival)
+        self.waiting.popleft()
+        request.queued = False
+
+    def _steps_ahead(self, prefilling: Request | None) -> int:
+        """Steps of a dispatch for rows that do not wait for the host.
+
+        One, where something may come in between: a chunk of a prompt, or, where somebody waits, the place of
+        one that reaches its length within the steps of the long dispatch, or has reached it unread.
+        """
+        given = self.waiting and any(one.remaining < self.steps for one in self.running)
+        return 1 if prefilling is not None or given else self.steps
+
+    def _together(self, decoding: list[Request], steps: int) -> tuple[list[Request], int]:
+        """Who decodes in the next dispatch, and how far.
+
+        A grammar has to see a row's token before the row goes on: such rows take part in dispatches of one
+        step. In between, while their tokens are read, the others go ahead by themselves.
+        """
+        free = [one for one in decoding if one.grammar is None]
+        bound = len(decoding) - len(free)
+        if sum(one.grammar is not None for one in self.running) > len(free):
+            steps = 1  # few go ahead while many would wait
+        if bound and (steps == 1 or not free or not self._bound_ran):
+            self._bound_ran = True
+            return decoding, 1
+        self._bound_ran = False
+        return free, steps
 
     def _prefill(self, request: Request, most: int) -> Prefill:
         start, page_size = request.prefilled, self.blocks.page_size
@@ -224,11 +273,12 @@ class Scheduler:
         return [one for one in decoding if one.slot is not None], steps
 
     def _preempt(self, request: Request) -> None:
+        request.queued = True
+        self.waiting.appendleft(request)
         self.running.remove(request)
         self.publish(request)
         self._vacate(request)
         request.prefill_ids, request.prefilled = [], 0
-        self.waiting.appendleft(request)
         self.preemptions += 1
 
     def _vacate(self, request: Request) -> None:

@@ -82,8 +82,11 @@ class Stream:
         if self.ended:
             return True
         if delta.finish_reason == "error":
-            message = self.generations[index].request.error or "the generation failed"
-            self.fail(ApiError(500, message, code="generation_failed"))
+            request = self.generations[index].request
+            message, code = request.error or "the generation failed", "generation_failed"
+            if request.lost:  # an error from inside, which is for the log
+                message, code = "the engine failed while this ran; the server's log has it", "engine_failed"
+            self.fail(ApiError(500, message, code=code))
             return True
         self._open -= delta.finish_reason is not None
         self._deltas.append((index, delta))

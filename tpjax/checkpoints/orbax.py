@@ -179,7 +179,7 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 
 def _remove(partial: Path) -> None:
-    """Removes a folder, though threads of Orbax's whose write failed may still put files there for a moment."""
+    """Removes a folder, though threads of Orbax's whose write failed may put files there for a moment."""
     for _ in range(50):
         if not partial.exists():
             return

@@ -15,7 +15,7 @@ PACKAGE = Path(tpjax.__file__).parent
 # Lowest first. A module imports only from ranks below its own, or from its own sub-package.
 RANKS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("mesh", "config"),
+    ("mesh", "config", "sandbox"),
     ("sharding", "sampling_params"),
     ("cache",),
     ("layers",),
@@ -23,7 +23,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("mappings",),
     ("families",),
     ("checkpoints",),
-    ("chat_template",),
+    ("chat_template", "token_bounds"),
     ("tokenizer",),
     ("runner",),
     ("memory",),

@@ -778,6 +778,63 @@ def test_template_file_wins_and_named_templates_are_chosen(tmp_path, byte_level_
     assert named.apply_chat_template(MESSAGES, tools=[{}]) == "with tools"
 
 
+LAYOUTS: dict[str, tuple[object, dict[str, str]]] = {
+    "a list": ([{"name": "default", "template": "A"}, {"name": "tool_use", "template": "B"}], {}),
+    "an object": ({"default": "A", "tool_use": "B", "rag": "C"}, {}),
+    "one file": ("old", {"chat_template.jinja": "A"}),
+    "files": ("old", {"chat_template.jinja": "A", "additional_chat_templates/tool_use.jinja": "B"}),
+    "a file beside a list": (
+        [{"name": "default", "template": "old"}, {"name": "tool_use", "template": "old"}],
+        {"chat_template.jinja": "A"},
+    ),
+    "files of other names": (
+        None,
+        {"chat_template.jinja": "A{{ 1 + 1 }}", "additional_chat_templates/my-rag.v2.jinja": "C é"},
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_named_templates_are_found_as_transformers_finds_them(tmp_path, layout):
+    inside, files = LAYOUTS[layout]
+    _byte_level_json(tmp_path, **({} if inside is None else {"chat_template": inside}))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, "utf-8")
+    found = load_tokenizer(tmp_path)
+    transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'tpjax[parity]'")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = theirs.chat_template
+    assert found.chat_templates.sources == (expected if isinstance(expected, dict) else {"default": expected})
+    for tools in (None, [{"type": "function", "function": {"name": "f", "parameters": {}}}]):
+        assert found.apply_chat_template(MESSAGES, tools=tools) == theirs.apply_chat_template(
+            MESSAGES, tools=tools, tokenize=False
+        )
+
+
+def test_a_processors_template_counts_where_there_is_no_other(tmp_path):
+    _byte_level_json(tmp_path, chat_template=None)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "of the processor"}))
+    assert load_tokenizer(tmp_path).apply_chat_template(MESSAGES) == "of the processor"
+    (tmp_path / "chat_template.jinja").write_text("of the tokenizer")
+    assert load_tokenizer(tmp_path).apply_chat_template(MESSAGES) == "of the tokenizer"
+
+
+def test_templates_without_a_default_are_named(tmp_path):
+    _byte_level_json(tmp_path, chat_template={"tool_use": "B", "rag": "C"})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.apply_chat_template(MESSAGES, tools=[{}]) == "B"
+    with pytest.raises(RequestError, match="no chat template named 'default': it has rag, tool_use"):
+        tokenizer.apply_chat_template(MESSAGES)
+
+
+@pytest.mark.parametrize("value", (5, ["A"], [{"name": "default"}], {"default": 5}, [[]], True))
+def test_what_is_no_template_is_refused(tmp_path, value):
+    _byte_level_json(tmp_path, chat_template=value)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: chat_template is not a template"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("messages", [[], "hi", None, [{}], ["hi"], [{"role": 1, "content": "x"}]])
 def test_malformed_messages_are_request_errors(byte_level, messages):
     with pytest.raises(RequestError, match="messages"):

@@ -1,7 +1,8 @@
 """Chat templates: a conversation to the prompt its model was trained on.
 
 Templates come with the checkpoint and are code. They run in Jinja's immutable sandbox, with transformers'
-settings and helpers; the server also puts time and memory limits round them (``server/sandbox.py``).
+settings and helpers, and that in a process with limits on time and memory (``sandbox.py``): Jinja's sandbox
+keeps a template from Python's insides, not from ``{{ 'a' * 10**9 }}``.
 """
 
 from __future__ import annotations
@@ -9,12 +10,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from tpjax.errors import CheckpointError, RequestError
+from tpjax.sandbox import sandbox
 
 if TYPE_CHECKING:
     import jinja2
+
+RENDER = "tpjax.chat_template:rendered"
+WHAT = "the chat template"
+MAX_RENDERED_CHARS = 4 << 20
+_NO_TEMPLATE = "this checkpoint has no chat template"
 
 
 # Put at the end of the message that is to be continued: the rendering is cut there. The space shows whether
@@ -39,7 +47,25 @@ class ChatTemplates:
         self.variables = dict(variables)
         self._compiled: dict[str, jinja2.Template] = {}
 
-    def render(
+    def render(self, messages: Sequence[Mapping[str, Any]], **conversation: Any) -> str:
+        """Renders a conversation in the sandbox; the arguments are those of :meth:`render_here`.
+
+        Raises:
+            RequestError: there is no template, the template refuses the messages, or is over a limit.
+            CheckpointError: the template is not valid Jinja.
+        """
+        _check_messages(messages)
+        own = conversation.get("chat_template") is not None
+        if not own and self.chosen(conversation.get("tools")) not in self.sources:
+            raise RequestError(_NO_TEMPLATE)
+        text: str = sandbox.run(RENDER, self.job({"messages": messages, **conversation}), WHAT)
+        return text
+
+    def job(self, conversation: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of :func:`rendered` for a conversation, the arguments of :meth:`render_here`."""
+        return {"sources": self.sources, "variables": self.variables, "conversation": conversation}
+
+    def render_here(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
@@ -49,7 +75,7 @@ class ChatTemplates:
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> str:
-        """Renders a conversation; see ``Tokenizer.apply_chat_template``.
+        """Renders a conversation in this process, without limits; see ``Tokenizer.apply_chat_template``.
 
         Raises:
             RequestError: there is no template, the template refuses the messages, or the request's own is not
@@ -87,7 +113,9 @@ class ChatTemplates:
         import jinja2
 
         if name not in self.sources:
-            raise RequestError("this checkpoint has no chat template")
+            others = ", ".join(sorted(self.sources))
+            named = f" named {name!r}: it has {others}" if others else ""
+            raise RequestError(f"this checkpoint has no chat template{named}")
         if name not in self._compiled:
             try:
                 self._compiled[name] = _environment().from_string(self.sources[name])
@@ -96,6 +124,26 @@ class ChatTemplates:
                     f"chat template {name!r}, line {error.lineno}: {error.message}"
                 ) from error
         return self._compiled[name]
+
+
+def rendered(
+    sources: Mapping[str, str], variables: Mapping[str, str], conversation: Mapping[str, Any]
+) -> str:
+    """Renders a conversation: what the worker runs.
+
+    Raises:
+        RequestError: as for ``ChatTemplates.render``, and where the prompt is too long.
+        CheckpointError: the template is not valid Jinja.
+    """
+    text = _templates(tuple(sources.items()), tuple(variables.items())).render_here(**conversation)
+    if len(text) > MAX_RENDERED_CHARS:
+        raise RequestError(f"the prompt has {len(text)} characters, over {MAX_RENDERED_CHARS}")
+    return text
+
+
+@lru_cache(8)
+def _templates(sources: tuple[tuple[str, str], ...], variables: tuple[tuple[str, str], ...]) -> ChatTemplates:
+    return ChatTemplates(dict(sources), dict(variables))
 
 
 def _compiled(source: str) -> jinja2.Template:

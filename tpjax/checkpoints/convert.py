@@ -42,9 +42,10 @@ def convert(path: Path, target: Path, dtype: jnp.dtype | None = None) -> None:
                 tensors[name] = values if dtype is None else values.astype(dtype)
         orbax.write(directory, checkpoint.config, tensors)
         if path.is_dir():
-            for file in orbax.TOKENIZER_FILES:
-                if (path / file).is_file():
-                    shutil.copyfile(path / file, directory / file)
+            for file in (file for pattern in orbax.TOKENIZER_FILES for file in path.glob(pattern)):
+                copy = directory / file.relative_to(path)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
         else:
             write_vocabulary(GGUFFile(path), directory / orbax.VOCABULARY)
         digests.write_manifest(directory)

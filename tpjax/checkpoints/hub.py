@@ -29,8 +29,9 @@ from tpjax.errors import CheckpointError, DownloadError
 _CHUNK_BYTES = 1 << 20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WANTED = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
-# Subfolders and consolidated.safetensors hold the same weights a second time, under the authors' own names.
-_UNWANTED = ["*/*", "consolidated*.safetensors"]
+# Subfolders and consolidated.safetensors hold the same weights a second time, under the authors' own names;
+# only chat templates lie in one that counts (additional_chat_templates).
+_UNWANTED = ["*/*.safetensors", "*/*.json", "consolidated*.safetensors"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tpjax.checkpoints import blocks, orbax
+from tpjax.checkpoints import agreement, blocks, orbax
 from tpjax.checkpoints.assemble import Order, fill
 from tpjax.checkpoints.gguf import GGUFFile
 from tpjax.checkpoints.quantized import dequantized
-from tpjax.checkpoints.safetensors import SafetensorsCheckpoint
-from tpjax.checkpoints.source import TensorInfo, TensorSource
+from tpjax.checkpoints.safetensors import MAX_JSON_BYTES, SafetensorsCheckpoint, has_weights
+from tpjax.checkpoints.source import TensorInfo, TensorSource, shown
 from tpjax.config import ExpertSharding, ModelConfig
 from tpjax.errors import CheckpointError
 from tpjax.families import FAMILIES, config_from_gguf, config_from_hf, gguf_architecture
@@ -36,7 +37,10 @@ from tpjax.mappings.quantization import quantization_of
 from tpjax.model import Decoder
 from tpjax.sharding import Layout, WeightLayout
 
+log = logging.getLogger(__name__)
+
 _MOST_ROWS_SHOWN = 20
+_ENDS = ("embed_tokens.weight", "lm_head.weight")
 _OUT_FIRST = {"tpu"}  # platforms that keep a weight stored [in, out] as [out, in] in memory
 
 
@@ -72,28 +76,61 @@ def open_checkpoint(path: Path) -> Checkpoint:
         file = GGUFFile(path)
         architecture = gguf_architecture(str(file.metadata.get("general.architecture")))
         config = config_from_gguf(_gguf_view(file, architecture))
-        return Checkpoint(path, config, CanonicalSource(file, architecture.names(config), config))
+        return _opened(path, config, file, architecture.names(config))
     if orbax.is_orbax(path):
         orbax.check_files(path)
-        config = orbax.read_config(path)
-        return Checkpoint(path, config, CanonicalSource(orbax.OrbaxCheckpoint(path), Names(), config))
+        return _opened(path, orbax.read_config(path), orbax.OrbaxCheckpoint(path), Names())
     raw = _read_json(path)
-    config = config_from_hf(raw)
-    files: TensorSource = SafetensorsCheckpoint(path)
+    return _open_safetensors(path, raw, config_from_hf(raw))
+
+
+def _open_safetensors(path: Path, raw: Mapping[str, Any], config: ModelConfig) -> Checkpoint:
+    stored = SafetensorsCheckpoint(path)
+    files: TensorSource = stored
     quantization = quantization_of(Fields(raw))
     if quantization is not None:
         files = dequantized(files, quantization, path)
-    names = FAMILIES[config.model_type].names(config)
-    return Checkpoint(path, config, CanonicalSource(files, names, config))
+    if (path / "adapter_config.json").is_file():
+        log.warning("%s: the adapter beside the weights, adapter_config.json, is not applied", path)
+    return _opened(path, config, files, FAMILIES[config.model_type].names(config), stored.unlisted)
+
+
+def _opened(
+    path: Path,
+    config: ModelConfig,
+    files: TensorSource,
+    names: Names,
+    unlisted: frozenset[str] = frozenset(),
+) -> Checkpoint:
+    """The checkpoint, tied as its tensors are: a head that is stored counts where it is not the embedding."""
+    source = CanonicalSource(files, names, config, unlisted)
+    agreement.check_sizes(path, config, files.tensors, source.layer)
+    if config.tie_word_embeddings and source.has_other_head():
+        log.warning(
+            "%s: the configuration ties lm_head to the embedding, but another is stored: that is used", path
+        )
+        config = replace(config, tie_word_embeddings=False)
+        source = CanonicalSource(files, names, config, unlisted)
+    return Checkpoint(path, config, source)
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Reads the architecture alone: from a directory, a ``config.json``, or a GGUF file."""
+    """Reads the architecture alone: from a directory, a ``config.json``, or a GGUF file.
+
+    Where weights lie beside it that cannot be opened, the configuration is all that counts.
+    """
     if orbax.is_orbax(path):
         return orbax.read_config(path)
     if path.suffix.lower() == ".gguf" and path.is_file():
         return open_checkpoint(path).config
-    return config_from_hf(_read_json(path))
+    raw = _read_json(path)
+    config = config_from_hf(raw)
+    if config.tie_word_embeddings and path.is_dir() and has_weights(path):
+        try:
+            return _open_safetensors(path, raw, config).config
+        except CheckpointError as error:
+            log.info("%s: planned by its configuration alone: %s", path, error)
+    return config
 
 
 def _read_json(path: Path) -> Any:
@@ -103,8 +140,20 @@ def _read_json(path: Path) -> Any:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(f"{path} has no config.json")
+    size = file.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{file}: JSON of {size} bytes, at most {MAX_JSON_BYTES} are read")
+
+    def consistent(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in values and values[key] != value:
+                raise CheckpointError(f"{file}: key {shown(key)} appears twice, with two values")
+            values[key] = value
+        return values
+
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(), object_pairs_hook=consistent)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}") from error
 
@@ -233,8 +282,11 @@ def check_tensors(checkpoint: Checkpoint, declared: Iterable[Parameter]) -> None
         for name, shape in needed.items()
         if name in present and present[name].shape != shape
     ]
-    problems += [f"unexpected  {name} {list(present[name].shape)}" for name in present if name not in needed]
-    if problems:
+    refused, passed = checkpoint.source.judge([name for name in present if name not in needed], needed)
+    problems += [f"unexpected  {name} {list(present[name].shape)}" for name in refused]
+    if not problems:
+        agreement.warn_of(checkpoint.path, passed)
+    else:
         more = len(problems) - _MOST_ROWS_SHOWN
         shown = problems[:_MOST_ROWS_SHOWN] + ([f"… and {more} more"] if more > 0 else [])
         raise CheckpointError(
@@ -294,25 +346,44 @@ def _bar(show: bool) -> Progress:
 class CanonicalSource:
     """A checkpoint's tensors under canonical names, as the model's layouts ask for them.
 
+    Args:
+        files: the tensors as they are stored.
+        names: what the checkpoint calls them.
+        config: the architecture. Where it ties embedding and head and only the head is stored, that is both.
+        unlisted: names of tensors that the checkpoint's index does not list.
+
     Attributes:
         stored: the checkpoint's tensors that are not ignored, by its own names.
+        layer: matches the beginning of the name of a layer's tensor; its group is the layer's number.
     """
 
-    def __init__(self, files: TensorSource, names: Names, config: ModelConfig) -> None:
+    def __init__(
+        self,
+        files: TensorSource,
+        names: Names,
+        config: ModelConfig,
+        unlisted: frozenset[str] = frozenset(),
+    ) -> None:
         self._files = files
         self._names = names
+        self._unlisted = unlisted
         candidates = (*names.prefixes, ("", ""))  # a bare backbone (AutoModel.save_pretrained) has none
         self._prefix = next(
             (
                 prefix
+                for probe in ("embed_tokens.weight", "norm.weight")
                 for prefix in candidates
-                if names.locate("embed_tokens.weight", prefix).name in files.tensors
+                if names.locate(probe, prefix).name in files.tensors
             ),
             candidates[0],
         )
-        ignored = [re.compile(pattern) for pattern in names.ignored]
-        if config.tie_word_embeddings:
-            ignored.append(re.compile(re.escape(self.locate("lm_head.weight").name)))
+        self._tied = config.tie_word_embeddings
+        own, head = (names.locate(name, self._prefix).name for name in _ENDS)
+        self._embedding = _ENDS[self._tied and own not in files.tensors and head in files.tensors]
+        self.layer = re.compile(re.escape(f"{self._prefix[0]}{names.layers}.") + r"(\d+)\.")
+        ignored = [re.compile(pattern) for pattern in (*names.ignored, *agreement.BUFFERS)]
+        if self._tied and self._embedding != _ENDS[1]:
+            ignored.append(re.compile(re.escape(head)))
         self.stored: Mapping[str, TensorInfo] = {
             name: info
             for name, info in files.tensors.items()
@@ -321,7 +392,18 @@ class CanonicalSource:
 
     def locate(self, name: str) -> Stored:
         """Where the checkpoint keeps a tensor."""
-        return self._names.locate(name, self._prefix)
+        return self._names.locate(self._embedding if name == _ENDS[0] else name, self._prefix)
+
+    def has_other_head(self) -> bool:
+        """Whether embedding and head are both stored and differ; reads them as far as they are equal."""
+        own, head = (self._names.locate(name, self._prefix).name for name in _ENDS)
+        both = own in self._files.tensors and head in self._files.tensors
+        return both and not agreement.are_equal(self._files, own, head)
+
+    def judge(self, unexpected: list[str], needed: Collection[str]) -> tuple[list[str], list[str]]:
+        """Tensors the model does not need: those to refuse and those to pass over."""
+        prefixes = {part for pair in (*self._names.prefixes, ("", "")) for part in pair}
+        return agreement.refused_and_passed(unexpected, needed, prefixes, self._names.layers, self._unlisted)
 
     def itemsize(self, name: str) -> int:
         """Bytes of an element, as :meth:`read` gives it."""

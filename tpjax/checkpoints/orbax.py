@@ -40,8 +40,14 @@ _CACHE_BYTES = 64 << 20
 # What a tokenizer is read from; the model's config.json may name its end-of-text tokens.
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "chat_template.jinja", "generation_config.json", "config.json"),
-    VOCABULARY,
+    *(
+        "added_tokens.json",
+        "generation_config.json",
+        "config.json",
+        "chat_template.jinja",
+        "chat_template.json",
+    ),
+    *("additional_chat_templates/*.jinja", VOCABULARY),
 )
 
 log = logging.getLogger(__name__)
@@ -140,9 +146,9 @@ def check_files(directory: Path) -> None:
         )
         return
     digests.check(directory, listed, _memory())
-    for name in TOKENIZER_FILES:
-        if name not in listed and (directory / name).exists():
-            log.warning("%s is used, and was not there when the directory was written", directory / name)
+    for file in (file for pattern in TOKENIZER_FILES for file in directory.glob(pattern)):
+        if file.relative_to(directory).as_posix() not in listed:
+            log.warning("%s is used, and was not there when the directory was written", file)
 
 
 def _memory() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from tpjax.engine.request import FinishReason, Request, TokenLogprobs
@@ -40,12 +41,13 @@ class Generation:
     Args:
         request: what the engine runs.
         tokenizer: ``None``: there is no text, only tokens; nor is there where the request asks for none.
+        shown: special tokens that the text shows as they are written.
 
     Attributes:
         request: as given.
     """
 
-    def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, request: Request, tokenizer: Tokenizer | None, shown: Collection[int] = ()) -> None:
         self.request = request
         params = request.params
         self._stream: TextStream | None = None
@@ -56,6 +58,7 @@ class Generation:
                 params.stop,
                 include_stop=params.include_stop_str_in_output,
                 skip_special_tokens=params.skip_special_tokens,
+                shown=shown,
             )
 
     @property

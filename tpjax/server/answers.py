@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tpjax.engine.generation import Delta, Generation
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 # Deltas a streaming reader may lag behind: a few seconds of a fast model.
 STREAM_LIMIT = 1024
+_PIECE = 4096  # items of a list
 
 
 class Answer(Protocol):
@@ -108,9 +110,11 @@ def _truncated(
     return prompt[:most] if body.truncation_side == "right" else prompt[len(prompt) - most :]
 
 
-def submit(service: Service, llm: LLM, body: Sampling, requests: Sequence[Request]) -> Stream:
-    """Hands requests to the engine."""
-    generations = [Generation(request, llm.tokenizer) for request in requests]
+def submit(
+    service: Service, llm: LLM, body: Sampling, requests: Sequence[Request], shown: Collection[int] = ()
+) -> Stream:
+    """Hands requests to the engine; some special tokens may be shown in their texts."""
+    generations = [Generation(request, llm.tokenizer, shown) for request in requests]
     return service.submit(generations, STREAM_LIMIT * len(generations) if body.stream else None)
 
 
@@ -192,6 +196,21 @@ def event(data: dict[str, Any], name: str | None = None) -> bytes:
     """A server-sent event; in ASCII, since some clients end lines at U+2028 or U+0085 too."""
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {json.dumps(data, separators=(',', ':'))}\n\n".encode()
+
+
+def json_of(fields: Mapping[str, Any], lists: Mapping[str, Iterable[Any] | None]) -> bytes:
+    """An object as JSON, its long lists piece by piece: other threads run between two pieces."""
+    text = [json.dumps(dict(fields), separators=(",", ":"))[:-1]]
+    for name, values in lists.items():
+        text.append(f',"{name}":')
+        if values is None:
+            text.append("null")
+            continue
+        rest, pieces = iter(values), []
+        while piece := list(islice(rest, _PIECE)):
+            pieces.append(json.dumps(piece, ensure_ascii=False, separators=(",", ":"))[1:-1])
+        text.append(f"[{','.join(pieces)}]")
+    return "".join([*text, "}"]).encode()
 
 
 def token_text(tokenizer: Tokenizer | None, as_ids: bool | None = False) -> Callable[[int], str]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tpjax.engine.generation import Delta
-from tpjax.server import answers
+from tpjax.server import answers, budget
 from tpjax.server.answers import gather, make_requests, submit, token_text, usage
 from tpjax.server.grammar import GrammarCompiler
 from tpjax.server.protocol import CompletionBody
 from tpjax.server.service import Service
 from tpjax.server.structured import grammars
+from tpjax.server.texts import Texts
 from tpjax.tokenizer import IncrementalDetokenizer
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class CompletionAnswer:
 
     @classmethod
     async def begin(
-        cls, service: Service, compiler: GrammarCompiler | None, body: CompletionBody
+        cls, service: Service, compiler: GrammarCompiler | None, texts: Texts, body: CompletionBody
     ) -> CompletionAnswer:
         """Checks everything and hands it to the engine.
 
@@ -57,24 +58,20 @@ class CompletionAnswer:
         llm = service.llm
         body.check()
         prompts, n = body.prompts(), body.n or 1
-        service.admit(len(prompts) * n)
         params: dict[str, Any] = {"logprobs": body.logprobs}
         if body.echo and body.logprobs is not None:
             params["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
-        shapes = await grammars(compiler, body, len(prompts) * n)
-
-        def make() -> list[Request]:
-            made: list[Request] = []
+        with service.preparing(len(prompts) * n):
+            shapes = await grammars(compiler, body, len(prompts) * n)
+            requests: list[Request] = []
             for prompt in prompts:
-                ids: Any = prompt
-                if body.add_special_tokens is False and isinstance(prompt, str) and llm.tokenizer:
-                    ids = llm.tokenizer.encode(prompt, add_special_tokens=False)
-                own = shapes[len(made) : len(made) + n]
-                made += make_requests(llm, body, ids, body.max_tokens, _DEFAULT_TOKENS, own, **params)
-            return made
-
-        # a long text takes a while: the event loop has others to serve
-        return cls(service, llm, body, await asyncio.to_thread(make))
+                ids = await _ids(texts, prompt, body)
+                own = shapes[len(requests) : len(requests) + n]
+                make = partial(make_requests, llm, body, ids, body.max_tokens, _DEFAULT_TOKENS, own, **params)
+                # over ids a long prompt takes a while as well: the event loop has others to serve
+                requests += await texts.threads.run(make)
+        budget.prepared()
+        return cls(service, llm, body, requests)
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
@@ -172,3 +169,13 @@ def _found(text: str, pieces: Sequence[str]) -> list[int]:
         found.append(at)
         at += len(piece)
     return found
+
+
+async def _ids(texts: Texts, prompt: str | list[int], body: CompletionBody) -> list[int]:
+    whole = body.truncate_prompt_tokens is not None
+    if isinstance(prompt, str):
+        special = body.add_special_tokens is not False
+        return await texts.encode(prompt, "prompt", add_special_tokens=special, whole=whole)
+    if not whole:
+        texts.check_length(len(prompt), "prompt")
+    return prompt

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
+from tpjax.server.bodies import QuickModel
 from tpjax.server.errors import bad_request
 
 
-class Foreign(BaseModel):
+class Foreign(QuickModel):
     """What completions and chat have in common; strict: a string is no number, an unknown field an error."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)

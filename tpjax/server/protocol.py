@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from tpjax.sampling_params import MAX_LOGPROBS, MAX_SEED, SamplingParams
+from tpjax.server.bodies import QuickModel
 from tpjax.server.errors import bad_request
 from tpjax.server.foreign import Foreign, ForeignToChat, ForeignToCompletions
 
@@ -26,7 +27,7 @@ Bias = Annotated[Number, Field(ge=-100, le=100)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
-class Body(BaseModel):
+class Body(QuickModel):
     """Strict: a string is no number, and an unknown field is an error."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -242,7 +243,7 @@ class ToolCall(Body):
     index: int | None = None
 
 
-class Message(BaseModel):
+class Message(QuickModel):
     """A turn. Templates may know more fields than these, so more are let through to them."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)

@@ -15,7 +15,6 @@ from tpjax.config import ModelConfig
 from tpjax.errors import ConfigError
 from tpjax.families.registry import config_from_hf
 from tpjax.inspect import doctor, topology
-from tpjax.planning import published
 from tpjax.inspect.collectives import Collective, find_collectives, summarise
 from tpjax.inspect.hlo import Module
 from tpjax.inspect.program import (
@@ -26,6 +25,7 @@ from tpjax.inspect.program import (
     write_backs,
 )
 from tpjax.inspect.topology import extra_problem, parse_topology
+from tpjax.planning import published
 from tpjax.runtime.runner import Residual
 
 HLO = Path(__file__).parent / "data" / "hlo"
@@ -183,6 +183,9 @@ def test_missing_and_unfit_extras(
         return versions[package]
 
     monkeypatch.setattr(topology.importlib.metadata, "version", version)
+    monkeypatch.setattr(
+        topology.importlib.metadata, "requires", lambda _: ["scipy", 'libtpu==0.0.42.*; extra == "tpu"']
+    )
     monkeypatch.setattr(topology.jax, "__version__", "0.10.2")
     assert extra_problem("tpu") == "libtpu 0.0.1 does not fit jax 0.10.2: pip install 'libtpu==0.0.42.*'"
     gpu = extra_problem("gpu")

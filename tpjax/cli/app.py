@@ -29,7 +29,7 @@ from tpjax.cli import (
     pull,
     serve,
 )
-from tpjax.errors import TpjaxError
+from tpjax.errors import EngineError, TpjaxError
 
 EXIT_INTERNAL = 1
 EXIT_BAD_INPUT = 2
@@ -128,6 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BROKEN_PIPE
     except TyperException as error:
         return _usage_error(error)
+    except EngineError as error:
+        return _fail(str(error), EXIT_INTERNAL, debug)
     except TpjaxError as error:
         return _fail(str(error), EXIT_BAD_INPUT, debug)
     except OSError as error:

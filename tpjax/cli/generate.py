@@ -15,7 +15,7 @@ import typer
 from tpjax.cli.console import note, read_text
 from tpjax.cli.loading import chosen_model, load
 from tpjax.cli.options import ModelOption, Sampling, Sharding, takes
-from tpjax.errors import RequestError
+from tpjax.errors import EngineError, RequestError
 
 if TYPE_CHECKING:
     from tpjax.llm import LLM, Completion
@@ -237,6 +237,8 @@ def print_stream(deltas: Iterable[Any], figures: Figures, *, as_ids: bool = Fals
         sys.stdout.flush()
     sys.stdout.write("\n")
     sys.stdout.flush()
+    if figures.finish_reason == "error":
+        raise EngineError(delta.error)
     if figures.tokens > first_tokens and last > first:
         figures.tokens_per_s = (figures.tokens - first_tokens) / (last - first)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,13 @@ EXAMPLES = """
   tpjax serve smollm2-135m --tp 4
   tpjax serve ./Llama-3.1-8B-Instruct --tp 8 --host 0.0.0.0 --api-key-file keys.txt
 """
+
+
+def origin(text: str) -> str:
+    """``*``, or scheme, host and port as a browser sends them."""
+    if text == "*" or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+", text):
+        return text
+    raise typer.BadParameter(f"{text!r} is no origin: use * or scheme://host[:port], without a path")
 
 
 @takes(sharding=Sharding)
@@ -43,11 +51,24 @@ def run(
         typer.Option(
             "--api-key",
             metavar="KEY",
-            help="Ask for this key everywhere but at the probes; may be repeated; shows in the process list.",
+            help="Ask for this key everywhere but at /health, /ping, /ready and /metrics; may be repeated; "
+            "shows in the process list.",
         ),
     ] = None,
     api_key_file: Annotated[
         list[Path] | None, typer.Option("--api-key-file", metavar="FILE", help="The same, keys from a file.")
+    ] = None,
+    protect_metrics: Annotated[
+        bool, typer.Option("--protect-metrics", help="Ask for the key at /metrics too.")
+    ] = False,
+    allow_origin: Annotated[
+        list[str] | None,
+        option(
+            "--allow-origin",
+            help="Let pages of this origin use the server from a browser, * any; may be repeated.",
+            parser=origin,
+            metavar="ORIGIN",
+        ),
     ] = None,
     max_body_mib: Annotated[
         int, option("--max-body-mib", help="Largest request, MiB.", parser=whole("MiB"), metavar="N")
@@ -71,11 +92,15 @@ def run(
         raise ConfigError(f"serving needs more packages ({error}): pip install 'tpjax[serve]'") from error
     name = chosen_model(model, model_option)
     keys = [*(api_key or ()), *(key for file in api_key_file or () for key in _keys(file))]
+    if protect_metrics and not keys:
+        raise ConfigError("--protect-metrics needs a key: give --api-key or --api-key-file")
     options = Options(
         model=served_model_name or Path(name).name,
         host=host,
         port=port,
         api_keys=tuple(keys),
+        protect_metrics=protect_metrics,
+        allow_origins=tuple(allow_origin or ()),
         max_queue=max_queue,
         max_body_bytes=max_body_mib << 20,
         drain_s=drain_s,

@@ -136,17 +136,38 @@ def test_a_chunk_that_begins_inside_a_page_ends_in_it() -> None:
     assert run(of, of.schedule()) == (long, 4, 12)
 
 
-def test_several_steps_only_where_nobody_waits() -> None:
+def steps_of(of: Scheduler) -> list[int]:
+    """Runs until nothing is left; the steps of each decode dispatch."""
+    steps = []
+    while (work := of.schedule()) is not None:
+        if isinstance(work, Decode):
+            steps.append(work.steps)
+        run(of, work)
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("tokens", "steps"),
+    (
+        (9, [4, 4]),  # the slot becomes free with the end of the second
+        (11, [4, 4, 1, 1]),  # it becomes free in between, and is given away then
+        (3, [1, 1]),
+    ),
+)
+def test_several_steps_unless_a_place_could_be_given(tokens: int, steps: list[int]) -> None:
+    """The first token comes with the prompt. The last one has nobody to wait for it."""
     of = scheduler(slots=1, steps=4)
-    first, second = request(2, 9), request(2, 9, first=50)
-    of.add(first)
-    run(of, of.schedule())
-    work = of.schedule()
-    assert isinstance(work, Decode) and work.steps == 4
-    run(of, work)
-    of.add(second)
-    work = of.schedule()
-    assert isinstance(work, Decode) and work.steps == 1
+    for at in range(3):
+        of.add(request(2, tokens, first=50 * at))
+    assert steps_of(of)[: 2 * len(steps)] == steps * 2
+
+
+def test_several_steps_while_a_slot_is_free_but_no_page() -> None:
+    """The second request does not fit beside the first, which ends with its last page."""
+    of = scheduler(slots=2, pages=6, steps=4)
+    of.add(request(8, 16))
+    of.add(request(20, 4, first=90))
+    assert steps_of(of)[:6] == [4, 4, 4, 1, 1, 1]
 
 
 def test_a_large_request_is_not_overtaken() -> None:
@@ -188,6 +209,30 @@ def test_the_youngest_is_preempted_and_runs_again_with_what_it_had() -> None:
 
 
 # --- the prefix cache --------------------------------------------------------------------------------------
+
+
+def test_the_lowest_priority_runs_first_and_is_preempted_last() -> None:
+    of = scheduler(slots=1)
+    asked = [request(3, 1, first=10 * i, priority=p) for i, p in enumerate((0, 5, -1, 5, 0, -(2**63)))]
+    for one in asked:
+        of.add(one)
+    order: list[Request] = []
+    while (work := of.schedule()) is not None:
+        if isinstance(work, Prefill):
+            order.append(work.request)
+        run(of, work)
+    assert [asked.index(one) for one in order] == [5, 2, 0, 4, 1, 3]  # of equals the first to come
+    of = scheduler(slots=3, pages=5)
+    late, early = request(8, 9, priority=1), request(8, 9, first=20)
+    of.add(late)
+    run(of, of.schedule())  # type: ignore[arg-type]
+    of.add(early)
+    while not early.finish_reason:
+        run(of, of.schedule())  # type: ignore[arg-type]
+    assert of.preemptions and not late.finish_reason  # though it came first, it gave its pages
+    other = request(2, 1, first=30)
+    of.add(other)
+    assert list(of.waiting)[:1] == [other] or other in of.running
 
 
 def finish_alone(of: Scheduler, one: Request) -> Request:

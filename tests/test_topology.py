@@ -183,6 +183,9 @@ def test_missing_and_unfit_extras(
         return versions[package]
 
     monkeypatch.setattr(topology.importlib.metadata, "version", version)
+    monkeypatch.setattr(
+        topology.importlib.metadata, "requires", lambda _: ["scipy", 'libtpu==0.0.42.*; extra == "tpu"']
+    )
     monkeypatch.setattr(topology.jax, "__version__", "0.10.2")
     assert extra_problem("tpu") == "libtpu 0.0.1 does not fit jax 0.10.2: pip install 'libtpu==0.0.42.*'"
     gpu = extra_problem("gpu")

@@ -27,3 +27,11 @@ class DownloadError(TpjaxError):
 
 class RequestError(TpjaxError, ValueError):
     """A generation request or one of its sampling parameters is invalid."""
+
+
+class EngineError(TpjaxError, RuntimeError):
+    """Work on the devices failed: what was asked is not done, and what they held of requests is gone."""
+
+
+class ContextLengthError(RequestError):
+    """A prompt, with the answer it asks for, is longer than the model's context."""

@@ -19,11 +19,12 @@ from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoi
 from tpjax.config import ExpertSharding, ModelConfig, check_choice
 from tpjax.engine.engine import Engine
 from tpjax.engine.generation import Delta, Generation
-from tpjax.engine.request import FinishReason, Request, TokenLogprobs
+from tpjax.engine.request import FinishReason, Grammar, Request, TokenLogprobs
+from tpjax.engine.token_filter import TokenFilter, word_sequences
 from tpjax.errors import ConfigError, RequestError
 from tpjax.memory import device_memory, plan_limits
 from tpjax.mesh import make_mesh
-from tpjax.runner import Residual, Row, Runner, resolve_dtype
+from tpjax.runner import Residual, Runner, resolve_dtype
 from tpjax.sampling_params import MAX_SEED, SamplingParams
 from tpjax.tokenizer import Tokenizer, load_tokenizer
 
@@ -45,7 +46,7 @@ class Completion:
         finish_reason: ``stop`` (an end-of-text token, a stop token or string), ``length``, or ``error``.
         logprobs: one entry a token where ``SamplingParams.logprobs`` asked for them.
         prompt_logprobs: one entry a prompt token, ``None`` for the first, where asked for.
-        error: what went wrong with this request alone: logits that are not numbers.
+        error: what went wrong: logits that are not numbers, or a dispatch that failed while it ran.
     """
 
     prompt: str | None
@@ -126,6 +127,7 @@ class LLM:
         self.runner = Runner(decoder, self.mesh, limits, self.dtype, residual)
         self.engine = Engine(self.runner)
         self._running: dict[Request, tuple[Generation, deque[Delta]]] = {}
+        self._grown: deque[tuple[Request, list[int]]] = deque()  # read, and not yet handed out
         self._seeds = np.random.default_rng(seed)
 
     @property
@@ -160,8 +162,9 @@ class LLM:
         try:
             for generation in running:
                 self._start(generation)
-            while any(generation.request.finish_reason is None for generation in running):
-                self._step()
+            unfinished = {generation.request for generation in running}
+            while unfinished:
+                unfinished.difference_update(self._step())
         finally:
             for generation in running:
                 self._end(generation)
@@ -198,26 +201,17 @@ class LLM:
 
         Returns:
             float32 [T, V], V without padding.
+
+        Raises:
+            RequestError: the tokens are invalid.
+            EngineError: a dispatch failed.
         """
         tokens = self._checked(token_ids)
         if not tokens:
             raise RequestError("the list of tokens is empty: at least 1 is needed")
         if len(tokens) > self.max_model_len:
             raise RequestError(f"{len(tokens)} tokens are over max_model_len={self.max_model_len}")
-        blocks = self.engine.scheduler.blocks
-        pages = blocks.allocate(blocks.pages_for(len(tokens)))
-        chunk, slot = self.runner.chunk_sizes[-1], self.runner.limits.max_slots
-        try:
-            parts = [
-                self.runner.score(
-                    Row(slot, start, pages, SamplingParams(temperature=0), 0, reach=len(tokens)),
-                    tokens[start : start + chunk],
-                )
-                for start in range(0, len(tokens), chunk)
-            ]
-        finally:
-            blocks.release(pages)
-        return np.concatenate(parts)
+        return self.engine.logits(tokens)
 
     def explain(self) -> Report:
         """What is where, how many bytes it takes, and what a decode step moves between devices."""
@@ -232,11 +226,13 @@ class LLM:
             RequestError: the prompt or a parameter is invalid.
         """
         request = self.request(prompt, params or SamplingParams())
-        self.runner.prepare(len(request.prompt_ids))
+        with self.engine.guarded():
+            self.runner.prepare(len(request.prompt_ids))
 
     def warm_up(self) -> None:
         """Compiles everything serving can need; afterwards nothing compiles again."""
-        self.runner.warm_up()
+        with self.engine.guarded():
+            self.runner.warm_up()
 
     def request(self, prompt: str | Sequence[int], params: SamplingParams, **extra: Any) -> Request:
         """A request for ``engine``, checked against model, tokenizer, context and cache.
@@ -244,7 +240,7 @@ class LLM:
         Args:
             prompt: text, or token ids.
             params: sampling parameters.
-            **extra: further fields of the request (``cache_salt``, ``grammar``).
+            **extra: further fields of the request (``cache_salt``, ``grammar``, ``priority``).
 
         Raises:
             RequestError: the prompt or a parameter is invalid.
@@ -252,29 +248,52 @@ class LLM:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError(f"{self.path} has no tokenizer: give the prompt as token ids")
-            ids = self.tokenizer.encode(prompt)
+            ids = self._checked(self.tokenizer.encode(prompt))  # a tokenizer may know more than the model
         else:
             ids = self._checked(prompt)
         if params.stop and self.tokenizer is None:
             raise RequestError(f"stop={params.stop!r} needs a tokenizer, and {self.path} has none")
-        for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
-            self._checked(list(tokens), name)
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            self._checked(list(getattr(params, name) or ()), name)
         ends = () if params.ignore_eos or self.tokenizer is None else tuple(sorted(self.tokenizer.eos_ids))
         seed = int(self._seeds.integers(0, MAX_SEED, endpoint=True)) if params.seed is None else params.seed
+        extra |= self._limits(params, extra.get("grammar"))
         request = Request(ids, params, seed, (*params.stop_token_ids, *ends), **extra)
         self.engine.scheduler.check(request)
         return request
 
+    def _limits(self, params: SamplingParams, grammar: Grammar | None) -> dict[str, Any]:
+        """What a request may not draw, as its fields ``barred_ids`` and ``grammar``."""
+        if params.bad_words and self.tokenizer is None:
+            raise RequestError(f"bad_words={params.bad_words!r} needs a tokenizer, and {self.path} has none")
+        vocab, allowed = self.config.vocab_size, params.allowed_token_ids
+        sequences = word_sequences(params.bad_words, self._encode_bare, vocab) if params.bad_words else []
+        barred = tuple(one[0] for one in sequences if len(one) == 1)
+        if not (vocab - len(barred) if allowed is None else len(set(allowed) - set(barred))):
+            raise RequestError("bad_words bars every token that may be drawn: at least 1 has to be left")
+        longer = [one for one in sequences if len(one) > 1]
+        if longer or (grammar is not None and (barred or allowed is not None)):
+            grammar = TokenFilter(vocab, allowed, barred, longer, grammar)
+            if not grammar.mask().any():
+                raise RequestError("bad_words and allowed_token_ids leave no token that the schema allows")
+        return {"grammar": grammar, "barred_ids": barred}
+
+    def _encode_bare(self, text: str) -> list[int]:
+        assert self.tokenizer is not None
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
     # --- requests ------------------------------------------------------------------------------------------
 
     def _stream(self, generation: Generation) -> Iterator[Delta]:
-        deltas = self._start(generation)
+        deltas, ended = self._start(generation), False
         try:
-            while deltas or generation.request.finish_reason is None:
-                if deltas:
-                    yield deltas.popleft()
-                else:
+            while not ended:
+                if not deltas:
+                    ended = generation.request.finish_reason is not None  # others may have made it end
                     self._step()
+                while deltas:
+                    yield (delta := deltas.popleft())
+                    ended = delta.finish_reason is not None
         finally:
             self._end(generation)
 
@@ -284,13 +303,21 @@ class LLM:
         self._running[generation.request] = (generation, deque())
         return self._running[generation.request][1]
 
-    def _step(self) -> None:
-        for request, tokens in self.engine.step():
+    def _step(self) -> list[Request]:
+        """Steps the engine; returns the requests that ended."""
+        ended = []
+        self._grown.extend(self.engine.step())
+        while self._grown:
+            request, tokens = self._grown.popleft()
+            if request not in self._running:
+                continue  # an interrupt has ended the call that it was for
             generation, deltas = self._running[request]
             if delta := generation.advance(tokens):
                 deltas.append(delta)
             if delta.finish_reason is not None:
                 self.engine.cancel(request)
+                ended.append(request)
+        return ended
 
     def _end(self, generation: Generation) -> None:
         self.engine.cancel(generation.request)
@@ -302,12 +329,18 @@ class LLM:
             ids = [operator.index(token) for token in token_ids]
         except TypeError as error:
             raise RequestError(f"{name} is not a list of token ids: {error}") from error
-        for token in ids:
-            if not 0 <= token < vocab:
-                raise RequestError(
-                    f"{name} has token id {token}, but the vocabulary has {vocab} (0 to {vocab - 1})"
-                )
+        if ids and not 0 <= min(ids) <= max(ids) < vocab:
+            wrong = next(token for token in ids if not 0 <= token < vocab)
+            raise RequestError(
+                f"{name} has token id {wrong}{self._spelled(wrong)}, "
+                f"but the vocabulary has {vocab} (0 to {vocab - 1})"
+            )
         return ids
+
+    def _spelled(self, token: int) -> str:
+        """The text of a token, where the tokenizer knows it."""
+        data = b"" if self.tokenizer is None else self.tokenizer.token_bytes(token)
+        return f" ({data.decode('utf-8', 'replace')!r})" if data else ""
 
 
 def _use_compilation_cache() -> None:

@@ -27,7 +27,7 @@ from tpjax.cache import NULL_PAGE, PagedKVCache, Placement
 from tpjax.config import ModelConfig
 from tpjax.errors import ConfigError
 from tpjax.model import Decoder
-from tpjax.sampling import NAN_TOKEN, History, Sampled, SamplingRows, sample, score
+from tpjax.sampling import History, Sampled, SamplingRows, sample, score
 from tpjax.sampling_params import SamplingParams
 from tpjax.sharding import LOGITS, POSITIONS, REPLICATED, Leaf, pad_to_multiple
 
@@ -191,6 +191,9 @@ class Runner:
         dtype: of the cache.
         residual: layout of the residual while a chunk of a prompt is run: ``replicated``, cut over
             ``positions`` where tp divides the chunk, or ``auto``.
+
+    Attributes:
+        losses: how often the state was given up; whoever hands out pages has to forget what was in them.
     """
 
     def __init__(
@@ -207,6 +210,7 @@ class Runner:
         leaves, self._tree = jax.tree.flatten(state)
         self._weights: tuple[jax.Array, ...] = tuple(leaves)
         self._state: State | None = None  # allocated at the first dispatch: explain needs no memory
+        self.losses = 0
 
     # --- what the engine calls -----------------------------------------------------------------------------
 
@@ -225,7 +229,8 @@ class Runner:
         rows = _Rows.pack([row], self.limits, 1)
         program = self.program("prefill", 1, size)
         length = np.int32(len(tokens))
-        self._state, drawn = program(self._weights, self.state, rows, _padded(tokens, size), length)
+        chunk = _padded(tokens, size)
+        (drawn,) = self._dispatch(lambda state: program(self._weights, state, rows, chunk, length))
         return drawn
 
     def prefill_and_score(
@@ -245,7 +250,9 @@ class Runner:
         rows = _Rows.pack([row], self.limits, 1)
         program = self.program("prefill_and_score", 1, size)
         chunk, following, length = _padded(tokens, size), _padded(targets, size), np.int32(len(tokens))
-        self._state, drawn, scored = program(self._weights, self.state, rows, chunk, length, following)
+        drawn, scored = self._dispatch(
+            lambda state: program(self._weights, state, rows, chunk, length, following)
+        )
         return drawn, scored
 
     def decode(self, rows: Sequence[Row], steps: int) -> Sampled:
@@ -260,7 +267,8 @@ class Runner:
         """
         size = next(size for size in self.limits.batch_sizes if size >= len(rows))
         program = self.program("decode", size, steps)
-        self._state, drawn = program(self._weights, self.state, _Rows.pack(rows, self.limits, size))
+        packed = _Rows.pack(rows, self.limits, size)
+        (drawn,) = self._dispatch(lambda state: program(self._weights, state, packed))
         return drawn
 
     def score(self, row: Row, tokens: Sequence[int]) -> Float[np.ndarray, "S V"]:
@@ -268,21 +276,35 @@ class Runner:
         size = self.chunk_size(len(tokens))
         rows = _Rows.pack([row], self.limits, 1)
         program = self.program("score", 1, size)
-        self._state, logits = program(self._weights, self.state, rows, _padded(tokens, size))
+        chunk = _padded(tokens, size)
+        (logits,) = self._dispatch(lambda state: program(self._weights, state, rows, chunk))
         return np.asarray(logits)[: len(tokens), : self.config.vocab_size]
 
     def set_history(
-        self, slot: int, prompt: Sequence[int], output: Sequence[int], params: SamplingParams
+        self,
+        slot: int,
+        prompt: Sequence[int],
+        output: Sequence[int],
+        params: SamplingParams,
+        barred: Sequence[int] = (),
     ) -> None:
-        """Tells a slot which tokens are in its prompt and its output so far, and sets its biases."""
+        """Tells a slot which tokens are in its prompt and its output so far, and sets its biases.
+
+        ``barred`` tokens, and those ``params.allowed_token_ids`` leaves out, have a bias of minus infinity.
+        """
         in_prompt = np.zeros((1, self.padded_vocab), np.bool_)
         in_prompt[0, list(prompt)] = True
         counts = np.bincount(np.asarray(output, np.int64), minlength=self.padded_vocab)[None].astype(np.int32)
         bias = np.zeros((1, self.padded_vocab), np.float32)
         for token, value in params.logit_bias.items():
             bias[0, token] = value
+        if params.allowed_token_ids is not None:
+            others = np.ones(self.padded_vocab, np.bool_)
+            others[list(params.allowed_token_ids)] = False
+            bias[0, others] = -np.inf
+        bias[0, list(barred)] = -np.inf
         program = self.program("set_history", 1, 1)
-        self._state = program(self.state, np.int32(slot), in_prompt, counts, bias)
+        self._dispatch(lambda state: (program(state, np.int32(slot), in_prompt, counts, bias),))
 
     def set_masks(self, masks: Mapping[int, np.ndarray]) -> None:
         """Says which tokens slots may draw next.
@@ -294,7 +316,13 @@ class Runner:
         words: Any = np.zeros((self.limits.max_slots, -(-self.config.vocab_size // 32)), np.uint32)
         for row, (slot, mask) in enumerate(masks.items()):
             slots[row], words[row] = slot, mask
-        self._state = self.program("set_masks", self.limits.max_slots, 1)(self.state, slots, words)
+        program = self.program("set_masks", self.limits.max_slots, 1)
+        self._dispatch(lambda state: (program(state, slots, words),))
+
+    def reset(self) -> None:
+        """Gives the state's memory back; the next dispatch begins with a state of zeros."""
+        state, self._state = self._state, None
+        self._give_up(state)
 
     def chunk_size(self, length: int) -> int:
         """The smallest chunk bucket that holds ``length`` tokens."""
@@ -364,6 +392,33 @@ class Runner:
         return pad_to_multiple(self.config.vocab_size, self.mesh.size)
 
     # --- programs ------------------------------------------------------------------------------------------
+
+    def _dispatch(self, call: Callable[[State], Sequence[Any]]) -> list[Any]:
+        """Hands the state to a program by donation and keeps the state it returns.
+
+        A call that fails may have taken the state all the same: it is given up as a whole.
+
+        Args:
+            call: from the state to the next one, and results.
+
+        Returns:
+            The results.
+        """
+        state = self.state
+        try:
+            self._state = None
+            self._state, *results = call(state)
+        except BaseException:
+            self._give_up(state)
+            raise
+        return results
+
+    def _give_up(self, state: State | None) -> None:
+        # deleted, since tracebacks may refer to it and would keep its memory
+        self.losses += 1
+        for buffer in jax.tree.leaves(state):
+            if not buffer.is_deleted():
+                buffer.delete()
 
     def program(self, kind: str, batch: int, length: int) -> Any:
         """The compiled program of that kind and bucket.
@@ -561,8 +616,8 @@ class Runner:
 
             def body(i: Array, carry: tuple[State, Array, Sampled]) -> tuple[State, Array, Sampled]:
                 state, alive, out = carry
-                # one that has ended stays at the longest, so that windows do not start at page 0 for it
-                positions = jnp.where(alive, start + i, jnp.max(jnp.where(alive, start + i, 0)))
+                # one that has ended goes to the beginning, where it walks one page only
+                positions = jnp.where(alive, start + i, 0)
                 state, drawn = step(model, state, rows, alive, positions)
                 drawn = Sampled(
                     jnp.where(alive, drawn.tokens, NO_TOKEN),
@@ -571,7 +626,7 @@ class Runner:
                     drawn.top_logprobs,
                 )
                 out = jax.tree.map(lambda all_, one: all_.at[i].set(one), out, drawn)
-                ended = jnp.any(drawn.tokens[:, None] == rows.stop_ids, axis=1) | (drawn.tokens == NAN_TOKEN)
+                ended = jnp.any(drawn.tokens[:, None] == rows.stop_ids, axis=1) | (drawn.tokens < 0)
                 return state, alive & ~ended & (i + 1 < remaining), out
 
             shapes = jax.eval_shape(lambda: step(model, state, rows, remaining > 0, start)[1])

@@ -25,9 +25,10 @@ from tpjax.sharding import LOGITS, Leaf
 
 # Bits of the threshold settled per round; each round is one small all-reduce of 2**bits - 1 sums a row.
 _BITS_PER_ROUND = 4
-_COLDEST = 1e-5
 NAN_TOKEN = -2  # drawn where the logits are not numbers
+NOTHING_ALLOWED = -3  # drawn where every token is masked: all logits are minus infinity
 _LEAST_MASS = 1e-30  # a top_p that float32 rounds to 0 still keeps the likeliest token
+_MAX, _TINY = (float(x) for x in (np.finfo(np.float32).max, np.finfo(np.float32).tiny))
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +57,7 @@ class SamplingRows:
                 p.temperature,
                 p.top_p,
                 p.min_p,
-                p.repetition_penalty,
+                max(p.repetition_penalty, _TINY),  # it divides: devices may flush what is smaller to 0
                 p.presence_penalty,
                 p.frequency_penalty,
             )
@@ -104,7 +105,8 @@ class Sampled:
     """The tokens drawn and, where asked for, log-probabilities (else zeros).
 
     Attributes:
-        tokens: token id per row; ``NAN_TOKEN`` where logits are not numbers.
+        tokens: token id per row; ``NAN_TOKEN`` where logits are not numbers, ``NOTHING_ALLOWED`` where all
+            are minus infinity.
         logprobs: of the drawn token.
         top_tokens: the likeliest tokens.
         top_logprobs: theirs.
@@ -174,15 +176,16 @@ def _sample_shard(
     )
     scores = jax.lax.cond(
         jnp.any(masked),
-        lambda: jnp.where(history.allowed[slots] | ~masked[:, None], scores, -jnp.inf),
+        # a NaN stays: whoever asked is told that the model is broken
+        lambda: jnp.where(history.allowed[slots] | ~masked[:, None] | jnp.isnan(scores), scores, -jnp.inf),
         lambda: scores,
     )
 
     def draw() -> Array:
-        # colder than this the likeliest token wins in any case, and the quotient stays finite
-        warm = scores / jnp.where(temperature > 0, jnp.maximum(temperature, _COLDEST), 1.0)
-        top = jax.lax.pmax(warm.max(axis=-1, keepdims=True), AXIS)
-        lowest = jnp.full_like(top, -jnp.inf)
+        # the likeliest token is at 0 whatever the temperature: nothing overflows, and noise keeps its digits
+        below = _below(scores, jax.lax.pmax(scores.max(axis=-1, keepdims=True), AXIS))
+        warm = below / jnp.where(temperature > 0, jnp.maximum(temperature, _TINY), 1.0)
+        lowest = jnp.full((warm.shape[0], 1), -jnp.inf)
         floor = jax.lax.cond(
             jnp.any(top_k > 0),
             lambda: _threshold(
@@ -191,7 +194,7 @@ def _sample_shard(
             lambda: lowest,
         )
         # top_p counts probability among what top_k left, as transformers does
-        mass = jnp.where(warm >= floor, jnp.exp(warm - top), 0.0)
+        mass = jnp.where(warm >= floor, jnp.exp(warm), 0.0)
         total = jax.lax.psum(mass.sum(axis=-1, keepdims=True), AXIS)
         floor = jnp.maximum(
             floor,
@@ -203,8 +206,10 @@ def _sample_shard(
                 lambda: lowest,
             ),
         )
-        floor = jnp.maximum(floor, top + jnp.log(min_p))
-        noisy = jnp.where(warm >= floor, warm + _gumbel(seeds, positions, tokens), -jnp.inf)
+        floor = jnp.maximum(floor, jnp.log(min_p))
+        # masked after the noise too: what has no probability must not win whatever the noise is
+        kept = (warm >= floor) & (scores > -jnp.inf)
+        noisy = jnp.where(kept, warm + _gumbel(seeds, positions, tokens), -jnp.inf)
         # a NaN is below every threshold; it must win all the same, to be seen
         return jnp.where((temperature > 0) & ~jnp.isnan(scores), noisy, scores)
 
@@ -232,8 +237,14 @@ def _penalise(logits: Array, rows: SamplingRows, history: History, slots: Array)
     repeated = history.in_prompt[slots] | (counts > 0)
     scores = jnp.where(repeated, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
     scores = scores - frequency * counts.astype(jnp.float32) - jnp.where(counts > 0, presence, 0.0)
-    scores = scores + history.bias[slots]
-    return jnp.where((rows.ints[:, 2, None] != 0), scores, logits)
+    # a possible token stays possible, and padding does not become so: what overflows is held at the ends
+    scores = jnp.clip(scores + history.bias[slots], -_MAX, _MAX)
+    return jnp.where((rows.ints[:, 2, None] != 0) & (logits > -jnp.inf), scores, logits)
+
+
+def _below(scores: Float[Array, "B share"], top: Float[Array, "B 1"]) -> Float[Array, "B share"]:
+    """How far each score is under the top of its row: 0 at the top, infinite or not."""
+    return jnp.where(scores == top, 0.0, scores - top)
 
 
 def _threshold(
@@ -277,39 +288,51 @@ def _unordered(keys: UInt[Array, "*n"]) -> Float[Array, "*n"]:
 def _gumbel(seeds: Int[Array, " B"], positions: Int[Array, " B"], tokens: Int[Array, " share"]) -> Array:
     """Standard Gumbel noise for each row and token, float32 [B, share]."""
 
-    def bits(seed: Array, position: Array) -> Array:
+    def words(seed: Array, position: Array) -> Array:
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
-        folded = jax.vmap(jax.random.fold_in, (None, 0))(key, tokens)
-        return jax.random.key_data(folded)[:, 0]
+        return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, tokens))  # [share, 2]
 
-    drawn = jax.vmap(bits)(jax.lax.bitcast_convert_type(seeds, jnp.uint32), positions)
-    uniform = ((drawn >> 8).astype(jnp.float32) + 0.5) * 2.0**-24  # in (0, 1), both ends excluded
-    return -jnp.log(-jnp.log(uniform))
+    drawn = jax.vmap(words)(jax.lax.bitcast_convert_type(seeds, jnp.uint32), positions)
+    return _gumbel_of(drawn[..., 0], drawn[..., 1])
+
+
+def _gumbel_of(high: UInt[Array, "*n"], low: UInt[Array, "*n"]) -> Float[Array, "*n"]:
+    """Standard Gumbel noise from 64 random bits, -2.9 to 45.1.
+
+    Draws are decided in the upper tail, and that is where the uniform is small: a float32 has all its digits
+    there. 64 bits, since 32 would end the tail at 22.9, and equal ones tie.
+    """
+    units = high.astype(jnp.float32) + (low.astype(jnp.float32) + 0.5) * 2.0**-32  # of 2**-32
+    # float32 rounds the largest to 1, whose noise would be minus infinity
+    uniform = jnp.minimum(units * 2.0**-32, 1 - 2.0**-24)
+    return -jnp.log(-jnp.log1p(-uniform))
 
 
 def _winner(scores: Float[Array, "B share"], tokens: Int[Array, " share"]) -> Int[Array, " B"]:
     """The token of the highest score over all devices; of equals, the lowest id. One small all-gather.
 
-    A NaN counts as highest, and gives ``NAN_TOKEN``.
+    A NaN counts as highest, and gives ``NAN_TOKEN``; minus infinity gives ``NOTHING_ALLOWED``.
     """
     local = jnp.argmax(scores, axis=-1)
     best = jnp.take_along_axis(scores, local[:, None], axis=-1)[:, 0]
-    token_bits = jax.lax.bitcast_convert_type(tokens[local], jnp.float32)
-    candidates = jax.lax.all_gather(jnp.stack([best, token_bits]), AXIS)  # [tp, 2, B]
-    device = jnp.argmax(candidates[:, 0], axis=0)
-    score, bits = jnp.take_along_axis(candidates, device[None, None], axis=0)[0]
-    return jnp.where(jnp.isnan(score), NAN_TOKEN, jax.lax.bitcast_convert_type(bits, jnp.int32))
+    # both as integers: a small token id would be a denormal as a float, which hardware may flush to 0
+    bits = jax.lax.bitcast_convert_type(best, jnp.int32)
+    candidates = jax.lax.all_gather(jnp.stack([bits, tokens[local]]), AXIS)  # [tp, 2, B]
+    highest = jax.lax.bitcast_convert_type(candidates[:, 0], jnp.float32)
+    device = jnp.argmax(highest, axis=0)[None]
+    score, token = (jnp.take_along_axis(x, device, axis=0)[0] for x in (highest, candidates[:, 1]))
+    return jnp.where(jnp.isnan(score), NAN_TOKEN, jnp.where(jnp.isneginf(score), NOTHING_ALLOWED, token))
 
 
 def _logprobs(logits: Array, tokens: Array, chosen: Array) -> tuple[Array, Array, Array]:
     """Log-probabilities of the chosen and of the likeliest tokens; id -1 where there are no more tokens."""
     top = jax.lax.pmax(logits.max(axis=-1, keepdims=True), AXIS)
-    total = jax.lax.psum(jnp.exp(logits - top).sum(axis=-1, keepdims=True), AXIS)
-    normaliser = top + jnp.log(total)
+    below = _below(logits, top)
+    log_total = jnp.log(jax.lax.psum(jnp.exp(below).sum(axis=-1, keepdims=True), AXIS))
     mine = tokens == chosen[:, None]
-    of_chosen = jax.lax.psum(jnp.where(mine, logits, 0.0).sum(axis=-1), AXIS) - normaliser[:, 0]
+    of_chosen = jax.lax.psum(jnp.where(mine, below, 0.0).sum(axis=-1), AXIS) - log_total[:, 0]
     # two stages: the global top-n are among the devices' own top-n
-    values, places = jax.lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+    values, places = jax.lax.top_k(below, min(MAX_LOGPROBS, below.shape[-1]))
     values = jax.lax.all_gather(values, AXIS, axis=1, tiled=True)
     ids = jax.lax.all_gather(tokens[places], AXIS, axis=1, tiled=True)
     count = min(MAX_LOGPROBS, values.shape[-1])
@@ -320,5 +343,5 @@ def _logprobs(logits: Array, tokens: Array, chosen: Array) -> tuple[Array, Array
     return (
         of_chosen,
         jnp.pad(ids, pad, constant_values=-1),
-        jnp.pad(values - normaliser, pad, constant_values=-jnp.inf),
+        jnp.pad(values - log_total, pad, constant_values=-jnp.inf),
     )

@@ -78,6 +78,8 @@ class Chat:
             for delta in stream:
                 parts.append(delta.text)
                 self._write(delta.text)
+                if delta.finish_reason == "error":
+                    self._write(f" [{delta.error}]")
                 if interrupted():
                     stream.close()  # type: ignore[attr-defined]  # it is a generator: its slot is freed now
                     self._write(" [stopped]")

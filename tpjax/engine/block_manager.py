@@ -34,16 +34,28 @@ class BlockManager:
     Args:
         num_pages: pages of the cache, the null page included.
         page_size: positions per page.
+
+    Attributes:
+        changes: how often pages have become free or findable: what could not be had before may be had after.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
+        self.changes = 0
         self.page_size = page_size
         self.capacity = num_pages - 1
-        self._blank = list(range(num_pages - 1, 0, -1))
+        self._blank: list[int] = []
         self._users: dict[int, int] = {}  # of pages in use
         self._kept: OrderedDict[int, None] = OrderedDict()  # unused pages with known content, oldest first
         self._key_of: dict[int, PageKey] = {}
         self._page_of: dict[PageKey, int] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets the content of all pages and who used them: all are free."""
+        for known in (self._users, self._kept, self._key_of, self._page_of):
+            known.clear()
+        self._blank[:] = range(self.capacity, 0, -1)
+        self.changes += 1
 
     @property
     def free(self) -> int:
@@ -99,9 +111,11 @@ class BlockManager:
         if key not in self._page_of and page not in self._key_of:
             self._page_of[key] = page
             self._key_of[page] = key
+            self.changes += 1
 
     def release(self, pages: list[int]) -> None:
         """Gives pages back, and empties the list."""
+        self.changes += bool(pages)
         for page in reversed(pages):  # a sequence's end is worth less than its beginning, and goes first
             self._users[page] -= 1
             if not self._users[page]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,9 +12,12 @@ import numpy as np
 from tpjax.engine.block_manager import BlockManager
 from tpjax.engine.request import Request, TokenLogprobs
 from tpjax.engine.scheduler import Decode, Prefill, Scheduler
+from tpjax.errors import EngineError
 from tpjax.runner import NO_TOKEN, Row, Runner
-from tpjax.sampling import NAN_TOKEN, Sampled
+from tpjax.sampling import NAN_TOKEN, NOTHING_ALLOWED, Sampled
 from tpjax.sampling_params import SamplingParams
+
+log = logging.getLogger(__name__)
 
 # While others decode, a prompt runs in chunks of this many tokens: what a stream waits for at most.
 PREFILL_BUDGET = 64
@@ -57,6 +63,9 @@ class Engine:
     The next dispatch is launched before the last one's tokens are read, so that the devices do not wait for
     the host. One thread at a time may use an engine.
 
+    A dispatch takes the devices' state by donation, so one that fails leaves none, for nobody. What ran then
+    fails, what waits goes on waiting, and the engine starts over: on a fresh state, with no page known.
+
     Args:
         runner: the compiled model.
         prefill_budget: most prompt tokens of a dispatch while others decode.
@@ -74,6 +83,9 @@ class Engine:
             BlockManager(limits.num_pages, limits.page_size),
         )
         self._under_way: _Launched | None = None
+        self._grown: list[tuple[Request, list[int]]] = []  # read, and not yet handed out
+        self._torn = False  # something has not run to its end
+        self._losses = runner.losses
 
     def add(self, request: Request) -> None:
         """Queues a request.
@@ -88,27 +100,92 @@ class Engine:
         """Ends a request early and frees what it holds; does nothing for one that has ended."""
         if request.finish_reason is None:
             request.finish_reason = "abort"
-        self.scheduler.finish(request)
+        with self.guarded():
+            self.scheduler.finish(request)
 
     def step(self) -> list[tuple[Request, list[int]]]:
         """Launches a dispatch, and reads the one launched before it.
 
+        Where that fails, the requests that ran end with the reason ``error``; an interrupt is raised again.
+
         Returns:
             The requests that got tokens, and those tokens; an ended request has its ``finish_reason`` set.
         """
-        # a grammar needs the last token to say what may be next: nothing to overlap
-        if self._under_way and any(one.grammar is not None for one in self.scheduler.running):
-            return self._read()
-        work = self.scheduler.schedule()
-        launched = None if work is None else self._launch(work)
-        grown = self._read()
-        self._under_way = launched
+        try:
+            with self.guarded():
+                work = self.scheduler.schedule()
+                launched = None if work is None else self._launch(work)
+                self._read()
+                self._under_way = launched
+        except Exception as error:
+            log.exception("a dispatch failed: the requests that ran end, and the engine starts over")
+            if not self._grown and self.scheduler.waiting:  # what fails with nobody running fails for ever
+                request = self.scheduler.waiting[0]
+                self._fail(request, _what_failed(error))
+                self.scheduler.finish(request)
+        grown, self._grown = self._grown, []
         return grown
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """The logits after each of at least one token, in pages of their own; float32 [T, V].
+
+        Raises:
+            RequestError: not enough pages are free.
+            EngineError: a dispatch failed; requests that ran end as they do in :meth:`step`.
+        """
+        blocks, chunk = self.scheduler.blocks, self.runner.chunk_sizes[-1]
+        self._mend()
+        pages = blocks.allocate(blocks.pages_for(len(tokens)))
+        slot = self.runner.limits.max_slots
+        try:
+            with self.guarded():
+                parts = [
+                    self.runner.score(
+                        Row(slot, start, pages, _GREEDY, 0, reach=len(tokens)), tokens[start : start + chunk]
+                    )
+                    for start in range(0, len(tokens), chunk)
+                ]
+                blocks.release(pages)
+        except Exception as error:
+            raise EngineError(_what_failed(error)) from error
+        return np.concatenate(parts)
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Runs a block that uses the runner, or changes who holds what; starts over where it fails."""
+        self._mend()
+        self._torn = True
+        try:
+            yield
+        except BaseException as error:
+            self._start_over(_what_failed(error))
+            raise
+        self._torn = False
+
+    def _mend(self) -> None:
+        """Starts over where that was interrupted too, or where others lost the state."""
+        if self._torn or self.runner.losses != self._losses:
+            self._start_over("the state on the devices was lost while this request ran")
+
+    def _start_over(self, why: str) -> None:
+        """Ends the requests that run, and forgets what the devices hold."""
+        self._torn = True
+        self._under_way = None
+        self.runner.reset()
+        for request in self.scheduler.running:
+            self._fail(request, why)
+        self.scheduler.reset()
+        self._losses, self._torn = self.runner.losses, False
+
+    def _fail(self, request: Request, why: str) -> None:
+        if request.finish_reason is None:
+            request.finish_reason, request.error, request.lost = "error", why, True
+            self._grown.append((request, []))
 
     @property
     def busy(self) -> bool:
-        """Whether anything waits, runs, or has not been read."""
-        return self.scheduler.busy or self._under_way is not None
+        """Whether anything waits, runs, has not been read, or has not been handed out."""
+        return self.scheduler.busy or self._under_way is not None or bool(self._grown)
 
     def stats(self) -> Stats:
         """What the engine is doing now."""
@@ -132,7 +209,9 @@ class Engine:
     def _prefill(self, work: Prefill) -> _Launched:
         request, runner = work.request, self.runner
         if work.first and request.params.needs_history:
-            runner.set_history(_slot(request), request.prompt_ids, request.output_ids, request.params)
+            runner.set_history(
+                _slot(request), request.prompt_ids, request.output_ids, request.params, request.barred_ids
+            )
         # what follows an inner chunk is known: nothing is drawn that counts
         params = request.params if work.final else _GREEDY
         masked = work.final and request.grammar is not None
@@ -179,18 +258,17 @@ class Engine:
         if bound:
             self.runner.set_masks(bound)
 
-    def _read(self) -> list[tuple[Request, list[int]]]:
+    def _read(self) -> None:
         """Waits for the work under way and gives each request its own, up to what ends it."""
         work, self._under_way = self._under_way, None
         if work is None:
-            return []
+            return
         if work.scored is not None:
             work.scored.read()
         tokens = np.asarray(work.drawn.tokens)  # [steps, B]; waits, so that no more than one is ahead
         reported = None
         if any(request.params.logprobs is not None for request in work.requests):
             reported = _host(work.drawn)
-        grown = []
         for row, request in enumerate(work.requests):
             if request.finish_reason is not None:
                 continue  # it ended, or was cancelled, after this was launched
@@ -202,6 +280,10 @@ class Engine:
                     request.finish_reason = "error"
                     request.error = f"the model's logits are not numbers after {_length(request)} tokens"
                     break
+                if token == NOTHING_ALLOWED:
+                    request.finish_reason = "error"
+                    request.error = f"no token is allowed after {_length(request)} tokens: all are masked"
+                    break
                 if not request.params.max_tokens:  # only the prompt's log-probabilities were asked for
                     request.finish_reason = "length"
                     break
@@ -209,10 +291,9 @@ class Engine:
                 if reported is not None and request.params.logprobs is not None:
                     entry = _logprobs(token, request.params.logprobs, *(x[step, row] for x in reported))
                     request.logprobs.append(entry)
-            grown.append((request, request.output_ids[before:]))
+            self._grown.append((request, request.output_ids[before:]))
             if request.finish_reason is not None:
                 self.scheduler.finish(request)
-        return grown
 
 
 _GREEDY = SamplingParams(temperature=0)
@@ -247,6 +328,14 @@ def _logprobs(
 ) -> TokenLogprobs:
     top = zip(top_tokens[:count].tolist(), top_logprobs[:count].tolist(), strict=True)
     return TokenLogprobs(token, float(own), dict(top))
+
+
+def _what_failed(error: BaseException) -> str:
+    """One line about an error that was met while requests ran."""
+    if not isinstance(error, Exception):
+        return f"interrupted ({type(error).__name__}) while this ran"
+    line = next(iter(str(error).splitlines()), "")[:300]
+    return f"a dispatch failed while this ran: {type(error).__name__}: {line}"
 
 
 def _slot(request: Request) -> int:

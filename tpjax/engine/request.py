@@ -55,21 +55,26 @@ class Request:
         stop_ids: tokens that end it (none of the model's own where ``ignore_eos``).
         cache_salt: only requests of the same salt share cache pages.
         grammar: limits the tokens it may draw.
+        barred_ids: tokens it may never draw.
+        priority: lower ones run first.
         output_ids: tokens generated so far, as far as the host has read them.
         logprobs: one entry a generated token, where asked for.
         prompt_logprobs: one entry a prompt token, ``None`` for the first, where asked for.
         finish_reason: ``None`` while it runs.
         error: what went wrong, where ``finish_reason`` is ``error``.
+        lost: it ended with the state on the devices, by an error that need not be its own.
         cached_tokens: prompt tokens whose keys and values were found in the cache.
         length_class: only requests of the same class have the same keys for the same text (the frequencies of
             some rotary embeddings go by how long a sequence may get).
         arrival: its number in the order of arrival.
+        queued: it waits for a slot.
         slot: place in the batch while it runs.
         pages: cache pages it holds, in order of position.
         prefill_ids: what it has to run before it can decode: the prompt and, if it was preempted, its output.
         prefill_start: how many of these were found in the cache.
         prefilled: how many of these are in the cache or have been handed to the device.
         launched: output tokens asked of the device, read or not.
+        published: of its pages, from the first on, have been made findable.
     """
 
     prompt_ids: Sequence[int]
@@ -78,21 +83,31 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     cache_salt: str = ""
     grammar: Grammar | None = None
+    barred_ids: tuple[int, ...] = ()
+    priority: int = 0
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: str | None = None
+    lost: bool = False
     cached_tokens: int = 0
     length_class: tuple[int, ...] = ()
     arrival: int = 0
+    queued: bool = False
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
     prefill_ids: list[int] = field(default_factory=list)
     prefill_start: int = 0
     prefilled: int = 0
     launched: int = 0
+    published: int = 0
     _keys: list[PageKey] = field(default_factory=list)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Its place among others: by priority, then by arrival."""
+        return self.priority, self.arrival
 
     @property
     def most_tokens(self) -> int:
@@ -115,10 +130,14 @@ class Request:
         return self.prefilled < len(self.prefill_ids)
 
     @property
+    def unread(self) -> bool:
+        """Tokens have been asked for that the host has not read."""
+        return self.launched > len(self.output_ids)
+
+    @property
     def decodable(self) -> bool:
-        """A next token can be asked for now: a grammar has to see each before it allows the next."""
-        unread = self.launched > len(self.output_ids)
-        return not self.prefilling and self.remaining > 0 and not (self.grammar and unread)
+        """A next token can be asked for now."""
+        return not self.prefilling and self.remaining > 0
 
     def append(self, token: int) -> None:
         """Takes a generated token; ends the request where it is a stop token or the last allowed."""
@@ -130,11 +149,22 @@ class Request:
         elif len(self.output_ids) >= self.params.max_tokens:
             self.finish_reason = "length"
 
-    def page_keys(self, page_size: int, pages: int) -> list[PageKey]:
-        """Keys of its first ``pages`` pages, all of whose tokens are known."""
-        if len(self._keys) < pages:
-            tokens = [*self.prompt_ids, *self.output_ids]
-            for page in range(len(self._keys), pages):
-                parent = self._keys[-1] if self._keys else root_key(f"{self.length_class}{self.cache_salt}")
-                self._keys.append(page_key(parent, tokens[page * page_size : (page + 1) * page_size]))
-        return self._keys[:pages]
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt and of the output read so far."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """These of its tokens, prompt and output."""
+        prompt = len(self.prompt_ids)
+        return [
+            *self.prompt_ids[start:stop],
+            *self.output_ids[max(0, start - prompt) : max(0, stop - prompt)],
+        ]
+
+    def page_keys(self, page_size: int, pages: int) -> Sequence[PageKey]:
+        """Keys of its first ``pages`` pages or more, all of whose tokens are known; computed once."""
+        for page in range(len(self._keys), pages):
+            parent = self._keys[-1] if self._keys else root_key(f"{self.length_class}{self.cache_salt}")
+            self._keys.append(page_key(parent, self.tokens(page * page_size, (page + 1) * page_size)))
+        return self._keys

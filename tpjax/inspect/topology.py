@@ -23,8 +23,8 @@ from tpjax.mesh import AXIS
 TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # axes of the chip grid
 # chips of a whole pod: beyond it, the compiler does not refuse but aborts
 _POD = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}
-# libtpu that was built from the same XLA as this jax
-LIBTPU = {"0.10": "0.0.42.*", "0.12": "0.0.51.*"}
+# libtpu versions that work too, by jax version: tried, though that jax asks for another
+_ALSO_FITS = {"0.12.0.1": ("0.0.51",)}
 _CORES_PER_DEVICE = {"v4": {"chip_config_name": "megacore"}}  # else libtpu shows v4's two cores apart
 _DEVICES_PER_CHIP = {"tpu7x": 2}
 
@@ -171,12 +171,13 @@ def check_extra(kind: str) -> None:
 def extra_problem(kind: str) -> str | None:
     """Why ``tpu`` or ``gpu`` programs cannot be compiled here, and what to install; ``None``: they can."""
     if kind == "tpu":
-        wanted = LIBTPU.get(".".join(jax.__version__.split(".")[:2]))
+        wanted = _wanted_libtpu()
         install = f"pip install 'libtpu{'==' + wanted if wanted else ''}'"
         found = _version("libtpu")
         if found is None:
             return f"compiling TPU programs needs libtpu: {install}"
-        if wanted and not found.startswith(wanted.removesuffix("*")):
+        also = _ALSO_FITS.get(jax.__version__, ())
+        if wanted and not f"{found}.".startswith(wanted.removesuffix("*")) and found not in also:
             return f"libtpu {found} does not fit jax {jax.__version__}: {install}"
         return None
     install = (
@@ -204,6 +205,14 @@ def _describe(name: str, platform: str, topology_name: str, options: dict[str, A
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"the installed compiler cannot target topology {name!r}: {reason}") from error
     return list(described.devices)
+
+
+def _wanted_libtpu() -> str | None:
+    """The libtpu that the installed jax was built with, ``0.0.42.*`` say: its own extra ``tpu`` names it."""
+    for requirement in importlib.metadata.requires("jax") or ():
+        if found := re.match(r"libtpu\s*==\s*([\d.*]+)", requirement):
+            return found[1]
+    return None
 
 
 def _version(package: str) -> str | None:

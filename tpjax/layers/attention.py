@@ -2,8 +2,8 @@
 
 ``paged_attention`` walks the pages in use with an online softmax (Milakov and Gimelshein 2018,
 https://arxiv.org/abs/1805.02867; Dao et al. 2022, https://arxiv.org/abs/2205.14135): its cost follows the
-longest context in the batch and nothing is gathered whole. ``reference_attention`` is the definition it is
-held to.
+longest context in the batch, or the window where that is shorter, and nothing is gathered whole.
+``reference_attention`` is the definition it is held to.
 """
 
 from __future__ import annotations
@@ -280,14 +280,23 @@ def _walk(
     softcap: float | None,
     width: int,
 ) -> _Mix:
-    """Attends to the cached positions before ``stop``, from the first page that any window reaches."""
-    page_size = cache.page_size
-    first = 0 if window is None else jnp.maximum(jnp.min(at.positions) - (window - 1), 0) // page_size
+    """Attends to the cached positions before ``stop``, each row from the first page that its window reaches.
 
-    def page(index: Int[Array, ""], mix: _Mix) -> _Mix:
-        pages = jax.lax.dynamic_index_in_dim(at.block_tables, index, axis=1, keepdims=False)
+    Rows walk side by side, each over pages of its own: a step of the walk is one page of every row, so that
+    rows far apart, or rows that do not exist (at position 0), do not make each other's walk longer.
+    """
+    page_size = cache.page_size
+    first, tables = jnp.zeros_like(stop), at.block_tables
+    if window is not None:
+        first = jnp.maximum(at.positions[:, 0] - (window - 1), 0) // page_size
+        # past its end a row's table repeats the last page, in which the row sees nothing
+        reached = first[:, None] + jnp.arange(tables.shape[1])
+        tables = jnp.take_along_axis(tables, reached, axis=1, mode="clip")
+
+    def page(step: Int[Array, ""], mix: _Mix) -> _Mix:
+        pages = jax.lax.dynamic_index_in_dim(tables, step, axis=1, keepdims=False)
         keys, values = cache.read(pages)
-        positions = index * page_size + jnp.arange(page_size)
+        positions = ((first + step)[:, None] * page_size + jnp.arange(page_size))[:, None, None, :]
         # a sequence that starts earlier than the batch's latest must not see its own chunk here already
         written = positions < stop[:, None, None, None]
         visible = _visible(row_positions, positions, window) & written
@@ -295,7 +304,8 @@ def _walk(
         values = jnp.where(written.swapaxes(2, 3), values, 0)
         return mix.attend(rows, keys, values, visible, scale, softcap)
 
-    return jax.lax.fori_loop(first, -(-jnp.max(stop) // page_size), page, _Mix.empty(rows, width))
+    most = jnp.max(-(-stop // page_size) - first)
+    return jax.lax.fori_loop(0, most, page, _Mix.empty(rows, width))
 
 
 def _visible(

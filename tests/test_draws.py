@@ -1,0 +1,494 @@
+"""What is drawn, at real vocabulary sizes: the noise, and the distribution of draws.
+
+The oracle is the definition in float64 NumPy (softmax, then filters over sorted probabilities), held against
+transformers' own warpers where torch is installed. Programs are compiled as shipped: at the optimisation level of
+the other tests the noise of a large vocabulary takes ten times as long.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from tpjax import LLM, SamplingParams
+from tpjax.mesh import make_mesh
+from tpjax.sampling import (
+    NAN_TOKEN,
+    NOTHING_ALLOWED,
+    History,
+    SamplingRows,
+    _gumbel,
+    _gumbel_of,
+    _threshold,
+    sample,
+)
+from tpjax.sharding import LOGITS
+
+VOCABULARIES = (49_152, 128_256, 262_144)  # SmolLM2, Llama 3, Gemma 3
+ROWS = 64
+AS_SHIPPED: Any = {"xla_backend_optimization_level": 3}
+
+
+@dataclass
+class Case:
+    """One distribution: logits, parameters and what a slot remembers, all of one vocabulary."""
+
+    logits: np.ndarray
+    params: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=1.0))
+    in_prompt: np.ndarray | None = None
+    counts: np.ndarray | None = None
+    bias: np.ndarray | None = None
+    allowed: np.ndarray | None = None
+
+
+@functools.cache
+def program(vocab: int, tp: int) -> Callable[..., Any]:
+    """``ROWS`` draws from one distribution, by one slot's history."""
+    mesh = make_mesh(tp)
+
+    def draw(logits: Any, rows: SamplingRows, history: History, positions: Any) -> Any:
+        every = jax.lax.with_sharding_constraint(
+            jnp.broadcast_to(logits, (ROWS, vocab)), jax.NamedSharding(mesh, LOGITS)
+        )
+        return sample(every, rows, history, jnp.zeros(ROWS, jnp.int32), positions, mesh)[0].tokens
+
+    return jax.jit(draw, compiler_options=AS_SHIPPED)
+
+
+def drawn(case: Case, count: int, tp: int = 1, seed: int = 0) -> np.ndarray:
+    """At least ``count`` tokens, each with a seed and a position of its own."""
+    vocab = len(case.logits)
+
+    def one_slot(values: np.ndarray | None, dtype: type) -> np.ndarray:
+        return (np.zeros(vocab) if values is None else values).astype(dtype)[None]
+
+    history = History(
+        one_slot(case.in_prompt, np.bool_),
+        one_slot(case.counts, np.int32),
+        one_slot(case.bias, np.float32),
+        one_slot(case.allowed, np.bool_),
+    )
+    draw, random = program(vocab, tp), np.random.default_rng(seed)
+    put = functools.partial(jax.device_put, device=jax.NamedSharding(make_mesh(tp), LOGITS))
+    logits, history = put(case.logits.astype(np.float32)[None]), jax.tree.map(put, history)
+    tokens = []
+    for _ in range(-(-count // ROWS)):
+        seeds = random.integers(0, 2**32, ROWS).tolist()
+        masked = [case.allowed is not None] * ROWS
+        rows = SamplingRows.pack([case.params] * ROWS, seeds, masked, ROWS)
+        tokens.append(draw(logits, rows, history, random.integers(0, 100_000, ROWS).astype(np.int32)))
+    return np.concatenate([np.asarray(part) for part in tokens])
+
+
+# --- the noise -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def noise() -> np.ndarray:
+    """2**26 of it: sixteen rows of 2**22 tokens."""
+    draw = jax.jit(_gumbel, compiler_options=AS_SHIPPED)
+    tokens = jnp.arange(2**22, dtype=jnp.int32)
+    parts = [draw(jnp.array([s], jnp.int32), jnp.array([7 * s], jnp.int32), tokens)[0] for s in range(16)]
+    return np.concatenate([np.asarray(part) for part in parts])
+
+
+def test_noise_is_finite_and_follows_the_gumbel_distribution(noise: np.ndarray) -> None:
+    assert noise.dtype == np.float32 and noise.size == 2**26
+    assert np.isfinite(noise).all()
+    wide = noise.astype(np.float64)
+    assert wide.mean() == pytest.approx(np.euler_gamma, abs=5 * np.pi / np.sqrt(6) / 2**13)
+    assert wide.std() == pytest.approx(np.pi / np.sqrt(6), rel=1e-3)
+    # P(noise > t) = 1 - exp(-exp(-t)), far into the tail, where draws are decided
+    for t in (-2, -1, 0, 1, 2, 4, 6, 8, 10, 12, 14, 16):
+        chance = -np.expm1(-np.exp(-t))
+        expected = chance * noise.size
+        assert abs((noise > t).sum() - expected) < 5 * np.sqrt(expected * (1 - chance)), t
+    # a uniform of 23 bits ends at 16.6; of 2**26 draws seven are expected beyond 16
+    assert noise.max() > 16.7
+    # of the largest 4,096, the winners of as many draws over 16,384 tokens, hardly any two are equal
+    largest = np.sort(noise)[-4096:]
+    assert (np.diff(largest) == 0).sum() < 8
+
+
+def test_noise_of_every_extreme_word_is_finite_and_falls() -> None:
+    edges = [0, 1, 2, 3, 2**24 - 1, 2**24, 2**24 + 1, 2**31 - 1, 2**31, 2**32 - 257, 2**32 - 129, 2**32 - 128]
+    words = np.array([*edges, 2**32 - 2, 2**32 - 1], np.uint32)
+    high, low = np.meshgrid(words, words, indexing="ij")
+    found = np.asarray(jax.jit(_gumbel_of)(high, low)).astype(np.float64)
+    assert np.isfinite(found).all()
+    assert (np.diff(found.reshape(-1)) <= 0).all()
+    uniform = (high.astype(np.float64) + (low + 0.5) * 2.0**-32) * 2.0**-32
+    below = uniform < 0.9
+    exact = -np.log(-np.log1p(-uniform[below]))
+    np.testing.assert_allclose(found[below], exact, rtol=1e-6, atol=1e-6)
+    assert found.max() == pytest.approx(np.log(2.0**65), rel=1e-6)
+
+
+# --- no token without probability ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tp", (1, 4))
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_a_token_of_probability_one_is_always_drawn(vocab: int, tp: int) -> None:
+    """Where the uniform could be 1, one token in 2**24 won whatever its logit: 1 draw in 64 at 262,144."""
+    sure = vocab // 3
+    logits = np.random.default_rng(vocab).normal(0, 2, vocab)
+    logits[sure] = 80.0
+    assert (drawn(Case(logits), 256, tp) == sure).all()
+    cold = Case(np.where(np.arange(vocab) == sure, 0.5, 0.0), SamplingParams(temperature=0.01))
+    assert (drawn(cold, 256, tp) == sure).all()
+
+
+@pytest.mark.parametrize("tp", (1, 4))
+def test_masked_tokens_are_never_drawn(tp: int) -> None:
+    """Not even where all that is allowed is hopeless, and the rest is at infinity."""
+    vocab = VOCABULARIES[0]
+    allowed = np.zeros(vocab, bool)
+    allowed[[5, 40_000]] = True
+    for logits in (np.zeros(vocab), np.where(allowed, -3e38, 3e38), np.where(allowed, -90.0, np.inf)):
+        tokens = drawn(Case(logits, allowed=allowed), 256, tp)
+        assert set(tokens.tolist()) == {5, 40_000}
+    one = np.arange(vocab) == 17
+    for temperature in (0.0, 1e-30, 1.0, 1e30):
+        params = SamplingParams(temperature=temperature, top_p=0.5, top_k=9, min_p=0.3)
+        assert (drawn(Case(np.zeros(vocab), params, allowed=one), 64, tp) == 17).all()
+
+
+@pytest.mark.parametrize("temperature", (0.0, 1.0))
+@pytest.mark.parametrize("tp", (1, 4))
+def test_nothing_allowed_is_told(tp: int, temperature: float) -> None:
+    vocab = VOCABULARIES[0]
+    params = SamplingParams(temperature=temperature, top_k=3, top_p=0.5)
+    none = np.zeros(vocab, bool)
+    assert (drawn(Case(np.zeros(vocab), params, allowed=none), 64, tp) == NOTHING_ALLOWED).all()
+    assert (drawn(Case(np.full(vocab, -np.inf), params), 64, tp) == NOTHING_ALLOWED).all()
+    broken = np.where(np.arange(vocab) == 40_000, np.nan, 0.0)
+    for allowed in (None, none, ~none):  # a mask hides no broken model
+        assert (drawn(Case(broken, params, allowed=allowed), 64, tp) == NAN_TOKEN).all()
+
+
+@pytest.mark.parametrize("tp", (1, 4))
+def test_numbers_at_the_ends_of_float32(tp: int) -> None:
+    """What the temperature, a penalty or a bias would make infinite is neither drawn at random nor an error."""
+    vocab = VOCABULARIES[0]
+    best = np.where(np.arange(vocab) == 9, -3.0e38, -3.3e38)
+    for temperature in (1e-38, 1e-5, 0.5, 1.0):
+        params = SamplingParams(temperature=temperature)
+        assert (drawn(Case(best, params), 64, tp) == 9).all()
+        assert (drawn(Case(-best[::-1] - 6.2e38, params), 64, tp) != NAN_TOKEN).all()
+    # the tokens that share the top are drawn alike, however cold, and near ties are told apart
+    pair = np.full(vocab, -1.0)
+    pair[[100, 30_000]] = 1e4
+    cold = drawn(Case(pair, SamplingParams(temperature=1e-4)), 512, tp)
+    assert set(cold.tolist()) == {100, 30_000} and 190 < (cold == 100).sum() < 322
+    # a penalty that overflows, one that float32 rounds to 0, biases that add up to infinity
+    seen = np.zeros(vocab, bool)
+    seen[[3, 5]] = True
+    logits = np.where(seen, -2.0, -50.0)
+    heavy = SamplingParams(temperature=1.0, repetition_penalty=3e38)
+    assert not np.isin(drawn(Case(logits, heavy, in_prompt=seen), 64, tp), [3, 5, NAN_TOKEN]).any()
+    light = SamplingParams(temperature=1.0, repetition_penalty=1e-46)
+    assert np.isin(drawn(Case(logits, light, in_prompt=seen), 64, tp), [3, 5]).all()
+    everything = SamplingParams(temperature=1.0, repetition_penalty=3e38)
+    tokens = drawn(Case(np.full(vocab, -2.0), everything, in_prompt=np.ones(vocab)), 64, tp)
+    assert tokens.min() >= 0 and len(set(tokens.tolist())) > 50
+    biased = SamplingParams(temperature=1.0, logit_bias={7: 3e38})
+    tokens = drawn(Case(np.full(vocab, 3e38), biased, bias=np.where(np.arange(vocab) == 7, 3e38, 0)), 64, tp)
+    assert (tokens == 7).all()
+
+
+# --- the distribution ------------------------------------------------------------------------------------------
+
+
+def scores_of(case: Case) -> np.ndarray:
+    """Penalised logits, float64, from the definition."""
+    p, vocab = case.params, len(case.logits)
+    scores = case.logits.astype(np.float32).astype(np.float64)
+    zero = np.zeros(vocab)
+    counts = zero if case.counts is None else case.counts
+    seen = (counts > 0) | ((zero if case.in_prompt is None else case.in_prompt) > 0)
+    if p.needs_history:
+        penalty = p.repetition_penalty
+        scores[seen] = [s / penalty if s > 0 else s * penalty for s in scores[seen]]
+        scores = scores - p.frequency_penalty * counts - p.presence_penalty * (counts > 0)
+        scores = scores + (zero if case.bias is None else case.bias)
+    if case.allowed is not None:
+        scores = np.where(case.allowed, scores, -np.inf)
+    return scores
+
+
+def probabilities(case: Case) -> np.ndarray:
+    """What each token is drawn with: temperature, top-k, top-p, min-p, in this order, over sorted tokens."""
+    p = case.params
+    scores = scores_of(case) / p.temperature
+    order = np.argsort(-scores, kind="stable")
+    odds = np.exp(scores[order] - scores[order[0]])
+    if p.top_k:
+        odds[p.top_k :] = 0
+    odds /= odds.sum()
+    if p.top_p < 1:
+        before = np.cumsum(odds) - odds  # of those likelier than each
+        odds[before >= p.top_p] = 0
+    odds[odds < p.min_p * odds[0]] = 0
+    out = np.zeros_like(odds)
+    out[order] = odds / odds.sum()
+    return out
+
+
+def nucleus(logits: np.ndarray, near: float, temperature: float = 1.0, top_k: int = 0) -> float:
+    """A ``top_p`` near that one which no rounding decides: half-way into a token's share."""
+    plain = Case(logits, SamplingParams(temperature=temperature, top_k=top_k))
+    together = np.cumsum(np.sort(probabilities(plain))[::-1])
+    at = int(np.argmax(together >= near))
+    return float((together[at - 1] + together[at]) / 2)
+
+
+def deviations(tokens: np.ndarray, expected: np.ndarray, least: float = 20.0) -> float:
+    """How far counts are from what was asked for: chi-squared, as standard deviations of a normal.
+
+    Tokens that are expected fewer than ``least`` times are pooled, by contiguous ranges of ids.
+    """
+    wanted = expected * len(tokens)
+    counts = np.bincount(tokens, minlength=len(expected)).astype(np.float64)
+    assert counts[expected == 0].sum() == 0, np.flatnonzero((counts > 0) & (expected == 0))
+    rare = wanted < least
+    tail = np.cumsum(wanted[rare])
+    pools = max(1, min(100, int(tail[-1] / least))) if rare.any() else 0
+    place = np.minimum((tail / tail[-1] * pools).astype(int), pools - 1) if pools else np.zeros(0, int)
+    seen = np.concatenate([counts[~rare], np.bincount(place, counts[rare], pools)])
+    due = np.concatenate([wanted[~rare], np.bincount(place, wanted[rare], pools)])
+    chi_square = ((seen - due) ** 2 / due)[due > 1e-3].sum()
+    freedom = max(1, (due > 1e-3).sum() - 1)
+    # Wilson and Hilferty: the cube root is normal
+    return float(((chi_square / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / np.sqrt(2 / (9 * freedom)))
+
+
+def case_of(name: str, vocab: int) -> Case:
+    """The distributions that are tried; two of three tokens of a real model's are next to impossible."""
+    random = np.random.default_rng(len(name))
+    logits = random.normal(0, 2.5, vocab).astype(np.float32)
+    past = {
+        "in_prompt": random.random(vocab) < 0.02,
+        "counts": random.poisson(0.02, vocab),
+        "bias": np.where(random.random(vocab) < 0.01, random.normal(0, 3, vocab), 0).astype(np.float32),
+    }
+    match name:
+        case "plain":
+            return Case(logits)
+        case "cold":
+            return Case(logits, SamplingParams(temperature=0.4))
+        case "hot":
+            return Case(logits, SamplingParams(temperature=1.8))
+        case "top_k":
+            return Case(logits, SamplingParams(temperature=0.9, top_k=400))
+        case "top_p":
+            return Case(logits, SamplingParams(temperature=1.0, top_p=nucleus(logits, 0.9)))
+        case "min_p":
+            return Case(logits, SamplingParams(temperature=1.3, min_p=0.02))
+        case "mask":
+            return Case(logits, allowed=random.random(vocab) < 0.1)
+        case "penalties":
+            penalties = {"repetition_penalty": 1.3, "presence_penalty": 0.6, "frequency_penalty": 0.3}
+            return Case(logits, SamplingParams(temperature=1.0, logit_bias={0: 0.0}, **penalties), **past)  # type: ignore[arg-type]
+        case _:
+            top_p = nucleus(logits, 0.95, 0.8, 3000)
+            every = SamplingParams(temperature=0.8, top_k=3000, top_p=top_p, min_p=0.001)
+            return Case(logits, every)
+
+
+NAMES = ("plain", "cold", "hot", "top_k", "top_p", "min_p", "mask", "penalties", "all")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_draws_follow_the_softmax(name: str) -> None:
+    case = case_of(name, VOCABULARIES[0])
+    assert abs(deviations(drawn(case, 4096, tp=1 + 3 * (NAMES.index(name) % 2)), probabilities(case))) < 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_many_draws_follow_the_softmax(name: str) -> None:
+    case = case_of(name, VOCABULARIES[0])
+    assert abs(deviations(drawn(case, 100_000, seed=1), probabilities(case))) < 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("vocab", "name", "tp"), ((128_256, "plain", 4), (262_144, "all", 1)))
+def test_many_draws_over_a_large_vocabulary_follow_the_softmax(vocab: int, name: str, tp: int) -> None:
+    case = case_of(name, vocab)
+    assert abs(deviations(drawn(case, 100_000, tp, seed=2), probabilities(case))) < 4
+
+
+def test_the_statistic_sees_a_wrong_distribution() -> None:
+    """What it is there for: one draw in 340 from a token of no probability; a temperature off by 2%."""
+    case = case_of("plain", 2000)
+    expected, random = probabilities(case), np.random.default_rng(3)
+
+    def of(share: np.ndarray, count: int) -> float:
+        return deviations(random.choice(2000, count, p=share), expected)
+
+    assert abs(of(expected, 100_000)) < 3
+    assert of(expected * (339 / 340) + 1 / 340 / 2000, 100_000) > 4
+    warmer = probabilities(dataclasses.replace(case, params=SamplingParams(temperature=1.02)))
+    assert of(warmer, 100_000) > 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_oracle_against_transformers(name: str) -> None:
+    """Transformers' own processors, in float64."""
+    torch = pytest.importorskip("torch", reason="needs the parity extra: pip install -e '.[parity]'")
+    from transformers.generation import logits_process as warpers
+
+    case = case_of(name, 2000)
+    p = case.params
+    scores = torch.tensor(case.logits.astype(np.float64))[None]
+    if p.needs_history:
+        seen = np.flatnonzero((case.counts > 0) | case.in_prompt)  # type: ignore[operator]
+        scores = warpers.RepetitionPenaltyLogitsProcessor(p.repetition_penalty)(
+            torch.tensor(seen)[None], scores
+        )
+        past = p.frequency_penalty * case.counts + p.presence_penalty * (case.counts > 0) - case.bias  # type: ignore[operator]
+        scores = scores - torch.tensor(past)[None]
+    if case.allowed is not None:
+        scores = scores.masked_fill(~torch.tensor(case.allowed)[None], -torch.inf)
+    scores = warpers.TemperatureLogitsWarper(p.temperature)(None, scores)
+    if p.top_k:
+        scores = warpers.TopKLogitsWarper(p.top_k)(None, scores)
+    if p.top_p < 1:
+        scores = warpers.TopPLogitsWarper(p.top_p)(None, scores)
+    if p.min_p:
+        scores = warpers.MinPLogitsWarper(p.min_p)(None, scores)
+    np.testing.assert_allclose(probabilities(case), scores.softmax(-1)[0].numpy(), rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("tp", (1, 4))
+@pytest.mark.parametrize("kind", ("normal", "flat", "peaked", "zipf"))
+def test_top_p_of_a_large_vocabulary(kind: str, tp: int) -> None:
+    """The kept mass is right to 1e-6, also where it is a sum of many tokens that float32 loses one by one."""
+    vocab = VOCABULARIES[2]
+    random, ids = np.random.default_rng(1), np.arange(vocab)
+    logits = {
+        "normal": random.normal(0, 3, vocab),
+        "flat": random.uniform(0, 0.01, vocab),
+        "peaked": np.where(ids == 777, 0, np.log(1e-8) + random.uniform(0, 1, vocab)),
+        "zipf": -np.log(1 + random.permutation(vocab)),
+    }[kind]
+    warm = (logits - logits.max()).astype(np.float32)
+    mass, order = np.exp(warm), np.sort(np.exp(warm.astype(np.float64)))[::-1]
+    together = np.cumsum(order) / order.sum()
+    top_ps = np.array([0.1, 0.5, 0.9, 0.99, 0.998, 0.9999])
+    targets = (top_ps * mass.sum(dtype=np.float64)).astype(np.float32)
+
+    @functools.partial(jax.jit, compiler_options=AS_SHIPPED)
+    def find(warm: Any, mass: Any) -> Any:
+        every = [jnp.broadcast_to(x, (len(top_ps), vocab)) for x in (warm, mass)]
+        specs = {"in_specs": (LOGITS, LOGITS, P()), "out_specs": P(), "check_vma": False}
+        return jax.shard_map(_threshold, mesh=make_mesh(tp), **specs)(*every, jnp.asarray(targets)[:, None])
+
+    for top_p, floor in zip(top_ps, np.asarray(find(warm, mass))[:, 0], strict=True):
+        kept, smallest = int((warm >= floor).sum()), int(np.argmax(together >= top_p)) + 1
+        assert abs(together[kept - 1] - together[smallest - 1]) < 1e-6, (top_p, kept, smallest)
+
+
+@pytest.mark.parametrize("other", ("position", "seed", "half a seed away"))
+def test_neighbouring_keys_draw_independently(other: str) -> None:
+    """16 equal tokens: how often each pair comes, of 2 × 2**14 draws, is as chance has it."""
+    count, tokens = 2**14, jnp.arange(16, dtype=jnp.int32)
+    best = jax.jit(lambda seeds, positions: _gumbel(seeds, positions, tokens).argmax(axis=-1))
+    at = np.arange(count, dtype=np.int32)
+    same = np.full(count, 5, np.int32)
+    if other == "position":
+        first, second = best(same, at), best(same, at + 1)
+    else:
+        step = 1 if other == "seed" else 2**31 - 1
+        first, second = best(at, same), best((at.astype(np.int64) + step).astype(np.int32), same)
+    pairs = np.asarray(first) * 16 + np.asarray(second)
+    assert abs(deviations(pairs, np.full(256, 1 / 256))) < 3.5
+    assert abs(deviations(np.asarray(first), np.full(16, 1 / 16))) < 3.5
+
+
+# --- through a model -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_gguf: Path) -> Iterator[LLM]:
+    yield LLM(smollm2_gguf, tp=1, max_model_len=512)
+
+
+@pytest.mark.parametrize("seed", (1, 263, 427, 1174, 1580, 2015))
+def test_a_cold_draw_is_the_likeliest_token(smollm2: LLM, seed: int) -> None:
+    """Five of these six drew a token at random."""
+    params = SamplingParams(max_tokens=1, temperature=0.01, seed=seed)
+    assert smollm2.generate(["The capital of France is"], params)[0].text == " Paris"
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "age": {"type": "integer"},
+        "likes": {"type": "array", "items": {"type": "string"}, "maxItems": 4},
+        "kind": {"enum": ["cat", "dog", None]},
+    },
+    "required": ["name", "age", "kind"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("count", "length"), (pytest.param(100, 200, marks=(pytest.mark.slow, pytest.mark.timeout(900))), (8, 48))
+)
+def test_answers_by_a_schema_are_valid(smollm2: LLM, count: int, length: int) -> None:
+    """At temperature 1: valid JSON, or at the limit a beginning that the grammar accepts."""
+    llguidance = pytest.importorskip("llguidance")
+    from tpjax.engine.generation import Generation
+    from tpjax.server.grammar import TokenGrammar, vocabulary
+
+    tokenizer = smollm2.tokenizer
+    assert tokenizer is not None
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(SCHEMA))
+    words = vocabulary(tokenizer)
+
+    def fresh() -> TokenGrammar:
+        matcher = llguidance.LLMatcher(words, grammar)
+        return TokenGrammar(matcher, tokenizer.eos_ids, smollm2.config.vocab_size)
+
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Describe a person as JSON."}])
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    asked = [
+        smollm2.request(ids, SamplingParams(max_tokens=length, temperature=1.0, seed=i), grammar=fresh())
+        for i in range(count)
+    ]
+    generations = {request: Generation(request, tokenizer) for request in asked}
+    for request in asked:
+        smollm2.engine.add(request)
+    while smollm2.engine.busy:
+        for request, tokens in smollm2.engine.step():
+            generations[request].advance(tokens)
+    reasons = [request.finish_reason for request in asked]
+    assert set(reasons) <= {"stop", "length"}
+    for request, reason in zip(asked, reasons, strict=True):
+        if reason == "stop":
+            answer = json.loads(generations[request].text)
+            assert set(answer) <= {"name", "age", "likes", "kind"} and isinstance(answer["age"], int)
+            continue
+        again = fresh()
+        for token in request.output_ids:
+            mask = again.mask()
+            assert mask[token // 32] >> np.uint32(token % 32) & 1
+            again.advance(token)
+        assert len(request.output_ids) == length and again.error is None
+    if length >= 200:
+        assert reasons.count("stop") > count // 2

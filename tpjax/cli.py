@@ -248,7 +248,10 @@ def _plan(args: argparse.Namespace) -> None:
         from tpjax.inspect.measure import measured_hardware
 
         tps = [args.tp] if args.tp else list(range(1, 5))
-        plans = [plan.make_plan(shape, measured_hardware(tp, fresh=True), tp, tp, traffic) for tp in tps]
+        plans = [
+            plan.make_plan(shape, measured_hardware(tp, fresh=True, rounds=args.rounds), tp, tp, traffic)
+            for tp in tps
+        ]
     else:
         hardware, chips = parse_hardware(args.hardware, args.hardware_file)
         tps = [args.tp] if args.tp else plan.divisors(chips)
@@ -275,12 +278,13 @@ def _bench(args: argparse.Namespace) -> None:
     from tpjax.inspect.shapes import Shape
 
     hub.resolve(args.model)  # before anything is measured: a misspelt name is reported at once
-    hardware = measured_hardware(args.tp)  # in a process of its own, before this one starts JAX
+    # in a process of its own, before this one starts JAX
+    hardware = measured_hardware(args.tp, rounds=args.rounds)
     traffic = _traffic(args, "float32")
     args.dtype, args.max_model_len = traffic.dtype, bench.longest(traffic)
     llm = _load(args)
     plan = make_plan(Shape.from_config(llm.config, args.model), hardware, args.tp, args.tp, traffic)
-    report = bench.run(llm.runner, plan)
+    report = bench.run(llm.runner, plan, args.rounds)
     _show(json.dumps(report.to_dict(), indent=2) if args.json else report)
 
 
@@ -718,6 +722,7 @@ def _add_plan(verbs: Any) -> None:
         "--hardware-file", type=Path, metavar="FILE", help="JSON or TOML with figures of further chips"
     )
     verb.add_argument("--measure", action="store_true", help="measure this machine instead, and predict that")
+    _add_rounds(verb)
     verb.add_argument(
         "--tp", type=_device_count, metavar="N", help="chips a replica (each that divides them)"
     )
@@ -746,12 +751,14 @@ def _add_bench(verbs: Any) -> None:
         "measure decode and prefill here, in float32, next to what plan predicts",
         """
         tpjax bench smollm2-135m --tp 2
-        tpjax bench smollm2-135m --context 128 --prompt-len 128 --json
+        tpjax bench smollm2-135m --context 128 --prompt-len 128 --rounds 3 --json
         """,
     )
     verb.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     verb.add_argument("--tp", type=_device_count, default=1, metavar="N", help="devices to shard over (1)")
+    _add_expert_sharding(verb)
     _add_lengths(verb, 256)
+    _add_rounds(verb)
     verb.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -792,11 +799,24 @@ def _add_sharding_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--max-model-len", type=_token_count, metavar="N", help="most tokens of prompt and answer together"
     )
+    _add_expert_sharding(verb)
+
+
+def _add_expert_sharding(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--expert-sharding",
         choices=get_args(ExpertSharding),
         default="auto",
         help="whole experts on a device, or a share of each one's width (auto: as tp divides them)",
+    )
+
+
+def _add_rounds(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--rounds",
+        type=_round_count,
+        metavar="N",
+        help="times each figure is taken, of which the best counts; fewer are quicker, and noisier (15)",
     )
 
 
@@ -833,6 +853,10 @@ def _sequence_count(text: str) -> int:
 
 def _request_count(text: str) -> int:
     return _whole(text, "of requests")
+
+
+def _round_count(text: str) -> int:
+    return _whole(text, "of rounds")
 
 
 def _mib_count(text: str) -> int:

@@ -271,9 +271,7 @@ def deviations(tokens: np.ndarray, expected: np.ndarray, least: float = 20.0) ->
     chi_square = ((seen - due) ** 2 / due)[due > 1e-3].sum()
     freedom = max(1, (due > 1e-3).sum() - 1)
     # Wilson and Hilferty: the cube root is normal
-    return float(
-        ((chi_square / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / np.sqrt(2 / (9 * freedom))
-    )
+    return float(((chi_square / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / np.sqrt(2 / (9 * freedom)))
 
 
 def case_of(name: str, vocab: int) -> Case:
@@ -358,7 +356,9 @@ def test_oracle_against_transformers(name: str) -> None:
     scores = torch.tensor(case.logits.astype(np.float64))[None]
     if p.needs_history:
         seen = np.flatnonzero((case.counts > 0) | case.in_prompt)  # type: ignore[operator]
-        scores = warpers.RepetitionPenaltyLogitsProcessor(p.repetition_penalty)(torch.tensor(seen)[None], scores)
+        scores = warpers.RepetitionPenaltyLogitsProcessor(p.repetition_penalty)(
+            torch.tensor(seen)[None], scores
+        )
         past = p.frequency_penalty * case.counts + p.presence_penalty * (case.counts > 0) - case.bias  # type: ignore[operator]
         scores = scores - torch.tensor(past)[None]
     if case.allowed is not None:

@@ -209,7 +209,9 @@ class Engine:
     def _prefill(self, work: Prefill) -> _Launched:
         request, runner = work.request, self.runner
         if work.first and request.params.needs_history:
-            runner.set_history(_slot(request), request.prompt_ids, request.output_ids, request.params)
+            runner.set_history(
+                _slot(request), request.prompt_ids, request.output_ids, request.params, request.barred_ids
+            )
         # what follows an inner chunk is known: nothing is drawn that counts
         params = request.params if work.final else _GREEDY
         masked = work.final and request.grammar is not None

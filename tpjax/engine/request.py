@@ -55,6 +55,8 @@ class Request:
         stop_ids: tokens that end it (none of the model's own where ``ignore_eos``).
         cache_salt: only requests of the same salt share cache pages.
         grammar: limits the tokens it may draw.
+        barred_ids: tokens it may never draw.
+        priority: lower ones run first.
         output_ids: tokens generated so far, as far as the host has read them.
         logprobs: one entry a generated token, where asked for.
         prompt_logprobs: one entry a prompt token, ``None`` for the first, where asked for.
@@ -81,6 +83,8 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     cache_salt: str = ""
     grammar: Grammar | None = None
+    barred_ids: tuple[int, ...] = ()
+    priority: int = 0
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
@@ -99,6 +103,11 @@ class Request:
     launched: int = 0
     published: int = 0
     _keys: list[PageKey] = field(default_factory=list)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Its place among others: by priority, then by arrival."""
+        return self.priority, self.arrival
 
     @property
     def most_tokens(self) -> int:

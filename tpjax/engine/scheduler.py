@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tpjax.engine.block_manager import BlockManager
 from tpjax.engine.request import Request
-from tpjax.errors import RequestError
+from tpjax.errors import ContextLengthError, RequestError
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Decode:
 
 
 class Scheduler:
-    """First come, first served, over slots and cache pages.
+    """The lowest priority first, and of equals first come, first served, over slots and cache pages.
 
     One prompt is prefilled at a time, in chunks; while others decode, chunks are small and alternate with
     their steps, so that a long prompt does not stall them. A request that is admitted holds pages for its
-    prompt only; where pages run out, the youngest is preempted: it gives its pages back, waits at the front,
+    prompt only; where pages run out, the last of them is preempted: it gives its pages back, waits again,
     and its tokens are computed again (or found in the cache) when it is admitted again.
 
     The device runs behind: a request's ``launched`` counts what was asked of it, ``output_ids`` holds what
@@ -76,7 +76,7 @@ class Scheduler:
         self.steps = steps
         self.blocks = blocks
         self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # in order of arrival
+        self.running: list[Request] = []  # in order of rank, as is `waiting`
         self.preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
@@ -90,17 +90,18 @@ class Scheduler:
         """Refuses what can never run.
 
         Raises:
-            RequestError: the prompt is empty, or prompt and output do not fit the context or the cache.
+            RequestError: the prompt is empty, or the request does not fit the cache.
+            ContextLengthError: prompt and output do not fit the context.
         """
         prompt, limit = len(request.prompt_ids), self.max_model_len
         if not prompt:
             raise RequestError("the prompt is empty: it has 0 tokens, and at least 1 is needed")
         if prompt > limit or (prompt == limit and request.params.max_tokens):
-            raise RequestError(
+            raise ContextLengthError(
                 f"the prompt has {prompt} tokens, but max_model_len={limit} leaves no room to answer"
             )
         if request.most_tokens > limit:
-            raise RequestError(
+            raise ContextLengthError(
                 f"the prompt has {prompt} tokens and max_tokens={request.params.max_tokens}: together "
                 f"{request.most_tokens}, over max_model_len={limit}"
             )
@@ -118,8 +119,7 @@ class Scheduler:
         """
         self.check(request)
         request.arrival = next(self._arrivals)
-        request.queued = True
-        self.waiting.append(request)
+        self._wait(request)
 
     def schedule(self) -> Prefill | Decode | None:
         """The next thing to run, or ``None`` when there is nothing to run before more has been read."""
@@ -216,7 +216,7 @@ class Scheduler:
             self.prefix_queries += tokens
             self.prefix_hits += request.prefilled
         self.running.append(request)
-        self.running.sort(key=lambda one: one.arrival)
+        self.running.sort(key=lambda one: one.rank)
         self.waiting.popleft()
         request.queued = False
 
@@ -266,13 +266,23 @@ class Scheduler:
         return [one for one in decoding if one.slot is not None], steps
 
     def _preempt(self, request: Request) -> None:
-        request.queued = True
-        self.waiting.appendleft(request)
+        self._wait(request)
         self.running.remove(request)
         self.publish(request)
         self._vacate(request)
         request.prefill_ids, request.prefilled = [], 0
         self.preemptions += 1
+
+    def _wait(self, request: Request) -> None:
+        """Queues a request where its rank has it: usually last, or first if it was preempted."""
+        request.queued = True
+        if self.waiting and request.rank < self.waiting[0].rank:
+            self.waiting.appendleft(request)
+            return
+        at = len(self.waiting)
+        while at and self.waiting[at - 1].rank > request.rank:
+            at -= 1
+        self.waiting.insert(at, request)
 
     def _vacate(self, request: Request) -> None:
         if request.slot is not None:

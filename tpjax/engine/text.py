@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tpjax.tokenizer import IncrementalDetokenizer, Tokenizer
 
@@ -16,15 +16,30 @@ class TextStream:
         tokenizer: of the model.
         prompt_ids: the prompt's tokens; they decide about a leading space.
         stop: strings that end the text.
+        include_stop: the text ends with the stop string, and not before it.
+        skip_special_tokens: control tokens show nothing.
+        shown: control tokens that are shown all the same.
 
     Attributes:
         text: everything given out so far.
-        stopped: whether a stop string was met; the text ends before it.
+        stopped: whether a stop string was met.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
-        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids=prompt_ids)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+        shown: Collection[int] = (),
+    ) -> None:
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, prompt_ids=prompt_ids, skip_special_tokens=skip_special_tokens, shown=shown
+        )
         self._stop = tuple(stop)
+        self._include_stop = include_stop
         self._held = ""
         self.text = ""
         self.stopped = False
@@ -32,6 +47,16 @@ class TextStream:
     def push(self, token: int) -> str:
         """Takes a token; returns the text that is now certain."""
         return self._release(self._detokenizer.push(token), last=False)
+
+    @property
+    def start(self) -> int:
+        """Where the last token pushed begins, characters of the text."""
+        return min(self._detokenizer.start, len(self.text)) if self.stopped else self._detokenizer.start
+
+    @property
+    def end(self) -> int:
+        """Length of the text, what is held back included, characters."""
+        return len(self.text) + len(self._held)
 
     def flush(self) -> str:
         """Returns what was held back; call it when the request has ended."""
@@ -41,9 +66,10 @@ class TextStream:
         if self.stopped:
             return ""
         self._held += new
-        met = [at for at in map(self._held.find, self._stop) if at >= 0]
+        met = [(at, at + len(stop)) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if met:
-            out, self._held, self.stopped = self._held[: min(met)], "", True
+            before, after = min(met)
+            out, self._held, self.stopped = self._held[: after if self._include_stop else before], "", True
         else:
             keep = 0 if last else self._possible_stop()
             cut = len(self._held) - keep

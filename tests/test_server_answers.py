@@ -147,20 +147,18 @@ def test_reasoning_that_the_prompt_has_opened(client: openai.OpenAI) -> None:
         ({"reasoning_effort": "high"}, "high,None"),
         ({"reasoning_effort": "none"}, "low,False"),
         (
-            {"reasoning_effort": "none", "extra_body": {"chat_template_kwargs": {"enable_thinking": True}}},
+            {"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}},
             "low,True",
         ),
     ),
 )
-def test_templates_are_told_how_hard_to_think(client: openai.OpenAI, asked: Any, shown: str) -> None:
+def test_templates_are_told_how_hard_to_think(server: Running, asked: dict[str, Any], shown: str) -> None:
     told = "{{ reasoning_effort | default('None') }},{{ enable_thinking | default('None') }}"
-    more = {"chat_template": told, "return_token_ids": True, **asked.pop("extra_body", {})}
-    answer = client.chat.completions.create(
-        model="tiny", messages=[{"role": "user", "content": "go"}], max_tokens=1, extra_body=more, **asked
-    )
-    assert answer.prompt_token_ids and "error" not in answer
-    prompt = client.post("/../detokenize", body={"tokens": answer.prompt_token_ids}, cast_to=dict[str, str])
-    assert prompt["prompt"] == shown
+    body = {"messages": [{"role": "user", "content": "go"}], "max_tokens": 1, "return_token_ids": True}
+    with server.client() as http:
+        answer = http.post("/v1/chat/completions", json=body | {"chat_template": told} | asked).json()
+        prompt = http.post("/detokenize", json={"tokens": answer["prompt_token_ids"]}).json()["prompt"]
+    assert prompt == shown
 
 
 def test_reasoning_can_be_left_out(client: openai.OpenAI) -> None:
@@ -210,6 +208,18 @@ def test_a_format_beside_tools(client: openai.OpenAI) -> None:
         assert json.loads(one.message.content) == {"a": 8} and one.message.tool_calls is None
     (one,) = ask(client, "think", "json", response_format=FORM).choices
     assert json.loads(one.message.content) == {"a": 8}
+
+
+def test_more_tools_than_a_grammar_takes(client: openai.OpenAI) -> None:
+    """They are advice to the model, and the request goes on; where all of it has to hold, it is refused."""
+    many = [
+        {"type": "function", "function": {"name": f"f{i}", "parameters": {"enum": ["x" * 1000]}}}
+        for i in range(80)
+    ]
+    (one,) = ask(client, "mistral", tools=[*TOOLS, *many]).choices
+    assert json.loads(one.message.tool_calls[0].function.arguments) == {"a": 2}
+    with pytest.raises(openai.BadRequestError, match="over 65536"):
+        ask(client, "mistral", tools=[*TOOLS, *many], tool_choice="required")
 
 
 def test_a_grammar_that_grows_too_complex_is_the_client_s_fault(client: openai.OpenAI) -> None:

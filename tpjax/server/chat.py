@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -23,7 +24,7 @@ from tpjax.server.answers import (
 )
 from tpjax.server.conversation import conversation, message_text
 from tpjax.server.dialect import AnswerReader, Dialect
-from tpjax.server.errors import bad_request
+from tpjax.server.errors import ApiError, bad_request
 from tpjax.server.grammar import GrammarCompiler, TokenGrammar
 from tpjax.server.grammar_check import GrammarChecker
 from tpjax.server.protocol import ChatBody, Message, TokenizeBody, Tool
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from tpjax.llm import LLM
     from tpjax.tokenizer import Tokenizer
 
+
+log = logging.getLogger(__name__)
 
 RENDERERS = 4
 _MOST_DIALECTS = 64  # kept; requests may bring templates of their own
@@ -305,7 +308,13 @@ async def _grammars(
     if write is None:
         return []
     param = "tools" if wanted.tools else "response_format"
-    return await compiler.compile(write, wanted.schemas, param, body.n or 1)
+    try:
+        return await compiler.compile(write, wanted.schemas, param, body.n or 1)
+    except ApiError as error:
+        if error.status != 400 or not wanted.advice:
+            raise
+        log.warning("tools are offered without a grammar: %s", error.message)
+        return []
 
 
 def _effort(asked: str) -> dict[str, Any]:

@@ -43,6 +43,10 @@ _ENVIRONMENT = ("PATH", "PYTHONDONTWRITEBYTECODE", "LD_LIBRARY_PATH", "LANG", "T
 _SINGLE = {f"{name}_NUM_THREADS": "1" for name in ("RAYON", "OMP", "OPENBLAS")} | {"MALLOC_ARENA_MAX": "1"}
 
 
+class TimeLimitError(RequestError):
+    """A job took longer than it may."""
+
+
 class Worker:
     """A process that runs one function at a time; it starts with the first and may be killed at any moment.
 
@@ -96,7 +100,7 @@ class Worker:
             if answer is None or killed:
                 self.kill()
         if answer is None or killed:
-            raise RequestError(f"{what} was stopped" if killed else self._why(what, limit_s))
+            raise RequestError(f"{what} was stopped") if killed else self._why(what, limit_s)
         message = json.loads(answer)
         if "error" in message:
             raise getattr(errors, message["kind"])(message["error"])
@@ -139,11 +143,11 @@ class Worker:
             raise TpjaxError(f"the process for {what} does not start")
         return process
 
-    def _why(self, what: str, limit_s: float) -> str:
+    def _why(self, what: str, limit_s: float) -> RequestError:
         status = self._process.returncode if self._process else None
         if status in (-signal.SIGPROF, -signal.SIGALRM):
-            return f"{what} took over {limit_s:g} s"
-        return f"{what} needs more memory than it may have"
+            return TimeLimitError(f"{what} took over {limit_s:g} s")
+        return RequestError(f"{what} needs more memory than it may have")
 
 
 class Sandbox:

@@ -145,7 +145,7 @@ def create_app(service: Service) -> FastAPI:
         docs_url=None,  # both load scripts from elsewhere
         redoc_url=None,
     )
-    app.state.service = service
+    app.state.service, app.state.pools = service, state
     app.router.route_class = JsonRoute
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestError, _request_error)

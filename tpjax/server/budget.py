@@ -41,14 +41,16 @@ class Share:
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def check(self, size: int) -> None:
-        """Refuses what there is no room for now.
+    def grow(self, size: int) -> None:
+        """Takes bytes up to ``size`` in all.
 
         Raises:
-            ApiError: 429.
+            ApiError: 429; nothing more is taken then.
         """
+        if not self._open or size <= max(self._taken, FREE_BYTES):
+            return
         others = self._budget.used - self._taken
-        if size > FREE_BYTES and size > self._taken and others + size > self._budget.limit:
+        if others + size > self._budget.limit:
             raise ApiError(
                 429,
                 f"a text of {size} bytes has to wait: {others} bytes are being prepared, "
@@ -56,17 +58,8 @@ class Share:
                 code="text_budget_full",
                 headers={"Retry-After": "1"},
             )
-
-    def grow(self, size: int) -> None:
-        """Takes bytes up to ``size`` in all.
-
-        Raises:
-            ApiError: 429; nothing more is taken then.
-        """
-        self.check(size)
-        if self._open and size > max(self._taken, FREE_BYTES):
-            self._budget.used += size - self._taken
-            self._taken = size
+        self._budget.used += size - self._taken
+        self._taken = size
 
     def release(self) -> None:
         """Gives everything back; later growth takes nothing."""

@@ -28,7 +28,7 @@ from tpjax.server.grammar import GrammarCompiler, TokenGrammar
 from tpjax.server.grammar_check import GrammarChecker
 from tpjax.server.protocol import ChatBody, Message, TokenizeBody, Tool
 from tpjax.server.reader import Piece
-from tpjax.server.sandbox import WorkerPool
+from tpjax.server.sandbox import PatientPool
 from tpjax.server.service import Service
 from tpjax.server.texts import Texts
 
@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     from tpjax.tokenizer import Tokenizer
 
 
-RENDERERS = 4
 _MOST_DIALECTS = 64  # kept; requests may bring templates of their own
+# Templates take a millisecond, and a tenth of a second over megabytes.
+QUICK_RENDERERS, SLOW_RENDERERS, QUICK_LIMIT_S = 2, 2, 0.5
 
 # Parameters of a rendering that have a place of their own in a body.
 _RENDERING = {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"}
@@ -62,7 +63,7 @@ class Templates:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, texts: Texts) -> None:
         self._templates = tokenizer.chat_templates
         self.texts = texts
-        self.workers = WorkerPool(RENDERERS, WHAT)
+        self.workers = PatientPool(QUICK_RENDERERS, SLOW_RENDERERS, WHAT, QUICK_LIMIT_S)
         self.grammars = GrammarCompiler(tokenizer, vocab_size, GrammarChecker())
         self._tokenizer = tokenizer
         self._dialects: dict[tuple[str, bool], Dialect] = {}

@@ -76,7 +76,13 @@ class Edge:
         token = request_id.set(ident)
         share = Share(self._budget)
         share_token = budget.share.set(share)
-        start, status, complete = time.perf_counter(), 0, False
+        start, status, complete, unread = time.perf_counter(), 0, False, True
+
+        async def incoming() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = bool(message.get("more_body"))
+            return message
 
         async def tagged(message: Message) -> None:
             nonlocal status, complete
@@ -88,11 +94,12 @@ class Edge:
 
         try:
             try:
-                _check_framing(headers)
+                _check_framing(scope["headers"])
                 self._check_key(scope["path"], headers)
-                body = await self._body(receive, headers, share)
+                body = await self._body(incoming, headers, share)
             except ApiError as error:
-                await _refuse(error, receive, headers, tagged)
+                framed = "content-length" in headers or "transfer-encoding" in headers
+                await _refuse(error, receive if framed and unread else None, tagged)
             else:
                 if body is not None:
                     replayed = _replayed(body, receive)
@@ -137,7 +144,7 @@ class Edge:
             )
 
     async def _body(self, receive: Receive, headers: dict[str, str], share: Share) -> bytes | None:
-        """The whole body; ``None`` where the client has gone. Its bytes come from the budget, one by one.
+        """The whole body; ``None`` where the client has gone. The budget gives what is declared, or has come.
 
         Raises:
             ApiError: 408, 413 or 429; the rest of the body is still to come.
@@ -151,7 +158,7 @@ class Edge:
         if length.isdigit():
             if len(length) > 18 or int(length) > self._max_body_bytes:
                 raise too_large
-            share.check(int(length))
+            share.grow(int(length))
         body = bytearray()
         try:
             async with asyncio.timeout(BODY_LIMIT_S):
@@ -181,10 +188,16 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-def _check_framing(headers: dict[str, str]) -> None:
-    """Refuses a body with two lengths: a proxy may believe the other one, and see a request in the rest."""
-    if "transfer-encoding" in headers and "content-length" in headers:
+def _check_framing(headers: list[tuple[bytes, bytes]]) -> None:
+    """Refuses a body of doubtful length: a proxy may see another one, and another request in the rest."""
+    lengths = [value for name, value in headers if name == b"content-length"]
+    codings = [value.strip().lower() for name, value in headers if name == b"transfer-encoding"]
+    if lengths and codings:
         raise bad_request("the request has both Content-Length and Transfer-Encoding")
+    if codings not in ([], [b"chunked"]):
+        raise ApiError(501, f"Transfer-Encoding {b', '.join(codings)[:80]!r} is not supported: use chunked")
+    if len(set(lengths)) > 1:
+        raise bad_request("the request has two different Content-Length")
 
 
 async def send_error(error: ApiError, send: Send, *, more_body: bool = False) -> None:
@@ -196,9 +209,9 @@ async def send_error(error: ApiError, send: Send, *, more_body: bool = False) ->
     await send({"type": "http.response.body", "body": body, "more_body": more_body})
 
 
-async def _refuse(error: ApiError, receive: Receive, headers: dict[str, str], send: Send) -> None:
-    """Answers before the body has been read: with the answer sent, reads on for a while and closes."""
-    if "content-length" not in headers and "transfer-encoding" not in headers:
+async def _refuse(error: ApiError, receive: Receive | None, send: Send) -> None:
+    """Answers with an error; where there is a body to ``receive``, reads on for a while and closes."""
+    if receive is None:
         await send_error(error, send)
         return
     error.headers["Connection"] = "close"

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from tpjax.errors import CheckpointError, RequestError, TpjaxError
-from tpjax.sandbox import MEMORY_LIMIT_BYTES, TIME_LIMIT_S, Worker
+from tpjax.sandbox import MEMORY_LIMIT_BYTES, TIME_LIMIT_S, TimeLimitError, Worker
 from tpjax.server.errors import ApiError, bad_request
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ class WorkerPool:
             param: the request's parameter that errors name.
 
         Raises:
-            ApiError: 400; it failed, or is over a limit. 503; there is no process.
+            ApiError: 400; it failed, or is over a limit; the cause says which. 503; there is no process.
         """
         async with self._places:
             worker = self._worker()
@@ -93,6 +93,37 @@ class WorkerPool:
                 return worker
             worker.kill()  # it has ended by itself; what is left of it goes too
         return Worker(self._memory_limit_bytes)
+
+
+class PatientPool:
+    """Runs functions with a short limit first, and those over it once more, elsewhere, with the whole limit.
+
+    So what is slow keeps no place for long from what is quick.
+
+    Args:
+        quick: processes for what keeps the short limit.
+        slow: processes for what does not.
+        what: names the jobs in errors.
+        quick_limit_s: processor time of a job at first.
+    """
+
+    def __init__(self, quick: int, slow: int, what: str, quick_limit_s: float) -> None:
+        self._quick = WorkerPool(quick, what, quick_limit_s)
+        self._slow = WorkerPool(slow, what)
+
+    async def run(self, function: str, arguments: Mapping[str, Any], param: str | None) -> Any:
+        """Runs a function; see :meth:`WorkerPool.run`."""
+        try:
+            return await self._quick.run(function, arguments, param)
+        except ApiError as error:
+            if not isinstance(error.__cause__, TimeLimitError):
+                raise
+        return await self._slow.run(function, arguments, param)
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._quick.close()
+        self._slow.close()
 
 
 class ThreadPool:

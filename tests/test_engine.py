@@ -168,8 +168,11 @@ def check(engine: Engine, pages: int) -> None:
     for page in set(held):
         assert blocks._users[page] == held.count(page)
     assert all(one.slot is None and not one.pages for one in scheduler.waiting)
-    arrivals = [one.arrival for one in (*scheduler.running, *scheduler.waiting)]
-    assert arrivals == sorted(arrivals)  # nobody overtakes, and who was preempted goes on first
+    for queue in (scheduler.running, scheduler.waiting):
+        assert [one.rank for one in queue] == sorted(one.rank for one in queue)
+    if not any(one.priority for one in (*scheduler.running, *scheduler.waiting)):
+        arrivals = [one.arrival for one in (*scheduler.running, *scheduler.waiting)]
+        assert arrivals == sorted(arrivals)  # nobody overtakes, and who was preempted goes on first
     assert sum(one.prefilling for one in scheduler.running) <= 1
     assert 0 <= engine.stats().kv_cache_usage <= 1
 
@@ -223,6 +226,7 @@ def test_the_same_in_any_mix(
                 stop_ids=(STOP,) if extra == "stop" else (),
                 cache_salt=salt,
                 grammar=EveryThird() if extra == "grammar" else None,
+                priority=number % 3 if seed % 2 else 0,
             )
         )
     coming, ended, streamed = list(requests), [], {id(one): [] for one in requests}

@@ -113,7 +113,9 @@ class ChatTemplates:
         import jinja2
 
         if name not in self.sources:
-            raise RequestError(_NO_TEMPLATE)
+            others = ", ".join(sorted(self.sources))
+            named = f" named {name!r}: it has {others}" if others else ""
+            raise RequestError(f"this checkpoint has no chat template{named}")
         if name not in self._compiled:
             try:
                 self._compiled[name] = _environment().from_string(self.sources[name])

@@ -248,7 +248,7 @@ class LLM:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError(f"{self.path} has no tokenizer: give the prompt as token ids")
-            ids = self.tokenizer.encode(prompt)
+            ids = self._checked(self.tokenizer.encode(prompt))  # a tokenizer may know more than the model
         else:
             ids = self._checked(prompt)
         if params.stop and self.tokenizer is None:
@@ -309,6 +309,8 @@ class LLM:
         self._grown.extend(self.engine.step())
         while self._grown:
             request, tokens = self._grown.popleft()
+            if request not in self._running:
+                continue  # an interrupt has ended the call that it was for
             generation, deltas = self._running[request]
             if delta := generation.advance(tokens):
                 deltas.append(delta)
@@ -327,12 +329,18 @@ class LLM:
             ids = [operator.index(token) for token in token_ids]
         except TypeError as error:
             raise RequestError(f"{name} is not a list of token ids: {error}") from error
-        for token in ids:
-            if not 0 <= token < vocab:
-                raise RequestError(
-                    f"{name} has token id {token}, but the vocabulary has {vocab} (0 to {vocab - 1})"
-                )
+        if ids and not 0 <= min(ids) <= max(ids) < vocab:
+            wrong = next(token for token in ids if not 0 <= token < vocab)
+            raise RequestError(
+                f"{name} has token id {wrong}{self._spelled(wrong)}, "
+                f"but the vocabulary has {vocab} (0 to {vocab - 1})"
+            )
         return ids
+
+    def _spelled(self, token: int) -> str:
+        """The text of a token, where the tokenizer knows it."""
+        data = b"" if self.tokenizer is None else self.tokenizer.token_bytes(token)
+        return f" ({data.decode('utf-8', 'replace')!r})" if data else ""
 
 
 def _use_compilation_cache() -> None:

@@ -17,7 +17,7 @@ import json
 import re
 from array import array
 from base64 import b64encode
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+ADDITIONAL = "additional_chat_templates"  # folder of a checkpoint: NAME.jinja
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -197,10 +198,16 @@ class IncrementalDetokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        prompt_ids: Sequence[int] = (),
+        shown: Collection[int] = (),
     ):
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
+        self._shown = shown  # special tokens that are not skipped
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         # At most three bytes of an unfinished character precede the generated ones.
         tail = b""
@@ -214,7 +221,8 @@ class IncrementalDetokenizer:
 
     def push(self, token_id: int) -> str:
         """Adds a token; returns the text that is now certain (often one word, sometimes nothing)."""
-        data = self._tokenizer._visible_bytes(token_id, self._skip_special_tokens)
+        skip = self._skip_special_tokens and token_id not in self._shown
+        data = self._tokenizer._visible_bytes(token_id, skip)
         # its first byte by itself: it may end a character, or show that the one before it never will
         head = self._emit(self._decoder.decode(data[:1]))
         inside = bool(head) and not self._decoder.getstate()[0]
@@ -257,7 +265,7 @@ def load_tokenizer(path: Path) -> Tokenizer | None:
 
     A directory holds `tokenizer.json` (preferred) or `tokenizer.model`, and beside it, all optional:
     `tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json`, `generation_config.json`,
-    `config.json` and `chat_template.jinja`; or `tokenizer.gguf`.
+    `config.json`, `chat_template.jinja` and `additional_chat_templates/`; or `tokenizer.gguf`.
 
     Returns:
         The tokenizer, or None if the directory has none.
@@ -728,17 +736,43 @@ def _eos_ids(directory: Path) -> frozenset[int]:
 
 
 def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Templates by name; a file of its own wins over the one inside tokenizer_config.json."""
-    value = config.get("chat_template")
-    if isinstance(value, list):  # several, by name
-        named = [item for item in value if isinstance(item, dict) and {"name", "template"} <= item.keys()]
-        templates = {str(item["name"]): str(item["template"]) for item in named}
-    else:
-        templates = {"default": value} if isinstance(value, str) else {}
-    file = directory / "chat_template.jinja"
-    if file.is_file():
+    """Templates by name, as transformers finds them.
+
+    Files of their own (`chat_template.jinja` and `additional_chat_templates/NAME.jinja`) stand in for what
+    tokenizer_config.json has, which is a template, an object from names to templates, or a list of both; a
+    processor's `chat_template.json` counts where there is nothing else.
+    """
+    found = _template_files(directory)
+    if "default" not in found:
+        found = _named_templates(config.get("chat_template"), directory / "tokenizer_config.json") | found
+    if not found:
+        file = directory / "chat_template.json"
+        found = _named_templates(_read_json(file).get("chat_template"), file)
+    return found
+
+
+def _template_files(directory: Path) -> dict[str, str]:
+    files = {file.name.removesuffix(".jinja"): file for file in (directory / ADDITIONAL).glob("*.jinja")}
+    if (directory / "chat_template.jinja").is_file():
+        files["default"] = directory / "chat_template.jinja"
+    templates = {}
+    for name, file in sorted(files.items()):
         try:
-            templates["default"] = file.read_text("utf-8")
-        except ValueError as error:
+            templates[name] = file.read_text("utf-8")
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{file}: not UTF-8 text") from error
     return templates
+
+
+def _named_templates(value: Any, file: Path) -> dict[str, str]:
+    """Templates from JSON: one, an object from names to templates, or a list of objects with both."""
+    if value is None:
+        return {}
+    templates = {"default": value} if isinstance(value, str) else value
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        templates = {item.get("name"): item.get("template") for item in value}
+    if not isinstance(templates, dict) or not all(
+        isinstance(name, str) and isinstance(source, str) for name, source in templates.items()
+    ):
+        raise CheckpointError(f"{file}: chat_template is not a template, nor templates with their names")
+    return dict(templates)

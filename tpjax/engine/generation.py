@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from tpjax.engine.request import FinishReason, Request, TokenLogprobs
@@ -18,17 +19,17 @@ class Delta:
         token_ids: may be empty in the last delta.
         finish_reason: set in the last delta.
         logprobs: one entry a token where ``SamplingParams.logprobs`` asked for them.
-        error: what went wrong, where ``finish_reason`` is ``error``.
         offsets: where each token begins in the whole text, characters; one that shows nothing begins where
             the next would.
+        error: what went wrong, where ``finish_reason`` is ``error``.
     """
 
     text: str
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    error: str | None = None
     offsets: list[int] = field(default_factory=list)
+    error: str | None = None
 
     def __bool__(self) -> bool:
         return bool(self.text or self.token_ids or self.finish_reason)
@@ -40,12 +41,13 @@ class Generation:
     Args:
         request: what the engine runs.
         tokenizer: ``None``: there is no text, only tokens; nor is there where the request asks for none.
+        shown: special tokens that the text shows as they are written.
 
     Attributes:
         request: as given.
     """
 
-    def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, request: Request, tokenizer: Tokenizer | None, shown: Collection[int] = ()) -> None:
         self.request = request
         params = request.params
         self._stream: TextStream | None = None
@@ -56,6 +58,7 @@ class Generation:
                 params.stop,
                 include_stop=params.include_stop_str_in_output,
                 skip_special_tokens=params.skip_special_tokens,
+                shown=shown,
             )
 
     @property
@@ -72,14 +75,8 @@ class Generation:
         request = self.request
         first = len(request.output_ids) - len(tokens)
         text, offsets = self._push(tokens) if self._stream else ("", [0] * len(tokens))
-        return Delta(
-            text,
-            request.output_ids[first:],
-            request.finish_reason,
-            request.logprobs[first:],
-            request.error,
-            offsets,
-        )
+        ids, logprobs = request.output_ids[first:], request.logprobs[first:]
+        return Delta(text, ids, request.finish_reason, logprobs, offsets, request.error)
 
     def _push(self, tokens: list[int]) -> tuple[str, list[int]]:
         """The text of new tokens, and where each that counts begins in the whole of it."""

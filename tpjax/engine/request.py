@@ -130,10 +130,14 @@ class Request:
         return self.prefilled < len(self.prefill_ids)
 
     @property
+    def unread(self) -> bool:
+        """Tokens have been asked for that the host has not read."""
+        return self.launched > len(self.output_ids)
+
+    @property
     def decodable(self) -> bool:
-        """A next token can be asked for now: a grammar has to see each before it allows the next."""
-        unread = self.launched > len(self.output_ids)
-        return not self.prefilling and self.remaining > 0 and not (self.grammar and unread)
+        """A next token can be asked for now."""
+        return not self.prefilling and self.remaining > 0
 
     def append(self, token: int) -> None:
         """Takes a generated token; ends the request where it is a stop token or the last allowed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tpjax.tokenizer import IncrementalDetokenizer, Tokenizer
 
@@ -18,6 +18,7 @@ class TextStream:
         stop: strings that end the text.
         include_stop: the text ends with the stop string, and not before it.
         skip_special_tokens: control tokens show nothing.
+        shown: control tokens that are shown all the same.
 
     Attributes:
         text: everything given out so far.
@@ -32,9 +33,10 @@ class TextStream:
         *,
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        shown: Collection[int] = (),
     ) -> None:
         self._detokenizer = IncrementalDetokenizer(
-            tokenizer, prompt_ids=prompt_ids, skip_special_tokens=skip_special_tokens
+            tokenizer, prompt_ids=prompt_ids, skip_special_tokens=skip_special_tokens, shown=shown
         )
         self._stop = tuple(stop)
         self._include_stop = include_stop

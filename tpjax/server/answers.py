@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -110,9 +110,11 @@ def _truncated(
     return prompt[:most] if body.truncation_side == "right" else prompt[len(prompt) - most :]
 
 
-def submit(service: Service, llm: LLM, body: Sampling, requests: Sequence[Request]) -> Stream:
-    """Hands requests to the engine."""
-    generations = [Generation(request, llm.tokenizer) for request in requests]
+def submit(
+    service: Service, llm: LLM, body: Sampling, requests: Sequence[Request], shown: Collection[int] = ()
+) -> Stream:
+    """Hands requests to the engine; some special tokens may be shown in their texts."""
+    generations = [Generation(request, llm.tokenizer, shown) for request in requests]
     return service.submit(generations, STREAM_LIMIT * len(generations) if body.stream else None)
 
 
@@ -121,17 +123,19 @@ async def gather(stream: Stream) -> list[Delta]:
     parts: list[list[Delta]] = [[] for _ in stream.generations]
     async for index, delta in stream.deltas():
         parts[index].append(delta)
-    return [
-        Delta(
-            "".join(delta.text for delta in deltas),
-            [token for delta in deltas for token in delta.token_ids],
-            deltas[-1].finish_reason,
-            [entry for delta in deltas for entry in delta.logprobs],
-            deltas[-1].error,
-            [min(at, sum(len(delta.text) for delta in deltas)) for delta in deltas for at in delta.offsets],
-        )
-        for deltas in parts
-    ]
+    return [_joined(deltas) for deltas in parts]
+
+
+def _joined(deltas: Sequence[Delta]) -> Delta:
+    text = "".join(delta.text for delta in deltas)
+    return Delta(
+        text,
+        [token for delta in deltas for token in delta.token_ids],
+        deltas[-1].finish_reason,
+        [entry for delta in deltas for entry in delta.logprobs],
+        [min(at, len(text)) for delta in deltas for at in delta.offsets],  # a stop string was cut off
+        deltas[-1].error,
+    )
 
 
 def usage(stream: Stream, n: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tpjax.chat_template import RENDER, WHAT
 from tpjax.engine.generation import Delta
 from tpjax.server import budget, legacy, structured, tools
+from tpjax.server.answer_grammar import Wanted, answer_grammar
 from tpjax.server.answers import (
     RunningUsage,
     gather,
@@ -20,10 +21,13 @@ from tpjax.server.answers import (
     token_text,
     usage,
 )
+from tpjax.server.conversation import conversation, message_text
+from tpjax.server.dialect import AnswerReader, Dialect
 from tpjax.server.errors import bad_request
 from tpjax.server.grammar import GrammarCompiler, TokenGrammar
 from tpjax.server.grammar_check import GrammarChecker
 from tpjax.server.protocol import ChatBody, Message, TokenizeBody, Tool
+from tpjax.server.reader import Piece
 from tpjax.server.sandbox import PatientPool
 from tpjax.server.service import Service
 from tpjax.server.texts import Texts
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from tpjax.tokenizer import Tokenizer
 
 
+_MOST_DIALECTS = 64  # kept; requests may bring templates of their own
 # Templates take a millisecond, and a tenth of a second over megabytes.
 QUICK_RENDERERS, SLOW_RENDERERS, QUICK_LIMIT_S = 2, 2, 0.5
 
@@ -60,6 +65,35 @@ class Templates:
         self.texts = texts
         self.workers = PatientPool(QUICK_RENDERERS, SLOW_RENDERERS, WHAT, QUICK_LIMIT_S)
         self.grammars = GrammarCompiler(tokenizer, vocab_size, GrammarChecker())
+        self._tokenizer = tokenizer
+        self._dialects: dict[tuple[str, bool], Dialect] = {}
+
+    async def dialect(self, offered: Sequence[Tool] | None, own: str | None = None) -> Dialect:
+        """How the model converses with these tools; found out once for each template.
+
+        Args:
+            offered: tools.
+            own: the request's own template.
+
+        Raises:
+            ApiError: the server is too busy to find out, or the template too slow.
+        """
+        name = self._templates.chosen(offered)
+        with_tools = own is None and bool(offered) and name != self._templates.chosen(None)
+        source = self._templates.sources.get(name, "") if own is None else own
+        found = self._dialects.get((source, with_tools))
+        if found is None:
+            more = {} if own is None else {"chat_template": own}
+
+            async def render(conversation: dict[str, Any]) -> str:
+                job = self._templates.job({**conversation, **more})
+                text: str = await self.workers.run(RENDER, job, "messages")
+                return text
+
+            found = await Dialect.of(source, self._tokenizer, render, with_tools=with_tools)
+            if len(self._dialects) < _MOST_DIALECTS:
+                self._dialects[source, with_tools] = found
+        return found
 
     async def prompt(
         self,
@@ -80,14 +114,14 @@ class Templates:
         """
         if not messages:
             raise bad_request("messages is empty: at least 1 message is needed", "messages")
-        source = asked.chat_template
-        if source is None:
-            source = self._templates.sources.get(self._templates.chosen(offered), "")
-        knows = "tools" in source
-        plain = tools.conversation(messages, offered, knows)
-        given = [tool.model_dump(exclude_none=True) for tool in offered or ()] if knows else None
-        conversation = {"messages": plain, "tools": given or None, **_rendering(asked)}
-        text = await self.workers.run(RENDER, self._templates.job(conversation), "messages")
+        dialect = await self.dialect(offered, asked.chat_template)
+        plain = conversation(messages, offered, dialect.traits, dialect.calls)
+        if asked.continue_final_message:
+            plain[-1] = {**plain[-1], "content": message_text(messages[-1])}
+        told = offered if offered and dialect.traits.tools else ()
+        given = [tool.model_dump(exclude_none=True) for tool in told]
+        rendering = {"messages": plain, "tools": given or None, **_rendering(asked)}
+        text = await self.workers.run(RENDER, self._templates.job(rendering), "messages")
         whole = not isinstance(asked, ChatBody) or asked.truncate_prompt_tokens is not None
         special = bool(asked.add_special_tokens)
         return await self.texts.encode(text, "messages", add_special_tokens=special, whole=whole)
@@ -106,10 +140,16 @@ class ChatAnswer:
     """
 
     def __init__(
-        self, service: Service, llm: LLM, body: ChatBody, requests: list[Request], *, calls: bool
+        self, service: Service, llm: LLM, body: ChatBody, requests: list[Request], dialect: Dialect
     ) -> None:
+        offered = _offered(body)
+        schemas = (
+            None if not offered else {one.function.name: one.function.parameters or {} for one in offered}
+        )
+        inside = dialect.inside(llm.tokenizer, requests[0].prompt_ids) if llm.tokenizer else False
         self._body = body
-        self._calls = calls
+        self._dialect = dialect
+        self._reader = lambda: dialect.reader(schemas, inside=inside)
         self._show = token_text(llm.tokenizer, body.return_tokens_as_token_ids)
         self._tokenizer = llm.tokenizer
         self._frame = {
@@ -118,7 +158,7 @@ class ChatAnswer:
             "created": int(time.time()),
             "model": body.model or service.model,
         }
-        self.stream = submit(service, llm, body, requests)
+        self.stream = submit(service, llm, body, requests, dialect.shown_ids(with_calls=bool(offered)))
 
     @classmethod
     async def begin(cls, service: Service, templates: Templates | None, body: ChatBody) -> ChatAnswer:
@@ -133,26 +173,35 @@ class ChatAnswer:
         n = body.n or 1
         if templates is None:
             raise bad_request("the model has no tokenizer: use /v1/completions with token ids", "messages")
-        offered = body.tools if body.tool_choice != "none" else None
+        offered = _offered(body)
         params = {"logprobs": body.top_logprobs or 0} if body.logprobs else {}
         with service.preparing(n):
+            dialect = await templates.dialect(offered, body.chat_template)
             ids = await templates.prompt(body.messages, offered, asked=body)
-            grammars = await _grammars(templates.grammars, body, n)
+            assert llm.tokenizer is not None
+            grammars = await _grammars(templates.grammars, body, dialect, dialect.inside(llm.tokenizer, ids))
             make = partial(make_requests, llm, body, ids, body.limit, None, grammars, **params)
             requests = await templates.texts.threads.run(make)
         budget.prepared()
-        return cls(service, llm, body, requests, calls=bool(offered))
+        for request in requests if not body.ignore_eos else ():
+            request.stop_ids += tuple(one for one in dialect.stop_ids if one not in request.stop_ids)
+        return cls(service, llm, body, requests, dialect)
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
         choices = []
         for index, delta in enumerate(await gather(self.stream)):
-            pieces = self._pieces(tools.ToolParser() if self._calls else None, delta)
-            calls = _calls(pieces)
-            content = self._echo() + "".join(piece.text for piece in pieces if piece.call is None)
-            message = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
+            pieces = self._pieces(self._reader(), delta)
+            calls = tools.whole_calls(pieces)
+            texts = (piece.text for piece in pieces if piece.call is None and not piece.reasoning)
+            content = self._echo() + "".join(texts)
+            message: dict[str, Any] = {"role": "assistant", "content": content or None if calls else content}
+            message["refusal"] = None
+            if self._dialect.reasons:
+                reasoning = "".join(piece.text for piece in pieces if piece.reasoning) or None
+                message |= {"reasoning": reasoning, "reasoning_content": reasoning}
             if calls:
-                message["tool_calls"] = calls  # type: ignore[assignment]
+                message["tool_calls"] = calls
             choices.append(
                 {
                     "index": index,
@@ -174,7 +223,7 @@ class ChatAnswer:
         frame = self._frame | {"object": "chat.completion.chunk"}
         running = RunningUsage(self.stream, self._body)
         used: dict[str, Any] = {}
-        parsers = [tools.ToolParser() if self._calls else None for _ in range(count)]
+        readers = [self._reader() for _ in range(count)]
         begun: set[int] = set()
 
         def chunk(index: int, delta: dict[str, Any], of: dict[str, Any], reason: Any = None) -> Any:
@@ -182,27 +231,27 @@ class ChatAnswer:
             return {**frame, "choices": [choice | {"logprobs": None} | of], **used}
 
         async for index, delta in self.stream.deltas():
-            parser = parsers[index]
+            reader = readers[index]
             used = running.grew(index, delta)
             if index not in begun:
                 begun.add(index)
                 yield chunk(index, {"role": "assistant", "content": self._echo()}, {}) | self._prompt_tokens()
             logprobs = self._logprobs(delta)
             of = ({"logprobs": logprobs} if logprobs else {}) | self._tokens(delta)
-            for piece in self._pieces(parser, delta):
-                yield chunk(index, _piece(piece), of)
+            for piece in self._pieces(reader, delta):
+                yield chunk(index, tools.delta(piece), of)
                 of = {}  # once a delta, with its first piece
             if of or delta.finish_reason is not None:
-                reason = delta.finish_reason and self._reason(delta, bool(parser and parser.calls))
+                reason = delta.finish_reason and self._reason(delta, bool(reader and reader.called))
                 yield chunk(index, {}, of, reason)
         if self._body.include_usage:
             yield {**frame, "choices": [], "usage": usage(self.stream, count)}
 
-    def _pieces(self, parser: tools.ToolParser | None, delta: Delta) -> list[tools.Piece]:
-        if parser is None:
-            return [tools.Piece(delta.text)] if delta.text else []
-        pieces = parser.push(delta.text)
-        return pieces + parser.flush() if delta.finish_reason is not None else pieces
+    def _pieces(self, reader: AnswerReader | None, delta: Delta) -> list[Piece]:
+        if reader is None:
+            return [Piece(delta.text)] if delta.text else []
+        pieces = reader.push(delta.text)
+        return pieces + reader.flush() if delta.finish_reason is not None else pieces
 
     def _tokens(self, delta: Delta) -> dict[str, Any]:
         return {"token_ids": delta.token_ids} if self._body.return_token_ids else {}
@@ -216,7 +265,7 @@ class ChatAnswer:
         last = self._body.messages[-1]
         if not self._body.echo or last.role != "assistant":
             return ""
-        return str(tools.conversation([last], None, template_knows_tools=True)[0]["content"])
+        return message_text(last)
 
     def _worded(self, message: dict[str, Any]) -> dict[str, Any]:
         return legacy.message(message) if self._body.functions is not None else message
@@ -239,16 +288,23 @@ class ChatAnswer:
         return {"token": self._show(token), "logprob": logprob, "bytes": list(data)}
 
 
-async def _grammars(compiler: GrammarCompiler, body: ChatBody, count: int) -> list[TokenGrammar]:
-    lark = tools.grammar(body)
-    form = body.response_format
-    if lark is not None:
-        if form is not None and form.type != "text":
-            raise bad_request("response_format and tools cannot both shape the answer", "response_format")
-        if body.structure is not None:
+def _offered(body: ChatBody) -> list[Tool] | None:
+    return body.tools if body.tool_choice != "none" else None
+
+
+async def _grammars(
+    compiler: GrammarCompiler, body: ChatBody, dialect: Dialect, inside: bool
+) -> list[TokenGrammar]:
+    wanted = Wanted.of(body)
+    if body.structure is not None:
+        if wanted.tools:
             raise bad_request("structured_outputs and tools cannot both shape the answer", "tools")
-        return await compiler.lark(lark, "tools", count)
-    return await structured.grammars(compiler, body, count)
+        return await structured.grammars(compiler, body, body.n or 1)
+    write = answer_grammar(wanted, dialect.calls, dialect.reasoning, inside, dialect.special)
+    if write is None:
+        return []
+    param = "tools" if wanted.tools else "response_format"
+    return await compiler.compile(write, wanted.schemas, param, body.n or 1)
 
 
 def _rendering(asked: ChatBody | TokenizeBody) -> dict[str, Any]:
@@ -270,25 +326,3 @@ def _rendering(asked: ChatBody | TokenizeBody) -> dict[str, Any]:
         **more,
         **options,
     }
-
-
-def _calls(pieces: Sequence[tools.Piece]) -> list[dict[str, Any]]:
-    calls: list[dict[str, Any]] = []
-    for piece in pieces:
-        if piece.call is None:
-            continue
-        if piece.name is not None:
-            function = {"name": piece.name, "arguments": ""}
-            calls.append({"id": tools.call_id(), "type": "function", "function": function})
-        calls[piece.call]["function"]["arguments"] += piece.text
-    return calls
-
-
-def _piece(piece: tools.Piece) -> dict[str, Any]:
-    if piece.call is None:
-        return {"content": piece.text}
-    call: dict[str, Any] = {"index": piece.call, "function": {"arguments": piece.text}}
-    if piece.name is not None:
-        call |= {"id": tools.call_id(), "type": "function"}
-        call["function"]["name"] = piece.name
-    return {"tool_calls": [call]}

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from tpjax.engine.generation import Delta, Generation
-from tpjax.server.errors import ApiError, internal_error
+from tpjax.server.errors import ApiError, bad_request, internal_error
 from tpjax.server.metrics import Clock, Metrics
 from tpjax.server.shards import shards
 
@@ -83,10 +83,14 @@ class Stream:
             return True
         if delta.finish_reason == "error":
             request = self.generations[index].request
-            message, code = request.error or "the generation failed", "generation_failed"
             if request.lost:  # an error from inside, which is for the log
-                message, code = "the engine failed while this ran; the server's log has it", "engine_failed"
-            self.fail(ApiError(500, message, code=code))
+                why = "the engine failed while this ran; the server's log has it"
+                self.fail(ApiError(500, why, code="engine_failed"))
+            elif getattr(request.grammar, "error", None):  # what the client asked for could not be followed
+                self.fail(bad_request(request.error or "", code="grammar_too_complex"))
+            else:
+                message = request.error or "the generation failed"
+                self.fail(ApiError(500, message, code="generation_failed"))
             return True
         self._open -= delta.finish_reason is not None
         self._deltas.append((index, delta))

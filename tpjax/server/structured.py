@@ -8,8 +8,9 @@ from typing import Any
 import llguidance
 from pydantic_core import from_json
 
+from tpjax.server.answer_grammar import form_schema
 from tpjax.server.errors import bad_request
-from tpjax.server.grammar import GrammarCompiler, TokenGrammar
+from tpjax.server.grammar import GrammarCompiler, TokenGrammar, only
 from tpjax.server.protocol import ResponseFormat, Sampling, StructuredOutputs
 
 _KINDS = ("json_", "json_object", "regex", "choice", "grammar")
@@ -46,10 +47,9 @@ async def response_format(compiler: GrammarCompiler, form: ResponseFormat, count
     Raises:
         ApiError: 400; the schema is not usable.
     """
-    schema: Any = {"type": "object"} if form.json_schema is None else form.json_schema.schema_
-    if schema is True:
-        schema = {}  # the same to JSON Schema, and llguidance takes its options in an object
-    return await compiler.schema(schema, "response_format", count)
+    schema = form_schema(form)
+    assert schema is not None
+    return await compiler.compile(only, [schema], "response_format", count)
 
 
 async def _structured(
@@ -58,21 +58,14 @@ async def _structured(
     if kind in ("json_", "json_object"):
         schema = {"type": "object"} if kind == "json_object" else _schema(asked.json_, param)
         space = "" if asked.disable_any_whitespace else asked.whitespace_pattern
-        if space is None or not isinstance(schema, dict):
-            return await compiler.schema(schema, param, count)
-        lark = f"start: %json {_json(schema | {'x-guidance': {'whitespace_pattern': space}})}"
-    elif kind == "regex":
-        grammar = json.loads(llguidance.LLMatcher.grammar_from_regex(asked.regex or ""))
-        lark = grammar["grammars"][0]["lark_grammar"]
-    elif kind == "choice":
-        lark = f"start: {' | '.join(map(_json, asked.choice or ()))}"
-    else:
-        lark = await compiler.to_lark(asked.grammar or "", param)
-    return await compiler.lark(lark, param, count)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+        return await compiler.schema(schema, param, count, whitespace=space)
+    if kind == "regex":
+        grammar = llguidance.LLMatcher.grammar_from_regex(asked.regex or "")
+        return await compiler.grammar(grammar, param, count)
+    if kind == "choice":
+        texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in asked.choice or ())
+        return await compiler.lark(f"start: {texts}", param, count)
+    return await compiler.lark(await compiler.to_lark(asked.grammar or "", param), param, count)
 
 
 def _schema(given: Any, param: str) -> Any:

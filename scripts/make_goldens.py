@@ -3,18 +3,22 @@
 
 Needs the `parity` extra. Each tiny model is saved as a Hugging Face directory with `golden.npz` beside it:
 a prompt, the logits after each of its tokens, and the greedy continuation. For the real models the
-logits are kept at some token ids only, to stay small.
+logits are kept at some token ids only, to stay small. `bfloat16.json` says how far transformers' own bfloat16
+is from these logits.
 
     python scripts/make_goldens.py            # the tiny models
     python scripts/make_goldens.py qwen3      # one of them
     python scripts/make_goldens.py --real     # and the built-in aliases, from their GGUF files
+    python scripts/make_goldens.py --bfloat16 # bfloat16.json alone, from the goldens as they are
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +26,7 @@ import torch
 import transformers
 
 GOLDENS = Path(__file__).resolve().parent.parent / "tests" / "goldens"
+REAL = ("smollm2-135m", "gemma3-270m")
 STEPS = 64
 REAL_PROMPT = "The capital of France is Paris. The largest city of Japan is Tokyo, and in 1984 it had 🙂"
 # enough of the vocabulary to notice a wrong row, cheap enough to keep in the repository
@@ -292,10 +297,44 @@ def write_real(name: str) -> None:
 def run(model: torch.nn.Module, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Logits after each prompt token, and the greedy continuation with no end-of-text rule."""
     ids = torch.tensor(prompt)[None]
-    logits = model(ids).logits[0].float().numpy()
+    after_each = logits(model, prompt)
     for _ in range(STEPS):
         ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-    return logits, ids[0, len(prompt) :].numpy()
+    return after_each, ids[0, len(prompt) :].numpy()
+
+
+def write_bfloat16() -> None:
+    """Saves how far transformers' bfloat16 is from each golden that there is."""
+    from tpjax.checkpoints.hub import resolve
+
+    sys.path.insert(0, str(GOLDENS.parent))
+    from rounding import distance, prompts
+
+    def logits_of(name: str, dtype: torch.dtype) -> list[np.ndarray]:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            GOLDENS / name, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+        ).eval()
+        return [logits(model, prompt) for prompt in prompts(model.config.get_text_config().vocab_size)]
+
+    found = {}
+    for name in sorted(path.parent.name for path in GOLDENS.glob("*/golden.npz")):
+        found[name] = distance(logits_of(name, torch.bfloat16), logits_of(name, torch.float32))
+    for name in REAL:
+        path, golden = resolve(name), np.load(GOLDENS / f"{name}.npz")
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.bfloat16, attn_implementation="eager"
+        )
+        found[name] = distance(
+            [logits(model.eval(), golden["prompt"])[:, golden["kept"]]], [golden["logits"]]
+        )
+    rows = (f"{json.dumps(name)}: {json.dumps(figures)}" for name, figures in found.items())
+    (GOLDENS / "bfloat16.json").write_text("{\n" + ",\n".join(rows) + "\n}\n")
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, prompt: np.ndarray | list[int]) -> np.ndarray:
+    """Logits [T, V] after each prompt token, as float32."""
+    return model(torch.tensor(prompt)[None]).logits[0].float().numpy()
 
 
 def main() -> None:
@@ -304,13 +343,18 @@ def main() -> None:
     )
     parser.add_argument("names", nargs="*", help="tiny models to make; all of them where none is named")
     parser.add_argument("--real", action="store_true", help="also the built-in aliases")
+    parser.add_argument("--bfloat16", action="store_true", help="only how far bfloat16 is from what there is")
     arguments = parser.parse_args()
+    if arguments.bfloat16:
+        write_bfloat16()
+        return
     for name, config in (tiny_models() | tiny_mixtures()).items():
         if not arguments.names or name in arguments.names:
             write_tiny(name, config)
     if arguments.real:
-        for name in ("smollm2-135m", "gemma3-270m"):
+        for name in REAL:
             write_real(name)
+    write_bfloat16()
 
 
 if __name__ == "__main__":

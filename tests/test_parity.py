@@ -9,22 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDENS
-from flax import nnx
-from jax.sharding import PartitionSpec
+from stepwise import Stepwise
 
 from tpjax import LLM, SamplingParams
-from tpjax.cache import Placement, allocate
-from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint
+from tpjax.checkpoints.load import open_checkpoint
 from tpjax.config import RopeConfig
-from tpjax.mesh import make_mesh
-from tpjax.sharding import POSITIONS, REPLICATED
+from tpjax.sharding import POSITIONS
 
 TINY = sorted(golden.parent.name for golden in GOLDENS.glob("*/golden.npz"))
 EVERY_TP = range(1, 9)
@@ -35,51 +29,6 @@ GREEDY = SamplingParams(max_tokens=STEPS, temperature=0, ignore_eos=True)
 
 def relative_error(actual: np.ndarray, expected: np.ndarray, scale: float | None = None) -> float:
     return float(np.abs(actual - expected).max() / (scale or np.abs(expected).max()))
-
-
-class Stepwise:
-    """A model over ``tp`` devices and its cache, without sampling, which takes longest to compile.
-
-    Args:
-        name: of the golden.
-        tp: devices.
-        reach: tokens the sequence will get to.
-        residual: layout of the residual.
-    """
-
-    PAGE = 64
-
-    def __init__(self, name: str, tp: int, reach: int, residual: PartitionSpec = REPLICATED) -> None:
-        checkpoint = open_checkpoint(GOLDENS / name)
-        self.mesh, self.vocab_size = make_mesh(tp), checkpoint.config.vocab_size
-        float32, pages = jnp.dtype("float32"), -(-reach // self.PAGE)
-        model = abstract_decoder(checkpoint.config, self.mesh, float32)
-        model = load_decoder(checkpoint, model, self.mesh, progress=False)
-        self.cache = allocate(
-            checkpoint.config, self.mesh, num_pages=pages + 1, page_size=self.PAGE, dtype=float32
-        )
-        self.length = 0
-        graph, self.weights = nnx.split(model)
-        table, reaches = jnp.arange(1, pages + 1, dtype=jnp.int32)[None], jnp.array([reach], jnp.int32)
-
-        @jax.jit
-        def forward(weights: Any, cache: Any, tokens: jax.Array, start: jax.Array) -> tuple[jax.Array, Any]:
-            positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-            model = nnx.merge(graph, weights)
-            hidden, cache = model(tokens, cache, Placement(table, positions, reaches), residual)
-            return model.logits(hidden[0]), cache
-
-        self.forward = forward
-
-    def __call__(self, tokens: list[int]) -> np.ndarray:
-        """Logits after each token: a chunk from the start, padded to a page; or one token."""
-        size = 1 if len(tokens) == 1 else self.PAGE
-        padded = np.zeros((1, size), np.int32)
-        padded[0, : len(tokens)] = tokens
-        with jax.set_mesh(self.mesh):
-            logits, self.cache = self.forward(self.weights, self.cache, padded, np.int32(self.length))
-        self.length += len(tokens)
-        return np.asarray(logits)[: len(tokens), : self.vocab_size]
 
 
 @pytest.mark.parametrize("tp", EVERY_TP)

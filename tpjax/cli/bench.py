@@ -6,11 +6,11 @@ from typing import Annotated
 
 from tpjax.cli.console import show_report
 from tpjax.cli.loading import chosen_model, load
-from tpjax.cli.options import Json, Model, ModelOption, Sharding, option, whole
+from tpjax.cli.options import Json, Model, ModelOption, Rounds, Sharding, option, whole
 
 EXAMPLES = """
   tpjax bench smollm2-135m --tp 2
-  tpjax bench smollm2-135m --context 128 --prompt-len 128 --json
+  tpjax bench smollm2-135m --context 128 --prompt-len 128 --rounds 3 --json
 """
 
 
@@ -27,6 +27,7 @@ def run(
         int | None,
         option("--prompt-len", help="Tokens of a prompt (the context).", parser=whole("tokens"), metavar="P"),
     ] = None,
+    rounds: Rounds = None,
     as_json: Json = False,
 ) -> None:
     """Measure decode and prefill here, in float32, next to what plan predicts."""
@@ -38,8 +39,8 @@ def run(
 
     name = chosen_model(model, model_option)
     hub.resolve(name)  # before anything is measured: a misspelt name is reported at once
-    hardware = measured_hardware(tp)  # in a process of its own, before this one starts JAX
+    hardware = measured_hardware(tp, rounds=rounds)  # in a process of its own, before this one starts JAX
     workload = Workload(1, context, prompt_len or min(context, 1024), "float32")
     llm = load(name, Sharding(tp=tp, dtype="float32", max_model_len=bench.longest(workload)))
     plan = make_plan(Counts(name, llm.config), hardware, tp, tp, workload)
-    show_report(bench.run(llm.runner, plan), as_json=as_json)
+    show_report(bench.run(llm.runner, plan, rounds), as_json=as_json)

@@ -132,6 +132,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw it: .png, .svg or .pdf.")]
 
 
+Rounds = Annotated[
+    int | None,
+    option(
+        "--rounds",
+        help="Times each figure is taken, of which the best counts; fewer are quicker, and noisier (15).",
+        parser=whole("rounds"),
+        metavar="N",
+    ),
+]
+
+
 @dataclass
 class Sharding:
     """How the model is laid out over devices."""

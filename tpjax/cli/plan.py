@@ -9,7 +9,7 @@ import typer
 
 from tpjax.cli.console import show_report
 from tpjax.cli.loading import chosen_model
-from tpjax.cli.options import Json, ModelOption, Plot, option, whole
+from tpjax.cli.options import Json, ModelOption, Plot, Rounds, option, whole
 from tpjax.errors import RequestError
 
 EXAMPLES = """
@@ -71,6 +71,7 @@ def run(
         Literal["auto", "bf16", "int8", "fp8", "float32"],
         option("--cache-dtype", help="Of keys and values; auto: as the weights."),
     ] = "auto",
+    rounds: Rounds = None,
     as_json: Json = False,
     plot: Plot = None,
 ) -> None:
@@ -95,7 +96,9 @@ def run(
         from tpjax.planning.measure import measured_hardware
 
         tps = [tp] if tp else list(range(1, 5))
-        plans = [make_plan(counts, measured_hardware(n, fresh=True), n, n, workload) for n in tps]
+        plans = [
+            make_plan(counts, measured_hardware(n, fresh=True, rounds=rounds), n, n, workload) for n in tps
+        ]
     else:
         chip, chips = parse_hardware(hardware, hardware_file)
         plans = [make_plan(counts, chip, chips, n, workload) for n in ([tp] if tp else divisors(chips))]

@@ -114,6 +114,7 @@ class Attention(nnx.Module):
             key = self.k_norm(normalised(key, config)).astype(x.dtype)
         elif config.qk_norm == "projection":
             by_query, by_key = _inverse_rms(qkv, self.plan, config.norm_eps)
+            query, key = query.astype(jnp.float32), key.astype(jnp.float32)
             query = self.q_norm(query * by_query[..., None, None, None]).astype(x.dtype)
             key = self.k_norm(key * by_key[..., None, None]).astype(x.dtype)
         if rotation is not None:

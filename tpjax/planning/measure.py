@@ -6,6 +6,7 @@ mesh, and what a decoder layer costs beyond these, from small decoders of two de
 model that is predicted.
 
     python -m tpjax.planning.measure 2      # prints the figures at tp=2 as JSON
+    python -m tpjax.planning.measure 2 3    # the same, each the best of three rounds
 """
 
 from __future__ import annotations
@@ -49,12 +50,13 @@ _LAYER = {
 }
 
 
-def measured_hardware(tp: int, *, fresh: bool = False) -> Hardware:
+def measured_hardware(tp: int, *, fresh: bool = False, rounds: int | None = None) -> Hardware:
     """This machine as ``plan`` sees it, at that tp. Measures what the cache folder does not have yet.
 
     Args:
         tp: devices; faked where the only one is a CPU.
         fresh: measure in any case.
+        rounds: as :func:`best_s` takes it; figures of fewer than it takes by itself are not kept.
 
     Raises:
         DeviceError: there are not so many devices, or the measurement failed.
@@ -63,7 +65,9 @@ def measured_hardware(tp: int, *, fresh: bool = False) -> Hardware:
     known = _read(file)
     if fresh or key not in known:
         print(f"tpjax: measuring this machine at tp={tp}, once", file=sys.stderr)
-        known = {**_read(file), key: _measure_apart(tp)}
+        known = {**_read(file), key: _measure_apart(tp, rounds)}
+        if (rounds or _ROUNDS) < _ROUNDS:
+            return hardware_from(known[key])
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}.partial")
         partial.write_text(json.dumps(known, indent=1))
@@ -286,11 +290,11 @@ def _memory_bytes(device: Any) -> int:
     return int((device.memory_stats() or {}).get("bytes_limit", 0))
 
 
-def _measure_apart(tp: int) -> dict[str, Any]:
+def _measure_apart(tp: int, rounds: int | None) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     for name in ("XLA_FLAGS", "NPROC"):
         environment.pop(name, None)  # this process may fake another number of devices
-    command = [sys.executable, "-m", "tpjax.planning.measure", str(tp)]
+    command = [sys.executable, "-m", "tpjax.planning.measure", str(tp), *([str(rounds)] if rounds else [])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         why = done.stderr.strip().splitlines()
@@ -313,4 +317,4 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(int(sys.argv[1]))))
+    print(json.dumps(measure(*map(int, sys.argv[1:]))))

@@ -1,0 +1,70 @@
+"""A golden's model without the engine, for tests of its numbers alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from conftest import GOLDENS
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from tpjax.cache import Placement, allocate
+from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint
+from tpjax.mesh import make_mesh
+from tpjax.sharding import REPLICATED
+
+
+class Stepwise:
+    """A model over ``tp`` devices and its cache, without sampling, which takes longest to compile.
+
+    Args:
+        name: of the golden.
+        tp: devices.
+        reach: tokens the sequence will get to.
+        residual: layout of the residual.
+        dtype: of weights and cache.
+    """
+
+    PAGE = 64
+
+    def __init__(
+        self,
+        name: str,
+        tp: int,
+        reach: int,
+        residual: PartitionSpec = REPLICATED,
+        dtype: str = "float32",
+    ) -> None:
+        checkpoint = open_checkpoint(GOLDENS / name)
+        self.mesh, self.vocab_size = make_mesh(tp), checkpoint.config.vocab_size
+        of, pages = jnp.dtype(dtype), -(-reach // self.PAGE)
+        model = abstract_decoder(checkpoint.config, self.mesh, of)
+        model = load_decoder(checkpoint, model, self.mesh, progress=False)
+        self.cache = allocate(
+            checkpoint.config, self.mesh, num_pages=pages + 1, page_size=self.PAGE, dtype=of
+        )
+        self.length = 0
+        graph, self.weights = nnx.split(model)
+        table, reaches = jnp.arange(1, pages + 1, dtype=jnp.int32)[None], jnp.array([reach], jnp.int32)
+
+        @jax.jit
+        def forward(weights: Any, cache: Any, tokens: jax.Array, start: jax.Array) -> tuple[jax.Array, Any]:
+            positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+            model = nnx.merge(graph, weights)
+            hidden, cache = model(tokens, cache, Placement(table, positions, reaches), residual)
+            return model.logits(hidden[0]), cache
+
+        self.forward = forward
+
+    def __call__(self, tokens: list[int]) -> np.ndarray:
+        """Logits after each token: a chunk from the start, padded to a page; or one token."""
+        size = 1 if len(tokens) == 1 else self.PAGE
+        padded = np.zeros((1, size), np.int32)
+        padded[0, : len(tokens)] = tokens
+        with jax.set_mesh(self.mesh):
+            logits, self.cache = self.forward(self.weights, self.cache, padded, np.int32(self.length))
+        self.length += len(tokens)
+        return np.asarray(logits, np.float32)[: len(tokens), : self.vocab_size]

@@ -53,8 +53,21 @@ SUBCOMMANDS = {
 }
 
 
+class _ReaderLeft(Exception):
+    """Whoever read stdout has closed it."""
+
+
 class _Subcommand(TyperCommand):
     """Several values may follow an option that may be repeated: ``--request-rate 1 2 4``."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs it; typer would end a broken pipe by itself, with another status than a shell's commands."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError as error:
+            raise _ReaderLeft from error
+        return result
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parses the words after the subcommand's name."""
@@ -119,10 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         status = app([word for word in words if word != "--debug"], prog_name="tpjax", standalone_mode=False)
-        sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
+    except _ReaderLeft:
         # The reader has gone (`tpjax generate ... | head -1`): let the interpreter's last flush go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE

@@ -72,9 +72,9 @@ def run(
         if model is not None:
             raise RequestError("--prompts FILE has the prompts: leave PROMPT out")
         prompt, model = None, prompt  # the only argument is the model
-    name = chosen_model(model, model_option)
     params = sampling.params(max_tokens=MAX_TOKENS)
     entries = _entries(prompts, prompt, params)
+    name = chosen_model(model, model_option)
     start = time.perf_counter()
     llm = load(name, sharding)
     figures = Figures(load_s=time.perf_counter() - start)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from tpjax.errors import CheckpointError, RequestError
+from tpjax.errors import CheckpointError, RequestError, TpjaxError
 
 if TYPE_CHECKING:
     import jinja2
@@ -71,6 +71,16 @@ class ChatTemplates:
     def chosen(self, tools: Sequence[Any] | None) -> str:
         """Name of the template for these tools."""
         return "tool_use" if tools and "tool_use" in self.sources else "default"
+
+    def after_reply(self) -> str:
+        """What the default template writes after an assistant's message; empty where that cannot be told."""
+        reply = "tpjaxreply"
+        messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": reply}]
+        try:
+            _, found, after = self.render(messages, add_generation_prompt=False).rpartition(reply)
+        except (TpjaxError, RecursionError):  # whoever uses the template is told what is wrong with it
+            return ""
+        return after if found else ""
 
     def _template(self, name: str) -> jinja2.Template:
         import jinja2

@@ -75,7 +75,8 @@ def _generate(args: argparse.Namespace) -> None:
     params = SamplingParams(**_sampling(args), stop=args.stop, ignore_eos=args.ignore_eos)
     text = _read_stdin() if args.prompt == "-" else args.prompt
     start = time.perf_counter()
-    llm = _load(args)
+    llm = _load(args, generation_config=args.generation_config)
+    _remark_defaults(llm)
     prompt = _chat_prompt(llm, text) if args.chat else text
     loaded = time.perf_counter()
     llm.prepare(prompt, params)  # so that tokens/s does not count the compiler
@@ -90,7 +91,8 @@ def _chat(args: argparse.Namespace) -> None:
     from tpjax.terminal import chat
 
     params = SamplingParams(**_sampling(args))
-    llm = _load(args, max_slots=1)
+    llm = _load(args, max_slots=1, generation_config=args.generation_config)
+    _remark_defaults(llm)
     print(f"tpjax: {args.model} at tp={llm.mesh.size}; /help shows the commands", file=sys.stderr)
     chat(llm, params, args.system)
 
@@ -113,7 +115,7 @@ def _serve(args: argparse.Namespace) -> None:
     _devices(args)
 
     def load() -> LLM:
-        llm = _load(args, max_slots=args.max_slots)
+        llm = _load(args, max_slots=args.max_slots, generation_config=args.generation_config)
         llm.warm_up()
         return llm
 
@@ -161,6 +163,12 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     return {
         name: getattr(args, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
     }
+
+
+def _remark_defaults(llm: LLM) -> None:
+    """Says which sampling parameters the model itself brings."""
+    if llm.sampling_defaults:
+        print(f"tpjax: where no option says otherwise, {llm.describe_defaults()}", file=sys.stderr)
 
 
 def _pull(args: argparse.Namespace) -> None:
@@ -524,6 +532,7 @@ def _add_serve(verbs: Any) -> None:
     )
     verb.add_argument("--model", required=True, metavar="M", help=_MODEL_HELP)
     _add_sharding_options(verb)
+    _add_generation_config(verb)
     verb.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     verb.add_argument("--port", type=_port, default=8000, help="0 takes a free one (8000)")
     verb.add_argument("--served-model-name", metavar="NAME", help="the model's name in the API (M)")
@@ -790,18 +799,28 @@ def _add_sampling_options(verb: argparse.ArgumentParser) -> None:
         "--max-tokens", type=int, default=128, metavar="N", help="most tokens to generate (128)"
     )
     verb.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest (1.0)"
+        "--temperature", type=float, metavar="T", help="0 takes the likeliest (the model's, or 1.0)"
     )
     verb.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="keep the K likeliest; 0 keeps all (0)"
+        "--top-k", type=int, metavar="K", help="keep the K likeliest; 0 keeps all (the model's, or 0)"
     )
     verb.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="keep this much probability (1.0)"
+        "--top-p", type=float, metavar="P", help="keep this much probability (the model's, or 1.0)"
     )
     verb.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P", help="as likely as the best times P (0)"
+        "--min-p", type=float, metavar="P", help="as likely as the best times P (the model's, or 0)"
     )
     verb.add_argument("--seed", type=int, metavar="S", help="the same seed draws the same tokens, at any tp")
+    _add_generation_config(verb)
+
+
+def _add_generation_config(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--generation-config",
+        default="auto",
+        metavar="auto|none|PATH",
+        help="the sampling defaults of the model's generation_config.json, of none, or of PATH (auto)",
+    )
 
 
 def _device_count(text: str) -> int:

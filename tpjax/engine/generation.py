@@ -45,7 +45,11 @@ class Generation:
     def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
         self.request = request
         self._stream = (
-            None if tokenizer is None else TextStream(tokenizer, request.prompt_ids, request.params.stop)
+            None
+            if tokenizer is None
+            else TextStream(
+                tokenizer, request.prompt_ids, request.params.stop, min_tokens=request.params.min_tokens
+            )
         )
 
     @property

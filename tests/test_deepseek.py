@@ -127,7 +127,7 @@ def test_scale_without_yarn() -> None:
         ("head_dim", 56),
         ("qk_head_dim", 128),
         ("hidden_act", "tanh"),
-        ("a_field_of_next_year", 1.5),
+        ("attention_multiplier", 1.5),
     ),
 )
 def test_what_would_change_the_numbers_is_refused(name: str, value: Any) -> None:

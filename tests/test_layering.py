@@ -15,7 +15,7 @@ PACKAGE = Path(tpjax.__file__).parent
 # Lowest first. A module imports only from ranks below its own, or from its own sub-package.
 RANKS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("mesh", "config"),
+    ("mesh", "config", "sandbox"),
     ("sharding", "sampling_params"),
     ("cache",),
     ("layers",),
@@ -23,7 +23,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("mappings",),
     ("families",),
     ("checkpoints",),
-    ("chat_template",),
+    ("chat_template", "token_bounds"),
     ("tokenizer",),
     ("runner",),
     ("memory",),
@@ -143,7 +143,7 @@ def test_plain_python(module: str) -> None:
 
 
 def test_only_the_runner_compiles_for_serving() -> None:
-    """Serving's are the runner's; the cache allocates zeros, and measure times the machine."""
+    """Serving's are the runner's; the loader turns axes, the cache makes zeros, measure times the machine."""
     users = {
         module
         for module, tree in MODULES.items()
@@ -152,7 +152,7 @@ def test_only_the_runner_compiles_for_serving() -> None:
         and isinstance(node.value, ast.Name)
         and (node.value.id, node.attr) in (("jax", "jit"), ("nnx", "jit"), ("nnx", "split"))
     }
-    assert users <= {"runner", "cache", "inspect.measure"}
+    assert users <= {"runner", "cache", "checkpoints.load", "inspect.measure"}
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.endswith(".__init__")])
@@ -203,5 +203,6 @@ def test_every_error_is_a_tpjax_error() -> None:
         "DownloadError",
         "EngineError",
         "RequestError",
+        "ContextLengthError",
     }
     assert all(issubclass(kind, tpjax.TpjaxError) for kind in kinds)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from safetensors.numpy import save_file
 
 from tpjax import LLM
 from tpjax.checkpoints import load as load_module
+from tpjax.checkpoints.assemble import fill
 from tpjax.checkpoints.load import (
     CanonicalSource,
     Checkpoint,
@@ -208,12 +212,6 @@ def test_bare_backbone(plain: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(array, whole[name])
 
 
-def test_tied_ignores_an_extra_head(tmp_path: Path) -> None:
-    arrays = load(save(tmp_path / "tied", TENSORS, tie_word_embeddings=True), 1)
-    assert "lm_head.weight" not in arrays
-    np.testing.assert_array_equal(arrays["embed_tokens.weight"], TENSORS["model.embed_tokens.weight"])
-
-
 def test_rotary_buffers_of_old_checkpoints_are_ignored(tmp_path: Path) -> None:
     extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32) for i in range(LAYERS)}
     arrays = load(save(tmp_path / "old", TENSORS | extra), 1)
@@ -256,26 +254,40 @@ class Counting:
         self._source = source
         self.tensors: Mapping[str, TensorInfo] = source.tensors
         self.elements: dict[str, int] = {}
-        self.largest = 0
+        self._lock = threading.Lock()
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         out = self._source.read(name, index)
-        self.elements[name] = self.elements.get(name, 0) + out.size
-        self.largest = max(self.largest, out.size)
+        with self._lock:
+            self.elements[name] = self.elements.get(name, 0) + out.size
         return out
 
 
-def test_only_the_slices_are_read(plain: Path) -> None:
-    """At tp = 8 every element once; k and v once per slot that holds a replica, and norms once in all."""
-    config, mesh = read_config(plain), make_mesh(8)
+@pytest.mark.parametrize("tp", (1, 3, 8))
+def test_every_element_is_read_once(plain: Path, tp: int) -> None:
+    """Whichever devices want it: at tp = 8 three slots hold each KV head, and all devices the norms."""
+    config, mesh = read_config(plain), make_mesh(tp)
     source = Counting(SafetensorsCheckpoint(plain))
     checkpoint = Checkpoint(plain, config, CanonicalSource(source, FAMILIES["llama"].names(config), config))
     load_decoder(checkpoint, abstract_decoder(config, mesh, F32), mesh, progress=False)
-    for name, count in source.elements.items():
-        replicas = 3 if name.split(".")[-2] in ("k_proj", "v_proj") else 1
-        assert count == replicas * np.prod(source.tensors[name].shape), name
-    assert source.elements.keys() == source.tensors.keys()
-    assert source.largest == 7 * D  # a device's rows of the vocabulary
+    assert source.elements == {name: math.prod(info.shape) for name, info in source.tensors.items()}
+
+
+def test_a_process_reads_only_its_devices_slices(plain: Path) -> None:
+    """Of eight devices the last two, as where each process has two: no more than they hold is read."""
+    config, mesh = read_config(plain), make_mesh(8)
+    source = Counting(SafetensorsCheckpoint(plain))
+    canonical = CanonicalSource(source, FAMILIES["llama"].names(config), config)
+    declared = parameters(abstract_decoder(config, mesh, F32), mesh)
+    orders, wanted = [], 0
+    for parameter in declared:
+        order = load_module._order(parameter)
+        parts = dict(list(order.parts.items())[-2:])
+        orders.append(replace(order, parts=parts))
+        contents = (parameter.layout.content(tuple(slice(*b) for b in bounds)) for bounds in parts)
+        wanted += sum(content.held + content.copied for content in contents)
+    assert [order.what for order in fill(orders, canonical)] == declared
+    assert 0 < sum(source.elements.values()) <= wanted < sum(x.size for x in TENSORS.values()) / 3
 
 
 def test_abstract_model_holds_no_memory(plain: Path) -> None:
@@ -321,7 +333,7 @@ def test_every_difference_in_one_message(tmp_path: Path) -> None:
 
 
 def test_a_long_list_is_cut(tmp_path: Path) -> None:
-    extra = {f"model.extra.{i}": np.ones(1, np.float32) for i in range(40)}
+    extra = {f"model.layers.0.extra.{i}": np.ones(1, np.float32) for i in range(40)}
     lines = refusal(save(tmp_path / "extra", TENSORS | extra)).splitlines()
     assert lines[0].endswith("disagree on 40 tensors:")
     assert len(lines) == 1 + 20 + 1

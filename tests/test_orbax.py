@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -11,6 +18,7 @@ import numpy as np
 import pytest
 
 from tpjax import LLM
+from tpjax.checkpoints import digests, orbax
 from tpjax.checkpoints.convert import convert, write_vocabulary
 from tpjax.checkpoints.gguf import GGUFFile
 from tpjax.checkpoints.load import open_checkpoint, read_config
@@ -80,7 +88,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     target = tmp_path / "new" / "llama"
     assert main(["convert", str(GOLDENS / "llama"), str(target), "--dtype", "float32"]) == 0
     assert capsys.readouterr().out == f"{target}\n"
-    assert sorted(path.name for path in target.iterdir()) == ["config.json", "model_config.json", "weights"]
+    names = ["MANIFEST.sha256", "config.json", "model_config.json", "weights"]
+    assert sorted(path.name for path in target.iterdir()) == names
+    assert list(target.parent.iterdir()) == [target]  # no lock, nothing partial
     assert main(["convert", str(GOLDENS / "llama"), str(target)]) == 2
     assert "exists" in capsys.readouterr().err
 
@@ -113,3 +123,208 @@ def test_nothing_half_written_is_left(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be written"):
         convert(GOLDENS / "llama", tmp_path / "file" / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
+
+
+# --- digests -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A converted directory with a tokenizer's file, and no memory of what was checked."""
+    monkeypatch.setenv("TPJAX_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "source"
+    shutil.copytree(GOLDENS / "llama", source)
+    (source / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 64}))
+    convert(source, tmp_path / "copy")
+    open_checkpoint(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def files_of(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("keep_times", (False, True))
+def test_a_flipped_bit_anywhere_is_refused_by_name(copy: Path, keep_times: bool) -> None:
+    """In weights, Orbax's own files, the configuration, the tokenizer's and the manifest."""
+    draw = random.Random(0)
+    names = {path.name for path in files_of(copy)}
+    assert {"MANIFEST.sha256", "model_config.json", "config.json", "tokenizer_config.json"} < names
+    assert any("weights" in path.parts for path in files_of(copy))
+    for path in files_of(copy):
+        data, times = path.read_bytes(), path.stat()
+        for at in {0, len(data) - 1, *(draw.randrange(len(data)) for _ in range(6))}:
+            damaged = bytearray(data)
+            damaged[at] ^= 1 << draw.randrange(8)
+            path.write_bytes(damaged)
+            if keep_times:
+                os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+            with pytest.raises(CheckpointError) as error:
+                open_checkpoint(copy)
+            assert str(error.value).startswith(f"{path}: damaged"), (path, at)
+            assert "\n" not in str(error.value)
+        path.write_bytes(data)
+    open_checkpoint(copy)
+
+
+def test_configuration_alone_is_checked_too(copy: Path) -> None:
+    path = copy / "model_config.json"
+    path.write_text(path.read_text().replace('"norm_eps": ', '"norm_eps": 1'))
+    with pytest.raises(CheckpointError, match=r"model_config\.json: damaged or edited"):
+        read_config(copy)
+
+
+def test_sha256sum_reads_the_manifest(copy: Path) -> None:
+    if shutil.which("sha256sum") is None:
+        pytest.skip("needs sha256sum, of the GNU coreutils")
+    done = subprocess.run(["sha256sum", "--check", "--quiet", "MANIFEST.sha256"], cwd=copy, timeout=60)
+    assert done.returncode == 0
+
+
+def test_missing_extra_and_unlisted_files(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (copy / "README.md").write_text("harmless")
+    (copy / "weights" / ".DS_Store").write_text("harmless")
+    with caplog.at_level(logging.WARNING):
+        open_checkpoint(copy)
+        assert caplog.messages == []
+        (copy / "chat_template.jinja").write_text("{{ messages }}")
+        open_checkpoint(copy)
+    assert caplog.messages == [
+        f"{copy / 'chat_template.jinja'} is used, and was not there when the directory was written"
+    ]
+    (copy / "tokenizer_config.json").unlink()
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(copy)
+    assert str(error.value) == f"{copy / 'tokenizer_config.json'}: missing, and MANIFEST.sha256 lists it"
+
+
+def test_a_directory_without_a_manifest_loads_with_a_warning(
+    copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (copy / "MANIFEST.sha256").unlink()
+    with caplog.at_level(logging.WARNING):
+        open_checkpoint(copy)
+    assert len(caplog.messages) == 1
+    assert f"{copy} has no MANIFEST.sha256: its weights are not checked" in caplog.text
+
+
+def test_files_are_read_once_per_change(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    sha256 = digests.sha256
+
+    def spy(path: Path) -> str:
+        read.append(path)
+        return sha256(path)
+
+    monkeypatch.setattr(digests, "sha256", spy)
+    open_checkpoint(copy)
+    listed = [path for path in files_of(copy) if path.name != "MANIFEST.sha256"]
+    assert set(read) == set(listed)  # too young to be remembered: they might change within the clock's grain
+    monkeypatch.setattr(digests, "_GRAIN_NS", 0)
+    open_checkpoint(copy)
+    read.clear()
+    open_checkpoint(copy)
+    assert read == []
+    os.utime(copy / "config.json")
+    open_checkpoint(copy)
+    assert read == [copy / "config.json"]
+    read.clear()
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("no folder")  # nothing can be remembered: each time all are read
+    for _ in range(2):
+        read.clear()
+        open_checkpoint(copy)
+        assert set(read) == set(listed)
+
+
+# --- several at once ---------------------------------------------------------------------------------------
+
+ROOT = Path(orbax.__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+HOLDER = """
+import sys
+from pathlib import Path
+from tpjax.checkpoints import orbax
+with orbax.new_directory(Path(sys.argv[1])) as directory:
+    (directory / "half").write_text("written")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def start(*arguments: str, **options: object) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
+    return subprocess.Popen([sys.executable, *arguments], **pipes, **options)  # type: ignore[call-overload]
+
+
+def start_convert(target: Path) -> subprocess.Popen[str]:
+    return start("-m", "tpjax.cli", "convert", str(GOLDENS / "llama"), str(target))
+
+
+def test_two_at_once_one_wins(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with start_convert(target) as one, start_convert(target) as two:
+        said = [process.communicate(timeout=240) for process in (one, two)]
+    assert sorted((one.returncode, two.returncode)) == [0, 2], said
+    loser = said[one.returncode == 0][1].splitlines()[-1]
+    assert loser in (
+        f"tpjax: error: {target} is being written by another process",
+        f"tpjax: error: {target} exists: name a directory that does not",
+    )
+    assert list(tmp_path.iterdir()) == [target]
+    open_checkpoint(target)
+
+
+def test_a_target_being_written_is_left_alone_and_a_killed_writer_is_no_obstacle(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with start("-c", HOLDER, str(target), stdin=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "writing\n"
+        with start_convert(target) as other:
+            out, error = other.communicate(timeout=240)
+        assert (other.returncode, out) == (2, "")
+        assert error == f"tpjax: error: {target} is being written by another process\n"
+        assert (tmp_path / ".out.partial" / "half").read_text() == "written"
+        holder.send_signal(signal.SIGKILL)
+    assert not target.exists()
+    convert(GOLDENS / "llama", target)
+    assert list(tmp_path.iterdir()) == [target]
+    assert not (target / "half").exists()
+    open_checkpoint(target)
+
+
+FULL = """
+import resource, sys
+from tpjax.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.exit(main(["convert", sys.argv[2], sys.argv[3]]))
+"""
+
+
+@pytest.mark.parametrize("limit", (0, 3_000, 60_000))
+def test_a_full_disk_is_one_line(tmp_path: Path, limit: int) -> None:
+    """A limit on files stands for the disk: the configuration does not fit, or Orbax's files do not."""
+    target = tmp_path / "out"
+    with start("-c", FULL, str(limit), str(GOLDENS / "gemma3"), str(target)) as process:
+        out, error = process.communicate(timeout=240)
+    assert (process.returncode, out) == (2, "")
+    assert error == f"tpjax: error: {target}: cannot be written: File too large\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("folder", ("/proc", "/proc/nowhere", "file", "file/deeper"))
+def test_no_place_to_write_is_one_line(
+    tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    target = tmp_path / folder / "out"
+    assert main(["convert", str(GOLDENS / "llama"), str(target)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"tpjax: error: {target}: cannot be written: ") and error.count("\n") == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(CheckpointError, match="out: cannot be written: Permission denied"):
+        convert(GOLDENS / "llama", tmp_path / "out")
+    tmp_path.chmod(0o700)

@@ -408,21 +408,53 @@ def test_missing_shards_are_listed(tmp_path: Path) -> None:
         SafetensorsCheckpoint(tmp_path)
 
 
-def test_index_and_shards_that_disagree_are_refused(tmp_path: Path) -> None:
+def test_index_and_shards_that_disagree_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     one, two = tmp_path / "m1.safetensors", tmp_path / "m2.safetensors"
-    ones = np.ones(2, np.float32)
-    write(one, {"a": ones})
-    write(two, {"b": ones})
+    write(one, {"a": np.ones(2, np.float32)})
+    write(two, {"b": np.full(2, 7, np.float32)})
     write_index(tmp_path, {"a": one.name, "b": one.name, "c": two.name})
-    with refused(tmp_path / INDEX, "'b' in m1.safetensors", "it is in m2.safetensors"):
-        SafetensorsCheckpoint(tmp_path)
-    write_index(tmp_path, {"a": one.name, "b": two.name, "c": two.name})
-    with refused(tmp_path / INDEX, "'c' in m2.safetensors", "no shard has it"):
-        SafetensorsCheckpoint(tmp_path)
-    write(two, {"a": ones, "b": ones})
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    assert set(checkpoint.tensors) == {"a", "b"} and checkpoint.read("b")[0] == 7
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [
+        f"{tmp_path / INDEX}: no shard has 'c'",
+        f"{tmp_path / INDEX}: another shard than it says has 'b'",
+    ]
+
+
+@pytest.mark.parametrize("home", (0, 1, 2))
+def test_a_stale_copy_in_another_shard_does_not_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, home: int
+) -> None:
+    shards = [f"m{number}.safetensors" for number in range(3)]
+    for number, shard in enumerate(shards):
+        write(tmp_path / shard, {"a": np.full(2, number, np.float32), f"own{number}": np.ones(1, np.float32)})
+    write_index(tmp_path, {"a": shards[home]} | {f"own{n}": shard for n, shard in enumerate(shards)})
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    assert checkpoint.read("a").tolist() == [home, home]
+    assert any("a second 'a'" in record.getMessage() for record in caplog.records)
+    assert checkpoint.unlisted == frozenset()
+
+
+def test_copies_of_which_none_is_listed_must_be_equal(tmp_path: Path) -> None:
+    one, two = tmp_path / "m1.safetensors", tmp_path / "m2.safetensors"
+    same, ones = np.arange(4, dtype=np.float32), np.ones(2, np.float32)
+    write(one, {"a": ones, "same": same, "other": ones})
+    write(two, {"b": ones, "same": same, "other": 2 * ones})
     write_index(tmp_path, {"a": one.name, "b": two.name})
-    with refused(two, "'a'", "also in m1.safetensors"):
-        SafetensorsCheckpoint(tmp_path)
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    assert checkpoint.unlisted == {"same", "other"}
+    np.testing.assert_array_equal(checkpoint.read("same", (slice(1, 3),)), same[1:3])
+    with refused(two, "'other' is also in m1.safetensors", "the index says of neither"):
+        checkpoint.read("other")
+
+
+def test_files_that_the_index_does_not_name_are_not_read(tmp_path: Path) -> None:
+    write(tmp_path / "m1.safetensors", {"a": np.ones(2, np.float32)})
+    write_index(tmp_path, {"a": "m1.safetensors"})
+    (tmp_path / "consolidated.safetensors").write_bytes(b"junk")
+    write(tmp_path / "adapter_model.safetensors", {"a": np.zeros(2, np.float32)})
+    assert SafetensorsCheckpoint(tmp_path).read("a")[0] == 1
 
 
 # Damaged files of every kind

@@ -211,6 +211,30 @@ def test_the_youngest_is_preempted_and_runs_again_with_what_it_had() -> None:
 # --- the prefix cache --------------------------------------------------------------------------------------
 
 
+def test_the_lowest_priority_runs_first_and_is_preempted_last() -> None:
+    of = scheduler(slots=1)
+    asked = [request(3, 1, first=10 * i, priority=p) for i, p in enumerate((0, 5, -1, 5, 0, -(2**63)))]
+    for one in asked:
+        of.add(one)
+    order: list[Request] = []
+    while (work := of.schedule()) is not None:
+        if isinstance(work, Prefill):
+            order.append(work.request)
+        run(of, work)
+    assert [asked.index(one) for one in order] == [5, 2, 0, 4, 1, 3]  # of equals the first to come
+    of = scheduler(slots=3, pages=5)
+    late, early = request(8, 9, priority=1), request(8, 9, first=20)
+    of.add(late)
+    run(of, of.schedule())  # type: ignore[arg-type]
+    of.add(early)
+    while not early.finish_reason:
+        run(of, of.schedule())  # type: ignore[arg-type]
+    assert of.preemptions and not late.finish_reason  # though it came first, it gave its pages
+    other = request(2, 1, first=30)
+    of.add(other)
+    assert list(of.waiting)[:1] == [other] or other in of.running
+
+
 def finish_alone(of: Scheduler, one: Request) -> Request:
     of.add(one)
     while one.finish_reason is None:

@@ -122,12 +122,12 @@ BAD: dict[str, tuple[str, Any, str | None, str]] = {
     "logit_bias key": (COMPLETIONS, completion(logit_bias={"x": 1}), "logit_bias", "'x', which is not"),
     "logit_bias id": (COMPLETIONS, completion(logit_bias={"9999": 1}), "logit_bias", "token id 9999"),
     "stop id": (COMPLETIONS, completion(stop_token_ids=[-1]), "stop_token_ids", "-1"),
-    "unknown ids": (COMPLETIONS, completion(prompt=[1, 384]), None, "token id 384, but the vocab"),
-    "negative id": (COMPLETIONS, completion(prompt=[-1]), None, "token id -1"),
-    "enormous id": (COMPLETIONS, completion(prompt=[2**70]), None, "token id"),
-    "empty prompt": (COMPLETIONS, completion(prompt=""), None, "the prompt is empty"),
+    "unknown ids": (COMPLETIONS, completion(prompt=[1, 384]), "prompt", "token id 384, but the vocab"),
+    "negative id": (COMPLETIONS, completion(prompt=[-1]), "prompt", "token id -1"),
+    "enormous id": (COMPLETIONS, completion(prompt=[2**70]), "prompt", "token id"),
+    "empty prompt": (COMPLETIONS, completion(prompt=""), "prompt", "the prompt is empty"),
     "no prompts": (COMPLETIONS, completion(prompt=[]), "prompt", "at least 1 prompt"),
-    "one empty prompt": (COMPLETIONS, completion(prompt=[[5], []]), None, "empty"),
+    "one empty prompt": (COMPLETIONS, completion(prompt=[[5], []]), "prompt", "empty"),
     "context": (
         COMPLETIONS, completion(prompt=[5] * 1000, max_tokens=100), "max_tokens",
         "the prompt has 1000 tokens and max_tokens=100: together 1100, over the context of 1024",
@@ -136,7 +136,7 @@ BAD: dict[str, tuple[str, Any, str | None, str]] = {
         COMPLETIONS, completion(prompt=[5] * 1000, max_tokens=100, stream=True), "max_tokens",
         "together 1100",
     ),
-    "prompt alone": (COMPLETIONS, completion(prompt=[5] * 2000), None, "2000 tokens"),
+    "prompt alone": (COMPLETIONS, completion(prompt=[5] * 2000), "prompt", "2000 tokens"),
     "chat context": (CHAT, chat(max_tokens=2000), "max_tokens", "over the context of 1024"),
     "suffix": (COMPLETIONS, completion(suffix="b"), "suffix", "not supported"),
     "stream_options": (COMPLETIONS, completion(stream_options={}), "stream_options", "needs stream"),
@@ -370,8 +370,19 @@ def test_keys(directory: Path) -> None:
         running(lambda: load_tiny(directory, tp=1), api_keys=KEYS) as one,
         one.client() as http,
     ):
-        assert http.get("/health").status_code == 200
-        for path in ("/ready", "/metrics", "/v1/models", "/version", "/openapi.json", "/stats", "/nothing"):
+        for path in ("/health", "/ready", "/metrics", "/ping"):  # a probe and a scraper have no key
+            assert http.get(path).status_code == http.head(path).status_code == 200
+            assert not http.head(path).content
+        assert http.post("/ping").status_code == 200
+        for path in (
+            "/v1/models",
+            "/version",
+            "/openapi.json",
+            "/stats",
+            "/shards",
+            "/tokenizer_info",
+            "/nothing",
+        ):
             assert error_of(http.get(path), 401)["code"] == "invalid_api_key"
         page = http.get("/")
         assert page.status_code == 401 and page.headers["www-authenticate"].startswith("Basic")

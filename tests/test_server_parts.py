@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import os
 import random
@@ -15,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from serving import tiny_checkpoint
 
 from tpjax import LLM
@@ -24,12 +21,9 @@ from tpjax.cli import main
 from tpjax.engine.generation import Delta
 from tpjax.errors import RequestError
 from tpjax.sampling_params import SamplingParams
-from tpjax.server import tools
 from tpjax.server.answers import event
 from tpjax.server.errors import ApiError
 from tpjax.server.grammar import GrammarCompiler
-from tpjax.server.protocol import ChatBody, Message
-from tpjax.server.sandbox import Sandbox
 from tpjax.terminal import Chat
 from tpjax.tokenizer import Tokenizer, load_tokenizer
 
@@ -119,32 +113,7 @@ def test_a_grammar_that_allows_nothing_is_refused(tokenizer: Tokenizer) -> None:
     assert caught.value.status == 400 and caught.value.param == "response_format"
 
 
-def test_the_sandbox_outlives_what_it_runs() -> None:
-    async def play() -> None:
-        sandbox = Sandbox({"default": "{{ messages[0].content }}"}, {}, time_limit_s=5)
-        conversation = {"messages": [{"role": "user", "content": "é\n"}]}
-        try:
-            assert await sandbox.render(conversation) == "é\n"
-            crash = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(20_000)}
-            text = json.dumps({"$ref": "#/$defs/a0", "$defs": crash})
-            import llguidance
-
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(text)
-            with pytest.raises(ApiError, match="the schema"):
-                await sandbox.check_grammar(grammar, "response_format")
-            task = asyncio.ensure_future(sandbox.render(conversation))
-            await asyncio.sleep(0)
-            task.cancel()  # a client that goes: the answer must not be the next one's
-            await asyncio.gather(task, return_exceptions=True)
-            other = {"messages": [{"role": "user", "content": "next"}]}
-            assert await sandbox.render(other) == "next"
-        finally:
-            sandbox.close()
-
-    asyncio.run(play())
-
-
-# --- events and tool calls
+# --- events
 
 
 def test_an_event_is_one_line_to_every_client() -> None:
@@ -152,92 +121,6 @@ def test_an_event_is_one_line_to_every_client() -> None:
     data = event({"text": "\u2028\x85é\n"}, "error")
     assert data.isascii() and len(data.decode().splitlines()) == 3
     assert json.loads(data.decode().splitlines()[1].removeprefix("data: ")) == {"text": "\u2028\x85é\n"}
-
-
-CALLS = [("f", '{"a": "}</tool_call>"}'), ("g", "{}")]
-ANSWER = "Let me see: <tool> " + "\n".join(
-    f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>' for name, arguments in CALLS
-)
-
-
-def read(parts: list[str]) -> tuple[str, list[tuple[str, str]]]:
-    parser = tools.ToolParser()
-    pieces = [piece for part in parts for piece in parser.push(part)] + parser.flush()
-    text = "".join(piece.text for piece in pieces if piece.call is None)
-    calls: dict[int, list[str]] = {}
-    for piece in pieces:
-        if piece.call is not None:
-            calls.setdefault(piece.call, [piece.name or ""]).append(piece.text)
-    return text, [(name, "".join(rest)) for name, *rest in calls.values()]
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(0, len(ANSWER)), max_size=12))
-def test_calls_are_read_however_the_answer_is_cut(cuts: list[int]) -> None:
-    at = [0, *sorted(cuts), len(ANSWER)]
-    parts = [ANSWER[a:b] for a, b in itertools.pairwise(at)]
-    assert read(parts) == ("Let me see: <tool> ", CALLS)
-
-
-@pytest.mark.parametrize(
-    ("answer", "text", "calls"),
-    (
-        ("just text <tool_c", "just text <tool_c", []),
-        ('<tool_call>\n{"name": "f", "arguments": {"a": 1', "", [("f", '{"a": 1')]),
-        ('<tool_call>\n{"nam', '\n{"nam', []),
-        ("", "", []),
-    ),
-)
-def test_answers_that_were_cut_off(answer: str, text: str, calls: list[tuple[str, str]]) -> None:
-    assert read([answer]) == (text, calls) == read(list(answer))
-
-
-def test_the_grammar_takes_what_the_parser_reads(tokenizer: Tokenizer) -> None:
-    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
-    offered = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in ("f", "g")]
-    messages = [{"role": "user", "content": "hi"}]
-    compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size, Unchecked())  # type: ignore[arg-type]
-
-    def takes(text: str, **options: Any) -> bool:
-        body = ChatBody.model_validate({"messages": messages, "tools": offered, **options})
-        (walk,) = asyncio.run(compiler.lark(tools.grammar(body) or "", "tools", 1))
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        ids = ids[1:] if tokenizer.token_bytes(ids[0]) == b" " else ids
-        for token in ids:
-            if token not in allowed(walk):
-                return False
-            walk.advance(token)
-        return walk.finished or bool(tokenizer.eos_ids & allowed(walk))
-
-    one = '<tool_call>\n{"name": "f", "arguments": {"a": "x"}}\n</tool_call>'
-    two = one + "\n" + one.replace('"f"', '"g"')
-    named = {"tool_choice": {"type": "function", "function": {"name": "g"}}}
-    assert takes("hello") and takes(one) and takes(two) and takes("so: " + one)
-    assert not takes('<tool_call>\n{"name": "h"') and not takes("<tool_call>oh")
-    assert takes(one, tool_choice="required") and takes(two, tool_choice="required")
-    assert not takes("hello", tool_choice="required")
-    assert not takes(two, tool_choice="required", parallel_tool_calls=False)
-    assert takes(one.replace('"f"', '"g"'), **named) and not takes(one, **named)
-
-
-def test_a_template_without_tools_gets_them_spelled_out() -> None:
-    call = {"id": "1", "function": {"name": "f", "arguments": '{"a": 1}'}}
-    messages = [
-        Message(role="user", content="q"),
-        Message.model_validate({"role": "assistant", "content": "so", "tool_calls": [call]}),
-        Message(role="tool", content="42", tool_call_id="1"),
-    ]
-    offered = ChatBody.model_validate(
-        {"messages": messages, "tools": [{"type": "function", "function": {"name": "f"}}]}
-    ).tools
-    system, user, assistant, result = tools.conversation(messages, offered, template_knows_tools=False)
-    assert system["role"] == "system" and '"name": "f"' in system["content"]
-    assert user == {"role": "user", "content": "q"}
-    assert assistant["content"] == 'so\n<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
-    assert result == {"role": "user", "content": "<tool_response>\n42\n</tool_response>"}
-    known = tools.conversation(messages, offered, template_knows_tools=True)
-    assert known[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
-    assert known[2]["role"] == "tool" and len(known) == 3
 
 
 # --- the terminal

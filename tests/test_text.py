@@ -147,6 +147,37 @@ def test_beyond_the_vocabulary_is_no_text() -> None:
     assert [stream.push(5), stream.push(0), stream.flush()] == ["", "a", ""]
 
 
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.lists(st.sampled_from([b"a", b" a", b"\xc3", b"\xa9", b"\xf0", b"\x9f\x99", b"\x82", b"", b"\xff"]))
+)
+def test_where_each_token_begins(pieces: list[bytes]) -> None:
+    """By the definition: the character that holds a token's first byte, each invalid one being U+FFFD."""
+    stream = TextStream(tokenizer(pieces), [])
+    starts = []
+    for token in range(len(pieces)):
+        stream.push(token)
+        starts.append(stream.start)
+    stream.flush()
+    for at, start in enumerate(starts):
+        before, after = b"".join(pieces[:at]), b"".join(pieces[at:])
+        if not pieces[at]:
+            assert start <= len(stream.text)
+            continue
+        # as many characters end before the token as are in the text up to its first byte, whole ones
+        length = len((before + after[:1]).decode(errors="replace"))
+        assert start == length - 1
+    assert starts == sorted(starts)
+
+
+def test_a_stop_string_is_kept_where_asked_for() -> None:
+    for stops, expected in ((["END"], "one END"), (["D", "END"], "one END"), (["ND", "END"], "one END")):
+        stream = TextStream(tokenizer([b"one E", b"N", b"D b"]), [], stops, include_stop=True)
+        text = "".join(stream.push(token) for token in range(3)) + stream.flush()
+        assert text == stream.text == expected and stream.stopped
+        assert stream.start == len("one EN")
+
+
 texts = st.text(alphabet="ab€🙂", max_size=30)
 stops = st.lists(st.text(alphabet="ab€🙂", min_size=1, max_size=4), max_size=3)
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tpjax.chat_template import ChatTemplates
 from tpjax.checkpoints import gguf_vocab
 from tpjax.errors import CheckpointError, RequestError
 from tpjax.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer, tokenizer_from_gguf
@@ -786,6 +787,41 @@ def test_chat_templates_run_as_in_transformers(byte_level_dir, template, expecte
         assert reference.apply_chat_template(MESSAGES, tokenize=False, **options) == expected
 
 
+@pytest.mark.parametrize("content", ("so, the", "so, the  ", "\n so", "a{{ b }}"))
+@pytest.mark.parametrize(
+    "template",
+    (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}",
+        "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</s>{% endfor %}",
+        "{% for m in messages %}{{ '[' + m['content'] + ']' }}{% endfor %}{{ '|' + messages[0].content }}",
+        "{% for m in messages %}{{ m.content.split('x')[0] }}{% endfor %}",
+    ),
+)
+def test_a_final_message_is_continued_as_in_transformers(template, content):
+    utilities = pytest.importorskip("transformers.utils.chat_template_utils")
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": content}]
+    (expected,), _ = utilities.render_jinja_template(
+        conversations=[messages], chat_template=template, continue_final_message=True
+    )
+    templates = ChatTemplates({"default": "unused"}, {})
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    assert templates.render(messages, chat_template=template, **options) == expected
+
+
+def test_a_final_message_that_cannot_be_continued():
+    templates = ChatTemplates({"default": "{{ messages[0].content }}", "empty": "x"}, {})
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "so"}]
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    with pytest.raises(RequestError, match="does not show the final message"):
+        templates.render(messages, **options)
+    with pytest.raises(RequestError, match="cannot both be true"):
+        templates.render(messages, continue_final_message=True)
+    with pytest.raises(RequestError, match="needs a final message with text"):
+        templates.render([{"role": "assistant", "content": None}], **options)
+    with pytest.raises(RequestError, match="chat_template, line 2"):
+        templates.render(messages, chat_template="\n{% for %}")
+
+
 def test_template_file_wins_and_named_templates_are_chosen(tmp_path, byte_level_dir):
     listed = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "with tools"}]
     _byte_level_json(tmp_path, chat_template=listed)
@@ -797,6 +833,63 @@ def test_template_file_wins_and_named_templates_are_chosen(tmp_path, byte_level_
     assert load_tokenizer(tmp_path).apply_chat_template(MESSAGES) == "from the file"
     named = _with_template(byte_level_dir, "plain", tool_use="with tools")
     assert named.apply_chat_template(MESSAGES, tools=[{}]) == "with tools"
+
+
+LAYOUTS: dict[str, tuple[object, dict[str, str]]] = {
+    "a list": ([{"name": "default", "template": "A"}, {"name": "tool_use", "template": "B"}], {}),
+    "an object": ({"default": "A", "tool_use": "B", "rag": "C"}, {}),
+    "one file": ("old", {"chat_template.jinja": "A"}),
+    "files": ("old", {"chat_template.jinja": "A", "additional_chat_templates/tool_use.jinja": "B"}),
+    "a file beside a list": (
+        [{"name": "default", "template": "old"}, {"name": "tool_use", "template": "old"}],
+        {"chat_template.jinja": "A"},
+    ),
+    "files of other names": (
+        None,
+        {"chat_template.jinja": "A{{ 1 + 1 }}", "additional_chat_templates/my-rag.v2.jinja": "C é"},
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_named_templates_are_found_as_transformers_finds_them(tmp_path, layout):
+    inside, files = LAYOUTS[layout]
+    _byte_level_json(tmp_path, **({} if inside is None else {"chat_template": inside}))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, "utf-8")
+    found = load_tokenizer(tmp_path)
+    transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'tpjax[parity]'")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = theirs.chat_template
+    assert found.chat_templates.sources == (expected if isinstance(expected, dict) else {"default": expected})
+    for tools in (None, [{"type": "function", "function": {"name": "f", "parameters": {}}}]):
+        assert found.apply_chat_template(MESSAGES, tools=tools) == theirs.apply_chat_template(
+            MESSAGES, tools=tools, tokenize=False
+        )
+
+
+def test_a_processors_template_counts_where_there_is_no_other(tmp_path):
+    _byte_level_json(tmp_path, chat_template=None)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "of the processor"}))
+    assert load_tokenizer(tmp_path).apply_chat_template(MESSAGES) == "of the processor"
+    (tmp_path / "chat_template.jinja").write_text("of the tokenizer")
+    assert load_tokenizer(tmp_path).apply_chat_template(MESSAGES) == "of the tokenizer"
+
+
+def test_templates_without_a_default_are_named(tmp_path):
+    _byte_level_json(tmp_path, chat_template={"tool_use": "B", "rag": "C"})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.apply_chat_template(MESSAGES, tools=[{}]) == "B"
+    with pytest.raises(RequestError, match="no chat template named 'default': it has rag, tool_use"):
+        tokenizer.apply_chat_template(MESSAGES)
+
+
+@pytest.mark.parametrize("value", (5, ["A"], [{"name": "default"}], {"default": 5}, [[]], True))
+def test_what_is_no_template_is_refused(tmp_path, value):
+    _byte_level_json(tmp_path, chat_template=value)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: chat_template is not a template"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("messages", [[], "hi", None, [{}], ["hi"], [{"role": 1, "content": "x"}]])

@@ -1,4 +1,4 @@
-"""How many cache pages attention reads: what the contexts and windows of the rows that exist ask for, no more.
+"""How many cache pages attention reads: what contexts and windows of the rows that exist ask for, no more.
 
 Counted where pages are read, in the programs as they run.
 """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -103,11 +104,15 @@ def _serve(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise ConfigError(f"serving needs more packages ({error}): pip install 'tpjax[serve]'") from error
     keys = [*args.api_key, *(line for path in args.api_key_file for line in _read_keys(path))]
+    if args.protect_metrics and not keys:
+        raise ConfigError("--protect-metrics needs a key: give --api-key or --api-key-file")
     options = Options(
         model=args.served_model_name or Path(args.model).name,
         host=args.host,
         port=args.port,
         api_keys=tuple(keys),
+        protect_metrics=args.protect_metrics,
+        allow_origins=tuple(args.allow_origin),
         max_queue=args.max_queue,
         max_body_bytes=args.max_body_mib << 20,
         drain_s=args.drain_s,
@@ -547,7 +552,8 @@ def _add_serve(verbs: Any) -> None:
         action="append",
         default=[],
         metavar="KEY",
-        help="ask for this key everywhere but at /health; may be repeated; shows in the process list",
+        help="ask for this key everywhere but at /health, /ping, /ready and /metrics; may be repeated; shows "
+        "in the process list",
     )
     verb.add_argument(
         "--api-key-file",
@@ -556,6 +562,15 @@ def _add_serve(verbs: Any) -> None:
         default=[],
         metavar="FILE",
         help="the same, keys from a file",
+    )
+    verb.add_argument("--protect-metrics", action="store_true", help="ask for the key at /metrics too")
+    verb.add_argument(
+        "--allow-origin",
+        action="append",
+        type=_origin,
+        default=[],
+        metavar="ORIGIN",
+        help="let pages of this origin use the server from a browser, * any; may be repeated (none)",
     )
     verb.add_argument(
         "--max-body-mib", type=_mib_count, default=4, metavar="N", help="largest request, MiB (4)"
@@ -841,6 +856,13 @@ def _request_count(text: str) -> int:
 
 def _mib_count(text: str) -> int:
     return _whole(text, "of MiB")
+
+
+def _origin(text: str) -> str:
+    """``*``, or scheme, host and port as a browser sends them."""
+    if text == "*" or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+", text):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is no origin: use * or scheme://host[:port], without a path")
 
 
 def _port(text: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -19,17 +18,50 @@ RouterScoring = Literal["softmax", "sigmoid"]
 ExpertSharding = Literal["auto", "experts", "width"]
 
 
-def check_size(name: str, value: object) -> None:
-    """Raises a ``ConfigError`` unless the value is a whole number, 1 or more."""
+# A Python object is made for each layer, head and expert: a number beyond what any model has by far is
+# refused before that. The deepest published model has 126 layers; the widest have 128 heads and 512 experts.
+MAX_LAYERS, MAX_HEADS, MAX_EXPERTS = 1024, 2048, 8192
+# Axes of weights, of which the longest published are 53,248 and 262,208; all else: token positions are int32.
+MAX_WIDTH, MAX_VOCAB, MAX_INTEGER = 2**20, 2**22, 2**31 - 1
+
+_MOST_CHARS_SHOWN = 80
+
+
+def brief(value: object) -> str:
+    """A value from a file as an error shows it: one short printable line."""
+    text = ascii(value) if isinstance(value, str) and not value.isprintable() else _written(value)
+    return (
+        text if len(text) <= _MOST_CHARS_SHOWN else f"{text[:_MOST_CHARS_SHOWN]}... ({len(text)} characters)"
+    )
+
+
+def _written(value: object) -> str:
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):  # Python writes no integer of over 4,300 digits
+        return f"a {type(value).__name__} too long to write"
+
+
+def check_size(name: str, value: object, most: int = MAX_INTEGER) -> None:
+    """Raises a ``ConfigError`` unless the value is a whole number, 1 to ``most``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name}={value!r} is not a whole number, 1 or more")
+        raise ConfigError(f"{name}={brief(value)} is not a whole number, 1 or more")
+    check_most(name, value, most)
+
+
+def check_most(name: str, value: int, most: int) -> None:
+    """Raises a ``ConfigError`` where a whole number is over ``most``."""
+    if value > most:
+        raise ConfigError(f"{name}={brief(value)} is over {most}, the most that is supported")
 
 
 def check_positive(name: str, value: object) -> None:
     """Raises a ``ConfigError`` unless the value is a finite number above 0."""
-    fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not fine or value <= 0:  # type: ignore[operator]
-        raise ConfigError(f"{name}={value!r} is not a positive number")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    # an integer is compared first: one beyond the range of floats is none to ask for being finite
+    fine = number and 0 < value < float("inf")  # type: ignore[operator]
+    if not fine or (isinstance(value, int) and value >= 2**63):
+        raise ConfigError(f"{name}={brief(value)} is not a positive number")
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
@@ -37,7 +69,7 @@ def check_choice(name: str, value: object, choices: object) -> None:
     known = get_args(choices)
     if value not in known:
         listed = f"{', '.join(known[:-1])} or {known[-1]}"
-        raise ConfigError(f"{name}={value!r} is not supported: use {listed}")
+        raise ConfigError(f"{name}={brief(value)} is not supported: use {listed}")
 
 
 @dataclass(frozen=True)
@@ -135,7 +167,7 @@ class LatentConfig:
     def __post_init__(self) -> None:
         for name in ("q_lora_rank", "kv_lora_rank", "v_head_dim"):
             if name != "q_lora_rank" or self.q_lora_rank is not None:
-                check_size(name, getattr(self, name))
+                check_size(name, getattr(self, name), MAX_WIDTH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,11 +217,11 @@ class MoEConfig:
     expert_sharding: ExpertSharding = "auto"
 
     def __post_init__(self) -> None:
-        sizes = ("num_experts", "experts_per_token", "expert_width", "num_groups", "groups_per_token")
-        for name in sizes:
-            check_size(name, getattr(self, name))
+        check_size("expert_width", self.expert_width, MAX_WIDTH)
+        for name in ("num_experts", "experts_per_token", "num_groups", "groups_per_token"):
+            check_size(name, getattr(self, name), MAX_EXPERTS)
         if self.shared_width != 0:
-            check_size("shared_width", self.shared_width)
+            check_size("shared_width", self.shared_width, MAX_WIDTH)
         for name in ("routed_scale", "swiglu_alpha"):
             check_positive(name, getattr(self, name))
         if self.swiglu_limit is not None:
@@ -237,6 +269,19 @@ class MoEConfig:
                 f"but tp={tp}: use auto or width"
             )
         return "experts" if divides and self.expert_sharding != "width" else "width"
+
+
+# The sizes of a model, and the most each may be.
+SIZES = {
+    "vocab_size": MAX_VOCAB,
+    "hidden_size": MAX_WIDTH,
+    "intermediate_size": MAX_WIDTH,
+    "num_layers": MAX_LAYERS,
+    "num_heads": MAX_HEADS,
+    "num_kv_heads": MAX_HEADS,
+    "head_dim": MAX_WIDTH,
+    "max_position_embeddings": MAX_INTEGER,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,18 +370,8 @@ class ModelConfig:
     logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
-        sizes = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "max_position_embeddings",
-        )
-        for name in sizes:
-            check_size(name, getattr(self, name))
+        for name, most in SIZES.items():
+            check_size(name, getattr(self, name), most)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_kv_heads={self.num_kv_heads} is not a divisor of num_heads={self.num_heads}"

@@ -31,3 +31,7 @@ class RequestError(TpjaxError, ValueError):
 
 class EngineError(TpjaxError, RuntimeError):
     """Work on the devices failed: what was asked is not done, and what they held of requests is gone."""
+
+
+class ContextLengthError(RequestError):
+    """A prompt, with the answer it asks for, is longer than the model's context."""

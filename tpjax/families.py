@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tpjax.config import ModelConfig
+from tpjax.config import ModelConfig, brief
 from tpjax.errors import ConfigError
 from tpjax.mappings import cohere, deepseek, gemma, gpt, llama, moe, phi, qwen
 from tpjax.mappings.fields import Family, Fields, GGUFArchitecture, GGUFView
@@ -34,7 +34,9 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         raise ConfigError(f"config.json holds a {type(raw).__name__}, not an object")
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ConfigError(f"model_type={model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+        raise ConfigError(
+            f"model_type={brief(model_type)} is not supported; supported are {', '.join(FAMILIES)}"
+        )
     fields = Fields(raw)
     config = FAMILIES[model_type].config(fields)
     quantization_of(fields)  # for its refusals: a configuration alone tells what cannot be loaded
@@ -59,5 +61,7 @@ def gguf_architecture(name: str) -> GGUFArchitecture:
     """
     known = {gguf.name: gguf for family in FAMILIES.values() for gguf in family.gguf}
     if name not in known:
-        raise ConfigError(f"GGUF architecture {name!r} is not supported; supported are {', '.join(known)}")
+        raise ConfigError(
+            f"GGUF architecture {brief(name)} is not supported; supported are {', '.join(known)}"
+        )
     return known[name]

@@ -20,7 +20,8 @@ from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoi
 from tpjax.config import ExpertSharding, ModelConfig, check_choice
 from tpjax.engine.engine import Engine
 from tpjax.engine.generation import Delta, Generation
-from tpjax.engine.request import FinishReason, Request, TokenLogprobs
+from tpjax.engine.request import FinishReason, Grammar, Request, TokenLogprobs
+from tpjax.engine.token_filter import TokenFilter, word_sequences
 from tpjax.errors import ConfigError, RequestError
 from tpjax.memory import device_memory, plan_limits
 from tpjax.mesh import make_mesh
@@ -249,7 +250,7 @@ class LLM:
         Args:
             prompt: text, or token ids.
             params: sampling parameters.
-            **extra: further fields of the request (``cache_salt``, ``grammar``).
+            **extra: further fields of the request (``cache_salt``, ``grammar``, ``priority``).
 
         Raises:
             RequestError: the prompt or a parameter is invalid.
@@ -257,17 +258,22 @@ class LLM:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError(f"{self.path} has no tokenizer: give the prompt as token ids")
-            ids = self.tokenizer.encode(prompt)
+            ids = self._checked(self.tokenizer.encode(prompt))  # a tokenizer may know more than the model
         else:
             ids = self._checked(prompt)
         if params.stop and self.tokenizer is None:
             raise RequestError(f"stop={params.stop!r} needs a tokenizer, and {self.path} has none")
-        for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
-            self._checked(list(tokens), name)
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            self._checked(list(getattr(params, name) or ()), name)
         params = params.resolved(self.sampling_defaults)
         ends = {*params.stop_token_ids, *self._stop_ids(params.stop)}
         ends |= set() if params.ignore_eos else self.eos_ids
+        if params.min_tokens and params.allowed_token_ids and ends.issuperset(params.allowed_token_ids):
+            raise RequestError(
+                f"min_tokens={params.min_tokens}, but each of allowed_token_ids ends the text at once"
+            )
         seed = int(self._seeds.integers(0, MAX_SEED, endpoint=True)) if params.seed is None else params.seed
+        extra |= self._limits(params, extra.get("grammar"))
         request = Request(ids, params, seed, tuple(sorted(ends)), **extra)
         self.engine.scheduler.check(request)
         return request
@@ -275,6 +281,26 @@ class LLM:
     def describe_defaults(self) -> str:
         """The sampling defaults in words; empty where there are none."""
         return ", ".join(f"{name}={value:g}" for name, value in self.sampling_defaults.items())
+
+    def _limits(self, params: SamplingParams, grammar: Grammar | None) -> dict[str, Any]:
+        """What a request may not draw, as its fields ``barred_ids`` and ``grammar``."""
+        if params.bad_words and self.tokenizer is None:
+            raise RequestError(f"bad_words={params.bad_words!r} needs a tokenizer, and {self.path} has none")
+        vocab, allowed = self.config.vocab_size, params.allowed_token_ids
+        sequences = word_sequences(params.bad_words, self._encode_bare, vocab) if params.bad_words else []
+        barred = tuple(one[0] for one in sequences if len(one) == 1)
+        if not (vocab - len(barred) if allowed is None else len(set(allowed) - set(barred))):
+            raise RequestError("bad_words bars every token that may be drawn: at least 1 has to be left")
+        longer = [one for one in sequences if len(one) > 1]
+        if longer or (grammar is not None and (barred or allowed is not None)):
+            grammar = TokenFilter(vocab, allowed, barred, longer, grammar)
+            if not grammar.mask().any():
+                raise RequestError("bad_words and allowed_token_ids leave no token that the schema allows")
+        return {"grammar": grammar, "barred_ids": barred}
+
+    def _encode_bare(self, text: str) -> list[int]:
+        assert self.tokenizer is not None
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     # --- requests ------------------------------------------------------------------------------------------
 
@@ -303,6 +329,8 @@ class LLM:
         self._grown.extend(self.engine.step())
         while self._grown:
             request, tokens = self._grown.popleft()
+            if request not in self._running:
+                continue  # an interrupt has ended the call that it was for
             generation, deltas = self._running[request]
             if delta := generation.advance(tokens):
                 deltas.append(delta)
@@ -326,12 +354,18 @@ class LLM:
             ids = [operator.index(token) for token in token_ids]
         except TypeError as error:
             raise RequestError(f"{name} is not a list of token ids: {error}") from error
-        for token in ids:
-            if not 0 <= token < vocab:
-                raise RequestError(
-                    f"{name} has token id {token}, but the vocabulary has {vocab} (0 to {vocab - 1})"
-                )
+        if ids and not 0 <= min(ids) <= max(ids) < vocab:
+            wrong = next(token for token in ids if not 0 <= token < vocab)
+            raise RequestError(
+                f"{name} has token id {wrong}{self._spelled(wrong)}, "
+                f"but the vocabulary has {vocab} (0 to {vocab - 1})"
+            )
         return ids
+
+    def _spelled(self, token: int) -> str:
+        """The text of a token, where the tokenizer knows it."""
+        data = b"" if self.tokenizer is None else self.tokenizer.token_bytes(token)
+        return f" ({data.decode('utf-8', 'replace')!r})" if data else ""
 
 
 def _use_compilation_cache() -> None:

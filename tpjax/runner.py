@@ -281,15 +281,28 @@ class Runner:
         return np.asarray(logits)[: len(tokens), : self.config.vocab_size]
 
     def set_history(
-        self, slot: int, prompt: Sequence[int], output: Sequence[int], params: SamplingParams
+        self,
+        slot: int,
+        prompt: Sequence[int],
+        output: Sequence[int],
+        params: SamplingParams,
+        barred: Sequence[int] = (),
     ) -> None:
-        """Tells a slot which tokens are in its prompt and its output so far, and sets its biases."""
+        """Tells a slot which tokens are in its prompt and its output so far, and sets its biases.
+
+        ``barred`` tokens, and those ``params.allowed_token_ids`` leaves out, have a bias of minus infinity.
+        """
         in_prompt = np.zeros((1, self.padded_vocab), np.bool_)
         in_prompt[0, list(prompt)] = True
         counts = np.bincount(np.asarray(output, np.int64), minlength=self.padded_vocab)[None].astype(np.int32)
         bias = np.zeros((1, self.padded_vocab), np.float32)
         for token, value in params.logit_bias.items():
             bias[0, token] = value
+        if params.allowed_token_ids is not None:
+            others = np.ones(self.padded_vocab, np.bool_)
+            others[list(params.allowed_token_ids)] = False
+            bias[0, others] = -np.inf
+        bias[0, list(barred)] = -np.inf
         program = self.program("set_history", 1, 1)
         self._dispatch(lambda state: (program(state, np.int32(slot), in_prompt, counts, bias),))
 

@@ -247,8 +247,9 @@ def _penalise(logits: Array, rows: SamplingRows, history: History, slots: Array)
     repeated = history.in_prompt[slots] | (counts > 0)
     scores = jnp.where(repeated, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
     scores = scores - frequency * counts.astype(jnp.float32) - jnp.where(counts > 0, presence, 0.0)
+    bias = history.bias[slots]
     # a possible token stays possible, and padding does not become so: what overflows is held at the ends
-    scores = jnp.clip(scores + history.bias[slots], -_MAX, _MAX)
+    scores = jnp.where(jnp.isneginf(bias), -jnp.inf, jnp.clip(scores + bias, -_MAX, _MAX))
     return jnp.where((rows.ints[:, 3, None] != 0) & (logits > -jnp.inf), scores, logits)
 
 

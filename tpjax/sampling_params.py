@@ -53,6 +53,12 @@ class SamplingParams:
         logprobs: also return the log-probability of each token and of this many likeliest ones, 0 to 20,
             before penalties and temperature; ``None``: none.
         prompt_logprobs: the same for each token of the prompt; ``None``: none.
+        allowed_token_ids: no other tokens are drawn; ``None``: any may be.
+        bad_words: texts that are not generated: of each one's tokens the last is not drawn where the output
+            ends in those before it. A word counts with a space before it too, as in vLLM.
+        detokenize: make text of the tokens; without it ``stop`` cannot be met.
+        skip_special_tokens: control tokens show nothing in the text.
+        include_stop_str_in_output: the text ends with the stop string or token that ended it.
 
     Raises:
         RequestError: naming the parameter and its value.
@@ -73,6 +79,11 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] = ()
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
     min_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -106,6 +117,19 @@ class SamplingParams:
         for token in self.stop_token_ids:
             if not _is_int(token) or token < 0:
                 raise RequestError(f"stop_token_ids has {token!r}, which is not a token id")
+        for token in self.allowed_token_ids or ():
+            if not _is_int(token) or token < 0:
+                raise RequestError(f"allowed_token_ids has {token!r}, which is not a token id")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise RequestError("allowed_token_ids is empty: at least 1 token is needed")
+        for word in self.bad_words:
+            if not isinstance(word, str) or not word.strip():
+                raise RequestError(f"bad_words={word!r} is not a non-empty string")
+        for name in ("detokenize", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name}={getattr(self, name)!r} is neither True nor False")
+        if self.stop and not self.detokenize:
+            raise RequestError(f"stop={self.stop!r} needs detokenize=True: it is looked for in the text")
         for token, bias in self.logit_bias.items():
             if not _is_int(token) or token < 0:
                 raise RequestError(f"logit_bias has {token!r}, which is not a token id")
@@ -116,7 +140,8 @@ class SamplingParams:
     def needs_history(self) -> bool:
         """Whether logits depend on which tokens came before, or on a bias."""
         penalties = (self.value("repetition_penalty"), self.presence_penalty, self.frequency_penalty)
-        return penalties != (1.0, 0.0, 0.0) or bool(self.logit_bias)
+        limits = self.allowed_token_ids is not None or bool(self.bad_words)
+        return penalties != (1.0, 0.0, 0.0) or bool(self.logit_bias) or limits
 
     def value(self, name: str) -> float:
         """A parameter of ``NEUTRAL`` as it applies: that of ``NEUTRAL`` where none is given."""
@@ -130,12 +155,25 @@ class SamplingParams:
         return replace(self, **missing)
 
     def _check_containers(self) -> None:
-        for name, kinds in (("stop", (str, Sequence)), ("stop_token_ids", Sequence), ("logit_bias", Mapping)):
-            if not isinstance(getattr(self, name), kinds):
+        kinds: dict[str, Any] = {
+            "stop": (str, Sequence),
+            "stop_token_ids": Sequence,
+            "logit_bias": Mapping,
+            "bad_words": Sequence,
+        }
+        if self.allowed_token_ids is not None:
+            kinds["allowed_token_ids"] = Sequence
+        for name, kind in kinds.items():
+            if not isinstance(getattr(self, name), kind):
                 raise RequestError(f"{name}={getattr(self, name)!r} is not a collection")
+        if isinstance(self.bad_words, str):
+            raise RequestError(f"bad_words={self.bad_words!r} is not a list of words")
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        object.__setattr__(self, "bad_words", tuple(self.bad_words))
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
 
     def _check_int(self, name: str, low: int, high: int | None = None) -> None:
         value = getattr(self, name)

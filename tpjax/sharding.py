@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -167,6 +167,28 @@ class Content:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A box of a canonical tensor and its place in a part of a stored array.
+
+    Attributes:
+        source: name of the canonical tensor.
+        box: a slice per axis of the canonical tensor, with start and stop.
+        target: where it goes in the part; a number stands for an axis the canonical tensor has not.
+        transposed: the canonical tensor is [out, in], the part [in, out].
+    """
+
+    source: str
+    box: tuple[slice, ...]
+    target: tuple[slice | int, ...]
+    transposed: bool
+
+    def of(self, part: np.ndarray) -> np.ndarray:
+        """The piece's place in the part, as a view in the order of the canonical axes."""
+        view = part[self.target]
+        return view.T if self.transposed else view
+
+
+@dataclass(frozen=True)
 class WeightLayout:
     """How one stored parameter is put together from canonical (checkpoint) tensors.
 
@@ -209,23 +231,25 @@ class WeightLayout:
             index: one slice per stored axis, as ``jax.make_array_from_callback`` passes it.
             dtype: of the result.
         """
+        return _read(self, read, index, dtype)
+
+    def pieces(self, index: tuple[slice, ...]) -> list[Piece]:
+        """Which boxes of canonical tensors the part ``index`` of the stored array is put together from."""
         bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)]
-        out = np.zeros([stop - start for start, stop in bounds], dtype)
         low, high = bounds[self.axis]
-        for segment in self.segments:
+        found = []
+        for segment in _joined(self.segments):
             first, last = max(segment.at, low), min(segment.at + segment.size, high)
             if first >= last:
                 continue
             source = [slice(start, stop) for start, stop in bounds]
             offset = segment.start - segment.at
             source[self.axis] = slice(first + offset, last + offset)
-            target = [slice(None)] * len(bounds)
+            target = [slice(0, stop - start) for start, stop in bounds]
             target[self.axis] = slice(first - low, last - low)
-            if self.transposed:
-                out[tuple(target)] = read(segment.source, tuple(source[::-1])).T
-            else:
-                out[tuple(target)] = read(segment.source, tuple(source))
-        return out
+            box = tuple(source[::-1] if self.transposed else source)
+            found.append(Piece(segment.source, box, tuple(target), self.transposed))
+        return found
 
     def content(self, index: tuple[slice, ...]) -> Content:
         """What the part ``index`` of the stored array holds."""
@@ -292,19 +316,44 @@ class StackedLayout:
         dtype: np.dtype,
     ) -> np.ndarray:
         """As :meth:`WeightLayout.read`."""
-        numbers = range(self.count)[index[0]]
-        shape = [len(range(size)[part]) for part, size in zip(index[1:], self.one.shape, strict=True)]
-        out = np.empty([len(numbers), *shape], dtype)
-        for place, number in enumerate(numbers):
+        return _read(self, read, index, dtype)
 
-            def read_one(source: str, box: tuple[slice, ...], number: int = number) -> np.ndarray:
-                return read(source.format(number), box)
-
-            out[place] = self.one.read(read_one, index[1:], dtype)
-        return out
+    def pieces(self, index: tuple[slice, ...]) -> list[Piece]:
+        """As :meth:`WeightLayout.pieces`."""
+        one = self.one.pieces(index[1:])
+        return [
+            replace(piece, source=piece.source.format(number), target=(place, *piece.target))
+            for place, number in enumerate(range(self.count)[index[0]])
+            for piece in one
+        ]
 
 
 Layout: TypeAlias = WeightLayout | StackedLayout
+
+
+def _read(
+    layout: Layout,
+    read: Callable[[str, tuple[slice, ...]], np.ndarray],
+    index: tuple[slice, ...],
+    dtype: np.dtype,
+) -> np.ndarray:
+    out = np.zeros([len(range(size)[part]) for part, size in zip(index, layout.shape, strict=True)], dtype)
+    for piece in layout.pieces(index):
+        piece.of(out)[...] = read(piece.source, piece.box)
+    return out
+
+
+def _joined(segments: tuple[Segment, ...]) -> list[Segment]:
+    """The segments, those that continue their predecessor in source and stored array joined to it."""
+    joined: list[Segment] = []
+    for segment in segments:
+        last = joined[-1] if joined else None
+        ends = None if last is None else (last.source, last.start + last.size, last.at + last.size)
+        if last is not None and ends == (segment.source, segment.start, segment.at):
+            joined[-1] = replace(last, size=last.size + segment.size)
+        else:
+            joined.append(segment)
+    return joined
 
 
 def whole(source: str, shape: tuple[int, ...], *, padded: int | None = None, axis: int = 0) -> WeightLayout:

@@ -15,8 +15,11 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from array import array
+from base64 import b64encode
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,11 +29,13 @@ from tpjax.checkpoints.generation_config import eos_ids
 from tpjax.checkpoints.generation_config import read_object as _read_json
 from tpjax.checkpoints.orbax import VOCABULARY
 from tpjax.errors import CheckpointError, RequestError
+from tpjax.token_bounds import TokenBound, keeps_all_text, normalizer
 
 if TYPE_CHECKING:
     import tokenizers
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+ADDITIONAL = "additional_chat_templates"  # folder of a checkpoint: NAME.jinja
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -84,6 +89,11 @@ class Tokenizer:
         self.special_ids |= self.eos_ids
 
     @property
+    def edges(self) -> tuple[int, int]:
+        """How many tokens `encode` puts before and after a text."""
+        return len(self._prefix_ids), len(self._suffix_ids)
+
+    @property
     def chat_template(self) -> str | None:
         """The Jinja source of the default chat template, or None."""
         return self.chat_templates.sources.get("default")
@@ -108,6 +118,15 @@ class Tokenizer:
         ids = self._backend.encode(text)
         return [*self._prefix_ids, *ids, *self._suffix_ids] if add_special_tokens else ids
 
+    def fewest_tokens(self, text: str) -> int:
+        """Tokens a text takes at least, found without encoding it; 0 where nothing is certain."""
+        bound = self._bound
+        return 0 if bound is None else bound.fewest(text)
+
+    @cached_property
+    def _bound(self) -> TokenBound | None:
+        return self._backend.token_bound()
+
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids. An id beyond the vocabulary (a padded row of the model) is no text at all.
 
@@ -131,7 +150,9 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Any] | None = None,
+        chat_template: str | None = None,
         **kwargs: Any,
     ) -> str:
         """Renders a conversation as the prompt the model was trained on.
@@ -142,7 +163,10 @@ class Tokenizer:
         Args:
             messages: `{"role": ..., "content": ...}`, oldest first.
             add_generation_prompt: end with the opening of the assistant's turn.
+            continue_final_message: end with the last message's text, so that the model goes on with it; pass
+                ``add_generation_prompt=False`` too.
             tools: JSON schemas the template may describe to the model.
+            chat_template: Jinja source to use in place of the checkpoint's.
             **kwargs: further template variables (`enable_thinking=False`).
 
         Returns:
@@ -153,7 +177,12 @@ class Tokenizer:
             CheckpointError: the template is not valid Jinja.
         """
         return self.chat_templates.render(
-            messages, add_generation_prompt=add_generation_prompt, tools=tools, **kwargs
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template=chat_template,
+            **kwargs,
         )
 
     def special_id(self, text: str) -> int | None:
@@ -182,13 +211,24 @@ class IncrementalDetokenizer:
     ``"".join(map(push, ids)) + flush()`` equals ``decode(ids)`` if the prompt shows no text, and otherwise
     what ``decode([*prompt_ids, *ids])`` has beyond ``decode(prompt_ids)``: only the first token of a whole
     text loses its leading space. A character the prompt left incomplete comes out once it is completed.
+
+    Attributes:
+        start: where the last token pushed begins, characters of the text: the character that holds its first
+            byte, or the end of the text where it shows nothing.
+        length: of the text given out so far, characters.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        prompt_ids: Sequence[int] = (),
+        shown: Collection[int] = (),
     ):
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
+        self._shown = shown  # special tokens that are not skipped
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         # At most three bytes of an unfinished character precede the generated ones.
         tail = b""
@@ -198,12 +238,17 @@ class IncrementalDetokenizer:
                 break
         self._decoder.decode(tail)
         self._strip_pending = tokenizer._backend.strips_leading_space and not tail
+        self.start = self.length = 0
 
     def push(self, token_id: int) -> str:
         """Adds a token; returns the text that is now certain (often one word, sometimes nothing)."""
-        return self._emit(
-            self._decoder.decode(self._tokenizer._visible_bytes(token_id, self._skip_special_tokens))
-        )
+        skip = self._skip_special_tokens and token_id not in self._shown
+        data = self._tokenizer._visible_bytes(token_id, skip)
+        # its first byte by itself: it may end a character, or show that the one before it never will
+        head = self._emit(self._decoder.decode(data[:1]))
+        inside = bool(head) and not self._decoder.getstate()[0]
+        self.start = self.length - inside
+        return head + self._emit(self._decoder.decode(data[1:]))
 
     def flush(self) -> str:
         """Ends the text; returns what was held back, with U+FFFD for an incomplete character."""
@@ -212,8 +257,28 @@ class IncrementalDetokenizer:
     def _emit(self, text: str) -> str:
         if text and self._strip_pending:
             self._strip_pending = False
-            return text.removeprefix(" ")
+            text = text.removeprefix(" ")
+        self.length += len(text)
         return text
+
+
+def encoded(path: str, text: str, add_special_tokens: bool, limit: int | None) -> dict[str, Any]:
+    """Encodes a text with the tokenizer of a checkpoint: what a worker runs for a long one.
+
+    Returns:
+        ``count``, and where that is not over ``limit`` the ``ids``, as base64 of C's unsigned integers.
+    """
+    tokenizer = _loaded(path)
+    assert tokenizer is not None
+    ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    if limit is not None and len(ids) > limit:
+        return {"count": len(ids)}
+    return {"count": len(ids), "ids": b64encode(array("I", ids)).decode()}
+
+
+@lru_cache(1)
+def _loaded(path: str) -> Tokenizer | None:
+    return load_tokenizer(Path(path))
 
 
 def load_tokenizer(path: Path) -> Tokenizer | None:
@@ -221,7 +286,7 @@ def load_tokenizer(path: Path) -> Tokenizer | None:
 
     A directory holds `tokenizer.json` (preferred) or `tokenizer.model`, and beside it, all optional:
     `tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json`, `generation_config.json`,
-    `config.json` and `chat_template.jinja`; or `tokenizer.gguf`.
+    `config.json`, `chat_template.jinja` and `additional_chat_templates/`; or `tokenizer.gguf`.
 
     Returns:
         The tokenizer, or None if the directory has none.
@@ -304,6 +369,8 @@ class _Backend(Protocol):
 
     def token_bytes(self, token_id: int) -> bytes: ...
 
+    def token_bound(self) -> TokenBound | None: ...
+
 
 class _TokenizersBackend:
     """A `tokenizers.Tokenizer` whose decoder is byte-level or in SentencePiece's manner."""
@@ -340,6 +407,26 @@ class _TokenizersBackend:
         for old, new in self._replacements:
             token = token.replace(old, new)
         return token.encode()
+
+    def token_bound(self) -> TokenBound | None:
+        library = self._tokenizer
+        what = normalizer(_state(library.normalizer))
+        if what is None or not keeps_all_text(_state(library.pre_tokenizer)):
+            return None
+        byte_level, ids = self._byte_level, range(self.vocab_size)
+        fallback = getattr(library.model, "byte_fallback", False) and all(
+            library.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256)
+        )
+        if type(library.model).__name__ != "BPE" or not (byte_level or fallback):
+            return None  # what is unknown is dropped, or any stretch of it becomes one token
+        added = library.get_added_tokens_decoder().values()
+        return TokenBound(
+            (self.token_bytes(i) if byte_level else (library.id_to_token(i) or "").encode() for i in ids),
+            spaces_spelled=not byte_level,
+            nfc="nfc" in what,
+            strips_spaces=any(token.lstrip or token.rstrip for token in added),
+            dropped=[byte for char, byte in self._byte_of.items() if library.token_to_id(char) is None],
+        )
 
     def _read_decoder(self, step: dict[str, Any] | None) -> None:
         match step:
@@ -413,6 +500,27 @@ class _SentencePieceBackend:
         if self.processor.is_byte(token_id) and (byte := _BYTE_TOKEN.fullmatch(piece)):
             return bytes([int(byte[1], 16)])
         return piece.replace("▁", " ").encode()
+
+    def token_bound(self) -> TokenBound | None:
+        pieces = range(self._pieces)
+        whole = sum(self.processor.is_byte(i) for i in pieces) == 256 and all(
+            self.processor.normalize(text).strip("▁") == text.replace(" ", "▁") for text in _ODD_TEXTS
+        )
+        if not whole:
+            return None
+        tokens = [self.processor.id_to_piece(i) for i in pieces]
+        strips = any(token.lstrip or token.rstrip for token in self.added.values())
+        covered = [text.encode() for text in (*tokens, *(token.text for token in self.added.values()))]
+        return TokenBound(covered, spaces_spelled=True, strips_spaces=strips)
+
+
+# What the normalisers SentencePiece is trained with change: NFKC, case, control characters, runs of spaces.
+_ODD_TEXTS = ("a  b", "\ufb01", "\uff21", "A", "\u2460", "a\tb", "a\nb", "a\u200bb", "a\u3000b", "e\u0301")
+
+
+def _state(step: Any) -> dict[str, Any] | None:
+    found: dict[str, Any] | None = json.loads(step.__getstate__()) if step else None
+    return found
 
 
 class _Splitter:
@@ -625,17 +733,43 @@ def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[int, tuple
 
 
 def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Templates by name; a file of its own wins over the one inside tokenizer_config.json."""
-    value = config.get("chat_template")
-    if isinstance(value, list):  # several, by name
-        named = [item for item in value if isinstance(item, dict) and {"name", "template"} <= item.keys()]
-        templates = {str(item["name"]): str(item["template"]) for item in named}
-    else:
-        templates = {"default": value} if isinstance(value, str) else {}
-    file = directory / "chat_template.jinja"
-    if file.is_file():
+    """Templates by name, as transformers finds them.
+
+    Files of their own (`chat_template.jinja` and `additional_chat_templates/NAME.jinja`) stand in for what
+    tokenizer_config.json has, which is a template, an object from names to templates, or a list of both; a
+    processor's `chat_template.json` counts where there is nothing else.
+    """
+    found = _template_files(directory)
+    if "default" not in found:
+        found = _named_templates(config.get("chat_template"), directory / "tokenizer_config.json") | found
+    if not found:
+        file = directory / "chat_template.json"
+        found = _named_templates(_read_json(file).get("chat_template"), file)
+    return found
+
+
+def _template_files(directory: Path) -> dict[str, str]:
+    files = {file.name.removesuffix(".jinja"): file for file in (directory / ADDITIONAL).glob("*.jinja")}
+    if (directory / "chat_template.jinja").is_file():
+        files["default"] = directory / "chat_template.jinja"
+    templates = {}
+    for name, file in sorted(files.items()):
         try:
-            templates["default"] = file.read_text("utf-8")
-        except ValueError as error:
+            templates[name] = file.read_text("utf-8")
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{file}: not UTF-8 text") from error
     return templates
+
+
+def _named_templates(value: Any, file: Path) -> dict[str, str]:
+    """Templates from JSON: one, an object from names to templates, or a list of objects with both."""
+    if value is None:
+        return {}
+    templates = {"default": value} if isinstance(value, str) else value
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        templates = {item.get("name"): item.get("template") for item in value}
+    if not isinstance(templates, dict) or not all(
+        isinstance(name, str) and isinstance(source, str) for name, source in templates.items()
+    ):
+        raise CheckpointError(f"{file}: chat_template is not a template, nor templates with their names")
+    return dict(templates)

@@ -9,17 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from tpjax.checkpoints import orbax
+from tpjax.checkpoints import digests, orbax
 from tpjax.checkpoints.gguf import GGUFFile
 from tpjax.checkpoints.load import abstract_decoder, check_tensors, open_checkpoint, parameters
 from tpjax.mesh import make_mesh
-
-# What a tokenizer is read from; the model's config.json may name its end-of-text tokens.
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "chat_template.jinja", "generation_config.json", "config.json"),
-    orbax.VOCABULARY,
-)
 
 
 def convert(path: Path, target: Path, dtype: jnp.dtype | None = None) -> None:
@@ -49,11 +42,13 @@ def convert(path: Path, target: Path, dtype: jnp.dtype | None = None) -> None:
                 tensors[name] = values if dtype is None else values.astype(dtype)
         orbax.write(directory, checkpoint.config, tensors)
         if path.is_dir():
-            for file in _TOKENIZER_FILES:
-                if (path / file).is_file():
-                    shutil.copyfile(path / file, directory / file)
+            for file in (file for pattern in orbax.TOKENIZER_FILES for file in path.glob(pattern)):
+                copy = directory / file.relative_to(path)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
         else:
             write_vocabulary(GGUFFile(path), directory / orbax.VOCABULARY)
+        digests.write_manifest(directory)
 
 
 def write_vocabulary(file: GGUFFile, target: Path) -> None:

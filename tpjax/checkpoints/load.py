@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,16 @@ from flax import nnx
 from jax.experimental.layout import Format
 from jax.experimental.layout import Layout as MemoryLayout
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tpjax.checkpoints import orbax
+from tpjax.checkpoints import agreement, blocks, orbax
+from tpjax.checkpoints.assemble import Order, fill
 from tpjax.checkpoints.gguf import GGUFFile
 from tpjax.checkpoints.quantized import dequantized
-from tpjax.checkpoints.safetensors import SafetensorsCheckpoint
-from tpjax.checkpoints.source import TensorInfo, TensorSource
+from tpjax.checkpoints.safetensors import MAX_JSON_BYTES, SafetensorsCheckpoint, has_weights
+from tpjax.checkpoints.source import TensorInfo, TensorSource, shown
 from tpjax.config import ExpertSharding, ModelConfig
 from tpjax.errors import CheckpointError
 from tpjax.families import FAMILIES, config_from_gguf, config_from_hf, gguf_architecture
@@ -34,7 +37,10 @@ from tpjax.mappings.quantization import quantization_of
 from tpjax.model import Decoder
 from tpjax.sharding import Layout, WeightLayout
 
+log = logging.getLogger(__name__)
+
 _MOST_ROWS_SHOWN = 20
+_ENDS = ("embed_tokens.weight", "lm_head.weight")
 _OUT_FIRST = {"tpu"}  # platforms that keep a weight stored [in, out] as [out, in] in memory
 
 
@@ -70,27 +76,61 @@ def open_checkpoint(path: Path) -> Checkpoint:
         file = GGUFFile(path)
         architecture = gguf_architecture(str(file.metadata.get("general.architecture")))
         config = config_from_gguf(_gguf_view(file, architecture))
-        return Checkpoint(path, config, CanonicalSource(file, architecture.names(config), config))
+        return _opened(path, config, file, architecture.names(config))
     if orbax.is_orbax(path):
-        config = orbax.read_config(path)
-        return Checkpoint(path, config, CanonicalSource(orbax.OrbaxCheckpoint(path), Names(), config))
+        orbax.check_files(path)
+        return _opened(path, orbax.read_config(path), orbax.OrbaxCheckpoint(path), Names())
     raw = _read_json(path)
-    config = config_from_hf(raw)
-    files: TensorSource = SafetensorsCheckpoint(path)
+    return _open_safetensors(path, raw, config_from_hf(raw))
+
+
+def _open_safetensors(path: Path, raw: Mapping[str, Any], config: ModelConfig) -> Checkpoint:
+    stored = SafetensorsCheckpoint(path)
+    files: TensorSource = stored
     quantization = quantization_of(Fields(raw))
     if quantization is not None:
         files = dequantized(files, quantization, path)
-    names = FAMILIES[config.model_type].names(config)
-    return Checkpoint(path, config, CanonicalSource(files, names, config))
+    if (path / "adapter_config.json").is_file():
+        log.warning("%s: the adapter beside the weights, adapter_config.json, is not applied", path)
+    return _opened(path, config, files, FAMILIES[config.model_type].names(config), stored.unlisted)
+
+
+def _opened(
+    path: Path,
+    config: ModelConfig,
+    files: TensorSource,
+    names: Names,
+    unlisted: frozenset[str] = frozenset(),
+) -> Checkpoint:
+    """The checkpoint, tied as its tensors are: a head that is stored counts where it is not the embedding."""
+    source = CanonicalSource(files, names, config, unlisted)
+    agreement.check_sizes(path, config, files.tensors, source.layer)
+    if config.tie_word_embeddings and source.has_other_head():
+        log.warning(
+            "%s: the configuration ties lm_head to the embedding, but another is stored: that is used", path
+        )
+        config = replace(config, tie_word_embeddings=False)
+        source = CanonicalSource(files, names, config, unlisted)
+    return Checkpoint(path, config, source)
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Reads the architecture alone: from a directory, a ``config.json``, or a GGUF file."""
+    """Reads the architecture alone: from a directory, a ``config.json``, or a GGUF file.
+
+    Where weights lie beside it that cannot be opened, the configuration is all that counts.
+    """
     if orbax.is_orbax(path):
         return orbax.read_config(path)
     if path.suffix.lower() == ".gguf" and path.is_file():
         return open_checkpoint(path).config
-    return config_from_hf(_read_json(path))
+    raw = _read_json(path)
+    config = config_from_hf(raw)
+    if config.tie_word_embeddings and path.is_dir() and has_weights(path):
+        try:
+            return _open_safetensors(path, raw, config).config
+        except CheckpointError as error:
+            log.info("%s: planned by its configuration alone: %s", path, error)
+    return config
 
 
 def _read_json(path: Path) -> Any:
@@ -100,8 +140,20 @@ def _read_json(path: Path) -> Any:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(f"{path} has no config.json")
+    size = file.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{file}: JSON of {size} bytes, at most {MAX_JSON_BYTES} are read")
+
+    def consistent(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in values and values[key] != value:
+                raise CheckpointError(f"{file}: key {shown(key)} appears twice, with two values")
+            values[key] = value
+        return values
+
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(), object_pairs_hook=consistent)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}") from error
 
@@ -151,10 +203,13 @@ class Parameter:
         the head take an estimated 0.41 ms on v5e:2x4, not 0.57. On a CPU, products of 2 to 32 rows are 10 to
         40% slower that way.
         """
+        return Format(MemoryLayout((1, 0)), self.sharding) if self.out_first else self.sharding
+
+    @property
+    def out_first(self) -> bool:
+        """Whether a weight [in, out] is kept as [out, in] in memory."""
         platform = self.sharding.mesh.devices.flat[0].platform
-        if platform in _OUT_FIRST and isinstance(self.layout, WeightLayout) and self.layout.transposed:
-            return Format(MemoryLayout((1, 0)), self.sharding)
-        return self.sharding
+        return platform in _OUT_FIRST and isinstance(self.layout, WeightLayout) and self.layout.transposed
 
     @property
     def bytes_per_device(self) -> int:
@@ -179,8 +234,8 @@ def parameters(model: Decoder, mesh: Mesh) -> list[Parameter]:
 def load_decoder(checkpoint: Checkpoint, model: Decoder, mesh: Mesh, *, progress: bool = True) -> Decoder:
     """Reads the weights onto the mesh.
 
-    Each device's slice is read and built by itself; the host holds no more than one canonical tensor beyond
-    the slices.
+    Each device gets its slice alone; besides the slices, the host holds the parameters that are being put
+    together, 128 MiB and one more at most.
 
     Args:
         checkpoint: from :func:`open_checkpoint`.
@@ -196,8 +251,8 @@ def load_decoder(checkpoint: Checkpoint, model: Decoder, mesh: Mesh, *, progress
     arrays: dict[tuple[Any, ...], jax.Array] = {}
     with _bar(progress) as bar:
         task = bar.add_task("loading weights", total=len(declared))
-        for parameter in declared:
-            arrays[parameter.path] = _load(parameter, checkpoint.source)
+        for order in fill(map(_order, declared), checkpoint.source):
+            arrays[order.what.path] = _array(order.what, order.parts)
             bar.advance(task)
     return _with_values(model, arrays)
 
@@ -227,8 +282,11 @@ def check_tensors(checkpoint: Checkpoint, declared: Iterable[Parameter]) -> None
         for name, shape in needed.items()
         if name in present and present[name].shape != shape
     ]
-    problems += [f"unexpected  {name} {list(present[name].shape)}" for name in present if name not in needed]
-    if problems:
+    refused, passed = checkpoint.source.judge([name for name in present if name not in needed], needed)
+    problems += [f"unexpected  {name} {list(present[name].shape)}" for name in refused]
+    if not problems:
+        agreement.warn_of(checkpoint.path, passed)
+    else:
         more = len(problems) - _MOST_ROWS_SHOWN
         shown = problems[:_MOST_ROWS_SHOWN] + ([f"… and {more} more"] if more > 0 else [])
         raise CheckpointError(
@@ -237,23 +295,40 @@ def check_tensors(checkpoint: Checkpoint, declared: Iterable[Parameter]) -> None
         )
 
 
-def _load(parameter: Parameter, source: CanonicalSource) -> jax.Array:
-    built: dict[tuple[tuple[int, ...], ...], np.ndarray] = {}
-    shape = parameter.layout.shape
+def _order(parameter: Parameter) -> Order[Parameter]:
+    """The parts of a parameter that devices of this process hold; equal ones are one array."""
+    parts = {}
+    dtype = np.dtype(parameter.dtype)
+    for index in parameter.sharding.addressable_devices_indices_map(parameter.layout.shape).values():
+        bounds = _bounds(index, parameter.layout.shape)
+        if bounds not in parts:
+            shape = tuple(stop - start for start, stop in bounds)
+            zeros = parameter.layout.content(tuple(slice(*bound) for bound in bounds)).zeros > 0
+            if parameter.out_first:
+                parts[bounds] = blocks.empty(shape[::-1], dtype, zeros=zeros).T
+            else:
+                parts[bounds] = blocks.empty(shape, dtype, zeros=zeros)
+    return Order(parameter, parameter.layout, parts, parameter.canonical)
 
-    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        return source.read(parameter.canonical(name), index)
 
-    def slice_for(index: tuple[slice, ...] | None) -> np.ndarray:
-        index = index or (slice(None),) * len(shape)
-        # replicated parameters ask for the same slice once per device: build it once
-        key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
-        if key not in built:
-            built.clear()
-            built[key] = parameter.layout.read(read, index, np.dtype(parameter.dtype))
-        return built[key]
+def _array(parameter: Parameter, parts: Mapping[tuple[tuple[int, int], ...], np.ndarray]) -> jax.Array:
+    """The filled parts as one array over the devices; a CPU device takes its part without a copy."""
+    shape, sharding = parameter.layout.shape, parameter.sharding
+    if not parameter.out_first:
+        return jax.make_array_from_callback(
+            shape, sharding, lambda index: parts[_bounds(index, shape)]
+        ).block_until_ready()
+    # The devices get [out, in], and call it [in, out]: no byte moves.
+    turned = NamedSharding(sharding.mesh, P(*reversed((*sharding.spec, None)[:2])))
+    stored = jax.make_array_from_callback(
+        shape[::-1], turned, lambda index: parts[_bounds(index and index[::-1], shape)].T
+    )
+    return jax.jit(jnp.transpose, out_shardings=parameter.format)(stored).block_until_ready()
 
-    return jax.make_array_from_callback(shape, parameter.format, slice_for)
+
+def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    index = index or (slice(None),) * len(shape)
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
 def _bar(show: bool) -> Progress:
@@ -271,25 +346,44 @@ def _bar(show: bool) -> Progress:
 class CanonicalSource:
     """A checkpoint's tensors under canonical names, as the model's layouts ask for them.
 
+    Args:
+        files: the tensors as they are stored.
+        names: what the checkpoint calls them.
+        config: the architecture. Where it ties embedding and head and only the head is stored, that is both.
+        unlisted: names of tensors that the checkpoint's index does not list.
+
     Attributes:
         stored: the checkpoint's tensors that are not ignored, by its own names.
+        layer: matches the beginning of the name of a layer's tensor; its group is the layer's number.
     """
 
-    def __init__(self, files: TensorSource, names: Names, config: ModelConfig) -> None:
+    def __init__(
+        self,
+        files: TensorSource,
+        names: Names,
+        config: ModelConfig,
+        unlisted: frozenset[str] = frozenset(),
+    ) -> None:
         self._files = files
         self._names = names
+        self._unlisted = unlisted
         candidates = (*names.prefixes, ("", ""))  # a bare backbone (AutoModel.save_pretrained) has none
         self._prefix = next(
             (
                 prefix
+                for probe in ("embed_tokens.weight", "norm.weight")
                 for prefix in candidates
-                if names.locate("embed_tokens.weight", prefix).name in files.tensors
+                if names.locate(probe, prefix).name in files.tensors
             ),
             candidates[0],
         )
-        ignored = [re.compile(pattern) for pattern in names.ignored]
-        if config.tie_word_embeddings:
-            ignored.append(re.compile(re.escape(self.locate("lm_head.weight").name)))
+        self._tied = config.tie_word_embeddings
+        own, head = (names.locate(name, self._prefix).name for name in _ENDS)
+        self._embedding = _ENDS[self._tied and own not in files.tensors and head in files.tensors]
+        self.layer = re.compile(re.escape(f"{self._prefix[0]}{names.layers}.") + r"(\d+)\.")
+        ignored = [re.compile(pattern) for pattern in (*names.ignored, *agreement.BUFFERS)]
+        if self._tied and self._embedding != _ENDS[1]:
+            ignored.append(re.compile(re.escape(head)))
         self.stored: Mapping[str, TensorInfo] = {
             name: info
             for name, info in files.tensors.items()
@@ -298,7 +392,29 @@ class CanonicalSource:
 
     def locate(self, name: str) -> Stored:
         """Where the checkpoint keeps a tensor."""
-        return self._names.locate(name, self._prefix)
+        return self._names.locate(self._embedding if name == _ENDS[0] else name, self._prefix)
+
+    def has_other_head(self) -> bool:
+        """Whether embedding and head are both stored and differ; reads them as far as they are equal."""
+        own, head = (self._names.locate(name, self._prefix).name for name in _ENDS)
+        both = own in self._files.tensors and head in self._files.tensors
+        return both and not agreement.are_equal(self._files, own, head)
+
+    def judge(self, unexpected: list[str], needed: Collection[str]) -> tuple[list[str], list[str]]:
+        """Tensors the model does not need: those to refuse and those to pass over."""
+        prefixes = {part for pair in (*self._names.prefixes, ("", "")) for part in pair}
+        return agreement.refused_and_passed(unexpected, needed, prefixes, self._names.layers, self._unlisted)
+
+    def itemsize(self, name: str) -> int:
+        """Bytes of an element, as :meth:`read` gives it."""
+        return self._files.tensors[self.locate(name).name].dtype.itemsize
+
+    def outer_axis(self, name: str) -> int:
+        """The axis along which the file has a tensor slice after slice; boxes cut there are read fastest."""
+        at = self.locate(name)
+        stored = self._files.tensors[at.name]
+        axes = len(stored.shape) - (at.place is not None)
+        return int(axes == 2 and at.heads is None and at.transposed != stored.columns_first)
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A slice of a tensor; no more of the file is read than it spans there."""

@@ -3,14 +3,18 @@
 ``tpjax convert`` writes one: `model_config.json` (the architecture), `weights/` (an Orbax pytree of
 canonical, unpadded tensors, so that what was converted once loads at every tp) and the tokenizer's own files.
 A GGUF file's vocabulary becomes `tokenizer.gguf`, a GGUF file without tensors, as llama.cpp's vocabulary
-files are.
+files are. `MANIFEST.sha256` has the digest of each: Orbax has no checksums of its own.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shutil
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
@@ -20,6 +24,8 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import numpy as np
 
+from tpjax.checkpoints import digests
+from tpjax.checkpoints.hub import cache_dir
 from tpjax.checkpoints.source import TensorInfo, lookup, to_box
 from tpjax.config import ModelConfig
 from tpjax.errors import CheckpointError, ConfigError
@@ -31,6 +37,20 @@ _CHUNK_BYTES = 4 << 20
 # Chunks that two devices' slices share are read once.
 _CACHE_BYTES = 64 << 20
 
+# What a tokenizer is read from; the model's config.json may name its end-of-text tokens.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+    *(
+        "added_tokens.json",
+        "generation_config.json",
+        "config.json",
+        "chat_template.jinja",
+        "chat_template.json",
+    ),
+    *("additional_chat_templates/*.jinja", VOCABULARY),
+)
+
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -94,6 +114,8 @@ def read_config(path: Path) -> ModelConfig:
         ConfigError: a value is not possible.
     """
     file = path / CONFIG
+    if listed := digests.read_manifest(path):
+        digests.check(path, {name: listed[name] for name in listed if name == CONFIG}, _memory())
     try:
         raw = json.loads(file.read_text())
         version = raw.pop("format")
@@ -106,25 +128,93 @@ def read_config(path: Path) -> ModelConfig:
         raise CheckpointError(f"{file}: is not a configuration of tpjax: {error!r}") from error
 
 
+def check_files(directory: Path) -> None:
+    """Holds every file of an Orbax directory against its manifest, where it has one.
+
+    A file is read once per change of it. Files that the manifest does not list change no weight; those that
+    tpjax reads all the same get a warning.
+
+    Raises:
+        CheckpointError: a file is missing or is not what was written; the message names it.
+    """
+    listed = digests.read_manifest(directory)
+    if listed is None:
+        log.warning(
+            "%s has no %s: its weights are not checked; convert it again to have one",
+            directory,
+            digests.MANIFEST,
+        )
+        return
+    digests.check(directory, listed, _memory())
+    for file in (file for pattern in TOKENIZER_FILES for file in directory.glob(pattern)):
+        if file.relative_to(directory).as_posix() not in listed:
+            log.warning("%s is used, and was not there when the directory was written", file)
+
+
+def _memory() -> Path:
+    return cache_dir() / "checked"
+
+
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
     """A folder beside ``target`` that takes its name when the block ends well, and goes when it does not.
 
+    Whoever writes ``target`` holds a lock beside it, so that two do not; the system lets go of it when a
+    process is killed, and the next one clears away what that one left.
+
     Raises:
-        CheckpointError: ``target`` exists, or nothing can be written there.
+        CheckpointError: ``target`` exists, another process is writing it, or nothing can be written there.
     """
-    if os.path.lexists(target):
-        raise CheckpointError(f"{target} exists: name a directory that does not")
-    partial = target.with_name(f".{target.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(target)
+        _refuse_existing(target)
+        if os.path.lexists(target.parent) and not target.parent.is_dir():
+            raise CheckpointError(f"{target}: cannot be written: {target.parent} is not a directory")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target):
+            _refuse_existing(target)
+            partial = target.with_name(f".{target.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+            try:
+                partial.mkdir()
+                yield partial
+                partial.rename(target)
+            finally:
+                _remove(partial)
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be written: {error.strerror or error}") from error
-    finally:
+
+
+def _remove(partial: Path) -> None:
+    """Removes a folder, though threads of Orbax's whose write failed may put files there for a moment."""
+    for _ in range(50):
+        if not partial.exists():
+            return
         shutil.rmtree(partial, ignore_errors=True)
+        time.sleep(0.1)
+
+
+def _refuse_existing(target: Path) -> None:
+    if os.path.lexists(target):
+        raise CheckpointError(f"{target} exists: name a directory that does not")
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    path = target.with_name(f".{target.name}.lock")
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not path.exists():  # it is not that somebody has it: there is no such place
+            raise CheckpointError(f"{target}: cannot be written: {path.parent} takes no files") from None
+        raise CheckpointError(f"{target} is being written by another process") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held: whoever has opened it sees that it is gone
+        lock.release()
 
 
 def write(directory: Path, config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> None:
@@ -139,8 +229,33 @@ def write(directory: Path, config: ModelConfig, tensors: Mapping[str, np.ndarray
 
     (directory / CONFIG).write_text(json.dumps({"format": _FORMAT, **asdict(config)}, indent=1) + "\n")
     chunks = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in tensors}
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _write_errors(directory), ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save((directory / WEIGHTS).absolute(), dict(tensors), save_args=chunks)
+
+
+@contextmanager
+def _write_errors(directory: Path) -> Iterator[None]:
+    """Turns what Orbax raises, logs and prints where a file cannot be written into an ``OSError``."""
+    absl, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = absl.level
+    absl.setLevel(logging.CRITICAL)  # it logs the traceback of each of its threads
+
+    def leave_out_closed_loops(raised: sys.UnraisableHookArgs) -> None:
+        if str(raised.exc_value) != "Event loop is closed":
+            hook(raised)
+
+    sys.unraisablehook = leave_out_closed_loops
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        # The hook stays: tensorstore prints one such error for each of its writes that ends only now.
+        reason = re.search(r": ([^:\[]+) \[os_error_code", str(error))
+        said = reason[1] if reason else " ".join(str(error).split())[:200]
+        raise OSError(0, said, str(directory)) from error
+    else:
+        sys.unraisablehook = hook
+    finally:
+        absl.setLevel(level)
 
 
 def _decoded(kind: type[T], raw: dict[str, Any]) -> T:

@@ -129,7 +129,7 @@ class _MXFP4Source:
             name = stored.removesuffix("_blocks")
             if name != stored:
                 self._quantised.add(name)
-                tensors[name] = TensorInfo(self._shape(name), _F32)
+                tensors[name] = TensorInfo(self._shape(name), _F32, columns_first=True)
                 del tensors[f"{name}_blocks"], tensors[f"{name}_scales"]
         self.tensors: Mapping[str, TensorInfo] = tensors
 

@@ -7,6 +7,7 @@ the file. Pickle checkpoints are never opened: unpickling one runs code of its a
 """
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from io import FileIO
@@ -20,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 
 from tpjax.checkpoints.source import TensorInfo, lookup, open_regular, read_box, read_exactly, shown, to_box
 from tpjax.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 # A header of 100,000 tensors is about 12 MB; parsing beyond this bound takes seconds.
 MAX_JSON_BYTES = 32 * 1024 * 1024
@@ -64,11 +67,15 @@ class _Entry(NamedTuple):
 class SafetensorsCheckpoint:
     """A directory with `model.safetensors`, or `model.safetensors.index.json` and its shards.
 
-    Where both exist the single file is read, as transformers does. Only headers are read at first.
+    Where both exist the single file is read, as transformers does. Only headers are read at first. Of a
+    tensor that several shards have, the one in the shard that the index names counts. Where it names none of
+    them, they must be equal to be read. Whatever else index and shards disagree on is named in a warning:
+    what the model needs and no shard has is missed by whoever asks for it.
 
     Attributes:
         directory: the checkpoint's directory.
         tensors: every tensor of every shard, those that the index does not list among them.
+        unlisted: names of those.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -79,36 +86,72 @@ class SafetensorsCheckpoint:
         """
         self.directory = Path(directory)
         self._entries: dict[str, _Entry] = {}
+        self._copies: dict[str, _Entry] = {}  # of which the index does not say which one counts
+        self._stale: list[str] = []  # of which it does
         index = _read_index(self.directory)
         for shard in [_SINGLE] if index is None else sorted(set(index.values())):
-            self._add(_read_header(self.directory / shard))
-        for name, shard in (index or {}).items():
-            self._check_listed(name, self.directory / shard)
+            self._add(_read_header(self.directory / shard), index or {})
+        self._compare_with(index or {})
         self.tensors: Mapping[str, TensorInfo] = {name: e.info for name, e in self._entries.items()}
+        self.unlisted = frozenset(self.tensors.keys() - index.keys() if index else ())
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """Reads a tensor or a box of it; see `TensorSource.read`."""
         info = lookup(self.tensors, name, self.directory)
         entry = self._entries[name]
-        box = to_box(info.shape, index)
-        file, _ = open_regular(entry.path)
-        with file:
-            return read_box(file, entry.path, entry.start, info.shape, info.dtype, box)
-
-    def _add(self, entries: dict[str, _Entry]) -> None:
-        for name, entry in entries.items():
-            if name in self._entries:
-                first = self._entries[name].path.name
-                raise CheckpointError(f"{entry.path}: tensor {shown(name)} is also in {first}")
-            self._entries[name] = entry
-
-    def _check_listed(self, name: str, shard: Path) -> None:
-        found = self._entries.get(name)
-        if found is None or found.path != shard:
-            where = "no shard has it" if found is None else f"it is in {found.path.name}"
+        values = _read_entry(entry, index)
+        other = self._copies.get(name)
+        if other is not None and (
+            other.info != info or _read_entry(other, index).tobytes() != values.tobytes()
+        ):
             raise CheckpointError(
-                f"{self.directory / _INDEX}: places tensor {shown(name)} in {shard.name}, but {where}"
+                f"{entry.path}: tensor {shown(name)} is also in {other.path.name}, with other values, "
+                "and the index says of neither that it counts"
             )
+        return values
+
+    def _add(self, entries: dict[str, _Entry], index: Mapping[str, str]) -> None:
+        for name, entry in entries.items():
+            first = self._entries.setdefault(name, entry)
+            if first is entry:
+                continue
+            listed = index.get(name)
+            if listed not in (first.path.name, entry.path.name):
+                self._copies[name] = first
+            else:
+                self._stale.append(name)
+                self._copies.pop(name, None)
+            if listed != first.path.name:  # the last one where none is listed, as in transformers
+                self._entries[name] = entry
+
+    def _compare_with(self, index: Mapping[str, str]) -> None:
+        """Names in a warning what the index says otherwise than the shards."""
+        where = self.directory / _INDEX
+        absent = [name for name in index if name not in self._entries]
+        if absent:
+            log.warning("%s: no shard has %s", where, _some(absent))
+        if self._stale:
+            log.warning("%s: another shard than it says has a second %s", where, _some(self._stale))
+        moved = [name for name, e in self._entries.items() if index.get(name, e.path.name) != e.path.name]
+        if moved:
+            log.warning("%s: another shard than it says has %s", where, _some(moved))
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - 5
+    return ", ".join(map(shown, names[:5])) + (f" and {more} more" if more > 0 else "")
+
+
+def _read_entry(entry: _Entry, index: tuple[slice, ...] | None) -> np.ndarray:
+    box = to_box(entry.info.shape, index)
+    file, _ = open_regular(entry.path)
+    with file:
+        return read_box(file, entry.path, entry.start, entry.info.shape, entry.info.dtype, box)
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a directory has what :class:`SafetensorsCheckpoint` reads."""
+    return any(os.path.exists(directory / name) for name in (_SINGLE, _INDEX))
 
 
 def _read_index(directory: Path) -> dict[str, str] | None:

@@ -7,7 +7,7 @@ unmapped, so a mapped checkpoint ends up in memory whole. This module knows noth
 
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -34,10 +34,12 @@ class TensorInfo:
     Attributes:
         shape: as numpy and torch see it: `[out, in]` for a linear layer.
         dtype: what `TensorSource.read` returns, which for a quantised tensor is float32.
+        columns_first: the last axis of a matrix is stored slice after slice, not the one before it.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
+    columns_first: bool = field(default=False, compare=False)
 
 
 class TensorSource(Protocol):

@@ -210,7 +210,9 @@ class Engine:
     def _prefill(self, work: Prefill) -> _Launched:
         request, runner = work.request, self.runner
         if work.first and request.params.needs_history:
-            runner.set_history(_slot(request), request.prompt_ids, request.output_ids, request.params)
+            runner.set_history(
+                _slot(request), request.prompt_ids, request.output_ids, request.params, request.barred_ids
+            )
         if work.first and request.grammar is None and request.must_go_on:
             runner.set_masks({_slot(request): _without(_all_of(self.runner.config), request.stop_ids)})
         # what follows an inner chunk is known: nothing is drawn that counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from tpjax.engine.request import FinishReason, Request, TokenLogprobs
@@ -18,6 +19,8 @@ class Delta:
         token_ids: may be empty in the last delta.
         finish_reason: set in the last delta.
         logprobs: one entry a token where ``SamplingParams.logprobs`` asked for them.
+        offsets: where each token begins in the whole text, characters; one that shows nothing begins where
+            the next would.
         error: what went wrong, where ``finish_reason`` is ``error``.
     """
 
@@ -25,6 +28,7 @@ class Delta:
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
     error: str | None = None
 
     def __bool__(self) -> bool:
@@ -36,21 +40,32 @@ class Generation:
 
     Args:
         request: what the engine runs.
-        tokenizer: ``None``: there is no text, only tokens.
+        tokenizer: ``None``: there is no text, only tokens; nor is there where the request asks for none.
+        shown: special tokens that the text shows as they are written.
 
     Attributes:
         request: as given.
     """
 
-    def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, request: Request, tokenizer: Tokenizer | None, shown: Collection[int] = ()) -> None:
         self.request = request
-        self._stream = (
-            None
-            if tokenizer is None
-            else TextStream(
-                tokenizer, request.prompt_ids, request.params.stop, min_tokens=request.params.min_tokens
+        params = request.params
+        self._stream: TextStream | None = None
+        if tokenizer is not None and params.detokenize:
+            if params.include_stop_str_in_output:  # a special token that ends the text is shown too
+                shown = {
+                    *shown,
+                    *(i for text in params.stop if (i := tokenizer.special_id(text)) is not None),
+                }
+            self._stream = TextStream(
+                tokenizer,
+                request.prompt_ids,
+                params.stop,
+                min_tokens=params.min_tokens,
+                include_stop=params.include_stop_str_in_output,
+                skip_special_tokens=params.skip_special_tokens,
+                shown=shown,
             )
-        )
 
     @property
     def text(self) -> str:
@@ -65,19 +80,23 @@ class Generation:
         """
         request = self.request
         first = len(request.output_ids) - len(tokens)
-        text = self._push(tokens) if self._stream else ""
-        return Delta(
-            text, request.output_ids[first:], request.finish_reason, request.logprobs[first:], request.error
-        )
+        text, offsets = self._push(tokens) if self._stream else ("", [0] * len(tokens))
+        ids, logprobs = request.output_ids[first:], request.logprobs[first:]
+        return Delta(text, ids, request.finish_reason, logprobs, offsets, request.error)
 
-    def _push(self, tokens: list[int]) -> str:
+    def _push(self, tokens: list[int]) -> tuple[str, list[int]]:
+        """The text of new tokens, and where each that counts begins in the whole of it."""
         request, stream = self.request, self._stream
         assert stream is not None
-        parts = []
+        parts: list[str] = []
+        offsets: list[int] = []
         for count, token in enumerate(tokens, start=1):
             ending = token in request.stop_ids and request.finish_reason == "stop" and count == len(tokens)
-            if not ending:  # the token that ends a text is not part of it
+            if ending and not request.params.include_stop_str_in_output:
+                offsets.append(stream.end)  # the token that ends a text is not part of it
+            else:
                 parts.append(stream.push(token))
+                offsets.append(stream.start)
             if stream.stopped:
                 length = len(request.output_ids) - (len(tokens) - count)
                 del request.output_ids[length:]
@@ -86,4 +105,4 @@ class Generation:
                 break
         if request.finish_reason is not None:
             parts.append(stream.flush())
-        return "".join(parts)
+        return "".join(parts), offsets

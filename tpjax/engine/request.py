@@ -55,6 +55,8 @@ class Request:
         stop_ids: tokens that end it (none of the model's own where ``ignore_eos``).
         cache_salt: only requests of the same salt share cache pages.
         grammar: limits the tokens it may draw.
+        barred_ids: tokens it may never draw.
+        priority: lower ones run first.
         output_ids: tokens generated so far, as far as the host has read them.
         logprobs: one entry a generated token, where asked for.
         prompt_logprobs: one entry a prompt token, ``None`` for the first, where asked for.
@@ -81,6 +83,8 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     cache_salt: str = ""
     grammar: Grammar | None = None
+    barred_ids: tuple[int, ...] = ()
+    priority: int = 0
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
@@ -99,6 +103,11 @@ class Request:
     launched: int = 0
     published: int = 0
     _keys: list[PageKey] = field(default_factory=list)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Its place among others: by priority, then by arrival."""
+        return self.priority, self.arrival
 
     @property
     def most_tokens(self) -> int:
@@ -126,10 +135,14 @@ class Request:
         return self.prefilled < len(self.prefill_ids)
 
     @property
+    def unread(self) -> bool:
+        """Tokens have been asked for that the host has not read."""
+        return self.launched > len(self.output_ids)
+
+    @property
     def decodable(self) -> bool:
-        """A next token can be asked for now: a grammar has to see each before it allows the next."""
-        unread = self.launched > len(self.output_ids)
-        return not self.prefilling and self.remaining > 0 and not (self.grammar and unread)
+        """A next token can be asked for now."""
+        return not self.prefilling and self.remaining > 0
 
     def append(self, token: int) -> None:
         """Takes a generated token; ends the request where it is a stop token or the last allowed."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tpjax.engine.block_manager import BlockManager
 from tpjax.engine.request import Request
-from tpjax.errors import RequestError
+from tpjax.errors import ContextLengthError, RequestError
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Decode:
 
 
 class Scheduler:
-    """First come, first served, over slots and cache pages.
+    """The lowest priority first, and of equals first come, first served, over slots and cache pages.
 
     One prompt is prefilled at a time, in chunks; while others decode, chunks are small and alternate with
     their steps, so that a long prompt does not stall them. A request that is admitted holds pages for its
-    prompt only; where pages run out, the youngest is preempted: it gives its pages back, waits at the front,
+    prompt only; where pages run out, the last of them is preempted: it gives its pages back, waits again,
     and its tokens are computed again (or found in the cache) when it is admitted again.
 
     The device runs behind: a request's ``launched`` counts what was asked of it, ``output_ids`` holds what
@@ -76,7 +76,7 @@ class Scheduler:
         self.steps = steps
         self.blocks = blocks
         self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # in order of arrival
+        self.running: list[Request] = []  # in order of rank, as is `waiting`
         self.preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
@@ -84,24 +84,24 @@ class Scheduler:
         self._slots = list(range(max_slots - 1, -1, -1))
         self._arrivals = itertools.count()
         self._decode_next = False
-        self._bound_ran = False  # the last decode step had rows with a grammar, which have to be read first
         self._refused: tuple[Request, int] | None = None  # the head of the queue, and the pages' changes then
 
     def check(self, request: Request) -> None:
         """Refuses what can never run.
 
         Raises:
-            RequestError: the prompt is empty, or prompt and output do not fit the context or the cache.
+            RequestError: the prompt is empty, or the request does not fit the cache.
+            ContextLengthError: prompt and output do not fit the context.
         """
         prompt, limit = len(request.prompt_ids), self.max_model_len
         if not prompt:
             raise RequestError("the prompt is empty: it has 0 tokens, and at least 1 is needed")
         if prompt > limit or (prompt == limit and request.params.max_tokens):
-            raise RequestError(
+            raise ContextLengthError(
                 f"the prompt has {prompt} tokens, but max_model_len={limit} leaves no room to answer"
             )
         if request.most_tokens > limit:
-            raise RequestError(
+            raise ContextLengthError(
                 f"the prompt has {prompt} tokens and max_tokens={request.params.max_tokens}: together "
                 f"{request.most_tokens}, over max_model_len={limit}"
             )
@@ -119,19 +119,18 @@ class Scheduler:
         """
         self.check(request)
         request.arrival = next(self._arrivals)
-        request.queued = True
-        self.waiting.append(request)
+        self._wait(request)
 
     def schedule(self) -> Prefill | Decode | None:
         """The next thing to run, or ``None`` when there is nothing to run before more has been read."""
         self._admit()
         prefilling = next((one for one in self.running if one.prefilling), None)
-        decoding = [one for one in self.running if one.decodable]
+        decoding = self._decodable()
         if prefilling is not None and not (decoding and self._decode_next):
             self._decode_next = True
             return self._prefill(prefilling, self.budget if decoding else self.chunk_sizes[-1])
         self._decode_next = False
-        decoding, steps = self._together(decoding, self._steps_ahead(prefilling))
+        steps = 1 if prefilling is not None else self._steps_ahead(decoding)
         decoding, steps = self._reserve(decoding, steps)
         if not decoding:
             return None
@@ -201,7 +200,8 @@ class Scheduler:
             pages = (tokens - 1) // page_size
             found = blocks.find(request.page_keys(page_size, pages)[:pages])
         new = blocks.pages_for(tokens) - len(found)
-        spare = len(self.running)  # else the first step of someone who runs would preempt it again
+        # one for each that may need another, or the first step of someone who runs would preempt it again
+        spare = sum(len(one.pages) < blocks.pages_for(one.most_tokens) for one in self.running)
         if new + spare > blocks.free - blocks.unused(found):
             self._refused = (request, blocks.changes)
             return
@@ -216,34 +216,27 @@ class Scheduler:
             self.prefix_queries += tokens
             self.prefix_hits += request.prefilled
         self.running.append(request)
-        self.running.sort(key=lambda one: one.arrival)
+        self.running.sort(key=lambda one: one.rank)
         self.waiting.popleft()
         request.queued = False
 
-    def _steps_ahead(self, prefilling: Request | None) -> int:
-        """Steps of a dispatch for rows that do not wait for the host.
+    def _decodable(self) -> list[Request]:
+        """Who can go on before more has been read.
 
-        One, where something may come in between: a chunk of a prompt, or, where somebody waits, the place of
-        one that reaches its length within the steps of the long dispatch, or has reached it unread.
+        A grammar has to see a row's token before the row goes on. Such rows go together, when all have been
+        read; the others go ahead by themselves in the meantime.
         """
-        given = self.waiting and any(one.remaining < self.steps for one in self.running)
-        return 1 if prefilling is not None or given else self.steps
+        unread = any(one.grammar is not None and one.unread for one in self.running)
+        return [one for one in self.running if one.decodable and not (unread and one.grammar is not None)]
 
-    def _together(self, decoding: list[Request], steps: int) -> tuple[list[Request], int]:
-        """Who decodes in the next dispatch, and how far.
-
-        A grammar has to see a row's token before the row goes on: such rows take part in dispatches of one
-        step. In between, while their tokens are read, the others go ahead by themselves.
-        """
-        free = [one for one in decoding if one.grammar is None]
-        bound = len(decoding) - len(free)
-        if sum(one.grammar is not None for one in self.running) > len(free):
-            steps = 1  # few go ahead while many would wait
-        if bound and (steps == 1 or not free or not self._bound_ran):
-            self._bound_ran = True
-            return decoding, 1
-        self._bound_ran = False
-        return free, steps
+    def _steps_ahead(self, decoding: list[Request]) -> int:
+        """Steps of the next dispatch: several, unless something could be done in between."""
+        bound = sum(one.grammar is not None for one in self.running)
+        if bound > len(decoding) or any(one.grammar is not None for one in decoding):
+            return 1  # the next step needs the host, or few would go ahead while many wait
+        if self.waiting and any(one.remaining < self.steps for one in self.running):
+            return 1  # one reaches its length before the last step, or has done so unread: its place is free
+        return self.steps
 
     def _prefill(self, request: Request, most: int) -> Prefill:
         start, page_size = request.prefilled, self.blocks.page_size
@@ -273,13 +266,23 @@ class Scheduler:
         return [one for one in decoding if one.slot is not None], steps
 
     def _preempt(self, request: Request) -> None:
-        request.queued = True
-        self.waiting.appendleft(request)
+        self._wait(request)
         self.running.remove(request)
         self.publish(request)
         self._vacate(request)
         request.prefill_ids, request.prefilled = [], 0
         self.preemptions += 1
+
+    def _wait(self, request: Request) -> None:
+        """Queues a request where its rank has it: usually last, or first if it was preempted."""
+        request.queued = True
+        if self.waiting and request.rank < self.waiting[0].rank:
+            self.waiting.appendleft(request)
+            return
+        at = len(self.waiting)
+        while at and self.waiting[at - 1].rank > request.rank:
+            at -= 1
+        self.waiting.insert(at, request)
 
     def _vacate(self, request: Request) -> None:
         if request.slot is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tpjax.tokenizer import IncrementalDetokenizer, Tokenizer
 
@@ -17,10 +17,13 @@ class TextStream:
         prompt_ids: the prompt's tokens; they decide about a leading space.
         stop: strings that end the text.
         min_tokens: tokens within which none does; one that begins there may end after them.
+        include_stop: the text ends with the stop string, and not before it.
+        skip_special_tokens: control tokens show nothing.
+        shown: control tokens that are shown all the same.
 
     Attributes:
         text: everything given out so far.
-        stopped: whether a stop string was met; the text ends before it.
+        stopped: whether a stop string was met.
     """
 
     def __init__(
@@ -30,9 +33,15 @@ class TextStream:
         stop: Sequence[str] = (),
         *,
         min_tokens: int = 0,
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+        shown: Collection[int] = (),
     ) -> None:
-        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids=prompt_ids)
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, prompt_ids=prompt_ids, skip_special_tokens=skip_special_tokens, shown=shown
+        )
         self._stop = tuple(stop)
+        self._include_stop = include_stop
         self._held = ""
         self._early = 0  # characters of the held text that came within min_tokens
         self._early_tokens = min_tokens
@@ -44,6 +53,16 @@ class TextStream:
         self._early_tokens -= 1
         return self._release(self._detokenizer.push(token), last=False)
 
+    @property
+    def start(self) -> int:
+        """Where the last token pushed begins, characters of the text."""
+        return min(self._detokenizer.start, len(self.text)) if self.stopped else self._detokenizer.start
+
+    @property
+    def end(self) -> int:
+        """Length of the text, what is held back included, characters."""
+        return len(self.text) + len(self._held)
+
     def flush(self) -> str:
         """Returns what was held back; call it when the request has ended."""
         return self._release(self._detokenizer.flush(), last=True)
@@ -54,9 +73,10 @@ class TextStream:
         self._held += new
         if self._early_tokens >= 0:
             self._early = len(self._held)
-        met = [at for at in map(self._find, self._stop) if at >= 0]
+        met = [(at, at + len(stop)) for stop in self._stop if (at := self._find(stop)) >= 0]
         if met:
-            out, self._held, self.stopped = self._held[: min(met)], "", True
+            before, after = min(met)
+            out, self._held, self.stopped = self._held[: after if self._include_stop else before], "", True
         else:
             keep = 0 if last else self._possible_stop()
             cut = len(self._held) - keep

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from tpjax.config import LatentConfig, ModelConfig, MoEConfig, check_size
-from tpjax.mappings.fields import Family, Fields, Names, Stored
+from tpjax.mappings.fields import Family, Fields, Names, Stored, rope_section
 from tpjax.mappings.llama import llama_like
 
 
@@ -69,9 +69,7 @@ def _moe(fields: Fields, layers: int) -> MoEConfig:
 
 def _attention_scale(fields: Fields) -> float:
     """What YaRN multiplies whole queries and keys by, not only the parts that rotate."""
-    rope = fields.section("rope_parameters")
-    if not rope.raw:
-        rope = fields.section("rope_scaling")
+    rope = rope_section(fields)
     coefficient, factor = rope.number("mscale_all_dim", 0), rope.number("factor", 1)
     return 0.1 * coefficient * math.log(factor) + 1.0 if coefficient and factor > 1 else 1.0
 

@@ -6,6 +6,7 @@ names its tensors; ``families.py`` gathers them.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,32 +16,36 @@ from typing import Any
 import numpy as np
 
 from tpjax.config import (
+    MAX_EXPERTS,
+    MAX_HEADS,
+    MAX_INTEGER,
+    MAX_LAYERS,
+    SIZES,
     LayerType,
     ModelConfig,
     RopeConfig,
     RopeKind,
+    brief,
     check_choice,
+    check_most,
     check_positive,
     check_size,
 )
 from tpjax.errors import ConfigError
+from tpjax.mappings.unread import INERT, NUMERIC, ROPE_NUMERIC, settle
+
+log = logging.getLogger(__name__)
 
 _REQUIRED: Any = object()
 
-# Fields that no family needs to read: they say nothing of what the model computes from tokens to logits.
-INERT = frozenset({
-    "_name_or_path", "architectures", "attn_implementation", "auto_map", "cache_implementation",
-    "chunk_size_feed_forward", "dtype", "gradient_checkpointing", "id2label", "initializer_range",
-    "is_decoder", "is_llama_config", "label2id", "model_max_length", "model_type", "name_or_path",
-    "output_attentions", "output_hidden_states", "pretraining_tp", "problem_type",
-    "reorder_and_upcast_attn", "return_dict", "task_specific_params", "tokenizer_class", "torch_dtype",
-    "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
-    "attention_dropout", "attn_pdrop", "classifier_dropout", "embd_pdrop", "embedding_dropout",
-    "hidden_dropout", "resid_pdrop", "residual_dropout", "summary_activation", "summary_first_dropout",
-    "summary_proj_to_labels", "summary_type", "summary_use_proj",
-    "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
-    "bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
-})  # fmt: skip
+# Fields that count what a Python object is made for, before anything else is known of the model.
+_COUNTS = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), MAX_LAYERS),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head"), MAX_HEADS),
+    **dict.fromkeys(
+        ("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts"), MAX_EXPERTS
+    ),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,30 +199,37 @@ class Fields:
         """Like :meth:`get`, for a whole number."""
         value = self.get(name, default)
         if value is not default and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ConfigError(f"{self.where}: {name}={value!r} is not a whole number")
+            raise ConfigError(f"{self.where}: {name}={brief(value)} is not a whole number")
+        if value is not default:
+            most = _COUNTS.get(name, MAX_INTEGER)
+            check_most(f"{self.where}: {name}", value, most)
+            if value < -most:
+                raise ConfigError(f"{self.where}: {name}={brief(value)} is below {-most}")
         return value
 
     def number(self, name: str, default: Any = _REQUIRED) -> Any:
         """Like :meth:`get`, for a number."""
         value = self.get(name, default)
         if value is not default and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ConfigError(f"{self.where}: {name}={value!r} is not a number")
+            raise ConfigError(f"{self.where}: {name}={brief(value)} is not a number")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ConfigError(f"{self.where}: {name}={brief(value)} is not a number that a float can hold")
         return value
 
     def section(self, name: str) -> Fields:
         """An object's fields; none where it is absent."""
         value = self.get(name, {})
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{self.where}: {name}={value!r} is not an object")
+            raise ConfigError(f"{self.where}: {name}={brief(value)} is not an object")
         return Fields(value, f"{self.where}: {name}")
 
     def numbers(self, name: str) -> tuple[float, ...]:
         """A list of numbers."""
         value = self.get(name)
         if not isinstance(value, list | tuple) or any(
-            isinstance(x, bool) or not isinstance(x, int | float) for x in value
+            isinstance(x, bool) or not isinstance(x, int | float) or abs(x) >= 2**63 for x in value
         ):
-            raise ConfigError(f"{self.where}: {name}={value!r} is not a list of numbers")
+            raise ConfigError(f"{self.where}: {name}={brief(value)} is not a list of numbers")
         return tuple(float(x) for x in value)
 
     def nullable(self, name: str, default: Any) -> Any:
@@ -229,23 +241,21 @@ class Fields:
         """Refuses a field unless it is absent or has a supported value."""
         value = self.get(name, None)
         if value is not None and value not in supported:
-            raise ConfigError(f"{self.where}: {name}={value!r} is not supported")
+            raise ConfigError(f"{self.where}: {name}={brief(value)} is not supported")
 
-    def finish(self, inert: frozenset[str] = INERT) -> None:
-        """Refuses what nobody has read, unless it is inert or says nothing (``null``, ``false``, empty).
+    def finish(self, inert: frozenset[str] = INERT, numeric: frozenset[str] = NUMERIC) -> None:
+        """Settles what nobody has read, by the rule of :mod:`tpjax.mappings.unread`.
 
-        A field that changes what the model computes is so either read or refused, never passed over.
+        Raises:
+            ConfigError: a field could change what the model computes.
         """
-        for name, value in self.raw.items():
-            nothing = value is None or value is False or value in ({}, [], "")
-            if name not in self.read and name not in inert and not nothing:
-                raise ConfigError(f"{self.where}: {name}={value!r} is not supported")
+        settle(self.where, {k: v for k, v in self.raw.items() if k not in self.read}, inert, numeric)
 
     def boolean(self, name: str, default: Any = _REQUIRED) -> Any:
         """Like :meth:`get`, for true or false."""
         value = self.get(name, default)
         if value is not default and not isinstance(value, bool):
-            raise ConfigError(f"{self.where}: {name}={value!r} is not true or false")
+            raise ConfigError(f"{self.where}: {name}={brief(value)} is not true or false")
         return value
 
 
@@ -288,38 +298,58 @@ class GGUFView:
         return "output.weight" not in self.tensor_shapes
 
 
-def rope_of(fields: Fields, context: int, default_theta: float = 10_000.0) -> RopeConfig:
-    """The rotary embedding of a family whose heads rotate whole."""
-    rope, share = partial_rope_of(fields, context, default_theta)
+def rope_of(
+    fields: Fields,
+    context: int,
+    default_theta: float = 10_000.0,
+    default: Mapping[str, Any] | None = None,
+) -> RopeConfig:
+    """The rotary embedding of a family whose heads rotate whole; see :func:`partial_rope_of`."""
+    rope, share = partial_rope_of(fields, context, default_theta, default=default)
     if share != 1:
         raise ConfigError(f"{fields.where}: partial_rotary_factor={share} is not supported")
     return rope
 
 
 def partial_rope_of(
-    fields: Fields, context: int, default_theta: float = 10_000.0, default_share: float = 1.0
+    fields: Fields,
+    context: int,
+    default_theta: float = 10_000.0,
+    default_share: float = 1.0,
+    default: Mapping[str, Any] | None = None,
 ) -> tuple[RopeConfig, float]:
     """The rotary embedding, and the share of a head's dimensions that rotate.
 
     From ``rope_parameters`` (transformers 5), or ``rope_theta``, ``partial_rotary_factor`` and
-    ``rope_scaling`` (4).
+    ``rope_scaling`` (4). Where a file has both objects, the older one is all that counts, as in transformers.
 
     Args:
         fields: of the configuration.
         context: ``max_position_embeddings``.
         default_theta: where the configuration leaves it out.
         default_share: likewise.
+        default: the object of a family that has a scaling where the configuration has no object.
     """
-    new, old = fields.section("rope_parameters"), fields.section("rope_scaling")
-    if new.raw and old.raw and new.raw != old.raw:
-        raise ConfigError(f"{fields.where}: rope_parameters and rope_scaling differ")
-    parameters = new if new.raw else old
+    parameters = rope_section(fields)
+    if default is not None and not parameters.raw:
+        parameters = Fields(default, parameters.where)
     theta = parameters.number("rope_theta", fields.number("rope_theta", default_theta))
     share = fields.number("partial_rotary_factor", default_share)
     share = parameters.number("partial_rotary_factor", share)
     # Phi-3 keeps it beside the parameters
     original = fields.integer("original_max_position_embeddings", None)
     return rope_from(parameters, theta, context, original), share
+
+
+def rope_section(fields: Fields) -> Fields:
+    """The object that describes the rotary embedding; none where there is none.
+
+    transformers 5 takes ``rope_scaling`` where a file has both, whole: not even the base of the other counts.
+    """
+    new, old = fields.section("rope_parameters"), fields.section("rope_scaling")
+    if new.raw and old.raw and new.raw != old.raw:
+        log.warning("%s: rope_scaling is used, rope_parameters beside it is not", fields.where)
+    return old if old.raw else new
 
 
 def rope_from(parameters: Fields, theta: float, context: int, original: int | None = None) -> RopeConfig:
@@ -339,7 +369,7 @@ def rope_from(parameters: Fields, theta: float, context: int, original: int | No
     wanted = _ROPE_FIELDS.get(kind, ())
     missing = [name for name in wanted if parameters.get(name, None) is None]
     if missing:
-        raise ConfigError(f"rope_type={kind!r} needs {', '.join(missing)}")
+        raise ConfigError(f"rope_type={brief(kind)} needs {', '.join(missing)}")
     inside = parameters.integer("original_max_position_embeddings", context)
     check_positive("rope_theta", theta)
     values: dict[str, Any] = {"theta": float(theta), "kind": kind}
@@ -352,6 +382,8 @@ def rope_from(parameters: Fields, theta: float, context: int, original: int | No
     if kind == "dynamic":
         values["original_max_position_embeddings"] = context  # as transformers has it
     if kind == "yarn":
+        for name in ("attn_factor", "extrapolation_factor"):
+            parameters.fixed(name, 1)  # vLLM reads them
         values |= {
             "beta_fast": parameters.number("beta_fast", 32),
             "beta_slow": parameters.number("beta_slow", 1),
@@ -368,7 +400,7 @@ def rope_from(parameters: Fields, theta: float, context: int, original: int | No
                 values["original_max_position_embeddings"],
             ),
         }
-    parameters.finish()
+    parameters.finish(numeric=ROPE_NUMERIC)
     return RopeConfig(**values)
 
 
@@ -407,7 +439,7 @@ def layer_types_of(fields: Fields, default: Sequence[LayerType]) -> tuple[LayerT
     """``layer_types``, or what an older file's other fields make of it."""
     types = fields.get("layer_types", default)
     if not isinstance(types, list | tuple):
-        raise ConfigError(f"{fields.where}: layer_types={types!r} is not a list")
+        raise ConfigError(f"{fields.where}: layer_types={brief(types)} is not a list")
     return tuple(types)
 
 
@@ -448,7 +480,7 @@ def sizes_of(fields: Fields, *, context: int = 2048, head_dim: int | None = None
 def checked(sizes: dict[str, Any]) -> dict[str, Any]:
     """The sizes, before anything is derived from them."""
     for name, value in sizes.items():
-        check_size(name, value)
+        check_size(name, value, SIZES.get(name, MAX_INTEGER))
     return sizes
 
 
@@ -471,7 +503,9 @@ def activation_of(fields: Fields, name: str, default: str) -> Any:
     }
     value = fields.get(name, default)
     if not isinstance(value, str) or value not in known:
-        raise ConfigError(f"config.json: {name}={value!r} is not supported; supported are {', '.join(known)}")
+        raise ConfigError(
+            f"config.json: {name}={brief(value)} is not supported; supported are {', '.join(known)}"
+        )
     return known[value]
 
 
@@ -517,4 +551,4 @@ def gguf_rope(view: GGUFView, default_theta: float) -> RopeConfig:
             beta_slow=float(view.get("rope.scaling.yarn_beta_slow", 1.0)),
             attention_factor=given * (0.1 * math.log(factor) + 1),
         )
-    raise ConfigError(f"GGUF rope.scaling.type={kind!r} is not supported: use none, linear or yarn")
+    raise ConfigError(f"GGUF rope.scaling.type={brief(kind)} is not supported: use none, linear or yarn")

@@ -100,9 +100,7 @@ def _gemma3_text(fields: Fields) -> ModelConfig:
     if per_type.raw.get("rope_type"):
         raise ConfigError("config.json: rope_parameters of gemma3_text is given per layer type")
     full, sliding = per_type.section("full_attention"), per_type.section("sliding_attention")
-    scaling = fields.section("rope_scaling")
-    if scaling.raw:
-        full = scaling
+    full = _with_scaling(full, fields.section("rope_scaling"))
     theta = full.number("rope_theta", fields.number("rope_theta", 1_000_000.0))
     local_theta = sliding.number("rope_theta", fields.number("rope_local_base_freq", 10_000.0))
     per_type.finish()
@@ -124,6 +122,15 @@ def _gemma3_text(fields: Fields) -> ModelConfig:
     )
 
 
+def _with_scaling(full: Fields, scaling: Fields) -> Fields:
+    """The rotary embedding of full-attention layers: an older file's ``rope_scaling`` goes on top."""
+    if not scaling.raw:
+        return full
+    if "type" in scaling.raw and "rope_type" not in scaling.raw:
+        scaling.fixed("type", "default")  # the others are scaled by transformers 4 and passed over by 5
+    return Fields({**full.raw, **scaling.raw}, scaling.where)
+
+
 def _gemma3(fields: Fields) -> ModelConfig:
     """The text half: what belongs to images is neither read nor loaded."""
     fields.read.update({"vision_config", "mm_tokens_per_image"})
@@ -134,10 +141,10 @@ def _gemma3(fields: Fields) -> ModelConfig:
     if not text.raw:
         raise ConfigError(f"{fields.where}: field 'text_config' is missing")
     text.fixed("model_type", "gemma3_text")
-    text.fixed("tie_word_embeddings", fields.boolean("tie_word_embeddings", True))
     # the first files leave out of the text part what is at its default, sizes included
     sizes = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262_208}
-    filled = Fields({**sizes, "tie_word_embeddings": fields.boolean("tie_word_embeddings", True), **text.raw})
+    tied = fields.boolean("tie_word_embeddings", True)  # of the whole, whatever the part says: it has no head
+    filled = Fields({**sizes, **text.raw, "tie_word_embeddings": tied}, text.where)
     config = replace(_gemma3_text(filled), model_type="gemma3")
     filled.finish()
     return config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tpjax.config import LayerType, ModelConfig
+from tpjax.config import LayerType, ModelConfig, brief
 from tpjax.errors import ConfigError
 from tpjax.mappings.fields import (
     Family,
@@ -111,16 +111,18 @@ def _smollm3(fields: Fields) -> ModelConfig:
     if rotate is None:
         rotate = [(layer + 1) % interval != 0 for layer in range(layers)]
     if not isinstance(rotate, list | tuple) or any(flag not in (0, 1) for flag in rotate):
-        raise ConfigError(f"{fields.where}: no_rope_layers={rotate!r} is not a list of 0 and 1")
+        raise ConfigError(f"{fields.where}: no_rope_layers={brief(rotate)} is not a list of 0 and 1")
     window = fields.integer("sliding_window", None)
     windowed = fields.boolean("use_sliding_window", False) and window is not None
     types = layer_types_of(
         fields, tuple("sliding_attention" if windowed and not flag else "full_attention" for flag in rotate)
     )
+    context = fields.integer("max_position_embeddings", 32_768)
     return llama_like(
         fields,
         model_type="smollm3",
         context=32_768,
+        rope=rope_of(fields, context, 2_000_000.0),
         rope_layers=tuple(bool(flag) for flag in rotate),
         layer_types=types,
         sliding_window=window,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tpjax.config import LayerType, ModelConfig, MoEConfig, check_size
+from tpjax.config import LayerType, ModelConfig, MoEConfig, brief, check_size
 from tpjax.errors import ConfigError
 from tpjax.mappings.fields import (
     Family,
@@ -16,6 +16,7 @@ from tpjax.mappings.fields import (
     GGUFView,
     Names,
     Stored,
+    gguf_sizes,
     layer_types_of,
     rope_of,
 )
@@ -35,6 +36,7 @@ def _count(fields: Fields) -> int:
     count: int = fields.integer("num_local_experts", fields.integer("num_experts", None))
     if count is None:
         raise ConfigError(f"{fields.where}: field 'num_experts' is missing")
+    fields.fixed("num_experts", count)
     return count
 
 
@@ -86,7 +88,8 @@ def _qwen_moe(fields: Fields, **differences: Any) -> MoEConfig:
     check_size("decoder_sparse_step", step)
     dense = fields.get("mlp_only_layers", [])
     if not isinstance(dense, list | tuple) or not all(isinstance(layer, int) for layer in dense):
-        raise ConfigError(f"{fields.where}: mlp_only_layers={dense!r} is not a list of layers")
+        raise ConfigError(f"{fields.where}: mlp_only_layers={brief(dense)} is not a list of layers")
+    dense = frozenset(dense)
     return MoEConfig(
         num_experts=_count(fields),
         experts_per_token=fields.integer("num_experts_per_tok"),
@@ -147,7 +150,7 @@ def _gguf_qwen3moe(view: GGUFView) -> ModelConfig:
             num_experts=view.get("expert_count"),
             experts_per_token=view.get("expert_used_count"),
             expert_width=view.get("expert_feed_forward_length"),
-            sparse_layers=(True,) * view.get("block_count"),
+            sparse_layers=(True,) * gguf_sizes(view)["num_layers"],
             norm_topk_prob=True,
         ),
     )
@@ -170,6 +173,16 @@ def _gguf_qwen3moe_modules(config: ModelConfig) -> Mapping[str, Stored]:
 # --- gpt-oss -----------------------------------------------------------------------------------------------
 
 
+_GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
+
 def _gpt_oss(fields: Fields) -> ModelConfig:
     _read_training(fields)
     fields.fixed("hidden_act", "silu")
@@ -186,7 +199,9 @@ def _gpt_oss(fields: Fields) -> ModelConfig:
         context=context,
         default_head_dim=64,
         norm_eps=fields.number("rms_norm_eps", 1e-5),
-        rope=rope_of(fields, fields.integer("max_position_embeddings", context), 150_000.0),
+        rope=rope_of(
+            fields, fields.integer("max_position_embeddings", context), 150_000.0, default=_GPT_OSS_ROPE
+        ),
         layer_types=layer_types_of(fields, default),
         sliding_window=fields.integer("sliding_window", 128),
         attention_bias=bias,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tpjax.config import check_size
+from tpjax.config import brief, check_size
 from tpjax.errors import ConfigError
 from tpjax.mappings.fields import Fields
+from tpjax.mappings.unread import QUANTIZATION_NUMERIC
 
 METHODS = ("fp8", "mxfp4")
 
@@ -15,6 +16,8 @@ METHODS = ("fp8", "mxfp4")
 _SEEN_IN_TENSORS = frozenset(
     {"dequantize", "ignored_layers", "modules_to_convert", "modules_to_not_convert", "scale_fmt"}
 )
+
+_BITSANDBYTES_SWITCHES = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")
 
 
 @dataclass(frozen=True)
@@ -41,22 +44,27 @@ def quantization_of(fields: Fields) -> Quantization | None:
     if not settings.raw:
         return None
     method = settings.get("quant_method")
+    if method == "bitsandbytes" and not any(settings.get(name, False) for name in _BITSANDBYTES_SWITCHES):
+        return None  # switched off: transformers loads plain weights then
     if method == "mxfp4":
-        settings.finish(_SEEN_IN_TENSORS)
+        settings.finish(_SEEN_IN_TENSORS, QUANTIZATION_NUMERIC)
         return Quantization("mxfp4")
     if method != "fp8":
         raise ConfigError(
-            f"{settings.where}: quant_method={method!r} is not supported; supported are {', '.join(METHODS)}"
+            f"{settings.where}: quant_method={brief(method)} is not supported; "
+            f"supported are {', '.join(METHODS)}"
         )
     # a static scheme keeps scales of the activations as well; the others say what a stored byte means
     for name, known in (("activation_scheme", "dynamic"), ("fmt", "e4m3"), ("expert_dtype", "fp8")):
         value = settings.get(name, known)
         if value != known:
-            raise ConfigError(f"{settings.where}: {name}={value!r} is not supported: use {known}")
+            raise ConfigError(f"{settings.where}: {name}={brief(value)} is not supported: use {known}")
     block = settings.nullable("weight_block_size", [128, 128])
     if not isinstance(block, list | tuple) or len(block) != 2:
-        raise ConfigError(f"{settings.where}: weight_block_size={block!r} is not supported: use two sizes")
+        raise ConfigError(
+            f"{settings.where}: weight_block_size={brief(block)} is not supported: use two sizes"
+        )
     for size in block:
         check_size("weight_block_size", size)
-    settings.finish(_SEEN_IN_TENSORS)
+    settings.finish(_SEEN_IN_TENSORS, QUANTIZATION_NUMERIC)
     return Quantization("fp8", (block[0], block[1]))

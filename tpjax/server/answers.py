@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tpjax.engine.generation import Delta, Generation
-from tpjax.errors import RequestError
+from tpjax.errors import ContextLengthError, RequestError
 from tpjax.sampling_params import MAX_SEED, MIN_SEED, RANDOM_SEED
 from tpjax.server.errors import bad_request, from_request_error
 from tpjax.server.protocol import Sampling
 from tpjax.server.service import Service, Stream
 
 if TYPE_CHECKING:
-    from tpjax.engine.request import Request
+    from tpjax.engine.request import Request, TokenLogprobs
     from tpjax.llm import LLM
     from tpjax.tokenizer import Tokenizer
 
 # Deltas a streaming reader may lag behind: a few seconds of a fast model.
 STREAM_LIMIT = 1024
+_PIECE = 4096  # items of a list
 
 
 class Answer(Protocol):
@@ -62,8 +64,13 @@ def make_requests(
     """
     try:
         # the prompt's own check comes first: its length decides about the rest
+        prompt = _truncated(llm, body, prompt, max_tokens)
         ids = llm.request(prompt, body.sampling_params(0, seed=0, min_tokens=0)).prompt_ids
         room = llm.max_model_len - len(ids)
+        if not room and max_tokens != 0:
+            raise ContextLengthError(
+                f"the prompt has {len(ids)} tokens: the context of {llm.max_model_len} has no room to answer"
+            )
         if max_tokens is None:
             default = room if default_tokens is None else max(default_tokens, body.min_tokens or 0)
             max_tokens = max(1, min(default, room))
@@ -71,7 +78,7 @@ def make_requests(
             raise bad_request(
                 f"the prompt has {len(ids)} tokens and max_tokens={max_tokens}: together "
                 f"{len(ids) + max_tokens}, over the context of {llm.max_model_len}",
-                "max_tokens",
+                body.limit_name,
                 "context_length_exceeded",
             )
         seed = RANDOM_SEED if body.seed is None else body.seed
@@ -83,6 +90,7 @@ def make_requests(
                 body.sampling_params(max_tokens, seed=_choice_seed(seed, i), **params),
                 cache_salt=body.cache_salt or "",
                 grammar=grammars[i] if grammars else None,
+                priority=body.priority or 0,
             )
             for i in range(body.n or 1)
         ]
@@ -96,9 +104,26 @@ def _choice_seed(seed: int, choice: int) -> int:
     return own + (seed < RANDOM_SEED <= own)
 
 
-def submit(service: Service, llm: LLM, body: Sampling, requests: Sequence[Request]) -> Stream:
-    """Hands requests to the engine."""
-    generations = [Generation(request, llm.tokenizer) for request in requests]
+def _truncated(
+    llm: LLM, body: Sampling, prompt: str | Sequence[int], max_tokens: int | None
+) -> str | Sequence[int]:
+    """A prompt cut to ``truncate_prompt_tokens``; -1 is what leaves room for the answer."""
+    most = body.truncate_prompt_tokens
+    if most is None:
+        return prompt
+    if most == -1:
+        most = llm.max_model_len - (1 if max_tokens is None else max_tokens)
+    if isinstance(prompt, str) and llm.tokenizer is not None:
+        prompt = llm.tokenizer.encode(prompt)
+    most = min(max(most, 0), len(prompt))
+    return prompt[:most] if body.truncation_side == "right" else prompt[len(prompt) - most :]
+
+
+def submit(
+    service: Service, llm: LLM, body: Sampling, requests: Sequence[Request], shown: Collection[int] = ()
+) -> Stream:
+    """Hands requests to the engine; some special tokens may be shown in their texts."""
+    generations = [Generation(request, llm.tokenizer, shown) for request in requests]
     return service.submit(generations, STREAM_LIMIT * len(generations) if body.stream else None)
 
 
@@ -107,15 +132,19 @@ async def gather(stream: Stream) -> list[Delta]:
     parts: list[list[Delta]] = [[] for _ in stream.generations]
     async for index, delta in stream.deltas():
         parts[index].append(delta)
-    return [
-        Delta(
-            "".join(delta.text for delta in deltas),
-            [token for delta in deltas for token in delta.token_ids],
-            deltas[-1].finish_reason,
-            [entry for delta in deltas for entry in delta.logprobs],
-        )
-        for deltas in parts
-    ]
+    return [_joined(deltas) for deltas in parts]
+
+
+def _joined(deltas: Sequence[Delta]) -> Delta:
+    text = "".join(delta.text for delta in deltas)
+    return Delta(
+        text,
+        [token for delta in deltas for token in delta.token_ids],
+        deltas[-1].finish_reason,
+        [entry for delta in deltas for entry in delta.logprobs],
+        [min(at, len(text)) for delta in deltas for at in delta.offsets],  # a stop string was cut off
+        deltas[-1].error,
+    )
 
 
 def usage(stream: Stream, n: int) -> dict[str, Any]:
@@ -123,12 +152,53 @@ def usage(stream: Stream, n: int) -> dict[str, Any]:
     requests = [generation.request for generation in stream.generations]
     prompt = sum(len(request.prompt_ids) for request in requests[::n])
     completion = sum(len(request.output_ids) for request in requests)
+    cached = sum(request.cached_tokens for request in requests[::n])
+    return _counts(prompt, completion) | {"prompt_tokens_details": {"cached_tokens": cached}}
+
+
+class RunningUsage:
+    """Usage of each choice as its deltas come, for the chunks of a stream.
+
+    Args:
+        stream: what the engine gives.
+        body: says whether every chunk has it, only the last one, or none.
+    """
+
+    def __init__(self, stream: Stream, body: Sampling) -> None:
+        self._generations = stream.generations
+        self._body = body
+        self._written = [0] * len(stream.generations)
+
+    def grew(self, index: int, delta: Delta) -> dict[str, Any]:
+        """The ``usage`` of the chunks of a delta: that of its choice, null, or no such field."""
+        self._written[index] += len(delta.token_ids)
+        if not self._body.include_usage:
+            return {}
+        if not self._body.continuous_usage:
+            return {"usage": None}
+        return {"usage": _counts(len(self._generations[index].request.prompt_ids), self._written[index])}
+
+
+def _counts(prompt: int, completion: int) -> dict[str, Any]:
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(request.cached_tokens for request in requests[::n])},
     }
+
+
+def prompt_logprobs(request: Request, count: int, show: Callable[[int], str]) -> list[dict[str, Any] | None]:
+    """Log-probabilities of a prompt's tokens in vLLM's form; the rank of one below the top is not known."""
+
+    def entry(found: TokenLogprobs) -> dict[str, Any]:
+        ranked = {token: rank for rank, token in enumerate(found.top, start=1)}
+        values = dict(list(found.top.items())[:count]) | {found.token_id: found.logprob}
+        return {
+            str(token): {"logprob": value, "rank": ranked.get(token), "decoded_token": show(token)}
+            for token, value in values.items()
+        }
+
+    return [None if found is None else entry(found) for found in request.prompt_logprobs]
 
 
 def event(data: dict[str, Any], name: str | None = None) -> bytes:
@@ -137,11 +207,26 @@ def event(data: dict[str, Any], name: str | None = None) -> bytes:
     return f"{head}data: {json.dumps(data, separators=(',', ':'))}\n\n".encode()
 
 
-def token_text(tokenizer: Tokenizer | None) -> Callable[[int], str]:
+def json_of(fields: Mapping[str, Any], lists: Mapping[str, Iterable[Any] | None]) -> bytes:
+    """An object as JSON, its long lists piece by piece: other threads run between two pieces."""
+    text = [json.dumps(dict(fields), separators=(",", ":"))[:-1]]
+    for name, values in lists.items():
+        text.append(f',"{name}":')
+        if values is None:
+            text.append("null")
+            continue
+        rest, pieces = iter(values), []
+        while piece := list(islice(rest, _PIECE)):
+            pieces.append(json.dumps(piece, ensure_ascii=False, separators=(",", ":"))[1:-1])
+        text.append(f"[{','.join(pieces)}]")
+    return "".join([*text, "}"]).encode()
+
+
+def token_text(tokenizer: Tokenizer | None, as_ids: bool | None = False) -> Callable[[int], str]:
     r"""How a token is shown; bytes that are no text by themselves as OpenAI shows them, ``bytes:\\xe4``."""
 
     def show(token: int) -> str:
-        if tokenizer is None:
+        if tokenizer is None or as_ids:
             return f"token_id:{token}"
         data = tokenizer.token_bytes(token)
         try:

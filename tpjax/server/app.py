@@ -7,7 +7,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from functools import cached_property
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -15,20 +15,20 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
-from fastapi.routing import APIRoute
-from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tpjax import __version__
 from tpjax.errors import RequestError
-from tpjax.server.answers import Answer, event, token_text
+from tpjax.server.answers import Answer, event, json_of, token_text
+from tpjax.server.bodies import JsonRoute
 from tpjax.server.chat import ChatAnswer, Templates
 from tpjax.server.completions import CompletionAnswer
 from tpjax.server.errors import ApiError, bad_request, internal_error
 from tpjax.server.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from tpjax.server.service import Service, Stream
+from tpjax.server.texts import Texts
 
 T = TypeVar("T")
 
@@ -65,26 +65,19 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
 }
 
 
-class _JsonRequest(Request):
-    """Reads JSON strictly: no NaN, no lone surrogate, no ten thousand brackets."""
-
-    async def json(self) -> Any:
-        if not hasattr(self, "_json"):
-            try:
-                self._json = from_json(await self.body(), allow_inf_nan=False)
-            except ValueError as error:
-                raise HTTPException(400, f"the body is not valid JSON: {error}") from error
-        return self._json
-
-
-class _JsonRoute(APIRoute):
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        inner = super().get_route_handler()
-
-        async def handler(request: Request) -> Response:
-            return await inner(_JsonRequest(request.scope, request.receive))
-
-        return handler
+# As vLLM's model cards have it, for clients that read it.
+_PERMISSION = {
+    "object": "model_permission",
+    "allow_create_engine": False,
+    "allow_sampling": True,
+    "allow_logprobs": True,
+    "allow_search_indices": False,
+    "allow_view": True,
+    "allow_fine_tuning": False,
+    "organization": "*",
+    "group": None,
+    "is_blocking": False,
+}
 
 
 class _ClientGone(Exception):
@@ -152,7 +145,8 @@ def create_app(service: Service) -> FastAPI:
         docs_url=None,  # both load scripts from elsewhere
         redoc_url=None,
     )
-    app.router.route_class = _JsonRoute
+    app.state.service, app.state.pools = service, state
+    app.router.route_class = JsonRoute
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
@@ -163,7 +157,10 @@ def create_app(service: Service) -> FastAPI:
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continues prompts."""
         state.check_model(body.model)
-        return await _answered(service, request, CompletionAnswer.begin(service, body), bool(body.stream))
+        templates = state.templates if service.state == "ready" else None
+        compiler = None if templates is None else templates.grammars
+        begin = CompletionAnswer.begin(service, compiler, state.texts, body)
+        return await _answered(service, request, begin, bool(body.stream))
 
     @app.post("/v1/chat/completions", responses=_ANSWERS)
     async def chat_completions(body: ChatBody, request: Request) -> Response:
@@ -185,48 +182,32 @@ def create_app(service: Service) -> FastAPI:
         return state.model_card()
 
     @app.post("/tokenize", responses=_ANSWERS)
-    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+    async def tokenize(body: TokenizeBody, request: Request) -> Response:
         """The tokens of a prompt or of messages."""
         state.check_model(body.model)
-        llm, tokenizer = service.llm, state.tokenizer
-        if (body.prompt is None) == (body.messages is None):
-            raise bad_request("give prompt or messages, one of them", "prompt")
-        if body.messages is not None:
-            assert state.templates is not None
-            tokens = await state.templates.prompt(
-                body.messages, add_generation_prompt=body.add_generation_prompt
-            )
-        else:
-            assert body.prompt is not None
-            tokens = await asyncio.to_thread(
-                tokenizer.encode, body.prompt, add_special_tokens=body.add_special_tokens
-            )
-        texts = [token_text(tokenizer)(token) for token in tokens] if body.return_token_strs else None
-        return {
-            "count": len(tokens),
-            "max_model_len": llm.max_model_len,
-            "tokens": tokens,
-            "token_strs": texts,
-        }
+        return await _prepared(service, request, state.tokenized(body))
 
     @app.post("/detokenize", responses=_ANSWERS)
-    async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
+    async def detokenize(body: DetokenizeBody, request: Request) -> Response:
         """The text of tokens."""
         state.check_model(body.model)
-        vocab = service.llm.config.vocab_size
-        wrong = next((token for token in body.tokens if not 0 <= token < vocab), None)
-        if wrong is not None:
-            raise bad_request(
-                f"tokens has token id {wrong}, but the vocabulary has {vocab} (0 to {vocab - 1})", "tokens"
-            )
-        text = await asyncio.to_thread(state.tokenizer.decode, body.tokens, skip_special_tokens=False)
-        return {"prompt": text}
+        return await _prepared(service, request, state.detokenized(body))
 
+    @app.get("/tokenizer_info", responses=_ANSWERS)
+    async def tokenizer_info() -> dict[str, Any]:
+        """What a client needs to know to prepare prompts itself: special tokens and the chat template."""
+        return state.tokenizer_info()
+
+    @app.get("/ping")
+    @app.post("/ping", include_in_schema=False)
+    @app.head("/ping", include_in_schema=False)
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Response:
         """200 while the process lives and its engine has not failed."""
         return Response(status_code=503 if service.state == "failed" else 200)
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses=_ANSWERS)
     async def ready() -> dict[str, str]:
         """200 while requests are taken."""
@@ -238,6 +219,7 @@ def create_app(service: Service) -> FastAPI:
         """The version of tpjax."""
         return {"version": __version__}
 
+    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics")
     async def metrics() -> Response:
         """Metrics in Prometheus's text format."""
@@ -279,7 +261,14 @@ class _State:
     def templates(self) -> Templates | None:
         """``None`` where the model has no tokenizer; first asked for when the model is there."""
         llm = self.service.llm
-        return None if llm.tokenizer is None else Templates(llm.tokenizer, llm.config.vocab_size)
+        if llm.tokenizer is None:
+            return None
+        return Templates(llm.tokenizer, llm.config.vocab_size, self.texts)
+
+    @cached_property
+    def texts(self) -> Texts:
+        """Encodes texts; first asked for when the model is there."""
+        return Texts(self.service.llm)
 
     @property
     def tokenizer(self) -> Any:
@@ -310,9 +299,60 @@ class _State:
             "object": "model",
             "created": self.created,
             "owned_by": "tpjax",
+            "root": self.service.llm.name,
+            "parent": None,
             "max_model_len": self.service.llm.max_model_len,
             "vocab_size": self.service.llm.config.vocab_size,
+            "permission": [_PERMISSION | {"id": f"modelperm-{self.created:x}", "created": self.created}],
         }
+
+    def tokenizer_info(self) -> dict[str, Any]:
+        """The tokenizer under the names of Hugging Face's ``tokenizer_config.json``."""
+        tokenizer, llm = self.tokenizer, self.service.llm
+        before, after = tokenizer.edges
+        roles = ("bos_token", "eos_token", "unk_token", "pad_token")
+        return {
+            "tokenizer_class": "TpjaxTokenizer",
+            **{role: tokenizer.chat_templates.variables.get(role) for role in roles},
+            "add_bos_token": before > 0,
+            "add_eos_token": after > 0,
+            "model_max_length": llm.max_model_len,
+            "vocab_size": tokenizer.vocab_size,
+            "chat_template": tokenizer.chat_template,
+        }
+
+    async def tokenized(self, body: TokenizeBody) -> Response:
+        """The answer of ``/tokenize``."""
+        llm, tokenizer = self.service.llm, self.tokenizer
+        if (body.prompt is None) == (body.messages is None):
+            raise bad_request("give prompt or messages, one of them", "prompt")
+        if body.messages is not None:
+            assert self.templates is not None
+            tokens = await self.templates.prompt(body.messages, body.tools, asked=body)
+        else:
+            assert body.prompt is not None
+            special = body.add_special_tokens is not False
+            tokens = await self.texts.encode(body.prompt, "prompt", add_special_tokens=special, whole=True)
+        head = {"count": len(tokens), "max_model_len": llm.max_model_len}
+        texts = map(token_text(tokenizer), tokens) if body.return_token_strs else None
+        lists: dict[str, Iterable[Any] | None] = {"tokens": tokens, "token_strs": texts}
+        data = await self.texts.threads.run(json_of, head, lists)
+        return Response(data, media_type="application/json")
+
+    async def detokenized(self, body: DetokenizeBody) -> Response:
+        """The answer of ``/detokenize``."""
+        vocab, tokenizer = self.service.llm.config.vocab_size, self.tokenizer
+
+        def text() -> str:
+            wrong = next((token for token in body.tokens if not 0 <= token < vocab), None)
+            if wrong is not None:
+                raise bad_request(
+                    f"tokens has token id {wrong}, but the vocabulary has {vocab} (0 to {vocab - 1})",
+                    "tokens",
+                )
+            return tokenizer.decode(body.tokens, skip_special_tokens=False)
+
+        return JSONResponse({"prompt": await self.texts.threads.run(text)})
 
     def live(self) -> dict[str, Any]:
         """What changes from second to second."""
@@ -336,9 +376,9 @@ class _State:
 
     def close(self) -> None:
         """Ends the workers, if there are any."""
-        templates = self.__dict__.get("templates")
-        if templates is not None:
-            templates.close()
+        for one in (self.__dict__.get("templates"), self.__dict__.get("texts")):
+            if one is not None:
+                one.close()
 
 
 # --- answering ---------------------------------------------------------------------------------------------
@@ -372,6 +412,15 @@ async def _answered(
     finally:
         if answer is not None and not handed_over:
             service.close(answer.stream)
+
+
+async def _prepared(service: Service, request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """Runs what needs no engine, in a place of the queue, for as long as its client is there."""
+    try:
+        with service.preparing(1):
+            return await _while_connected(request, work)
+    except _ClientGone:
+        return Response(status_code=499)
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

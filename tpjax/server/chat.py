@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tpjax.chat_template import RENDER, WHAT
 from tpjax.engine.generation import Delta
-from tpjax.server import tools
-from tpjax.server.answers import gather, make_requests, submit, token_text, usage
+from tpjax.server import budget, legacy, structured, tools
+from tpjax.server.answer_grammar import Wanted, answer_grammar
+from tpjax.server.answers import (
+    RunningUsage,
+    gather,
+    make_requests,
+    prompt_logprobs,
+    submit,
+    token_text,
+    usage,
+)
+from tpjax.server.conversation import conversation, message_text
+from tpjax.server.dialect import AnswerReader, Dialect
 from tpjax.server.errors import bad_request
 from tpjax.server.grammar import GrammarCompiler, TokenGrammar
-from tpjax.server.protocol import ChatBody, Message, Tool
-from tpjax.server.sandbox import Sandbox
+from tpjax.server.grammar_check import GrammarChecker
+from tpjax.server.protocol import ChatBody, Message, TokenizeBody, Tool
+from tpjax.server.reader import Piece
+from tpjax.server.sandbox import PatientPool
 from tpjax.server.service import Service
+from tpjax.server.texts import Texts
 
 if TYPE_CHECKING:
     from tpjax.engine.request import Request, TokenLogprobs
@@ -23,57 +38,98 @@ if TYPE_CHECKING:
     from tpjax.tokenizer import Tokenizer
 
 
+_MOST_DIALECTS = 64  # kept; requests may bring templates of their own
+# Templates take a millisecond, and a tenth of a second over megabytes.
+QUICK_RENDERERS, SLOW_RENDERERS, QUICK_LIMIT_S = 2, 2, 0.5
+
+# Parameters of a rendering that have a place of their own in a body.
+_RENDERING = {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"}
+
+
 class Templates:
-    """Renders conversations and compiles grammars, each in a worker of its own.
+    """Renders conversations and compiles grammars, each in workers of its own.
 
     Args:
         tokenizer: of the model.
         vocab_size: of the model.
+        texts: encodes what was rendered.
+
+    Attributes:
+        texts: as given.
+        workers: where conversations are rendered.
+        grammars: of the model.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, texts: Texts) -> None:
         self._templates = tokenizer.chat_templates
-        arguments = (self._templates.sources, self._templates.variables)
-        self._renderer, self._checker = Sandbox(*arguments), Sandbox(*arguments)
-        self.grammars = GrammarCompiler(tokenizer, vocab_size, self._checker)
+        self.texts = texts
+        self.workers = PatientPool(QUICK_RENDERERS, SLOW_RENDERERS, WHAT, QUICK_LIMIT_S)
+        self.grammars = GrammarCompiler(tokenizer, vocab_size, GrammarChecker())
+        self._tokenizer = tokenizer
+        self._dialects: dict[tuple[str, bool], Dialect] = {}
+
+    async def dialect(self, offered: Sequence[Tool] | None, own: str | None = None) -> Dialect:
+        """How the model converses with these tools; found out once for each template.
+
+        Args:
+            offered: tools.
+            own: the request's own template.
+
+        Raises:
+            ApiError: the server is too busy to find out, or the template too slow.
+        """
+        name = self._templates.chosen(offered)
+        with_tools = own is None and bool(offered) and name != self._templates.chosen(None)
+        source = self._templates.sources.get(name, "") if own is None else own
+        found = self._dialects.get((source, with_tools))
+        if found is None:
+            more = {} if own is None else {"chat_template": own}
+
+            async def render(conversation: dict[str, Any]) -> str:
+                job = self._templates.job({**conversation, **more})
+                text: str = await self.workers.run(RENDER, job, "messages")
+                return text
+
+            found = await Dialect.of(source, self._tokenizer, render, with_tools=with_tools)
+            if len(self._dialects) < _MOST_DIALECTS:
+                self._dialects[source, with_tools] = found
+        return found
 
     async def prompt(
         self,
         messages: Sequence[Message],
         offered: Sequence[Tool] | None = None,
         *,
-        add_generation_prompt: bool = True,
-        options: dict[str, Any] | None = None,
+        asked: ChatBody | TokenizeBody,
     ) -> list[int]:
         """The tokens of a conversation.
+
+        Args:
+            messages: oldest first.
+            offered: tools.
+            asked: what else the body says of the rendering.
 
         Raises:
             ApiError: 400; the messages or their rendering are not fit.
         """
         if not messages:
             raise bad_request("messages is empty: at least 1 message is needed", "messages")
-        source = self._templates.sources.get(self._templates.chosen(offered), "")
-        knows = "tools" in source
-        plain = tools.conversation(messages, offered, knows)
-        given = [tool.model_dump(exclude_none=True) for tool in offered or ()] if knows else None
-        clash = {"messages", "tools", "add_generation_prompt"} & set(options or ())
-        if clash:
-            raise bad_request(f"chat_template_kwargs has {min(clash)}", "chat_template_kwargs")
-        text = await self._renderer.render(
-            {
-                "messages": plain,
-                "tools": given or None,
-                "add_generation_prompt": add_generation_prompt,
-                **(options or {}),
-            }
-        )
-        return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=False)
+        dialect = await self.dialect(offered, asked.chat_template)
+        plain = conversation(messages, offered, dialect.traits, dialect.calls)
+        if asked.continue_final_message:
+            plain[-1] = {**plain[-1], "content": message_text(messages[-1])}
+        told = offered if offered and dialect.traits.tools else ()
+        given = [tool.model_dump(exclude_none=True) for tool in told]
+        rendering = {"messages": plain, "tools": given or None, **_rendering(asked)}
+        text = await self.workers.run(RENDER, self._templates.job(rendering), "messages")
+        whole = not isinstance(asked, ChatBody) or asked.truncate_prompt_tokens is not None
+        special = bool(asked.add_special_tokens)
+        return await self.texts.encode(text, "messages", add_special_tokens=special, whole=whole)
 
     def close(self) -> None:
         """Ends the workers."""
-        self._renderer.close()
-        self._checker.close()
+        self.workers.close()
+        self.grammars.close()
 
 
 class ChatAnswer:
@@ -84,19 +140,25 @@ class ChatAnswer:
     """
 
     def __init__(
-        self, service: Service, llm: LLM, body: ChatBody, requests: list[Request], *, calls: bool
+        self, service: Service, llm: LLM, body: ChatBody, requests: list[Request], dialect: Dialect
     ) -> None:
+        offered = _offered(body)
+        schemas = (
+            None if not offered else {one.function.name: one.function.parameters or {} for one in offered}
+        )
+        inside = dialect.inside(llm.tokenizer, requests[0].prompt_ids) if llm.tokenizer else False
         self._body = body
-        self._calls = calls
-        self._show = token_text(llm.tokenizer)
+        self._dialect = dialect
+        self._reader = lambda: dialect.reader(schemas, inside=inside)
+        self._show = token_text(llm.tokenizer, body.return_tokens_as_token_ids)
         self._tokenizer = llm.tokenizer
         self._frame = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "id": f"chatcmpl-{body.request_id or uuid.uuid4().hex}",
             "object": "chat.completion",
             "created": int(time.time()),
             "model": body.model or service.model,
         }
-        self.stream = submit(service, llm, body, requests)
+        self.stream = submit(service, llm, body, requests, dialect.shown_ids(with_calls=bool(offered)))
 
     @classmethod
     async def begin(cls, service: Service, templates: Templates | None, body: ChatBody) -> ChatAnswer:
@@ -106,70 +168,111 @@ class ChatAnswer:
             ApiError: nothing runs then.
         """
         llm = service.llm
+        body = legacy.modern(body)
         body.check()
         n = body.n or 1
-        service.admit(n)
         if templates is None:
             raise bad_request("the model has no tokenizer: use /v1/completions with token ids", "messages")
-        offered = body.tools if body.tool_choice != "none" else None
-        ids = await templates.prompt(body.messages, offered, options=body.chat_template_kwargs)
-        grammars = await _grammars(templates.grammars, body, n)
+        offered = _offered(body)
         params = {"logprobs": body.top_logprobs or 0} if body.logprobs else {}
-        requests = make_requests(llm, body, ids, body.limit, None, grammars, **params)
-        return cls(service, llm, body, requests, calls=bool(offered))
+        with service.preparing(n):
+            dialect = await templates.dialect(offered, body.chat_template)
+            ids = await templates.prompt(body.messages, offered, asked=body)
+            assert llm.tokenizer is not None
+            grammars = await _grammars(templates.grammars, body, dialect, dialect.inside(llm.tokenizer, ids))
+            make = partial(make_requests, llm, body, ids, body.limit, None, grammars, **params)
+            requests = await templates.texts.threads.run(make)
+        budget.prepared()
+        for request in requests if not body.ignore_eos else ():
+            request.stop_ids += tuple(one for one in dialect.stop_ids if one not in request.stop_ids)
+        return cls(service, llm, body, requests, dialect)
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
         choices = []
         for index, delta in enumerate(await gather(self.stream)):
-            pieces = self._pieces(tools.ToolParser() if self._calls else None, delta)
-            calls = _calls(pieces)
-            content = "".join(piece.text for piece in pieces if piece.call is None)
-            message = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
+            pieces = self._pieces(self._reader(), delta)
+            calls = tools.whole_calls(pieces)
+            texts = (piece.text for piece in pieces if piece.call is None and not piece.reasoning)
+            content = self._echo() + "".join(texts)
+            message: dict[str, Any] = {"role": "assistant", "content": content or None if calls else content}
+            message["refusal"] = None
+            if self._dialect.reasons:
+                reasoning = "".join(piece.text for piece in pieces if piece.reasoning) or None
+                message |= {"reasoning": reasoning, "reasoning_content": reasoning}
             if calls:
-                message["tool_calls"] = calls  # type: ignore[assignment]
+                message["tool_calls"] = calls
             choices.append(
                 {
                     "index": index,
-                    "message": message,
+                    "message": self._worded(message),
                     "logprobs": self._logprobs(delta),
-                    "finish_reason": _reason(delta, bool(calls)),
+                    "finish_reason": self._reason(delta, bool(calls)),
+                    **self._tokens(delta),
                 }
             )
-        return {**self._frame, "choices": choices, "usage": usage(self.stream, len(choices))}
+        request = self.stream.generations[0].request
+        extra = self._prompt_tokens()
+        if self._body.prompt_logprobs is not None:
+            extra["prompt_logprobs"] = prompt_logprobs(request, self._body.prompt_logprobs, self._show)
+        return {**self._frame, "choices": choices, "usage": usage(self.stream, len(choices)), **extra}
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """The answer in chunks; the usage comes last, where asked for."""
         count = len(self.stream.generations)
         frame = self._frame | {"object": "chat.completion.chunk"}
-        empty = {"usage": None} if self._body.include_usage else {}
-        parsers = [tools.ToolParser() if self._calls else None for _ in range(count)]
+        running = RunningUsage(self.stream, self._body)
+        used: dict[str, Any] = {}
+        readers = [self._reader() for _ in range(count)]
         begun: set[int] = set()
 
-        def chunk(index: int, delta: dict[str, Any], logprobs: Any = None, reason: Any = None) -> Any:
-            choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-            return {**frame, "choices": [choice], **empty}
+        def chunk(index: int, delta: dict[str, Any], of: dict[str, Any], reason: Any = None) -> Any:
+            choice = {"index": index, "delta": self._worded(delta), "finish_reason": reason}
+            return {**frame, "choices": [choice | {"logprobs": None} | of], **used}
 
         async for index, delta in self.stream.deltas():
-            parser = parsers[index]
+            reader = readers[index]
+            used = running.grew(index, delta)
             if index not in begun:
                 begun.add(index)
-                yield chunk(index, {"role": "assistant", "content": ""})
+                yield chunk(index, {"role": "assistant", "content": self._echo()}, {}) | self._prompt_tokens()
             logprobs = self._logprobs(delta)
-            for piece in self._pieces(parser, delta):
-                yield chunk(index, _piece(piece), logprobs)
-                logprobs = None  # once a delta, with its first piece
-            if logprobs or delta.finish_reason is not None:
-                reason = delta.finish_reason and _reason(delta, bool(parser and parser.calls))
-                yield chunk(index, {}, logprobs, reason)
+            of = ({"logprobs": logprobs} if logprobs else {}) | self._tokens(delta)
+            for piece in self._pieces(reader, delta):
+                yield chunk(index, tools.delta(piece), of)
+                of = {}  # once a delta, with its first piece
+            if of or delta.finish_reason is not None:
+                reason = delta.finish_reason and self._reason(delta, bool(reader and reader.called))
+                yield chunk(index, {}, of, reason)
         if self._body.include_usage:
             yield {**frame, "choices": [], "usage": usage(self.stream, count)}
 
-    def _pieces(self, parser: tools.ToolParser | None, delta: Delta) -> list[tools.Piece]:
-        if parser is None:
-            return [tools.Piece(delta.text)] if delta.text else []
-        pieces = parser.push(delta.text)
-        return pieces + parser.flush() if delta.finish_reason is not None else pieces
+    def _pieces(self, reader: AnswerReader | None, delta: Delta) -> list[Piece]:
+        if reader is None:
+            return [Piece(delta.text)] if delta.text else []
+        pieces = reader.push(delta.text)
+        return pieces + reader.flush() if delta.finish_reason is not None else pieces
+
+    def _tokens(self, delta: Delta) -> dict[str, Any]:
+        return {"token_ids": delta.token_ids} if self._body.return_token_ids else {}
+
+    def _prompt_tokens(self) -> dict[str, Any]:
+        ids = self.stream.generations[0].request.prompt_ids
+        return {"prompt_token_ids": list(ids)} if self._body.return_token_ids else {}
+
+    def _echo(self) -> str:
+        """What the last message said, where the answer goes on from there and is to tell."""
+        last = self._body.messages[-1]
+        if not self._body.echo or last.role != "assistant":
+            return ""
+        return message_text(last)
+
+    def _worded(self, message: dict[str, Any]) -> dict[str, Any]:
+        return legacy.message(message) if self._body.functions is not None else message
+
+    def _reason(self, delta: Delta, called: bool) -> str | None:
+        reason = "tool_calls" if called and delta.finish_reason == "stop" else delta.finish_reason
+        return legacy.reason(reason) if self._body.functions is not None else reason
 
     def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
         if not self._body.logprobs or not delta.token_ids:
@@ -185,42 +288,41 @@ class ChatAnswer:
         return {"token": self._show(token), "logprob": logprob, "bytes": list(data)}
 
 
-async def _grammars(compiler: GrammarCompiler, body: ChatBody, count: int) -> list[TokenGrammar]:
-    lark = tools.grammar(body)
-    form = body.response_format
-    if lark is not None:
-        if form is not None and form.type != "text":
-            raise bad_request("response_format and tools cannot both shape the answer", "response_format")
-        return await compiler.lark(lark, "tools", count)
-    if form is None or form.type == "text":
+def _offered(body: ChatBody) -> list[Tool] | None:
+    return body.tools if body.tool_choice != "none" else None
+
+
+async def _grammars(
+    compiler: GrammarCompiler, body: ChatBody, dialect: Dialect, inside: bool
+) -> list[TokenGrammar]:
+    wanted = Wanted.of(body)
+    if body.structure is not None:
+        if wanted.tools:
+            raise bad_request("structured_outputs and tools cannot both shape the answer", "tools")
+        return await structured.grammars(compiler, body, body.n or 1)
+    write = answer_grammar(wanted, dialect.calls, dialect.reasoning, inside, dialect.special)
+    if write is None:
         return []
-    schema: Any = {"type": "object"} if form.json_schema is None else form.json_schema.schema_
-    if schema is True:
-        schema = {}  # the same to JSON Schema, and llguidance takes its options in an object
-    return await compiler.schema(schema, "response_format", count)
+    param = "tools" if wanted.tools else "response_format"
+    return await compiler.compile(write, wanted.schemas, param, body.n or 1)
 
 
-def _calls(pieces: Sequence[tools.Piece]) -> list[dict[str, Any]]:
-    calls: list[dict[str, Any]] = []
-    for piece in pieces:
-        if piece.call is None:
-            continue
-        if piece.name is not None:
-            function = {"name": piece.name, "arguments": ""}
-            calls.append({"id": tools.call_id(), "type": "function", "function": function})
-        calls[piece.call]["function"]["arguments"] += piece.text
-    return calls
-
-
-def _piece(piece: tools.Piece) -> dict[str, Any]:
-    if piece.call is None:
-        return {"content": piece.text}
-    call: dict[str, Any] = {"index": piece.call, "function": {"arguments": piece.text}}
-    if piece.name is not None:
-        call |= {"id": tools.call_id(), "type": "function"}
-        call["function"]["name"] = piece.name
-    return {"tool_calls": [call]}
-
-
-def _reason(delta: Delta, called: bool) -> str | None:
-    return "tool_calls" if called and delta.finish_reason == "stop" else delta.finish_reason
+def _rendering(asked: ChatBody | TokenizeBody) -> dict[str, Any]:
+    """What the template gets besides messages and tools."""
+    options = asked.chat_template_kwargs or {}
+    if clash := _RENDERING & set(options):
+        raise bad_request(f"chat_template_kwargs has {min(clash)}", "chat_template_kwargs")
+    goes_on = bool(asked.continue_final_message)
+    if goes_on and asked.add_generation_prompt:
+        raise bad_request(
+            "continue_final_message and add_generation_prompt cannot both be true", "continue_final_message"
+        )
+    more: dict[str, Any] = {"chat_template": asked.chat_template} if asked.chat_template is not None else {}
+    if isinstance(asked, ChatBody) and asked.documents is not None:
+        more["documents"] = asked.documents
+    return {
+        "add_generation_prompt": asked.add_generation_prompt is not False and not goes_on,
+        "continue_final_message": goes_on,
+        **more,
+        **options,
+    }

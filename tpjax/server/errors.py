@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from tpjax.errors import RequestError, TpjaxError
+from tpjax.errors import ContextLengthError, RequestError, TpjaxError
 
 _TYPES = {
     401: "authentication_error",
@@ -63,5 +63,8 @@ def internal_error() -> ApiError:
 def from_request_error(error: RequestError, params: Collection[str]) -> ApiError:
     """The library's complaint as the API's; its message begins with the parameter where one is wrong."""
     message = str(error)
+    code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
+    if message.startswith("the prompt "):
+        return bad_request(message, "messages" if "messages" in params else "prompt", code)
     named = re.match(r"\w+", message)
-    return bad_request(message, param=named[0] if named and named[0] in params else None)
+    return bad_request(message, named[0] if named and named[0] in params else None, code)

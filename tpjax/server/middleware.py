@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import logging
@@ -15,7 +16,9 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any
 
-from tpjax.server.errors import ApiError, internal_error
+from tpjax.server import budget
+from tpjax.server.budget import Budget, Share
+from tpjax.server.errors import ApiError, bad_request, internal_error
 
 Scope = dict[str, Any]
 Message = dict[str, Any]
@@ -27,10 +30,15 @@ log = logging.getLogger(__name__)
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 MAX_BODY_BYTES = 4 << 20
+MAX_PREPARED_BODIES = 4  # of the largest size, over all requests
 BODY_LIMIT_S = 30.0
+# What a client may still send after it was refused: closing at once would reset the connection, and take the
+# answer with it.
+LINGER_BYTES = 256 << 20
+LINGER_S, LINGER_IDLE_S = 30.0, 5.0
 MAX_LOGGED_PATH = 256  # characters
-OPEN_PATHS = ("/health",)
-POLLED_PATHS = ("/health", "/ready", "/metrics", "/stats")  # every second or so: no news where all is well
+OPEN_PATHS = ("/health", "/ping", "/ready", "/metrics")  # a probe and a scraper have no key
+POLLED_PATHS = (*OPEN_PATHS, "/stats")  # every second or so: no news where all is well
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 
@@ -39,16 +47,23 @@ class Edge:
 
     Args:
         app: what is inside.
-        api_keys: any of them opens every path but ``/health``; none: all is open.
+        api_keys: any of them opens every path but ``OPEN_PATHS``; none: all is open.
         max_body_bytes: over it, 413.
+        protect_metrics: ``/metrics`` asks for a key too.
     """
 
     def __init__(
-        self, app: App, api_keys: tuple[str, ...] = (), max_body_bytes: int = MAX_BODY_BYTES
+        self,
+        app: App,
+        api_keys: tuple[str, ...] = (),
+        max_body_bytes: int = MAX_BODY_BYTES,
+        protect_metrics: bool = False,
     ) -> None:
         self._app = app
+        self._open = set(OPEN_PATHS) - ({"/metrics"} if protect_metrics else set())
         self._keys = [key.encode() for key in api_keys]
         self._max_body_bytes = max_body_bytes
+        self._budget = Budget(MAX_PREPARED_BODIES * max_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves a connection as ASGI has it."""
@@ -59,7 +74,15 @@ class Edge:
         own = headers.get("x-request-id", "")
         ident = own if _ID.fullmatch(own) else uuid.uuid4().hex
         token = request_id.set(ident)
-        start, status, complete = time.perf_counter(), 0, False
+        share = Share(self._budget)
+        share_token = budget.share.set(share)
+        start, status, complete, unread = time.perf_counter(), 0, False, True
+
+        async def incoming() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = bool(message.get("more_body"))
+            return message
 
         async def tagged(message: Message) -> None:
             nonlocal status, complete
@@ -70,10 +93,18 @@ class Edge:
             await send(message)
 
         try:
-            self._check_key(scope["path"], headers)
-            body = await self._body(receive, headers)
-            if body is not None:
-                await self._app(scope, _replayed(body, receive), tagged)
+            try:
+                _check_framing(scope["headers"])
+                self._check_key(scope["path"], headers)
+                body = await self._body(incoming, headers, share)
+            except ApiError as error:
+                framed = "content-length" in headers or "transfer-encoding" in headers
+                await _refuse(error, receive if framed and unread else None, tagged)
+            else:
+                if body is not None:
+                    replayed = _replayed(body, receive)
+                    del body
+                    await self._app(scope, replayed, tagged)
         except ApiError as error:
             await send_error(error, tagged)
         except Exception:
@@ -88,10 +119,12 @@ class Edge:
             fields = {"method": scope["method"], "path": path, "status": status, "ms": ms}
             level = logging.DEBUG if scope["path"] in POLLED_PATHS and status == 200 else logging.INFO
             log.log(level, "request", extra={"fields": fields})
+            share.release()
+            budget.share.reset(share_token)
             request_id.reset(token)
 
     def _check_key(self, path: str, headers: dict[str, str]) -> None:
-        if not self._keys or path in OPEN_PATHS:
+        if not self._keys or path in self._open:
             return
         kind, _, value = headers.get("authorization", "").partition(" ")
         given = value.strip().encode("latin-1")
@@ -110,54 +143,89 @@ class Edge:
                 headers={"WWW-Authenticate": f'{scheme} realm="tpjax"'},
             )
 
-    async def _body(self, receive: Receive, headers: dict[str, str]) -> bytes | None:
-        """The whole body; ``None`` where the client has gone."""
+    async def _body(self, receive: Receive, headers: dict[str, str], share: Share) -> bytes | None:
+        """The whole body; ``None`` where the client has gone. The budget gives what is declared, or has come.
+
+        Raises:
+            ApiError: 408, 413 or 429; the rest of the body is still to come.
+        """
         length = headers.get("content-length", "")
         too_large = ApiError(
             413,
             f"the body is over {self._max_body_bytes} bytes",
             code="request_too_large",
-            headers={"Connection": "close"},
         )
-        if length.isdigit() and (len(length) > 18 or int(length) > self._max_body_bytes):
-            raise too_large
-        parts, size = [], 0
+        if length.isdigit():
+            if len(length) > 18 or int(length) > self._max_body_bytes:
+                raise too_large
+            share.grow(int(length))
+        body = bytearray()
         try:
             async with asyncio.timeout(BODY_LIMIT_S):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > self._max_body_bytes:
+                    body += message.get("body", b"")
+                    if len(body) > self._max_body_bytes:
                         raise too_large
+                    share.grow(len(body))
                     if not message.get("more_body"):
-                        return b"".join(parts)
+                        return bytes(body)
         except TimeoutError as error:
             raise ApiError(408, f"the body did not come within {BODY_LIMIT_S:g} s") from error
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    given = False
+    bodies = [body]
+    del body  # handed over once, and not kept for as long as the answer takes
 
     async def replay() -> Message:
-        nonlocal given
-        if given:
+        if not bodies:
             return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return {"type": "http.request", "body": bodies.pop(), "more_body": False}
 
     return replay
 
 
-async def send_error(error: ApiError, send: Send) -> None:
+def _check_framing(headers: list[tuple[bytes, bytes]]) -> None:
+    """Refuses a body of doubtful length: a proxy may see another one, and another request in the rest."""
+    lengths = [value for name, value in headers if name == b"content-length"]
+    codings = [value.strip().lower() for name, value in headers if name == b"transfer-encoding"]
+    if lengths and codings:
+        raise bad_request("the request has both Content-Length and Transfer-Encoding")
+    if codings not in ([], [b"chunked"]):
+        raise ApiError(501, f"Transfer-Encoding {b', '.join(codings)[:80]!r} is not supported: use chunked")
+    if len(set(lengths)) > 1:
+        raise bad_request("the request has two different Content-Length")
+
+
+async def send_error(error: ApiError, send: Send, *, more_body: bool = False) -> None:
     """Answers with an error."""
     body = json.dumps(error.body()).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
     pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": pairs})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": more_body})
+
+
+async def _refuse(error: ApiError, receive: Receive | None, send: Send) -> None:
+    """Answers with an error; where there is a body to ``receive``, reads on for a while and closes."""
+    if receive is None:
+        await send_error(error, send)
+        return
+    error.headers["Connection"] = "close"
+    await send_error(error, send, more_body=True)
+    left = LINGER_BYTES
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            while left > 0:
+                async with asyncio.timeout(LINGER_IDLE_S):
+                    message = await receive()
+                left -= len(message.get("body", b""))
+                if not message.get("more_body"):  # the end of the body, or of the connection
+                    break
+    await send({"type": "http.response.body", "body": b""})
 
 
 class JsonLines(logging.Formatter):

@@ -1,29 +1,33 @@
 """What clients send. Wrong types, unknown names and numbers that are not finite end here, with a 400.
 
-Fields that only OpenAI's own service can honour (``user``, ``metadata``, ...) are taken and ignored, so that
-its clients work; whatever else is unknown is refused, so that a misspelt parameter does not pass in silence.
+Whatever is unknown is refused, so that a misspelt parameter does not pass in silence. What OpenAI and vLLM
+know and this server has no use for is in ``foreign.py``.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from tpjax.sampling_params import MAX_LOGPROBS, MAX_SEED, MIN_SEED, SamplingParams
+from tpjax.server.bodies import QuickModel
 from tpjax.server.errors import bad_request
+from tpjax.server.foreign import Foreign, ForeignToChat, ForeignToCompletions
 
 MAX_CHOICES = 128  # prompts × n of one request
 MAX_STOP = 16
 MAX_STOP_CHARS = 256
 MAX_LOGIT_BIAS = 1024
+MAX_BAD_WORDS = 1024
+MAX_PRIORITY = 2**63 - 1
 
 Number = float  # strict mode takes a whole number too
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
-class Body(BaseModel):
+class Body(QuickModel):
     """Strict: a string is no number, and an unknown field is an error."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -33,10 +37,42 @@ class StreamOptions(Body):
     """What a stream also tells."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class Sampling(Body):
+class StructuredOutputs(Body):
+    """What the answer has to be, one of the first six; vLLM's way to say it."""
+
+    json_: dict[str, Any] | bool | str | None = Field(default=None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES * 8)] | None = None
+    grammar: str | None = None
+    structural_tag: Any = None
+    whitespace_pattern: str | None = None
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool | None = None
+    disable_fallback: bool | None = None  # there is one way to follow a schema, and nothing to fall back to
+
+
+class JsonSchema(Body):
+    """A schema the answer follows."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | bool = Field(default=True, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """The shape of the answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class Sampling(Foreign):
     """What completions and chat have in common."""
 
     model: str | None = None
@@ -54,21 +90,61 @@ class Sampling(Body):
     stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP)] | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    detokenize: bool | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: Annotated[list[StopText], Field(max_length=MAX_BAD_WORDS)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | bool | str | None = None  # what structured_outputs was before
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+    response_format: ResponseFormat | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY - 1, le=MAX_PRIORITY)] | None = None
+    request_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # of OpenAI's own service: taken and ignored
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+
+    @property
+    def limit_name(self) -> str:
+        """The parameter that says how many tokens to generate."""
+        return "max_tokens"
 
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether each chunk of a stream tells the usage of its choice so far."""
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+    @property
+    def structure(self) -> StructuredOutputs | None:
+        """What the answer has to be, under today's name or yesterday's.
+
+        Raises:
+            ApiError: there are several, or none where one was announced.
+        """
+        before = {
+            name: value
+            for name in ("json", "regex", "choice", "grammar")
+            if (value := getattr(self, f"guided_{name}")) is not None
+        }
+        if self.structured_outputs is not None and before:
+            raise bad_request("structured_outputs and guided_* say the same: give one", "structured_outputs")
+        if not before:
+            return self.structured_outputs
+        return StructuredOutputs(**before, whitespace_pattern=self.guided_whitespace_pattern)
 
     def check(self) -> None:
         """Refuses what no single field can show to be wrong.
@@ -76,8 +152,16 @@ class Sampling(Body):
         Raises:
             ApiError: with the parameter's name.
         """
+        super().check()
+        form = self.response_format
+        if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
+            raise bad_request(
+                "response_format of type json_schema, and no other, has a json_schema", "response_format"
+            )
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options needs stream=true", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise bad_request("prompt_logprobs come with whole answers: leave out stream", "prompt_logprobs")
 
     def sampling_params(self, max_tokens: int, **extra: Any) -> SamplingParams:
         """The engine's parameters.
@@ -100,11 +184,16 @@ class Sampling(Body):
             presence_penalty=_or(self.presence_penalty, 0.0),
             frequency_penalty=_or(self.frequency_penalty, 0.0),
             logit_bias=_token_biases(self.logit_bias or {}),
-            **extra,
+            allowed_token_ids=self.allowed_token_ids,
+            bad_words=_or(self.bad_words, ()),
+            detokenize=self.detokenize is not False,
+            skip_special_tokens=self.skip_special_tokens is not False,
+            include_stop_str_in_output=bool(self.include_stop_str_in_output),
+            **{"prompt_logprobs": self.prompt_logprobs, **extra},
         )
 
 
-class CompletionBody(Sampling):
+class CompletionBody(Sampling, ForeignToCompletions):
     """``POST /v1/completions``."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
@@ -112,7 +201,6 @@ class CompletionBody(Sampling):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    suffix: str | None = None
     add_special_tokens: bool | None = None
 
     def check(self) -> None:
@@ -123,8 +211,6 @@ class CompletionBody(Sampling):
             raise bad_request(
                 f"best_of={self.best_of} differs from n={n}: all choices are returned", "best_of"
             )
-        if self.suffix:
-            raise bad_request("suffix is not supported: the model only continues a prompt", "suffix")
         prompts = self.prompts()
         if not prompts:
             raise bad_request("prompt is an empty list: at least 1 prompt is needed", "prompt")
@@ -159,7 +245,7 @@ class ToolCall(Body):
     index: int | None = None
 
 
-class Message(BaseModel):
+class Message(QuickModel):
     """A turn. Templates may know more fields than these, so more are let through to them."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
@@ -167,6 +253,7 @@ class Message(BaseModel):
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: str | list[dict[str, Any]] | None = None
     tool_calls: list[ToolCall] | None = None
+    function_call: FunctionCall | None = None  # what tool_calls were before
     tool_call_id: str | None = None
     name: str | None = None
 
@@ -200,23 +287,21 @@ class NamedTool(Body):
     function: NamedFunction
 
 
-class JsonSchema(Body):
-    """A schema the answer follows."""
+class Allowance(Body):
+    """Some of the tools, and whether one of them has to be called."""
 
-    name: str | None = None
-    description: str | None = None
-    schema_: dict[str, Any] | bool = Field(default=True, alias="schema")
-    strict: bool | None = None
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=128)]
 
 
-class ResponseFormat(Body):
-    """The shape of the answer."""
+class AllowedTools(Body):
+    """The tools that may be called."""
 
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
+    type: Literal["allowed_tools"]
+    allowed_tools: Allowance
 
 
-class ChatBody(Sampling):
+class ChatBody(Sampling, ForeignToChat):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(max_length=4096)]
@@ -224,14 +309,19 @@ class ChatBody(Sampling):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    # of OpenAI's own service: taken and ignored
+    functions: Annotated[list[Function], Field(max_length=128)] | None = None  # what tools were before
+    function_call: Literal["none", "auto"] | NamedFunction | None = None
     reasoning_effort: str | None = None
-    verbosity: str | None = None
+    echo: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def check(self) -> None:
         """Refuses what no single field can show to be wrong."""
@@ -248,16 +338,16 @@ class ChatBody(Sampling):
                 raise bad_request(
                     f"tool_choice names {name!r}, but tools has {', '.join(known)}", "tool_choice"
                 )
-        form = self.response_format
-        if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
-            raise bad_request(
-                "response_format of type json_schema, and no other, has a json_schema", "response_format"
-            )
 
     @property
     def limit(self) -> int | None:
         """Most tokens to generate, where given."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def limit_name(self) -> str:
+        """The parameter that says how many tokens to generate."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
 
 class TokenizeBody(Body):
@@ -266,9 +356,13 @@ class TokenizeBody(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(max_length=4096)] | None = None
-    add_special_tokens: bool = True
-    add_generation_prompt: bool = True
-    return_token_strs: bool = False
+    add_special_tokens: bool | None = None  # by default of a prompt: templates write their own
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    return_token_strs: bool | None = None
 
 
 class DetokenizeBody(Body):

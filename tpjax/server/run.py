@@ -11,9 +11,10 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
+from starlette.middleware.cors import CORSMiddleware
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from tpjax.errors import ConfigError
@@ -38,6 +39,8 @@ class Options:
         host: address to listen on.
         port: 0 takes a free one.
         api_keys: any of them opens the server; none: it is open to all who reach it.
+        protect_metrics: ``/metrics`` asks for a key too.
+        allow_origins: origins whose pages may use the server from a browser; ``*``: any.
         max_queue: choices that may wait for a slot.
         max_body_bytes: of a request.
         drain_s: what running requests get to finish after SIGTERM.
@@ -47,6 +50,8 @@ class Options:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
+    protect_metrics: bool = False
+    allow_origins: tuple[str, ...] = ()
     max_queue: int = 256
     max_body_bytes: int = MAX_BODY_BYTES
     drain_s: float = 30.0
@@ -87,10 +92,24 @@ class Server(uvicorn.Server):
         self._drain_s = options.drain_s
         self._signals = 0
         self._drain: asyncio.Task[None] | None = None
-        app = Edge(create_app(service), options.api_keys, options.max_body_bytes)  # type: ignore[arg-type]
+        app: Any = Edge(
+            create_app(service),  # type: ignore[arg-type]
+            options.api_keys,
+            options.max_body_bytes,
+            options.protect_metrics,
+        )
+        if options.allow_origins:
+            # outside of the keys: a browser asks leave without one, and reads no error without these headers
+            app = CORSMiddleware(
+                app,
+                allow_origins=options.allow_origins,
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id"],
+            )
         super().__init__(
             uvicorn.Config(
-                app,  # type: ignore[arg-type]
+                app,
                 log_config=None,
                 http=Connection,
                 access_log=False,

@@ -1,186 +1,164 @@
-"""A process of its own for what a request makes run: chat templates and the first look at a grammar.
+"""The server's workers: processes for templates, grammars and long texts, and threads for short ones.
 
-A template is a checkpoint's code over a client's text, and a schema can make its compiler run long or
-overflow its stack (llguidance 1.9 ends the process on a chain of some thousand ``$ref``). Neither may touch
-the server: the worker has a memory limit, answers within a time limit, and is killed and replaced otherwise.
-
-``python -m tpjax.server.sandbox`` is the worker: on stdin and stdout, JSON with its length before it. The
-first message sets it up, each further one is a job.
+Each pool has few places, and a job's clock starts when it has one. Whoever waits for a place counts towards
+``max_queue`` (``Service.preparing``). A job ends with its client: one that waits is forgotten, the process of
+one that runs is killed, and nobody else's is.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
-import json
-import os
-import signal
-import subprocess
-import sys
-import threading
-from typing import IO, Any
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
+from tpjax.errors import CheckpointError, RequestError, TpjaxError
+from tpjax.sandbox import MEMORY_LIMIT_BYTES, TIME_LIMIT_S, TimeLimitError, Worker
 from tpjax.server.errors import ApiError, bad_request
 
-START_LIMIT_S = 60.0
-TIME_LIMIT_S = 5.0
-MEMORY_LIMIT_BYTES = 2 << 30  # of address space
-MAX_RENDERED_CHARS = 4 << 20
-# A sixteenth of what the server's threads have: what compiles here compiles there.
-_STACK_BYTES = 512 << 10
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-_ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "LD_LIBRARY_PATH", "LANG", "TZ")
+T = TypeVar("T")
 
 
-class Sandbox:
-    """Runs jobs one after the other in a process that may be killed.
+class WorkerPool:
+    """Runs functions in processes, several at a time.
 
     Args:
-        templates: sources of the chat templates, by name.
-        variables: what every template sees.
-        time_limit_s: of a job.
+        size: processes; each starts when there is something for it.
+        what: names its jobs in errors.
+        time_limit_s: processor time of a job.
+        memory_limit_bytes: address space of each.
     """
 
     def __init__(
-        self, templates: dict[str, str], variables: dict[str, str], time_limit_s: float = TIME_LIMIT_S
+        self,
+        size: int,
+        what: str,
+        time_limit_s: float = TIME_LIMIT_S,
+        memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
     ) -> None:
-        self._setup = {"templates": templates, "variables": variables}
+        self._what = what
         self._time_limit_s = time_limit_s
-        self._lock = asyncio.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._memory_limit_bytes = memory_limit_bytes
+        self._places = asyncio.Semaphore(size)
+        self._idle: list[Worker] = []
+        self._busy: set[Worker] = set()
+        # a killed worker's thread lives a little longer than its place is taken
+        self._threads = ThreadPoolExecutor(2 * size, thread_name_prefix="tpjax-worker")
 
-    async def render(self, conversation: dict[str, Any]) -> str:
-        """The prompt of a conversation: the arguments of ``ChatTemplates.render``.
+    @property
+    def running(self) -> int:
+        """Jobs that have a place."""
+        return len(self._busy)
+
+    async def run(self, function: str, arguments: Mapping[str, Any], param: str | None) -> Any:
+        """Runs a function; cancelling it kills the process it runs in.
+
+        Args:
+            function: ``"package.module:name"``.
+            arguments: by name.
+            param: the request's parameter that errors name.
 
         Raises:
-            ApiError: 400; the template refuses it, or takes too long.
+            ApiError: 400; it failed, or is over a limit; the cause says which. 503; there is no process.
         """
-        return await self._run({"render": conversation}, "the chat template", "messages")
-
-    async def check_grammar(self, grammar: str, param: str) -> None:
-        """Compiles a grammar and throws it away.
-
-        Raises:
-            ApiError: 400; it is not valid, or takes too long.
-        """
-        await self._run({"grammar": grammar}, "the schema", param)
+        async with self._places:
+            worker = self._worker()
+            self._busy.add(worker)
+            try:
+                return await asyncio.get_running_loop().run_in_executor(
+                    self._threads, worker.ask, function, arguments, self._what, self._time_limit_s
+                )
+            except asyncio.CancelledError:
+                worker.kill()
+                raise
+            except (RequestError, CheckpointError) as error:
+                raise bad_request(str(error), param) from error
+            except TpjaxError as error:
+                raise ApiError(503, str(error), code="worker") from error
+            finally:
+                self._busy.discard(worker)
+                if worker.usable:
+                    self._idle.append(worker)
 
     def close(self) -> None:
-        """Ends the process."""
-        if self._process is not None:
-            process, self._process = self._process, None
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):  # whoever still reads has met the end by now
-                with contextlib.suppress(OSError):
-                    pipe and pipe.close()
+        """Ends the processes."""
+        for worker in (*self._idle, *self._busy):
+            worker.kill()
+        self._threads.shutdown()
 
-    async def _run(self, job: dict[str, Any], what: str, param: str) -> str:
-        async with self._lock:
-            answer = None
-            try:
-                process = await self._started()
-                async with asyncio.timeout(self._time_limit_s):
-                    answer = await asyncio.to_thread(_ask, process, job)
-            except TimeoutError as error:
-                raise bad_request(f"{what} took over {self._time_limit_s:g} s", param) from error
-            except (EOFError, OSError) as error:
-                raise bad_request(f"{what} needs more memory than it may have", param) from error
-            finally:
-                if answer is None:  # one may still come: it would be taken for the next job's
-                    self.close()
-        if "error" in answer:
-            raise bad_request(answer["error"], param)
-        text: str = answer["text"]
-        return text
-
-    async def _started(self) -> subprocess.Popen[bytes]:
-        if self._process is None:
-            # Popen and not asyncio's: uvloop would fork, and JAX's threads do not survive that
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tpjax.server.sandbox"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-                start_new_session=True,  # Ctrl-C is for the server, which then ends the worker
-            )
-            try:
-                async with asyncio.timeout(START_LIMIT_S):
-                    await asyncio.to_thread(_ask, self._process, self._setup)
-            except (TimeoutError, EOFError, OSError) as error:
-                raise ApiError(503, "the worker for templates does not start", code="worker") from error
-        return self._process
+    def _worker(self) -> Worker:
+        while self._idle:
+            worker = self._idle.pop()
+            if worker.usable:
+                return worker
+            worker.kill()  # it has ended by itself; what is left of it goes too
+        return Worker(self._memory_limit_bytes)
 
 
-def _ask(process: subprocess.Popen[bytes], message: dict[str, Any]) -> dict[str, Any]:
-    assert process.stdin is not None and process.stdout is not None
-    _send(process.stdin, message)
-    answer = _receive(process.stdout)
-    if answer is None:
-        raise EOFError
-    return answer
+class PatientPool:
+    """Runs functions with a short limit first, and those over it once more, elsewhere, with the whole limit.
 
+    So what is slow keeps no place for long from what is quick.
 
-def _send(pipe: IO[bytes], message: dict[str, Any]) -> None:
-    data = json.dumps(message).encode()
-    pipe.write(len(data).to_bytes(4, "big") + data)
-    pipe.flush()
+    Args:
+        quick: processes for what keeps the short limit.
+        slow: processes for what does not.
+        what: names the jobs in errors.
+        quick_limit_s: processor time of a job at first.
+    """
 
+    def __init__(self, quick: int, slow: int, what: str, quick_limit_s: float) -> None:
+        self._quick = WorkerPool(quick, what, quick_limit_s)
+        self._slow = WorkerPool(slow, what)
 
-def _receive(pipe: IO[bytes]) -> dict[str, Any] | None:
-    """A message, or ``None`` at the end."""
-    header = pipe.read(4)
-    data = pipe.read(int.from_bytes(header, "big"))
-    message: dict[str, Any] | None = json.loads(data) if data else None
-    return message
-
-
-# --- the worker --------------------------------------------------------------------------------------------
-
-
-def main() -> None:
-    """Answers until stdin ends."""
-    import resource
-
-    if sys.platform == "linux":  # a template that hangs must not outlive a server that was killed
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    threading.stack_size(_STACK_BYTES)
-    worker = threading.Thread(target=_work, args=(sys.stdin.buffer, sys.stdout.buffer))
-    worker.start()
-    worker.join()
-
-
-def _work(stdin: IO[bytes], stdout: IO[bytes]) -> None:
-    import llguidance
-
-    from tpjax.chat_template import ChatTemplates
-    from tpjax.errors import TpjaxError
-
-    templates: ChatTemplates | None = None
-    while (message := _receive(stdin)) is not None:
-        answer = {"text": ""}
+    async def run(self, function: str, arguments: Mapping[str, Any], param: str | None) -> Any:
+        """Runs a function; see :meth:`WorkerPool.run`."""
         try:
-            if templates is None:
-                templates = ChatTemplates(message["templates"], message["variables"])
-            elif "render" in message:
-                answer["text"] = text = templates.render(**message["render"])
-                if len(text) > MAX_RENDERED_CHARS:
-                    answer = {"error": f"the prompt has {len(text)} characters, over {MAX_RENDERED_CHARS}"}
-            else:
-                wrong = llguidance.LLMatcher.validate_grammar(message["grammar"])
-                if wrong:
-                    answer = {"error": f"the schema is not usable: {wrong[:500]}"}
-        except TpjaxError as error:
-            answer = {"error": str(error)[:500]}
-        except MemoryError:
-            answer = {"error": "the chat template needs more memory than it may have"}
-        except Exception as error:  # a template is code, and its options are the client's
-            answer = {"error": f"the chat template failed: {type(error).__name__}: {error}"[:500]}
-        _send(stdout, answer)
+            return await self._quick.run(function, arguments, param)
+        except ApiError as error:
+            if not isinstance(error.__cause__, TimeLimitError):
+                raise
+        return await self._slow.run(function, arguments, param)
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._quick.close()
+        self._slow.close()
 
 
-if __name__ == "__main__":
-    main()
+class ThreadPool:
+    """Runs functions that are short, or cannot leave this process, on a few threads of its own."""
+
+    def __init__(self, size: int, name: str) -> None:
+        self._threads = ThreadPoolExecutor(size, thread_name_prefix=f"tpjax-{name}")
+
+    async def run(self, function: Callable[..., T], *arguments: Any, limit_s: float | None = None) -> T:
+        """Runs a function; cancelling it takes it out of the queue.
+
+        Args:
+            function: what to run.
+            *arguments: its arguments.
+            limit_s: how long to wait for it once it runs; the thread goes on until it ends.
+
+        Raises:
+            TimeoutError: it took longer.
+        """
+        loop, begun = asyncio.get_running_loop(), asyncio.Event()
+
+        def begin() -> T:
+            if limit_s is not None:
+                loop.call_soon_threadsafe(begun.set)
+            return function(*arguments)
+
+        future = loop.run_in_executor(self._threads, begin)
+        try:
+            if limit_s is not None:
+                await begun.wait()
+            async with asyncio.timeout(limit_s):
+                return await future
+        finally:
+            future.cancel()
+
+    def close(self) -> None:
+        """Forgets what waits; what runs ends by itself."""
+        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -8,17 +8,17 @@ event loop in one call.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from tpjax.engine.generation import Delta, Generation
-from tpjax.server.errors import ApiError, internal_error
-from tpjax.server.grammar import TokenGrammar
+from tpjax.server.errors import ApiError, bad_request, internal_error
 from tpjax.server.metrics import Clock, Metrics
 from tpjax.server.shards import shards
 
@@ -83,10 +83,14 @@ class Stream:
             return True
         if delta.finish_reason == "error":
             request = self.generations[index].request
-            message, code = request.error or "the generation failed", "generation_failed"
             if request.lost:  # an error from inside, which is for the log
-                message, code = "the engine failed while this ran; the server's log has it", "engine_failed"
-            self.fail(ApiError(500, message, code=code))
+                why = "the engine failed while this ran; the server's log has it"
+                self.fail(ApiError(500, why, code="engine_failed"))
+            elif getattr(request.grammar, "error", None):  # what the client asked for could not be followed
+                self.fail(bad_request(request.error or "", code="grammar_too_complex"))
+            else:
+                message = request.error or "the generation failed"
+                self.fail(ApiError(500, message, code="generation_failed"))
             return True
         self._open -= delta.finish_reason is not None
         self._deltas.append((index, delta))
@@ -141,7 +145,8 @@ class Service:
         self._on_ready = on_ready
         self._on_failure = on_failure
         self._llm: LLM | None = None
-        self._streams: set[Stream] = set()  # the event loop's
+        self._streams: set[Stream] = set()  # the event loop's, as is the next
+        self._preparing = 0
         self._active: dict[Request, tuple[Stream, int]] = {}  # the engine thread's
         self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="tpjax-engine", daemon=True)
@@ -173,8 +178,8 @@ class Service:
 
     @property
     def pending(self) -> int:
-        """Choices that wait or run."""
-        return sum(len(stream.generations) for stream in self._streams)
+        """Choices that are prepared, wait or run."""
+        return self._preparing + sum(len(stream.generations) for stream in self._streams)
 
     def admit(self, choices: int) -> None:
         """Refuses what the queue has no room for.
@@ -190,6 +195,20 @@ class Service:
                 code="queue_full",
                 headers={"Retry-After": "1"},
             )
+
+    @contextlib.contextmanager
+    def preparing(self, choices: int) -> Iterator[None]:
+        """Holds places for choices while their prompts are rendered and tokenised, and from before that.
+
+        Raises:
+            ApiError: 429, or 503.
+        """
+        self.admit(choices)
+        self._preparing += choices
+        try:
+            yield
+        finally:
+            self._preparing -= choices
 
     def submit(self, generations: Sequence[Generation], limit: int | None = None) -> Stream:
         """Hands generations to the engine; ``close`` the stream in any case.
@@ -281,8 +300,8 @@ class Service:
             if place is None:
                 continue  # cancelled after its dispatch
             stream, index = place
-            if isinstance(request.grammar, TokenGrammar) and request.grammar.error:
-                request.finish_reason, request.error = "error", request.grammar.error
+            if error := getattr(request.grammar, "error", None):
+                request.finish_reason, request.error = "error", error
             delta = stream.generations[index].advance(tokens)
             if delta.finish_reason is not None:
                 engine.cancel(request)

@@ -1,0 +1,586 @@
+"""Hostile input: too much text, templates that do not end, clients that go, requests with two lengths."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving import CONTEXT, SLOTS, Running, load_tiny, running, tiny_checkpoint
+
+from tpjax.chat_template import ChatTemplates
+from tpjax.errors import CheckpointError, RequestError
+from tpjax.sandbox import Worker, sandbox
+from tpjax.server import bodies
+from tpjax.server.budget import FREE_BYTES, Budget, Share
+from tpjax.server.errors import ApiError
+from tpjax.server.grammar_check import GrammarChecker
+from tpjax.server.sandbox import ThreadPool, WorkerPool
+from tpjax.tokenizer import Tokenizer, load_tokenizer
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+QUEUE, BODY = 4, 1 << 20
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+TEMPLATE = f"{{% if messages[0].content == 'loop' %}}{LOOP}{{% endif %}}{{{{ messages[0].content }}}}"
+RENDER = "tpjax.chat_template:rendered"
+
+
+def job(template: str, content: str = "hi") -> dict[str, Any]:
+    messages = [{"role": "user", "content": content}]
+    return ChatTemplates({"default": template}, {}).job({"messages": messages})
+
+
+# --- what runs in a process of its own ----------------------------------------------------------------------
+
+
+def render(template: str, **more: Any) -> str:
+    return ChatTemplates({"default": template}, {}).render([{"role": "user", "content": "é\n"}], **more)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    (
+        ("{{ 'a' * 10**9 }}", "needs more memory"),
+        ("{{ '%999999999d' % 3 }}", "needs more memory"),
+        ("{{ 'a'.center(10**9) }}", "needs more memory"),
+        ("{{ [0] * 10**9 }}", "needs more memory"),
+        (
+            "{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+            "memory",
+        ),
+        ("{{ 'a' * 2**23 }}", "has 8388608 characters, over 4194304"),
+    ),
+)
+def test_a_template_has_limits_in_python_too(template: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        render(template)
+    assert render("{{ messages[0].content }}") == "é\n"  # and the next one has a worker
+
+
+def test_a_worker_ends_at_its_time_limit() -> None:
+    worker = Worker()
+    with pytest.raises(RequestError, match=r"the chat template took over 0\.3 s"):
+        worker.ask(RENDER, job(LOOP), "the chat template", 0.3)
+    assert not worker.usable
+
+
+def test_what_a_worker_cannot_take_or_give() -> None:
+    with pytest.raises(RequestError, match="JSON only: set is not JSON"):
+        render("{{ x }}", x={1})
+    assert render("{{ x[1] }}{{ x }}", x=(1, 2)) == "2[1, 2]"
+    with pytest.raises(CheckpointError, match="line 1"):
+        render("{% for %}")
+    with pytest.raises(RequestError, match="refused the messages: no"):
+        render("{{ raise_exception('no') }}")
+
+
+def test_a_worker_that_died_is_replaced_and_a_fork_has_its_own() -> None:
+    assert render("{{ messages[0].content }}") == "é\n"
+    assert sandbox._worker is not None and sandbox._worker._process is not None
+    process = sandbox._worker._process
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert render("{{ messages[0].content }}") == "é\n"
+    assert sandbox._worker._process is not process
+    sandbox._owner = -1  # as it is in a child of this process
+    mine = sandbox._worker
+    try:
+        assert render("{{ messages[0].content }}") == "é\n"
+        assert sandbox._worker is not mine and mine.usable
+    finally:
+        mine.kill()
+
+
+def test_a_pool_forgets_what_was_cancelled_and_kills_no_other() -> None:
+    async def play() -> None:
+        pool = WorkerPool(2, "the chat template", time_limit_s=60)
+        try:
+            slow = [asyncio.ensure_future(pool.run(RENDER, job(LOOP), "messages")) for _ in range(4)]
+            fast = asyncio.ensure_future(pool.run(RENDER, job("x"), "messages"))
+            while pool.running < 2:
+                await asyncio.sleep(0.01)
+            slow[3].cancel()  # it waits: nothing of it ever runs
+            first, second = pool._busy
+            slow[0].cancel()
+            await asyncio.gather(slow[0], slow[3], return_exceptions=True)
+            assert first.usable != second.usable  # one worker ended, the other goes on
+            assert not slow[1].done()
+            slow[1].cancel()
+            slow[2].cancel()
+            assert await fast == "x"
+            assert pool.running == 0
+        finally:
+            pool.close()
+
+    asyncio.run(play())
+
+
+def test_a_slow_job_holds_one_place_of_a_pool() -> None:
+    async def play() -> None:
+        pool = WorkerPool(2, "the chat template", time_limit_s=60)
+        try:
+            slow = asyncio.ensure_future(pool.run(RENDER, job(LOOP), "messages"))
+            for text in ("a", "b", "c"):
+                assert await pool.run(RENDER, job("{{ messages[0].content }}", text), "messages") == text
+            assert not slow.done()
+            slow.cancel()
+        finally:
+            pool.close()
+
+    asyncio.run(play())
+
+
+def test_the_clock_of_a_thread_starts_when_it_runs() -> None:
+    async def play() -> None:
+        pool, go = ThreadPool(1, "test"), threading.Event()
+        try:
+            first = asyncio.ensure_future(pool.run(go.wait, 60))
+            second = asyncio.ensure_future(pool.run(lambda: 7, limit_s=0.2))
+            gone = asyncio.ensure_future(pool.run(pytest.fail, "it was cancelled"))
+            await asyncio.sleep(0.5)  # longer than the limit, in the queue
+            gone.cancel()
+            go.set()
+            assert await first and await second == 7
+            go.clear()
+            with pytest.raises(TimeoutError):
+                await pool.run(go.wait, 60, limit_s=0.05)
+            go.set()
+        finally:
+            pool.close()
+
+    asyncio.run(play())
+
+
+def test_a_grammar_that_ends_its_process() -> None:
+    import llguidance
+
+    async def play() -> None:
+        checker = GrammarChecker()
+        try:
+            crash = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(20_000)}
+            text = json.dumps({"$ref": "#/$defs/a0", "$defs": crash})
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(text)
+            with pytest.raises(ApiError, match="the schema"):
+                await checker.check_grammar(grammar, "response_format")
+            await checker.check_grammar(llguidance.LLMatcher.grammar_from_regex("a+"), "response_format")
+        finally:
+            checker.close()
+
+    asyncio.run(play())
+
+
+# --- how much text there may be -----------------------------------------------------------------------------
+
+
+def test_a_budget_counts_what_is_large_and_gives_it_back() -> None:
+    budget = Budget(10 * FREE_BYTES)
+    one, other, small = Share(budget), Share(budget), Share(budget)
+    one.grow(6 * FREE_BYTES)
+    one.grow(4 * FREE_BYTES)  # a part of what it has
+    with pytest.raises(ApiError) as caught:
+        other.grow(5 * FREE_BYTES)
+    assert caught.value.status == 429 and caught.value.code == "text_budget_full"
+    assert caught.value.headers == {"Retry-After": "1"}
+    assert budget.used == 6 * FREE_BYTES
+    other.grow(4 * FREE_BYTES)
+    small.grow(FREE_BYTES)
+    assert budget.used == 10 * FREE_BYTES
+    one.release()
+    one.grow(9 * FREE_BYTES)  # it has been prepared
+    assert budget.used == 4 * FREE_BYTES
+    with other:
+        pass
+    assert budget.used == 0
+
+
+@pytest.fixture(scope="module", params=("tiny", "gguf", "sentencepiece"))
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    if request.param == "tiny":
+        path = tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+    else:
+        path = request.getfixturevalue("smollm2_gguf" if request.param == "gguf" else "gemma3_gguf")
+    loaded = load_tokenizer(path)
+    assert loaded is not None
+    return loaded
+
+
+PIECES = (
+    *("a", "aaaa", " ", "     ", "\n", "\n\n\n", "\t", "▁", "▁▁▁", "é", "e\u0301", "日本語", "가", "\ufb01"),
+    *(
+        "\x00",
+        "\x01",
+        "\u3000",
+        "\u200b",
+        "\U0001f600",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<bos>",
+        "<0x41>",
+        "the ",
+    ),
+    *(
+        "internationalization",
+        "----------------",
+        "0123456789",
+        "=" * 70,
+        "\u1fef",
+        "\r\n",
+        "<start_of_turn>",
+    ),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    parts=st.lists(st.tuples(st.sampled_from(PIECES) | st.text(max_size=4), st.integers(1, 50)), max_size=12)
+)
+def test_no_text_takes_fewer_tokens_than_its_bound(
+    tokenizer: Tokenizer, parts: list[tuple[str, int]]
+) -> None:
+    text = "".join(part * count for part, count in parts)
+    assert tokenizer.fewest_tokens(text) <= len(tokenizer.encode(text))
+
+
+def test_the_bound_is_of_use(tokenizer: Tokenizer) -> None:
+    for text in ("a" * 10_000, "hello, world " * 1000, "日本語" * 1000):
+        assert tokenizer.fewest_tokens(text) * 40 > len(tokenizer.encode(text)) > 0
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "text", "count"),
+    (
+        ('{"type": "Lowercase"}', "AAAA", 0),
+        ('{"type": "Strip", "strip_left": true, "strip_right": true}', "    ", 0),
+        ('{"type": "NFKC"}', "\uff21", 0),
+        ('{"type": "NFC"}', "\u1fef" * 40, None),
+    ),
+)
+def test_a_normaliser_that_shortens_has_no_bound(
+    tmp_path: Path, normalizer: str, text: str, count: int | None
+) -> None:
+    tiny_checkpoint(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": json.loads(normalizer)}))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded is not None
+    fewest = loaded.fewest_tokens(text)
+    assert fewest <= len(loaded.encode(text))
+    assert fewest == count if count is not None else fewest > 0
+
+
+# --- the server ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    directory = tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+    names = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps(names | {"chat_template": TEMPLATE}))
+    with running(lambda: load_tiny(directory, tp=1), max_queue=QUEUE, max_body_bytes=BODY) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def http(server: Running) -> Iterator[httpx.Client]:
+    with server.client() as one:
+        yield one
+
+
+def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
+    assert answer.status_code == status, answer.text
+    error: dict[str, Any] = answer.json()["error"]
+    return error
+
+
+def chat(content: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
+
+
+def completion(prompt: Any, **more: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "max_tokens": 1, **more}
+
+
+def connect(server: Running) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), 60)
+
+
+def sent(server: Running, path: str, body: dict[str, Any]) -> socket.socket:
+    sock = connect(server)
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    sock.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    return sock
+
+
+def test_a_prompt_that_is_certainly_too_long_is_not_encoded(
+    http: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    monkeypatch.setattr(Tokenizer, "encode", lambda *_, **__: pytest.fail("it was encoded"))
+    monkeypatch.setattr(WorkerPool, "run", lambda *_: pytest.fail("it was encoded"))
+    error = error_of(http.post(COMPLETIONS, json=completion("a" * 900_000)), 400)
+    assert error["code"] == "context_length_exceeded" and error["param"] == "prompt"
+    assert "at least " in error["message"] and f"over the context of {CONTEXT}" in error["message"]
+    error = error_of(http.post(COMPLETIONS, json=completion([5] * 200_000)), 400)
+    assert error["message"] == f"the prompt has 200000 tokens, over the context of {CONTEXT}"
+    assert error["code"] == "context_length_exceeded" and not encoded
+    assert server.service.pending == 0
+
+
+def test_a_long_text_is_encoded_in_a_process_as_here(http: httpx.Client, server: Running) -> None:
+    tokenizer = server.llm.tokenizer
+    assert tokenizer is not None
+    text = "the quick brown fox é " * 20_000
+    answer = http.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert answer["tokens"] == tokenizer.encode(text) and answer["count"] == len(answer["tokens"])
+    assert answer["token_strs"][:3] == [tokenizer.token_bytes(i).decode() for i in answer["tokens"][:3]]
+    # not over the context for certain, and over it
+    odd = "\x00" * 70_000
+    count = len(tokenizer.encode(odd))
+    assert tokenizer.fewest_tokens(odd) <= count
+    error = error_of(http.post(COMPLETIONS, json=completion(odd)), 400)
+    assert error["code"] == "context_length_exceeded"
+    cut = http.post(COMPLETIONS, json=completion(text, truncate_prompt_tokens=8)).json()
+    assert cut["usage"]["prompt_tokens"] == 8
+
+
+@contextlib.contextmanager
+def slow_chats(server: Running, count: int) -> Iterator[list[socket.socket]]:
+    """Chats whose template does not end."""
+    socks = [sent(server, CHAT, chat("loop")) for _ in range(count)]
+    try:
+        server.until(lambda: server.service.pending >= count, 60)
+        yield socks
+    finally:
+        for sock in socks:
+            sock.close()
+        server.until(lambda: server.service.pending == 0, 60)
+
+
+def test_who_waits_for_a_template_waits_in_the_queue(
+    http: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = server.server.config.app._app.state.pools.templates.workers._slow
+    monkeypatch.setattr(workers, "_time_limit_s", 600)
+    with slow_chats(server, SLOTS + QUEUE):
+        for path, body in (
+            (CHAT, chat("hi")),
+            (COMPLETIONS, completion("hi")),
+            ("/tokenize", {"prompt": "hi"}),
+        ):
+            refused = http.post(path, json=body)
+            assert error_of(refused, 429)["code"] == "queue_full" and refused.headers["retry-after"] == "1"
+    assert http.post(CHAT, json=chat("hi")).status_code == 200
+
+
+def test_slow_templates_leave_room_and_end_with_their_clients(
+    http: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = server.server.config.app._app.state.pools.templates.workers._slow
+    monkeypatch.setattr(workers, "_time_limit_s", 600)
+    with slow_chats(server, SLOTS + QUEUE - 1):  # more than there are places for such
+        assert http.post(COMPLETIONS, json=completion("hi")).status_code == 200
+        assert http.post(CHAT, json=chat("hi")).status_code == 200
+        assert server.service.pending == SLOTS + QUEUE - 1
+    assert http.post(CHAT, json=chat("hi")).status_code == 200
+
+
+def test_text_over_the_budget_comes_back_later(http: httpx.Client, server: Running) -> None:
+    """Four bodies of the largest size hold all there is; what is small goes by."""
+    body = json.dumps(completion("a" * (BODY - 200))).encode()
+    held: list[socket.socket] = []
+    try:
+        for _ in range(4):
+            sock = connect(server)
+            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[:-1])  # all but the end
+            held.append(sock)
+        large = {"content-type": "application/json"}
+
+        held_bytes = 4 * len(body)
+        server.until(lambda: server.server.config.app._budget.used == held_bytes, 60)
+        answer = http.post(COMPLETIONS, content=body, headers=large)
+        assert error_of(answer, 429)["code"] == "text_budget_full" and answer.headers["retry-after"] == "1"
+        assert http.post(COMPLETIONS, json=completion("hi")).status_code == 200
+        assert http.post(CHAT, json=chat("hi")).status_code == 200
+    finally:
+        for sock in held:
+            sock.close()
+    server.until(lambda: http.post(COMPLETIONS, content=body, headers=large).status_code == 400, 60)
+
+
+def test_a_body_of_many_parts_is_refused_before_it_is_read(http: httpx.Client) -> None:
+    headers = {"content-type": "application/json"}
+    for path, content in (
+        (COMPLETIONS, '{"prompt":[' + "[]," * 70_000 + "[1]]}"),
+        (COMPLETIONS, '{"prompt":"a"' + "".join(f',"{i:x}":1' for i in range(70_000)) + "}"),
+        (CHAT, '{"messages":[' + "{}," * 70_000 + "{}]}"),
+    ):
+        answer = http.post(path, content=content, headers=headers)
+        assert "objects, lists and fields, over 65536" in error_of(answer, 400)["message"]
+    # in a text they are no parts
+    text = json.dumps(completion('[{":\\"' * 30_000)).encode()
+    assert bodies.parts(text) == 3
+    assert (
+        error_of(http.post(COMPLETIONS, content=text, headers=headers), 400)["code"]
+        == "context_length_exceeded"
+    )
+    # and of many wrong items one is named
+    wrong = http.post(COMPLETIONS, content='{"prompt":[' + '"a",1,' * 100_000 + "1]}", headers=headers)
+    assert error_of(wrong, 400)["param"] == "prompt"
+
+
+LEAVES = st.none() | st.integers() | st.text(st.characters(codec="utf-8"), max_size=6)
+NAMES = st.text('"\\:[{a', max_size=3)
+PART = st.recursive(
+    LEAVES | NAMES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(value=PART, ascii_only=st.booleans())
+def test_parts_are_counted_exactly(value: Any, ascii_only: bool) -> None:
+    def count(value: Any) -> int:
+        if isinstance(value, dict):
+            return 1 + len(value) + sum(count(one) for one in value.values())
+        return 1 + sum(count(one) for one in value) if isinstance(value, list) else 0
+
+    text = json.dumps(value, ensure_ascii=ascii_only).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bodies, "MAX_PARTS", -1)
+        assert bodies.parts(text) == count(value)
+
+
+# --- requests as they come over the wire --------------------------------------------------------------------
+
+PROTOCOLS = ["h11"] + ["httptools"] * (importlib.util.find_spec("httptools") is not None)
+
+
+@pytest.fixture(scope="module", params=PROTOCOLS)
+def wire(request: pytest.FixtureRequest, server: Running) -> Iterator[Running]:
+    """The server with either of uvicorn's parsers."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "httptools":
+            from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as Protocol
+        else:
+            from uvicorn.protocols.http.h11_impl import H11Protocol as Protocol
+        patch.setattr(server.server.config, "http_protocol_class", Protocol)
+        yield server
+
+
+def exchange(server: Running, request: bytes) -> bytes:
+    """What comes back until the server closes the connection."""
+    with connect(server) as sock:
+        sock.sendall(request)
+        data = b""
+        while part := sock.recv(65536):
+            data += part
+        return data
+
+
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+CHUNKED = b"5\r\nhello\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "head",
+    (
+        b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n",
+        b"Transfer-Encoding: chunked\r\nContent-Length: 15\r\n",
+        b"Content-Length: 5\r\nContent-Length: 15\r\n",
+        b"Content-Length: 5, 15\r\n",
+        b"Content-Length: -5\r\n",
+        b"Content-Length: +5\r\n",
+        b"Content-Length: 0x5\r\n",
+        b"Content-Length: 5_0\r\n",
+        b"Content-Length: \xb2\r\n",
+        b"Content-Length : 5\r\n",
+        b"Transfer-Encoding: gzip, chunked\r\n",
+        b"Transfer-Encoding: chunked, gzip\r\n",
+        b"Transfer-Encoding: xchunked\r\n",
+        b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n",
+        b"Transfer-Encoding:\x0bchunked\r\n",
+        b"Transfer-Encoding : chunked\r\n",
+        b"Content-Length: 5\r\nTransfer-Encoding:\r\n chunked\r\n",
+    ),
+)
+def test_a_body_of_doubtful_length_ends_the_connection(wire: Running, head: bytes) -> None:
+    """What follows is never taken for a request."""
+    smuggled = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
+    answer = exchange(wire, POST + head + b"\r\n" + CHUNKED + smuggled)
+    assert answer.split(b" ")[1] in (b"400", b"501") and answer.count(b"HTTP/1.1") == 1
+    assert b"connection: close" in answer.lower()
+
+
+def test_the_same_length_twice_is_one_or_an_error(wire: Running) -> None:
+    answer = exchange(wire, POST + b"Connection: close\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\n{}")
+    assert answer.split(b" ")[1] == b"400" and answer.count(b"HTTP/1.1") == 1
+
+
+@pytest.mark.parametrize("chunked", (False, True))
+@pytest.mark.parametrize("keys", ([], [b"secret"]))
+def test_who_sends_too_much_can_read_why(
+    wire: Running, chunked: bool, keys: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """50 MB without reading: a reset would take the answer with it."""
+    monkeypatch.setattr(wire.server.config.app, "_keys", keys)
+    part = b"a" * (1 << 20)
+    with connect(wire) as sock:
+        length = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: %d" % (50 * len(part))
+        sock.sendall(POST + length + b"\r\n\r\n")
+        for _ in range(50):
+            sock.sendall(b"%x\r\n%s\r\n" % (len(part), part) if chunked else part)
+        if chunked:
+            sock.sendall(b"0\r\n\r\n")
+        data = b""
+        while more := sock.recv(65536):
+            data += more
+    status, code = (401, "invalid_api_key") if keys else (413, "request_too_large")
+    assert data.startswith(b"HTTP/1.1 %d " % status)
+    assert json.loads(data.partition(b"\r\n\r\n")[2])["error"]["code"] == code
+
+
+def test_an_expectation_is_answered_without_the_body(wire: Running) -> None:
+    head = b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % (50 << 20)
+    with connect(wire) as sock:
+        sock.sendall(POST + head)
+        answer = sock.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 413 ")
+
+
+def test_an_ordinary_client_reads_its_413(http: httpx.Client) -> None:
+    def parts() -> Iterator[bytes]:
+        for _ in range(50):
+            yield b"a" * (1 << 20)
+
+    for content in (b"a" * (50 << 20), parts()):
+        answer = http.post(COMPLETIONS, content=content, headers={"content-type": "application/json"})
+        assert error_of(answer, 413)["code"] == "request_too_large"
+    assert http.post(COMPLETIONS, json=completion("hi")).status_code == 200
+
+
+@pytest.mark.slow
+def test_a_server_holds_under_attack() -> None:
+    """The script's whole programme against `tpjax serve`; on a busy machine others wait longer."""
+    script = Path(__file__).parents[1] / "scripts" / "attack_server.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--rounds", "5", "--latency-s", "10"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "held    memory after 5 rounds" in done.stdout and "429: " in done.stdout

@@ -1,0 +1,89 @@
+"""Copies a block of a tensor to its place: turned round, cast to another dtype, or as it is.
+
+Each is done a few megabytes at a time, so that what was just read is still in the processor's cache, and
+without holding Python's global lock, so that threads share the work.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import ml_dtypes
+import numpy as np
+
+_BF16, _F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+_BITS: dict[int, np.dtype] = {
+    1: np.dtype(np.uint8),
+    2: np.dtype(np.uint16),
+    4: np.dtype(np.uint32),
+    8: np.dtype(np.uint64),
+}
+# Below it, numpy is done before JAX has looked at its arguments.
+_LEAST_BYTES = 32 * 1024
+_TILE = (32, 512)  # rows, columns: the best of those tried, for items of two bytes
+_ALIGNMENT = 64  # bytes; JAX's CPU backend takes an array so aligned as it is, and copies any other
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype, *, zeros: bool = False) -> np.ndarray:
+    """A new array that JAX's CPU backend can use without a copy; ``zeros``: filled with them."""
+    count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    memory = (np.zeros if zeros else np.empty)(count + _ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % _ALIGNMENT
+    return memory[first : first + count].view(dtype).reshape(shape)
+
+
+def copy_into(target: np.ndarray, values: np.ndarray) -> None:
+    """``target[...] = values``, for any order in memory of the two and any floating-point dtypes."""
+    if values.dtype.itemsize > target.dtype.itemsize:
+        values = values.astype(target.dtype)  # narrow first: fewer bytes to move
+    if target.ndim == 2 and _is_column_major(target):
+        target, values = target.T, values.T
+    if values.ndim == 2 and _is_column_major(values):
+        values = transpose(values.T)
+    if values.dtype == target.dtype:
+        # as integers: numpy copies its own dtypes without the lock, and by the word
+        bits = _BITS.get(target.dtype.itemsize, target.dtype)
+        target.view(bits)[...] = values.view(bits)
+    elif (values.dtype, target.dtype) == (_BF16, _F32):
+        # a bfloat16 is the upper half of the float32 of the same value
+        np.left_shift(values.view(np.uint16), 16, out=target.view(np.uint32), dtype=np.uint32)
+    else:
+        target[...] = values
+
+
+def transpose(values: np.ndarray) -> np.ndarray:
+    """A contiguous copy of the transpose of a matrix.
+
+    JAX's host runtime turns matrices round with vector instructions while it puts them on a CPU device: at
+    7 GB/s where the matrix is in the cache, and numpy at 1.
+    """
+    bits = _BITS.get(values.dtype.itemsize)
+    device = _cpu()
+    if values.nbytes < _LEAST_BYTES or bits is None or bits.itemsize > 4:
+        return np.ascontiguousarray(values.T)
+    words = np.ascontiguousarray(values).view(bits)
+    turned = _by_tiles(words) if device is None else np.asarray(jax.device_put(words.T, device))
+    return turned.view(values.dtype)
+
+
+def _by_tiles(values: np.ndarray) -> np.ndarray:
+    out = np.empty(values.shape[::-1], values.dtype)
+    height, width = _TILE
+    for row in range(0, values.shape[0], height):
+        for column in range(0, values.shape[1], width):
+            tile = values[row : row + height, column : column + width]
+            out[column : column + width, row : row + height] = tile.T
+    return out
+
+
+def _is_column_major(values: np.ndarray) -> bool:
+    return abs(values.strides[0]) < abs(values.strides[1])
+
+
+@functools.cache
+def _cpu() -> jax.Device | None:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return None

@@ -1,0 +1,111 @@
+"""``allowed_token_ids`` and ``bad_words`` where they depend on what came before. No jax.
+
+What never changes while a request runs is a bias on the device (``Runner.set_history``). A word of several
+tokens, or a grammar beside either parameter, has to see each token before it says what may be next: such a
+request runs as one with a grammar does.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+
+from tpjax.engine.request import Grammar
+
+
+class TokenFilter:
+    """Takes tokens away from what may be drawn next; a :class:`Grammar` over another one, or over none.
+
+    Args:
+        vocab_size: of the model.
+        allowed: the only tokens that may be drawn; ``None``: all.
+        barred: tokens that may not be drawn.
+        sequences: of each the last token may not be drawn where the output ends in those before it.
+        grammar: what else limits the tokens.
+
+    Attributes:
+        finished: nothing may follow.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        allowed: Sequence[int] | None,
+        barred: Sequence[int],
+        sequences: Sequence[Sequence[int]],
+        grammar: Grammar | None,
+    ) -> None:
+        self.finished = False
+        self._grammar = grammar
+        self._words = _packed(vocab_size, allowed, barred)
+        self._endings: dict[int, list[tuple[tuple[int, ...], int]]] = defaultdict(list)
+        for *prefix, last in sequences:
+            self._endings[prefix[-1]].append((tuple(prefix), last))
+        self._longest = max((len(sequence) - 1 for sequence in sequences), default=0)
+        self._recent: list[int] = []
+        self._mask = self._next()
+
+    @property
+    def error(self) -> str | None:
+        """What went wrong while it ran; the request fails."""
+        error: str | None = getattr(self._grammar, "error", None)
+        if error is None and self.finished and self._grammar is not None and not self._grammar.finished:
+            return "bad_words and allowed_token_ids leave no token that the schema allows"
+        return error
+
+    def mask(self) -> np.ndarray:
+        """uint32 [ceil(V / 32)]: bit ``i`` of word ``w`` allows token ``32 * w + i``."""
+        return self._mask
+
+    def advance(self, token: int) -> None:
+        """Takes the token that was drawn."""
+        if self._longest:
+            self._recent = [*self._recent, token][-self._longest :]
+        if self._grammar is not None:
+            self._grammar.advance(token)
+            if self._grammar.finished:
+                self.finished = True
+                return
+        self._mask = self._next()
+        self.finished = not self._mask.any()
+
+    def _next(self) -> np.ndarray:
+        words = self._words.copy()
+        if self._grammar is not None:
+            words &= self._grammar.mask()
+        for prefix, last in self._endings.get(self._recent[-1], ()) if self._recent else ():
+            if tuple(self._recent[-len(prefix) :]) == prefix:
+                words[last // 32] &= ~np.uint32(1 << last % 32)
+        return words
+
+
+def word_sequences(
+    words: Collection[str], encode: Callable[[str], list[int]], vocab_size: int
+) -> list[tuple[int, ...]]:
+    """Tokens of words that must not be generated, by vLLM's rule.
+
+    A word counts as it is and, where that begins with another token and takes as many, after a space.
+
+    Args:
+        words: texts.
+        encode: text to tokens, no special ones added.
+        vocab_size: of the model: tokens it does not have are never drawn.
+    """
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        bare, spaced = (tuple(encode(space + word.lstrip())) for space in ("", " "))
+        forms = [bare]
+        if bare and spaced and bare[0] != spaced[0] and len(bare) == len(spaced):
+            forms.append(spaced)
+        found |= {form: None for form in forms if form and max(form) < vocab_size}
+    return list(found)
+
+
+def _packed(vocab_size: int, allowed: Sequence[int] | None, barred: Sequence[int]) -> np.ndarray:
+    bits = np.zeros(-(-vocab_size // 32) * 32, np.bool_)
+    bits[:vocab_size] = allowed is None
+    bits[list(allowed or ())] = True
+    bits[list(barred)] = False
+    return np.packbits(bits, bitorder="little").view(np.uint32)

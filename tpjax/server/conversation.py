@@ -1,0 +1,274 @@
+"""Clients' messages as a template takes them: nothing is dropped because a template has no place for it.
+
+What the template takes stays as it is, and renders as in transformers. The rest becomes what the template
+has: ``developer`` is ``system``, a system message goes before the first user's text, several of what may come
+once are joined, calls and tools are spelled out as text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic_core import from_json
+
+from tpjax.server.errors import bad_request
+from tpjax.server.protocol import Message, Tool
+from tpjax.server.template_traits import Traits, reasoning_fields
+from tpjax.server.tool_formats import ToolFormat
+
+Turn = dict[str, Any]
+
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # the first that is there is the one meant
+_NOTED = "OK."  # an answer to results, where the next user's turn may not come without one
+_SHORT_ID = re.compile(r"[a-zA-Z0-9]{9}")
+_RESULT = "<tool_response>\n{}\n</tool_response>"
+
+_INSTRUCTIONS = """You may call one or more functions to answer. These are their signatures:
+<tools>
+{tools}
+</tools>
+{how}"""
+
+
+def conversation(
+    messages: Sequence[Message], tools: Sequence[Tool] | None, traits: Traits, form: ToolFormat
+) -> list[Turn]:
+    """Messages for one template.
+
+    Args:
+        messages: as they came.
+        tools: the model may call.
+        traits: of the template.
+        form: how the model writes calls; for templates that have no place for them.
+
+    Raises:
+        ApiError: 400; a part is no text, or arguments are no JSON object.
+    """
+    turns = [_turn(message, i, traits) for i, message in enumerate(messages)]
+    turns = _with_ids(turns)
+    turns = list(_native_calls(turns, traits)) if traits.tool_messages else _spelled_out(turns, form)
+    if tools and not traits.tools:
+        turns = _described(turns, tools, form)
+    turns = _system_where_it_may_be(turns, traits)
+    return _alternating(turns) if traits.alternation else turns
+
+
+def _turn(message: Message, position: int, traits: Traits) -> Turn:
+    turn = message.model_dump(exclude_none=True)
+    role = turn["role"]
+    if role == "developer" and not traits.developer:
+        role = "system"
+    turn["role"] = role = "tool" if role == "function" else role
+    texts, thoughts = _texts(message.content, position)
+    if isinstance(message.content, str) or role not in traits.parts:
+        turn["content"] = " ".join(texts)  # as transformers' own server joins them
+    else:
+        turn["content"] = [{"type": "text", "text": text} for text in texts]
+    if role == "assistant":
+        named = (turn.pop(name, None) for name in _REASONING_FIELDS)
+        reasoning = next((one for one in list(named) if isinstance(one, str) and one), thoughts)
+        turn |= reasoning_fields(reasoning) if reasoning else {}
+    for call in turn.get("tool_calls", ()):
+        call["function"]["arguments"] = _arguments(call["function"]["arguments"], position)
+    if not turn.get("tool_calls", True):
+        del turn["tool_calls"]  # an empty list calls nothing, and templates ask only whether it is there
+    return turn
+
+
+def message_text(message: Message) -> str:
+    """The text of a message."""
+    return " ".join(_texts(message.content, 0)[0])
+
+
+def _texts(content: str | list[dict[str, Any]] | None, position: int) -> tuple[list[str], str]:
+    """The texts of a message, and the reasoning among its parts."""
+    if content is None or isinstance(content, str):
+        return [content or ""], ""
+    texts, thoughts = [], []
+    for part in content:
+        kind = part.get("type")
+        field = _TEXT_PARTS.get(kind) if isinstance(kind, str) else None
+        if kind == "thinking" and isinstance(part.get("thinking"), str):
+            thoughts.append(part["thinking"])
+        elif field is not None and isinstance(part.get(field), str):
+            texts.append(part[field])
+        else:
+            raise bad_request(
+                f"messages[{position}] has a part of type {str(kind)[:40]!r}: only text is supported",
+                "messages",
+            )
+    return texts, "\n".join(thoughts)
+
+
+def _arguments(text: str, position: int) -> dict[str, Any]:
+    try:
+        # as strict as with the body: no NaN, no lone surrogate, no ten thousand brackets
+        arguments = from_json(text or "{}", allow_inf_nan=False)
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise bad_request(
+            f"messages[{position}] has a tool call whose arguments are no JSON object", "messages"
+        )
+    return arguments
+
+
+# --- calls and results
+
+
+def _with_ids(turns: list[Turn]) -> list[Turn]:
+    """Gives calls and results without an id one: results answer calls in their order."""
+    waiting: list[str] = []
+    for position, turn in enumerate(turns):
+        if calls := turn.get("tool_calls"):
+            for number, call in enumerate(calls):
+                call.setdefault("id", f"call{position}x{number}")
+            waiting = [call["id"] for call in calls]
+        elif turn["role"] == "tool":
+            id_ = turn.get("tool_call_id") or (waiting[0] if waiting else "")
+            if id_:
+                turn["tool_call_id"] = id_
+                waiting = [other for other in waiting if other != id_]
+    return turns
+
+
+def _native_calls(turns: list[Turn], traits: Traits) -> Iterator[Turn]:
+    """Calls in the template's own fields, as far apart as it needs them."""
+    carried = ""  # text beside calls, where there is no turn for it before the next answer
+    for turn in turns if traits.parallel_calls else _one_call_each(turns):
+        if traits.short_ids and turn["role"] == "tool" and "tool_call_id" in turn:
+            turn = {**turn, "tool_call_id": _short(turn["tool_call_id"])}
+        calls = turn.get("tool_calls")
+        if not calls:
+            if carried and turn["role"] == "assistant":
+                turn, carried = {**turn, "content": f"{carried}\n\n{_as_text(turn['content'])}"}, ""
+            yield turn
+            continue
+        turn = {**turn, "tool_calls": [_call(call, traits) for call in calls]}
+        if turn["content"] and not traits.text_and_calls:
+            if traits.alternation:
+                carried = _joined([{"content": carried}, turn])
+            else:
+                yield {"role": "assistant", "content": turn["content"]}
+            turn["content"] = ""
+        if turn["content"] and not traits.reasoning_with_text:
+            turn = {name: value for name, value in turn.items() if name not in _REASONING_FIELDS}
+        if not turn["content"] and traits.none_content:
+            turn["content"] = None
+        yield turn
+
+
+def _call(call: Turn, traits: Traits) -> Turn:
+    function = call["function"]
+    arguments = function["arguments"]
+    if not traits.object_arguments:
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    id_ = _short(call["id"]) if traits.short_ids else call["id"]
+    return {**call, "id": id_, "function": {**function, "arguments": arguments}}
+
+
+def _short(id_: str) -> str:
+    """Nine letters and digits for an id, always the same for the same."""
+    return id_ if _SHORT_ID.fullmatch(id_) else hashlib.sha256(id_.encode()).hexdigest()[:9]
+
+
+def _one_call_each(turns: list[Turn]) -> Iterator[Turn]:
+    """Parallel calls one after the other, each followed by its results."""
+    position = 0
+    while position < len(turns):
+        turn = turns[position]
+        position += 1
+        calls = turn.get("tool_calls", ())
+        if len(calls) < 2:
+            yield turn
+            continue
+        results = list(itertools.takewhile(lambda one: one["role"] == "tool", turns[position:]))
+        position += len(results)
+        for number, call in enumerate(calls):
+            own = [one for one in results if one.get("tool_call_id") == call["id"]]
+            results = [one for one in results if one.get("tool_call_id") != call["id"]]
+            first = turn if number == 0 else {"role": "assistant", "content": ""}
+            yield {**first, "tool_calls": [call]}
+            yield from own
+        yield from results
+
+
+def _spelled_out(turns: list[Turn], form: ToolFormat) -> list[Turn]:
+    """Calls and results as text; the results of one message's calls are one user's turn."""
+    plain: list[Turn] = []
+    after_result = False
+    for turn in turns:
+        if turn["role"] == "tool":
+            text = _RESULT.format(turn["content"])
+            if after_result:
+                plain[-1]["content"] += f"\n{text}"
+            else:
+                plain.append({"role": "user", "content": text})
+            after_result = True
+            continue
+        after_result = False
+        calls = turn.pop("tool_calls", ())
+        if calls:
+            functions = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
+            turn["content"] = "\n".join(filter(None, [_as_text(turn["content"]), form.spell(functions)]))
+        plain.append(turn)
+    return plain
+
+
+def _described(turns: list[Turn], tools: Sequence[Tool], form: ToolFormat) -> list[Turn]:
+    signatures = [json.dumps(tool.model_dump(exclude_none=True), ensure_ascii=False) for tool in tools]
+    text = _INSTRUCTIONS.format(tools="\n".join(signatures), how=form.instructions)
+    if turns[0]["role"] in ("system", "developer"):
+        content = f"{_as_text(turns[0]['content'])}\n\n{text}"
+        return [{**turns[0], "content": content}, *turns[1:]]
+    return [{"role": "system", "content": text}, *turns]
+
+
+# --- roles where they may be
+
+
+def _system_where_it_may_be(turns: list[Turn], traits: Traits) -> list[Turn]:
+    def is_system(turn: Turn) -> bool:
+        return turn["role"] in ("system", "developer")
+
+    first = list(itertools.takewhile(is_system, turns))
+    rest = turns[len(first) :]
+    if not traits.late_system:
+        rest = [{"role": "user", "content": one["content"]} if is_system(one) else one for one in rest]
+    if len(first) > 1 and not traits.systems:
+        first = [{**first[0], "content": _joined(first)}]
+    if not first or traits.system:
+        return [*first, *rest]
+    if rest and rest[0]["role"] == "user":
+        return [{**rest[0], "content": _joined([*first, rest[0]])}, *rest[1:]]
+    return [{"role": "user", "content": _joined(first)}, *rest]
+
+
+def _alternating(turns: list[Turn]) -> list[Turn]:
+    """Neighbours of one role as one turn; calls and results stand outside the order."""
+    merged: list[Turn] = []
+    for turn in turns:
+        last = merged[-1] if merged else {"role": None}
+        if last["role"] == "tool" and turn["role"] == "user":
+            merged.append({"role": "assistant", "content": _NOTED})
+            last = merged[-1]
+        alike = turn["role"] == last["role"] and turn["role"] in ("user", "assistant")
+        if alike and "tool_calls" not in turn and "tool_calls" not in last:
+            merged[-1] = {**last, "content": _joined([last, turn])}
+        else:
+            merged.append(turn)
+    return merged
+
+
+def _joined(turns: Sequence[Turn]) -> str:
+    return "\n\n".join(filter(None, (_as_text(turn["content"]) for turn in turns)))
+
+
+def _as_text(content: str | list[dict[str, str]]) -> str:
+    return content if isinstance(content, str) else " ".join(part["text"] for part in content)

@@ -1,0 +1,66 @@
+"""Harmony, the format of gpt-oss: an answer is several messages, each on a channel.
+
+``<|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...<|return|>``: the
+analysis is reasoning, ``final`` is the answer, as are remarks on ``commentary``; a message there with a
+recipient (``to=functions.NAME``) is a call.
+"""
+
+from __future__ import annotations
+
+import re
+
+from tpjax.server.calls import CallReader
+from tpjax.server.reader import Malformed, Piece, Reading
+from tpjax.server.reasoning import trimmed
+
+START, END, MESSAGE, CHANNEL = "<|start|>", "<|end|>", "<|message|>", "<|channel|>"
+CONSTRAIN, RETURN, CALL = "<|constrain|>", "<|return|>", "<|call|>"
+MARKS = (START, END, MESSAGE, CHANNEL, CONSTRAIN, RETURN, CALL)
+STOPS = (RETURN, CALL)  # an answer ends with either
+
+_ENDS = (END, RETURN, CALL, START)
+_RECIPIENT = re.compile(r"\bto=(?:functions\.)?([a-zA-Z0-9_.-]+)")
+_CHANNEL = re.compile(r"<\|channel\|>\s*([a-z]+)")
+
+
+class HarmonyReader(CallReader):
+    """Tells reasoning, text and calls apart."""
+
+    def read(self) -> Reading[None]:
+        """One message after the other."""
+        thought = False  # there has been reasoning
+        while (yield from self.more()):
+            yield from self.accept(START)
+            yield from self.accept("assistant")
+            if (yield from self.follows(CHANNEL, " to=", "to=", MESSAGE)) is None:
+                yield from self.until((*_ENDS, CHANNEL), self._text_piece)  # a model that forgot all this
+                continue
+            header: list[str] = []
+            back = self._at
+            if (yield from self.until((MESSAGE, *_ENDS), header.append)) != MESSAGE:
+                if not self._text[back : self._at].startswith(CHANNEL) or not self._ended:
+                    self._text_piece("".join(header))
+                continue
+            channel = _CHANNEL.search("".join(header))
+            recipient = _RECIPIENT.search("".join(header))
+            if recipient and (yield from self.attempt(self._call(recipient[1]))):
+                continue
+            if channel and channel[1] == "analysis":
+                if thought:
+                    self.give(Piece("\n", reasoning=True))
+                thought = True
+                yield from self.until(_ENDS, trimmed(lambda text: self.give(Piece(text, reasoning=True))))
+            else:
+                yield from self.until(_ENDS, self._text_piece)
+        self.give(Piece(self._blank))
+
+    def _call(self, name: str) -> Reading[None]:
+        yield from self.spaces()
+        if (yield from self.follows("{")):
+            yield from self._opened()
+            self.begin(name)
+            yield from self.until(_ENDS, trimmed(self.argue))
+        elif (yield from self.accept(*_ENDS)) or not (yield from self.more()):
+            self.whole(name, {})  # nothing to say is no arguments
+        else:
+            raise Malformed

@@ -1,0 +1,81 @@
+"""What an answer has to be: ``response_format`` and vLLM's ``structured_outputs``, as grammars."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import llguidance
+from pydantic_core import from_json
+
+from tpjax.server.answer_grammar import form_schema
+from tpjax.server.errors import bad_request
+from tpjax.server.grammar import GrammarCompiler, TokenGrammar, only
+from tpjax.server.protocol import ResponseFormat, Sampling, StructuredOutputs
+
+_KINDS = ("json_", "json_object", "regex", "choice", "grammar")
+
+
+async def grammars(compiler: GrammarCompiler | None, body: Sampling, count: int) -> list[TokenGrammar]:
+    """Grammars of the shape a body asks for, one for each of ``count`` choices; none where it asks for none.
+
+    Raises:
+        ApiError: 400; a schema, expression or grammar is not usable, or two are given.
+    """
+    form, structure = body.response_format, body.structure
+    shaped = form is not None and form.type != "text"
+    kinds = [name for name in _KINDS if structure and getattr(structure, name) not in (None, False)]
+    param = "structured_outputs" if body.structured_outputs is not None else "guided_*"
+    if structure is not None and structure.structural_tag is not None:
+        raise bad_request(f"{param}: structural_tag is not supported: use a grammar", param)
+    if len(kinds) > 1 or (kinds and shaped):
+        given = [name.rstrip("_") for name in kinds] + ["response_format"] * shaped
+        raise bad_request(f"{param}: {' and '.join(given)} cannot both shape the answer: give one", param)
+    if not kinds and not shaped:
+        return []
+    if compiler is None:
+        raise bad_request("the model has no tokenizer: its answers can have no shape", param)
+    if structure is not None and kinds:
+        return await _structured(compiler, structure, kinds[0], param, count)
+    assert form is not None
+    return await response_format(compiler, form, count)
+
+
+async def response_format(compiler: GrammarCompiler, form: ResponseFormat, count: int) -> list[TokenGrammar]:
+    """Grammars of a ``response_format`` that is not plain text.
+
+    Raises:
+        ApiError: 400; the schema is not usable.
+    """
+    schema = form_schema(form)
+    assert schema is not None
+    return await compiler.compile(only, [schema], "response_format", count)
+
+
+async def _structured(
+    compiler: GrammarCompiler, asked: StructuredOutputs, kind: str, param: str, count: int
+) -> list[TokenGrammar]:
+    if kind in ("json_", "json_object"):
+        schema = {"type": "object"} if kind == "json_object" else _schema(asked.json_, param)
+        space = "" if asked.disable_any_whitespace else asked.whitespace_pattern
+        return await compiler.schema(schema, param, count, whitespace=space)
+    if kind == "regex":
+        grammar = llguidance.LLMatcher.grammar_from_regex(asked.regex or "")
+        return await compiler.grammar(grammar, param, count)
+    if kind == "choice":
+        texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in asked.choice or ())
+        return await compiler.lark(f"start: {texts}", param, count)
+    return await compiler.lark(await compiler.to_lark(asked.grammar or "", param), param, count)
+
+
+def _schema(given: Any, param: str) -> Any:
+    """A schema, which may have come as text."""
+    if isinstance(given, str):
+        try:
+            # as strict as with the body: no NaN, no lone surrogate, no ten thousand brackets
+            given = from_json(given, allow_inf_nan=False)
+        except ValueError as error:
+            raise bad_request(f"{param}: json is not valid JSON: {error}"[:500], param) from error
+    if not isinstance(given, dict | bool):
+        raise bad_request(f"{param}: json is a {type(given).__name__}, and no schema", param)
+    return {} if given is True else given

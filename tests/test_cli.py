@@ -47,6 +47,7 @@ class FakeLLM:
     """Stands for `tpjax.LLM`: answers with the given deltas and remembers what it was asked."""
 
     tokenizer = "one"
+    sampling_defaults: dict[str, float] = {}  # noqa: RUF012
     mesh = types.SimpleNamespace(
         size=3, devices=types.SimpleNamespace(flat=[types.SimpleNamespace(device_kind="abacus")])
     )
@@ -252,6 +253,7 @@ def test_generate_streams_text_and_reports_figures(fake_llm, capsys):
 def test_generate_passes_every_option_on(fake_llm):
     options = "--max-tokens 7 --temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --seed 11 --ignore-eos"
     more = "--stop END --stop ## --dtype float32 --max-model-len 99 --expert-sharding width"
+    more += " --generation-config none"
     assert status("generate", "Hello", "--model", fake_llm, *options.split(), *more.split()) == 0
     (llm,) = FakeLLM.made
     assert (llm.model, llm.prompt) == (fake_llm, "Hello")
@@ -260,6 +262,7 @@ def test_generate_passes_every_option_on(fake_llm):
         "dtype": "float32",
         "max_model_len": 99,
         "expert_sharding": "width",
+        "generation_config": "none",
     }
     wanted = {
         "max_tokens": 7,

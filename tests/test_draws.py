@@ -84,8 +84,8 @@ def drawn(case: Case, count: int, tp: int = 1, seed: int = 0) -> np.ndarray:
     logits, history = put(case.logits.astype(np.float32)[None]), jax.tree.map(put, history)
     tokens = []
     for _ in range(-(-count // ROWS)):
-        seeds = random.integers(0, 2**32, ROWS).tolist()
-        masked = [case.allowed is not None] * ROWS
+        seeds = random.integers(-(2**63), 2**63 - 1, ROWS).tolist()
+        masked = [0 if case.allowed is None else 2**31 - 1] * ROWS
         rows = SamplingRows.pack([case.params] * ROWS, seeds, masked, ROWS)
         tokens.append(draw(logits, rows, history, random.integers(0, 100_000, ROWS).astype(np.int32)))
     return np.concatenate([np.asarray(part) for part in tokens])
@@ -99,7 +99,9 @@ def noise() -> np.ndarray:
     """2**26 of it: sixteen rows of 2**22 tokens."""
     draw = jax.jit(_gumbel, compiler_options=AS_SHIPPED)
     tokens = jnp.arange(2**22, dtype=jnp.int32)
-    parts = [draw(jnp.array([s], jnp.int32), jnp.array([11 * s], jnp.int32), tokens)[0] for s in range(16)]
+    parts = [
+        draw(jnp.array([[0, s]], jnp.int32), jnp.array([11 * s], jnp.int32), tokens)[0] for s in range(16)
+    ]
     return np.concatenate([np.asarray(part) for part in parts])
 
 
@@ -213,7 +215,7 @@ def test_numbers_at_the_ends_of_float32(tp: int) -> None:
 
 def scores_of(case: Case) -> np.ndarray:
     """Penalised logits, float64, from the definition."""
-    p, vocab = case.params, len(case.logits)
+    p, vocab = case.params.resolved({}), len(case.logits)
     scores = case.logits.astype(np.float32).astype(np.float64)
     zero = np.zeros(vocab)
     counts = zero if case.counts is None else case.counts
@@ -230,7 +232,7 @@ def scores_of(case: Case) -> np.ndarray:
 
 def probabilities(case: Case) -> np.ndarray:
     """What each token is drawn with: temperature, top-k, top-p, min-p, in this order, over sorted tokens."""
-    p = case.params
+    p = case.params.resolved({})
     scores = scores_of(case) / p.temperature
     order = np.argsort(-scores, kind="stable")
     odds = np.exp(scores[order] - scores[order[0]])
@@ -377,7 +379,7 @@ def test_oracle_against_transformers(name: str) -> None:
     from transformers.generation import logits_process as warpers
 
     case = case_of(name, 2000)
-    p = case.params
+    p = case.params.resolved({})
     scores = torch.tensor(case.logits.astype(np.float64))[None]
     if p.needs_history:
         seen = np.flatnonzero((case.counts > 0) | case.in_prompt)  # type: ignore[operator]
@@ -427,18 +429,25 @@ def test_top_p_of_a_large_vocabulary(kind: str, tp: int) -> None:
         assert abs(together[kept - 1] - together[smallest - 1]) < 1e-6, (top_p, kept, smallest)
 
 
-@pytest.mark.parametrize("other", ("position", "seed", "half a seed away"))
-def test_neighbouring_keys_draw_independently(other: str) -> None:
-    """16 equal tokens: how often each pair comes, of 2 × 2**14 draws, is as chance has it."""
-    count, tokens = 2**14, jnp.arange(16, dtype=jnp.int32)
-    best = jax.jit(lambda seeds, positions: _gumbel(seeds, positions, tokens).argmax(axis=-1))
+@pytest.mark.parametrize("step", ("position", 1, 2**31, 2**32, 2**63))
+def test_neighbouring_keys_draw_independently(step: Any) -> None:
+    """16 equal tokens: how often each pair of draws comes, of 2**15, is as chance has it."""
+    count, tokens = 2**15, jnp.arange(16, dtype=jnp.int32)
+
+    @jax.jit
+    def best(seeds: Any, positions: Any) -> Any:
+        return _gumbel(seeds, positions, tokens).argmax(axis=-1)
+
+    def words(seeds: list[int]) -> np.ndarray:
+        pairs = [[seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF] for seed in seeds]
+        return np.array(pairs, np.uint32).view(np.int32)
+
     at = np.arange(count, dtype=np.int32)
     same = np.full(count, 5, np.int32)
-    if other == "position":
-        first, second = best(same, at), best(same, at + 1)
+    if step == "position":
+        first, second = (best(words([5] * count), at + turn) for turn in (0, 1))
     else:
-        step = 1 if other == "seed" else 2**31 - 1
-        first, second = best(at, same), best((at.astype(np.int64) + step).astype(np.int32), same)
+        first, second = (best(words([s + turn * step for s in range(count)]), same) for turn in (0, 1))
     pairs = np.asarray(first) * 16 + np.asarray(second)
     assert abs(deviations(pairs, np.full(256, 1 / 256))) < 3.5
     assert abs(deviations(np.asarray(first), np.full(16, 1 / 16))) < 3.5

@@ -103,7 +103,7 @@ class FakeRunner:
     def draw(self, row: Row, length: int) -> int:
         seen = [int(self.kept[row.pages[at // PAGE], at % PAGE]) - self.turn(row) for at in range(length)]
         counted = self.history[row.slot][1] if row.params.needs_history else []
-        bits = (self.masks[row.slot][:, None] >> np.arange(32)) & 1 if row.masked else None
+        bits = (self.masks[row.slot][:, None] >> np.arange(32)) & 1 if length < row.masked_until else None
         token = next_token(seen, row.seed, counted, None if bits is None else bits.reshape(-1))
         self.tokens[row.slot] = token
         counted.append(token)

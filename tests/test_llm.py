@@ -171,7 +171,7 @@ def test_logits_bounds(tiny: LLM) -> None:
         ({"max_model_len": 513}, ConfigError, "max_model_len=513 is not between 1 and the model's 512"),
         ({"max_slots": 0}, ConfigError, "max_slots=0"),
         ({"quantize": "int8"}, ConfigError, "quantize='int8'"),
-        ({"seed": -1}, ConfigError, "seed=-1"),
+        ({"seed": 2**63}, ConfigError, "seed=9223372036854775808"),
         ({"residual": "rows"}, ConfigError, "residual='rows' is not supported: use auto, replicated or"),
     ),
 )

@@ -33,7 +33,7 @@ def program(tp: int, rows: int = ROWS) -> Callable[..., tuple[Sampled, History]]
     shapes = (
         jax.ShapeDtypeStruct((rows, padded), jnp.float32, sharding=history.bias.sharding),
         SamplingRows(
-            jax.ShapeDtypeStruct((rows, 6), jnp.float32), jax.ShapeDtypeStruct((rows, 5), jnp.int32)
+            jax.ShapeDtypeStruct((rows, 6), jnp.float32), jax.ShapeDtypeStruct((rows, 6), jnp.int32)
         ),
         history,
         jax.ShapeDtypeStruct((rows,), jnp.int32),
@@ -95,7 +95,7 @@ def draw(
         pad(np.array([p.bias for p in pasts]), 0, np.float32),
         pad(np.zeros((count, V)) if allowed is None else allowed, False, np.bool_),
     )
-    masked = [allowed is not None] * count
+    masked = [0 if allowed is None else 2**31 - 1] * count
     packed = SamplingRows.pack(params, [0] * count if seeds is None else seeds, masked, rows)
     at = np.zeros(rows, np.int32)
     at[:count] = 0 if positions is None else positions
@@ -116,6 +116,7 @@ def draw(
 
 
 def scores_of(logits: np.ndarray, p: SamplingParams, past: Past) -> np.ndarray:
+    p = p.resolved({})
     scores = logits.astype(np.float64)
     for token in range(V):
         if past.in_prompt[token] or past.counts[token]:
@@ -132,6 +133,7 @@ def scores_of(logits: np.ndarray, p: SamplingParams, past: Past) -> np.ndarray:
 
 def probabilities(logits: np.ndarray, p: SamplingParams, past: Past | None = None) -> np.ndarray:
     """What each token is drawn with: penalties, temperature, top-k, top-p, min-p, in this order."""
+    p = p.resolved({})
     warm = scores_of(logits, p, past or Past.of()) / p.temperature
     odds = np.exp(warm - warm.max())
     if 0 < p.top_k < V:
@@ -148,7 +150,8 @@ def probabilities(logits: np.ndarray, p: SamplingParams, past: Past | None = Non
 
 def gumbel(seed: int, position: int) -> np.ndarray:
     """Noise keyed by (seed, position, token id), through the public API of ``jax.random``."""
-    key = jax.random.fold_in(jax.random.key(np.uint32(seed), impl="threefry2x32"), position)
+    words = jnp.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], jnp.uint32)
+    key = jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), position)
     keys = jax.vmap(lambda token: jax.random.fold_in(key, token))(jnp.arange(V))
     high, low = np.asarray(jax.random.key_data(keys)).astype(np.float64).T
     return -np.log(-np.log1p(-(high + (low + 0.5) * 2.0**-32) * 2.0**-32))
@@ -443,9 +446,7 @@ def test_slots_say_whose_history_it_is() -> None:
     logits[:, 7], logits[:, 9] = 5.0, 4.0
     history = History(*(np.zeros((3, V), dtype) for dtype in (bool, np.int32, np.float32, bool)))
     history.counts[2, 7] = 1
-    rows = SamplingRows.pack(
-        [SamplingParams(temperature=0, presence_penalty=2.0)] * 2, [0, 0], [False] * 2, 2
-    )
+    rows = SamplingRows.pack([SamplingParams(temperature=0, presence_penalty=2.0)] * 2, [0, 0], [0] * 2, 2)
     drawn, after = jax.jit(functools.partial(sample, mesh=mesh))(
         logits, rows, history, np.array([2, 0]), np.array([5, 5])
     )
@@ -487,7 +488,7 @@ def test_logprobs_of_a_vocabulary_below_twenty(tp: int) -> None:
     logits = np.full((1, padded), -np.inf, np.float32)
     logits[0, :10] = np.arange(10)
     history = History(*(np.zeros((1, padded), dtype) for dtype in (bool, np.int32, np.float32, bool)))
-    rows = SamplingRows.pack([SamplingParams(temperature=0, logprobs=20)], [0], [False], 1)
+    rows = SamplingRows.pack([SamplingParams(temperature=0, logprobs=20)], [0], [0], 1)
     drawn, _ = jax.jit(functools.partial(sample, mesh=mesh))(
         logits, rows, history, np.array([0]), np.array([0])
     )
@@ -534,7 +535,7 @@ def test_pack() -> None:
                        presence_penalty=0.5, frequency_penalty=-0.5, logprobs=0),
         SamplingParams(top_k=10**12, logit_bias={3: 1.0}),
     ]  # fmt: skip
-    rows = SamplingRows.pack(params, [2**32 - 1, 2**31], [False, True], 4)
+    rows = SamplingRows.pack(params, [2**32 - 1, -(2**33) + 2**31], [0, 17], 4)
     assert rows.floats.dtype == np.float32 and rows.ints.dtype == np.int32
     assert rows.floats.tolist() == [
         [0.5, 0.25, 0.125, 1.5, 0.5, -0.5],
@@ -542,17 +543,26 @@ def test_pack() -> None:
         [0, 1, 0, 1, 0, 0],  # rows that do not exist are greedy
         [0, 1, 0, 1, 0, 0],
     ]
-    assert rows.ints.tolist() == [[7, -1, 1, 1, 0], [2**24, -(2**31), 1, 0, 1], [0] * 5, [0] * 5]
+    assert rows.ints.tolist() == [
+        [7, 0, -1, 1, 1, 0],
+        [2**24, -2, -(2**31), 1, 0, 17],
+        [0] * 6,
+        [0] * 6,
+    ]
 
 
 def test_large_seeds_differ() -> None:
-    flat = np.zeros((5, V), np.float32)
-    seeds = [0, 2**31 - 1, 2**31, 2**32 - 1, 2**32 - 2]
+    seeds = [0, 2**31 - 1, 2**31, 2**32 - 1, 2**32 - 2, 2**32, 2**63 - 1, -(2**63), -2, 2**33]
+    flat = np.zeros((len(seeds), V), np.float32)
     tokens = [
-        tuple(draw(1, flat, [SamplingParams(temperature=1.0)] * 5, seeds, [p] * 5)[0].tokens.tolist())
+        tuple(
+            draw(1, flat, [SamplingParams(temperature=1.0)] * len(seeds), seeds, [p] * len(seeds))[
+                0
+            ].tokens.tolist()
+        )
         for p in range(6)
     ]
-    assert len(set(zip(*tokens, strict=True))) == 5  # five different sequences
+    assert len(set(zip(*tokens, strict=True))) == len(seeds)  # as many different sequences
 
 
 # --- what moves between devices ----------------------------------------------------------------------------

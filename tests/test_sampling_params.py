@@ -10,21 +10,23 @@ import pytest
 
 from tpjax import SamplingParams
 from tpjax.errors import RequestError, TpjaxError
+from tpjax.sampling_params import NEUTRAL
 
 NAN, INF = math.nan, math.inf
-NOT_NUMBERS: tuple[Any, ...] = (NAN, INF, -INF, True, "1", None, [1.0], 1j)
+NOT_NUMBERS: tuple[Any, ...] = (NAN, INF, -INF, True, "1", [1.0], 1j)
 NOT_COUNTS: tuple[Any, ...] = (NAN, INF, 1.0, True, False, "1", [1])
 
 BAD: dict[str, tuple[Any, ...]] = {
     "max_tokens": (*NOT_COUNTS, None, -1),
     "temperature": (*NOT_NUMBERS, -0.1, -1),
-    "top_k": (*NOT_COUNTS, None, -1),
+    "top_k": (*NOT_COUNTS, -1),
     "top_p": (*NOT_NUMBERS, 0, 0.0, -0.1, 1.0001, 2),
     "min_p": (*NOT_NUMBERS, -0.1, 1.0001, 2),
-    "seed": (*NOT_COUNTS, -1, 2**32),
+    "seed": (*NOT_COUNTS, -(2**63) - 1, 2**63),
     "repetition_penalty": (*NOT_NUMBERS, 0, 0.0, -1.0),
-    "presence_penalty": (*NOT_NUMBERS, -2.1, 2.1),
-    "frequency_penalty": (*NOT_NUMBERS, -2.1, 2.1),
+    "min_tokens": (*NOT_COUNTS, None, -1),
+    "presence_penalty": (*NOT_NUMBERS, None, -2.1, 2.1),
+    "frequency_penalty": (*NOT_NUMBERS, None, -2.1, 2.1),
     "logprobs": (*NOT_COUNTS, -1, 21),
     "prompt_logprobs": (*NOT_COUNTS, -1, 21),
 }
@@ -42,7 +44,7 @@ def test_bad_number(name: str, value: Any) -> None:
     ("name", "value", "bounds"),
     (
         ("max_tokens", -1, "a whole number, 0 or more"),
-        ("seed", 2**32, "a whole number, 0 to 4294967295"),
+        ("seed", 2**63, "a whole number, -9223372036854775808 to 9223372036854775807"),
         ("logprobs", 21, "a whole number, 0 to 20"),
         ("temperature", NAN, "a finite number, 0 or more"),
         ("top_p", 0.0, "a finite number, above 0 and at most 1"),
@@ -110,26 +112,23 @@ def test_bias_beyond_float32(bias: float) -> None:
 
 def test_bounds_are_inclusive() -> None:
     low = SamplingParams(
-        max_tokens=1, temperature=0, top_k=0, top_p=1e-3, min_p=0, seed=0, repetition_penalty=1e-3,
+        max_tokens=1, temperature=0, top_k=0, top_p=1e-3, min_p=0, seed=-(2**63), repetition_penalty=1e-3,
         presence_penalty=-2, frequency_penalty=-2, logprobs=0,
     )  # fmt: skip
     high = SamplingParams(
-        max_tokens=10**9, temperature=100, top_k=10**9, top_p=1, min_p=1, seed=2**32 - 1,
+        max_tokens=10**9, temperature=100, top_k=10**9, top_p=1, min_p=1, seed=2**63 - 1,
         repetition_penalty=10, presence_penalty=2, frequency_penalty=2, logprobs=20,
     )  # fmt: skip
-    assert (low.temperature, low.logprobs, low.seed) == (0, 0, 0)
-    assert (high.seed, high.top_p, high.logprobs) == (2**32 - 1, 1, 20)
+    assert (low.temperature, low.logprobs, low.seed) == (0, 0, -(2**63))
+    assert (high.seed, high.top_p, high.logprobs) == (2**63 - 1, 1, 20)
 
 
 def test_defaults_and_normal_forms() -> None:
     params = SamplingParams()
-    assert (params.max_tokens, params.temperature, params.top_k, params.top_p, params.min_p) == (
-        16,
-        1.0,
-        0,
-        1.0,
-        0.0,
-    )
+    assert (params.max_tokens, params.min_tokens, params.seed) == (16, 0, None)
+    assert {getattr(params, name) for name in NEUTRAL} == {None}
+    assert {name: params.value(name) for name in NEUTRAL} == NEUTRAL
+    assert SamplingParams(seed=-1).seed is None
     assert params.stop == () and params.stop_token_ids == () and params.logit_bias == {}
     assert SamplingParams(stop="ab").stop == ("ab",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
@@ -139,6 +138,28 @@ def test_defaults_and_normal_forms() -> None:
     bias[1] = 9.0
     assert held.logit_bias == {1: 2.0}
     assert pickle.loads(pickle.dumps(held)) == held
+
+
+def test_resolved() -> None:
+    """What is given counts, then the model's, then the neutral value; all else stays as it is."""
+    given = SamplingParams(max_tokens=3, temperature=0.0, top_k=0, stop="x", logit_bias={2: 1.0})
+    whole = given.resolved({"temperature": 0.6, "top_k": 20, "top_p": 0.9})
+    assert {name: getattr(whole, name) for name in NEUTRAL} == {
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 0.9,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+    }
+    assert (whole.max_tokens, whole.stop, whole.logit_bias) == (3, ("x",), {2: 1.0})
+    assert whole.resolved({"temperature": 0.1, "min_p": 0.5}) == whole
+    assert SamplingParams().resolved({"repetition_penalty": 1.2}).needs_history
+
+
+def test_fewest_and_most_tokens() -> None:
+    assert SamplingParams(min_tokens=16).min_tokens == 16
+    with pytest.raises(RequestError, match=r"^min_tokens=17 is over max_tokens=16$"):
+        SamplingParams(min_tokens=17)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,27 @@ def test_stop_string_in_one_token() -> None:
     assert (stream.text, stream.stopped) == ("one two ", True)
 
 
+@pytest.mark.parametrize(
+    ("parts", "fewest", "text", "stopped"),
+    (
+        (["a", "END", "b", "END", "c"], 2, "aENDb", True),  # the first came within two tokens
+        (["a", "END", "b", "END", "c"], 1, "a", True),
+        (["a", "E", "N", "D", "b"], 3, "a", True),  # begins within three and ends after them
+        (["a", "E", "N", "D", "b"], 4, "aENDb", False),
+        (["END", "END", "END"], 3, "ENDENDEND", False),
+        (["END", "EEND"], 1, "ENDE", True),
+        (["x EN", "D EN", "D"], 2, "x END ", True),
+    ),
+)
+def test_stop_strings_do_not_count_within_min_tokens(
+    parts: list[str], fewest: int, text: str, stopped: bool
+) -> None:
+    stream = TextStream(tokenizer([part.encode() for part in parts]), [], ["END"], min_tokens=fewest)
+    deltas = [stream.push(token) for token in range(len(parts))]
+    assert "".join([*deltas, stream.flush()]) == stream.text == text
+    assert stream.stopped is stopped
+
+
 def test_stop_string_across_tokens_is_held_back() -> None:
     stream, deltas = stream_of(["a E", "N", "D b"], ["END"])
     assert deltas == ["a ", "", "", ""]

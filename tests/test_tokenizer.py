@@ -277,13 +277,70 @@ def test_llama_flags_count_without_a_post_processor(tmp_path, tokenizer_class, f
     assert tokenizer.decode(tokenizer.encode("x"), skip_special_tokens=False) == shown
 
 
-def test_eos_ids_are_the_union_of_every_file(tmp_path):
-    _byte_level_json(tmp_path)
-    eos = load_tokenizer(tmp_path).eos_ids
-    assert len(eos) == 1
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
-    (tmp_path / "config.json").write_text('{"eos_token_id": 9, "text_config": {"eos_token_id": [10]}}')
-    assert load_tokenizer(tmp_path).eos_ids == eos | {7, 8, 9, 10}
+@pytest.mark.parametrize(
+    ("generation", "config", "named"),
+    (
+        ({}, {}, set()),
+        ({"eos_token_id": [7, 8]}, {"eos_token_id": 9}, {7, 8}),
+        ({"eos_token_id": 7}, {"eos_token_id": [9, 10]}, {7}),
+        ({"temperature": 1.0}, {"eos_token_id": [9, 10]}, {9, 10}),
+        ({"eos_token_id": None}, {"eos_token_id": 9, "text_config": {"eos_token_id": [10]}}, {9}),
+        ({"eos_token_id": []}, {"text_config": {"eos_token_id": [10]}}, {10}),
+        (None, {"eos_token_id": 0}, {0}),
+        ({"eos_token_id": 0}, None, {0}),
+    ),
+)
+def test_which_eos_counts(tmp_path, generation, config, named):
+    """generation_config.json's where it names one, else config.json's; always the tokenizer's own."""
+    _byte_level_json(tmp_path, chat_template=None)
+    for name, content in (("generation_config.json", generation), ("config.json", config)):
+        if content is not None:
+            (tmp_path / name).write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path)
+    (own,) = tokenizer.encode("<|eos|>", add_special_tokens=False)
+    assert tokenizer.eos_ids == {own} | named
+
+
+TURNS = {
+    "chatml": (CHATML, "<|im_end|>"),
+    "on its own line": (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n<|im_end|>\n' }}{% endfor %}",
+        "<|im_end|>",
+    ),
+    "the EOS": ("{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}", "<|eos|>"),
+    "not special": ("{% for m in messages %}{{ m['content'] + '<think>' }}{% endfor %}", "<think>"),
+    "no token": ("{% for m in messages %}{{ m['content'] + '[end]' }}{% endfor %}", None),
+    "nothing after": ("{% for m in messages %}{{ '<|im_start|>' + m['content'] }}{% endfor %}", None),
+    "users only": (
+        "{% if messages[1]['role'] != 'user' %}{{ raise_exception('no') }}{% endif %}",
+        None,
+    ),
+    "broken": ("{% for m in %}", None),
+    "list contents": ("{{ messages[1]['content'][0]['text'] + '<|im_end|>' }}", None),
+    "for ever": ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", None),
+    "parts": (
+        "{% for m in messages %}{{ m.content }}{{ '<|im_end|>' if m.role == 'assistant' }}{% endfor %}",
+        "<|im_end|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_the_end_of_a_turn_ends_the_text(tmp_path, name):
+    """A fine-tuned model says what its template taught it, whatever the settings name."""
+    template, end = TURNS[name]
+    _byte_level_json(tmp_path, chat_template=template)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
+    tokenizer = load_tokenizer(tmp_path)
+    named = {tokenizer.token_bytes(i) for i in tokenizer.eos_ids - {9}}
+    assert named == {b"<|eos|>", *([end.encode()] if end else [])}
+    assert tokenizer.eos_ids <= tokenizer.special_ids
+
+
+def test_special_tokens_by_their_text(smollm2):
+    assert smollm2.special_id("<|im_end|>") == 2
+    for text in ("<|im_end", "<|im_end|>\n", "the", "", "\udce9"):
+        assert smollm2.special_id(text) is None
 
 
 def test_special_tokens_map_fills_in(tmp_path):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from tpjax.checkpoints import generation_config as generation
 from tpjax.checkpoints.hub import cache_dir, resolve
 from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint, parameters
 from tpjax.config import ExpertSharding, ModelConfig, check_choice
@@ -25,7 +26,7 @@ from tpjax.errors import ConfigError, RequestError
 from tpjax.mesh import make_mesh
 from tpjax.runtime.memory import device_memory, plan_limits
 from tpjax.runtime.runner import Residual, Runner, resolve_dtype
-from tpjax.sampling_params import MAX_SEED, SamplingParams
+from tpjax.sampling_params import MAX_SEED, MIN_SEED, RANDOM_SEED, SamplingParams
 from tpjax.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -71,17 +72,21 @@ class LLM:
             made for, as far as the cache has room.
         max_slots: sequences decoded at once; more are queued.
         quantize: reserved for quantised execution; only ``None`` is supported.
-        seed: of the draws of requests that bring no seed of their own.
+        seed: of the draws of requests that bring no seed of their own; any int64, -1: another at each start.
         expert_sharding: of a mixture of experts: ``experts`` (whole ones on each device), ``width`` (each
             device has a share of every expert), or ``auto``: experts where ``tp`` divides them.
         residual: layout of the residual while a prompt is read: ``replicated``, cut over ``positions``
             (norms then work on 1/tp of the rows; chunks that ``tp`` does not divide stay replicated), or
             ``auto``: positions on TPU and GPU. It changes no result.
+        generation_config: where the sampling parameters come from that a request does not give: ``auto``:
+            the checkpoint's ``generation_config.json``; ``none``: nowhere; or another directory or file.
 
     Attributes:
         config: the architecture.
         mesh: the mesh.
         tokenizer: ``None`` where the checkpoint has none: prompts and completions are then token ids.
+        eos_ids: tokens that end a text.
+        sampling_defaults: sampling parameters that apply where a request gives none.
 
     Raises:
         TpjaxError: naming what does not fit.
@@ -98,16 +103,19 @@ class LLM:
         seed: int = 0,
         expert_sharding: ExpertSharding = "auto",
         residual: Residual = "auto",
+        generation_config: str | os.PathLike[str] = "auto",
     ) -> None:
         if quantize is not None:
             raise ConfigError(f"quantize={quantize!r} is not supported: use None")
         check_choice("residual", residual, Residual)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-            raise ConfigError(f"seed={seed!r} is not a whole number, 0 to {MAX_SEED}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not MIN_SEED <= seed <= MAX_SEED:
+            raise ConfigError(f"seed={seed!r} is not a whole number, {MIN_SEED} to {MAX_SEED}")
         path = resolve(os.fspath(model))
         checkpoint = open_checkpoint(path).with_expert_sharding(expert_sharding)
         self.config: ModelConfig = checkpoint.config
         self.tokenizer: Tokenizer | None = load_tokenizer(path)
+        self.eos_ids = generation.eos_ids(path) if self.tokenizer is None else self.tokenizer.eos_ids
+        self.sampling_defaults = generation.sampling_defaults(path, generation_config)
         self.mesh = make_mesh(tp)
         _use_compilation_cache()
         self.dtype = resolve_dtype(dtype)
@@ -128,7 +136,9 @@ class LLM:
         self.engine = Engine(self.runner)
         self._running: dict[Request, tuple[Generation, deque[Delta]]] = {}
         self._grown: deque[tuple[Request, list[int]]] = deque()  # read, and not yet handed out
-        self._seeds = np.random.default_rng(seed)
+        self._seeds = np.random.default_rng(None if seed == RANDOM_SEED else seed % 2**64)
+        if self.sampling_defaults:
+            log.info("where a request gives none, %s (generation_config)", self.describe_defaults())
 
     @property
     def max_model_len(self) -> int:
@@ -293,12 +303,22 @@ class LLM:
             raise RequestError(f"stop={params.stop!r} needs a tokenizer, and {self.path} has none")
         for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
             self._checked(list(getattr(params, name) or ()), name)
-        ends = () if params.ignore_eos or self.tokenizer is None else tuple(sorted(self.tokenizer.eos_ids))
+        params = params.resolved(self.sampling_defaults)
+        ends = {*params.stop_token_ids, *self._stop_ids(params.stop)}
+        ends |= set() if params.ignore_eos else self.eos_ids
+        if params.min_tokens and params.allowed_token_ids and ends.issuperset(params.allowed_token_ids):
+            raise RequestError(
+                f"min_tokens={params.min_tokens}, but each of allowed_token_ids ends the text at once"
+            )
         seed = int(self._seeds.integers(0, MAX_SEED, endpoint=True)) if params.seed is None else params.seed
         extra |= self._limits(params, extra.get("grammar"))
-        request = Request(ids, params, seed, (*params.stop_token_ids, *ends), **extra)
+        request = Request(ids, params, seed, tuple(sorted(ends)), **extra)
         self.engine.scheduler.check(request)
         return request
+
+    def describe_defaults(self) -> str:
+        """The sampling defaults in words; empty where there are none."""
+        return ", ".join(f"{name}={value:g}" for name, value in self.sampling_defaults.items())
 
     def _limits(self, params: SamplingParams, grammar: Grammar | None) -> dict[str, Any]:
         """What a request may not draw, as its fields ``barred_ids`` and ``grammar``."""
@@ -360,6 +380,11 @@ class LLM:
     def _end(self, generation: Generation) -> None:
         self.engine.cancel(generation.request)
         self._running.pop(generation.request, None)
+
+    def _stop_ids(self, stop: Sequence[str]) -> set[int]:
+        """Ids of the stop strings that are special tokens: those are no part of the text to be found in."""
+        found = (self.tokenizer.special_id(text) for text in stop) if self.tokenizer else ()
+        return {token for token in found if token is not None}
 
     def _checked(self, token_ids: Sequence[int], name: str = "the prompt") -> list[int]:
         vocab = self.config.vocab_size

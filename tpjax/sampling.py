@@ -38,36 +38,46 @@ class SamplingRows:
 
     Attributes:
         floats: temperature, top_p, min_p, repetition, presence and frequency penalty.
-        ints: top_k, seed (as int32 bits), whether to apply history, whether to return log-probabilities,
-            whether to draw only what the slot's mask allows.
+        ints: top_k, the seed's upper and lower 32 bits, whether to apply history, whether to return
+            log-probabilities, and the position up to which only what the slot's mask allows is drawn.
     """
 
     floats: Float[Leaf, "B 6"]
-    ints: Int[Leaf, "B 5"]
+    ints: Int[Leaf, "B 6"]
 
     @classmethod
     def pack(
-        cls, params: Sequence[SamplingParams], seeds: Sequence[int], masked: Sequence[bool], rows: int
+        cls, params: Sequence[SamplingParams], seeds: Sequence[int], masked_until: Sequence[int], rows: int
     ) -> SamplingRows:
-        """Packs parameters into ``rows`` rows; rows past the last are greedy."""
+        """Packs parameters into ``rows`` rows; rows past the last are greedy.
+
+        Args:
+            params: one a row.
+            seeds: one a row, any integer of 64 bits, signed or not.
+            masked_until: per row the position before which only what its slot's mask allows is drawn.
+            rows: rows to fill.
+        """
         floats: Any = np.tile(np.array([0, 1, 0, 1, 0, 0], np.float32), (rows, 1))
-        ints: Any = np.zeros((rows, 5), np.int32)
-        for row, (p, seed, mask) in enumerate(zip(params, seeds, masked, strict=True)):
+        ints: Any = np.zeros((rows, 6), np.int32)
+        for row, (p, seed, until) in enumerate(zip(params, seeds, masked_until, strict=True)):
             floats[row] = (
-                p.temperature,
-                p.top_p,
-                p.min_p,
-                max(p.repetition_penalty, _TINY),  # it divides: devices may flush what is smaller to 0
+                p.value("temperature"),
+                p.value("top_p"),
+                p.value("min_p"),
+                max(
+                    p.value("repetition_penalty"), _TINY
+                ),  # it divides: devices may flush what is smaller to 0
                 p.presence_penalty,
                 p.frequency_penalty,
             )
             # float32 cannot hold a k above 2**24; no vocabulary is that large
             ints[row] = (
-                min(p.top_k, 2**24),
-                np.uint32(seed).view(np.int32),
+                min(p.value("top_k"), 2**24),
+                np.uint32(seed >> 32 & 0xFFFFFFFF).view(np.int32),
+                np.uint32(seed & 0xFFFFFFFF).view(np.int32),
                 p.needs_history,
                 p.logprobs is not None,
-                mask,
+                until,
             )
         return cls(floats, ints)
 
@@ -164,8 +174,8 @@ def _sample_shard(
 ) -> tuple[Sampled, History]:
     """One device's part: ``logits`` and ``history`` hold its share of the vocabulary."""
     temperature, top_p, min_p = (rows.floats[:, i, None] for i in range(3))
-    top_k, seeds, *flags = (rows.ints[:, i] for i in range(5))
-    uses_history, wants_logprobs, masked = (flag != 0 for flag in flags)
+    top_k, (uses_history, wants_logprobs) = rows.ints[:, 0], (rows.ints[:, i] != 0 for i in (3, 4))
+    masked = positions < rows.ints[:, 5]
     share = logits.shape[-1]
     tokens = jax.lax.axis_index(AXIS) * share + jnp.arange(share)
 
@@ -209,7 +219,7 @@ def _sample_shard(
         floor = jnp.maximum(floor, jnp.log(min_p))
         # masked after the noise too: what has no probability must not win whatever the noise is
         kept = (warm >= floor) & (scores > -jnp.inf)
-        noisy = jnp.where(kept, warm + _gumbel(seeds, positions, tokens), -jnp.inf)
+        noisy = jnp.where(kept, warm + _gumbel(rows.ints[:, 1:3], positions, tokens), -jnp.inf)
         # a NaN is below every threshold; it must win all the same, to be seen
         return jnp.where((temperature > 0) & ~jnp.isnan(scores), noisy, scores)
 
@@ -237,9 +247,10 @@ def _penalise(logits: Array, rows: SamplingRows, history: History, slots: Array)
     repeated = history.in_prompt[slots] | (counts > 0)
     scores = jnp.where(repeated, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
     scores = scores - frequency * counts.astype(jnp.float32) - jnp.where(counts > 0, presence, 0.0)
+    bias = history.bias[slots]
     # a possible token stays possible, and padding does not become so: what overflows is held at the ends
-    scores = jnp.clip(scores + history.bias[slots], -_MAX, _MAX)
-    return jnp.where((rows.ints[:, 2, None] != 0) & (logits > -jnp.inf), scores, logits)
+    scores = jnp.where(jnp.isneginf(bias), -jnp.inf, jnp.clip(scores + bias, -_MAX, _MAX))
+    return jnp.where((rows.ints[:, 3, None] != 0) & (logits > -jnp.inf), scores, logits)
 
 
 def _below(scores: Float[Array, "B share"], top: Float[Array, "B 1"]) -> Float[Array, "B share"]:
@@ -285,11 +296,12 @@ def _unordered(keys: UInt[Array, "*n"]) -> Float[Array, "*n"]:
     return jnp.where(jnp.isnan(value), -jnp.inf, value)
 
 
-def _gumbel(seeds: Int[Array, " B"], positions: Int[Array, " B"], tokens: Int[Array, " share"]) -> Array:
+def _gumbel(seeds: Int[Array, "B 2"], positions: Int[Array, " B"], tokens: Int[Array, " share"]) -> Array:
     """Standard Gumbel noise for each row and token, float32 [B, share]."""
 
     def words(seed: Array, position: Array) -> Array:
-        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
+        # a key is two words: for a seed of 32 bits this is jax.random.key(seed)
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
         return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, tokens))  # [share, 2]
 
     drawn = jax.vmap(words)(jax.lax.bitcast_convert_type(seeds, jnp.uint32), positions)

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tpjax.errors import RequestError
 
 MAX_LOGPROBS = 20
-MAX_SEED = 2**32 - 1
+MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
+RANDOM_SEED = -1  # as in vLLM: the same as none
+# What a parameter is that neither a request nor the model's generation_config.json gives.
+NEUTRAL: Mapping[str, float] = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
 _MAX_FLOAT32 = (2 - 2**-23) * 2.0**127  # the device computes in float32: what is over is infinite there
 
 
@@ -18,16 +27,22 @@ _MAX_FLOAT32 = (2 - 2**-23) * 2.0**127  # the device computes in float32: what i
 class SamplingParams:
     """Sampling parameters, under the names vLLM and transformers use.
 
-    Applied in this order: penalties, ``logit_bias``, temperature, ``top_k``, ``top_p``, ``min_p``.
+    Applied in this order: penalties, ``logit_bias``, temperature, ``top_k``, ``top_p``, ``min_p``. Where
+    ``temperature``, ``top_k``, ``top_p``, ``min_p`` or ``repetition_penalty`` is ``None``, "not given", the
+    model's ``generation_config.json`` decides, and where that is silent the value of ``NEUTRAL``.
 
     Attributes:
         max_tokens: most tokens to generate; 0 only runs the prompt.
+        min_tokens: tokens that come before any that ends the text is drawn, and before a stop string counts.
+            A grammar that can only end goes first.
         temperature: divides the logits; 0 takes the likeliest token (greedy).
         top_k: keep the k likeliest tokens, and those that tie with the last of them; 0 keeps all.
-        top_p: keep the likeliest tokens that together hold this probability; 1 keeps all.
+        top_p: keep the likeliest tokens that together hold this probability, and those that tie with the
+            last of them; 1 keeps all.
         min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
-        seed: of this request's draws, 0 to 2**32 - 1; ``None``: taken from the engine's.
-        stop: strings that end the text; they are not part of it.
+        seed: of this request's draws, any int64 but -1; ``None`` or -1: taken from the engine's.
+        stop: strings that end the text; they are not part of it. One that is a special token of the model
+            ends the text at its id.
         stop_token_ids: tokens that end the text besides the model's own.
         ignore_eos: go on past the model's end-of-text tokens.
         repetition_penalty: divides (if positive, else multiplies) logits of tokens in prompt or
@@ -50,15 +65,15 @@ class SamplingParams:
     """
 
     max_tokens: int = 16
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
     seed: int | None = None
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
@@ -69,20 +84,31 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         self._check_containers()
         self._check_int("max_tokens", 0)
-        self._check_int("top_k", 0)
+        self._check_int("min_tokens", 0)
+        if self.min_tokens > self.max_tokens:
+            raise RequestError(f"min_tokens={self.min_tokens} is over max_tokens={self.max_tokens}")
+        if self.top_k is not None:
+            self._check_int("top_k", 0)
         if self.seed is not None:
-            self._check_int("seed", 0, MAX_SEED)
+            self._check_int("seed", MIN_SEED, MAX_SEED)
+            if self.seed == RANDOM_SEED:
+                object.__setattr__(self, "seed", None)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 self._check_int(name, 0, MAX_LOGPROBS)
-        self._check_float("temperature", 0.0)
-        self._check_float("top_p", 0.0, 1.0, open_low=True)
-        self._check_float("min_p", 0.0, 1.0)
-        self._check_float("repetition_penalty", 0.0, open_low=True)
+        for name, high, open_low in (
+            ("temperature", math.inf, False),
+            ("top_p", 1.0, True),
+            ("min_p", 1.0, False),
+            ("repetition_penalty", math.inf, True),
+        ):
+            if getattr(self, name) is not None:
+                self._check_float(name, 0.0, high, open_low=open_low)
         self._check_float("presence_penalty", -2.0, 2.0)
         self._check_float("frequency_penalty", -2.0, 2.0)
         for text in self.stop:
@@ -113,9 +139,20 @@ class SamplingParams:
     @property
     def needs_history(self) -> bool:
         """Whether logits depend on which tokens came before, or on a bias."""
-        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        penalties = (self.value("repetition_penalty"), self.presence_penalty, self.frequency_penalty)
         limits = self.allowed_token_ids is not None or bool(self.bad_words)
         return penalties != (1.0, 0.0, 0.0) or bool(self.logit_bias) or limits
+
+    def value(self, name: str) -> float:
+        """A parameter of ``NEUTRAL`` as it applies: that of ``NEUTRAL`` where none is given."""
+        given: float | None = getattr(self, name)
+        return NEUTRAL[name] if given is None else given
+
+    def resolved(self, defaults: Mapping[str, float]) -> SamplingParams:
+        """The same with a model's defaults, then the neutral values, where none is given."""
+        every = {**NEUTRAL, **defaults}
+        missing: dict[str, Any] = {name: every[name] for name in NEUTRAL if getattr(self, name) is None}
+        return replace(self, **missing)
 
     def _check_containers(self) -> None:
         kinds: dict[str, Any] = {

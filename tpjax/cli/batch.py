@@ -14,12 +14,13 @@ import typer
 
 from tpjax.cli.console import note, read_text
 from tpjax.cli.loading import chosen_model, ensure, load
-from tpjax.cli.options import Model, ModelOption, Sharding, option, takes, whole
+from tpjax.cli.options import GenerationConfig, Model, ModelOption, Sharding, option, takes, whole
 from tpjax.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from tpjax.llm import LLM
     from tpjax.server.service import Service
 
 EXAMPLES = """
@@ -44,6 +45,7 @@ def run(
     max_slots: Annotated[
         int, option("--max-slots", help="Requests that run at once.", parser=whole("requests"), metavar="N")
     ] = 8,
+    generation_config: GenerationConfig = "auto",
     *,
     sharding: Sharding,
 ) -> None:
@@ -61,9 +63,11 @@ def run(
     if not waiting:
         return
     ensure(name, sharding.tp)
-    service = Service(
-        lambda: load(name, sharding, max_slots=max_slots), Path(name).name, max_queue=_AHEAD * max_slots
-    )
+
+    def loaded() -> LLM:
+        return load(name, sharding, max_slots=max_slots, generation_config=generation_config)
+
+    service = Service(loaded, Path(name).name, max_queue=_AHEAD * max_slots)
     failed = asyncio.run(_answer(service, create_app(service), waiting, output_file, _AHEAD * max_slots))
     note(f"{len(waiting) - failed} answered, {failed} failed: {output_file}")
 

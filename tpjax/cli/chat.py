@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated
 
 import typer
 
 from tpjax.cli.console import note
-from tpjax.cli.loading import chosen_model, load
-from tpjax.cli.options import Model, ModelOption, Sampling, Sharding, takes
+from tpjax.cli.loading import chosen_model, load, note_defaults
+from tpjax.cli.options import GenerationConfig, Model, ModelOption, Sampling, Sharding, takes
 
 EXAMPLES = """
   tpjax chat smollm2-135m --tp 4
@@ -25,6 +26,7 @@ def run(
     system: Annotated[
         str | None, typer.Option("--system", metavar="TEXT", help="The system message.")
     ] = None,
+    generation_config: GenerationConfig = "auto",
     *,
     sharding: Sharding,
     sampling: Sampling,
@@ -35,6 +37,9 @@ def run(
     name = chosen_model(model, model_option)
     params = sampling.params(max_tokens=MAX_TOKENS)
     check_template(name)  # before the weights are read
-    llm = load(name, sharding, max_slots=1)
+    llm = load(name, sharding, max_slots=1, generation_config=generation_config)
+    note_defaults(llm)
+    if params.temperature is None and "temperature" not in llm.sampling_defaults:
+        params = dataclasses.replace(params, temperature=TEMPERATURE)
     note(f"{name} at tp={llm.mesh.size}; /help shows the commands")
     chat(llm, params, system)

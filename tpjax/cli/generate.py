@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tpjax.cli.console import note, read_text
-from tpjax.cli.loading import chosen_model, load
-from tpjax.cli.options import ModelOption, Sampling, Sharding, takes
+from tpjax.cli.loading import chosen_model, load, note_defaults
+from tpjax.cli.options import GenerationConfig, ModelOption, Sampling, Sharding, takes
 from tpjax.errors import EngineError, RequestError
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def run(
     profile: Annotated[
         Path | None, typer.Option("--profile", metavar="DIR", help="Write a JAX profile of the generation.")
     ] = None,
+    generation_config: GenerationConfig = "auto",
     *,
     sharding: Sharding,
     sampling: Sampling,
@@ -76,7 +77,8 @@ def run(
     entries = _entries(prompts, prompt, params)
     name = chosen_model(model, model_option)
     start = time.perf_counter()
-    llm = load(name, sharding)
+    llm = load(name, sharding, generation_config=generation_config)
+    note_defaults(llm)
     figures = Figures(load_s=time.perf_counter() - start)
     chat = chat or system is not None
     requests = [(_prompt_of(llm, entry, chat, system, token_ids), one) for entry, one in entries]

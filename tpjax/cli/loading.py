@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from tpjax.cli.console import note
 from tpjax.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
@@ -32,6 +33,12 @@ def load(model: str, sharding: Sharding, **options: Any) -> LLM:
     from tpjax.llm import LLM
 
     return LLM(model, **asdict(sharding), **options)
+
+
+def note_defaults(llm: LLM) -> None:
+    """Says which sampling parameters the model itself brings."""
+    if llm.sampling_defaults:
+        note(f"where no option says otherwise, {llm.describe_defaults()}")
 
 
 def ensure(model: str, tp: int | None, *, configuration: bool = False) -> None:

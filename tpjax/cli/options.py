@@ -143,6 +143,16 @@ Rounds = Annotated[
 ]
 
 
+GenerationConfig = Annotated[
+    str,
+    typer.Option(
+        "--generation-config",
+        metavar="auto|none|PATH",
+        help="The sampling defaults of the model's generation_config.json, of none, or of PATH.",
+    ),
+]
+
+
 @dataclass
 class Sharding:
     """How the model is laid out over devices."""

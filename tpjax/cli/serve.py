@@ -10,7 +10,17 @@ import typer
 
 from tpjax.cli.console import note, read_text
 from tpjax.cli.loading import chosen_model, ensure, load
-from tpjax.cli.options import Model, ModelOption, Sharding, number, option, port, takes, whole
+from tpjax.cli.options import (
+    GenerationConfig,
+    Model,
+    ModelOption,
+    Sharding,
+    number,
+    option,
+    port,
+    takes,
+    whole,
+)
 from tpjax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -82,6 +92,7 @@ def run(
             metavar="S",
         ),
     ] = 30.0,
+    generation_config: GenerationConfig = "auto",
     *,
     sharding: Sharding,
 ) -> None:
@@ -108,7 +119,7 @@ def run(
     ensure(name, sharding.tp)
 
     def loaded() -> LLM:
-        llm = load(name, sharding, max_slots=max_slots)
+        llm = load(name, sharding, max_slots=max_slots, generation_config=generation_config)
         llm.warm_up()
         return llm
 

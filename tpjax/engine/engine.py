@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tpjax.config import ModelConfig
 from tpjax.engine.block_manager import BlockManager
 from tpjax.engine.request import Request, TokenLogprobs
 from tpjax.engine.scheduler import Decode, Prefill, Scheduler
@@ -212,10 +213,11 @@ class Engine:
             runner.set_history(
                 _slot(request), request.prompt_ids, request.output_ids, request.params, request.barred_ids
             )
+        if work.first and request.grammar is None and request.must_go_on:
+            runner.set_masks({_slot(request): _without(_all_of(self.runner.config), request.stop_ids)})
         # what follows an inner chunk is known: nothing is drawn that counts
         params = request.params if work.final else _GREEDY
-        masked = work.final and request.grammar is not None
-        if masked:
+        if work.final:
             self._allow([request])
         row = Row(
             slot=_slot(request),
@@ -223,7 +225,7 @@ class Engine:
             pages=request.pages,
             params=params,
             seed=request.seed,
-            masked=masked,
+            masked_until=_masked_until(request) if work.final else 0,
             reach=request.most_tokens,
         )
         tokens = request.prefill_ids[work.start : work.stop]
@@ -245,7 +247,7 @@ class Engine:
                 seed=request.seed,
                 remaining=request.remaining,
                 stop_ids=request.stop_ids,
-                masked=request.grammar is not None,
+                masked_until=_masked_until(request),
                 reach=request.most_tokens,
             )
             for request in work.requests
@@ -254,7 +256,7 @@ class Engine:
 
     def _allow(self, requests: list[Request]) -> None:
         """Uploads what the grammars among them allow next."""
-        bound = {_slot(one): one.grammar.mask() for one in requests if one.grammar is not None}
+        bound = {_slot(one): _mask(one) for one in requests if one.grammar is not None}
         if bound:
             self.runner.set_masks(bound)
 
@@ -297,6 +299,31 @@ class Engine:
 
 
 _GREEDY = SamplingParams(temperature=0)
+_ALWAYS = 2**31 - 1  # past every position
+
+
+def _masked_until(request: Request) -> int:
+    """The position before which a request draws only what its slot's mask allows."""
+    return _ALWAYS if request.grammar is not None else len(request.prompt_ids) + request.params.min_tokens
+
+
+def _mask(request: Request) -> np.ndarray:
+    """What a request's grammar allows next; no end before ``min_tokens``, unless there is nothing else."""
+    assert request.grammar is not None
+    allowed = np.asarray(request.grammar.mask())
+    longer = _without(allowed, request.stop_ids) if request.must_go_on else allowed
+    return longer if longer.any() else allowed
+
+
+def _all_of(config: ModelConfig) -> np.ndarray:
+    return np.full(-(-config.vocab_size // 32), 0xFFFFFFFF, np.uint32)
+
+
+def _without(mask: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
+    """A mask, uint32 [ceil(V / 32)], with the bits of these tokens cleared."""
+    mask, places = mask.copy(), np.array([token for token in tokens if token < 32 * len(mask)], np.uint32)
+    np.bitwise_and.at(mask, places // 32, ~(np.uint32(1) << places % 32))
+    return mask
 
 
 @dataclass(frozen=True)

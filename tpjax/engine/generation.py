@@ -52,10 +52,16 @@ class Generation:
         params = request.params
         self._stream: TextStream | None = None
         if tokenizer is not None and params.detokenize:
+            if params.include_stop_str_in_output:  # a special token that ends the text is shown too
+                shown = {
+                    *shown,
+                    *(i for text in params.stop if (i := tokenizer.special_id(text)) is not None),
+                }
             self._stream = TextStream(
                 tokenizer,
                 request.prompt_ids,
                 params.stop,
+                min_tokens=params.min_tokens,
                 include_stop=params.include_stop_str_in_output,
                 skip_special_tokens=params.skip_special_tokens,
                 shown=shown,

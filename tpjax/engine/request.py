@@ -125,6 +125,11 @@ class Request:
         return len(self.prompt_ids) + self.launched - 1
 
     @property
+    def must_go_on(self) -> bool:
+        """Whether no token that ends it may be drawn next, as far as the host has read."""
+        return len(self.output_ids) < self.params.min_tokens
+
+    @property
     def prefilling(self) -> bool:
         """It runs, and tokens before its next one have not been handed to the device."""
         return self.prefilled < len(self.prefill_ids)

@@ -125,7 +125,7 @@ class Row:
         seed: of its noise.
         remaining: most tokens it may still yield.
         stop_ids: tokens that end it.
-        masked: draw only what :meth:`Runner.set_masks` allows its slot.
+        masked_until: at positions before this one, draw only what :meth:`Runner.set_masks` allows its slot.
         reach: tokens it may get to, prompt and output: some rotary embeddings go by it.
     """
 
@@ -136,7 +136,7 @@ class Row:
     seed: int
     remaining: int = 1
     stop_ids: Sequence[int] = ()
-    masked: bool = False
+    masked_until: int = 0
     reach: int = 0
 
 
@@ -160,7 +160,7 @@ class _Rows:
             stop_ids[i, : len(row.stop_ids)] = row.stop_ids[:STOP_IDS]
             tables[i, : len(row.pages)] = row.pages
         sampling = SamplingRows.pack(
-            [row.params for row in rows], [row.seed for row in rows], [row.masked for row in rows], size
+            [row.params for row in rows], [row.seed for row in rows], [row.masked_until for row in rows], size
         )
         return cls(ints, stop_ids, tables, sampling)
 

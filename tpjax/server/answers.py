@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tpjax.engine.generation import Delta, Generation
 from tpjax.errors import ContextLengthError, RequestError
-from tpjax.sampling_params import MAX_SEED
+from tpjax.sampling_params import MAX_SEED, MIN_SEED, RANDOM_SEED
 from tpjax.server.errors import bad_request, from_request_error
 from tpjax.server.protocol import Sampling
 from tpjax.server.service import Service, Stream
@@ -65,14 +65,15 @@ def make_requests(
     try:
         # the prompt's own check comes first: its length decides about the rest
         prompt = _truncated(llm, body, prompt, max_tokens)
-        ids = llm.request(prompt, body.sampling_params(0, seed=0)).prompt_ids
+        ids = llm.request(prompt, body.sampling_params(0, seed=0, min_tokens=0)).prompt_ids
         room = llm.max_model_len - len(ids)
         if not room and max_tokens != 0:
             raise ContextLengthError(
                 f"the prompt has {len(ids)} tokens: the context of {llm.max_model_len} has no room to answer"
             )
         if max_tokens is None:
-            max_tokens = max(1, room if default_tokens is None else min(default_tokens, room))
+            default = room if default_tokens is None else max(default_tokens, body.min_tokens or 0)
+            max_tokens = max(1, min(default, room))
         if max_tokens > room:
             raise bad_request(
                 f"the prompt has {len(ids)} tokens and max_tokens={max_tokens}: together "
@@ -80,11 +81,13 @@ def make_requests(
                 body.limit_name,
                 "context_length_exceeded",
             )
-        seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
+        seed = RANDOM_SEED if body.seed is None else body.seed
+        if seed == RANDOM_SEED:
+            seed = secrets.randbelow(MAX_SEED)
         return [
             llm.request(
                 ids,
-                body.sampling_params(max_tokens, seed=(seed + i) % (MAX_SEED + 1), **params),
+                body.sampling_params(max_tokens, seed=_choice_seed(seed, i), **params),
                 cache_salt=body.cache_salt or "",
                 grammar=grammars[i] if grammars else None,
                 priority=body.priority or 0,
@@ -93,6 +96,12 @@ def make_requests(
         ]
     except RequestError as error:
         raise from_request_error(error, type(body).model_fields) from error
+
+
+def _choice_seed(seed: int, choice: int) -> int:
+    """The seed of one of several choices: the next ones, round the int64 range and past what means random."""
+    own = (seed + choice - MIN_SEED) % 2**64 + MIN_SEED
+    return own + (seed < RANDOM_SEED <= own)
 
 
 def _truncated(

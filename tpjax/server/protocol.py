@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from tpjax.sampling_params import MAX_LOGPROBS, MAX_SEED, SamplingParams
+from tpjax.sampling_params import MAX_LOGPROBS, MAX_SEED, MIN_SEED, SamplingParams
 from tpjax.server.bodies import QuickModel
 from tpjax.server.errors import bad_request
 from tpjax.server.foreign import Foreign, ForeignToChat, ForeignToCompletions
@@ -81,7 +81,7 @@ class Sampling(Foreign):
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    seed: Annotated[int, Field(ge=MIN_SEED, le=MAX_SEED)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
@@ -89,6 +89,7 @@ class Sampling(Foreign):
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP)] | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP)] | None = None
     ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     detokenize: bool | None = None
@@ -169,16 +170,17 @@ class Sampling(Foreign):
             RequestError: a value is out of range.
             ApiError: a key of ``logit_bias`` is no token id.
         """
+        extra.setdefault("min_tokens", _or(self.min_tokens, 0))
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=_or(self.temperature, 1.0),
-            top_k=max(_or(self.top_k, 0), 0),  # -1 is vLLM's way to say all
-            top_p=_or(self.top_p, 1.0),
-            min_p=_or(self.min_p, 0.0),
+            temperature=self.temperature,
+            top_k=None if self.top_k is None else max(self.top_k, 0),  # -1 is vLLM's way to say all
+            top_p=self.top_p,
+            min_p=self.min_p,
             stop=_or(self.stop, ()),
             stop_token_ids=_or(self.stop_token_ids, ()),
             ignore_eos=bool(self.ignore_eos),
-            repetition_penalty=_or(self.repetition_penalty, 1.0),
+            repetition_penalty=self.repetition_penalty,
             presence_penalty=_or(self.presence_penalty, 0.0),
             frequency_penalty=_or(self.frequency_penalty, 0.0),
             logit_bias=_token_biases(self.logit_bias or {}),

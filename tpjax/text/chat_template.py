@@ -13,7 +13,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from tpjax.errors import CheckpointError, RequestError
+from tpjax.errors import CheckpointError, RequestError, TpjaxError
 from tpjax.sandbox import sandbox
 
 if TYPE_CHECKING:
@@ -108,6 +108,16 @@ class ChatTemplates:
     def chosen(self, tools: Sequence[Any] | None) -> str:
         """Name of the template for these tools."""
         return "tool_use" if tools and "tool_use" in self.sources else "default"
+
+    def after_reply(self) -> str:
+        """What the default template writes after an assistant's message; empty where that cannot be told."""
+        reply = "tpjaxreply"
+        messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": reply}]
+        try:
+            _, found, after = self.render(messages, add_generation_prompt=False).rpartition(reply)
+        except (TpjaxError, RecursionError):  # whoever uses the template is told what is wrong with it
+            return ""
+        return after if found else ""
 
     def _template(self, name: str) -> jinja2.Template:
         import jinja2

@@ -16,6 +16,7 @@ class TextStream:
         tokenizer: of the model.
         prompt_ids: the prompt's tokens; they decide about a leading space.
         stop: strings that end the text.
+        min_tokens: tokens within which none does; one that begins there may end after them.
         include_stop: the text ends with the stop string, and not before it.
         skip_special_tokens: control tokens show nothing.
         shown: control tokens that are shown all the same.
@@ -31,6 +32,7 @@ class TextStream:
         prompt_ids: Sequence[int],
         stop: Sequence[str] = (),
         *,
+        min_tokens: int = 0,
         include_stop: bool = False,
         skip_special_tokens: bool = True,
         shown: Collection[int] = (),
@@ -41,11 +43,14 @@ class TextStream:
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._held = ""
+        self._early = 0  # characters of the held text that came within min_tokens
+        self._early_tokens = min_tokens
         self.text = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
         """Takes a token; returns the text that is now certain."""
+        self._early_tokens -= 1
         return self._release(self._detokenizer.push(token), last=False)
 
     @property
@@ -66,7 +71,9 @@ class TextStream:
         if self.stopped:
             return ""
         self._held += new
-        met = [(at, at + len(stop)) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if self._early_tokens >= 0:
+            self._early = len(self._held)
+        met = [(at, at + len(stop)) for stop in self._stop if (at := self._find(stop)) >= 0]
         if met:
             before, after = min(met)
             out, self._held, self.stopped = self._held[: after if self._include_stop else before], "", True
@@ -74,8 +81,13 @@ class TextStream:
             keep = 0 if last else self._possible_stop()
             cut = len(self._held) - keep
             out, self._held = self._held[:cut], self._held[cut:]
+            self._early = max(0, self._early - cut)
         self.text += out
         return out
+
+    def _find(self, stop: str) -> int:
+        """Where a stop string is met in the held text, or -1: it has to end after the early characters."""
+        return self._held.find(stop, max(0, self._early - len(stop) + 1))
 
     def _possible_stop(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""

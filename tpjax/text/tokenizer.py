@@ -23,6 +23,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tpjax.checkpoints.generation_config import eos_ids
+from tpjax.checkpoints.generation_config import read_object as _read_json
 from tpjax.checkpoints.orbax import VOCABULARY
 from tpjax.errors import CheckpointError, RequestError
 from tpjax.text import gguf_vocab
@@ -43,7 +45,8 @@ class Tokenizer:
     Attributes:
         vocab_size: number of ids the tokenizer knows, added tokens included (a model may have more rows).
         bos_id, unk_id, pad_id: ids of these tokens, or None.
-        eos_ids: every id that ends generation: the tokenizer's EOS and those the generation settings name.
+        eos_ids: every id that ends generation: the tokenizer's EOS, those the checkpoint's settings name, and
+            the special token with which the chat template ends an assistant's turn.
         special_ids: control tokens, which `decode` leaves out by default.
         chat_templates: what `apply_chat_template` renders with.
     """
@@ -74,6 +77,7 @@ class Tokenizer:
         self._prefix_ids, self._suffix_ids = list(prefix_ids), list(suffix_ids)
         self.chat_templates = ChatTemplates(chat_templates, {role: text for role, (text, _) in roles.items()})
         self._bytes: dict[int, bytes] = {}
+        self._special: dict[bytes, int] | None = None  # made when first asked for
         ids = {role: id_ for role, (_, id_) in roles.items()}
         self.vocab_size: int = backend.vocab_size
         self.bos_id: int | None = ids.get("bos_token")
@@ -81,6 +85,8 @@ class Tokenizer:
         self.pad_id: int | None = ids.get("pad_token")
         self.eos_ids = frozenset(eos_ids) | ({ids["eos_token"]} if "eos_token" in ids else frozenset())
         self.special_ids = frozenset(special_ids) | frozenset(ids.values()) | self.eos_ids
+        self.eos_ids |= self._end_of_turn()
+        self.special_ids |= self.eos_ids
 
     @property
     def edges(self) -> tuple[int, int]:
@@ -178,6 +184,21 @@ class Tokenizer:
             chat_template=chat_template,
             **kwargs,
         )
+
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is spelled so, or None."""
+        if self._special is None:
+            self._special = {self.token_bytes(i): i for i in sorted(self.special_ids, reverse=True)}
+        return self._special.get(text.encode("utf-8", "surrogatepass"))
+
+    def _end_of_turn(self) -> frozenset[int]:
+        """The special token that the chat template writes after an assistant's message, if there is one."""
+        after = self.chat_templates.after_reply().lstrip()
+        if not after:
+            return frozenset()
+        first = self._backend.encode(after[:256])[:1]
+        special = set(first) & (self.special_ids | self._backend.added.keys())
+        return frozenset(i for i in special if after.encode().startswith(self.token_bytes(i)))
 
     def _visible_bytes(self, token_id: int, skip_special_tokens: bool) -> bytes:
         return b"" if skip_special_tokens and token_id in self.special_ids else self.token_bytes(token_id)
@@ -341,6 +362,9 @@ class _Backend(Protocol):
     vocab_size: int
     strips_leading_space: bool
 
+    @property
+    def added(self) -> Mapping[int, Any]: ...  # by id: tokens that are found in a text first
+
     def encode(self, text: str) -> list[int]: ...
 
     def token_bytes(self, token_id: int) -> bytes: ...
@@ -356,7 +380,7 @@ class _TokenizersBackend:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
-        self._added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
+        self.added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
         self._byte_level = self._byte_fallback = self.strips_leading_space = False
         self._replacements: list[tuple[str, str]] = []
         self._read_decoder(json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else None)
@@ -370,7 +394,7 @@ class _TokenizersBackend:
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:
-        added: str | None = self._added.get(token_id)
+        added: str | None = self.added.get(token_id)
         token: str | None = self._tokenizer.id_to_token(token_id) if added is None else added
         if token is None:
             return b""
@@ -453,8 +477,8 @@ class _SentencePieceBackend:
         # Merging two protobuf messages is concatenating them: this one sets add_dummy_prefix=False.
         unprefixed = self.strips_leading_space and not prefix_every_part
         self._inner = _sentencepiece(model + b"\x1a\x02\x18\x00") if unprefixed else self.processor
-        self._added = dict(added)
-        self._splitter = _Splitter(self._added)
+        self.added = dict(added)
+        self._splitter = _Splitter(self.added)
         self._pieces = self.processor.get_piece_size()
         self.vocab_size = max(self._pieces, *(i + 1 for i in added)) if added else self._pieces
 
@@ -468,7 +492,7 @@ class _SentencePieceBackend:
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:
-        if (added := self._added.get(token_id)) is not None:
+        if (added := self.added.get(token_id)) is not None:
             return added.text.encode()
         if token_id >= self._pieces:
             return b""
@@ -485,8 +509,8 @@ class _SentencePieceBackend:
         if not whole:
             return None
         tokens = [self.processor.id_to_piece(i) for i in pieces]
-        strips = any(token.lstrip or token.rstrip for token in self._added.values())
-        covered = [text.encode() for text in (*tokens, *(token.text for token in self._added.values()))]
+        strips = any(token.lstrip or token.rstrip for token in self.added.values())
+        covered = [text.encode() for text in (*tokens, *(token.text for token in self.added.values()))]
         return TokenBound(covered, spaces_spelled=True, strips_spaces=strips)
 
 
@@ -576,7 +600,7 @@ class _Sidecars:
             if config.get(role) is None:
                 config[role] = value
         return cls(
-            config, _added_tokens(directory, config), _eos_ids(directory), _chat_templates(directory, config)
+            config, _added_tokens(directory, config), eos_ids(directory), _chat_templates(directory, config)
         )
 
     def role_texts(self) -> dict[str, str]:
@@ -691,18 +715,6 @@ def _sentencepiece_roles(
     return roles
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
 def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[int, tuple[_AddedToken, bool]]:
     added = {
         i: (_AddedToken(text), False)
@@ -718,21 +730,6 @@ def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[int, tuple
             f"{directory / 'tokenizer_config.json'}: malformed added_tokens_decoder"
         ) from error
     return added
-
-
-def _eos_ids(directory: Path) -> frozenset[int]:
-    """The union of what generation_config.json and config.json name; either may hold an id or a list."""
-    found: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        config = _read_json(directory / name)
-        text_config = config.get("text_config")
-        for part in (config, text_config if isinstance(text_config, dict) else {}):
-            value = part.get("eos_token_id")
-            ids = value if isinstance(value, list) else [] if value is None else [value]
-            if not all(type(i) is int and i >= 0 for i in ids):
-                raise CheckpointError(f"{directory / name}: eos_token_id={value!r} is no id or list of ids")
-            found.update(ids)
-    return frozenset(found)
 
 
 def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:

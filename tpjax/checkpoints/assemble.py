@@ -20,7 +20,7 @@ import numpy as np
 from tpjax.checkpoints.blocks import copy_into
 from tpjax.sharding import Layout
 
-_BLOCK_BYTES = 2 << 20
+_BLOCK_BYTES = 4 << 20
 _BLOCK_ROWS = 128  # blocks have a multiple of so many rows, as heads and quantised blocks have
 _MOST_THREADS = 16  # a few of them use all of a machine's memory bandwidth
 # Of parameters that are being filled. One more may be begun while as much waits.

@@ -20,7 +20,7 @@ import numpy as np
 from tpjax.checkpoints.blocks import copy_into
 from tpjax.sharding import Layout
 
-_BLOCK_BYTES = 2 << 20
+_BLOCK_BYTES = 4 << 20
 _BLOCK_ROWS = 128  # blocks have a multiple of so many rows, as heads and quantised blocks have
 _MOST_THREADS = 16  # a few of them use all of a machine's memory bandwidth
 # Of parameters that are being filled. One more may be begun while as much waits.
@@ -32,12 +32,12 @@ T = TypeVar("T")
 class Canonical(Protocol):
     """Tensors by canonical names."""
 
-    def view(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A box of a tensor, which is dropped as soon as it has been copied."""
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A box of a tensor."""
         ...
 
     def itemsize(self, name: str) -> int:
-        """Bytes of an element, as ``view`` gives it."""
+        """Bytes of an element, as ``read`` gives it."""
         ...
 
     def outer_axis(self, name: str) -> int:
@@ -83,7 +83,7 @@ class Block:
 
     def move(self, source: Canonical) -> None:
         """Reads the box and copies it to its places."""
-        values = source.view(self.name, self.box)
+        values = source.read(self.name, self.box)
         for part, target in self.places:
             copy_into(target, values[part])
 

@@ -1,8 +1,8 @@
 """What is drawn, at real vocabulary sizes: the noise, and the distribution of draws.
 
 The oracle is the definition in float64 NumPy (softmax, then filters over sorted probabilities), held against
-transformers' own warpers where torch is installed. Programs are compiled as shipped: at the optimisation level of
-the other tests the noise of a large vocabulary takes ten times as long.
+transformers' own warpers where torch is installed. Programs are compiled as shipped: at the optimisation
+level of the other tests the noise of a large vocabulary takes ten times as long.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def drawn(case: Case, count: int, tp: int = 1, seed: int = 0) -> np.ndarray:
     return np.concatenate([np.asarray(part) for part in tokens])
 
 
-# --- the noise -------------------------------------------------------------------------------------------------
+# --- the noise ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def noise() -> np.ndarray:
     """2**26 of it: sixteen rows of 2**22 tokens."""
     draw = jax.jit(_gumbel, compiler_options=AS_SHIPPED)
     tokens = jnp.arange(2**22, dtype=jnp.int32)
-    parts = [draw(jnp.array([s], jnp.int32), jnp.array([7 * s], jnp.int32), tokens)[0] for s in range(16)]
+    parts = [draw(jnp.array([s], jnp.int32), jnp.array([11 * s], jnp.int32), tokens)[0] for s in range(16)]
     return np.concatenate([np.asarray(part) for part in parts])
 
 
@@ -135,7 +135,7 @@ def test_noise_of_every_extreme_word_is_finite_and_falls() -> None:
     assert found.max() == pytest.approx(np.log(2.0**65), rel=1e-6)
 
 
-# --- no token without probability ------------------------------------------------------------------------------
+# --- no token without probability --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tp", (1, 4))
@@ -180,7 +180,7 @@ def test_nothing_allowed_is_told(tp: int, temperature: float) -> None:
 
 @pytest.mark.parametrize("tp", (1, 4))
 def test_numbers_at_the_ends_of_float32(tp: int) -> None:
-    """What the temperature, a penalty or a bias would make infinite is neither drawn at random nor an error."""
+    """What a temperature, a penalty or a bias would make infinite is neither drawn at random nor an error."""
     vocab = VOCABULARIES[0]
     best = np.where(np.arange(vocab) == 9, -3.0e38, -3.3e38)
     for temperature in (1e-38, 1e-5, 0.5, 1.0):
@@ -208,7 +208,7 @@ def test_numbers_at_the_ends_of_float32(tp: int) -> None:
     assert (tokens == 7).all()
 
 
-# --- the distribution ------------------------------------------------------------------------------------------
+# --- the distribution --------------------------------------------------------------------------------------
 
 
 def scores_of(case: Case) -> np.ndarray:
@@ -254,22 +254,40 @@ def nucleus(logits: np.ndarray, near: float, temperature: float = 1.0, top_k: in
     return float((together[at - 1] + together[at]) / 2)
 
 
-def deviations(tokens: np.ndarray, expected: np.ndarray, least: float = 20.0) -> float:
+def deviations(tokens: np.ndarray, expected: np.ndarray) -> float:
     """How far counts are from what was asked for: chi-squared, as standard deviations of a normal.
 
-    Tokens that are expected fewer than ``least`` times are pooled, by contiguous ranges of ids.
+    The larger of two: over tokens, those expected fewer than 20 times pooled in the order of their
+    probability (what is next to impossible must come as rarely), and over 64 ranges of ids.
     """
     wanted = expected * len(tokens)
     counts = np.bincount(tokens, minlength=len(expected)).astype(np.float64)
     assert counts[expected == 0].sum() == 0, np.flatnonzero((counts > 0) & (expected == 0))
-    rare = wanted < least
-    tail = np.cumsum(wanted[rare])
-    pools = max(1, min(100, int(tail[-1] / least))) if rare.any() else 0
-    place = np.minimum((tail / tail[-1] * pools).astype(int), pools - 1) if pools else np.zeros(0, int)
-    seen = np.concatenate([counts[~rare], np.bincount(place, counts[rare], pools)])
-    due = np.concatenate([wanted[~rare], np.bincount(place, wanted[rare], pools)])
-    chi_square = ((seen - due) ** 2 / due)[due > 1e-3].sum()
-    freedom = max(1, (due > 1e-3).sum() - 1)
+    order = np.argsort(wanted, kind="stable")
+    pools = np.concatenate([_pools(wanted[order][wanted[order] < 20]), np.arange((wanted >= 20).sum())])
+    pools[(wanted < 20).sum() :] += pools[(wanted < 20).sum() - 1] + 1 if (wanted < 20).any() else 0
+    ranges = np.arange(len(expected)) * min(64, len(expected)) // len(expected)
+    return max(
+        _deviations(np.bincount(pools, counts[order]), np.bincount(pools, wanted[order])),
+        _deviations(np.bincount(ranges, counts), np.bincount(ranges, wanted)),
+        key=abs,
+    )
+
+
+def _pools(wanted: np.ndarray) -> np.ndarray:
+    """Numbers of consecutive pools that are expected some 20 times each."""
+    together = np.cumsum(wanted)
+    return (
+        np.minimum(together / 20, max(1, together[-1] // 20) - 1).astype(int)
+        if len(wanted)
+        else wanted.astype(int)
+    )
+
+
+def _deviations(counts: np.ndarray, wanted: np.ndarray) -> float:
+    counts, wanted = counts[wanted > 0], wanted[wanted > 0]
+    freedom = len(wanted) - 1
+    chi_square = ((counts - wanted) ** 2 / wanted).sum()
     # Wilson and Hilferty: the cube root is normal
     return float(((chi_square / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / np.sqrt(2 / (9 * freedom)))
 
@@ -291,7 +309,7 @@ def case_of(name: str, vocab: int) -> Case:
         case "hot":
             return Case(logits, SamplingParams(temperature=1.8))
         case "top_k":
-            return Case(logits, SamplingParams(temperature=0.9, top_k=400))
+            return Case(logits, SamplingParams(temperature=0.9, top_k=vocab // 100))
         case "top_p":
             return Case(logits, SamplingParams(temperature=1.0, top_p=nucleus(logits, 0.9)))
         case "min_p":
@@ -302,47 +320,54 @@ def case_of(name: str, vocab: int) -> Case:
             penalties = {"repetition_penalty": 1.3, "presence_penalty": 0.6, "frequency_penalty": 0.3}
             return Case(logits, SamplingParams(temperature=1.0, logit_bias={0: 0.0}, **penalties), **past)  # type: ignore[arg-type]
         case _:
-            top_p = nucleus(logits, 0.95, 0.8, 3000)
-            every = SamplingParams(temperature=0.8, top_k=3000, top_p=top_p, min_p=0.001)
+            top_p = nucleus(logits, 0.95, 0.8, vocab // 16)
+            every = SamplingParams(temperature=0.8, top_k=vocab // 16, top_p=top_p, min_p=0.001)
             return Case(logits, every)
 
 
 NAMES = ("plain", "cold", "hot", "top_k", "top_p", "min_p", "mask", "penalties", "all")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_draws_follow_the_softmax(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "count", "tp"), (("plain", 2048, 1), ("mask", 1024, 4), ("penalties", 1024, 1), ("all", 256, 4))
+)
+def test_draws_follow_the_softmax(name: str, count: int, tp: int) -> None:
     case = case_of(name, VOCABULARIES[0])
-    assert abs(deviations(drawn(case, 4096, tp=1 + 3 * (NAMES.index(name) % 2)), probabilities(case))) < 4
+    assert abs(deviations(drawn(case, count, tp), probabilities(case))) < 4
+
+
+# Searching for the threshold of top_k and top_p takes most of the time: those have the most draws where the
+# vocabulary is small, and fewer at its real size.
+MANY = (
+    *((name, 49_152, 100_000, 1) for name in ("plain", "cold", "hot", "min_p", "mask", "penalties")),
+    *((name, 2048, 100_000, 4) for name in ("top_k", "top_p", "all")),
+    *((name, 49_152, 8192, 1) for name in ("top_k", "top_p", "all")),
+    ("plain", 128_256, 100_000, 4),
+    ("plain", 262_144, 100_000, 1),
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_many_draws_follow_the_softmax(name: str) -> None:
-    case = case_of(name, VOCABULARIES[0])
-    assert abs(deviations(drawn(case, 100_000, seed=1), probabilities(case))) < 4
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize(("vocab", "name", "tp"), ((128_256, "plain", 4), (262_144, "all", 1)))
-def test_many_draws_over_a_large_vocabulary_follow_the_softmax(vocab: int, name: str, tp: int) -> None:
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("name", "vocab", "count", "tp"), MANY)
+def test_many_draws_follow_the_softmax(name: str, vocab: int, count: int, tp: int) -> None:
     case = case_of(name, vocab)
-    assert abs(deviations(drawn(case, 100_000, tp, seed=2), probabilities(case))) < 4
+    assert abs(deviations(drawn(case, count, tp, seed=1), probabilities(case))) < 4
 
 
 def test_the_statistic_sees_a_wrong_distribution() -> None:
-    """What it is there for: one draw in 340 from a token of no probability; a temperature off by 2%."""
-    case = case_of("plain", 2000)
-    expected, random = probabilities(case), np.random.default_rng(3)
+    """What it is there for: one draw in 340 from any token; a temperature off by 2%."""
+    random = np.random.default_rng(3)
 
-    def of(share: np.ndarray, count: int) -> float:
-        return deviations(random.choice(2000, count, p=share), expected)
+    def of(share: np.ndarray, expected: np.ndarray) -> float:
+        return deviations(random.choice(len(share), 100_000, p=share), expected)
 
-    assert abs(of(expected, 100_000)) < 3
-    assert of(expected * (339 / 340) + 1 / 340 / 2000, 100_000) > 4
-    warmer = probabilities(dataclasses.replace(case, params=SamplingParams(temperature=1.02)))
-    assert of(warmer, 100_000) > 4
+    for name in ("plain", "cold"):
+        expected = probabilities(case_of(name, VOCABULARIES[0]))
+        assert abs(of(expected, expected)) < 3
+    assert of(expected * (339 / 340) + 1 / 340 / len(expected), expected) > 10
+    warmer = dataclasses.replace(case_of("cold", VOCABULARIES[0]), params=SamplingParams(temperature=0.408))
+    assert of(probabilities(warmer), expected) > 4
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -419,12 +444,12 @@ def test_neighbouring_keys_draw_independently(other: str) -> None:
     assert abs(deviations(np.asarray(first), np.full(16, 1 / 16))) < 3.5
 
 
-# --- through a model -------------------------------------------------------------------------------------------
+# --- through a model ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def smollm2(smollm2_gguf: Path) -> Iterator[LLM]:
-    yield LLM(smollm2_gguf, tp=1, max_model_len=512)
+    yield LLM(smollm2_gguf, tp=1, max_model_len=512, max_slots=4)
 
 
 @pytest.mark.parametrize("seed", (1, 263, 427, 1174, 1580, 2015))
@@ -448,7 +473,7 @@ SCHEMA = {
 
 
 @pytest.mark.parametrize(
-    ("count", "length"), (pytest.param(100, 200, marks=(pytest.mark.slow, pytest.mark.timeout(900))), (8, 48))
+    ("count", "length"), (pytest.param(100, 200, marks=(pytest.mark.slow, pytest.mark.timeout(900))), (4, 24))
 )
 def test_answers_by_a_schema_are_valid(smollm2: LLM, count: int, length: int) -> None:
     """At temperature 1: valid JSON, or at the limit a beginning that the grammar accepts."""

@@ -497,3 +497,40 @@ def test_damaged_indexes_load_or_are_refused(tmp_path: Path) -> None:
         for damaged in (good[:at], good[:at] + b"\xff" + good[at + 1 :], good[:at] + b'"' + good[at + 1 :]):
             (tmp_path / INDEX).write_bytes(damaged)
             load_or_refuse(tmp_path)
+
+
+# --- views of the file -------------------------------------------------------------------------------------
+
+
+def test_a_view_is_what_is_read(tmp_path: Path) -> None:
+    """Of any box: whole rows, most of their columns, one of a stack, few columns, a vector, nothing."""
+    rng = np.random.default_rng(0)
+    stored = {
+        "matrix": rng.integers(0, 2**16, (700, 300), np.uint16),
+        "stack": rng.integers(0, 2**16, (3, 400, 500), np.uint16),
+        "wide": rng.integers(0, 2**16, (9, 40_000), np.uint16),
+        "vector": rng.integers(0, 2**16, (90_000,), np.uint16),
+    }
+    save_file(stored, tmp_path / "model.safetensors")
+    files = SafetensorsCheckpoint(tmp_path)
+    boxes = {
+        "matrix": ((slice(0, 700),), (slice(13, 650), slice(7, 290)), (slice(5, 6), slice(1, 2)), ()),
+        "stack": ((slice(1, 2),), (slice(2, 3), slice(100, 399)), (slice(0, 2), slice(3, 300)), ()),
+        "wide": ((slice(2, 7),), (slice(2, 7), slice(30_000, 40_000))),
+        "vector": ((slice(1, 80_000),), (slice(4, 4),)),
+    }
+    mapped = 0
+    for name, cuts in boxes.items():
+        for cut in cuts:
+            seen = files.view(name, cut)
+            np.testing.assert_array_equal(seen, stored[name][cut])
+            mapped += not seen.flags.writeable
+    assert mapped == 8
+
+
+def test_a_file_cut_short_is_not_mapped(tmp_path: Path) -> None:
+    save_file({"matrix": np.ones((700, 300), np.float32)}, tmp_path / "model.safetensors")
+    files = SafetensorsCheckpoint(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", 400_000)
+    with pytest.raises(CheckpointError, match="ended at byte 400000 where tensor data runs to"):
+        files.view("matrix", (slice(0, 700),))

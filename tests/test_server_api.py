@@ -132,7 +132,7 @@ CHAT: dict[str, tuple[dict[str, Any], Effect | None]] = {
     "safety_identifier": ({"safety_identifier": "a"}, SAME),
     "seed": ({"seed": 9, "temperature": 1}, OTHER),
     "service_tier": ({"service_tier": "auto"}, SAME),
-    "stop": ({"stop": list("aeinoqu ")}, shorter),
+    "stop": ({"stop": list(";.m`aeinoqu ")}, shorter),
     "store": ({"store": True}, SAME),
     "stream": ({"stream": False}, SAME),
     "stream_options": ({"stream_options": None}, SAME),  # its effects: test_streams
@@ -155,7 +155,7 @@ COMPLETIONS: dict[str, tuple[dict[str, Any], Effect | None]] = {
     "logprobs": ({"logprobs": 2}, lambda _, a: len(a["choices"][0]["logprobs"]["tokens"]) == 12),
     "suffix": ({"suffix": "end"}, None),
     "prompt": ({"prompt": "the dog"}, OTHER),
-    "stop": ({"stop": list("aeinoqu ")}, shorter),
+    "stop": ({"stop": list(";.m`aeinoqu ")}, shorter),
     "top_p": ({"top_p": 1e-6, "temperature": 1, "seed": 3}, lambda b, a: a["choices"] == b["choices"]),
     **{
         name: CHAT[name]

@@ -57,10 +57,13 @@ def test_only_allowed_tokens_are_drawn(llm: LLM, tokenizer: Tokenizer, temperatu
 
 def test_words_of_one_token_and_of_several(llm: LLM, tokenizer: Tokenizer) -> None:
     """Each step takes the likeliest token that completes no word; words come from what was said without."""
-    prompt = tokenizer.encode(PROMPT)
+    prompt = tokenizer.encode("Once upon a time there was a little girl who")
     (free,) = llm.generate([prompt], SamplingParams(max_tokens=10, temperature=0, ignore_eos=True))
     ids = free.token_ids
-    words = [tokenizer.decode(ids[0:1]).strip(), tokenizer.decode(ids[2:4]), tokenizer.decode(ids[5:8])]
+    assert not set(ids) & tokenizer.special_ids
+    pieces = [tokenizer.decode([token]).strip() for token in ids]
+    single = next(one for one in pieces if len(tokenizer.encode(one, add_special_tokens=False)) == 1)
+    words = [single, tokenizer.decode(ids[2:4]), tokenizer.decode(ids[5:8])]
     # by vLLM's rule: each as it is, and after a space where that is as many tokens that begin otherwise
     forms: list[list[int]] = []
     for word in words:
@@ -76,8 +79,8 @@ def test_words_of_one_token_and_of_several(llm: LLM, tokenizer: Tokenizer) -> No
     params = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True, bad_words=words)
     (mine,) = llm.generate([prompt], params)
     assert mine.token_ids == best(llm, prompt, 10, barred) != ids
-    single = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True, bad_words=words[:1])
-    (mine,) = llm.generate([prompt], single)
+    params = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True, bad_words=words[:1])
+    (mine,) = llm.generate([prompt], params)
     assert mine.token_ids == best(llm, prompt, 10, lambda _: {f[0] for f in forms if len(f) == 1})
 
 

@@ -18,7 +18,7 @@ from tpjax.cli import main
 from tpjax.errors import RequestError
 from tpjax.tokenizer import load_tokenizer
 
-ROWS = 310  # of the model; the tokenizer has 320 tokens and, added, "<|new|>"
+ROWS = 318  # of the model, as many as the tokenizer has tokens before "<|new|>" is added
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tiny_checkpoint(tmp_path_factory.mktemp("short"))
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    tokenizer["added_tokens"].append({"id": 320, "content": "<|new|>", "special": True, **flags})
+    tokenizer["added_tokens"].append({"id": ROWS, "content": "<|new|>", "special": True, **flags})
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"vocab_size": ROWS}))
@@ -50,12 +50,12 @@ def server(path: Path) -> Iterator[Running]:
         yield one
 
 
-REFUSAL = "token id 320 ('<|new|>'), but the vocabulary has 310 (0 to 309)"
+REFUSAL = "token id 318 ('<|new|>'), but the vocabulary has 318 (0 to 317)"
 
 
 def test_a_prompt_of_tokens_the_model_lacks_is_refused(llm: LLM) -> None:
     tokens = llm.tokenizer.encode("the <|new|>")
-    assert tokens[-1] == 320
+    assert tokens[-1] == ROWS
     for call in (
         lambda: llm.generate("the <|new|>"),
         lambda: llm.generate(["the", "the <|new|>"]),
@@ -82,7 +82,7 @@ def test_the_server_refuses_and_goes_on(server: Running) -> None:
         tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
         for url, body in (
             ("/v1/completions", {"prompt": "the <|new|>", "max_tokens": 2}),
-            ("/v1/completions", {"prompt": [5, 320], "max_tokens": 2}),
+            ("/v1/completions", {"prompt": [5, ROWS], "max_tokens": 2}),
             ("/v1/chat/completions", chat),
             ("/v1/chat/completions", {**chat, "tools": [tool]}),
         ):
@@ -90,11 +90,11 @@ def test_the_server_refuses_and_goes_on(server: Running) -> None:
             assert answer.status_code == 400 and REFUSAL in answer.json()["error"]["message"], answer.text
         assert client.post("/v1/completions", json={"prompt": "the", "max_tokens": 2}).status_code == 200
         tokenized = client.post("/tokenize", json={"prompt": "the <|new|>", "return_token_strs": True}).json()
-        assert tokenized["tokens"][-1] == 320 and tokenized["token_strs"][-1] == "<|new|>"
+        assert tokenized["tokens"][-1] == ROWS and tokenized["token_strs"][-1] == "<|new|>"
 
 
 def test_drawn_tokens_that_the_tokenizer_lacks_are_no_text(tmp_path: Path) -> None:
-    """The model has 384 rows, the tokenizer 320 tokens: rows beyond are drawn, and are no text."""
+    """The model has 384 rows, the tokenizer 318 tokens: rows beyond are drawn, and are no text."""
     directory = tiny_checkpoint(tmp_path)
     weights = load_file(directory / "model.safetensors")
     head = np.zeros_like(weights["lm_head.weight"])
@@ -102,8 +102,8 @@ def test_drawn_tokens_that_the_tokenizer_lacks_are_no_text(tmp_path: Path) -> No
     save_file({**weights, "lm_head.weight": head}, directory / "model.safetensors")
     llm = LLM(directory, tp=2, max_model_len=64, max_slots=1)
     (found,) = llm.generate("the", SamplingParams(max_tokens=40, temperature=1.0, seed=1, logprobs=2))
-    assert any(token >= 320 for token in found.token_ids) and len(found.token_ids) == 40
-    assert found.text == llm.tokenizer.decode(token for token in found.token_ids if token < 320)
+    assert any(token >= ROWS for token in found.token_ids) and len(found.token_ids) == 40
+    assert found.text == llm.tokenizer.decode(token for token in found.token_ids if token < ROWS)
 
 
 def test_a_converted_model_keeps_its_templates(path: Path, tmp_path: Path) -> None:

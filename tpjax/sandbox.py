@@ -230,7 +230,7 @@ def _work(stdin: IO[bytes], stdout: IO[bytes]) -> None:
         _send(stdout, answer)
         if len(job) + len(answer) > _LARGE_BYTES:
             del job, answer
-            _give_back()
+            give_memory_back()
 
 
 def _done(job: dict[str, Any]) -> dict[str, Any]:
@@ -253,7 +253,8 @@ def _done(job: dict[str, Any]) -> dict[str, Any]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _give_back() -> None:
+def give_memory_back() -> None:
+    """Returns what was freed to the system: glibc keeps it, by the hundred megabytes, for the next time."""
     with contextlib.suppress(AttributeError, OSError):  # glibc alone has it, and needs it
         ctypes.CDLL(None).malloc_trim(0)
 

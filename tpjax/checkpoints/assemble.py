@@ -32,12 +32,12 @@ T = TypeVar("T")
 class Canonical(Protocol):
     """Tensors by canonical names."""
 
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A box of a tensor."""
+    def view(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A box of a tensor, which is dropped as soon as it has been copied."""
         ...
 
     def itemsize(self, name: str) -> int:
-        """Bytes of an element, as ``read`` gives it."""
+        """Bytes of an element, as ``view`` gives it."""
         ...
 
     def outer_axis(self, name: str) -> int:
@@ -83,7 +83,7 @@ class Block:
 
     def move(self, source: Canonical) -> None:
         """Reads the box and copies it to its places."""
-        values = source.read(self.name, self.box)
+        values = source.view(self.name, self.box)
         for part, target in self.places:
             copy_into(target, values[part])
 

@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -418,27 +418,39 @@ class CanonicalSource:
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A slice of a tensor; no more of the file is read than it spans there."""
+        return self._box(self._files.read, name, index)
+
+    def view(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """As :meth:`read`, perhaps as a view of the file itself, for those who drop it at once."""
+        return self._box(getattr(self._files, "view", self._files.read), name, index)
+
+    def _box(
+        self, read: Callable[[str, tuple[slice, ...]], np.ndarray], name: str, index: tuple[slice, ...]
+    ) -> np.ndarray:
         at = self.locate(name)
         if at.heads is not None:
             values = self._files.read(at.name).reshape(-1)
             return (values if at.rows is None else values[at.rows])[index]
         if at.rows is None:
-            values = self._read(at, index)
+            values = _stored_box(read, at, index)
         else:
             wanted = at.rows[index[0]]
             first = int(wanted.min())
-            values = self._read(at, (slice(first, int(wanted.max()) + 1), *index[1:]))
+            values = _stored_box(read, at, (slice(first, int(wanted.max()) + 1), *index[1:]))
             if len(values) != len(wanted) or np.any(np.diff(wanted) != 1):
                 values = values[wanted - first]
         return values - at.offset if at.offset else values
 
-    def _read(self, at: Stored, index: tuple[slice, ...]) -> np.ndarray:
-        box = index[::-1] if at.transposed else index
-        if at.place is None:
-            values = self._files.read(at.name, box)
-        else:
-            values = self._files.read(at.name, (slice(at.place, at.place + 1), *box))[0]
-        return values.T if at.transposed else values
+
+def _stored_box(
+    read: Callable[[str, tuple[slice, ...]], np.ndarray], at: Stored, index: tuple[slice, ...]
+) -> np.ndarray:
+    box = index[::-1] if at.transposed else index
+    if at.place is None:
+        values = read(at.name, box)
+    else:
+        values = read(at.name, (slice(at.place, at.place + 1), *box))[0]
+    return values.T if at.transposed else values
 
 
 def _gguf_view(file: GGUFFile, architecture: GGUFArchitecture) -> GGUFView:

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
@@ -178,9 +179,18 @@ def new_directory(target: Path) -> Iterator[Path]:
                 yield partial
                 partial.rename(target)
             finally:
-                shutil.rmtree(partial, ignore_errors=True)
+                _remove(partial)
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+def _remove(partial: Path) -> None:
+    """Removes a folder, though threads of Orbax's whose write failed may put files there for a moment."""
+    for _ in range(50):
+        if not partial.exists():
+            return
+        shutil.rmtree(partial, ignore_errors=True)
+        time.sleep(0.1)
 
 
 def _refuse_existing(target: Path) -> None:

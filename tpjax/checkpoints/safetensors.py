@@ -19,7 +19,16 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from tpjax.checkpoints.source import TensorInfo, lookup, open_regular, read_box, read_exactly, shown, to_box
+from tpjax.checkpoints.source import (
+    TensorInfo,
+    lookup,
+    open_regular,
+    read_box,
+    read_exactly,
+    shown,
+    to_box,
+    view_box,
+)
 from tpjax.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -109,6 +118,18 @@ class SafetensorsCheckpoint:
                 "and the index says of neither that it counts"
             )
         return values
+
+    def view(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """As `read`, but, where it saves a copy, a read-only view of the file: to be dropped at once."""
+        info = lookup(self.tensors, name, self.directory)
+        entry = self._entries[name]
+        seen = None
+        if name not in self._copies:
+            file, _ = open_regular(entry.path)
+            with file:
+                box = to_box(info.shape, index)
+                seen = view_box(file, entry.path, entry.start, info.shape, info.dtype, box)
+        return self.read(name, index) if seen is None else seen
 
     def _add(self, entries: dict[str, _Entry], index: Mapping[str, str]) -> None:
         for name, entry in entries.items():

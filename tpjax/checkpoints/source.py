@@ -1,10 +1,13 @@
 """What every checkpoint reader offers, and the byte-level reading they share.
 
 A reader lists its tensors at once and reads any box of one of them on demand. Files are read with
-`seek` and `readinto`, never left memory-mapped: a mapped page counts as resident memory until it is
-unmapped, so a mapped checkpoint ends up in memory whole. This module knows nothing of file formats.
+`seek` and `readinto`, or mapped for as long as a block is looked at, never left memory-mapped: a mapped page
+counts as resident memory until it is unmapped, so a mapped checkpoint ends up in memory whole. This module
+knows nothing of file formats.
 """
 
+import mmap
+import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +26,9 @@ Box: TypeAlias = tuple[tuple[int, int], ...]
 # Bytes between two wanted runs above which seeking over them beats reading through them. The kernel
 # reads ahead about this much anyway, and a seek and a read cost as much as copying some kilobytes.
 _SEEK_GAP_BYTES = 32 * 1024
+# Boxes below this many bytes are copied rather than mapped: a system call more costs as much.
+_LEAST_MAPPED_BYTES = 64 * 1024
+_MAP_FLAGS = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)  # all pages at once
 # The largest buffer used to read through the unwanted bytes between short runs.
 _BUFFER_BYTES = 2 * 1024 * 1024
 
@@ -178,6 +184,45 @@ def read_box(
     else:
         _read_through(file, path, offset, shape, box, cut, out)
     return out
+
+
+def view_box(
+    file: FileIO, path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, box: Box
+) -> np.ndarray | None:
+    """A box of a row-major array as a read-only view of the file itself, which is mapped until it is dropped.
+
+    It saves a copy. Whoever gets it must be quick: a file that is cut short meanwhile kills the process.
+
+    Returns:
+        The view; None where it would reach over much that is not wanted, or the file cannot be mapped.
+
+    Raises:
+        CheckpointError: the file is shorter than the array.
+    """
+    sizes = extents(box)
+    lead = next((axis for axis, size in enumerate(sizes) if size != 1), len(sizes))
+    rows, columns = sizes[lead : lead + 1], sizes[lead + 1 :]
+    pitch = prod(shape[lead + 1 :]) * dtype.itemsize
+    partial = columns != shape[lead + 1 :]
+    gap = pitch - prod(columns) * dtype.itemsize
+    if not rows or prod(sizes) * dtype.itemsize < _LEAST_MAPPED_BYTES or gap >= _SEEK_GAP_BYTES:
+        return None
+    if offset % dtype.itemsize or (partial and len(columns) != 1):
+        return None
+    starts = tuple(start for start, _ in box)
+    first = offset + _flat(starts[: lead + 1], (0,) * (lead + 1), shape[: lead + 1]) * pitch
+    wanted = rows[0] * pitch
+    size = os.fstat(file.fileno()).st_size
+    if size < first + wanted:
+        raise CheckpointError(f"{path}: ended at byte {size} where tensor data runs to {first + wanted}")
+    skipped = first % mmap.ALLOCATIONGRANULARITY
+    try:
+        data = mmap.mmap(file.fileno(), skipped + wanted, _MAP_FLAGS, mmap.PROT_READ, offset=first - skipped)
+    except OSError:  # not every file system maps files
+        return None
+    whole = np.frombuffer(data, dtype, wanted // dtype.itemsize, skipped)
+    view = whole.reshape((1,) * lead + rows + shape[lead + 1 :])
+    return view[..., slice(*box[-1])] if partial else view
 
 
 def _read_runs(

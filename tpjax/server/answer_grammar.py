@@ -49,6 +49,11 @@ class Wanted:
         return cls(tools, bool(tools) and choice != "auto", many, form_schema(body.response_format))
 
     @property
+    def advice(self) -> bool:
+        """Whether the answer may as well be anything: nothing has to be enforced."""
+        return not self.must_call and self.form is None and not any(one.function.strict for one in self.tools)
+
+    @property
     def schemas(self) -> list[Schema]:
         """The tools' schemas, then the form's."""
         found = [

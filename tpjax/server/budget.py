@@ -28,11 +28,15 @@ class Budget:
 
 
 class Share:
-    """One request's part of a budget: the most it had at once. Use it as a context manager."""
+    """One request's part of a budget: the most it had at once. Use it as a context manager.
+
+    Attributes:
+        most: bytes it had at once.
+    """
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
-        self._taken = 0
+        self._taken = self.most = 0
         self._open = True
 
     def __enter__(self) -> Share:
@@ -59,7 +63,7 @@ class Share:
                 headers={"Retry-After": "1"},
             )
         self._budget.used += size - self._taken
-        self._taken = size
+        self._taken = self.most = size
 
     def release(self) -> None:
         """Gives everything back; later growth takes nothing."""

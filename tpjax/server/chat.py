@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -23,7 +24,7 @@ from tpjax.server.answers import (
 )
 from tpjax.server.conversation import conversation, message_text
 from tpjax.server.dialect import AnswerReader, Dialect
-from tpjax.server.errors import bad_request
+from tpjax.server.errors import ApiError, bad_request
 from tpjax.server.grammar import GrammarCompiler, TokenGrammar
 from tpjax.server.grammar_check import GrammarChecker
 from tpjax.server.protocol import ChatBody, Message, TokenizeBody, Tool
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from tpjax.llm import LLM
     from tpjax.tokenizer import Tokenizer
 
+
+log = logging.getLogger(__name__)
 
 _MOST_DIALECTS = 64  # kept; requests may bring templates of their own
 # Templates take a millisecond, and a tenth of a second over megabytes.
@@ -146,7 +149,8 @@ class ChatAnswer:
         schemas = (
             None if not offered else {one.function.name: one.function.parameters or {} for one in offered}
         )
-        inside = dialect.inside(llm.tokenizer, requests[0].prompt_ids) if llm.tokenizer else False
+        # structured_outputs shape the answer from its first token on: there is no reasoning before it
+        inside = body.structure is None and dialect.inside(llm.tokenizer, requests[0].prompt_ids)
         self._body = body
         self._dialect = dialect
         self._reader = lambda: dialect.reader(schemas, inside=inside)
@@ -178,7 +182,6 @@ class ChatAnswer:
         with service.preparing(n):
             dialect = await templates.dialect(offered, body.chat_template)
             ids = await templates.prompt(body.messages, offered, asked=body)
-            assert llm.tokenizer is not None
             grammars = await _grammars(templates.grammars, body, dialect, dialect.inside(llm.tokenizer, ids))
             make = partial(make_requests, llm, body, ids, body.limit, None, grammars, **params)
             requests = await templates.texts.threads.run(make)
@@ -251,7 +254,9 @@ class ChatAnswer:
         if reader is None:
             return [Piece(delta.text)] if delta.text else []
         pieces = reader.push(delta.text)
-        return pieces + reader.flush() if delta.finish_reason is not None else pieces
+        pieces += reader.flush() if delta.finish_reason is not None else []
+        shown = self._body.include_reasoning is not False
+        return [piece for piece in pieces if shown or not piece.reasoning]
 
     def _tokens(self, delta: Delta) -> dict[str, Any]:
         return {"token_ids": delta.token_ids} if self._body.return_token_ids else {}
@@ -304,7 +309,20 @@ async def _grammars(
     if write is None:
         return []
     param = "tools" if wanted.tools else "response_format"
-    return await compiler.compile(write, wanted.schemas, param, body.n or 1)
+    try:
+        return await compiler.compile(write, wanted.schemas, param, body.n or 1)
+    except ApiError as error:
+        if error.status != 400 or not wanted.advice:
+            raise
+        log.warning("tools are offered without a grammar: %s", error.message)
+        return []
+
+
+def _effort(asked: str) -> dict[str, Any]:
+    """How hard to think, in the words of templates: gpt-oss's knows three, others whether at all."""
+    effort = {"none": "low", "minimal": "low", "xhigh": "high"}.get(asked, asked)
+    thinking = {"enable_thinking": False, "thinking": False} if asked == "none" else {}
+    return {"reasoning_effort": effort, **thinking}
 
 
 def _rendering(asked: ChatBody | TokenizeBody) -> dict[str, Any]:
@@ -320,6 +338,8 @@ def _rendering(asked: ChatBody | TokenizeBody) -> dict[str, Any]:
     more: dict[str, Any] = {"chat_template": asked.chat_template} if asked.chat_template is not None else {}
     if isinstance(asked, ChatBody) and asked.documents is not None:
         more["documents"] = asked.documents
+    if isinstance(asked, ChatBody) and asked.reasoning_effort is not None:
+        more |= _effort(asked.reasoning_effort)
     return {
         "add_generation_prompt": asked.add_generation_prompt is not False and not goes_on,
         "continue_final_message": goes_on,

@@ -56,9 +56,9 @@ class Dialect:
             marks += self.calls.marks
         return frozenset(self.special[mark] for mark in marks if mark in self.special)
 
-    def inside(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
+    def inside(self, tokenizer: Tokenizer | None, prompt: Sequence[int]) -> bool:
         """Whether a prompt ends where the model goes on with its reasoning."""
-        if self.reasoning is None:
+        if self.reasoning is None or tokenizer is None:
             return False
         tail = tokenizer.decode(prompt[-32:], skip_special_tokens=False)
         return tail.rstrip().endswith(self.reasoning.opens.rstrip())

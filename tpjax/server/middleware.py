@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any
 
+from tpjax.sandbox import give_memory_back
 from tpjax.server import budget
 from tpjax.server.budget import Budget, Share
 from tpjax.server.errors import ApiError, bad_request, internal_error
@@ -120,6 +121,8 @@ class Edge:
             level = logging.DEBUG if scope["path"] in POLLED_PATHS and status == 200 else logging.INFO
             log.log(level, "request", extra={"fields": fields})
             share.release()
+            if share.most and not self._budget.used:  # the last of them
+                asyncio.get_running_loop().run_in_executor(None, give_memory_back)
             budget.share.reset(share_token)
             request_id.reset(token)
 

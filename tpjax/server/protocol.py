@@ -313,6 +313,7 @@ class ChatBody(Sampling, ForeignToChat):
     functions: Annotated[list[Function], Field(max_length=128)] | None = None  # what tools were before
     function_call: Literal["none", "auto"] | NamedFunction | None = None
     reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
     echo: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

@@ -33,7 +33,7 @@ def decoder(experts: int, per_token: int, tp: int, batch: int) -> Callable[[], f
     from tpjax.config import ModelConfig, MoEConfig, RopeConfig
     from tpjax.mesh import make_mesh
     from tpjax.model import Decoder
-    from tpjax.runner import Limits, Row, Runner
+    from tpjax.runtime.runner import Limits, Row, Runner
     from tpjax.sampling_params import SamplingParams
 
     config = ModelConfig(

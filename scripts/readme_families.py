@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Rewrites README.md's table of model families from tpjax/families.py, between its two markers."""
+"""Rewrites README.md's table of model families from tpjax/families/registry.py, between its two markers."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from tpjax.families import FAMILIES
+from tpjax.families.registry import FAMILIES
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 MARKED = re.compile(r"(<!-- families -->\n).*?(<!-- /families -->\n)", re.DOTALL)

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from contenders import served
+from tpjax.server.bench import Load, stream_events
 
 from tpjax import LLM, SamplingParams
 from tpjax.mesh import ensure_devices
-from tpjax.server.bench import Load, stream_events
 
 CONTEXT, SLOTS, CASES = 1024, 8, 24
 GROWTH = 0.05  # of memory, from the first minute to the end

@@ -16,9 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tpjax.inspect.hardware import parse_hardware
-from tpjax.inspect.plan import Traffic, make_plan
-from tpjax.inspect.shapes import SHAPES
+from tpjax.hardware import parse_hardware
+from tpjax.planning.counts import Counts
+from tpjax.planning.plan import Workload, make_plan
+from tpjax.planning.published import published_config
 
 DATA = Path(__file__).parent / "data"
 MEDIAN_TARGET = 0.15
@@ -33,8 +34,9 @@ def points(name: str) -> list[dict[str, Any]]:
 def predict(point: dict[str, Any]) -> float:
     """Tokens a second that one sequence of a point's batch sees."""
     hardware, chips = parse_hardware(f"{point['hardware']}:{point['chips']}")
-    traffic = Traffic(point["batch"], point["context"], dtype=point["dtype"])
-    plan = make_plan(SHAPES[point["model"]], hardware, chips, point["tp"], traffic)
+    counts = Counts(point["model"], published_config(point["model"]))
+    workload = Workload(point["batch"], point["context"], dtype=point["dtype"])
+    plan = make_plan(counts, hardware, chips, point["tp"], workload)
     return 1 / plan.decode.total
 
 

@@ -20,7 +20,7 @@ from tpjax import LLM
 from tpjax.checkpoints.convert import convert
 from tpjax.checkpoints.load import abstract_decoder, check_tensors, open_checkpoint, parameters, read_config
 from tpjax.checkpoints.source import TensorInfo
-from tpjax.cli import main
+from tpjax.cli.app import main
 from tpjax.errors import CheckpointError, ConfigError, TpjaxError
 from tpjax.mesh import make_mesh
 

@@ -24,7 +24,7 @@ from tpjax.server.grammar import GrammarCompiler, TokenGrammar
 from tpjax.server.protocol import ChatBody
 from tpjax.server.reasoning import reasoning_format
 from tpjax.server.tool_formats import tool_format
-from tpjax.tokenizer import Tokenizer, load_tokenizer
+from tpjax.text.tokenizer import Tokenizer, load_tokenizer
 
 MARKS = (
     "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[THINK]", "[/THINK]", "<|channel|>", "<|message|>", "<|end|>",

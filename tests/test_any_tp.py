@@ -25,7 +25,7 @@ from tpjax.cache import Placement, allocate
 from tpjax.checkpoints.load import CanonicalSource, Checkpoint, abstract_decoder, load_decoder, parameters
 from tpjax.checkpoints.source import TensorInfo
 from tpjax.config import Activation, Block, LatentConfig, ModelConfig, MoEConfig, RopeConfig
-from tpjax.mappings.fields import Names
+from tpjax.families.fields import Names
 from tpjax.mesh import make_mesh
 
 F32 = jnp.dtype("float32")

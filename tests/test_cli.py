@@ -8,19 +8,24 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import get_args
 
 import jax
 import pytest
+import typer
 
-from tpjax import __version__, cli
+from tpjax import __version__
 from tpjax.checkpoints import hub
+from tpjax.cli import app as cli
+from tpjax.cli import console, options
 from tpjax.errors import DeviceError
 from tpjax.inspect import doctor
 
-VERBS = (
-    *("generate", "chat", "serve", "bench serve", "pull", "convert", "explain", "plan", "bench", "doctor"),
+SUBCOMMANDS = (
+    *("generate", "chat", "serve", "batch", "models", "pull", "convert", "explain", "plan", "bench"),
+    *("bench serve", "doctor"),
 )
-ROOT = Path(cli.__file__).parents[1]
+ROOT = Path(cli.__file__).parents[2]
 
 
 def tpjax(*args: str, **options) -> subprocess.CompletedProcess:
@@ -41,7 +46,7 @@ def status(*args: str) -> int:
 class FakeLLM:
     """Stands for `tpjax.LLM`: answers with the given deltas and remembers what it was asked."""
 
-    tokenizer = None
+    tokenizer = "one"
     mesh = types.SimpleNamespace(
         size=3, devices=types.SimpleNamespace(flat=[types.SimpleNamespace(device_kind="abacus")])
     )
@@ -51,6 +56,9 @@ class FakeLLM:
     def __init__(self, model, **options):
         self.model, self.options = model, options
         FakeLLM.made.append(self)
+
+    def chat_prompt(self, messages):
+        return messages
 
     def prepare(self, prompt, params):
         self.prepared = (prompt, params)
@@ -67,9 +75,7 @@ class FakeLLM:
 @pytest.fixture
 def fake_llm(monkeypatch, tmp_path):
     """Replaces the model, so that what the command does around it can be seen. Returns a GGUF path, too."""
-    import tpjax
-
-    monkeypatch.setattr(tpjax, "LLM", FakeLLM, raising=False)
+    monkeypatch.setattr("tpjax.llm.LLM", FakeLLM)
     monkeypatch.setattr(FakeLLM, "made", [])
     path = tmp_path / "model.gguf"
     path.touch()
@@ -79,22 +85,28 @@ def fake_llm(monkeypatch, tmp_path):
 # --- help and versions -------------------------------------------------------------------------------------
 
 
-def test_help_lists_exactly_the_verbs_there_are(capsys):
-    assert status("--help") == 0
-    listed = capsys.readouterr().out.partition("VERB\n")[2]
-    assert tuple(line[4:].split("  ")[0] for line in listed.splitlines() if line[4:5].strip()) == VERBS
+@pytest.mark.parametrize("arguments", (("--help",), ("-h",), ()))
+def test_help_lists_exactly_the_subcommands_there_are(arguments, capsys):
+    assert status(*arguments) == 0
+    listed = capsys.readouterr().out.partition("Commands")[2]
+    rows = [line[2:].split("  ")[0] for line in listed.splitlines() if line[2:3].strip(" ─")]
+    assert tuple(rows) == SUBCOMMANDS
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_shows_examples_that_parse(verb, capsys):
-    assert status(*verb.split(), "--help") == 0
-    examples = capsys.readouterr().out.partition("examples:\n")[2].strip().splitlines()
+@pytest.mark.parametrize("subcommand", SUBCOMMANDS)
+def test_every_subcommand_shows_examples_that_parse(subcommand, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert status(*subcommand.split(), "--help") == 0
+    shown = capsys.readouterr().out.partition("Examples:")[2].strip().splitlines()
+    examples = [line.strip() for line in shown if line.strip()]
     assert len(examples) >= 2
+    command = typer.main.get_command(cli.app).commands[subcommand]
     for example in examples:
         arguments = shlex.split(example)
         arguments = arguments[arguments.index("tpjax") + 1 :]
-        assert " ".join(arguments).startswith(verb)
-        assert cli._parse(arguments).run.__name__ == f"_{verb.replace(' ', '_')}"
+        words = subcommand.split()
+        assert arguments[: len(words)] == words
+        command.make_context(subcommand, arguments[len(words) :])
 
 
 def test_version(capsys):
@@ -103,17 +115,17 @@ def test_version(capsys):
 
 
 def test_dtypes_are_those_of_the_library():
-    from tpjax import runner
+    from tpjax.runtime import runner
 
-    assert runner.DTYPES == cli.DTYPES
+    assert get_args(options.Dtype) == runner.DTYPES
 
 
 def test_help_starts_neither_jax_nor_anything_else_heavy():
     program = (
-        "import sys; from tpjax import cli\n"
+        "import sys; from tpjax.cli import app as cli\n"
         "try: cli.main(['generate', '--help'])\n"
         "except SystemExit: pass\n"
-        "heavy = {'jax', 'flax', 'numpy', 'huggingface_hub', 'rich', 'tokenizers'} & set(sys.modules)\n"
+        "heavy = {'jax', 'flax', 'numpy', 'huggingface_hub', 'tokenizers'} & set(sys.modules)\n"
         "print('HEAVY', sorted(heavy))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -129,23 +141,30 @@ def test_help_starts_neither_jax_nor_anything_else_heavy():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate"], "the following arguments are required: PROMPT, --model (see `tpjax generate --help`)"),
+        (["generate"], "no prompt is given: PROMPT, - for stdin, or --prompts FILE"),
+        (["generate", "x"], "no model is given: name one, such as smollm2-135m"),
+        (["generate", "x", "a", "--model", "b"], "two models are given: 'a' and --model 'b'"),
+        (["generate", "x", "llama-3-8b"], "'llama-3-8b' names a published model, whose weights are at "),
+        (["generate", "x", "nope", "--prompts", "y"], "--prompts FILE has the prompts: leave PROMPT out"),
+        (["generate", "--prompts", "none.txt", "nope"], "none.txt: No such file or directory"),
+        (["convert", "smollm2-135m"], "no target is given: convert MODEL TARGET"),
+        (["batch", "x", "--input", "none.jsonl", "--output", "y"], "none.jsonl: No such file or directory"),
         (["generate", "x", "--model", "nope"], "unknown model 'nope': not a built-in alias ("),
         (
             ["generate", "x", "--model", "nope", "--tp", "0"],
-            "argument --tp: '0' is not a whole number of devices, 1",
+            "Invalid value for '--tp': '0' is not a whole number of devices, 1",
         ),
         (
             ["generate", "x", "--model", "nope", "--tp", "-4"],
-            "argument --tp: '-4' is not a whole number of devices",
+            "Invalid value for '--tp': '-4' is not a whole number of devices",
         ),
         (
             ["generate", "x", "--model", "nope", "--tp", "2.5"],
-            "argument --tp: '2.5' is not a whole number of devices",
+            "Invalid value for '--tp': '2.5' is not a whole number of devices",
         ),
         (
             ["explain", "nope", "--max-model-len", "0"],
-            "argument --max-model-len: '0' is not a whole number of tokens",
+            "Invalid value for '--max-model-len': '0' is not a whole number of tokens",
         ),
         (
             ["generate", "x", "--model", "nope", "--temperature", "nan"],
@@ -160,7 +179,10 @@ def test_help_starts_neither_jax_nor_anything_else_heavy():
             "max_tokens=-1 is not a whole number, 0 or more",
         ),
         (["generate", "x", "--model", "nope", "--stop", ""], "stop='' is not a non-empty string"),
-        (["generate", "x", "--model", "nope", "--dtype", "int3"], "argument --dtype: invalid choice: 'int3'"),
+        (
+            ["generate", "x", "--model", "nope", "--dtype", "int3"],
+            "Invalid value for '--dtype': 'int3' is not",
+        ),
         (["pull", "./none"], "./none: no such file or directory"),
         (
             ["pull", ".", "--verify"],
@@ -168,8 +190,9 @@ def test_help_starts_neither_jax_nor_anything_else_heavy():
         ),
         (["explain"], "give either MODEL or --config FILE"),
         (["explain", "smollm2-135m", "--config", "x.json"], "give either MODEL or --config FILE"),
-        (["frobnicate"], "argument VERB: invalid choice: 'frobnicate'"),
-        ([], "the following arguments are required: VERB"),
+        (["frobnicate"], "No such command 'frobnicate'. (see `tpjax --help`)"),
+        (["generat"], "No such command 'generat'. Did you mean 'generate'? (see `tpjax --help`)"),
+        (["explain", "x", "--tpp", "3"], "No such option: --tpp (did you mean --dtype, --tp?)"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
@@ -267,24 +290,29 @@ def test_generate_sees_to_devices_before_the_model(fake_llm, monkeypatch, capsys
     assert FakeLLM.made == []
 
 
-def test_chat_applies_the_template(fake_llm, monkeypatch):
-    class Tokenizer:
-        def apply_chat_template(self, messages):
-            assert messages == [{"role": "user", "content": "Hello"}]
-            return "<user>Hello<assistant>"
-
-        def encode(self, text, *, add_special_tokens):
-            assert (text, add_special_tokens) == ("<user>Hello<assistant>", False)
-            return [7, 8]
-
-    monkeypatch.setattr(FakeLLM, "tokenizer", Tokenizer())
-    assert status("generate", "Hello", "--model", fake_llm, "--chat") == 0
-    assert FakeLLM.made[0].prompt == [7, 8]
+def test_chat_and_system_make_a_conversation(fake_llm):
+    assert status("generate", "Hello", fake_llm, "--chat") == 0
+    assert FakeLLM.made[0].prompt == [{"role": "user", "content": "Hello"}]
+    assert status("generate", "Hello", fake_llm, "--system", "Be brief.") == 0
+    assert FakeLLM.made[1].prompt[0] == {"role": "system", "content": "Be brief."}
 
 
-def test_chat_without_a_tokenizer_is_bad_input(fake_llm, capsys):
-    assert status("generate", "Hello", "--model", fake_llm, "--chat") == 2
-    assert capsys.readouterr().err == "tpjax: error: --chat needs a tokenizer, and this model has none\n"
+def test_token_ids(fake_llm, capsys):
+    assert status("generate", "5, 6 7", fake_llm, "--token-ids") == 0
+    assert FakeLLM.made[0].prompt == [5, 6, 7]
+    assert capsys.readouterr().out == "1 2 3 4 \n"
+    assert status("generate", "5 x", fake_llm, "--token-ids") == 2
+    assert capsys.readouterr().err == "tpjax: error: --token-ids: 'x' is not a token id\n"
+
+
+def test_prompts_of_a_file(tmp_path, capsys):
+    file = tmp_path / "prompts"
+    file.write_text('{"prompt": "a", "max_tokens": 3}\n{"messages": 1, "bogus": 2}\n')
+    assert status("generate", "nope", "--prompts", str(file)) == 2
+    assert f"{file}, line 2: unknown field 'bogus'; known are allowed_token_ids, " in capsys.readouterr().err
+    file.write_text('{"prompt": "a", "max_tokens": -3}\n')
+    assert status("generate", "nope", "--prompts", str(file)) == 2
+    assert f"{file}, line 1: max_tokens=-3 is not a whole number" in capsys.readouterr().err
 
 
 def test_explain_as_json(fake_llm, capsys, monkeypatch):
@@ -314,7 +342,7 @@ def test_explain_as_json(fake_llm, capsys, monkeypatch):
         ("bench serve --range-ratio 2", "'2' is not a fraction, 0 to 1"),
     ),
 )
-def test_bad_flags_of_the_server_s_verbs(arguments, message, capsys, monkeypatch):
+def test_bad_flags_of_the_server_s_subcommands(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(hub, "resolve", lambda name, **_: Path("/cache") / name)
     assert status(*arguments.split()) == 2
     assert message in capsys.readouterr().err
@@ -424,7 +452,7 @@ def test_doctor_reports_a_jax_that_does_not_start():
 
 def test_doctor_draws_a_table(capsys):
     facts = doctor.examine() | {"warnings": ["something [odd]"]}
-    cli._show(doctor.render(facts))
+    console.show(doctor.render(facts))
     out = capsys.readouterr().out
     assert "│ devices" in out and "warning: something [odd]" in out
 

@@ -17,10 +17,10 @@ from conftest import GOLDENS
 
 from tpjax.config import RopeConfig
 from tpjax.errors import ConfigError
-from tpjax.families import FAMILIES, config_from_hf
+from tpjax.families.fields import Fields
+from tpjax.families.registry import FAMILIES, config_from_hf
+from tpjax.families.unread import INERT, NUMERIC
 from tpjax.layers.rope import inverse_frequencies
-from tpjax.mappings.fields import Fields
-from tpjax.mappings.unread import INERT, NUMERIC
 
 RAW: dict[str, dict[str, Any]] = {
     path.parent.name: json.loads(path.read_text()) for path in sorted(GOLDENS.glob("*/config.json"))

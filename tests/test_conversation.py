@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from tpjax.chat_template import ChatTemplates
 from tpjax.errors import RequestError
 from tpjax.server.conversation import conversation
 from tpjax.server.errors import ApiError, bad_request
 from tpjax.server.protocol import ChatBody
 from tpjax.server.template_traits import Traits, traits_of
 from tpjax.server.tool_formats import tool_format
+from tpjax.text.chat_template import ChatTemplates
 
 PUBLISHED = Path(__file__).parent / "data" / "templates"
 _ALTERNATE = "{%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"

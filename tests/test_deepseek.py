@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint
 from tpjax.config import LatentConfig, MoEConfig, RopeConfig
 from tpjax.errors import CheckpointError, ConfigError
-from tpjax.families import FAMILIES, config_from_hf
+from tpjax.families.registry import FAMILIES, config_from_hf
 from tpjax.mesh import make_mesh
 
 # deepseek-ai/DeepSeek-V3, as published

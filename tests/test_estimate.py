@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from tpjax.config import ModelConfig, RopeConfig
+from tpjax.hardware import HARDWARE
 from tpjax.inspect.collectives import find_collectives
 from tpjax.inspect.estimate import Estimate, estimate
-from tpjax.inspect.hardware import HARDWARE
 from tpjax.inspect.hlo import Module
 from tpjax.inspect.topology import parse_topology
 

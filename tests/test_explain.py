@@ -14,8 +14,8 @@ import pytest
 from conftest import GOLDENS
 from rich.console import Console
 
-from tpjax import cli
 from tpjax.checkpoints.load import abstract_decoder, parameters, read_config
+from tpjax.cli import app as cli
 from tpjax.inspect.budget import measured
 from tpjax.inspect.explain import explain_model
 from tpjax.inspect.explain_report import Report
@@ -286,7 +286,7 @@ def test_a_picture_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 
     from tpjax.errors import ConfigError
-    from tpjax.inspect.plots import save
+    from tpjax.planning.plots import save
 
     with pytest.raises(ConfigError, match=r"^--plot .*x\.svg: No such file or directory$"):
         save(Figure(), tmp_path / "gone" / "x.svg")

@@ -12,16 +12,16 @@ from conftest import GOLDENS
 
 from tpjax.config import ModelConfig, RopeConfig
 from tpjax.errors import ConfigError
-from tpjax.families import (
+from tpjax.families.fields import Fields, Names
+from tpjax.families.quantization import Quantization, quantization_of
+from tpjax.families.registry import (
     FAMILIES,
     GGUFView,
     config_from_gguf,
     config_from_hf,
     gguf_architecture,
 )
-from tpjax.mappings.fields import Fields, Names
-from tpjax.mappings.quantization import Quantization, quantization_of
-from tpjax.mappings.unread import INERT
+from tpjax.families.unread import INERT
 
 SCALING = {
     "factor": 8.0,

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tpjax import memory as memory_module
 from tpjax.cache import page_bytes_per_device
 from tpjax.checkpoints.load import abstract_decoder, parameters
 from tpjax.config import ModelConfig, RopeConfig
 from tpjax.errors import ConfigError
-from tpjax.memory import Memory, plan_limits, workspace_bytes
 from tpjax.mesh import make_mesh
-from tpjax.runner import Limits, Runner
+from tpjax.runtime import memory as memory_module
+from tpjax.runtime.memory import Memory, plan_limits, workspace_bytes
+from tpjax.runtime.runner import Limits, Runner
 
 F32 = jnp.dtype("float32")
 MIB = 2**20

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from tpjax.errors import ConfigError
-from tpjax.inspect.hardware import HARDWARE, load_hardware, parse_hardware
-from tpjax.inspect.interconnect import ICI, Measured, NVLink, torus
+from tpjax.hardware import HARDWARE, load_hardware, parse_hardware
+from tpjax.interconnect import ICI, Measured, NVLink, torus
 
 NVLINK = NVLink(300e9, latency_us=6.0, peer_us=0.5, ring_us=12.0, fraction=0.75)
 

@@ -22,7 +22,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import CONTEXT, SLOTS, Running, load_tiny, running, tiny_checkpoint
 
-from tpjax.chat_template import ChatTemplates
 from tpjax.errors import CheckpointError, RequestError
 from tpjax.sandbox import Worker, sandbox
 from tpjax.server import bodies
@@ -30,13 +29,14 @@ from tpjax.server.budget import FREE_BYTES, Budget, Share
 from tpjax.server.errors import ApiError
 from tpjax.server.grammar_check import GrammarChecker
 from tpjax.server.sandbox import ThreadPool, WorkerPool
-from tpjax.tokenizer import Tokenizer, load_tokenizer
+from tpjax.text.chat_template import ChatTemplates
+from tpjax.text.tokenizer import Tokenizer, load_tokenizer
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 QUEUE, BODY = 4, 1 << 20
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 TEMPLATE = f"{{% if messages[0].content == 'loop' %}}{LOOP}{{% endif %}}{{{{ messages[0].content }}}}"
-RENDER = "tpjax.chat_template:rendered"
+RENDER = "tpjax.text.chat_template:rendered"
 
 
 def job(template: str, content: str = "hi") -> dict[str, Any]:

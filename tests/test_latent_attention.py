@@ -19,7 +19,7 @@ from tpjax.inspect.explain import explain
 from tpjax.layers.attention import reference_attention
 from tpjax.layers.latent_attention import KeyValueProjection
 from tpjax.mesh import make_mesh
-from tpjax.runner import Runner
+from tpjax.runtime.runner import Runner
 
 F32 = jnp.dtype("float32")
 HEADS, FIXED, TURNING, RANK, VALUE = 9, 16, 8, 40, 24

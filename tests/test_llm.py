@@ -12,7 +12,7 @@ from conftest import GOLDENS
 
 from tpjax import LLM, SamplingParams, TpjaxError
 from tpjax.errors import CheckpointError, ConfigError, DeviceError, RequestError
-from tpjax.memory import Memory
+from tpjax.runtime.memory import Memory
 
 PROMPT = "The capital of France is"
 

@@ -33,7 +33,7 @@ from tpjax.checkpoints.load import (
 from tpjax.checkpoints.safetensors import SafetensorsCheckpoint
 from tpjax.checkpoints.source import TensorInfo, TensorSource
 from tpjax.errors import CheckpointError, ConfigError
-from tpjax.families import FAMILIES
+from tpjax.families.registry import FAMILIES
 from tpjax.mesh import make_mesh
 
 LAYERS, D, H, K, HEAD, F, V = 2, 10, 6, 2, 4, 20, 50

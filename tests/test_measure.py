@@ -5,15 +5,23 @@ import types
 
 import pytest
 
-from tpjax import cli
 from tpjax.checkpoints import hub
+from tpjax.cli import app as cli
 from tpjax.errors import DeviceError
-from tpjax.inspect import bench, measure
-from tpjax.inspect.plan import Traffic, make_plan
-from tpjax.inspect.shapes import SHAPES, Shape
 from tpjax.mesh import make_mesh
+from tpjax.planning import bench, measure
+from tpjax.planning.counts import Counts
+from tpjax.planning.plan import Workload, make_plan
+from tpjax.planning.published import published_config
 
-TINY = Shape("tiny", 1, 64, 4, 2, 16, 128, 512)
+TINY = {
+    **measure._LAYER,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
 FIGURES = {
     "device": "abacus",
     "shared": True,
@@ -58,8 +66,7 @@ def test_figures_come_back_from_the_times_they_explain():
     """Times made of known rates, by the formulas of a machine whose two faked devices share it."""
     bandwidth, flops, reduce_s, layer_s, token_s, dispatch_s = 20e9, 100e9, 50e-6, 80e-6, 3e-6, 400e-6
     width, inner, prompt = measure._WIDTH, measure._INNER, measure._PROMPT
-    layer = measure._LAYER
-    elements = 2 * (layer.attention_weights(2) + layer.mlp_weights(2, layer.width))
+    elements = 512 * 64 * (2 * 8 + 2 * 4) + 3 * 512 * 1408  # q, k, v, o; gate, up, down
     seconds = {f"reduce {size}": measure._CHAIN * reduce_s for size in measure._MESSAGES}
     seconds["multiply 1"] = measure._PAIRS * (2 * 4 * width * inner / bandwidth + reduce_s)
     seconds[f"multiply {prompt}"] = measure._PAIRS * (2 * 2 * prompt * width * inner / flops + reduce_s)
@@ -78,9 +85,10 @@ def test_figures_come_back_from_the_times_they_explain():
 
 def test_predictions_follow_the_figures():
     hardware = measure.hardware_from(FIGURES)
-    shape = SHAPES["smollm2-135m"]
-    plan = make_plan(shape, hardware, 2, 2, Traffic(1, 128, 256, "float32"))
-    padded = 2 * 30 * (shape.attention_weights(2) + shape.mlp_weights(2, 1536)) + 2 * shape.vocab_weights(2)
+    counts = Counts("smollm2-135m", published_config("smollm2-135m"))
+    plan = make_plan(counts, hardware, 2, 2, Workload(1, 128, 256, "float32"))
+    attention = 576 * 64 * 2 * (2 * 3 + 2)  # two slots of three queries a device: one is padding
+    padded = 2 * 30 * (attention + 3 * 576 * 768) + 576 * 49152
     assert plan.decode.weights == pytest.approx(4 * padded / 32e9)  # both devices read from one memory
     message = 20e-6 + (300e-6 - 20e-6) * (4 * 576 - 1024) / (2**20 - 1024)
     assert plan.decode.collectives == pytest.approx(61 * message + 20e-6)
@@ -130,11 +138,11 @@ def test_bench_prints_measured_next_to_predicted(small, monkeypatch, capsys):
     data = json.loads(capsys.readouterr().out)
     assert (data["model"], data["tp"], data["context"], data["prompt_len"]) == ("toy", 2, 64, 32)
     assert 0 < data["decode"]["measured_ms"] < 1000 and 0 < data["prefill"]["measured_ms"] < 1000
-    hardware, shape = measure.hardware_from(FIGURES), Shape.from_config(runner.config, "toy")
-    plan = make_plan(shape, hardware, 2, 2, Traffic(1, 64, 32, "float32"))
+    hardware, counts = measure.hardware_from(FIGURES), Counts("toy", runner.config)
+    plan = make_plan(counts, hardware, 2, 2, Workload(1, 64, 32, "float32"))
     assert data["decode"]["predicted_ms"] == pytest.approx(plan.decode.total * 1e3)
     assert data["prefill"]["predicted_ms"] == pytest.approx(plan.prefill.total * 1e3)
-    assert bench.longest(plan.traffic) == 64 + 64
+    assert bench.longest(plan.workload) == 64 + 64
     assert cli.main(["bench", "toy", "--tp", "2", "--context", "64", "--prompt-len", "32"]) == 0
     table = capsys.readouterr().out
     assert "toy at tp=2 on abacus, float32" in table and "predicted / measured" in table

@@ -17,7 +17,7 @@ from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoi
 from tpjax.checkpoints.safetensors import SafetensorsCheckpoint
 from tpjax.config import ModelConfig, MoEConfig
 from tpjax.errors import ConfigError
-from tpjax.families import config_from_hf
+from tpjax.families.registry import config_from_hf
 from tpjax.mesh import make_mesh
 
 # mistralai/Mixtral-8x7B-v0.1

@@ -23,9 +23,9 @@ from tpjax.checkpoints.convert import convert, write_vocabulary
 from tpjax.checkpoints.gguf import GGUFFile
 from tpjax.checkpoints.load import open_checkpoint, read_config
 from tpjax.checkpoints.orbax import OrbaxCheckpoint
-from tpjax.cli import main
+from tpjax.cli.app import main
 from tpjax.errors import CheckpointError
-from tpjax.tokenizer import load_tokenizer
+from tpjax.text.tokenizer import load_tokenizer
 
 GOLDENS = Path(__file__).parent / "goldens"
 TOKENS = [3, 14, 15, 92, 65, 35, 89, 79]
@@ -294,7 +294,7 @@ def test_a_target_being_written_is_left_alone_and_a_killed_writer_is_no_obstacle
 
 FULL = """
 import resource, sys
-from tpjax.cli import main
+from tpjax.cli.app import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
 sys.exit(main(["convert", sys.argv[2], sys.argv[3]]))
 """

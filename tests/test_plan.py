@@ -8,26 +8,27 @@ from pathlib import Path
 
 import pytest
 
-from tpjax import cli
 from tpjax.cache import page_bytes_per_device
 from tpjax.checkpoints.load import abstract_decoder, parameters
+from tpjax.cli import app as cli
 from tpjax.errors import ConfigError
-from tpjax.families import config_from_hf
-from tpjax.inspect.hardware import HARDWARE, Efficiency, Hardware
-from tpjax.inspect.interconnect import NVLink
-from tpjax.inspect.plan import (
+from tpjax.families.registry import config_from_hf
+from tpjax.hardware import HARDWARE, Efficiency, Hardware
+from tpjax.interconnect import NVLink
+from tpjax.mesh import make_mesh
+from tpjax.planning.counts import Counts
+from tpjax.planning.plan import (
     Cost,
-    Model,
-    Traffic,
+    CostModel,
+    Workload,
     busiest,
     frontier,
     make_plan,
     make_plans,
     recommend,
 )
-from tpjax.inspect.shapes import SHAPES, Experts, Shape
-from tpjax.inspect.strategies import compare
-from tpjax.mesh import make_mesh
+from tpjax.planning.published import published_config
+from tpjax.planning.strategies import compare
 
 ROOT = Path(cli.__file__).parents[1]
 
@@ -37,17 +38,41 @@ CHIP = Hardware(
     "ideal", 1e9, 1e9, 1e12, None, NVLink(1e9, latency_us=1.0, peer_us=0.0, fraction=1.0), IDEAL, "by hand"
 )
 # 2 layers, D=64, 4 heads, 2 KV heads of 16, F=128, V=1000, untied
-TINY = Shape("tiny", 2, 64, 4, 2, 16, 128, 1000)
+SIZES = {
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 128,
+    "vocab_size": 1000,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+}
 ATTENTION = 64 * 16 * (2 * 4 + 2 * 2)  # q, o: 4 heads; k, v: 2
 MLP = 3 * 64 * 128
 HEAD = 1000 * 64
+NORMS = (2 * 2 + 1) * 64  # two a layer, and the last
+
+
+def counted(**changes) -> Counts:
+    return Counts("tiny", config_from_hf({**SIZES, **changes}))
+
+
+def published(name: str) -> Counts:
+    return Counts(name, published_config(name))
+
+
+TINY = counted()
+MIXED = counted(model_type="mixtral", num_local_experts=8, num_experts_per_tok=2)
 
 
 # --- by hand -----------------------------------------------------------------------------------------------
 
 
 def test_decode_on_one_chip_is_bytes_over_bandwidth():
-    cost = Model(TINY, CHIP, 1, Traffic()).decode(batch=1, context=100)
+    cost = CostModel(TINY, CHIP, 1, Workload()).decode(batch=1, context=100)
     assert cost.weights == pytest.approx(2 * (2 * (ATTENTION + MLP) + HEAD) / 1e9)
     assert cost.cache == pytest.approx(2 * 100 * (2 * 2 * 16) * 2 / 1e9)
     assert cost.compute == 0 and cost.collectives == 0
@@ -57,7 +82,7 @@ def test_decode_on_one_chip_is_bytes_over_bandwidth():
 
 def test_a_large_batch_is_bound_by_arithmetic():
     slow = replace(CHIP, flops=1e9)
-    cost = Model(TINY, slow, 1, Traffic()).decode(batch=64, context=1)
+    cost = CostModel(TINY, slow, 1, Workload()).decode(batch=64, context=1)
     elements = 2 * (ATTENTION + MLP) + HEAD
     attention = 2 * 64 * (4 * 4 * 16)  # score and sum of one key, per layer, sequence and head
     read = 2 * elements / 1e9
@@ -67,14 +92,14 @@ def test_a_large_batch_is_bound_by_arithmetic():
 
 
 def test_two_all_reduces_a_layer_and_one_for_the_embedding():
-    cost = Model(TINY, CHIP, 2, Traffic()).decode(batch=3, context=1)
+    cost = CostModel(TINY, CHIP, 2, Workload()).decode(batch=3, context=1)
     message = 3 * 64 * 2
     assert cost.collectives == pytest.approx((2 * 2 + 1) * (1e-6 + message / 1e9) + 1e-6 + 3 * 8 / 1e9)
 
 
 def test_prefill_sees_half_of_its_prompt():
     slow = replace(CHIP, flops=1e6)
-    cost = Model(TINY, slow, 1, Traffic()).prefill(10)
+    cost = CostModel(TINY, slow, 1, Workload()).prefill(10)
     layers, head = 2 * (ATTENTION + MLP), HEAD  # the head draws one token
     attention = 2 * 10 * 5.5 * (4 * 4 * 16)
     traffic = 2 * (layers + head) / 1e9 + cost.cache
@@ -82,18 +107,21 @@ def test_prefill_sees_half_of_its_prompt():
 
 
 def test_a_sliding_layer_reads_its_window():
-    half = replace(TINY, window=50, window_layers=1)
-    full = Model(TINY, CHIP, 1, Traffic()).decode(1, 100).cache
-    assert Model(half, CHIP, 1, Traffic()).decode(1, 100).cache == pytest.approx(0.75 * full)
-    assert Model(half, CHIP, 1, Traffic()).memory(1, 100) == Model(TINY, CHIP, 1, Traffic()).memory(1, 100)
+    layers = {"sliding_window": 50, "layer_types": ["sliding_attention", "full_attention"]}
+    half = counted(model_type="qwen2", use_sliding_window=True, max_window_layers=1, **layers)
+    full = CostModel(TINY, CHIP, 1, Workload()).decode(1, 100).cache
+    assert CostModel(half, CHIP, 1, Workload()).decode(1, 100).cache == pytest.approx(0.75 * full)
+    memory = CostModel(half, CHIP, 1, Workload()).memory(1, 100)  # whole pages all the same
+    assert (
+        memory.cache == CostModel(TINY, CHIP, 1, Workload()).memory(1, 100).cache
+    )  # whole pages all the same
 
 
 def test_a_mixture_reads_the_experts_its_tokens_chose():
-    mixed = replace(TINY, experts=Experts(count=8, active=2, width=128))
     router = 8 * 64
 
     def read(batch: int) -> float:
-        return Model(mixed, CHIP, 1, Traffic()).mixture(batch).weights
+        return CostModel(MIXED, CHIP, 1, Workload()).mixture(batch).weights
 
     assert read(1) == pytest.approx(2 * 2 * (2 * MLP + router) / 1e9)
     # two tokens choose 8 (1 - (6/8)^2) = 3.5 different experts on average
@@ -102,32 +130,33 @@ def test_a_mixture_reads_the_experts_its_tokens_chose():
 
 
 def test_whole_experts_wait_for_the_busiest_chip():
-    mixed = replace(TINY, experts=Experts(count=8, active=2, width=128))
-    whole = Model(mixed, CHIP, 8, Traffic(), "experts").mixture(1)
-    cut = Model(mixed, CHIP, 8, Traffic(), "width").mixture(1)
+    whole = CostModel(MIXED, CHIP, 8, Workload(), "experts").mixture(1)
+    cut = CostModel(MIXED, CHIP, 8, Workload(), "width").mixture(1)
     assert whole.weights > 3 * cut.weights  # one expert's weights on one chip, against 2/8 of one on each
-    assert make_plan(mixed, CHIP, 8, 8, Traffic()).model.cut == "width"
+    assert make_plan(MIXED, CHIP, 8, 8, Workload()).model.cut == "width"
     assert busiest(4, 1.0, 8) == 4 and busiest(4, 0.0, 8) == 0 and 2 < busiest(4, 0.5, 8) <= 4
 
 
 def test_eight_bit_weights_keep_a_wide_embedding():
-    memory = Model(TINY, CHIP, 1, Traffic(dtype="int8")).memory(1, 128)
+    memory = CostModel(TINY, CHIP, 1, Workload(dtype="int8")).memory(1, 128)
     assert memory.weights == 2 * (ATTENTION + MLP) + HEAD + 2 * (
-        HEAD + 64
+        HEAD + NORMS
     )  # layers, head; embedding and norm
     assert memory.cache == 128 * 2 * (2 * 2 * 16)
-    wide = Model(TINY, CHIP, 1, Traffic(dtype="int8", cache_dtype="bf16")).memory(1, 128)
+    wide = CostModel(TINY, CHIP, 1, Workload(dtype="int8", cache_dtype="bf16")).memory(1, 128)
     assert wide.cache == 2 * memory.cache
-    assert Model(replace(TINY, tied=True), CHIP, 1, Traffic(dtype="int8")).decode(1, 1).weights > (
-        Model(TINY, CHIP, 1, Traffic(dtype="int8")).decode(1, 1).weights
+    assert CostModel(counted(tie_word_embeddings=True), CHIP, 1, Workload(dtype="int8")).decode(
+        1, 1
+    ).weights > (
+        CostModel(TINY, CHIP, 1, Workload(dtype="int8")).decode(1, 1).weights
     )  # a tied projection is the embedding, which is not quantised
 
 
 def test_faked_chips_share_their_machine():
-    alone = Model(TINY, CHIP, 1, Traffic()).decode(1, 100)
-    shared = Model(TINY, replace(CHIP, shared=True), 2, Traffic()).decode(1, 100)
+    alone = CostModel(TINY, CHIP, 1, Workload()).decode(1, 100)
+    shared = CostModel(TINY, replace(CHIP, shared=True), 2, Workload()).decode(1, 100)
     assert shared.weights == pytest.approx(alone.weights) and shared.cache == pytest.approx(alone.cache)
-    assert Model(TINY, CHIP, 2, Traffic()).decode(1, 100).weights == pytest.approx(alone.weights / 2)
+    assert CostModel(TINY, CHIP, 2, Workload()).decode(1, 100).weights == pytest.approx(alone.weights / 2)
 
 
 def test_costs_add_up_and_name_their_bound():
@@ -160,8 +189,8 @@ def test_memory_is_what_the_layers_declare(tp):
     for parameter in parameters(abstract_decoder(config, mesh, "float32"), mesh):
         shard = parameter.sharding.shard_shape(parameter.layout.shape)
         declared += 4 * (shard[0] * (shard[1] if len(shard) > 1 else 1))
-    traffic = Traffic(dtype="float32")
-    memory = Model(Shape.from_config(config, "tiny"), CHIP, tp, traffic).memory(2, 256)
+    workload = Workload(dtype="float32")
+    memory = CostModel(Counts("tiny", config), CHIP, tp, workload).memory(2, 256)
     assert memory.weights == declared
     assert memory.cache == 2 * 2 * page_bytes_per_device(config, tp, 128, "float32")
 
@@ -173,26 +202,32 @@ def test_memory_is_what_the_layers_declare(tp):
 @pytest.mark.parametrize("model", ["llama-3-8b", "mixtral-8x7b", "deepseek-v3"])
 def test_more_work_takes_longer(name, model):
     def step(tp: int = 8, batch: int = 8, context: int = 2048, dtype: str = "bf16") -> float:
-        return Model(SHAPES[model], HARDWARE[name], tp, Traffic(dtype=dtype)).decode(batch, context).total
+        return (
+            CostModel(published(model), HARDWARE[name], tp, Workload(dtype=dtype))
+            .decode(batch, context)
+            .total
+        )
 
     batches = [step(batch=batch) for batch in (1, 2, 8, 64, 512)]
     contexts = [step(context=context) for context in (1, 128, 4096, 32768)]
     assert batches == sorted(batches) and contexts == sorted(contexts)
     assert step(tp=1) > step(tp=2) > step(tp=4)
     assert step(dtype="int8") < step()
-    prompts = [Model(SHAPES[model], HARDWARE[name], 8, Traffic()).prefill(n).total for n in (1, 64, 4096)]
+    prompts = [
+        CostModel(published(model), HARDWARE[name], 8, Workload()).prefill(n).total for n in (1, 64, 4096)
+    ]
     assert prompts == sorted(prompts)
 
 
 def test_replicas_share_the_batch():
-    plan = make_plan(SHAPES["llama-3-8b"], HARDWARE["h100-sxm"], 8, 2, Traffic(batch=10))
+    plan = make_plan(published("llama-3-8b"), HARDWARE["h100-sxm"], 8, 2, Workload(batch=10))
     assert (plan.replicas, plan.batch) == (4, 3)  # 10 sequences over 4: the fullest has 3
     assert plan.tokens_per_s == pytest.approx(10 / plan.decode.total)
 
 
 @pytest.mark.parametrize("name", ["v5e", "b200"])
 def test_room_is_what_fits(name):
-    plan = make_plan(SHAPES["llama-3-8b"], HARDWARE[name], 4, 4, Traffic(batch=4, context=4096))
+    plan = make_plan(published("llama-3-8b"), HARDWARE[name], 4, 4, Workload(batch=4, context=4096))
     usable = HARDWARE[name].usable_bytes
     batch, context = plan.model.largest_batch(4096), plan.model.largest_context(4)
     assert plan.model.memory(batch, 4096).total <= usable < plan.model.memory(batch + 1, 4096).total
@@ -200,20 +235,20 @@ def test_room_is_what_fits(name):
 
 
 def test_the_frontier_trades_speed_for_throughput():
-    points = frontier(make_plan(SHAPES["llama-3-8b"], HARDWARE["h100-sxm"], 8, 8, Traffic()))
+    points = frontier(make_plan(published("llama-3-8b"), HARDWARE["h100-sxm"], 8, 8, Workload()))
     batches, users, chips = zip(*points, strict=True)
     assert list(batches) == sorted(batches)
     assert list(users) == sorted(users, reverse=True) and list(chips) == sorted(chips)
 
 
 def test_the_recommended_tp_is_the_smallest_of_the_fastest():
-    plans = make_plans(SHAPES["llama-3-8b"], HARDWARE["h100-sxm"], 8, Traffic(batch=64))
+    plans = make_plans(published("llama-3-8b"), HARDWARE["h100-sxm"], 8, Workload(batch=64))
     best, reason = recommend(plans)
     fastest = min(plan.decode.total for plan in plans)
     assert best.decode.total <= 1.05 * fastest
     assert all(plan.decode.total > 1.05 * fastest for plan in plans if plan.tp < best.tp)
     assert f"tp={best.tp}" in reason and best.decode.bound in reason
-    only = make_plans(SHAPES["llama-3-70b"], HARDWARE["h100-sxm"], 2, Traffic())
+    only = make_plans(published("llama-3-70b"), HARDWARE["h100-sxm"], 2, Workload())
     with pytest.raises(
         ConfigError, match=r"at tp=2 needs 80\.9 GB .* 73\.6 GB usable of 80; .*--dtype int8 or tp=4"
     ):
@@ -222,21 +257,21 @@ def test_the_recommended_tp_is_the_smallest_of_the_fastest():
 
 def test_chips_are_a_multiple_of_tp():
     with pytest.raises(ConfigError, match="8 chips are not a multiple of tp=3: use tp=1, 2, 4, 8"):
-        make_plan(TINY, CHIP, 8, 3, Traffic())
+        make_plan(TINY, CHIP, 8, 3, Workload())
 
 
 @pytest.mark.parametrize("field", ["batch", "context", "prompt_len"])
 @pytest.mark.parametrize("value", [0, -1, float("nan"), 1.5, True])
-def test_traffic_is_whole_and_positive(field, value):
+def test_a_workload_is_whole_and_positive(field, value):
     with pytest.raises(ConfigError, match=f"{field}=.* is not a whole number, 1 or more"):
-        Traffic(**{field: value})
+        Workload(**{field: value})
 
 
 # --- other strategies --------------------------------------------------------------------------------------
 
 
 def test_strategies_are_ranked_and_the_verdict_says_by_how_much():
-    one = compare(SHAPES["llama-3-70b"], HARDWARE["h100-sxm"], 8, Traffic(batch=1))
+    one = compare(published("llama-3-70b"), HARDWARE["h100-sxm"], 8, Workload(batch=1))
     best, second = one.strategies[:2]
     assert best.kind == "tensor" and best.layout == "tp=8"
     assert f"{best.tokens_per_s / second.tokens_per_s:.2f}× of {second.layout}" in one.verdict
@@ -245,7 +280,7 @@ def test_strategies_are_ranked_and_the_verdict_says_by_how_much():
 
 
 def test_a_pipeline_decodes_one_sequence_no_faster_than_one_stage_of_its_chips():
-    strategies = compare(SHAPES["llama-3-8b"], HARDWARE["h100-sxm"], 2, Traffic(batch=1)).strategies
+    strategies = compare(published("llama-3-8b"), HARDWARE["h100-sxm"], 2, Workload(batch=1)).strategies
     pipeline = next(one for one in strategies if one.kind == "pipeline")
     replicas = next(one for one in strategies if one.kind == "replicas")
     assert pipeline.step_ms > replicas.step_ms  # the same reads, one stage after the other, and a hand-over
@@ -253,11 +288,11 @@ def test_a_pipeline_decodes_one_sequence_no_faster_than_one_stage_of_its_chips()
 
 
 def test_many_sequences_make_expert_parallelism_pay_for_latent_attention():
-    traffic = Traffic(batch=256, dtype="fp8")
-    one = compare(SHAPES["deepseek-v3"], HARDWARE["h200"], 16, traffic)
+    workload = Workload(batch=256, dtype="fp8")
+    one = compare(published("deepseek-v3"), HARDWARE["h200"], 16, workload)
     assert one.strategies[0].kind == "expert"  # a latent cache cannot be cut by heads; sequences can
     with pytest.raises(ConfigError, match=r"llama-3-8b fits ideal:1 in no way: the least is 16\.4 GB a chip"):
-        compare(SHAPES["llama-3-8b"], CHIP, 1, traffic=Traffic())
+        compare(published("llama-3-8b"), CHIP, 1, workload=Workload())
 
 
 # --- published measurements --------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from tpjax.config import ModelConfig, RopeConfig
 from tpjax.inspect.budget import collective_budget
 from tpjax.inspect.collectives import find_collectives
 from tpjax.mesh import make_mesh
-from tpjax.runner import Limits, Residual, Runner
+from tpjax.runtime.runner import Limits, Residual, Runner
 from tpjax.sharding import POSITIONS, REPLICATED
 
 # Large enough that a weight- or cache-sized buffer cannot be mistaken for an activation.
@@ -207,7 +207,7 @@ def test_two_thousand_asynchronous_steps_at_tp8() -> None:
 import tpjax
 tpjax.fake_devices(8)
 from tpjax import LLM, SamplingParams
-from tpjax.runner import Row
+from tpjax.runtime.runner import Row
 llm = LLM({path!r}, tp=8, max_model_len=256, max_slots=1)
 row = Row(0, 5, [1, 2], SamplingParams(temperature=0), seed=0)
 llm.runner.prefill(row, [5, 6, 7, 8, 9])

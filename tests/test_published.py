@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from pathlib import Path
 
 import pytest
 
+from tpjax.errors import CheckpointError, ConfigError
 from tpjax.inspect.budget import measured
 from tpjax.inspect.explain import explain_model
-from tpjax.inspect.published import is_published, published_config
-from tpjax.inspect.shapes import SHAPES, Shape
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_the_configuration_has_the_shape(name: str) -> None:
-    wanted, found = SHAPES[name], Shape.from_config(published_config(name), name)
-    # vectors are counted for plan alone, and a latent has no width of its own for all heads
-    left_out = {"layer_vectors": 0, **({"head_dim": 0} if wanted.latent else {})}
-    assert replace(found, **left_out) == replace(wanted, **left_out)
+from tpjax.planning import published
+from tpjax.planning.published import find_config, is_published, published_config
 
 
 def test_what_is_no_size() -> None:
@@ -35,7 +29,33 @@ def test_a_checkpoint_comes_first() -> None:
 
 
 def test_explained_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SHAPES, "llama-3-tiny", Shape("llama-3-tiny", 2, 64, 4, 2, 16, 96, 128))
+    tiny = {
+        **published._published()["llama-3-8b"]["config"],
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "vocab_size": 128,
+    }
+    monkeypatch.setitem(published._published(), "llama-3-tiny", {"id": "none/tiny", "config": tiny})
     report = explain_model("llama-3-tiny", tp=2, max_model_len=128)
     assert (report.model, report.model_type, report.tp) == ("llama-3-tiny", "llama", 2)
     assert measured(report.steps[0].collectives)["all_reduces"] == 5
+
+
+def test_an_unknown_model_names_the_known_ones() -> None:
+    with pytest.raises(CheckpointError, match=r"'llama-3-8' is neither .* did you mean llama-3-8b"):
+        find_config("llama-3-8")
+    with pytest.raises(CheckpointError, match=r"the built-in ones are llama-2-7b, .*deepseek-v3"):
+        find_config("zzz")
+
+
+def test_a_configuration_file(tmp_path: Path) -> None:
+    raw = published._published()["smollm2-135m"]["config"]
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(raw))
+    assert find_config(str(file)) == ("config.json", published_config("smollm2-135m"))
+    file.write_text(json.dumps({name: value for name, value in raw.items() if name != "hidden_size"}))
+    with pytest.raises(ConfigError, match="'hidden_size' is missing"):
+        find_config(str(file))

@@ -13,7 +13,7 @@ import pytest
 from tpjax.checkpoints.quantized import dequantized
 from tpjax.checkpoints.source import TensorInfo, TensorSource
 from tpjax.errors import CheckpointError
-from tpjax.mappings.quantization import Quantization
+from tpjax.families.quantization import Quantization
 
 WHERE = Path("somewhere")
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import tpjax
-from tpjax import cli
-from tpjax.families import FAMILIES
+from tpjax.cli import app as cli
+from tpjax.families.registry import FAMILIES
 from tpjax.sampling_params import SamplingParams
 
 ROOT = Path(tpjax.__file__).parent.parent

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tpjax.config import RopeConfig
+from tpjax.families.fields import Fields, rope_from
 from tpjax.layers.rope import Rotation, inverse_frequencies, rotate, rotation
-from tpjax.mappings.fields import Fields, rope_from
 
 
 def plain(theta: float, head_dim: int) -> list[float]:

@@ -17,7 +17,7 @@ import pytest
 from serving import CONTEXT, Running, load_tiny, running, tiny_checkpoint
 
 from tpjax import LLM, SamplingParams
-from tpjax.tokenizer import Tokenizer
+from tpjax.text.tokenizer import Tokenizer
 
 HI: Any = [{"role": "user", "content": "hi"}]
 SCHEMA = {

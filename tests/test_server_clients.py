@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from serving import SLOTS, Running, load_tiny, running, tiny_checkpoint
 
-from tpjax.cli import main
+from tpjax.cli import serving_benchmark as bench
+from tpjax.cli.app import main
 from tpjax.errors import RequestError
-from tpjax.server import bench
 
 
 @pytest.fixture(scope="module")

@@ -17,15 +17,15 @@ import pytest
 from serving import tiny_checkpoint
 
 from tpjax import LLM
-from tpjax.cli import main
+from tpjax.cli.app import main
+from tpjax.cli.terminal import Chat
 from tpjax.engine.generation import Delta
 from tpjax.errors import RequestError
 from tpjax.sampling_params import SamplingParams
 from tpjax.server.answers import event
 from tpjax.server.errors import ApiError
 from tpjax.server.grammar import GrammarCompiler
-from tpjax.terminal import Chat
-from tpjax.tokenizer import Tokenizer, load_tokenizer
+from tpjax.text.tokenizer import Tokenizer, load_tokenizer
 
 # --- grammars
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tpjax.engine.text import TextStream
-from tpjax.tokenizer import Tokenizer
+from tpjax.text.stream import TextStream
+from tpjax.text.tokenizer import Tokenizer
 
 
 class Pieces:

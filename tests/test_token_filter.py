@@ -11,7 +11,7 @@ import pytest
 from tpjax import LLM, SamplingParams
 from tpjax.engine.token_filter import TokenFilter, word_sequences
 from tpjax.errors import RequestError
-from tpjax.tokenizer import Tokenizer
+from tpjax.text.tokenizer import Tokenizer
 
 PROMPT = "The capital of France is"
 

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpjax.chat_template import ChatTemplates
-from tpjax.checkpoints import gguf_vocab
 from tpjax.errors import CheckpointError, RequestError
-from tpjax.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer, tokenizer_from_gguf
+from tpjax.text import gguf_vocab
+from tpjax.text.chat_template import ChatTemplates
+from tpjax.text.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer, tokenizer_from_gguf
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = json.loads((ROOT / "tests" / "goldens" / "tokenizers.json").read_text())
@@ -870,7 +870,7 @@ def test_absent_and_broken_templates(byte_level_dir, spm):
 
 def test_import_is_light():
     code = (
-        "import sys, tpjax.tokenizer; "
+        "import sys, tpjax.text.tokenizer; "
         "print([m for m in ('jax', 'transformers', 'torch', 'tokenizers', 'jinja2') if m in sys.modules])"
     )
     result = subprocess.run(

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tpjax.cli import main
+from tpjax.cli.app import main
 from tpjax.config import ModelConfig
 from tpjax.errors import ConfigError
-from tpjax.families import config_from_hf
+from tpjax.families.registry import config_from_hf
 from tpjax.inspect import doctor, topology
 from tpjax.inspect.collectives import Collective, find_collectives, summarise
 from tpjax.inspect.hlo import Module
@@ -24,9 +24,9 @@ from tpjax.inspect.program import (
     whole_copies,
     write_backs,
 )
-from tpjax.inspect.shapes import SHAPES, Shape
 from tpjax.inspect.topology import extra_problem, parse_topology
-from tpjax.runner import Residual
+from tpjax.planning import published
+from tpjax.runtime.runner import Residual
 
 HLO = Path(__file__).parent / "data" / "hlo"
 
@@ -277,10 +277,11 @@ def test_a_model_that_does_not_fit(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two vocabularies of 12 GB; a v5e has 16."""
-    wide = Shape("llama-3-wide", 1, 4096, 8, 8, 128, 256, 1_500_000)
-    monkeypatch.setitem(SHAPES, wide.name, wide)
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 8, "head_dim": 128, "intermediate_size": 256}
+    config = {**published._published()["llama-3-8b"]["config"], **sizes, "vocab_size": 1_500_000}
+    monkeypatch.setitem(published._published(), "llama-3-wide", {"id": "none/wide", "config": config})
     options = ["--topology", "v5e:2x4", "--tp", "1", "--max-model-len", "128"]
-    assert main(["explain", wide.name, *options]) == 0
+    assert main(["explain", "llama-3-wide", *options]) == 0
     out = capsys.readouterr().out
     assert re.search(
         r"^decode does not fit: it needs 23\.2 GiB on each device, of 14\.9 GiB; the compiler:\s+"

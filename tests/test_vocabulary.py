@@ -14,9 +14,9 @@ from serving import Running, running, tiny_checkpoint
 from tpjax import LLM, SamplingParams
 from tpjax.checkpoints.convert import convert
 from tpjax.checkpoints.load import open_checkpoint
-from tpjax.cli import main
+from tpjax.cli.app import main
 from tpjax.errors import RequestError
-from tpjax.tokenizer import load_tokenizer
+from tpjax.text.tokenizer import load_tokenizer
 
 ROWS = 318  # of the model, as many as the tokenizer has tokens before "<|new|>" is added
 

@@ -22,7 +22,7 @@ from tpjax.cache import NULL_PAGE, LatentCache, LayerCache, Placement
 from tpjax.engine.engine import Engine
 from tpjax.engine.request import Request
 from tpjax.layers.attention import paged_attention
-from tpjax.runner import Runner
+from tpjax.runtime.runner import Runner
 
 PAGE, BLOCKS = 8, 6
 

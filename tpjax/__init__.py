@@ -8,13 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tpjax import errors as _errors
+from tpjax._version import __version__
 from tpjax.mesh import fake_devices, guard_rendezvous, make_mesh
 from tpjax.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from tpjax.llm import LLM, Completion, Delta
-
-__version__ = "0.1.0"
 
 TpjaxError = _errors.TpjaxError
 

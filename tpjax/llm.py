@@ -6,7 +6,7 @@ import logging
 import operator
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +22,11 @@ from tpjax.engine.generation import Delta, Generation
 from tpjax.engine.request import FinishReason, Grammar, Request, TokenLogprobs
 from tpjax.engine.token_filter import TokenFilter, word_sequences
 from tpjax.errors import ConfigError, RequestError
-from tpjax.memory import device_memory, plan_limits
 from tpjax.mesh import make_mesh
-from tpjax.runner import Residual, Runner, resolve_dtype
+from tpjax.runtime.memory import device_memory, plan_limits
+from tpjax.runtime.runner import Residual, Runner, resolve_dtype
 from tpjax.sampling_params import MAX_SEED, SamplingParams
-from tpjax.tokenizer import Tokenizer, load_tokenizer
+from tpjax.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from tpjax.inspect.explain import Report
@@ -137,7 +137,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        prompts: str | Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
         """Continues prompts, all at once as far as slots and cache allow.
@@ -192,6 +192,44 @@ class LLM:
             RequestError: the prompt or a parameter is invalid.
         """
         return self._stream(Generation(self.request(prompt, params or SamplingParams()), self.tokenizer))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Any,
+    ) -> list[Completion]:
+        """Answers one conversation, or several at once.
+
+        Args:
+            messages: one conversation, a list of objects with ``role`` and ``content``; or a list of those.
+            params: as in :meth:`generate`.
+            **options: of the chat template: ``tools``, and what else it reads.
+
+        Returns:
+            One completion per conversation.
+
+        Raises:
+            RequestError: the model has no chat template, or it refuses the messages.
+        """
+        several = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        return self.generate([self.chat_prompt(one, **options) for one in several], params)  # type: ignore[arg-type]
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """The token ids of a conversation, ready to be answered.
+
+        Args:
+            messages: objects with ``role`` and ``content``.
+            **options: as in :meth:`chat`.
+
+        Raises:
+            RequestError: the model has no chat template, or it refuses the messages.
+        """
+        if self.tokenizer is None:
+            raise RequestError(f"{self.path} has no tokenizer, thus no chat template")
+        # the template writes the special tokens itself
+        text = self.tokenizer.apply_chat_template(messages, **options)
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """The logits after each token, teacher-forced.

@@ -1,6 +1,6 @@
 """Where a configuration and a checkpoint's tensors agree: sizes first, then names and shapes, then ties.
 
-The rule for tensors is that for fields (`tpjax.mappings.unread`): what a model needs must be there in the
+The rule for tensors is that for fields (`tpjax.families.unread`): what a model needs must be there in the
 right shape; what could change a number if it were used is refused; anything else is named and passed over.
 """
 

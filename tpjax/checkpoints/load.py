@@ -31,9 +31,9 @@ from tpjax.checkpoints.safetensors import MAX_JSON_BYTES, SafetensorsCheckpoint,
 from tpjax.checkpoints.source import TensorInfo, TensorSource, shown
 from tpjax.config import ExpertSharding, ModelConfig
 from tpjax.errors import CheckpointError
-from tpjax.families import FAMILIES, config_from_gguf, config_from_hf, gguf_architecture
-from tpjax.mappings.fields import Fields, GGUFArchitecture, GGUFView, Names, Stored
-from tpjax.mappings.quantization import quantization_of
+from tpjax.families.fields import Fields, GGUFArchitecture, GGUFView, Names, Stored
+from tpjax.families.quantization import quantization_of
+from tpjax.families.registry import FAMILIES, config_from_gguf, config_from_hf, gguf_architecture
 from tpjax.model import Decoder
 from tpjax.sharding import Layout, WeightLayout
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from tpjax.checkpoints.source import TensorInfo, TensorSource, lookup, shown, to_box
 from tpjax.errors import CheckpointError
-from tpjax.mappings.quantization import Quantization
+from tpjax.families.quantization import Quantization
 
 _F32 = np.dtype(np.float32)
 _BYTES = np.arange(256, dtype=np.uint8)

@@ -6,8 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from tpjax.engine.request import FinishReason, Request, TokenLogprobs
-from tpjax.engine.text import TextStream
-from tpjax.tokenizer import Tokenizer
+from tpjax.text.stream import TextStream
+from tpjax.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpjax import __version__
+from tpjax._version import __version__
 from tpjax.checkpoints import hub
 
 if TYPE_CHECKING:

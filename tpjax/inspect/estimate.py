@@ -15,13 +15,13 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from tpjax.config import ModelConfig
+from tpjax.hardware import Efficiency
 from tpjax.inspect.collectives import Collective
-from tpjax.inspect.hardware import Efficiency
 from tpjax.inspect.hlo import Executed, Module
-from tpjax.inspect.interconnect import Interconnect
-from tpjax.inspect.plan import Cost, ExpertCut, Model, Traffic
-from tpjax.inspect.shapes import Shape
 from tpjax.inspect.topology import Topology
+from tpjax.interconnect import Interconnect
+from tpjax.planning.counts import Counts, ExpertCut
+from tpjax.planning.plan import Cost, CostModel, Workload
 
 # Multiply-adds a chip does in a cycle: its matrix units, 128 or 256 square (How to Scale Your Model, chapter
 # 2, and Google Cloud's pages). Half the peak rate over these is the clock: 1.50 GHz of a v5e, 1.75 of a v6e.
@@ -34,10 +34,10 @@ _MACS_A_CYCLE = {
 }
 _IDEAL = Efficiency(
     weights=1.0,
-    narrow_weights=1.0,
+    low_precision_weights=1.0,
     cache=1.0,
     compute=1.0,
-    narrow_compute=1.0,
+    low_precision_compute=1.0,
     layer_us=0.0,
     expert_us=0.0,
 )
@@ -132,9 +132,9 @@ def estimate(
 
     def ideal(rate: float) -> Cost:
         perfect = replace(chip, bandwidth_bytes_s=rate, flops=chip.flops / share, efficiency=_IDEAL)
-        kind = Traffic(dtype="float32" if dtype == "float32" else "bf16")
+        kind = Workload(dtype="float32" if dtype == "float32" else "bf16")
         cut: ExpertCut = config.moe.cut(tp) if config.moe else "width"
-        model = Model(Shape.from_config(config, ""), perfect, tp, kind, cut)
+        model = CostModel(Counts("", config), perfect, tp, kind, cut)
         return model.decode(batch, context) if length == 1 else model.prefill(length)
 
     best = ideal(bandwidth)

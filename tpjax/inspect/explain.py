@@ -28,11 +28,11 @@ from tpjax.config import ExpertSharding, ModelConfig, MoEConfig
 from tpjax.inspect.budget import collective_budget
 from tpjax.inspect.collectives import find_collectives, summarise
 from tpjax.inspect.explain_report import Report, Step, TensorRow
-from tpjax.inspect.published import is_published, published_config
 from tpjax.inspect.reasons import cache_reason, experts_reason, reason
-from tpjax.memory import device_memory, plan_limits, workspace_bytes
 from tpjax.mesh import make_mesh
-from tpjax.runner import Runner, resolve_dtype
+from tpjax.planning.published import is_published, published_config
+from tpjax.runtime.memory import device_memory, plan_limits, workspace_bytes
+from tpjax.runtime.runner import Runner, resolve_dtype
 from tpjax.sharding import Content, HeadPlan, Layout, Segment, WeightLayout, pad_to_multiple, whole
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from tpjax.inspect.collectives import Collective
 from tpjax.inspect.tables import as_html, collective_table, plain_table
-from tpjax.memory import human_bytes
+from tpjax.runtime.memory import human_bytes
 from tpjax.sharding import Content
 
 if TYPE_CHECKING:

@@ -19,16 +19,16 @@ from tpjax.checkpoints.hub import resolve
 from tpjax.checkpoints.load import abstract_decoder, parameters, read_config
 from tpjax.config import ExpertSharding, ModelConfig
 from tpjax.errors import ConfigError
+from tpjax.hardware import USABLE_MEMORY
 from tpjax.inspect.budget import collective_budget
 from tpjax.inspect.collectives import Collective, find_collectives, summarise
 from tpjax.inspect.estimate import Estimate, estimate
-from tpjax.inspect.hardware import USABLE_MEMORY
 from tpjax.inspect.hlo import Array, Instruction, Module, tpu_array
-from tpjax.inspect.published import is_published, published_config
 from tpjax.inspect.tables import as_html, collective_table, plain_table
 from tpjax.inspect.topology import Topology
-from tpjax.memory import Memory, human_bytes, plan_limits
-from tpjax.runner import Limits, Residual, Runner, resolve_dtype
+from tpjax.planning.published import is_published, published_config
+from tpjax.runtime.memory import Memory, human_bytes, plan_limits
+from tpjax.runtime.runner import Limits, Residual, Runner, resolve_dtype
 from tpjax.sharding import POSITIONS
 
 _ALIAS = re.compile(r"\{\d*\}: \((\d+), \{\}")

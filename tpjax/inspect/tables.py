@@ -16,7 +16,7 @@ from rich.text import Text
 
 from tpjax.inspect.budget import KINDS, measured
 from tpjax.inspect.collectives import Collective
-from tpjax.memory import human_bytes
+from tpjax.runtime.memory import human_bytes
 
 
 def plain_table(title: str, *names: str, numbers: Sequence[str] = ()) -> Table:

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from tpjax.errors import ConfigError
-from tpjax.inspect.hardware import HARDWARE, SHORT_NAMES, Hardware
+from tpjax.hardware import HARDWARE, SHORT_NAMES, Hardware
 from tpjax.mesh import AXIS
 
 TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # axes of the chip grid

@@ -18,7 +18,7 @@ from tpjax.server.service import Service, Stream
 if TYPE_CHECKING:
     from tpjax.engine.request import Request, TokenLogprobs
     from tpjax.llm import LLM
-    from tpjax.tokenizer import Tokenizer
+    from tpjax.text.tokenizer import Tokenizer
 
 # Deltas a streaming reader may lag behind: a few seconds of a fast model.
 STREAM_LIMIT = 1024

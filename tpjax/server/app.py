@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tpjax import __version__
+from tpjax._version import __version__
 from tpjax.errors import RequestError
 from tpjax.server.answers import Answer, event, json_of, token_text
 from tpjax.server.bodies import JsonRoute

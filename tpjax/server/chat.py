@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tpjax.chat_template import RENDER, WHAT
 from tpjax.engine.generation import Delta
 from tpjax.server import budget, legacy, structured, tools
 from tpjax.server.answer_grammar import Wanted, answer_grammar
@@ -32,11 +31,12 @@ from tpjax.server.reader import Piece
 from tpjax.server.sandbox import PatientPool
 from tpjax.server.service import Service
 from tpjax.server.texts import Texts
+from tpjax.text.chat_template import RENDER, WHAT
 
 if TYPE_CHECKING:
     from tpjax.engine.request import Request, TokenLogprobs
     from tpjax.llm import LLM
-    from tpjax.tokenizer import Tokenizer
+    from tpjax.text.tokenizer import Tokenizer
 
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from tpjax.server.protocol import CompletionBody
 from tpjax.server.service import Service
 from tpjax.server.structured import grammars
 from tpjax.server.texts import Texts
-from tpjax.tokenizer import IncrementalDetokenizer
+from tpjax.text.tokenizer import IncrementalDetokenizer
 
 if TYPE_CHECKING:
     from tpjax.engine.request import Request, TokenLogprobs

@@ -12,7 +12,7 @@ from tpjax.server.reader import Piece
 from tpjax.server.reasoning import ReasoningFormat, ReasoningReader, reasoning_format
 from tpjax.server.template_traits import Render, Traits, traits_of
 from tpjax.server.tool_formats import HARMONY, ToolFormat, tool_format
-from tpjax.tokenizer import Tokenizer
+from tpjax.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from tpjax.server.schemas import Schema, patterns, ready, without_patterns
 
 if TYPE_CHECKING:
     from tpjax.server.grammar_check import GrammarChecker
-    from tpjax.tokenizer import Tokenizer
+    from tpjax.text.tokenizer import Tokenizer
 
 MAX_GRAMMAR_BYTES = 64 << 10
 DEADLINE_S = 10.0

@@ -13,7 +13,7 @@ from tpjax.server.sandbox import ThreadPool, WorkerPool
 if TYPE_CHECKING:
     from tpjax.llm import LLM
 
-ENCODE = "tpjax.tokenizer:encoded"
+ENCODE = "tpjax.text.tokenizer:encoded"
 # Longer texts are encoded in a process: it can be killed, and gives its memory back. They take over 30 ms.
 SHORT_CHARS = 64 << 10
 SHORT_THREADS, LONG_PROCESSES = 2, 1

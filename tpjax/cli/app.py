@@ -1,0 +1,172 @@
+"""The root of the command: its subcommands, exit statuses, and errors of one line."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import textwrap
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.exceptions import TyperException
+
+from tpjax._version import __version__
+from tpjax.cli import (
+    batch,
+    bench,
+    bench_serve,
+    chat,
+    convert,
+    doctor,
+    explain,
+    generate,
+    models,
+    plan,
+    pull,
+    serve,
+)
+from tpjax.errors import EngineError, TpjaxError
+
+EXIT_INTERNAL = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+# name on the command line -> module
+SUBCOMMANDS = {
+    "generate": generate,
+    "chat": chat,
+    "serve": serve,
+    "batch": batch,
+    "models": models,
+    "pull": pull,
+    "convert": convert,
+    "explain": explain,
+    "plan": plan,
+    "bench": bench,
+    "bench serve": bench_serve,
+    "doctor": doctor,
+}
+
+
+class _ReaderLeft(Exception):
+    """Whoever read stdout has closed it."""
+
+
+class _Subcommand(TyperCommand):
+    """Several values may follow an option that may be repeated: ``--request-rate 1 2 4``."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs it; typer would end a broken pipe by itself, with another status than a shell's commands."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError as error:
+            raise _ReaderLeft from error
+        return result
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parses the words after the subcommand's name."""
+        repeatable = {name for option in self.params if option.multiple for name in option.opts}
+        words: list[str] = []
+        option = None
+        for word in args:
+            if word.startswith("--"):
+                option = word if word in repeatable else None
+            elif option is not None and words[-1] != option:
+                words.append(option)
+            words.append(word)
+        return list(super().parse_args(ctx, words))
+
+
+class _Root(TyperGroup):
+    """``bench serve`` is a subcommand of two words; ``--debug`` may stand anywhere."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parses the words after ``tpjax``."""
+        first = next((i for i, word in enumerate(args) if not word.startswith("-")), 0)
+        if args[first : first + 2] == ["bench", "serve"]:
+            args = [*args[:first], "bench serve", *args[first + 2 :]]
+        return list(super().parse_args(ctx, args))
+
+
+app = typer.Typer(
+    name="tpjax",
+    cls=_Root,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _name, _module in SUBCOMMANDS.items():
+    app.command(_name, cls=_Subcommand, epilog=f"Examples:\n\n{textwrap.dedent(_module.EXAMPLES).strip()}")(
+        _module.run
+    )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tpjax {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Tensor-parallel LLM inference in JAX. `tpjax SUBCOMMAND --help` has examples."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status.
+
+    Args:
+        argv: the arguments after the command's name; ``None`` takes the process's own.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    try:
+        status = app([word for word in words if word != "--debug"], prog_name="tpjax", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return EXIT_INTERRUPTED
+    except _ReaderLeft:
+        # The reader has gone (`tpjax generate ... | head -1`): let the interpreter's last flush go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except TyperException as error:
+        return _usage_error(error)
+    except EngineError as error:
+        return _fail(str(error), EXIT_INTERNAL, debug)
+    except TpjaxError as error:
+        return _fail(str(error), EXIT_BAD_INPUT, debug)
+    except OSError as error:
+        if error.filename is None:
+            return _fail(f"{type(error).__name__}: {error}", EXIT_INTERNAL, debug)
+        return _fail(f"{error.filename}: {error.strerror}", EXIT_BAD_INPUT, debug)
+    except Exception as error:
+        hint = "" if debug else " (a bug, or the machine's; --debug shows where)"
+        return _fail(f"{type(error).__name__}: {error}{hint}", EXIT_INTERNAL, debug)
+    return status if isinstance(status, int) else 0
+
+
+def _usage_error(error: Any) -> int:
+    """One line, as for every other error; nothing where the help has just been shown."""
+    message = " ".join(error.format_message().split()).replace("Value error, ", "")
+    message = re.sub(r"\(Possible options: (.*)\)", r"(did you mean \1?)", message)
+    if message:
+        command = error.ctx.command_path if getattr(error, "ctx", None) else "tpjax"
+        print(f"tpjax: error: {message} (see `{command} --help`)", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return 0
+
+
+def _fail(message: str, status: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"tpjax: error: {message}", file=sys.stderr)
+    return status

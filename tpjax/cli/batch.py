@@ -1,0 +1,174 @@
+"""``tpjax batch``: OpenAI's batch format without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tpjax.cli.console import note, read_text
+from tpjax.cli.loading import chosen_model, ensure, load
+from tpjax.cli.options import Model, ModelOption, Sharding, option, takes, whole
+from tpjax.errors import ConfigError, RequestError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from tpjax.server.service import Service
+
+EXAMPLES = """
+  tpjax batch smollm2-135m --input requests.jsonl --output answers.jsonl
+  tpjax batch ./Llama-3.1-8B-Instruct --input requests.jsonl --output answers.jsonl --tp 8 --max-slots 64
+"""
+URLS = ("/v1/chat/completions", "/v1/completions")
+_AHEAD = 2  # requests handed to the engine, for each slot
+
+
+@takes(sharding=Sharding)
+def run(
+    model: Model = None,
+    model_option: ModelOption = None,
+    input_file: Annotated[
+        Path, typer.Option("--input", metavar="FILE", help="JSON lines with custom_id, method, url and body.")
+    ] = ...,  # type: ignore[assignment]
+    output_file: Annotated[
+        Path,
+        typer.Option("--output", metavar="FILE", help="JSON lines of answers; continued if it is there."),
+    ] = ...,  # type: ignore[assignment]
+    max_slots: Annotated[
+        int, option("--max-slots", help="Requests that run at once.", parser=whole("requests"), metavar="N")
+    ] = 8,
+    *,
+    sharding: Sharding,
+) -> None:
+    """Answer a file of OpenAI batch requests; run it again to go on where it stopped."""
+    try:
+        from tpjax.server.app import create_app
+        from tpjax.server.service import Service
+    except ImportError as error:
+        raise ConfigError(f"batch needs more packages ({error}): pip install 'tpjax[serve]'") from error
+    name = chosen_model(model, model_option)
+    requests = read_requests(input_file)
+    answered = read_answered(output_file)
+    waiting = [request for request in requests if request["custom_id"] not in answered]
+    note(f"{len(requests)} requests, {len(requests) - len(waiting)} of them answered before")
+    if not waiting:
+        return
+    ensure(name, sharding.tp)
+    service = Service(
+        lambda: load(name, sharding, max_slots=max_slots), Path(name).name, max_queue=_AHEAD * max_slots
+    )
+    failed = asyncio.run(_answer(service, create_app(service), waiting, output_file, _AHEAD * max_slots))
+    note(f"{len(waiting) - failed} answered, {failed} failed: {output_file}")
+
+
+def read_requests(file: Path) -> list[dict[str, Any]]:
+    """The requests of a batch file, all checked.
+
+    Raises:
+        RequestError: naming the line.
+    """
+    requests: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            request = json.loads(line)
+        except ValueError as error:
+            raise RequestError(f"{where} is not JSON: {error}") from error
+        if not isinstance(request, dict) or not isinstance(request.get("custom_id"), str):
+            raise RequestError(f"{where}: an object with a custom_id is needed")
+        if request.get("url") not in URLS or request.get("method", "POST") != "POST":
+            asked = f"{request.get('method', 'POST')} {request.get('url')}"
+            raise RequestError(f"{where}: {asked} is not supported: use POST and {' or '.join(URLS)}")
+        if not isinstance(request.get("body"), dict) or request["body"].get("stream"):
+            raise RequestError(f"{where}: a body is needed, and no stream in it")
+        if request["custom_id"] in requests:
+            raise RequestError(f"{where}: custom_id {request['custom_id']!r} is there twice")
+        requests[request["custom_id"]] = request
+    if not requests:
+        raise RequestError(f"{file}: no request in it")
+    return list(requests.values())
+
+
+def read_answered(file: Path) -> set[str]:
+    """The ids an output file has answers to; the rest of a line that was cut off is removed.
+
+    Raises:
+        RequestError: the file is something else.
+    """
+    if not file.exists():
+        return set()
+    text = read_text(file)
+    whole_lines = text[: text.rfind("\n") + 1]
+    if whole_lines != text:  # the last run was killed while it wrote
+        file.write_text(whole_lines)
+    try:
+        return {json.loads(line)["custom_id"] for line in whole_lines.splitlines()}
+    except (ValueError, LookupError, TypeError) as error:
+        raise RequestError(f"{file} is there and holds no answers of a batch") from error
+
+
+async def _answer(
+    service: Service, app: FastAPI, requests: list[dict[str, Any]], output: Path, at_once: int
+) -> int:
+    """Sends every request to the application in this process; returns how many failed."""
+    import httpx2 as httpx
+
+    room, failed = asyncio.Semaphore(at_once), 0
+    transport = httpx.ASGITransport(app)
+    async with app.router.lifespan_context(app):
+        while service.state == "loading":
+            await asyncio.sleep(0.05)
+        if service.error is not None:
+            raise service.error
+        async with httpx.AsyncClient(transport=transport, base_url="http://batch", timeout=None) as client:
+            with output.open("a") as file, _progress(len(requests)) as advance:
+
+                async def one(request: dict[str, Any]) -> None:
+                    nonlocal failed
+                    async with room:
+                        body = {**request["body"], "model": service.model}
+                        response = await client.post(request["url"], json=body)
+                    failed += response.status_code != 200
+                    file.write(json.dumps(_line(request, response), ensure_ascii=False) + "\n")
+                    file.flush()
+                    advance()
+
+                async with asyncio.TaskGroup() as tasks:
+                    for request in requests:
+                        tasks.create_task(one(request))
+    return failed
+
+
+def _line(request: dict[str, Any], response: Any) -> dict[str, Any]:
+    """A line of the output, as OpenAI's batches have it."""
+    identity = response.headers.get("x-request-id", uuid.uuid4().hex)
+    return {
+        "id": f"batch_req_{uuid.uuid4().hex}",
+        "custom_id": request["custom_id"],
+        "response": {
+            "status_code": response.status_code,
+            "request_id": identity,
+            "body": response.json(),
+        },
+        "error": None,
+    }
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    """A bar on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("answers", total=total)
+        yield lambda: bar.advance(task)

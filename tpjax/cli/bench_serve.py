@@ -1,0 +1,112 @@
+"""``tpjax bench serve``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tpjax.cli.console import show
+from tpjax.cli.options import Json, Plot, number, option, whole
+
+EXAMPLES = """
+  tpjax bench serve --num-prompts 64 --input-len 256 --output-len 128
+  tpjax bench serve --request-rate 1 2 4 8 inf --goodput ttft:500 tpot:100 --plot rates.svg
+"""
+
+
+def goal(text: str) -> tuple[str, float]:
+    """``NAME:MS``, a bound on a latency."""
+    name, _, ms = str(text).partition(":")
+    if name not in ("ttft", "tpot", "e2el"):
+        raise typer.BadParameter(f"{text!r} is not ttft:MS, tpot:MS or e2el:MS")
+    return name, number("a number of milliseconds", 0.0, 1e9)(ms)
+
+
+def run(
+    base_url: Annotated[
+        str, typer.Option("--base-url", metavar="URL", help="Of the server, with or without /v1.")
+    ] = "http://127.0.0.1:8000",
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="M", help="Its name in the API (the first there is).")
+    ] = None,
+    num_prompts: Annotated[
+        int, option("--num-prompts", help="Requests.", parser=whole("requests"), metavar="N")
+    ] = 64,
+    input_len: Annotated[
+        int, option("--input-len", help="Tokens of each prompt.", parser=whole("tokens"), metavar="N")
+    ] = 128,
+    output_len: Annotated[
+        int, option("--output-len", help="Tokens of each answer.", parser=whole("tokens"), metavar="N")
+    ] = 64,
+    range_ratio: Annotated[
+        float,
+        option(
+            "--range-ratio",
+            help="Lengths vary by this share.",
+            parser=number("a fraction, 0 to 1", 0.0, 1.0),
+            metavar="R",
+        ),
+    ] = 0.0,
+    request_rate: Annotated[
+        list[float] | None,
+        option(
+            "--request-rate",
+            help="Requests a second, one run for each; inf, the default, sends all at once.",
+            parser=number("a rate above 0, or inf", 1e-6, float("inf")),
+            metavar="R",
+        ),
+    ] = None,
+    max_concurrency: Annotated[
+        int | None,
+        option("--max-concurrency", help="Requests at once (any).", parser=whole("requests"), metavar="N"),
+    ] = None,
+    goodput: Annotated[
+        list[str] | None,
+        option(
+            "--goodput",
+            help="Count requests that keep to ttft, tpot and e2el, milliseconds.",
+            parser=goal,
+            metavar="NAME:MS",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="S", help="Of prompts and arrivals.")] = 0,
+    api_key: Annotated[str | None, typer.Option("--api-key", metavar="KEY", help="Of the server.")] = None,
+    as_json: Json = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="Write the figures as JSON.")
+    ] = None,
+    plot: Plot = None,
+) -> None:
+    """Measure a running server: latencies, throughput, goodput over request rates."""
+    from tpjax.cli import serving_benchmark as benchmark
+    from tpjax.cli.console import write_text
+
+    if plot is not None:
+        from tpjax.planning.plots import check_plot
+
+        check_plot(plot)
+    profile = benchmark.LoadProfile(
+        base_url=base_url,
+        model=model,
+        num_prompts=num_prompts,
+        input_len=input_len,
+        output_len=output_len,
+        range_ratio=range_ratio,
+        max_concurrency=max_concurrency,
+        seed=seed,
+        api_key=api_key,
+    )
+    results = benchmark.sweep(profile, request_rate or [float("inf")], dict(goodput or ()))  # type: ignore[arg-type]
+    figures = json.dumps([result.summary() for result in results], indent=2)
+    if as_json:
+        show(figures)
+    else:
+        for result in results:
+            show(result.table())
+    if output is not None:
+        write_text(output, figures + "\n")
+    if plot is not None:
+        benchmark.plot(results, plot)

@@ -1,0 +1,58 @@
+"""What subcommands read and print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tpjax.errors import RequestError
+
+
+def note(text: str) -> None:
+    """Prints a remark to stderr."""
+    print(f"tpjax: {text}", file=sys.stderr, flush=True)
+
+
+def show(what: Any) -> None:
+    """Prints a string as it is, anything else through rich."""
+    if isinstance(what, str):
+        print(what)
+        return
+    from rich.console import Console
+
+    piped = None if sys.stdout.isatty() else 100  # rich would take 80 columns where there is no terminal
+    Console(width=piped).print(what)
+
+
+def show_report(report: Any, *, as_json: bool) -> None:
+    """Prints a report's tables, or its ``to_dict()`` as JSON."""
+    show(json.dumps(report.to_dict(), indent=2) if as_json else report)
+
+
+def read_text(file: Path) -> str:
+    """The text of a file; ``-`` is stdin, without the newline that ``echo`` and editors end it with.
+
+    Raises:
+        RequestError: it cannot be read, or is not text.
+    """
+    try:
+        return sys.stdin.read().removesuffix("\n") if str(file) == "-" else file.read_text()
+    except UnicodeDecodeError as error:
+        where = "the prompt on stdin" if str(file) == "-" else str(file)
+        raise RequestError(f"{where} is not valid {error.encoding}: {error.reason}") from error
+    except OSError as error:
+        raise RequestError(f"{file}: {error.strerror or error}") from error
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a file.
+
+    Raises:
+        RequestError: it cannot be written.
+    """
+    try:
+        file.write_text(text)
+    except OSError as error:
+        raise RequestError(f"{file}: {error.strerror or error}") from error

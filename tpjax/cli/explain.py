@@ -1,0 +1,88 @@
+"""``tpjax explain``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from tpjax.cli.console import show_report
+from tpjax.cli.loading import ensure
+from tpjax.cli.options import MODEL_HELP, Json, ModelOption, Plot, Sharding, option, takes, whole
+from tpjax.errors import RequestError
+
+EXAMPLES = """
+  tpjax explain smollm2-135m --tp 4
+  tpjax explain gemma3-270m --tp 6 --json
+  tpjax explain smollm2-135m --tp 4 --plot shards.svg
+  tpjax explain meta-llama/Llama-3.1-8B --tp 8
+  tpjax explain --config llama-3-8b/config.json --tp 8
+  tpjax explain llama-3-8b --topology v5e:2x4 --context 1024
+"""
+
+
+@takes(sharding=Sharding)
+def run(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Or a published model's name.")
+    ] = None,
+    model_option: ModelOption = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            "--config", metavar="FILE", help="A config.json in MODEL's place: no weights are needed."
+        ),
+    ] = None,
+    topology: Annotated[
+        str | None,
+        typer.Option(
+            "--topology",
+            metavar="NAME:GRID",
+            help="Compile for chips that are not here, such as v5e:2x4 or h200:8; a wrong name lists all.",
+        ),
+    ] = None,
+    context: Annotated[
+        int,
+        option(
+            "--context",
+            help="Tokens in the cache of each sequence, for a TPU's estimated time.",
+            parser=whole("tokens"),
+            metavar="N",
+        ),
+    ] = 2048,
+    as_json: Json = False,
+    plot: Plot = None,
+    *,
+    sharding: Sharding,
+) -> None:
+    """Show how a model is sharded, and why: specs, bytes, KV cache, memory, and each step's collectives."""
+    name = model or model_option
+    if (name is None) == (config is None):
+        raise RequestError("give either MODEL or --config FILE")
+    name = name or config
+    assert name is not None
+    if plot is not None:
+        from tpjax.planning.plots import check_plot
+
+        check_plot(plot)
+    if topology is not None:
+        if plot is not None:
+            raise RequestError("--plot draws what --topology does not look at: leave one out")
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is run: leave accelerators alone
+        from tpjax.inspect.program import explain_topology
+        from tpjax.inspect.topology import parse_topology
+
+        chips = parse_topology(topology)
+        show_report(explain_topology(name, chips, context=context, **asdict(sharding)), as_json=as_json)
+        return
+    ensure(name, sharding.tp, configuration=True)
+    from tpjax.inspect.explain import explain_model
+
+    report = explain_model(name, **asdict(sharding))
+    if plot is not None:
+        from tpjax.planning.plots import save
+
+        save(report.figure(), plot)
+    show_report(report, as_json=as_json)

@@ -1,0 +1,73 @@
+"""``tpjax models``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tpjax.cli.console import show
+from tpjax.cli.options import Json
+
+EXAMPLES = """
+  tpjax models
+  tpjax models --json
+"""
+
+
+def run(as_json: Json = False) -> None:
+    """List built-in aliases, cached models, published models that plan and explain know, and families."""
+    facts = known_models()
+    show(json.dumps(facts, indent=2) if as_json else _tables(facts))
+
+
+def known_models() -> dict[str, Any]:
+    """What can be named as a model, as plain data."""
+    from tpjax.checkpoints import hub
+    from tpjax.families.registry import FAMILIES
+    from tpjax.planning.published import hub_id, published_names
+
+    return {
+        "aliases": {name: {"cached": hub.is_cached(name)} for name in hub.ALIASES},
+        "cached": _cached_repositories(),
+        "published": {name: hub_id(name) for name in published_names() if name not in hub.ALIASES},
+        "families": {family.model_type: family.examples for family in FAMILIES.values()},
+    }
+
+
+def _cached_repositories() -> list[str]:
+    """Ids of the models in Hugging Face's own cache."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        return sorted(repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == "model")
+    except CacheNotFound:
+        return []
+
+
+def _tables(facts: dict[str, Any]) -> Any:
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+
+    def table(title: str, *names: str) -> Table:
+        made = Table(
+            title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+        )
+        for name in names:
+            made.add_column(name)
+        return made
+
+    aliases = table("aliases: fetched with pip, no account is needed", "name", "cached")
+    for name, alias in facts["aliases"].items():
+        aliases.add_row(name, "yes" if alias["cached"] else "no")
+    cached = table("cached from Hugging Face", "id")
+    for name in facts["cached"]:
+        cached.add_row(name)
+    published = table("published: plan and explain need no files", "name", "Hugging Face id, for the weights")
+    for name, identity in facts["published"].items():
+        published.add_row(name, identity)
+    families = table("families: any checkpoint of these", "model_type", "for example")
+    for model_type, examples in facts["families"].items():
+        families.add_row(model_type, examples)
+    return Group(aliases, *([cached] if facts["cached"] else []), published, families)

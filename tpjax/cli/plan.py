@@ -1,0 +1,115 @@
+"""``tpjax plan``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from tpjax.cli.console import show_report
+from tpjax.cli.loading import chosen_model
+from tpjax.cli.options import Json, ModelOption, Plot, Rounds, option, whole
+from tpjax.errors import RequestError
+
+EXAMPLES = """
+  tpjax plan llama-3-8b --hardware h100-sxm:8
+  tpjax plan llama-3.1-70b --hardware v5e:16 --tp 16 --batch 32 --context 8192 --dtype int8 --json
+  tpjax plan mixtral-8x7b --hardware h200:8 --batch 256 --plot frontier.svg
+  tpjax plan ./my-model/config.json --hardware mine:4 --hardware-file chips.toml
+  tpjax plan smollm2-135m --measure --tp 2
+"""
+_LONGEST_PROMPT = 1024  # tokens, where --prompt-len does not say
+
+WeightDtype = Literal["bf16", "int8", "fp8", "float32"]
+
+
+def run(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A checkpoint, a config.json, a Hugging Face id, or a published model's name.",
+        ),
+    ] = None,
+    model_option: ModelOption = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option("--hardware", metavar="NAME:CHIPS", help="Such as h100-sxm:8; a wrong name lists all."),
+    ] = None,
+    hardware_file: Annotated[
+        Path | None,
+        typer.Option("--hardware-file", metavar="FILE", help="JSON or TOML with figures of further chips."),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure this machine instead, and predict that.")
+    ] = False,
+    tp: Annotated[
+        int | None,
+        option(
+            "--tp", help="Chips a replica (each that divides them).", parser=whole("devices"), metavar="N"
+        ),
+    ] = None,
+    batch: Annotated[
+        int,
+        option("--batch", help="Sequences at once, all replicas.", parser=whole("sequences"), metavar="B"),
+    ] = 1,
+    context: Annotated[
+        int, option("--context", help="Tokens in the cache.", parser=whole("tokens"), metavar="C")
+    ] = 2048,
+    prompt_len: Annotated[
+        int | None,
+        option(
+            "--prompt-len",
+            help="Tokens of a prompt (the context, at most 1024).",
+            parser=whole("tokens"),
+            metavar="P",
+        ),
+    ] = None,
+    dtype: Annotated[WeightDtype | None, option("--dtype", help="Of the weights (bf16).")] = None,
+    cache_dtype: Annotated[
+        Literal["auto", "bf16", "int8", "fp8", "float32"],
+        option("--cache-dtype", help="Of keys and values; auto: as the weights."),
+    ] = "auto",
+    rounds: Rounds = None,
+    as_json: Json = False,
+    plot: Plot = None,
+) -> None:
+    """Say what a model will cost before it runs: memory, time, tokens/s, the best tp."""
+    from tpjax.hardware import parse_hardware
+    from tpjax.planning.counts import Counts
+    from tpjax.planning.plan import Workload, divisors, does_not_fit, make_plan, recommend
+    from tpjax.planning.plots import check_plot
+    from tpjax.planning.published import find_config
+    from tpjax.planning.report import PlanReport, plot_frontier
+    from tpjax.planning.strategies import compare
+
+    if plot is not None:
+        check_plot(plot)
+    if measure == (hardware is not None):
+        raise RequestError("give either --hardware NAME:CHIPS or --measure")
+    counts = Counts(*find_config(chosen_model(model, model_option)))
+    prompt = prompt_len or min(context, _LONGEST_PROMPT)
+    workload = Workload(batch, context, prompt, dtype or ("float32" if measure else "bf16"), cache_dtype)
+    comparison = None
+    if hardware is None:
+        from tpjax.planning.measure import measured_hardware
+
+        tps = [tp] if tp else list(range(1, 5))
+        plans = [
+            make_plan(counts, measured_hardware(n, fresh=True, rounds=rounds), n, n, workload) for n in tps
+        ]
+    else:
+        chip, chips = parse_hardware(hardware, hardware_file)
+        plans = [make_plan(counts, chip, chips, n, workload) for n in ([tp] if tp else divisors(chips))]
+    if tp is None:
+        best, reason = recommend(plans)
+        if hardware is not None:
+            comparison = compare(counts, chip, chips, workload)
+    else:
+        best, reason = plans[0], f"tp={tp} as asked; most of a step is {plans[0].decode.bound}"
+        if not best.fits and not as_json:  # the JSON says so itself
+            raise RequestError(does_not_fit(best))
+    if plot is not None:
+        plot_frontier(plans, plot)
+    show_report(PlanReport(plans, best, reason, comparison), as_json=as_json)

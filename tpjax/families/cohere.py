@@ -1,0 +1,87 @@
+"""Command R, Command R+ and Command R7B; Aya."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tpjax.config import ModelConfig
+from tpjax.families.fields import (
+    Family,
+    Fields,
+    Names,
+    every,
+    interleaved,
+    layer_types_of,
+    rope_of,
+)
+from tpjax.families.llama import llama_like
+
+
+def _parallel(fields: Fields, **differences: Any) -> ModelConfig:
+    """What both generations share: attention and MLP side by side, layer norms, a scale on the logits."""
+    bias = fields.boolean("attention_bias", False)
+    return llama_like(
+        fields,
+        context=8192,
+        norm="layer",
+        norm_eps=fields.number("layer_norm_eps", 1e-5),
+        block="parallel",
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", True),
+        logit_scale=fields.number("logit_scale", 0.0625),
+        attention_bias=bias,
+        attention_out_bias=bias,
+        **differences,
+    )
+
+
+def _cohere(fields: Fields) -> ModelConfig:
+    context = fields.integer("max_position_embeddings", 8192)
+    return _parallel(
+        fields,
+        model_type="cohere",
+        rope=rope_of(fields, context, 500_000.0),
+        qk_norm="each_head" if fields.boolean("use_qk_norm", False) else "none",
+    )
+
+
+def _cohere2(fields: Fields) -> ModelConfig:
+    pattern = fields.integer("sliding_window_pattern", 4)
+    # Command R7B's file describes itself in these words too; transformers reads none of them
+    described: dict[str, tuple[Any, ...]] = {
+        "layer_switch": (pattern,),
+        "order_of_interleaved_layers": ("local_attn_first",),
+        "position_embedding_type": ("rope_gptj",),
+        "rotary_pct": (1.0,),
+        "use_embedding_sharing": (True,),
+        "use_gated_activation": (True,),
+        "use_parallel_block": (True,),
+    }
+    for name, supported in described.items():
+        fields.fixed(name, *supported)
+    types = layer_types_of(fields, every(pattern, fields.integer("num_hidden_layers")))
+    return _parallel(
+        fields,
+        model_type="cohere2",
+        layer_types=types,
+        rope_layers=tuple(kind == "sliding_attention" for kind in types),
+        sliding_window=fields.integer("sliding_window", 4096),
+    )
+
+
+def _names(config: ModelConfig) -> Names:
+    heads = {"q": config.num_heads, "k": config.num_kv_heads}
+    return Names(
+        {
+            f"self_attn.{name}_{part}": interleaved(
+                f"self_attn.{name}_{part}", count, config.head_dim, by_head=part == "norm"
+            )
+            for name, count in heads.items()
+            for part in ("proj", "norm")
+        }
+    )
+
+
+FAMILIES = (
+    Family("cohere", "Command R, Command R+, Aya 23, Aya Expanse", _cohere, _names),
+    Family("cohere2", "Command R7B, Command A", _cohere2, _names),
+)

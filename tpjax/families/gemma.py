@@ -1,0 +1,229 @@
+"""Gemma 1 to 3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from tpjax.config import ModelConfig, RopeConfig, check_positive
+from tpjax.errors import ConfigError
+from tpjax.families.fields import (
+    Family,
+    Fields,
+    GGUFArchitecture,
+    GGUFView,
+    Names,
+    Stored,
+    activation_of,
+    all_full,
+    every,
+    gguf_rope,
+    gguf_sizes,
+    layer_types_of,
+    rope_from,
+    rope_of,
+    sizes_of,
+)
+from tpjax.families.llama import GGUF_LAYER
+
+
+def _gemma(
+    sizes: dict[str, Any], *, eps: float, tied: bool, query_scalar: float, **differences: Any
+) -> ModelConfig:
+    """What all of Gemma shares."""
+    return ModelConfig(
+        **{
+            **sizes,
+            "norm_eps": eps,
+            "norm_offset": 1.0,
+            "tie_word_embeddings": tied,
+            "activation": "gelu_tanh",
+            "embedding_scale": sizes["hidden_size"] ** 0.5,
+            "query_scale": query_scalar**-0.5,
+            **differences,
+        }
+    )
+
+
+def _shared(fields: Fields, sizes: dict[str, Any], activation: str) -> dict[str, Any]:
+    bias = fields.boolean("attention_bias", False)
+    scalar = sizes["head_dim"]
+    if activation == "hidden_activation":
+        scalar = fields.number("query_pre_attn_scalar", 256)
+        check_positive("query_pre_attn_scalar", scalar)
+    return {
+        "eps": fields.number("rms_norm_eps", 1e-6),
+        "tied": fields.boolean("tie_word_embeddings", True),
+        "query_scalar": scalar,
+        "activation": activation_of(fields, activation, "gelu_pytorch_tanh"),
+        "attention_bias": bias,
+        "attention_out_bias": bias,
+    }
+
+
+def _gemma1(fields: Fields) -> ModelConfig:
+    sizes = sizes_of(fields, context=8192, head_dim=256)
+    shared = _shared(fields, sizes, "hidden_act")
+    fields.fixed("hidden_activation", "gelu_pytorch_tanh")  # transformers reads hidden_act alone
+    if shared["activation"] == "gelu":
+        shared["activation"] = "gelu_tanh"  # what the first files call gelu is the approximation
+    return _gemma(
+        sizes,
+        model_type="gemma",
+        rope=rope_of(fields, sizes["max_position_embeddings"]),
+        layer_types=all_full(sizes["num_layers"]),
+        **shared,
+    )
+
+
+def _gemma2(fields: Fields) -> ModelConfig:
+    sizes = sizes_of(fields, context=8192, head_dim=256)
+    fields.fixed("hidden_act", "gelu_pytorch_tanh", "gelu")  # transformers reads hidden_activation alone
+    return _gemma(
+        sizes,
+        model_type="gemma2",
+        rope=rope_of(fields, sizes["max_position_embeddings"]),
+        layer_types=layer_types_of(fields, every(2, sizes["num_layers"])),
+        sliding_window=fields.integer("sliding_window", 4096),
+        block="sandwich",
+        attn_softcap=fields.nullable("attn_logit_softcapping", 50.0),
+        logit_softcap=fields.nullable("final_logit_softcapping", 30.0),
+        **_shared(fields, sizes, "hidden_activation"),
+    )
+
+
+def _gemma3_text(fields: Fields) -> ModelConfig:
+    sizes = sizes_of(fields, context=131_072, head_dim=256)
+    context = sizes["max_position_embeddings"]
+    per_type = fields.section("rope_parameters")
+    if per_type.raw.get("rope_type"):
+        raise ConfigError("config.json: rope_parameters of gemma3_text is given per layer type")
+    full, sliding = per_type.section("full_attention"), per_type.section("sliding_attention")
+    full = _with_scaling(full, fields.section("rope_scaling"))
+    theta = full.number("rope_theta", fields.number("rope_theta", 1_000_000.0))
+    local_theta = sliding.number("rope_theta", fields.number("rope_local_base_freq", 10_000.0))
+    per_type.finish()
+    for parameters in (full, sliding):
+        parameters.fixed("partial_rotary_factor", 1.0)
+    pattern = fields.integer("sliding_window_pattern", fields.integer("_sliding_window_pattern", 6))
+    return _gemma(
+        sizes,
+        model_type="gemma3_text",
+        rope=rope_from(full, theta, context),
+        rope_sliding=rope_from(sliding, local_theta, context),
+        layer_types=layer_types_of(fields, every(pattern, sizes["num_layers"])),
+        sliding_window=fields.integer("sliding_window", 4096),
+        block="sandwich",
+        qk_norm="head",
+        attn_softcap=fields.get("attn_logit_softcapping", None),
+        logit_softcap=fields.get("final_logit_softcapping", None),
+        **_shared(fields, sizes, "hidden_activation"),
+    )
+
+
+def _with_scaling(full: Fields, scaling: Fields) -> Fields:
+    """The rotary embedding of full-attention layers: an older file's ``rope_scaling`` goes on top."""
+    if not scaling.raw:
+        return full
+    if "type" in scaling.raw and "rope_type" not in scaling.raw:
+        scaling.fixed("type", "default")  # the others are scaled by transformers 4 and passed over by 5
+    return Fields({**full.raw, **scaling.raw}, scaling.where)
+
+
+def _gemma3(fields: Fields) -> ModelConfig:
+    """The text half: what belongs to images is neither read nor loaded."""
+    fields.read.update({"vision_config", "mm_tokens_per_image"})
+    fields.read.update(
+        {f"{name}_token_{kind}" for name in ("boi", "eoi", "image") for kind in ("id", "index")}
+    )
+    text = fields.section("text_config")
+    if not text.raw:
+        raise ConfigError(f"{fields.where}: field 'text_config' is missing")
+    text.fixed("model_type", "gemma3_text")
+    # the first files leave out of the text part what is at its default, sizes included
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262_208}
+    tied = fields.boolean("tie_word_embeddings", True)  # of the whole, whatever the part says: it has no head
+    filled = Fields({**sizes, **text.raw, "tie_word_embeddings": tied}, text.where)
+    config = replace(_gemma3_text(filled), model_type="gemma3")
+    filled.finish()
+    return config
+
+
+def _gemma3_names(config: ModelConfig) -> Names:
+    return Names(
+        prefixes=(("model.language_model.", ""), ("language_model.model.", "language_model.")),
+        ignored=(r"(model\.)?(vision_tower|multi_modal_projector)\..*",),
+    )
+
+
+_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+}
+
+
+def _gguf_modules(config: ModelConfig) -> Mapping[str, Stored]:
+    norms = {"norm": "output_norm", "input_layernorm": "attn_norm", **_NORMS}
+    # converters add 1 to what Gemma's norms multiply by
+    return {**GGUF_LAYER, **{name: Stored(gguf, offset=1.0) for name, gguf in norms.items()}}
+
+
+def _gguf_query_scalar(sizes: dict[str, Any], largest: int) -> float:
+    """What llama.cpp knows by the depth of the one model (27B) whose queries are not scaled by head_dim."""
+    return sizes["hidden_size"] / sizes["num_heads"] if sizes["num_layers"] == largest else sizes["head_dim"]
+
+
+def _gguf_gemma2(view: GGUFView) -> ModelConfig:
+    sizes = gguf_sizes(view)
+    return _gemma(
+        sizes,
+        model_type="gemma2",
+        eps=view.get("attention.layer_norm_rms_epsilon"),
+        tied=view.tied,
+        query_scalar=_gguf_query_scalar(sizes, 46),
+        rope=gguf_rope(view, 10_000.0),
+        layer_types=every(2, sizes["num_layers"]),
+        sliding_window=view.get("attention.sliding_window", 4096),
+        block="sandwich",
+        attn_softcap=view.get("attn_logit_softcapping", 50.0),
+        logit_softcap=view.get("final_logit_softcapping", 30.0),
+    )
+
+
+def _gguf_gemma3(view: GGUFView) -> ModelConfig:
+    sizes = gguf_sizes(view)
+    return _gemma(
+        sizes,
+        model_type="gemma3_text",
+        eps=view.get("attention.layer_norm_rms_epsilon"),
+        tied=view.tied,
+        query_scalar=_gguf_query_scalar(sizes, 62),
+        rope=gguf_rope(view, 1_000_000.0),
+        rope_sliding=RopeConfig(theta=10_000.0),
+        layer_types=every(6, sizes["num_layers"]),
+        sliding_window=view.get("attention.sliding_window"),
+        block="sandwich",
+        qk_norm="head",
+    )
+
+
+FAMILIES = (
+    Family("gemma", "Gemma 2B, 7B; CodeGemma", _gemma1),
+    Family(
+        "gemma2",
+        "Gemma 2 2B, 9B, 27B",
+        _gemma2,
+        gguf=(GGUFArchitecture("gemma2", _gguf_gemma2, _gguf_modules),),
+    ),
+    Family(
+        "gemma3_text",
+        "Gemma 3 270M, 1B",
+        _gemma3_text,
+        gguf=(GGUFArchitecture("gemma3", _gguf_gemma3, _gguf_modules),),
+    ),
+    Family("gemma3", "Gemma 3 4B, 12B, 27B: their text half", _gemma3, _gemma3_names),
+)

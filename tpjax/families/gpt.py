@@ -1,0 +1,158 @@
+"""GPT-2, GPT-NeoX and StarCoder2: layer norms with biases and MLPs without a gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tpjax.config import LayerType, ModelConfig, RopeConfig
+from tpjax.errors import ConfigError
+from tpjax.families.fields import (
+    Family,
+    Fields,
+    Names,
+    Stored,
+    activation_of,
+    all_full,
+    checked,
+    partial_rope_of,
+    sizes_of,
+    slices,
+    thirds_of_heads,
+)
+from tpjax.families.llama import llama_like
+
+_GPT: dict[str, Any] = {"norm": "layer", "norm_bias": True, "gated_mlp": False}
+
+
+def _gpt2(fields: Fields) -> ModelConfig:
+    hidden, heads = fields.integer("n_embd", 768), fields.integer("n_head", 12)
+    positions = fields.integer("n_positions", 1024)
+    fields.fixed("n_ctx", positions)
+    checked({"n_embd": hidden, "n_head": heads})
+    if hidden % heads:
+        raise ConfigError(f"{fields.where}: n_head={heads} is not a divisor of n_embd={hidden}")
+    layers, head_dim = fields.integer("n_layer", 12), hidden // heads
+    return ModelConfig(
+        model_type="gpt2",
+        vocab_size=fields.integer("vocab_size", 50_257),
+        hidden_size=hidden,
+        intermediate_size=fields.integer("n_inner", 4 * hidden),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        max_position_embeddings=positions,
+        norm_eps=fields.number("layer_norm_epsilon", 1e-5),
+        position_embedding="learned",
+        rope=RopeConfig(),
+        layer_types=all_full(layers),
+        query_scale=head_dim**-0.5 if fields.boolean("scale_attn_weights", True) else 1.0,
+        attention_bias=True,
+        attention_out_bias=True,
+        activation=activation_of(fields, "activation_function", "gelu_new"),
+        mlp_bias=True,
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", True),
+        **_GPT,
+    )
+
+
+def _gpt2_names(config: ModelConfig) -> Names:
+    q, k, v = slices("attn.c_attn", (config.hidden_size,) * 3, transposed=True)
+    return Names(
+        {
+            "embed_tokens": Stored("wte"),
+            "embed_positions": Stored("wpe"),
+            "norm": Stored("ln_f"),
+            "input_layernorm": Stored("ln_1"),
+            "post_attention_layernorm": Stored("ln_2"),
+            "self_attn.q_proj": q,
+            "self_attn.k_proj": k,
+            "self_attn.v_proj": v,
+            "self_attn.o_proj": Stored("attn.c_proj", transposed=True),
+            "mlp.up_proj": Stored("mlp.c_fc", transposed=True),
+            "mlp.down_proj": Stored("mlp.c_proj", transposed=True),
+        },
+        layers="h",
+        prefixes=(("transformer.", ""),),
+        ignored=(r".*\.attn\.(masked_)?bias",),  # the causal mask, in old files
+    )
+
+
+def _gpt_neox(fields: Fields) -> ModelConfig:
+    sizes = sizes_of(fields)
+    theta, share = fields.number("rotary_emb_base", 10_000.0), fields.number("rotary_pct", 0.25)
+    rope, share = partial_rope_of(fields, sizes["max_position_embeddings"], theta, share)
+    bias = fields.boolean("attention_bias", True)
+    return llama_like(
+        fields,
+        model_type="gpt_neox",
+        norm_eps=fields.number("layer_norm_eps", 1e-5),
+        block="parallel_two_norms" if fields.boolean("use_parallel_residual", True) else "pre",
+        rope=rope,
+        rotary_dim=int(sizes["head_dim"] * share),
+        attention_bias=bias,
+        attention_out_bias=bias,
+        activation=activation_of(fields, "hidden_act", "gelu"),
+        mlp_bias=True,
+        **_GPT,
+    )
+
+
+def _gpt_neox_names(config: ModelConfig) -> Names:
+    q, k, v = thirds_of_heads("attention.query_key_value", config.num_heads, config.head_dim)
+    return Names(
+        {
+            "embed_tokens": Stored("embed_in"),
+            "norm": Stored("final_layer_norm"),
+            "lm_head": Stored("embed_out"),
+            "self_attn.q_proj": q,
+            "self_attn.k_proj": k,
+            "self_attn.v_proj": v,
+            "self_attn.o_proj": Stored("attention.dense"),
+            "mlp.up_proj": Stored("mlp.dense_h_to_4h"),
+            "mlp.down_proj": Stored("mlp.dense_4h_to_h"),
+        },
+        prefixes=(("gpt_neox.", ""),),
+        ignored=(r".*\.attention\.((masked_)?bias|rotary_emb\.inv_freq)",),
+    )
+
+
+def _starcoder2(fields: Fields) -> ModelConfig:
+    # its files describe themselves in these words too; transformers reads none of them
+    described: dict[str, tuple[Any, ...]] = {
+        "activation_function": ("gelu", "gelu_pytorch_tanh"),
+        "attention_softmax_in_fp32": (True,),
+        "mlp_type": ("default",),
+        "norm_type": ("layer_norm",),
+        "scale_attention_softmax_in_fp32": (True,),
+        "scale_attn_weights": (True,),
+    }
+    for name, supported in described.items():
+        fields.fixed(name, *supported)
+    bias, window = fields.boolean("use_bias", True), fields.integer("sliding_window", None)
+    kind: LayerType = "full_attention" if window is None else "sliding_attention"
+    return llama_like(
+        fields,
+        context=4096,
+        model_type="starcoder2",
+        norm_eps=fields.number("norm_epsilon", 1e-5),
+        layer_types=(kind,) * fields.integer("num_hidden_layers"),
+        sliding_window=window,
+        attention_bias=bias,
+        attention_out_bias=bias,
+        activation=activation_of(fields, "hidden_act", "gelu_pytorch_tanh"),
+        mlp_bias=bias,
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", True),
+        **_GPT,
+    )
+
+
+def _starcoder2_names(config: ModelConfig) -> Names:
+    return Names({"mlp.up_proj": Stored("mlp.c_fc"), "mlp.down_proj": Stored("mlp.c_proj")})
+
+
+FAMILIES = (
+    Family("starcoder2", "StarCoder2 3B, 7B, 15B", _starcoder2, _starcoder2_names),
+    Family("gpt2", "GPT-2, DistilGPT2", _gpt2, _gpt2_names),
+    Family("gpt_neox", "Pythia, GPT-NeoX-20B, Dolly 2", _gpt_neox, _gpt_neox_names),
+)

@@ -1,0 +1,104 @@
+"""Phi-3, and Phi-4, which has its architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tpjax.config import LayerType, ModelConfig, RopeConfig
+from tpjax.families.fields import (
+    Family,
+    Fields,
+    GGUFArchitecture,
+    GGUFView,
+    Names,
+    Stored,
+    gguf_rope,
+    gguf_sizes,
+    longrope_attention_factor,
+    partial_rope_of,
+    sizes_of,
+    slices,
+)
+from tpjax.families.llama import GGUF_LAYER, llama_like
+
+
+def _window(window: int | None, layers: int) -> dict[str, Any]:
+    kind: LayerType = "sliding_attention" if window else "full_attention"
+    return {"sliding_window": window or None, "layer_types": (kind,) * layers}
+
+
+def _phi3(fields: Fields) -> ModelConfig:
+    for name in ("full_attn_mod", "interpolate_factor"):
+        fields.fixed(name, 1)  # in Phi-4's files; transformers does not read them
+    sizes = sizes_of(fields, context=4096)
+    rope, share = partial_rope_of(fields, sizes["max_position_embeddings"])
+    return llama_like(
+        fields,
+        context=4096,
+        model_type="phi3",
+        norm_eps=fields.number("rms_norm_eps", 1e-5),
+        rope=rope,
+        rotary_dim=int(sizes["head_dim"] * share),
+        **_window(fields.integer("sliding_window", None), sizes["num_layers"]),
+    )
+
+
+def _fused(config: ModelConfig, qkv: str, gate_up: str) -> dict[str, Stored]:
+    kv = config.num_kv_heads * config.head_dim
+    q, k, v = slices(qkv, (config.num_heads * config.head_dim, kv, kv))
+    gate, up = slices(gate_up, (config.intermediate_size,) * 2)
+    return {
+        "self_attn.q_proj": q,
+        "self_attn.k_proj": k,
+        "self_attn.v_proj": v,
+        "mlp.gate_proj": gate,
+        "mlp.up_proj": up,
+    }
+
+
+def _names(config: ModelConfig) -> Names:
+    return Names(_fused(config, "self_attn.qkv_proj", "mlp.gate_up_proj"))
+
+
+def _gguf_phi3(view: GGUFView) -> ModelConfig:
+    sizes = gguf_sizes(view)
+    rope = gguf_rope(view, 10_000.0)
+    if view.rope_long_divisors is not None:
+        original = view.get("rope.scaling.original_context_length")
+        stretch = sizes["max_position_embeddings"] / original
+        rope = RopeConfig(
+            theta=rope.theta,
+            kind="longrope",
+            original_max_position_embeddings=original,
+            divisors=view.rope_divisors,
+            long_divisors=view.rope_long_divisors,
+            attention_factor=longrope_attention_factor(
+                view.get("rope.scaling.attn_factor", None), stretch, original
+            ),
+        )
+    return ModelConfig(
+        model_type="phi3",
+        **sizes,
+        norm_eps=view.get("attention.layer_norm_rms_epsilon"),
+        rope=rope,
+        rotary_dim=view.get("rope.dimension_count", sizes["head_dim"]),
+        tie_word_embeddings=view.tied,
+        query_scale=sizes["head_dim"] ** -0.5,
+        **_window(view.get("attention.sliding_window", 0), sizes["num_layers"]),
+    )
+
+
+def _gguf_modules(config: ModelConfig) -> Mapping[str, Stored]:
+    return {**GGUF_LAYER, **_fused(config, "attn_qkv", "ffn_up")}
+
+
+FAMILIES = (
+    Family(
+        "phi3",
+        "Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
+        _phi3,
+        _names,
+        gguf=(GGUFArchitecture("phi3", _gguf_phi3, _gguf_modules),),
+    ),
+)

@@ -1,0 +1,67 @@
+"""Every model family: Hugging Face and GGUF configurations and weight names.
+
+To add a family, see ``mappings/``: a function from its ``config.json`` to ``ModelConfig`` and an entry in the
+module's ``FAMILIES``; where it exists as GGUF, also the architecture's metadata and tensor names. Everything
+after this module knows only ``ModelConfig`` and canonical weight names, which are Hugging Face's without the
+``model.`` prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tpjax.config import ModelConfig, brief
+from tpjax.errors import ConfigError
+from tpjax.families import cohere, deepseek, gemma, gpt, llama, moe, phi, qwen
+from tpjax.families.fields import Family, Fields, GGUFArchitecture, GGUFView
+from tpjax.families.quantization import quantization_of
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for lineage in (llama, qwen, gemma, phi, cohere, gpt, moe, deepseek)
+    for family in lineage.FAMILIES
+}
+
+
+def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+    """Reads a decoded ``config.json``, as transformers 4 or 5 wrote it.
+
+    Raises:
+        ConfigError: the family, or a field's value, is not supported, or a field is missing or malformed.
+    """
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"config.json holds a {type(raw).__name__}, not an object")
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ConfigError(
+            f"model_type={brief(model_type)} is not supported; supported are {', '.join(FAMILIES)}"
+        )
+    fields = Fields(raw)
+    config = FAMILIES[model_type].config(fields)
+    quantization_of(fields)  # for its refusals: a configuration alone tells what cannot be loaded
+    fields.finish()
+    return config
+
+
+def config_from_gguf(view: GGUFView) -> ModelConfig:
+    """Reads a GGUF file's metadata.
+
+    Raises:
+        ConfigError: the architecture is not supported, or a key is missing.
+    """
+    return gguf_architecture(view.architecture).config(view)
+
+
+def gguf_architecture(name: str) -> GGUFArchitecture:
+    """The architecture of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    known = {gguf.name: gguf for family in FAMILIES.values() for gguf in family.gguf}
+    if name not in known:
+        raise ConfigError(
+            f"GGUF architecture {brief(name)} is not supported; supported are {', '.join(known)}"
+        )
+    return known[name]

@@ -1,0 +1,295 @@
+"""The chips ``plan`` knows: published figures with their source, and what fraction of them is reached.
+
+Fractions are fitted per class of hardware, never per measurement; ``scripts/validate_plan.py`` shows how far
+they carry.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tpjax.errors import ConfigError
+from tpjax.interconnect import ICI, Interconnect, NVLink
+
+log = logging.getLogger(__name__)
+
+# A runtime, its programs and fragmentation take the rest.
+USABLE_MEMORY = 0.92
+MOST_CHIPS = 65_536  # beyond any machine that is one mesh
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """What is reached of the published figures, and what no figure covers.
+
+    Attributes:
+        weights: of the memory bandwidth, reading 16-bit weights.
+        low_precision_weights: of that again, reading 8-bit weights, which are widened on the way.
+        cache: of the memory bandwidth, reading keys and values.
+        compute: of the bfloat16 peak.
+        low_precision_compute: of the float8 peak.
+        layer_us: a decoder layer's norms, rotations and launches.
+        expert_us: on top of it, a mixture's routing.
+        step_us: a step's sampling, and what the host does between two steps.
+        token_us: a layer's norms, rotations and activations per token; chips hide it behind their products.
+    """
+
+    weights: float
+    low_precision_weights: float
+    cache: float
+    compute: float
+    low_precision_compute: float
+    layer_us: float
+    expert_us: float
+    step_us: float = 0.0
+    token_us: float = 0.0
+
+
+# Fitted to gpt-fast's A100 table (Llama-2, Llama-3.1 and Mixtral, tp 1 to 8, bfloat16 and int8): its int8
+# kernels reach 86% of the bandwidth of its bfloat16 ones, and a layer costs 45 microseconds at every size.
+# Compute fractions: first-token latencies of TensorRT-LLM 0.5 on A100 (float16) and H100 (float8).
+_GPU = Efficiency(
+    weights=0.80,
+    low_precision_weights=0.86,
+    cache=0.80,
+    compute=0.67,
+    low_precision_compute=0.45,
+    layer_us=45.0,
+    expert_us=15.0,
+)
+# Fitted to jax-llm-examples' Llama-3.1-70B table (v5e-16): one static program, whose layers cost nothing that
+# is not traffic or collectives, and which reads 8-bit weights as fast as 16-bit ones. Mixtures: fitted to its
+# DeepSeek-R1 table (v5e-64), where sorting tokens by expert and back dominates.
+_TPU_PROGRAM = Efficiency(
+    weights=0.96,
+    low_precision_weights=1.0,
+    cache=0.96,
+    compute=0.65,
+    low_precision_compute=0.65,
+    layer_us=0.0,
+    expert_us=290.0,
+)
+# Fitted to sglang-jax's Qwen3 tables (v6e-4; mixtures: v6e-16), thus a server's loop included.
+_TPU_SERVER = Efficiency(
+    weights=0.78,
+    low_precision_weights=1.0,
+    cache=0.50,
+    compute=0.60,
+    low_precision_compute=0.60,
+    layer_us=60.0,
+    expert_us=75.0,
+    step_us=500.0,
+)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One kind of chip.
+
+    Attributes:
+        name: as ``--hardware`` takes it.
+        memory_bytes: of one chip.
+        bandwidth_bytes_s: of its memory.
+        flops: bfloat16, multiply and add counted as two.
+        low_precision_flops: float8; ``None``: not native, so that float8 weights are widened and multiplied
+            as bfloat16. int8 means weights only everywhere.
+        interconnect: between chips.
+        efficiency: what is reached of these.
+        source: of the figures.
+        shared: its chips are faked on one machine: they share its bandwidth and its cores.
+    """
+
+    name: str
+    memory_bytes: float
+    bandwidth_bytes_s: float
+    flops: float
+    low_precision_flops: float | None
+    interconnect: Interconnect
+    efficiency: Efficiency
+    source: str
+    shared: bool = False
+
+    @property
+    def usable_bytes(self) -> float:
+        """What a model may take of the memory."""
+        return USABLE_MEMORY * self.memory_bytes
+
+
+_NVIDIA = "NVIDIA data sheet, dense figures, "
+_BOOK = "How to Scale Your Model, chapter 2, and Google Cloud's page of "
+
+HARDWARE: dict[str, Hardware] = {
+    chip.name: chip
+    for chip in (
+        Hardware(
+            "a100-80gb",
+            80e9,
+            2039e9,
+            312e12,
+            None,
+            NVLink(300e9),
+            _GPU,
+            # limited to 330 W, gpt-fast's saw 1700 GB/s at best: 83%; a decode step reaches 80% either way
+            _NVIDIA + "A100 80GB SXM",
+        ),
+        Hardware("h100-sxm", 80e9, 3350e9, 989e12, 1979e12, NVLink(450e9), _GPU, _NVIDIA + "H100 SXM"),
+        Hardware("h200", 141e9, 4800e9, 989e12, 1979e12, NVLink(450e9), _GPU, _NVIDIA + "H200 SXM"),
+        Hardware("b200", 180e9, 8000e9, 2250e12, 4500e12, NVLink(900e9), _GPU, _NVIDIA + "DGX B200"),
+        Hardware(
+            "l40s",
+            48e9,
+            864e9,
+            362e12,
+            733e12,
+            NVLink(32e9, latency_us=15.0, ring_us=20.0, direct=False),
+            _GPU,
+            _NVIDIA + "L40S (PCIe 4.0 ×16)",
+        ),
+        Hardware("v4", 32e9, 1228e9, 275e12, None, ICI(45e9, 3, 4), _TPU_PROGRAM, _BOOK + "TPU v4"),
+        Hardware("v5e", 16e9, 819e9, 197e12, None, ICI(45e9, 2, 16), _TPU_PROGRAM, _BOOK + "TPU v5e"),
+        Hardware("v5p", 95e9, 2765e9, 459e12, None, ICI(90e9, 3, 4), _TPU_PROGRAM, _BOOK + "TPU v5p"),
+        Hardware("v6e", 32e9, 1640e9, 918e12, None, ICI(90e9, 2, 16), _TPU_SERVER, _BOOK + "TPU v6e"),
+        Hardware(
+            "tpu7x",
+            192e9,
+            7380e9,
+            2307e12,
+            4614e12,
+            ICI(100e9, 3, 4),
+            _TPU_SERVER,
+            _BOOK + "TPU7x",
+        ),
+    )
+}
+SHORT_NAMES = {"a100": "a100-80gb", "h100": "h100-sxm"}
+
+
+def parse_hardware(text: str, file: Path | None = None) -> tuple[Hardware, int]:
+    """Reads ``NAME:CHIPS``; without ``:CHIPS`` it is one chip.
+
+    Args:
+        text: what ``--hardware`` was given.
+        file: further chips, see :func:`load_hardware`.
+
+    Raises:
+        ConfigError: an unknown name, with those known, or a number of chips that is none.
+    """
+    name, colon, count = text.partition(":")
+    known = {**HARDWARE, **(load_hardware(file) if file else {})}
+    name = name if name in known else SHORT_NAMES.get(name, name)
+    if name not in known:
+        names = ", ".join([*SHORT_NAMES, *known])
+        raise ConfigError(f"hardware {name!r} is not known; known are {names}; --hardware-file adds others")
+    if colon and not (count.isascii() and count.isdigit() and int(count) >= 1):
+        raise ConfigError(f"--hardware {text}: {count!r} is not a whole number of chips, 1 or more")
+    if colon and int(count) > MOST_CHIPS:
+        raise ConfigError(f"--hardware {text}: {count} chips are over {MOST_CHIPS}")
+    return known[name], int(count) if colon else 1
+
+
+_FIGURES = ("memory_gb", "bandwidth_gb_s", "bf16_tflops")
+_LINKS = ("nvlink", "pcie", "ici-2d", "ici-3d")
+_FIELDS = (*_FIGURES, "fp8_tflops", "link", "link_gb_s", "like", "efficiency")
+
+
+def load_hardware(file: Path) -> dict[str, Hardware]:
+    """Reads chips from a JSON or TOML file: an object per chip, under its name.
+
+    ``like`` names a known chip whose figures stand where the file has none; without it ``memory_gb``,
+    ``bandwidth_gb_s``, ``bf16_tflops``, ``link`` (``nvlink``, ``pcie``, ``ici-2d`` or ``ici-3d``) and
+    ``link_gb_s`` (one direction: of a GPU's links together, of one ICI link) are needed. ``fp8_tflops`` is
+    for chips that multiply float8. ``efficiency`` may hold any field of :class:`Efficiency`.
+
+    Raises:
+        ConfigError: the file cannot be read, or names a field that does not exist, or misses one.
+    """
+    try:
+        text = file.read_text()
+        chips = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} is neither JSON nor TOML: {error}") from error
+    if not isinstance(chips, dict) or not all(isinstance(chip, dict) for chip in chips.values()):
+        raise ConfigError(f"{file} does not hold an object per chip, under its name")
+    return {name: _chip(f"{file}: {name}", name, figures) for name, figures in chips.items()}
+
+
+def _chip(where: str, name: str, figures: Mapping[str, Any]) -> Hardware:
+    for field in figures:
+        if field not in _FIELDS:
+            raise ConfigError(f"{where}: unknown field {field!r}; known are {', '.join(_FIELDS)}")
+    like = str(figures.get("like", ""))
+    base = HARDWARE.get(SHORT_NAMES.get(like, like))
+    if "like" in figures and base is None:
+        raise ConfigError(f"{where}: like={like!r} is not known; known are {', '.join(HARDWARE)}")
+    if base is None:
+        missing = [field for field in (*_FIGURES, "link", "link_gb_s") if field not in figures]
+        if missing:
+            raise ConfigError(f"{where}: {missing[0]!r} is missing, and there is no 'like'")
+
+    def figure(field: str, unit: float, default: float | None) -> Any:
+        if field not in figures:
+            return default
+        return _positive(where, field, figures[field]) * unit
+
+    link = figures.get("link")
+    if link not in (None, *_LINKS):
+        raise ConfigError(f"{where}: link={link!r} is not known; known are {', '.join(_LINKS)}")
+    wires: Interconnect = base.interconnect if base else NVLink(0.0)
+    rate = figure("link_gb_s", 1e9, getattr(wires, "link_bytes_s", None))
+    if link is not None:
+        kinds: dict[str, Interconnect] = {
+            "nvlink": NVLink(rate),
+            "pcie": NVLink(rate, latency_us=15.0, ring_us=20.0, direct=False),
+            "ici-2d": ICI(rate, 2, 16),
+            "ici-3d": ICI(rate, 3, 4),
+        }
+        wires = kinds[link]
+    elif isinstance(wires, NVLink | ICI):
+        wires = replace(wires, link_bytes_s=rate)
+    usual = base.efficiency if base else (_TPU_PROGRAM if isinstance(wires, ICI) else _GPU)
+    return Hardware(
+        name,
+        figure("memory_gb", 1e9, base.memory_bytes if base else None),
+        figure("bandwidth_gb_s", 1e9, base.bandwidth_bytes_s if base else None),
+        figure("bf16_tflops", 1e12, base.flops if base else None),
+        figure("fp8_tflops", 1e12, base.low_precision_flops if base else None),
+        wires,
+        replace(usual, **_fractions(where, figures.get("efficiency", {}))),
+        where,
+    )
+
+
+def _fractions(where: str, given: Any) -> dict[str, float]:
+    known = list(Efficiency.__dataclass_fields__)
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where}: efficiency={given!r} is not an object")
+    given = {_renamed(where, field): value for field, value in given.items()}
+    for field, value in given.items():
+        if field not in known:
+            raise ConfigError(f"{where}: unknown efficiency {field!r}; known are {', '.join(known)}")
+        _positive(where, field, value, zero=field.endswith("_us"))
+    return given
+
+
+def _renamed(where: str, field: str) -> str:
+    """The present name of a field of ``efficiency``; an old one works with a warning, for one release."""
+    new = field.replace("narrow_", "low_precision_")
+    if new != field:
+        log.warning("%s: efficiency %s is now called %s", where, field, new)
+    return new
+
+
+def _positive(where: str, field: str, value: Any, *, zero: bool = False) -> float:
+    fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not fine or value < 0 or (value == 0 and not zero):
+        raise ConfigError(f"{where}: {field}={value!r} is not a positive number")
+    return float(value)

@@ -1,0 +1,320 @@
+"""Measures the machine at hand, so that ``plan`` can predict it.
+
+A process of its own per tp: how fast a CPU multiplies depends on how many devices it fakes. Measured are the
+bandwidth of reading weights, the rate of large products, the time of a dispatch, all-reduces by size over the
+mesh, and what a decoder layer costs beyond these, from small decoders of two depths. Nothing is fitted to the
+model that is predicted.
+
+    python -m tpjax.planning.measure 2      # prints the figures at tp=2 as JSON
+    python -m tpjax.planning.measure 2 3    # the same, each the best of three rounds
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tpjax.checkpoints.hub import cache_dir
+from tpjax.errors import DeviceError
+from tpjax.hardware import Efficiency, Hardware
+from tpjax.interconnect import Measured
+
+_VERSION = 4  # of what is measured; raise it when that changes
+_MESSAGES = (1 << 10, 1 << 13, 1 << 16, 1 << 19, 1 << 22)  # bytes
+_PAIRS, _WIDTH, _INNER = 8, 1024, 4096  # products of 256 MB of weights: more than any cache holds
+_DEPTHS = (3, 8)
+_PROMPT = 256
+_ROUNDS = 15
+_CHAIN = 32  # all-reduces timed together
+_STEPS = 16  # decode steps timed together
+# A layer with 12 MB of weights: its products are cut over the cores as a model's are.
+_LAYER = {
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "vocab_size": 512,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def measured_hardware(tp: int, *, fresh: bool = False, rounds: int | None = None) -> Hardware:
+    """This machine as ``plan`` sees it, at that tp. Measures what the cache folder does not have yet.
+
+    Args:
+        tp: devices; faked where the only one is a CPU.
+        fresh: measure in any case.
+        rounds: as :func:`best_s` takes it; figures of fewer than it takes by itself are not kept.
+
+    Raises:
+        DeviceError: there are not so many devices, or the measurement failed.
+    """
+    file, key = cache_dir() / "measured.json", _key(tp)
+    known = _read(file)
+    if fresh or key not in known:
+        print(f"tpjax: measuring this machine at tp={tp}, once", file=sys.stderr)
+        known = {**_read(file), key: _measure_apart(tp, rounds)}
+        if (rounds or _ROUNDS) < _ROUNDS:
+            return hardware_from(known[key])
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(known, indent=1))
+        partial.replace(file)
+    return hardware_from(known[key])
+
+
+def hardware_from(figures: dict[str, Any]) -> Hardware:
+    """Figures of :func:`measure` as a chip: what was measured is what is reached, so that fractions are 1."""
+    efficiency = Efficiency(
+        weights=1.0,
+        low_precision_weights=1.0,
+        cache=1.0,
+        compute=1.0,
+        low_precision_compute=1.0,
+        layer_us=figures["layer_us"],
+        token_us=figures["token_us"],
+        expert_us=0.0,
+        step_us=figures["dispatch_us"],
+    )
+    return Hardware(
+        name=figures["device"],
+        memory_bytes=figures["memory_bytes"],
+        bandwidth_bytes_s=figures["bandwidth_bytes_s"],
+        flops=figures["flops"],
+        low_precision_flops=None,
+        interconnect=Measured(tuple((size, seconds) for size, seconds in figures["all_reduce_s"])),
+        efficiency=efficiency,
+        source="measured on this machine",
+        shared=figures["shared"],
+    )
+
+
+def measure(tp: int, rounds: int | None = None) -> dict[str, Any]:
+    """Figures of the machine at that tp, for :func:`hardware_from`.
+
+    Args:
+        tp: devices; JAX must not have started with fewer.
+        rounds: as :func:`best_s` takes it; fewer are quicker, and noisier.
+    """
+    from tpjax.mesh import ensure_devices, make_mesh
+
+    ensure_devices(tp)
+    mesh = make_mesh(tp)
+    device = mesh.devices.flat[0]
+    shared = device.platform == "cpu"
+    seconds = best_s(
+        {
+            **{f"reduce {size}": _all_reduces(mesh, size) for size in _MESSAGES if tp > 1},
+            **{f"multiply {rows}": _products(mesh, rows) for rows in (1, _PROMPT)},
+            **{f"decode {depth}": _decode(mesh, depth) for depth in _DEPTHS},
+            **{f"prefill {depth}": _prefill(mesh, depth) for depth in _DEPTHS},
+        },
+        rounds,
+    )
+    return {
+        "device": device.device_kind,
+        "shared": shared,
+        "memory_bytes": _memory_bytes(device) / (tp if shared else 1),
+        **fit(seconds, tp, machine=1 if shared else tp),
+    }
+
+
+def fit(seconds: Mapping[str, float], tp: int, machine: int) -> dict[str, Any]:
+    """Figures from times.
+
+    Args:
+        seconds: of each of :func:`measure`'s calls.
+        tp: devices.
+        machine: devices that bandwidth and rate are shared out to: faked ones are one machine.
+    """
+    reduces = [(float(size), seconds[f"reduce {size}"] / _CHAIN) for size in _MESSAGES if tp > 1]
+    links = Measured(tuple(reduces))
+
+    def product_s(rows: int) -> float:
+        """One product, without its share of the all-reduces."""
+        pair = seconds[f"multiply {rows}"] / _PAIRS
+        return max(0.1 * pair, pair - links.all_reduce_s(tp, 4.0 * rows * _WIDTH)) / 2
+
+    def per_layer(what: str) -> tuple[float, float]:
+        """Seconds a layer, and what is left at no layers, from two depths."""
+        shallow, deep = (seconds[f"{what} {depth}"] for depth in _DEPTHS)
+        layer = (deep - shallow) / (_DEPTHS[1] - _DEPTHS[0])
+        return layer, shallow - _DEPTHS[0] * layer
+
+    element_s = product_s(1) / (_WIDTH * _INNER)
+    flops = 2 * _PROMPT * _WIDTH * _INNER / product_s(_PROMPT)
+    (steps, rest), (prompt, _) = per_layer("decode"), per_layer("prefill")
+    from tpjax.families.registry import config_from_hf
+    from tpjax.planning.counts import Counts
+
+    layer = config_from_hf(_LAYER)
+    elements = tp * Counts("layer", layer).on_device(tp).layer_matrices
+    # what is left of a layer's time once its weights are read, or its products computed, and summed
+    step = steps / _STEPS - elements * element_s - 2 * links.all_reduce_s(tp, 4.0 * layer.hidden_size)
+    prompt -= 2 * _PROMPT * elements / flops + 2 * links.all_reduce_s(tp, 4.0 * _PROMPT * layer.hidden_size)
+    return {
+        "bandwidth_bytes_s": 4 / element_s / machine,
+        "flops": flops / machine,
+        "all_reduce_s": reduces,
+        "layer_us": 1e6 * max(0.0, step),
+        "token_us": 1e6 * max(0.0, prompt) / _PROMPT,
+        "dispatch_us": 1e6 * max(0.0, rest) / _STEPS,
+    }
+
+
+def best_s(calls: Mapping[str, Callable[[], Any]], rounds: int | None = None) -> dict[str, float]:
+    """Seconds of each call, the best of several rounds: other processes only ever add to it.
+
+    The calls take turns, so that each is tried over the whole time; what they return is waited for.
+
+    Args:
+        calls: by name.
+        rounds: ``None``: as many as figures that are kept need.
+    """
+    import jax
+
+    for call in calls.values():
+        jax.block_until_ready(call())  # compiles
+    best = dict.fromkeys(calls, math.inf)
+    for _ in range(rounds or _ROUNDS):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def _products(mesh: Any, rows: int) -> Callable[[], Any]:
+    """Products in pairs like a model's: column-cut, then row-cut, then an all-reduce."""
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding
+
+    from tpjax.sharding import COLUMN, REPLICATED, ROW, constrain, pad_to_multiple
+
+    weight = np.full((_WIDTH, pad_to_multiple(_INNER, mesh.size)), 1e-3, np.float32)
+    pairs = [
+        tuple(jax.device_put(weight, NamedSharding(mesh, spec)) for spec in (COLUMN, ROW))
+        for _ in range(_PAIRS)
+    ]
+
+    def multiply(x: jax.Array, pairs: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+        for column, row in pairs:
+            x = constrain(jax.lax.dot_general(x @ column, row, (((1,), (1,)), ((), ()))), REPLICATED)
+        return x
+
+    x = jax.device_put(np.ones((rows, _WIDTH), np.float32), NamedSharding(mesh, REPLICATED))
+    with jax.set_mesh(mesh):
+        program = jax.jit(multiply).lower(x, pairs).compile()
+    return lambda: program(x, pairs)
+
+
+def _all_reduces(mesh: Any, message_bytes: int) -> Callable[[], Any]:
+    """A chain of all-reduces in one program."""
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from tpjax.mesh import AXIS
+
+    def summed(x: jax.Array) -> jax.Array:
+        for _ in range(_CHAIN):
+            x = jax.lax.psum(x * 0.5, AXIS)
+        return x
+
+    whole = PartitionSpec()
+    program = jax.jit(jax.shard_map(summed, mesh=mesh, in_specs=whole, out_specs=whole))
+    x = jax.device_put(np.ones(message_bytes // 4, np.float32), NamedSharding(mesh, whole))
+    return lambda: program(x)
+
+
+def _decode(mesh: Any, depth: int) -> Callable[[], Any]:
+    """Steps of a decoder of that many small layers."""
+    runner = _zeros_runner(mesh, depth)
+    at_once = runner.limits.steps
+
+    def steps() -> Any:
+        for _ in range(0, _STEPS, at_once):
+            drawn = runner.decode([_row(100, at_once)], at_once)
+        return drawn
+
+    return steps
+
+
+def _prefill(mesh: Any, depth: int) -> Callable[[], Any]:
+    """A prompt of a decoder of that many small layers."""
+    runner = _zeros_runner(mesh, depth)
+    return lambda: runner.prefill(_row(0, 1), [0] * _PROMPT)
+
+
+def _row(position: int, remaining: int) -> Any:
+    from tpjax.runtime.runner import Row
+    from tpjax.sampling_params import SamplingParams
+
+    return Row(0, position, [1, 2, 3, 4], SamplingParams(temperature=0), seed=0, remaining=remaining)
+
+
+def _zeros_runner(mesh: Any, depth: int) -> Any:
+    """A runner of a Llama of zeros."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    from tpjax.checkpoints.load import abstract_decoder
+    from tpjax.families.registry import config_from_hf
+    from tpjax.runtime.runner import Limits, Runner
+
+    config = config_from_hf({**_LAYER, "num_hidden_layers": depth})
+    dtype = jnp.dtype(jnp.float32)
+    graph, state = nnx.split(abstract_decoder(config, mesh, dtype))
+    state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), state)
+    return Runner(nnx.merge(graph, state), mesh, Limits(max_slots=1, max_model_len=512, num_pages=6), dtype)
+
+
+def _memory_bytes(device: Any) -> int:
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int((device.memory_stats() or {}).get("bytes_limit", 0))
+
+
+def _measure_apart(tp: int, rounds: int | None) -> dict[str, Any]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    for name in ("XLA_FLAGS", "NPROC"):
+        environment.pop(name, None)  # this process may fake another number of devices
+    command = [sys.executable, "-m", "tpjax.planning.measure", str(tp), *([str(rounds)] if rounds else [])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        why = done.stderr.strip().splitlines()
+        raise DeviceError(f"measuring at tp={tp} failed: {why[-1] if why else f'status {done.returncode}'}")
+    return dict(json.loads(done.stdout))
+
+
+def _key(tp: int) -> str:
+    from importlib.metadata import version
+
+    return f"{_VERSION} {platform.node()} {os.cpu_count()} cores, jax {version('jax')}, tp={tp}"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}  # not there yet, or broken: measured again
+    return known if isinstance(known, dict) else {}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(*map(int, sys.argv[1:]))))

@@ -1,0 +1,76 @@
+"""Published models: the ``config.json`` each came with.
+
+``published.json`` keeps, by the name used on the command line, the Hugging Face id and the fields of that
+``config.json`` that describe the architecture; of a multimodal model, those of its text half. The built-in
+aliases are among them, so that planning fetches nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from tpjax.checkpoints.hub import ALIASES, resolve
+from tpjax.checkpoints.load import read_config
+from tpjax.config import ModelConfig
+from tpjax.errors import CheckpointError
+from tpjax.families.registry import config_from_hf
+
+
+@cache
+def _published() -> dict[str, dict[str, Any]]:
+    models: dict[str, dict[str, Any]] = json.loads(
+        files("tpjax.planning").joinpath("published.json").read_text()
+    )
+    return models
+
+
+def published_names() -> tuple[str, ...]:
+    """Names of the published models."""
+    return tuple(_published())
+
+
+def hub_id(name: str) -> str:
+    """The Hugging Face id of a published model."""
+    return str(_published()[name]["id"])
+
+
+def is_published(name: str) -> bool:
+    """Whether a name stands for a published architecture, and not for a checkpoint that can be fetched."""
+    return name in _published() and name not in ALIASES
+
+
+@cache
+def published_config(name: str) -> ModelConfig:
+    """The architecture of a published model.
+
+    Args:
+        name: one of :func:`published_names`.
+    """
+    return config_from_hf(_published()[name]["config"])
+
+
+def find_config(model: str) -> tuple[str, ModelConfig]:
+    """The name and the architecture of a published model, a checkpoint or configuration here, or a hub id.
+
+    Of a Hugging Face id no more is fetched than its ``config.json``.
+
+    Raises:
+        CheckpointError: it is none of these, or not a checkpoint.
+        DownloadError: the id's configuration cannot be fetched.
+        ConfigError: its architecture is not supported.
+    """
+    if model in _published():
+        return model, published_config(model)
+    path = Path(model).expanduser()
+    if not path.exists() and "/" not in model:
+        names = published_names()
+        close = difflib.get_close_matches(model, names, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"the built-in ones are {', '.join(names)}"
+        raise CheckpointError(f"{model!r} is neither a checkpoint nor a built-in model; {hint}")
+    name = path.name if path.exists() else model
+    return name, read_config(resolve(model, configuration=True))

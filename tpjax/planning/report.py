@@ -1,0 +1,166 @@
+"""Plans for a reader: tables in a terminal, and a picture of throughput against latency."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tpjax.planning.plan import Cost, Plan, frontier
+from tpjax.planning.plots import save
+from tpjax.planning.strategies import Comparison
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """Every plan for a model, chips and workload.
+
+    Attributes:
+        plans: one per tp.
+        best: the recommended one.
+        reason: why.
+        comparison: the other ways to use the chips; ``None`` where only one tp was asked about.
+    """
+
+    plans: Sequence[Plan]
+    best: Plan
+    reason: str
+    comparison: Comparison | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recommended plan's figures, with the others' beside them where there are others."""
+        data = self.best.to_dict()
+        if self.comparison is not None:
+            data["recommended"] = {"tp": self.best.tp, "reason": self.reason}
+            data["plans"] = [plan.to_dict() for plan in self.plans]
+            data["strategies"] = self.comparison.to_dict()
+        return data
+
+    def __rich__(self) -> RenderableType:
+        best, workload = self.best, self.best.workload
+        hardware, counts = best.model.hardware, best.model.counts
+        head = (
+            f"{counts.name} ({counts.parameters / 1e9:.2f} B parameters, {workload.dtype}) "
+            f"on {self.best.chips} × {hardware.name}"
+        )
+        what = (
+            f"{workload.batch} sequence{'s' * (workload.batch > 1)} of {workload.context} tokens at once, "
+            f"prompts of {workload.prompt_len}; figures: {hardware.source}"
+        )
+        parts: list[RenderableType] = [Text(head, style="bold"), Text(what)]
+        if hardware.shared:
+            parts.append(
+                Text("faked devices share this machine's bandwidth and cores: no tp makes it faster")
+            )
+        parts.append(self._memory())
+        for title, name in (("decode, ms a step", "decode"), ("prefill, ms a prompt", "prefill")):
+            parts.append(self._time(title, name))
+        parts.append(self._speed())
+        if self.comparison is not None:
+            parts.extend((self._strategies(), Text(self.comparison.verdict)))
+        parts.append(Text(f"recommended: {self.reason}", style="bold"))
+        return Group(*parts)
+
+    def _memory(self) -> Table:
+        table = _table("memory, GB a chip", "tp", "replicas", "weights", "cache", "work", "all")
+        for name in ("usable", "room: batch", "or context"):
+            table.add_column(name, justify="right")
+        for plan in self.plans:
+            memory = plan.memory
+            table.add_row(
+                str(plan.tp),
+                str(plan.replicas),
+                *(f"{n / 1e9:.2f}" for n in (memory.weights, memory.cache, memory.workspace, memory.total)),
+                f"{plan.model.hardware.usable_bytes / 1e9:.1f}" if plan.fits else "does not fit",
+                str(plan.replicas * plan.model.largest_batch(plan.workload.context)),
+                str(plan.model.largest_context(plan.batch)),
+                style=None if plan.fits else "dim",
+            )
+        return table
+
+    def _time(self, title: str, name: str) -> Table:
+        parts = list(Cost().ms())
+        table = _table(title, "tp", *parts, "all", "bound")
+        for plan in self.plans:
+            cost: Cost = getattr(plan, name)
+            table.add_row(
+                str(plan.tp),
+                *(f"{cost.ms()[part]:.2f}" for part in parts),
+                f"{cost.total * 1e3:.2f}",
+                cost.bound,
+                style=None if plan.fits else "dim",
+            )
+        return table
+
+    def _speed(self) -> Table:
+        table = _table("tokens/s", "tp", "replicas", "a user", "a chip", "all", "full: a user", "a chip")
+        for plan in self.plans:
+            points = frontier(plan)
+            table.add_row(
+                str(plan.tp),
+                str(plan.replicas),
+                f"{1 / plan.decode.total:.1f}",
+                f"{plan.tokens_per_s / plan.chips:.1f}",
+                f"{plan.tokens_per_s:.0f}",
+                *((f"{points[-1][1]:.1f}", f"{points[-1][2]:.1f}") if points else ("", "")),
+                style=None if plan.fits else "dim",
+            )
+        return table
+
+    def _strategies(self) -> Table:
+        assert self.comparison
+        table = _table(
+            "other ways to use the chips", "layout", "tokens/s", "ms a step", "ms a prompt", "GB a chip"
+        )
+        for one in self.comparison.strategies:
+            table.add_row(
+                one.layout,
+                f"{one.tokens_per_s:.0f}",
+                f"{one.step_ms:.2f}",
+                f"{one.prefill_ms:.1f}",
+                f"{one.bytes_per_chip / 1e9:.1f}" + ("" if one.fits else ", does not fit"),
+                style=None if one.fits else "dim",
+            )
+        return table
+
+
+def plot_frontier(plans: Sequence[Plan], path: Path) -> None:
+    """Draws tokens/s a chip over tokens/s a user, a line per tp with a mark per batch."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axes = figure.subplots()
+    for plan in plans:
+        points = frontier(plan)
+        if not points:
+            continue
+        label = f"tp={plan.tp}" + (f" × {plan.replicas} replicas" if plan.replicas > 1 else "")
+        axes.plot([user for _, user, _ in points], [chip for _, _, chip in points], "o-", ms=4, label=label)
+        for batch, user, chip in points[:: max(1, len(points) // 3)]:
+            axes.annotate(str(batch), (user, chip), textcoords="offset points", xytext=(4, 4), fontsize=7)
+    best = plans[0]
+    axes.set(
+        yscale="log",
+        xlabel="tokens/s a user",
+        ylabel="tokens/s a chip",
+        title=(
+            f"{best.model.counts.name} on {best.chips} × {best.model.hardware.name}, {best.workload.dtype}, "
+            f"context {best.workload.context}\nnumbers: batch over all replicas"
+        ),
+    )
+    axes.grid(which="both", alpha=0.3)
+    axes.legend()
+    save(figure, path)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("layout", "bound") else "right")
+    return table

@@ -1,0 +1,198 @@
+"""What fits on the devices: the sizes of context, slots and cache, decided before a weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from tpjax import cache as kv
+from tpjax.config import ModelConfig
+from tpjax.errors import ConfigError
+from tpjax.runtime.runner import CHUNK_SIZES, PAGE_SIZE, Limits
+from tpjax.sharding import HeadPlan, pad_to_multiple
+
+# What the cache takes where the memory is the user's own, unless one sequence needs more: enough for several
+# long conversations.
+_CPU_CACHE_BYTES = 2**30
+# Left to what is not ours to plan: the allocator's fragments, collectives' buffers, loaded programs.
+_RESERVED = 0.08
+_MOST_TP = 64
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one device has for us.
+
+    Attributes:
+        free: bytes.
+        cache_cap: bytes the cache should not take without need; ``None``: all there is.
+        platform: the kind of device, which says how its memory is laid out.
+    """
+
+    free: int
+    cache_cap: int | None = None
+    platform: str = "cpu"
+
+
+def device_memory(tp: int) -> Memory | None:
+    """What each of ``tp`` devices has free now; ``None`` where that cannot be known.
+
+    Faked devices share the host's memory: each has its part of what is available.
+    """
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        free = _host_memory()
+        return None if free is None else Memory(free // tp, _CPU_CACHE_BYTES // tp)
+    stats = device.memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return None
+    free = int((stats["bytes_limit"] - stats.get("bytes_in_use", 0)) * (1 - _RESERVED))
+    return Memory(free, platform=device.platform)
+
+
+def plan_limits(
+    config: ModelConfig,
+    tp: int,
+    dtype: jnp.dtype,
+    *,
+    weight_bytes: int,
+    memory: Memory | None,
+    max_model_len: int | None,
+    max_slots: int,
+) -> Limits:
+    """Sizes of slots, context and cache.
+
+    The cache holds ``max_slots`` sequences of full length where there is room, and at least one.
+
+    Args:
+        config: the architecture.
+        tp: devices.
+        dtype: of weights and cache.
+        weight_bytes: on each device.
+        memory: what each device has; ``None``: enough.
+        max_model_len: tokens of the longest sequence; ``None``: what the model was made for, if it fits.
+        max_slots: sequences decoded at once.
+
+    Raises:
+        ConfigError: ``max_model_len`` is over what the model was made for, or the model does not fit; the
+            message has the sizes and what would fit.
+    """
+    longest = config.longest_context
+    if max_model_len is not None and not 1 <= max_model_len <= longest:
+        raise ConfigError(f"max_model_len={max_model_len} is not between 1 and the model's {longest}")
+    if max_slots < 1:
+        raise ConfigError(f"max_slots={max_slots} is less than 1")
+    platform = "cpu" if memory is None else memory.platform
+    page_bytes = kv.page_bytes_per_device(config, tp, PAGE_SIZE, dtype, platform)
+    workspace = workspace_bytes(config, tp, dtype, max_slots)
+    wanted = -(-(max_model_len or longest) // PAGE_SIZE)
+    pages = wanted * max_slots
+    if memory is not None:
+        room = (memory.free - weight_bytes - workspace) // page_bytes - 1  # the null page
+        least = 1 if max_model_len is None else wanted
+        if room < least:
+            need = Need(weight_bytes, workspace, (least + 1) * page_bytes)
+            raise ConfigError(_does_not_fit(config, tp, dtype, need, memory, max_model_len, max_slots))
+        cap = room if memory.cache_cap is None else min(room, max(least, memory.cache_cap // page_bytes))
+        pages = min(pages, cap)
+        wanted = min(wanted, pages)
+    length = max_model_len or min(longest, wanted * PAGE_SIZE)
+    return Limits(max_slots=max_slots, max_model_len=length, num_pages=pages + 1, page_size=PAGE_SIZE)
+
+
+def workspace_bytes(config: ModelConfig, tp: int, dtype: jnp.dtype, max_slots: int) -> int:
+    """About what the largest program needs on each device besides weights and cache.
+
+    For a chunk of a prompt that is a handful of residuals and of the layer's widest products; for a decode
+    step the logits, of which the search for a threshold compares fifteen candidates at once.
+    """
+    plan = HeadPlan(config.num_heads, config.num_kv_heads, tp)
+    qkv = plan.num_slots * (plan.group_size + 2) * config.head_dim
+    gate_up = 2 * pad_to_multiple(config.intermediate_size, tp)
+    itemsize = max(jnp.dtype(dtype).itemsize, 2)
+    prefill = CHUNK_SIZES[-1] * itemsize * (8 * config.hidden_size + 5 * (qkv + gate_up) // tp)
+    logits = pad_to_multiple(config.vocab_size, tp) // tp * 4
+    return max(prefill, 20 * max_slots * logits, 2 * PAGE_SIZE * logits)
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on each device."""
+
+    weights: int
+    workspace: int
+    cache: int
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.weights + self.workspace + self.cache
+
+
+def _does_not_fit(
+    config: ModelConfig,
+    tp: int,
+    dtype: jnp.dtype,
+    need: Need,
+    memory: Memory,
+    max_model_len: int | None,
+    max_slots: int,
+) -> str:
+    page_bytes = kv.page_bytes_per_device(config, tp, PAGE_SIZE, dtype, memory.platform)
+    ways = []
+    pages = (memory.free - need.weights - need.workspace) // page_bytes - 1
+    if max_model_len is not None and pages > 0:
+        ways.append(f"max_model_len={pages * PAGE_SIZE}")
+    if jnp.dtype(dtype).itemsize == 4 and need.total // 2 <= memory.free:
+        ways.append("dtype=bfloat16")
+    shared = jax.devices()[0].platform == "cpu"  # more faked devices have no more memory together
+    wider = [] if shared else range(tp + 1, _MOST_TP + 1)
+    for more in wider:
+        pages = need.cache // page_bytes
+        there = Need(
+            need.weights * tp // more,
+            workspace_bytes(config, more, dtype, max_slots),
+            pages * kv.page_bytes_per_device(config, more, PAGE_SIZE, dtype, memory.platform),
+        )
+        if there.total <= memory.free:
+            ways.append(f"tp={more}")
+            break
+    length = f"max_model_len={max_model_len}" if max_model_len else f"{PAGE_SIZE} tokens"
+    advice = f"what would fit: {' or '.join(ways)}" if ways else "nothing smaller fits"
+    return (
+        f"the model does not fit: at tp={tp} in {jnp.dtype(dtype).name} each device needs "
+        f"{human_bytes(need.weights)} for weights, {human_bytes(need.workspace)} to compute in and "
+        f"{human_bytes(need.cache)} to cache {length}, together {human_bytes(need.total)}, and has "
+        f"{human_bytes(memory.free)}; {advice}"
+    )
+
+
+def human_bytes(count: float) -> str:
+    """Bytes with a binary unit: ``1.5 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" or abs(count) >= 100 else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+def _host_memory() -> int | None:
+    """Bytes the system could give us: what it calls available, within the container's limit."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return None
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        counts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no container, or no limit ("max")
+        return available
+    # files that were read count as used until the place is needed
+    return min(available, max(0, limit - used + int(counts.get("inactive_file", 0))))

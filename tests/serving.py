@@ -22,6 +22,7 @@ from tpjax.server.run import Options, Server, listen
 from tpjax.server.service import Service
 
 VOCAB, CONTEXT, SLOTS = 384, 1024, 4
+WAIT_S = 60  # for what takes no time on a quiet machine; nothing here may fail because the machine is busy
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -74,7 +75,7 @@ class Running:
         return self.service.llm
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, **options)
+        return httpx.Client(base_url=self.url, timeout=2 * WAIT_S, **options)
 
     def metric(self, name: str) -> float:
         """The value of a metric; its labels may be left out."""
@@ -82,7 +83,7 @@ class Running:
             lines = client.get("/metrics").text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith(f"tpjax:{name}{{"))
 
-    def until(self, holds: Callable[[], bool], seconds: float = 20) -> None:
+    def until(self, holds: Callable[[], bool], seconds: float = WAIT_S) -> None:
         """Waits until something holds."""
         deadline = time.monotonic() + seconds
         while not holds():
@@ -106,12 +107,12 @@ def running(
     one = Running(server, service, f"http://127.0.0.1:{sock.getsockname()[1]}")
     try:
         if wait:
-            one.until(lambda: service.state != "loading", 120)
+            one.until(lambda: service.state != "loading", 5 * WAIT_S)
             assert service.state == "ready", service.error
         yield one
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(WAIT_S)
         assert not thread.is_alive()
 
 

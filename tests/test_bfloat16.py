@@ -47,7 +47,7 @@ def logits(name: str, tp: int, dtype: str) -> list[np.ndarray]:
     "name", (pytest.param(n, marks=() if n in NOW else pytest.mark.slow) for n in FAMILIES)
 )
 def test_bfloat16_is_as_close_as_transformers(name: str) -> None:
-    """Float32 is our own here: test_parity holds it to transformers', a hundred times as close as bfloat16."""
+    """Float32 is our own here: test_parity holds it to transformers', far closer than bfloat16 is."""
     exact = logits(name, 1, "float32")
     for tp in (1, 3):
         check(distance(logits(name, tp, "bfloat16"), exact), OF_TRANSFORMERS[name])

@@ -32,7 +32,7 @@ def tpjax(*args: str, **options) -> subprocess.CompletedProcess:
     """Runs the command in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
     command = [sys.executable, "-m", "tpjax.cli", *args]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, **options)
 
 
 def status(*args: str) -> int:
@@ -131,7 +131,7 @@ def test_help_starts_neither_jax_nor_anything_else_heavy():
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.stdout.endswith("HEAVY []\n"), done.stdout + done.stderr
 
@@ -233,7 +233,7 @@ def test_a_reader_that_leaves_is_no_error():
     script = f"set -o pipefail; {program} | true; echo status ${{PIPESTATUS[0]}}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        ["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=120
+        ["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=300
     )
     assert (done.stdout, done.stderr) == ("status 141\n", "")
 

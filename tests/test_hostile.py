@@ -364,12 +364,12 @@ def slow_chats(server: Running, count: int) -> Iterator[list[socket.socket]]:
     """Chats whose template does not end."""
     socks = [sent(server, CHAT, chat("loop")) for _ in range(count)]
     try:
-        server.until(lambda: server.service.pending >= count, 60)
+        server.until(lambda: server.service.pending >= count)
         yield socks
     finally:
         for sock in socks:
             sock.close()
-        server.until(lambda: server.service.pending == 0, 60)
+        server.until(lambda: server.service.pending == 0)
 
 
 def test_who_waits_for_a_template_waits_in_the_queue(
@@ -413,7 +413,7 @@ def test_text_over_the_budget_comes_back_later(http: httpx.Client, server: Runni
         large = {"content-type": "application/json"}
 
         held_bytes = 4 * len(body)
-        server.until(lambda: server.server.config.app._budget.used == held_bytes, 60)
+        server.until(lambda: server.server.config.app._budget.used == held_bytes)
         answer = http.post(COMPLETIONS, content=body, headers=large)
         assert error_of(answer, 429)["code"] == "text_budget_full" and answer.headers["retry-after"] == "1"
         assert http.post(COMPLETIONS, json=completion("hi")).status_code == 200
@@ -421,7 +421,7 @@ def test_text_over_the_budget_comes_back_later(http: httpx.Client, server: Runni
     finally:
         for sock in held:
             sock.close()
-    server.until(lambda: http.post(COMPLETIONS, content=body, headers=large).status_code == 400, 60)
+    server.until(lambda: http.post(COMPLETIONS, content=body, headers=large).status_code == 400)
 
 
 def test_a_body_of_many_parts_is_refused_before_it_is_read(http: httpx.Client) -> None:

@@ -263,7 +263,7 @@ def test_a_killed_pull_leaves_no_child(tmp_path, silent_index, by):
         started = wait_for(lambda: children(process.pid))
         wait_for(lambda: any(b"pip" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in started))
         process.send_signal(by)
-        process.wait(60)
+        process.wait(240)
     assert process.returncode == {signal.SIGINT: 130}.get(by, -by)
     wait_for(lambda: not any(map(is_running, started)))
 
@@ -325,7 +325,7 @@ def test_two_processes_fetch_once(tiny, cache):
         subprocess.Popen(command, **options, **pipes) as one,
         subprocess.Popen(command, **options, **pipes) as two,
     ):
-        outputs = [process.communicate(timeout=60) for process in (one, two)]
+        outputs = [process.communicate(timeout=240) for process in (one, two)]
     assert [one.returncode, two.returncode] == [0, 0], outputs
     paths = [out.splitlines()[-1] for out, _ in outputs]
     assert paths == [str(cache / "models/tiny/tiny.gguf")] * 2
@@ -432,7 +432,7 @@ def resolve_elsewhere(
         env={**inherited, "PYTHONPATH": str(root), "HF_HUB_DISABLE_TELEMETRY": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
 
 

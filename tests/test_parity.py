@@ -113,13 +113,11 @@ def test_parity_of_longrope_at_the_switch() -> None:
     assert relative_error(llm.logits(prompt), long) <= TOLERANCE
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("tp", (1, 3, 4))
 def test_parity_smollm2(tp: int, smollm2_gguf: Path) -> None:
     check_real("smollm2-135m", smollm2_gguf, tp)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("tp", (1, 3, 4))
 def test_parity_gemma3(tp: int, gemma3_gguf: Path) -> None:
     check_real("gemma3-270m", gemma3_gguf, tp)
@@ -137,7 +135,6 @@ def check_real(name: str, path: Path, tp: int) -> None:
     assert completion.token_ids == golden["greedy"].tolist()
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("fixture", ("smollm2_gguf", "gemma3_gguf"))
 def test_parity_real_with_transformers(fixture: str, request: pytest.FixtureRequest) -> None:
     """Live and over the whole vocabulary, through transformers' own reading of the GGUF file."""

@@ -201,7 +201,6 @@ def test_nothing_compiles_after_warm_up(tp: int) -> None:
     assert llm.runner.compile_count == count
 
 
-@pytest.mark.timeout(200)
 def test_two_thousand_asynchronous_steps_at_tp8() -> None:
     """What deadlocks jax 0.10.2 with faked devices and a small thread pool; in a process of its own."""
     program = """
@@ -217,6 +216,6 @@ for _ in range(2000):
 print("done", int(drawn.tokens[0, 0]))
 """
     source = program.format(path=str(GOLDENS / "llama"))
-    out = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=180)
+    out = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=480)
     assert out.returncode == 0, out.stderr[-2000:]
     assert out.stdout.startswith("done")

@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
-from serving import CONTEXT, SLOTS, Running, load_tiny, running, tiny_checkpoint
+from serving import CONTEXT, SLOTS, WAIT_S, Running, load_tiny, running, tiny_checkpoint
 
 from tpjax import LLM
 from tpjax.errors import CheckpointError
@@ -196,7 +196,7 @@ def test_bad_request(http: httpx.Client, server: Running, name: str) -> None:
     error = error_of(answer, 400)
     assert error["type"] == "invalid_request_error" and error["param"] == param
     assert message in error["message"] and len(error["message"]) < 700
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < WAIT_S
     assert server.service.pending == 0
 
 
@@ -295,7 +295,7 @@ def test_a_client_that_goes_frees_its_slots(http: httpx.Client, server: Running,
     aborted = server.metric("request_success_total")
     with sent(server, {**LONG, "n": SLOTS, "stream": streamed}):
         server.until(lambda: server.service.stats is not None and server.service.stats.running == SLOTS)
-    server.until(lambda: server.service.stats is not None and server.service.stats.running == 0, 5)
+    server.until(lambda: server.service.stats is not None and server.service.stats.running == 0)
     for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         assert server.metric(gauge) == 0
     assert server.service.pending == 0
@@ -316,7 +316,7 @@ def test_a_slow_reader_is_cut(
 ) -> None:
     monkeypatch.setattr("tpjax.server.answers.STREAM_LIMIT", 16)
     with sent(server, {**LONG, "stream": True, "n": SLOTS, "logprobs": 20}, 4096):
-        server.until(lambda: "too slow" in caplog.text, 60)  # and reads nothing
+        server.until(lambda: "too slow" in caplog.text)  # and reads nothing
         server.until(lambda: server.service.pending == 0)
     server.until(lambda: server.service.stats is not None and server.service.stats.running == 0)
     assert http.post(COMPLETIONS, json=completion()).status_code == 200
@@ -329,8 +329,8 @@ def test_connections_that_wait_for_their_client_are_cut(
     monkeypatch.setattr("tpjax.server.run.PATIENCE_S", 0.3)
     host, port = server.url.removeprefix("http://").split(":")
     with (
-        socket.create_connection((host, int(port)), 20) as silent,
-        socket.create_connection((host, int(port)), 20) as half,
+        socket.create_connection((host, int(port)), WAIT_S) as silent,
+        socket.create_connection((host, int(port)), WAIT_S) as half,
         sent(server, {**LONG, "stream": True, "n": SLOTS, "logprobs": 20}, 4096),
     ):
         half.sendall(b"GET /version HTTP/1.1\r\nHost: ")
@@ -397,7 +397,7 @@ def test_loading_draining_and_a_model_that_does_not_load(directory: Path) -> Non
     go = threading.Event()
 
     def load() -> LLM:
-        go.wait(60)
+        go.wait(WAIT_S)
         return load_tiny(directory, tp=1)
 
     with running(load, wait=False) as one, one.client() as http:
@@ -407,7 +407,7 @@ def test_loading_draining_and_a_model_that_does_not_load(directory: Path) -> Non
             assert error_of(http.get(path), 503)["code"] == "loading"
         assert error_of(http.post(CHAT, json=chat()), 503)["code"] == "loading"
         go.set()
-        one.until(lambda: http.get("/ready").status_code == 200, 60)
+        one.until(lambda: http.get("/ready").status_code == 200)
         with http.stream("POST", COMPLETIONS, json={**LONG, "max_tokens": 300, "stream": True}) as response:
             received = lines(response)
             next(received)
@@ -459,7 +459,7 @@ def test_signals_and_a_taken_port(directory: Path) -> None:
     with serve(directory, "--served-model-name", "m") as process:
         url = wait_for(process, r"(http://\S+)")
         wait_for(process, r"(m is ready)")
-        with httpx.Client(base_url=url, timeout=60) as http:
+        with httpx.Client(base_url=url, timeout=2 * WAIT_S) as http:
             assert http.post(COMPLETIONS, json=completion(model="m")).status_code == 200
         port = url.rpartition(":")[2]
         second = subprocess.run(
@@ -471,26 +471,26 @@ def test_signals_and_a_taken_port(directory: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.stderr is not None
         rest = process.stderr.read()
-        assert process.wait(20) == 0 and "Traceback" not in rest
+        assert process.wait(WAIT_S) == 0 and "Traceback" not in rest
     with serve(directory, "--drain-s", "600") as process:
         url = wait_for(process, r"(http://\S+)")
         wait_for(process, r"(is ready)")
-        with httpx.Client(base_url=url, timeout=60) as http:
+        with httpx.Client(base_url=url, timeout=2 * WAIT_S) as http:
             ask = {"prompt": [7] * 8, "max_tokens": 240, "ignore_eos": True, "stream": True, "n": 64}
             with http.stream("POST", COMPLETIONS, json=ask) as response:
                 next(response.iter_lines())
                 process.send_signal(signal.SIGTERM)
                 wait_for(process, "(draining)")
                 process.send_signal(signal.SIGTERM)
-                assert process.wait(5) == 128 + signal.SIGTERM
+                assert process.wait(WAIT_S) == 128 + signal.SIGTERM
     with serve(directory) as process:
         wait_for(process, r"(http://\S+)")
         process.send_signal(signal.SIGTERM)  # while it loads
-        assert process.wait(20) == 0
+        assert process.wait(WAIT_S) == 0
     with serve(directory / "missing") as process:
         assert process.stderr is not None
         last = process.stderr.read().splitlines()[-1]
-        assert process.wait(20) == 2 and last.startswith("tpjax: error: ") and "missing" in last
+        assert process.wait(WAIT_S) == 2 and last.startswith("tpjax: error: ") and "missing" in last
 
 
 def test_a_log_line_is_one_line() -> None:

@@ -671,7 +671,7 @@ def test_other_threads_run_while_a_long_text_is_encoded(byte_level):
     done.set()
     thread.join()
     assert took > 0.1  # long enough to tell
-    assert sum(start + 0.1 * took < at < start + 0.5 * took for at in ticks) > 5
+    assert sum(start + 0.1 * took < at < start + 0.5 * took for at in ticks) > 1  # none while it is held
 
 
 def test_ids_beyond_the_vocabulary_show_nothing(byte_level, spm):

@@ -449,7 +449,7 @@ def test_structured_outputs(client: openai.OpenAI, name: str) -> None:
         ({"json": "{"}, "json is not valid JSON"),
         ({"json": "3"}, "json is a int, and no schema"),
         ({"grammar": "((("}, "not usable"),
-        ({"grammar": "a" * 70_000}, "grammar takes 70000 bytes, over 65536"),
+        ({"grammar": "a" * 70_000}, "takes 70000 bytes, over 65536"),
         ({"choice": []}, "at least 1"),
         ({"xml": "a"}, "not a known parameter"),
     ),

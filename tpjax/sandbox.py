@@ -37,6 +37,7 @@ _PATIENCE = 6
 # A sixteenth of what the server's threads have: what compiles here compiles there.
 _STACK_BYTES = 512 << 10
 _LARGE_BYTES = 1 << 20  # after a message this long the worker gives freed memory back
+_MAX_ERROR_CHARS = 4096  # who asks may show less
 _NICENESS = 5  # the model's own threads go first
 _ENVIRONMENT = ("PATH", "PYTHONDONTWRITEBYTECODE", "LD_LIBRARY_PATH", "LANG", "TZ", "TPJAX_CACHE")
 # One thread each: others' stacks and arenas would count against the limit of address space.
@@ -243,7 +244,7 @@ def _done(job: dict[str, Any]) -> dict[str, Any]:
         signal.setitimer(signal.ITIMER_REAL, job["limit_s"] * _PATIENCE)
         return {"result": function(**job["arguments"])}
     except TpjaxError as error:
-        return {"error": str(error)[:500], "kind": type(error).__name__}
+        return {"error": str(error)[:_MAX_ERROR_CHARS], "kind": type(error).__name__}
     except MemoryError:
         return {"error": f"{what} needs more memory than it may have", "kind": "RequestError"}
     except Exception as error:  # it is somebody else's code over somebody's text

@@ -48,7 +48,7 @@ def check(grammar: str) -> None:
     import llguidance
 
     if wrong := llguidance.LLMatcher.validate_grammar(grammar):
-        raise RequestError(f"the schema is not usable: {wrong[:500]}")
+        raise RequestError(f"the schema is not usable: {wrong}")
 
 
 def as_lark(grammar: str, param: str) -> str:

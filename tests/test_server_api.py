@@ -696,7 +696,7 @@ def test_tokenizer_info(http: httpx.Client, tokenizer: Tokenizer) -> None:
     assert info["model_max_length"] == CONTEXT and info["vocab_size"] == tokenizer.vocab_size
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs the parity extra")
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="pip install -e '.[parity]'")
 @pytest.mark.filterwarnings("ignore")
 def test_lm_eval_with_the_server_s_tokenizer(server: Running, offline: LLM, tokenizer: Tokenizer) -> None:
     from lm_eval.api.instance import Instance

@@ -1,44 +1,83 @@
 #!/usr/bin/env python
-"""Rewrites Python sources from the names of 0.1.0's first months to today's.
+"""Rewrites Python sources from the names tpjax had first to today's.
 
-    python scripts/rename.py tests/ my_program.py      # in place; --check only counts
+    python scripts/rename.py my_program.py tests/        # in place; folders are searched for .py files
 
-What moved and what is called otherwise is in the two tables below: code written
-against the old names runs after one pass. Words of prose are not touched.
+What moved and what is called otherwise is in the tables below. `inspect`'s `Shape`, `Latent` and `Experts` have no
+successor: a model is a `ModelConfig` (`planning.published`), counted by `planning.counts.Counts`.
 """
 
 from __future__ import annotations
 
-# old module -> new module, the longest first
+import re
+import sys
+from pathlib import Path
+
+# old module -> new module
 MODULES = {
-    "tpjax.inspect.plan_report": "tpjax.planning.report",
-    "tpjax.inspect.plan": "tpjax.planning.plan",
-    "tpjax.inspect.strategies": "tpjax.planning.strategies",
-    "tpjax.inspect.measure": "tpjax.planning.measure",
+    "tpjax.chat_template": "tpjax.text.chat_template",
+    "tpjax.checkpoints.gguf_vocab": "tpjax.text.gguf_vocab",
+    "tpjax.cli": "tpjax.cli.app",
+    "tpjax.engine.text": "tpjax.text.stream",
+    "tpjax.families": "tpjax.families.registry",
     "tpjax.inspect.bench": "tpjax.planning.bench",
-    "tpjax.inspect.published": "tpjax.planning.published",
-    "tpjax.inspect.plots": "tpjax.planning.plots",
     "tpjax.inspect.hardware": "tpjax.hardware",
     "tpjax.inspect.interconnect": "tpjax.interconnect",
+    "tpjax.inspect.measure": "tpjax.planning.measure",
+    "tpjax.inspect.plan": "tpjax.planning.plan",
+    "tpjax.inspect.plan_report": "tpjax.planning.report",
+    "tpjax.inspect.plots": "tpjax.planning.plots",
+    "tpjax.inspect.published": "tpjax.planning.published",
+    "tpjax.inspect.strategies": "tpjax.planning.strategies",
+    "tpjax.mappings": "tpjax.families",
+    "tpjax.memory": "tpjax.runtime.memory",
+    "tpjax.runner": "tpjax.runtime.runner",
+    "tpjax.server.bench": "tpjax.cli.serving_benchmark",
+    "tpjax.terminal": "tpjax.cli.terminal",
+    "tpjax.tokenizer": "tpjax.text.tokenizer",
 }
 
-# old identifier -> new identifier, everywhere
+# old identifier -> new identifier
 NAMES = {
-    # sharding
-    "SHARES": "PARTIALS",
-    "add_up": "reduce_partials",
-    "POSITIONS": "SEQUENCE",
-    # sequence and expert parallelism
-    "residual_of": "residual_spec",
-    "ExpertSharding": "ExpertParallel",
-    "expert_sharding": "expert_parallel",
-    "with_expert_sharding": "with_expert_parallel",
-    # a batch's metadata
-    "Placement": "BatchMetadata",
-    "length_class": "rope_cache_key",
-    # planning
     "Traffic": "Workload",
+    "narrow_compute": "low_precision_compute",
     "narrow_flops": "low_precision_flops",
     "narrow_weights": "low_precision_weights",
-    "narrow_compute": "low_precision_compute",
+    "wide_bytes": "activation_bytes",
 }
+
+
+def renamed(source: str) -> str:
+    """The source with today's names."""
+    for old, new in MODULES.items():
+        parent, _, name = old.rpartition(".")
+        new_parent, _, new_name = new.rpartition(".")
+        alias = new_name if new_name == name else f"{new_name} as {name}"
+        source = re.sub(
+            rf"^(\s*)from {re.escape(parent)} import {name}$",
+            rf"\1from {new_parent} import {alias}",
+            source,
+            flags=re.MULTILINE,
+        )
+    longest_first = sorted(MODULES, key=len, reverse=True)
+    # a module that was a file and is a folder now keeps the names of what is in the folder
+    known = "|".join(re.escape(old) for old in longest_first)
+    source = re.sub(rf"\b({known})\b(?!\.(?:app|registry)\b)", lambda match: MODULES[match[1]], source)
+    names = "|".join(NAMES)
+    return re.sub(rf"\b({names})\b", lambda match: NAMES[match[1]], source)
+
+
+def main() -> int:
+    changed = 0
+    for place in map(Path, sys.argv[1:]):
+        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            before = file.read_text()
+            if (after := renamed(before)) != before:
+                file.write_text(after)
+                changed += 1
+    print(f"{changed} files changed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

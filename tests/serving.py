@@ -30,8 +30,8 @@ CHATML = (
 WORDS = "the quick brown fox jumps over the lazy dog while tokens become words and words become text "
 
 
-def tiny_checkpoint(directory: Path) -> Path:
-    """The llama golden with another vocabulary: random rows, and a byte-level tokenizer of 320 tokens."""
+def tiny_checkpoint(directory: Path, golden: str = "llama") -> Path:
+    """A golden, untied, with another vocabulary: random rows, and a byte-level tokenizer of 320 tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     library = Tokenizer(models.BPE())
@@ -47,10 +47,10 @@ def tiny_checkpoint(directory: Path) -> Path:
     library.save(str(directory / "tokenizer.json"))
     names = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "chat_template": CHATML}
     (directory / "tokenizer_config.json").write_text(json.dumps(names))
-    config = json.loads((GOLDENS / "llama" / "config.json").read_text())
+    config = json.loads((GOLDENS / golden / "config.json").read_text())
     config |= {"vocab_size": VOCAB, "eos_token_id": 1, "bos_token_id": 0, "max_position_embeddings": CONTEXT}
     (directory / "config.json").write_text(json.dumps(config))
-    weights = load_file(GOLDENS / "llama" / "model.safetensors")
+    weights = load_file(GOLDENS / golden / "model.safetensors")
     random = np.random.default_rng(0)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         shape = (VOCAB, weights[name].shape[1])

@@ -159,7 +159,7 @@ def test_no_template_loses_a_word(name: str, kind: str, with_tools: bool) -> Non
     assert "'type'" not in text and "None" not in text
 
 
-@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs the parity extra")
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="pip install -e '.[parity]'")
 @pytest.mark.parametrize("with_tools", (False, True))
 @pytest.mark.parametrize("kind", CONVERSATIONS)
 @pytest.mark.parametrize("name", SOURCES)

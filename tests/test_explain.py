@@ -201,7 +201,7 @@ def test_tables_fit_a_hundred_columns_and_html_says_the_same(report: Report) -> 
 
 
 def test_a_picture_has_a_row_for_each_tensor_and_a_column_for_each_device(report: Report) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pip install -e '.[serve]'")
     figure = report.figure()
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == [str(n) for n in range(report.tp)]
@@ -273,7 +273,7 @@ def test_a_configuration_that_will_not_do_is_one_line(
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: Any, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pip install -e '.[serve]'")
     (tmp_path / "a.svg").mkdir()
     model = GOLDENS / "llama"
     status, out, err = run(capsys, *(word.format(model=model, folder=tmp_path) for word in arguments))
@@ -282,7 +282,7 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: Any, 
 
 
 def test_a_picture_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pip install -e '.[serve]'")
     from matplotlib.figure import Figure
 
     from tpjax.errors import ConfigError
@@ -293,7 +293,7 @@ def test_a_picture_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_bare_file_of_any_name_and_its_picture(capsys: Any, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pip install -e '.[serve]'")
     file, picture = tmp_path / "small.json", tmp_path / "shards.svg"
     file.write_text(Path(write_config(tmp_path)).read_text())
     status, out, _ = run(

@@ -14,7 +14,7 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 PATH = re.compile(r"(?<![\w.])/(?:home|root|tmp|var|usr|opt|Users|mnt)/|site-packages")
 FEWEST_PICTURES = {"1": 10, "2": 7, "3": 6, "4": 3}
 
-nbformat = pytest.importorskip("nbformat")
+nbformat = pytest.importorskip("nbformat", reason="pip install -e '.[notebook]'")
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -48,16 +48,17 @@ def test_saved(path: Path) -> None:
                 assert kind.startswith("image/") or PATH.search(text) is None
 
 
+@pytest.mark.slow
 @every_notebook
 def test_notebook(path: Path, smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nbclient = pytest.importorskip("nbclient")
+    nbclient = pytest.importorskip("nbclient", reason="pip install -e '.[notebook]'")
     if path.stem.startswith("4_") and (problem := extra_problem("tpu") or extra_problem("gpu")):
         pytest.skip(problem)
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # the notebook fakes its own devices
     monkeypatch.delenv("NPROC", raising=False)
     saved, fresh = (nbformat.read(path, as_version=4) for _ in range(2))
     here = {"metadata": {"path": str(path.parent)}}
-    nbclient.NotebookClient(fresh, timeout=200, kernel_name="python3", resources=here).execute()
+    nbclient.NotebookClient(fresh, timeout=540, kernel_name="python3", resources=here).execute()
     assert pictures(fresh) == pictures(saved)
     for before, after in zip(code_cells(saved), code_cells(fresh), strict=True):
         after.outputs = [output for output in after.outputs if output.get("name") != "stderr"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from tpjax.sharding import POSITIONS
 
 TINY = sorted(golden.parent.name for golden in GOLDENS.glob("*/golden.npz"))
 EVERY_TP = range(1, 9)
+AT_EVERY_TP = ("llama", "gemma3", "gpt_oss")  # in the default tier; the others there at one tp
 TOLERANCE = 1e-4
 STEPS = 64
 GREEDY = SamplingParams(max_tokens=STEPS, temperature=0, ignore_eos=True)
@@ -31,8 +33,20 @@ def relative_error(actual: np.ndarray, expected: np.ndarray, scale: float | None
     return float(np.abs(actual - expected).max() / (scale or np.abs(expected).max()))
 
 
-@pytest.mark.parametrize("tp", EVERY_TP)
-@pytest.mark.parametrize("name", TINY)
+def slow(value: Any) -> Any:
+    """A parameter that only `--all` tries."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
+def wide(name: str, tp: int) -> tuple[pytest.MarkDecorator, ...]:
+    """Marks what the default tier leaves to `--all`: of most goldens, all but one tp."""
+    return () if tp == 3 or (name in AT_EVERY_TP and tp in (1, 2, 8)) else (pytest.mark.slow,)
+
+
+@pytest.mark.parametrize(
+    ("name", "tp"),
+    [pytest.param(name, tp, marks=wide(name, tp)) for name in TINY for tp in EVERY_TP],
+)
 def test_parity_with_goldens(name: str, tp: int) -> None:
     """Logits of a prompt in one chunk, then the greedy continuation token by token through the cache."""
     golden = np.load(GOLDENS / name / "golden.npz")
@@ -47,7 +61,7 @@ def test_parity_with_goldens(name: str, tp: int) -> None:
     assert tokens == golden["greedy"].tolist()
 
 
-@pytest.mark.parametrize("tp", (2, 3, 8))
+@pytest.mark.parametrize("tp", (slow(2), 3, slow(8)))
 @pytest.mark.parametrize("name", ("qwen3", "gemma3", "cohere", "gpt2", "gpt_oss", "deepseek_v3"))
 def test_parity_with_the_residual_cut_over_positions(name: str, tp: int) -> None:
     """Also where tp does not divide the chunk, 64 positions."""
@@ -77,8 +91,8 @@ def test_goldens_are_worth_comparing(name: str) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_parity_with_transformers(name: str) -> None:
     """Live, on a prompt no golden has seen."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch", reason="pip install -e '.[parity]'")
+    transformers = pytest.importorskip("transformers", reason="pip install -e '.[parity]'")
     model = transformers.AutoModelForCausalLM.from_pretrained(
         GOLDENS / name, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     ).eval()
@@ -99,8 +113,8 @@ def test_longrope_shares_no_pages_across_the_switch() -> None:
 
 def test_parity_of_longrope_at_the_switch() -> None:
     """Frequencies change where a sequence is longer than the original context, 32 tokens here."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch", reason="pip install -e '.[parity]'")
+    transformers = pytest.importorskip("transformers", reason="pip install -e '.[parity]'")
     model = transformers.AutoModelForCausalLM.from_pretrained(
         GOLDENS / "phi3", dtype=torch.float32, attn_implementation="eager"
     ).eval()
@@ -113,12 +127,12 @@ def test_parity_of_longrope_at_the_switch() -> None:
     assert relative_error(llm.logits(prompt), long) <= TOLERANCE
 
 
-@pytest.mark.parametrize("tp", (1, 3, 4))
+@pytest.mark.parametrize("tp", (slow(1), 3, slow(4)))
 def test_parity_smollm2(tp: int, smollm2_gguf: Path) -> None:
     check_real("smollm2-135m", smollm2_gguf, tp)
 
 
-@pytest.mark.parametrize("tp", (1, 3, 4))
+@pytest.mark.parametrize("tp", (slow(1), 3, slow(4)))
 def test_parity_gemma3(tp: int, gemma3_gguf: Path) -> None:
     check_real("gemma3-270m", gemma3_gguf, tp)
 
@@ -135,11 +149,12 @@ def check_real(name: str, path: Path, tp: int) -> None:
     assert completion.token_ids == golden["greedy"].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixture", ("smollm2_gguf", "gemma3_gguf"))
 def test_parity_real_with_transformers(fixture: str, request: pytest.FixtureRequest) -> None:
     """Live and over the whole vocabulary, through transformers' own reading of the GGUF file."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch", reason="pip install -e '.[parity]'")
+    transformers = pytest.importorskip("transformers", reason="pip install -e '.[parity]'")
     path = request.getfixturevalue(fixture)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32

@@ -373,7 +373,7 @@ def test_tables(capsys):
 
 
 def test_a_picture(capsys, tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pip install -e '.[serve]'")
     file = tmp_path / "frontier.svg"
     assert run(capsys, "llama-3-8b", "--hardware", "h100:2", "--plot", str(file))[0] == 0
     assert file.read_text().lstrip().startswith("<?xml")

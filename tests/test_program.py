@@ -201,6 +201,7 @@ def test_nothing_compiles_after_warm_up(tp: int) -> None:
     assert llm.runner.compile_count == count
 
 
+@pytest.mark.slow
 def test_two_thousand_asynchronous_steps_at_tp8() -> None:
     """What deadlocks jax 0.10.2 with faked devices and a small thread pool; in a process of its own."""
     program = """

@@ -190,8 +190,8 @@ def test_mxfp4_codes_are_those_of_ml_dtypes() -> None:
 
 
 def test_mxfp4_is_what_transformers_reads() -> None:
-    torch = pytest.importorskip("torch")
-    mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+    torch = pytest.importorskip("torch", reason="pip install -e '.[parity]'")
+    mxfp4 = pytest.importorskip("transformers.integrations.mxfp4", reason="pip install -e '.[parity]'")
     blocks, scales = mxfp4_arrays(seed=3)
     expected = mxfp4.convert_moe_packed_tensors(
         torch.tensor(blocks), torch.tensor(scales), dtype=torch.float32

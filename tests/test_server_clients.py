@@ -63,7 +63,7 @@ def test_no_500_whatever_the_document_allows(server: Running) -> None:
 # --- lm-eval
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs the parity extra")
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="pip install -e '.[parity]'")
 @pytest.mark.filterwarnings("ignore")
 def test_lm_eval_gets_the_model_s_own_loglikelihoods(server: Running, directory: Path) -> None:
     from lm_eval.api.instance import Instance
@@ -94,7 +94,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.mark.skipif(
-    CHROMIUM is None or importlib.util.find_spec("playwright") is None, reason="needs playwright and chromium"
+    CHROMIUM is None or importlib.util.find_spec("playwright") is None,
+    reason="pip install -e '.[browser]', and a Chromium",
 )
 def test_the_page_in_a_browser(server: Running, tmp_path: Path) -> None:
     from playwright.sync_api import sync_playwright

@@ -160,11 +160,14 @@ BAD: dict[str, tuple[str, Any, str | None, str]] = {
     "schema missing": (CHAT, chat(response_format={"type": "json_schema"}), "response_format", "json_schema"),
     "schema type": (CHAT, schema({"type": "foo"}), "response_format", "foo"),
     "schema keyword": (CHAT, schema({"not": {"type": "string"}}), "response_format", "not"),
-    "schema regex": (CHAT, schema({"type": "string", "pattern": "(a"}), "response_format", "pattern '(a': unclosed"),
+    "schema regex": (
+        CHAT, schema({"type": "string", "pattern": "(a"}), "response_format", "pattern '(a': unclosed",
+    ),
     "schema large": (CHAT, schema({"enum": ["a" * 100] * 1000}), "response_format", "over 65536"),
     "regex large": (CHAT, schema({"pattern": "a" * 70_000}), "response_format", "over 65536"),
     "regex deep": (
-        CHAT, schema({"type": "string", "pattern": "(" * 400 + "a" + ")" * 400}), "response_format", "pattern",
+        CHAT, schema({"type": "string", "pattern": "(" * 400 + "a" + ")" * 400}),
+        "response_format", "pattern",
     ),
     "schema cyclic": (CHAT, schema({"$ref": "#"}), "response_format", "schema"),
     "schema cyclic by two": (

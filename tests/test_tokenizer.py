@@ -173,7 +173,7 @@ def test_gguf_ids_and_text_equal_the_goldens(name, request):
 
 @pytest.mark.parametrize("name", ["smollm2", "gemma3"])
 def test_gguf_ids_equal_transformers_on_mixed_texts(name, request):
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="pip install -e '.[parity]'")
     path = request.getfixturevalue(f"{name}_gguf")
     tokenizer = request.getfixturevalue(name)
     reference = _script("make_tokenizer_goldens").reference(path.parent, name)
@@ -220,7 +220,7 @@ def test_gemma3_round_trips(gemma3):
 
 
 def test_tokenizer_json_equals_transformers(byte_level_dir, byte_level):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="pip install -e '.[parity]'")
     reference = transformers.AutoTokenizer.from_pretrained(byte_level_dir)
     for text in [*TEXTS, "<think>a</think><|eos|> b <|im_end|>"]:
         ids = byte_level.encode(text)
@@ -411,7 +411,7 @@ def test_tokenizer_model_equals_sentencepiece(sentencepiece_dir, spm):
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_tokenizer_model_equals_transformers(tmp_path, legacy):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="pip install -e '.[parity]'")
     _sentencepiece_model(tmp_path)
     config = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True}
     config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -798,7 +798,9 @@ def test_chat_templates_run_as_in_transformers(byte_level_dir, template, expecte
     ),
 )
 def test_a_final_message_is_continued_as_in_transformers(template, content):
-    utilities = pytest.importorskip("transformers.utils.chat_template_utils")
+    utilities = pytest.importorskip(
+        "transformers.utils.chat_template_utils", reason="pip install -e '.[parity]'"
+    )
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": content}]
     (expected,), _ = utilities.render_jinja_template(
         conversations=[messages], chat_template=template, continue_final_message=True

@@ -200,7 +200,7 @@ def test_missing_and_unfit_extras(
 
 # --- compiled here, where the compilers are ----------------------------------------------------------------
 
-needs_tpu = pytest.mark.skipif(extra_problem("tpu") is not None, reason="extra aot-tpu")
+needs_tpu = pytest.mark.skipif(extra_problem("tpu") is not None, reason="pip install -e '.[aot-tpu]'")
 needs_gpu = pytest.mark.skipif(
     extra_problem("gpu") is not None, reason="the GPU compiler (doctor says which)"
 )

@@ -239,7 +239,8 @@ def _in_a_line(message: str) -> str:
         return message
     before, _, wrong = message.partition(f"{_UNUSABLE}: ")
     wrong = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", wrong)
-    pattern = re.match(r"regex parse error:\n\s*(.*)\n[\s\S]*error: (.*)", wrong)
+    wrong = re.sub(r'^invalid regex ".*" \(in regex\): ', "", wrong)
+    pattern = re.match(r"regex parse error:\n\s*(.*)\n[\s\S]*?error: (.*)", wrong)
     wrong = f"the pattern {pattern[1][:200]!r}: {pattern[2]}" if pattern else wrong.split("\n")[0]
     return f"{before}{_UNUSABLE}: {wrong}"[:500]
 

@@ -1,0 +1,39 @@
+"""A part of the suite as users run it: at XLA's own level of optimisation, which `conftest` lowers."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SHIPPED = 3  # XLA's default
+TESTS = (
+    *(f"test_parity.py::test_parity_with_goldens[{name}-3]" for name in ("llama", "gemma3", "qwen3_moe")),
+    *(f"test_parity.py::test_parity_with_goldens[{name}-3]" for name in ("deepseek_v3", "gpt_oss")),
+    "test_parity.py::test_parity_smollm2[3]",
+    "test_sampling.py",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_as_shipped() -> None:
+    kept = [
+        flag for flag in os.environ.get("XLA_FLAGS", "").split() if "backend_optimization_level" not in flag
+    ]
+    flags = [*kept, f"--xla_backend_optimization_level={SHIPPED}"]
+    environment = {**os.environ, "XLA_FLAGS": " ".join(flags)}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "900"]
+    done = subprocess.run(
+        [*command, *(str(HERE / test) for test in TESTS)],
+        env=environment, cwd=HERE.parent, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) > len(TESTS)

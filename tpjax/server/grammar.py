@@ -241,8 +241,8 @@ def _in_a_line(message: str) -> str:
     wrong = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", wrong)
     wrong = re.sub(r'^invalid regex ".*" \(in regex\): ', "", wrong)
     pattern = re.match(r"regex parse error:\n\s*(.*)\n[\s\S]*?error: (.*)", wrong)
-    wrong = f"the pattern {pattern[1]!r}: {pattern[2]}" if pattern else wrong.split("\n")[0]
-    return f"{before}{_UNUSABLE}: {wrong}"
+    wrong = f"the pattern {pattern[1][:200]!r}: {pattern[2]}" if pattern else wrong.split("\n")[0]
+    return f"{before}{_UNUSABLE}: {wrong}"[:500]
 
 
 class _Vocabulary:

@@ -102,7 +102,7 @@ class ChatTemplates:
             AttributeError,
             ArithmeticError,
         ) as error:
-            raise RequestError(f"the chat template refused the messages: {error}") from error
+            raise RequestError(f"the chat template refused the messages: {error}"[:500]) from error
         return _cut(text, final["content"]) if continue_final_message else text
 
     def chosen(self, tools: Sequence[Any] | None) -> str:

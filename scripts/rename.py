@@ -3,8 +3,8 @@
 
     python scripts/rename.py my_program.py tests/        # in place; folders are searched for .py files
 
-What moved and what is called otherwise is in the tables below. `Shape`, `Latent` and `Experts` of `inspect` have
-no successor: a model is a `ModelConfig` (`planning.published`), counted by `planning.counts.Counts`.
+What moved and what is called otherwise is in the tables below. `Shape`, `Latent` and `Experts` of `inspect`
+have no successor: a model is a `ModelConfig` (`planning.published`), counted by `planning.counts.Counts`.
 """
 
 from __future__ import annotations

@@ -30,30 +30,33 @@ def scripted_checkpoint(
     tiny_checkpoint(directory)
     library = json.loads((directory / "tokenizer.json").read_text())
     pieces = list(dict.fromkeys(piece for first, rest in scripts.items() for piece in (first, *rest)))
-    ids = {piece: 320 + i for i, piece in enumerate(pieces)}
+    first_id = 1 + max(library["model"]["vocab"].values())
+    known = {piece: i for piece, i in library["model"]["vocab"].items() if piece in pieces}
+    new = [piece for piece in pieces if piece not in known]
+    ids = known | {piece: first_id + i for i, piece in enumerate(new)}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     library["added_tokens"] += [
-        {"id": i, "content": piece, "special": piece in special, **flags} for piece, i in ids.items()
+        {"id": ids[piece], "content": piece, "special": piece in special, **flags} for piece in new
     ]
     (directory / "tokenizer.json").write_text(json.dumps(library))
     following: dict[int, int] = {}
     for first, rest in scripts.items():
         chain = [ids[first], *(ids[piece] for piece in rest), EOS]
         for before, after in itertools.pairwise(chain):
-            assert following.setdefault(before, after) == after, (first, pieces[before - 320])
-    assert len(ids) < HIDDEN and len(ids) + 320 < VOCAB
+            assert following.setdefault(before, after) == after, (first, before)
+    assert len(ids) < HIDDEN and first_id + len(ids) < VOCAB
 
     config = json.loads((GOLDENS / "llama" / "config.json").read_text())
     config |= {"hidden_size": HIDDEN, "vocab_size": VOCAB, "eos_token_id": EOS, "bos_token_id": 0}
     config |= {"num_hidden_layers": 1, "max_position_embeddings": CONTEXT, "tie_word_embeddings": False}
     (directory / "config.json").write_text(json.dumps(config))
     golden = load_file(GOLDENS / "llama" / "model.safetensors")
-    old = json.loads((GOLDENS / "llama" / "config.json").read_text())["hidden_size"]
     weights = {}
     for name, value in golden.items():
         if ".layers." in name and ".layers.0." not in name:
             continue
-        shape = tuple(HIDDEN if side == old else side for side in value.shape)
+        outputs = name.endswith(("o_proj.weight", "down_proj.weight"))  # these write the hidden state
+        shape = (HIDDEN, *value.shape[1:]) if outputs or value.ndim == 1 else (value.shape[0], HIDDEN)
         weights[name] = (np.ones if "norm" in name else np.zeros)(shape, np.float32)
     embedding, head = np.zeros((2, VOCAB, HIDDEN), np.float32)
     for row, (before, after) in enumerate(following.items()):

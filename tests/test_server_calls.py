@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tpjax.server.calls import gemma_arguments
+from tpjax.server.call_formats import gemma_arguments
 from tpjax.server.dialect import AnswerReader, Dialect
 from tpjax.server.reader import Malformed
 from tpjax.server.reasoning import reasoning_format

@@ -183,6 +183,8 @@ class ChatAnswer:
             dialect = await templates.dialect(offered, body.chat_template)
             ids = await templates.prompt(body.messages, offered, asked=body)
             grammars = await _grammars(templates.grammars, body, dialect, dialect.inside(llm.tokenizer, ids))
+            for grammar in grammars:
+                grammar.also_ends(dialect.stop_ids)
             make = partial(make_requests, llm, body, ids, body.limit, None, grammars, **params)
             requests = await templates.texts.threads.run(make)
         budget.prepared()

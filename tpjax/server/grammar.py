@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import llguidance
@@ -45,18 +45,27 @@ class TokenGrammar:
         self.error: str | None = None
         self._matcher = matcher
         self._eos_ids = eos_ids
+        self._stop_ids: frozenset[int] = frozenset()
         self._words = -(-vocab_size // 32)
+
+    def also_ends(self, stop_ids: Collection[int]) -> None:
+        """Takes tokens that end the text as an end-of-text token does."""
+        self._stop_ids = frozenset(stop_ids) - self._eos_ids
 
     def mask(self) -> np.ndarray:
         """uint32 [ceil(V / 32)]: bit ``i`` of word ``w`` allows token ``32 * w + i``."""
         allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: self._words]
         self._check()
         # a model may have more rows than its tokenizer has tokens: those are never drawn
-        return np.pad(allowed, (0, self._words - len(allowed)))
+        mask = np.pad(allowed, (0, self._words - len(allowed)))
+        if self._stop_ids and any(mask[i >> 5] >> (i & 31) & 1 for i in self._eos_ids):
+            for i in self._stop_ids:
+                mask[i >> 5] |= np.uint32(1 << (i & 31))
+        return mask
 
     def advance(self, token: int) -> None:
         """Takes the token that was drawn."""
-        if token in self._eos_ids:
+        if token in self._eos_ids or token in self._stop_ids:
             self.finished = True
         elif not self.finished:
             self._matcher.consume_token(token)

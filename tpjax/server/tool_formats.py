@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tpjax.server import harmony
-from tpjax.server.calls import (
-    CallReader,
+from tpjax.server.call_formats import (
     DeepSeek,
     Gemma,
     Kimi,
@@ -19,6 +18,7 @@ from tpjax.server.calls import (
     Pythonic,
     Tagged,
 )
+from tpjax.server.calls import CallReader
 
 Calls = Sequence[tuple[str, dict[str, Any]]]  # names and arguments
 

@@ -1,0 +1,269 @@
+"""How each kind of model writes its calls: tags, special tokens, fences, bare objects."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from tpjax.server.calls import NAME, CallReader
+from tpjax.server.reader import Malformed, Reading
+
+
+class Tagged(CallReader):
+    """``<tool_call>`` and what models put there.
+
+    An object (Qwen, Hermes), ``<function=NAME>`` (Qwen3-Coder), or ``NAME`` and ``<arg_key>`` (GLM).
+    """
+
+    marks: ClassVar[tuple[str, ...]] = ("<tool_call>", "<function=")
+    tails: ClassVar[tuple[str, ...]] = ("</tool_call>",)
+
+    def call(self, mark: str) -> Reading[None]:
+        """Reads one call, or an array of them."""
+        if mark == "<function=":
+            yield from self._function()
+            return
+        yield from self.spaces()
+        if (yield from self.accept("<function=")):
+            yield from self._function()
+        elif (yield from self.follows("{", "[")):
+            yield from self.objects()
+        else:
+            yield from self._keys_and_values()
+
+    def _function(self) -> Reading[None]:
+        name = yield from self.run(NAME)
+        yield from self.expect(">")
+        yield from self.spaces()
+        yield from self._pairs(name, "<parameter=", ">", "</parameter>", "<parameter=", "</function>")
+        yield from self.accept("</function>")
+
+    def _keys_and_values(self) -> Reading[None]:
+        name = yield from self.run(NAME)
+        yield from self.spaces()
+        if not name or (yield from self.follows("<arg_key>", "</tool_call>")) is None:
+            raise Malformed
+        yield from self._pairs(name, "<arg_key>", "</arg_key>", "</arg_value>", "<arg_key>", "</tool_call>")
+
+    def _pairs(self, name: str, opens: str, closes: str, *ends: str) -> Reading[None]:
+        """Reads a call's parameters, and gives each out as it is complete."""
+        if not name or (yield from self.follows(opens, *ends[1:])) is None:
+            raise Malformed
+        self.begin(name)
+        separator = "{"
+        while (yield from self.accept(opens)):
+            key: list[str] = []
+            yield from self.until((closes,), key.append)
+            yield from self.spaces_before_value()
+            yield from self.accept("<arg_value>")
+            text: list[str] = []
+            if (yield from self.until((ends[0],), text.append)) is None:
+                return  # cut off: the arguments stay open, as they would in JSON
+            pair = (
+                "".join(key).strip(),
+                self.typed(name, "".join(key).strip(), "".join(text).removesuffix("\n")),
+            )
+            written = [json.dumps(one, ensure_ascii=False) for one in pair]
+            self.argue(separator + ": ".join(written))
+            separator = ", "
+            yield from self.spaces()
+        self.argue("{}" if separator == "{" else "}")
+
+    def spaces_before_value(self) -> Reading[None]:
+        """Reads the one line's end between a key and its value."""
+        yield from self.accept("\n")
+
+
+class Llama(CallReader):
+    """Llama 3.x: bare objects with ``;`` between, or after ``<|python_tag|>`` these or ``tool.call(...)``."""
+
+    marks: ClassVar[tuple[str, ...]] = ("<|python_tag|>", "{")
+
+    def call(self, mark: str) -> Reading[None]:
+        """Reads one call or more."""
+        if mark == "{":
+            self._at -= 1
+            yield from self.objects(";", known=True)
+            return
+        yield from self.spaces()
+        if (yield from self.follows("{", "[")):
+            yield from self.objects(";")
+        else:
+            yield from self.python()
+
+
+class Mistral(CallReader):
+    """``[TOOL_CALLS]``: an array of objects, or from its eleventh tokenizer on ``NAME[ARGS]{...}``."""
+
+    marks: ClassVar[tuple[str, ...]] = ("[TOOL_CALLS]",)
+
+    def call(self, mark: str) -> Reading[None]:
+        """Reads an array, or one call."""
+        yield from self.spaces()
+        if (yield from self.follows("[{", "[ ", "[\n", "{")):
+            yield from self.objects()
+            return
+        name = yield from self.run(NAME)
+        if (yield from self.accept("[CALL_ID]")):
+            yield from self.run(NAME)
+        yield from self.accept("[ARGS]")
+        yield from self.spaces()
+        if not name or (yield from self.follows("{")) is None:
+            raise Malformed
+        yield from self.arguments(name)
+
+
+class DeepSeek(CallReader):
+    """DeepSeek V3 and R1 (``function<sep>NAME`` and a fence of JSON) and V3.1 (``NAME<sep>{...}``)."""
+
+    marks: ClassVar[tuple[str, ...]] = ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>")
+    tails: ClassVar[tuple[str, ...]] = ("<｜tool▁calls▁end｜>", "<｜tool▁call▁end｜>")
+
+    def call(self, mark: str) -> Reading[None]:
+        """Reads one call."""
+        yield from self.spaces()
+        if mark == self.marks[0]:
+            yield from self.expect(self.marks[1])
+        name = yield from self.run(NAME)
+        yield from self.expect("<｜tool▁sep｜>")
+        if (yield from self.follows("{")) is None:
+            name = yield from self.run(NAME)
+            yield from self.spaces()
+            yield from self.accept("```json", "```")
+            yield from self.spaces()
+        if not name or (yield from self.follows("{")) is None:
+            raise Malformed
+        yield from self.arguments(name)
+        yield from self.spaces()
+        yield from self.accept("```")
+
+
+class Kimi(CallReader):
+    """Kimi K2: ``functions.NAME:0`` between special tokens."""
+
+    marks: ClassVar[tuple[str, ...]] = ("<|tool_calls_section_begin|>", "<|tool_call_begin|>")
+    tails: ClassVar[tuple[str, ...]] = ("<|tool_calls_section_end|>", "<|tool_call_end|>")
+    sep = "<|tool_call_argument_begin|>"
+
+    def call(self, mark: str) -> Reading[None]:
+        """Reads one call."""
+        yield from self.spaces()
+        if mark == self.marks[0]:
+            yield from self.expect(self.marks[1])
+        name: list[str] = []
+        if (yield from self.until((self.sep,), name.append)) is None:
+            raise Malformed
+        bare = re.sub(r":\d+$", "", "".join(name).strip()).removeprefix("functions.")
+        yield from self.spaces()
+        if not NAME.fullmatch(bare) or (yield from self.follows("{")) is None:
+            raise Malformed
+        yield from self.arguments(bare)
+
+
+class Listed(CallReader):
+    """An array of objects between tokens: Granite, Phi-4-mini, Command R, Jamba."""
+
+    marks: ClassVar[tuple[str, ...]] = ("<|tool_call|>", "<tool_call>", "<|START_ACTION|>", "<tool_calls>")
+    tails: ClassVar[tuple[str, ...]] = ("<|/tool_call|>", "</tool_call>", "<|END_ACTION|>", "</tool_calls>")
+
+    def call(self, mark: str) -> Reading[None]:
+        """Reads an array, or one call."""
+        yield from self.spaces()
+        yield from self.objects()
+
+
+class Gemma(CallReader):
+    """Gemma: its templates know no tools, so the ways its documentation and its training show.
+
+    Fences of ``tool_code`` or JSON, a bare object, Python calls in brackets; what this server asks for
+    (``<tool_call>``); FunctionGemma's and Gemma 4's own tokens.
+    """
+
+    marks: ClassVar[tuple[str, ...]] = (
+        "<tool_call>", "```tool_code", "```json", "```", "{", "[", "<start_function_call>", "<|tool_call>",
+    )  # fmt: skip
+    tails: ClassVar[tuple[str, ...]] = ("</tool_call>", "<end_function_call>", "<tool_call|>")
+
+    def call(self, mark: str) -> Reading[None]:
+        """Reads one call or more."""
+        if mark in ("<start_function_call>", "<|tool_call>"):
+            yield from self._own("<end_function_call>" if mark == self.marks[6] else "<tool_call|>")
+        elif mark == "```tool_code":
+            yield from self.python("```", known=True)
+        elif mark in ("{", "["):
+            self._at -= 1
+            python = mark == "[" and (yield from self._python_follows())
+            yield from self.python(known=True) if python else self.objects(";", known=True)
+        else:
+            yield from self.spaces()
+            yield from self.objects(known=mark != "<tool_call>")
+            yield from self.spaces()
+            if mark != "<tool_call>":
+                yield from self.accept("```")
+
+    def _python_follows(self) -> Reading[bool]:
+        back = self._at
+        self._at += 1
+        yield from self.spaces()
+        name = yield from self.run(NAME)
+        found = bool(name) and (yield from self.follows("(")) is not None
+        self._at = back
+        return found
+
+    def _own(self, end: str) -> Reading[None]:
+        """Reads ``call:NAME{key:value,...}``."""
+        yield from self.expect("call:")
+        name = yield from self.run(NAME)
+        if not name or (yield from self.follows("{")) is None:
+            raise Malformed
+        parts: list[str] = []
+        yield from self.until((end,), parts.append)
+        self.whole(name, gemma_arguments("".join(parts)))
+
+
+def gemma_arguments(text: str) -> dict[str, Any]:
+    """Gemma's own notation of an object: bare keys, strings between ``<escape>`` or ``<|"|>``.
+
+    Raises:
+        Malformed: it is none.
+    """
+    strings: list[str] = []
+
+    def keep(match: re.Match[str]) -> str:
+        strings.append(match[2])
+        return json.dumps(f"\0{len(strings) - 1}")
+
+    plain = re.sub(r'(<escape>|<\|"\|>)(.*?)\1', keep, text, flags=re.DOTALL)
+    plain = re.sub(r"([{,]\s*)([A-Za-z_][\w.-]*)\s*:", r'\1"\2":', plain)
+    try:
+        value: dict[str, Any] = _restored(json.loads(plain), strings)
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise Malformed from error
+    if not isinstance(value, dict):
+        raise Malformed
+    return value
+
+
+def _restored(value: Any, strings: Sequence[str]) -> Any:
+    if isinstance(value, str) and value.startswith("\0"):
+        return strings[int(value[1:])]
+    if isinstance(value, dict):
+        return {key: _restored(one, strings) for key, one in value.items()}
+    return [_restored(one, strings) for one in value] if isinstance(value, list) else value
+
+
+class Pythonic(Tagged):
+    """Calls in Python between tokens (LFM2), or what this server asks for."""
+
+    marks: ClassVar[tuple[str, ...]] = ("<|tool_call_start|>", *Tagged.marks)
+    tails: ClassVar[tuple[str, ...]] = ("<|tool_call_end|>", *Tagged.tails)
+
+    def call(self, mark: str) -> Reading[None]:
+        """Reads a list of calls."""
+        if mark == "<|tool_call_start|>":
+            yield from self.python("<|tool_call_end|>")
+        else:
+            yield from super().call(mark)

@@ -217,7 +217,7 @@ def test_a_picture_has_a_row_for_each_tensor_and_a_column_for_each_device(report
 
 def test_source_text() -> None:
     assert source_text("__init__.py:1").startswith('"""')
-    lines = (Path(cli.__file__).parent / "model.py").read_text().splitlines()
+    lines = (Path(cli.__file__).parents[1] / "model.py").read_text().splitlines()
     number = next(n for n, line in enumerate(lines, 1) if "= constrain(self.embed_tokens" in line)
     assert source_text(f"model.py:{number}").startswith("constrain(self.embed_tokens(tokens)")
     assert source_text("") == ""

@@ -1,12 +1,11 @@
 """Measuring this machine at toy sizes, keeping the figures, and predicting from them."""
 
 import json
-import types
 
 import pytest
 
-from tpjax.checkpoints import hub
 from tpjax.cli import app as cli
+from tpjax.cli import console
 from tpjax.errors import DeviceError
 from tpjax.mesh import make_mesh
 from tpjax.planning import bench, measure
@@ -105,7 +104,7 @@ def test_calls_take_turns_for_as_many_rounds_as_asked():
 def test_figures_are_kept(monkeypatch, tmp_path, capsys):
     asked = []
 
-    def measured(tp):
+    def measured(tp, rounds):
         asked.append(tp)
         return FIGURES
 
@@ -125,31 +124,29 @@ def test_figures_are_kept(monkeypatch, tmp_path, capsys):
 def test_a_failed_measurement_says_why(monkeypatch):
     monkeypatch.setattr(measure.sys, "executable", "/bin/false")
     with pytest.raises(DeviceError, match="measuring at tp=2 failed: status 1"):
-        measure._measure_apart(2)
+        measure._measure_apart(2, None)
 
 
-def test_bench_prints_measured_next_to_predicted(small, monkeypatch, capsys):
+def test_bench_sets_measured_next_to_predicted(small, capsys):
     runner = measure._zeros_runner(make_mesh(2), 1)
-    llm = types.SimpleNamespace(config=runner.config, runner=runner)
-    monkeypatch.setattr(hub, "resolve", lambda name: name)
-    monkeypatch.setattr(cli, "_load", lambda args: llm)
-    monkeypatch.setattr(measure, "measured_hardware", lambda tp: measure.hardware_from(FIGURES))
-    assert cli.main(["bench", "toy", "--tp", "2", "--context", "64", "--prompt-len", "32", "--json"]) == 0
-    data = json.loads(capsys.readouterr().out)
-    assert (data["model"], data["tp"], data["context"], data["prompt_len"]) == ("toy", 2, 64, 32)
-    assert 0 < data["decode"]["measured_ms"] < 1000 and 0 < data["prefill"]["measured_ms"] < 1000
     hardware, counts = measure.hardware_from(FIGURES), Counts("toy", runner.config)
     plan = make_plan(counts, hardware, 2, 2, Workload(1, 64, 32, "float32"))
+    report = bench.run(runner, plan, rounds=1)
+    data = report.to_dict()
+    assert (data["model"], data["tp"], data["context"], data["prompt_len"]) == ("toy", 2, 64, 32)
+    assert data["decode"]["measured_ms"] > 0 and data["prefill"]["measured_ms"] > 0
     assert data["decode"]["predicted_ms"] == pytest.approx(plan.decode.total * 1e3)
     assert data["prefill"]["predicted_ms"] == pytest.approx(plan.prefill.total * 1e3)
     assert bench.longest(plan.workload) == 64 + 64
-    assert cli.main(["bench", "toy", "--tp", "2", "--context", "64", "--prompt-len", "32"]) == 0
+    console.show(report)
     table = capsys.readouterr().out
     assert "toy at tp=2 on abacus, float32" in table and "predicted / measured" in table
 
 
 def test_plan_measures_each_tp_it_is_asked_about(monkeypatch, capsys):
-    monkeypatch.setattr(measure, "measured_hardware", lambda tp, fresh: measure.hardware_from(FIGURES))
+    monkeypatch.setattr(
+        measure, "measured_hardware", lambda tp, fresh, rounds: measure.hardware_from(FIGURES)
+    )
     assert cli.main(["plan", "smollm2-135m", "--measure", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert (data["chips"], data["dtype"], data["hardware"]) == (1, "float32", "abacus")  # tp gains nothing

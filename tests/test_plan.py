@@ -6,6 +6,7 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tpjax.cache import page_bytes_per_device
@@ -30,7 +31,7 @@ from tpjax.planning.plan import (
 from tpjax.planning.published import published_config
 from tpjax.planning.strategies import compare
 
-ROOT = Path(cli.__file__).parents[1]
+ROOT = Path(cli.__file__).parents[2]
 
 # 1 GB/s, 1 TFLOP/s, everything reached, and an all-reduce over two that takes 1 us and its size over 1 GB/s.
 IDEAL = Efficiency(1.0, 1.0, 1.0, 1.0, 1.0, layer_us=10.0, expert_us=5.0, step_us=100.0)
@@ -186,13 +187,13 @@ def test_memory_is_what_the_layers_declare(tp):
     config = config_from_hf(raw)
     mesh = make_mesh(tp)
     declared = 0
-    for parameter in parameters(abstract_decoder(config, mesh, "float32"), mesh):
+    for parameter in parameters(abstract_decoder(config, mesh, np.dtype("float32")), mesh):
         shard = parameter.sharding.shard_shape(parameter.layout.shape)
         declared += 4 * (shard[0] * (shard[1] if len(shard) > 1 else 1))
     workload = Workload(dtype="float32")
     memory = CostModel(Counts("tiny", config), CHIP, tp, workload).memory(2, 256)
     assert memory.weights == declared
-    assert memory.cache == 2 * 2 * page_bytes_per_device(config, tp, 128, "float32")
+    assert memory.cache == 2 * 2 * page_bytes_per_device(config, tp, 128, np.dtype("float32"))
 
 
 # --- shape of the answers ----------------------------------------------------------------------------------

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import GOLDENS
 from serving import tiny_checkpoint
 
 from tpjax import LLM
 from tpjax.cli.app import main
 from tpjax.cli.terminal import Chat
 from tpjax.engine.generation import Delta
-from tpjax.errors import RequestError
 from tpjax.sampling_params import SamplingParams
 from tpjax.server.answers import event
 from tpjax.server.errors import ApiError
@@ -135,9 +135,10 @@ class FakeLLM:
         self.closed = 0
         self.tokenizer = SimpleNamespace(
             chat_template=template,
-            apply_chat_template=lambda messages: "".join(f"[{m['role']}]{m['content']}" for m in messages),
-            encode=lambda text, add_special_tokens: [ord(char) for char in text],
         )
+
+    def chat_prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        return [ord(char) for m in messages for char in f"[{m['role']}]{m['content']}"]
 
     def stream(self, prompt: list[int], params: SamplingParams) -> Iterator[Delta]:
         self.seen.append(params)
@@ -199,9 +200,27 @@ def test_ctrl_c_stops_the_answer_only() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_chat_needs_a_template() -> None:
-    with pytest.raises(RequestError, match="chat needs a chat template"):
-        conversation(FakeLLM(template=None))
+def test_a_conversation_can_be_set_and_saved(tmp_path: Path) -> None:
+    llm = FakeLLM()
+    chat, written = conversation(llm, system="be")
+    assert chat.say("/set temperature 0.25") and chat.params.temperature == 0.25
+    assert chat.say("/set stop ###") and chat.params.stop == ("###",)
+    assert chat.say("/set") and "temperature = 0.25" in written[-1]
+    assert chat.say("/set temperature -1") and "temperature=-1 is not" in written[-1]
+    assert chat.say("/set bogus 1") and written[-1] == "bogus is no sampling parameter\n"
+    chat.say("hi")
+    assert llm.seen[0].temperature == 0.25
+    file = tmp_path / "chat.json"
+    assert chat.say(f"/save {file}") and json.loads(file.read_text()) == chat.messages
+    assert chat.say(f"/save {tmp_path}/none/x") and "No such file" in written[-1]
+    assert chat.say("/system be brief") and chat.messages == [{"role": "system", "content": "be brief"}]
+    assert chat.say("/system") and chat.messages == []
+
+
+def test_chat_needs_a_template(capsys: pytest.CaptureFixture[str]) -> None:
+    golden = str(GOLDENS / "llama")  # it has no tokenizer
+    assert main(["chat", golden]) == 2
+    assert capsys.readouterr().err == (f"tpjax: error: {golden} has no chat template: try `tpjax generate`\n")
 
 
 def test_the_chat_verb(

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 RENDER = "tpjax.text.chat_template:rendered"
 WHAT = "the chat template"
 MAX_RENDERED_CHARS = 4 << 20
-_NO_TEMPLATE = "this checkpoint has no chat template"
 
 
 # Put at the end of the message that is to be continued: the rendering is cut there. The space shows whether
@@ -56,8 +55,8 @@ class ChatTemplates:
         """
         _check_messages(messages)
         own = conversation.get("chat_template") is not None
-        if not own and self.chosen(conversation.get("tools")) not in self.sources:
-            raise RequestError(_NO_TEMPLATE)
+        if not own:
+            self._check_known(self.chosen(conversation.get("tools")))
         text: str = sandbox.run(RENDER, self.job({"messages": messages, **conversation}), WHAT)
         return text
 
@@ -119,13 +118,16 @@ class ChatTemplates:
             return ""
         return after if found else ""
 
-    def _template(self, name: str) -> jinja2.Template:
-        import jinja2
-
+    def _check_known(self, name: str) -> None:
         if name not in self.sources:
             others = ", ".join(sorted(self.sources))
             named = f" named {name!r}: it has {others}" if others else ""
             raise RequestError(f"this checkpoint has no chat template{named}")
+
+    def _template(self, name: str) -> jinja2.Template:
+        import jinja2
+
+        self._check_known(name)
         if name not in self._compiled:
             try:
                 self._compiled[name] = _environment().from_string(self.sources[name])

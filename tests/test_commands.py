@@ -37,7 +37,7 @@ COMMANDS = {
         "generate '{prompt}' {model} --tp 2 --dtype float32 --max-model-len 64 --expert-sharding width "
         "--max-tokens 12 --min-tokens 2 --temperature 0.8 --top-k 40 --top-p 0.95 --min-p 0.001 --seed 7 "
         "--stop zebra --stop quagga --stop-token-ids 3 --ignore-eos --repetition-penalty 1.1 "
-        "--presence-penalty 0.2 --frequency-penalty 0.1 --logit-bias 7:1.5 9:-2"
+        "--presence-penalty 0.2 --frequency-penalty 0.1 --logit-bias 7:1.5 9:-2 --generation-config none"
     ),
     "generate json": (
         "generate --prompts {prompts} --model {model} --json --logprobs 2 --temperature 0 --max-tokens 4 "
@@ -50,16 +50,16 @@ COMMANDS = {
         "generate '{prompt}' {model} --system 'Be brief.' --temperature 0 --max-tokens 4 --max-model-len 128"
     ),
     "chat": (
-        "chat --model {model} --tp 2 --dtype float32 --max-model-len 128 --expert-sharding experts "
+        "chat --model {model} --tp 2 --dtype float32 --max-model-len 128 --expert-sharding width "
         "--system brief --max-tokens 6 --min-tokens 1 --temperature 0 --top-k 5 --top-p 0.9 --min-p 0.01 "
         "--seed 3 --stop zebra --stop-token-ids 3 --ignore-eos --repetition-penalty 1.1 "
-        "--presence-penalty 0.1 --frequency-penalty 0.1 --logit-bias 7:1 --logprobs 1"
+        "--presence-penalty 0.1 --frequency-penalty 0.1 --logit-bias 7:1 --logprobs 1 --generation-config auto"
     ),
     "serve": (
         "serve --model {model} --tp 2 --dtype float32 --max-model-len 64 --expert-sharding auto "
         "--host 127.0.0.1 --port 0 --served-model-name tiny --max-slots 2 --max-queue 64 --api-key first "
         "--api-key-file {keys} --protect-metrics --allow-origin http://localhost:3000 --max-body-mib 1 "
-        "--drain-s 5"
+        "--drain-s 5 --generation-config none"
     ),
     "bench serve": (
         "bench serve --base-url {url} --model tiny --num-prompts 3 --input-len 5 --output-len 4 "
@@ -70,7 +70,7 @@ COMMANDS = {
         "bench serve --base-url {url} --num-prompts 1 --output-len 2 --input-len 4 --api-key first --json"
     ),
     "batch": (
-        "batch --model {model} --input {requests} --output {tmp}/answers.jsonl --max-slots 2 --tp 2 "
+        "batch --model {model} --input {requests} --output {tmp}/answers.jsonl --max-slots 2 --tp 2 --generation-config auto "
         "--dtype float32 --max-model-len 64 --expert-sharding experts"
     ),
     "bench": "bench {model} --tp 2 --context 40 --prompt-len 20 --rounds 1 --json",
@@ -85,7 +85,7 @@ COMMANDS = {
         "--plot {tmp}/shards.png --json"
     ),
     "explain config": "explain --config {model}/config.json --tp 2",
-    "explain topology": "explain llama-3-8b --topology v5e:9x9 --context 64",
+    "explain topology": "explain llama-3-8b --topology v5e:99x99 --context 64",
     "convert": "convert --model {model} {tmp}/orbax --dtype bfloat16",
     "pull": "pull --model smollm2-135m --verify",
     "models": "models --json",
@@ -334,7 +334,7 @@ def test_explain_a_configuration(places: dict[str, Any]) -> None:
 def test_explain_for_chips_that_do_not_exist(places: dict[str, Any]) -> None:
     """What needs no compiler of theirs: tests/test_topology.py has the rest."""
     out, err = tpjax("explain topology", places, status=2)
-    assert out == "" and len(err.splitlines()) == 1 and "v5e:9x9" in err
+    assert out == "" and len(err.splitlines()) == 1 and "v5e:99x99" in err
 
 
 @pytest.mark.slow

@@ -274,13 +274,13 @@ def test_stop_strings_do_not_count_within_min_tokens(plain: LLM) -> None:
 def test_a_grammar_that_can_only_end_goes_first(plain: LLM, schema: Any, fewest: int, tokens: int) -> None:
     pytest.importorskip("llguidance")
     from tpjax.server.grammar import GrammarCompiler
-    from tpjax.server.sandbox import Sandbox
+    from tpjax.server.grammar_check import GrammarChecker
 
     assert plain.tokenizer is not None
-    sandbox = Sandbox({}, {})
-    compiler = GrammarCompiler(plain.tokenizer, VOCAB, sandbox)
+    checker = GrammarChecker()
+    compiler = GrammarCompiler(plain.tokenizer, VOCAB, checker)
     (grammar,) = asyncio.run(compiler.schema(schema, "schema", 1))
-    sandbox.close()
+    checker.close()
     params = SamplingParams(max_tokens=12, min_tokens=fewest, temperature=0, logit_bias={EOS: 100.0})
     request = plain.request(PROMPT, params, grammar=grammar)
     plain.engine.add(request)

@@ -21,7 +21,7 @@ from serving import SLOTS, Running, load_tiny, running, tiny_checkpoint
 
 from tpjax.cli import serving_benchmark as bench
 from tpjax.cli.app import main
-from tpjax.errors import RequestError
+from tpjax.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_the_page_in_a_browser(server: Running, tmp_path: Path) -> None:
 
 
 def test_bench_serve(server: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = ["--plot", str(tmp_path / "rates.png"), "--json", str(tmp_path / "rates.json")]
+    files = ["--plot", str(tmp_path / "rates.png"), "--output", str(tmp_path / "rates.json")]
     sizes = ["--num-prompts", "6", "--input-len", "20", "--output-len", "8", "--range-ratio", "0.5"]
     rates = ["--request-rate", "50", "inf", "--goodput", "ttft:60000", "e2el:60000"]
     assert main(["bench", "serve", "--base-url", server.url, *sizes, *rates, *files]) == 0
@@ -178,7 +178,7 @@ def test_bench_serve_failures(server: Running, capsys: pytest.CaptureFixture[str
     assert "http://127.0.0.1:9 does not answer" in capsys.readouterr().err
     assert main(["bench", "serve", "--base-url", server.url, "--model", "other"]) == 2
     assert "it has tiny, and not 'other'" in capsys.readouterr().err
-    load = bench.Load(server.url, num_prompts=1, input_len=2000)
+    load = bench.LoadProfile(server.url, num_prompts=1, input_len=2000)
     (outcome,) = asyncio.run(bench.run(load, float("inf"), {})).outcomes
     assert outcome.error and "400" in outcome.error and "2000 tokens" in outcome.error
 
@@ -197,5 +197,5 @@ def test_bench_figures() -> None:
     assert figures["median_tpot_ms"] == pytest.approx(150) and figures["mean_itl_ms"] == pytest.approx(150)
     assert bench.percentile([1.0, 2.0, 4.0], 50) == 2.0 and bench.percentile([1.0, 2.0, 4.0], 75) == 3.0
     assert bench.percentile([], 99) is None
-    with pytest.raises(RequestError, match=r"/nowhere/x\.png: No such file"):
+    with pytest.raises(ConfigError, match=r"/nowhere/x\.png: No such file"):
         bench.plot([result], Path("/nowhere/x.png"))

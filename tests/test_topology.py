@@ -169,7 +169,10 @@ def test_bad_names(name: str, message: str, capsys: pytest.CaptureFixture[str]) 
 
 def test_a_context_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "llama-3-8b", "--topology", "v5e:2x4", "--context", "0"]) == 2
-    assert capsys.readouterr().err == "tpjax: error: context=0 is less than 1\n"
+    assert capsys.readouterr().err == (
+        "tpjax: error: Invalid value for '--context': '0' is not a whole number of tokens, 1 or more "
+        "(see `tpjax explain --help`)\n"
+    )
 
 
 def test_missing_and_unfit_extras(

@@ -68,6 +68,12 @@ class Wanted:
         return found + ([self.form] if self.form else [])
 
 
+def _symbols(text: str) -> str:
+    """JSON as Lark has it, a lexeme for each of its symbols; ``~`` as white space that may be there."""
+    found = re.findall(r'~|[{}\[\]:,]|"[^"]*"', text)
+    return " ".join("ws" if one == "~" else json.dumps(one, ensure_ascii=False) for one in found)
+
+
 def form_schema(form: ResponseFormat | None) -> Schema | None:
     """The schema of a ``response_format``; ``None`` where that is any text."""
     if form is None or form.type == "text":
@@ -169,6 +175,8 @@ class _Writer:
         calls = self._calls()
         if wanted.must_call:
             return [f"{opens} {calls}"]
+        if wanted.form is not None and not opens:
+            return [*ways, *self._bare_calls()]
         if wanted.form is not None:
             loose = self._form.free and not opens.startswith("<[")
             return [*ways, f"{opens} TEXT" if loose else f"{opens} {calls}"]
@@ -185,6 +193,17 @@ class _Writer:
         first, rest = shape.opens.split("~", 1) if "~" in shape.opens else (shape.opens, None)
         self._lines.append(f"trigger[lazy]: TEXT {json.dumps(first)}")
         return ["TEXT", f"trigger {self._literal('~' + rest) if rest is not None else ''} {calls}"]
+
+    def _bare_calls(self) -> list[str]:
+        """One call as a bare object beside another object: symbol by symbol, since the longer lexeme wins."""
+        shape = self._form.shape
+        ways = []
+        for i, tool in enumerate(self._wanted.tools):
+            before = _symbols(shape.head + tool.function.name + shape.middle)
+            ways.append(
+                f"{before} %json {self._schemas[i]} {_symbols(shape.tail)} {self._literal(shape.closes)}"
+            )
+        return ways
 
     def _calls(self) -> str:
         shape = self._form.shape

@@ -53,7 +53,8 @@ COMMANDS = {
         "chat --model {model} --tp 2 --dtype float32 --max-model-len 128 --expert-sharding width "
         "--system brief --max-tokens 6 --min-tokens 1 --temperature 0 --top-k 5 --top-p 0.9 --min-p 0.01 "
         "--seed 3 --stop zebra --stop-token-ids 3 --ignore-eos --repetition-penalty 1.1 "
-        "--presence-penalty 0.1 --frequency-penalty 0.1 --logit-bias 7:1 --logprobs 1 --generation-config auto"
+        "--presence-penalty 0.1 --frequency-penalty 0.1 --logit-bias 7:1 --logprobs 1 "
+        "--generation-config auto"
     ),
     "serve": (
         "serve --model {model} --tp 2 --dtype float32 --max-model-len 64 --expert-sharding auto "
@@ -70,8 +71,9 @@ COMMANDS = {
         "bench serve --base-url {url} --num-prompts 1 --output-len 2 --input-len 4 --api-key first --json"
     ),
     "batch": (
-        "batch --model {model} --input {requests} --output {tmp}/answers.jsonl --max-slots 2 --tp 2 --generation-config auto "
-        "--dtype float32 --max-model-len 64 --expert-sharding experts"
+        "batch --model {model} --input {requests} --output {tmp}/answers.jsonl --max-slots 2 --tp 2 "
+        "--generation-config auto "
+        "--dtype float32 --max-model-len 64 --expert-sharding width"
     ),
     "bench": "bench {model} --tp 2 --context 40 --prompt-len 20 --rounds 1 --json",
     "bench table": "bench --model {model} --context 40 --rounds 1",

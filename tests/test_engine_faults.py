@@ -180,8 +180,8 @@ def test_requests_that_cannot_be_dispatched(
             raise ZeroDivisionError("lost the thread")
 
     grammar = {"masks": Words(), "grammar": Broken(), "packing": None}[broken]
-    seed = 2**200 if broken == "packing" else 0
-    bad = Request(PROMPTS[0], GREEDY, seed, grammar=grammar)
+    stop_ids = (2**200,) if broken == "packing" else ()
+    bad = Request(PROMPTS[0], GREEDY, 0, stop_ids, grammar=grammar)
     good = Request(PROMPTS[1], GREEDY, 0)
     for request in (bad, good):
         llm.engine.add(request)

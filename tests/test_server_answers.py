@@ -226,7 +226,7 @@ def test_more_tools_than_a_grammar_takes(client: openai.OpenAI) -> None:
 
 
 def test_a_grammar_that_grows_too_complex_is_the_client_s_fault(client: openai.OpenAI) -> None:
-    branches = [{"type": "array", "prefixItems": [{"const": i}]} for i in range(1100)]
+    branches = [{"type": "array", "prefixItems": [{"const": i}]} for i in range(1200)]
     form: Any = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"anyOf": branches}}}
     own = {"chat_template": template("", "<go-plain>")}
     asked: Any = {
@@ -239,10 +239,6 @@ def test_a_grammar_that_grows_too_complex_is_the_client_s_fault(client: openai.O
         client.chat.completions.create(**asked, response_format=form)
     assert caught.value.code == "grammar_too_complex" and "too complex" in caught.value.message
     assert caught.value.type == "invalid_request_error"
-    # a client that has had its first token learns of it in the stream
-    tools: Any = [
-        {"type": "function", "function": {"name": "f", "parameters": form["json_schema"]["schema"]}}
-    ]
     with pytest.raises(openai.APIError) as late:
-        list(client.chat.completions.create(**asked, tools=tools, tool_choice="required", stream=True))
+        list(client.chat.completions.create(**asked, response_format=form, stream=True))
     assert late.value.code == "grammar_too_complex" and late.value.type == "invalid_request_error"

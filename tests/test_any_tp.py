@@ -16,6 +16,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import reference
 from flax import nnx
 from hypothesis import HealthCheck, Phase, given, settings
@@ -223,6 +224,7 @@ def architectures(draw: st.DrawFn) -> ModelConfig:
     )
 
 
+@pytest.mark.slow
 @settings(
     max_examples=EXAMPLES,
     deadline=None,

@@ -8,10 +8,10 @@ files are. `MANIFEST.sha256` has the digest of each: Orbax has no checksums of i
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
-import re
 import shutil
 import sys
 import time
@@ -49,6 +49,8 @@ TOKENIZER_FILES = (
     ),
     *("additional_chat_templates/*.jinja", VOCABULARY),
 )
+
+_WRITE_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -249,8 +251,9 @@ def _write_errors(directory: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError) as error:
         # The hook stays: tensorstore prints one such error for each of its writes that ends only now.
-        reason = re.search(r": ([^:\[]+) \[os_error_code", str(error))
-        said = reason[1] if reason else " ".join(str(error).split())[:200]
+        # It gives the system's reason somewhere in a longer text, whose form changes from version to version.
+        reasons = (os.strerror(code) for code in _WRITE_ERRORS)
+        said = next((text for text in reasons if text in str(error)), " ".join(str(error).split())[:200])
         raise OSError(0, said, str(directory)) from error
     else:
         sys.unraisablehook = hook

@@ -344,8 +344,8 @@ MANY = (
     *((name, 49_152, 100_000, 1) for name in ("plain", "cold", "hot", "min_p", "mask", "penalties")),
     *((name, 2048, 100_000, 4) for name in ("top_k", "top_p", "all")),
     *((name, 49_152, 8192, 1) for name in ("top_k", "top_p", "all")),
-    ("plain", 128_256, 100_000, 4),
-    ("plain", 262_144, 100_000, 1),
+    ("plain", 128_256, 20_000, 4),
+    ("plain", 262_144, 20_000, 1),
 )
 
 

@@ -39,6 +39,20 @@ MODULES = {
 
 # old identifier -> new identifier
 NAMES = {
+    "ExpertCut": "ExpertAxis",
+    "ExpertSharding": "ExpertParallel",
+    "INERT": "IGNORED_FIELDS",
+    "POSITIONS": "SEQUENCE_PARALLEL",
+    "Placement": "BatchMetadata",
+    "Residual": "SequenceParallel",
+    "SHARES": "PARTIAL_SUMS",
+    "Stored": "TensorMapping",
+    "add_up": "reduce_partials",
+    "expert_sharding": "expert_parallel",
+    "length_class": "rope_scaling_key",
+    "residual_of": "residual_spec",
+    "thirds_of_heads": "fused_qkv_by_head",
+    "with_expert_sharding": "with_expert_parallel",
     "Traffic": "Workload",
     "narrow_compute": "low_precision_compute",
     "narrow_flops": "low_precision_flops",

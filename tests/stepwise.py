@@ -11,7 +11,7 @@ from conftest import GOLDENS
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from tpjax.cache import Placement, allocate
+from tpjax.cache import BatchMetadata, allocate
 from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint
 from tpjax.mesh import make_mesh
 from tpjax.sharding import REPLICATED
@@ -23,7 +23,7 @@ class Stepwise:
     Args:
         name: of the golden.
         tp: devices.
-        reach: tokens the sequence will get to.
+        max_length: tokens the sequence will get to.
         residual: layout of the residual.
         dtype: of weights and cache.
     """
@@ -34,13 +34,13 @@ class Stepwise:
         self,
         name: str,
         tp: int,
-        reach: int,
+        max_length: int,
         residual: PartitionSpec = REPLICATED,
         dtype: str = "float32",
     ) -> None:
         checkpoint = open_checkpoint(GOLDENS / name)
         self.mesh, self.vocab_size = make_mesh(tp), checkpoint.config.vocab_size
-        of, pages = jnp.dtype(dtype), -(-reach // self.PAGE)
+        of, pages = jnp.dtype(dtype), -(-max_length // self.PAGE)
         model = abstract_decoder(checkpoint.config, self.mesh, of)
         model = load_decoder(checkpoint, model, self.mesh, progress=False)
         self.cache = allocate(
@@ -48,13 +48,16 @@ class Stepwise:
         )
         self.length = 0
         graph, self.weights = nnx.split(model)
-        table, reaches = jnp.arange(1, pages + 1, dtype=jnp.int32)[None], jnp.array([reach], jnp.int32)
+        table, max_lengths = (
+            jnp.arange(1, pages + 1, dtype=jnp.int32)[None],
+            jnp.array([max_length], jnp.int32),
+        )
 
         @jax.jit
         def forward(weights: Any, cache: Any, tokens: jax.Array, start: jax.Array) -> tuple[jax.Array, Any]:
             positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
             model = nnx.merge(graph, weights)
-            hidden, cache = model(tokens, cache, Placement(table, positions, reaches), residual)
+            hidden, cache = model(tokens, cache, BatchMetadata(table, positions, max_lengths), residual)
             return model.logits(hidden[0]), cache
 
         self.forward = forward

@@ -22,11 +22,11 @@ from flax import nnx
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tpjax.cache import Placement, allocate
+from tpjax.cache import BatchMetadata, allocate
 from tpjax.checkpoints.load import CanonicalSource, Checkpoint, abstract_decoder, load_decoder, parameters
 from tpjax.checkpoints.source import TensorInfo
 from tpjax.config import Activation, Block, LatentConfig, ModelConfig, MoEConfig, RopeConfig
-from tpjax.families.fields import Names
+from tpjax.families.fields import WeightMap
 from tpjax.mesh import make_mesh
 
 F32 = jnp.dtype("float32")
@@ -76,20 +76,20 @@ def decoder_logits(
 ) -> np.ndarray:
     """Scores [S, V] over the paged cache, through every kind of call that serving makes."""
     mesh = make_mesh(tp)
-    checkpoint = Checkpoint(Path("random"), config, CanonicalSource(Arrays(weights), Names(), config))
+    checkpoint = Checkpoint(Path("random"), config, CanonicalSource(Arrays(weights), WeightMap(), config))
     graph, state = nnx.split(
         load_decoder(checkpoint, abstract_decoder(config, mesh, F32), mesh, progress=False)
     )
     blocks = -(-LENGTH // PAGE)
     cache = allocate(config, mesh, num_pages=blocks + 1, page_size=PAGE, dtype=F32)
-    table, reach = jnp.arange(blocks, 0, -1, dtype=jnp.int32)[None], jnp.array([LENGTH], jnp.int32)
+    table, max_length = jnp.arange(blocks, 0, -1, dtype=jnp.int32)[None], jnp.array([LENGTH], jnp.int32)
 
     @jax.jit
     def run(state: Any, cache: Any, tokens: Any) -> Any:
         model = nnx.merge(graph, state)
         hidden = []
         for first, last in CHUNKS:
-            at = Placement(table, jnp.arange(first, last, dtype=jnp.int32)[None], reach)
+            at = BatchMetadata(table, jnp.arange(first, last, dtype=jnp.int32)[None], max_length)
             x, cache = model(tokens[None, first:last], cache, at)
             hidden.append(x[0])
         return model.logits(jnp.concatenate(hidden))
@@ -180,7 +180,7 @@ def mixtures(draw: st.DrawFn, layers: int) -> MoEConfig:
         shared_width=shared_width,
         shared_gate=shared_width > 0 and draw(st.booleans()),
         swiglu_limit=draw(st.none() | st.just(0.5)),
-        expert_sharding=draw(st.sampled_from(("auto", "width"))),
+        expert_parallel=draw(st.sampled_from(("auto", "off"))),
     )
 
 

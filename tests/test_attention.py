@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 
-from tpjax.cache import NULL_PAGE, LayerCache, Placement
+from tpjax.cache import NULL_PAGE, BatchMetadata, LayerCache
 from tpjax.inspect.collectives import find_collectives
 from tpjax.layers import attention
 from tpjax.layers.attention import paged_attention, reference_attention
@@ -39,7 +39,7 @@ def tables(rng: np.random.Generator, batch: int, used: list[int]) -> np.ndarray:
 
 def case(
     rng: np.random.Generator, positions: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, LayerCache, LayerCache, Placement]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, LayerCache, LayerCache, BatchMetadata]:
     """Queries, dense keys and values, the same in pages twice over with different garbage around them."""
     batch, length = positions.shape
     contexts = positions.max(axis=1) + 1
@@ -54,11 +54,11 @@ def case(
             for at in range(context):
                 filled_pages[:, table[row, at // PAGE], :, at % PAGE] = dense[:, row, at]
         caches.append(LayerCache(jnp.asarray(filled_pages[0]), jnp.asarray(filled_pages[1])))
-    at = Placement(jnp.asarray(table), jnp.asarray(positions, jnp.int32))
+    at = BatchMetadata(jnp.asarray(table), jnp.asarray(positions, jnp.int32))
     return query, dense[0], dense[1], caches[0], caches[1], at
 
 
-def own(dense: np.ndarray, at: Placement) -> np.ndarray:
+def own(dense: np.ndarray, at: BatchMetadata) -> np.ndarray:
     """The keys or values of the tokens themselves."""
     return np.take_along_axis(dense, np.asarray(at.positions)[:, :, None, None], axis=1)
 
@@ -68,7 +68,7 @@ def attend(
     keys: np.ndarray,
     values: np.ndarray,
     cache: LayerCache,
-    at: Placement,
+    at: BatchMetadata,
     window: int | None,
 ) -> jax.Array:
     return paged(query, own(keys, at), own(values, at), cache, at, scale=SCALE, window=window)
@@ -160,7 +160,7 @@ def test_one_token_at_a_time_equals_a_chunk(window: int | None) -> None:
     query, keys, values, cache, _, at = case(rng, positions)
     together = attend(query, keys, values, cache, at, window)
     for i in range(16):
-        one = Placement(at.block_tables, at.positions[:, i : i + 1])
+        one = BatchMetadata(at.block_tables, at.positions[:, i : i + 1])
         alone = attend(query[:, i : i + 1], keys, values, cache, one, window)
         np.testing.assert_allclose(alone[:, 0], together[:, i], atol=1e-6)
 
@@ -203,7 +203,9 @@ def test_token_writes(batch: int) -> None:
         positions = random_positions(rng, batch, 1, trial)
         table = tables(rng, batch, [BLOCKS] * batch)
         new_keys, new_values = new(rng, batch, 1)
-        written = write(cache, new_keys, new_values, Placement(jnp.asarray(table), jnp.asarray(positions)))
+        written = write(
+            cache, new_keys, new_values, BatchMetadata(jnp.asarray(table), jnp.asarray(positions))
+        )
         for row, at in enumerate(positions[:, 0]):
             page = table[row, at // PAGE]
             keys[page, :, at % PAGE], values[page, :, at % PAGE] = new_keys[row, 0], new_values[row, 0]
@@ -218,7 +220,7 @@ def test_rows_that_do_not_exist_write_to_the_null_page() -> None:
     table[1] = NULL_PAGE
     positions = np.array([[11], [0], [39]])
     new_keys, new_values = new(rng, 3, 1)
-    written = write(cache, new_keys, new_values, Placement(jnp.asarray(table), jnp.asarray(positions)))
+    written = write(cache, new_keys, new_values, BatchMetadata(jnp.asarray(table), jnp.asarray(positions)))
     for row in (0, 2):
         page, offset = table[row, positions[row, 0] // PAGE], positions[row, 0] % PAGE
         keys[page, :, offset], values[page, :, offset] = new_keys[row, 0], new_values[row, 0]
@@ -236,7 +238,9 @@ def test_chunk_writes(batch: int, length: int) -> None:
         first = rng.integers(0, BLOCKS, batch) * PAGE  # may run over the end of the table
         positions = first[:, None] + np.arange(length)
         new_keys, new_values = new(rng, batch, length)
-        written = write(cache, new_keys, new_values, Placement(jnp.asarray(table), jnp.asarray(positions)))
+        written = write(
+            cache, new_keys, new_values, BatchMetadata(jnp.asarray(table), jnp.asarray(positions))
+        )
         for row in range(batch):
             for i, at in enumerate(positions[row]):
                 if at < BLOCKS * PAGE:
@@ -253,7 +257,12 @@ def test_chunk_writes(batch: int, length: int) -> None:
 
 
 def write_and_attend(
-    cache: LayerCache, query: jax.Array, keys: jax.Array, values: jax.Array, at: Placement, window: int | None
+    cache: LayerCache,
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    at: BatchMetadata,
+    window: int | None,
 ) -> tuple[jax.Array, LayerCache]:
     cache = cache.write(keys, values, at)
     return paged_attention(query, keys, values, cache, at, scale=SCALE, window=window), cache

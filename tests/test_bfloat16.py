@@ -35,7 +35,7 @@ def test_every_golden_has_its_distance() -> None:
 
 
 def logits(name: str, tp: int, dtype: str) -> list[np.ndarray]:
-    model = Stepwise(name, tp, reach=Stepwise.PAGE, dtype=dtype)
+    model = Stepwise(name, tp, max_length=Stepwise.PAGE, dtype=dtype)
     found = []
     for prompt in prompts(model.vocab_size):
         model.length = 0

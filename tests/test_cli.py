@@ -252,7 +252,7 @@ def test_generate_streams_text_and_reports_figures(fake_llm, capsys):
 
 def test_generate_passes_every_option_on(fake_llm):
     options = "--max-tokens 7 --temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --seed 11 --ignore-eos"
-    more = "--stop END --stop ## --dtype float32 --max-model-len 99 --expert-sharding width"
+    more = "--stop END --stop ## --dtype float32 --max-model-len 99 --expert-parallel off"
     more += " --generation-config none"
     assert status("generate", "Hello", "--model", fake_llm, *options.split(), *more.split()) == 0
     (llm,) = FakeLLM.made
@@ -261,7 +261,7 @@ def test_generate_passes_every_option_on(fake_llm):
         "tp": None,
         "dtype": "float32",
         "max_model_len": 99,
-        "expert_sharding": "width",
+        "expert_parallel": "off",
         "generation_config": "none",
     }
     wanted = {
@@ -329,7 +329,7 @@ def test_explain_as_json(fake_llm, capsys, monkeypatch):
         "tp": 6,
         "dtype": "auto",
         "max_model_len": None,
-        "expert_sharding": "auto",
+        "expert_parallel": "auto",
     }
 
 

@@ -19,7 +19,7 @@ from tpjax.config import RopeConfig
 from tpjax.errors import ConfigError
 from tpjax.families.fields import Fields
 from tpjax.families.registry import FAMILIES, config_from_hf
-from tpjax.families.unread import INERT, NUMERIC
+from tpjax.families.unread import IGNORED_FIELDS, NUMERIC
 from tpjax.layers.rope import inverse_frequencies
 
 RAW: dict[str, dict[str, Any]] = {
@@ -70,7 +70,7 @@ def test_what_changes_no_number_is_named_and_passed_over(
         caplog.clear()
         assert config_from_hf({**raw, name: value}) == expected, name
         lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-        if name in INERT:
+        if name in IGNORED_FIELDS:
             assert not any(name in line for line in lines)
         else:
             assert (
@@ -167,7 +167,7 @@ def test_no_field_that_its_code_reads_is_passed_over(model_type: str) -> None:
     theirs = {name for module in modules for name in fields_read(inspect.getsource(module))}
     assert len(theirs) > 20
     ours = read_by_us(model_type)
-    assert sorted(theirs - ours - NUMERIC - INERT - NOT_OF_NUMBERS) == []
+    assert sorted(theirs - ours - NUMERIC - IGNORED_FIELDS - NOT_OF_NUMBERS) == []
 
 
 def read_by_us(model_type: str) -> set[str]:
@@ -184,7 +184,7 @@ def test_what_one_family_reads_is_refused_in_the_others() -> None:
     training |= {"num_nextn_predict_layers"}
     described = {"attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"}
     read = set().union(*(read_by_us(model_type) for model_type in FAMILIES))
-    assert sorted(read - NUMERIC - INERT - images - training - described) == []
+    assert sorted(read - NUMERIC - IGNORED_FIELDS - images - training - described) == []
 
 
 # Of the fields that every configuration of transformers has, those that change what a model computes.

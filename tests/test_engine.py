@@ -40,8 +40,8 @@ class FakeConfig:
     """Like a model whose rotary embedding changes where a sequence may get beyond 20 tokens."""
 
     @staticmethod
-    def length_class(reach: int) -> tuple[int, ...]:
-        return (int(reach > 20),)
+    def rope_scaling_key(max_length: int) -> tuple[int, ...]:
+        return (int(max_length > 20),)
 
 
 class FakeRunner:
@@ -110,7 +110,7 @@ class FakeRunner:
         return token
 
     def turn(self, row: Row) -> int:
-        return 1000 * self.config.length_class(row.reach)[0]  # keys of the other class are no keys
+        return 1000 * self.config.rope_scaling_key(row.max_length)[0]  # keys of the other class are no keys
 
     @staticmethod
     def sampled(tokens: Any) -> Sampled:

@@ -12,7 +12,7 @@ from conftest import GOLDENS
 
 from tpjax.config import ModelConfig, RopeConfig
 from tpjax.errors import ConfigError
-from tpjax.families.fields import Fields, Names
+from tpjax.families.fields import Fields, WeightMap
 from tpjax.families.quantization import Quantization, quantization_of
 from tpjax.families.registry import (
     FAMILIES,
@@ -21,7 +21,7 @@ from tpjax.families.registry import (
     config_from_hf,
     gguf_architecture,
 )
-from tpjax.families.unread import INERT
+from tpjax.families.unread import IGNORED_FIELDS
 
 SCALING = {
     "factor": 8.0,
@@ -440,7 +440,7 @@ def test_every_field_counts(name: str) -> None:
     expected = config_from_hf(raw)
     silent = []
     for field, value in raw.items():
-        if field in INERT | OF_IMAGES:
+        if field in IGNORED_FIELDS | OF_IMAGES:
             continue
         for other in perturbed(value):
             try:
@@ -473,7 +473,9 @@ def without_effect(raw: Mapping[str, Any], field: str, other: Any) -> bool:
     if field == "no_rope_layer_interval":
         return "no_rope_layers" in raw
     # Phi-3 keeps the original context in two places
-    return field in INERT or (field == "rope_parameters" and "original_max_position_embeddings" in raw)
+    return field in IGNORED_FIELDS or (
+        field == "rope_parameters" and "original_max_position_embeddings" in raw
+    )
 
 
 # --- GGUF --------------------------------------------------------------------------------------------------
@@ -705,7 +707,7 @@ GGUF_CONFIGS = {
 }
 
 
-def gguf_names(architecture: str) -> Names:
+def gguf_names(architecture: str) -> WeightMap:
     return gguf_architecture(architecture).names(config_from_gguf(view(GGUF_CONFIGS[architecture])))
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(tpjax.__file__).parent
 
 # Lowest first. A module imports only from ranks below its own, or from its own sub-package.
 RANKS: tuple[tuple[str, ...], ...] = (
-    ("errors", "_version"),
+    ("errors", "_version", "old_spellings"),
     ("mesh", "config", "sandbox"),
     ("interconnect",),
     ("sharding", "sampling_params", "hardware"),

@@ -172,7 +172,11 @@ def test_logits_bounds(tiny: LLM) -> None:
         ({"max_slots": 0}, ConfigError, "max_slots=0"),
         ({"quantize": "int8"}, ConfigError, "quantize='int8'"),
         ({"seed": 2**63}, ConfigError, "seed=9223372036854775808"),
-        ({"residual": "rows"}, ConfigError, "residual='rows' is not supported: use auto, replicated or"),
+        (
+            {"sequence_parallel": "rows"},
+            ConfigError,
+            "sequence_parallel='rows' is not supported: use auto, on or",
+        ),
     ),
 )
 def test_bad_arguments(arguments: dict[str, object], error: type[TpjaxError], message: str) -> None:

@@ -171,12 +171,12 @@ def build(moe: MoEConfig, tp: int, weights: dict[str, np.ndarray]) -> Callable[[
 
 @pytest.mark.parametrize(
     ("tp", "sharding"),
-    [(1, "auto"), (2, "experts"), (3, "experts"), (3, "width"), (4, "auto"), (5, "width"), (8, "auto")],
+    [(1, "auto"), (2, "on"), (3, "on"), (3, "off"), (4, "auto"), (5, "off"), (8, "auto")],
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_layer_equals_plain_numpy(kind: str, tp: int, sharding: Any) -> None:
     """Few rows as in decoding; at two tp also more rows than a tile."""
-    moe = replace(KINDS[kind], expert_sharding=sharding)
+    moe = replace(KINDS[kind], expert_parallel=sharding)
     weights = canonical_weights(moe)
     layer = build(moe, tp, weights)
     x = np.random.default_rng(1).normal(size=(150 if tp in (3, 4) else 3, D))
@@ -269,14 +269,14 @@ def test_an_expert_without_rows_is_not_read(stack: ExpertWeights) -> None:
     ("tp", "sharding", "shard"),
     [
         (2, "auto", (3, D, 2 * F)),
-        (2, "width", (E, D, F)),
+        (2, "off", (E, D, F)),
         (4, "auto", (E, D, 2 * 3)),  # F=10 over 4 devices is padded to 12
         (6, "auto", (1, D, 2 * F)),
     ],
 )
 def test_what_a_device_holds(tp: int, sharding: Any, shard: tuple[int, ...]) -> None:
     (gate_up,) = (
-        p for p in declared(replace(PLAIN, expert_sharding=sharding), tp) if p.name.endswith("gate_up_proj")
+        p for p in declared(replace(PLAIN, expert_parallel=sharding), tp) if p.name.endswith("gate_up_proj")
     )
     assert gate_up.sharding.shard_shape(gate_up.layout.shape) == shard
 
@@ -337,8 +337,8 @@ def test_collective_budget(tp: int, kind: str) -> None:
         ({"shared_width": -1}, "shared_width=-1 is not a whole number, 1 or more"),
         ({"swiglu_limit": 0.0}, "swiglu_limit=0.0 is not a positive number"),
         (
-            {"expert_sharding": "rows"},
-            "expert_sharding='rows' is not supported: use auto, experts or width",
+            {"expert_parallel": "rows"},
+            "expert_parallel='rows' is not supported: use auto, on or off",
         ),
     ],
 )
@@ -350,21 +350,21 @@ def test_wrong_configuration(wrong: dict[str, Any], message: str) -> None:
 
 def test_whole_experts_need_a_tp_that_divides_them() -> None:
     with pytest.raises(ConfigError) as error:
-        replace(PLAIN, expert_sharding="experts").cut(4)
+        replace(PLAIN, expert_parallel="on").sharded_axis(4)
     assert str(error.value) == (
-        "expert_sharding='experts' needs a tp that divides num_experts=6, but tp=4: use auto or width"
+        "expert_parallel='on' needs a tp that divides num_experts=6, but tp=4: use auto or off"
     )
 
 
 def test_sharding_of_experts_needs_experts() -> None:
     config = model_config(PLAIN)
-    assert config.with_expert_sharding("width").moe == replace(PLAIN, expert_sharding="width")
+    assert config.with_expert_parallel("off").moe == replace(PLAIN, expert_parallel="off")
     dense = replace(config, moe=None)
-    assert dense.with_expert_sharding("auto") == dense
+    assert dense.with_expert_parallel("auto") == dense
     with pytest.raises(ConfigError) as error:
-        dense.with_expert_sharding("width")
+        dense.with_expert_parallel("off")
     assert str(error.value) == (
-        "expert_sharding='width' needs a mixture of experts, and this test model has none"
+        "expert_parallel='off' needs a mixture of experts, and this test model has none"
     )
 
 
@@ -389,9 +389,9 @@ def test_sparse_layers_are_as_many_as_layers() -> None:
         (
             "mixtral",
             5,
-            "width",
+            "off",
             "experts: 2 of 5 compute a token; each device has 3 of every expert's 12 features "
-            "(padded to 15), as expert_sharding='width' asks for it",
+            "(padded to 15), as expert_parallel='off' asks for it",
         ),
         (
             "mixtral",
@@ -403,7 +403,7 @@ def test_sparse_layers_are_as_many_as_layers() -> None:
     ],
 )
 def test_explain_says_how_experts_are_cut(name: str, tp: int, sharding: Any, summary: str) -> None:
-    report = explain_model(str(GOLDENS / name), tp=tp, expert_sharding=sharding)
+    report = explain_model(str(GOLDENS / name), tp=tp, expert_parallel=sharding)
     assert report.experts is not None
     assert report.experts["summary"] == summary
     assert report.experts["sparse_layers"] == 2

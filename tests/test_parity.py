@@ -19,7 +19,7 @@ from stepwise import Stepwise
 from tpjax import LLM, SamplingParams
 from tpjax.checkpoints.load import open_checkpoint
 from tpjax.config import RopeConfig
-from tpjax.sharding import POSITIONS
+from tpjax.sharding import SEQUENCE_PARALLEL
 
 TINY = sorted(golden.parent.name for golden in GOLDENS.glob("*/golden.npz"))
 EVERY_TP = range(1, 9)
@@ -51,7 +51,7 @@ def test_parity_with_goldens(name: str, tp: int) -> None:
     """Logits of a prompt in one chunk, then the greedy continuation token by token through the cache."""
     golden = np.load(GOLDENS / name / "golden.npz")
     prompt = golden["prompt"].tolist()
-    model = Stepwise(name, tp, reach=len(prompt) + STEPS)
+    model = Stepwise(name, tp, max_length=len(prompt) + STEPS)
 
     logits = model(prompt)
     assert relative_error(logits, golden["logits"]) <= TOLERANCE
@@ -66,7 +66,7 @@ def test_parity_with_goldens(name: str, tp: int) -> None:
 def test_parity_with_the_residual_cut_over_positions(name: str, tp: int) -> None:
     """Also where tp does not divide the chunk, 64 positions."""
     golden = np.load(GOLDENS / name / "golden.npz")
-    model = Stepwise(name, tp, reach=len(golden["prompt"]) + STEPS, residual=POSITIONS)
+    model = Stepwise(name, tp, max_length=len(golden["prompt"]) + STEPS, residual=SEQUENCE_PARALLEL)
     assert relative_error(model(golden["prompt"].tolist()), golden["logits"]) <= TOLERANCE
 
 
@@ -106,9 +106,19 @@ def test_parity_with_transformers(name: str) -> None:
 def test_longrope_shares_no_pages_across_the_switch() -> None:
     """A prompt's pages, rotated for a short sequence, are not found again by one that gets long."""
     config = open_checkpoint(GOLDENS / "phi3").config
-    assert [config.length_class(reach) for reach in (2, 32, 33, 300)] == [(0,), (0,), (1,), (1,)]
+    assert [config.rope_scaling_key(max_length) for max_length in (2, 32, 33, 300)] == [
+        (0,),
+        (0,),
+        (1,),
+        (1,),
+    ]
     grows = replace(config, rope=RopeConfig(kind="dynamic", original_max_position_embeddings=32, factor=4.0))
-    assert [grows.length_class(reach) for reach in (2, 32, 33, 34)] == [(0,), (0,), (33,), (34,)]
+    assert [grows.rope_scaling_key(max_length) for max_length in (2, 32, 33, 34)] == [
+        (0,),
+        (0,),
+        (33,),
+        (34,),
+    ]
 
 
 def test_parity_of_longrope_at_the_switch() -> None:

@@ -16,12 +16,12 @@ from conftest import GOLDENS
 
 from tpjax import LLM, SamplingParams
 from tpjax.checkpoints.load import abstract_decoder, read_config
-from tpjax.config import ModelConfig, RopeConfig
+from tpjax.config import ModelConfig, RopeConfig, SequenceParallel
 from tpjax.inspect.budget import collective_budget
 from tpjax.inspect.collectives import find_collectives
 from tpjax.mesh import make_mesh
-from tpjax.runtime.runner import Limits, Residual, Runner
-from tpjax.sharding import POSITIONS, REPLICATED
+from tpjax.runtime.runner import Limits, Runner
+from tpjax.sharding import REPLICATED, SEQUENCE_PARALLEL
 
 # Large enough that a weight- or cache-sized buffer cannot be mistaken for an activation.
 CONFIG = ModelConfig(
@@ -93,8 +93,8 @@ def test_prefill_with_the_residual_cut_over_positions(name: str, gathers_of_a_la
     mesh, float32 = make_mesh(4), jnp.dtype("float32")
     model = abstract_decoder(read_config(GOLDENS / name), mesh, float32)
     limits = Limits(max_slots=1, max_model_len=128, num_pages=2)
-    runner = Runner(model, mesh, limits, float32, residual="positions")
-    assert runner.residual_of(64) == POSITIONS
+    runner = Runner(model, mesh, limits, float32, sequence_parallel="on")
+    assert runner.residual_spec(64) == SEQUENCE_PARALLEL
     found = [one for one in find_collectives(runner.program("prefill", 1, 64).as_text()) if one.bytes > 2048]
     gathers = [one for one in found if one.kind == "all-gather"]
     assert sum(one.count for one in gathers) == gathers_of_a_layer * model.config.num_layers
@@ -108,13 +108,13 @@ def test_where_the_residual_is_cut() -> None:
     float32 = jnp.dtype("float32")
     mesh = make_mesh(3)
 
-    def runner(residual: Residual) -> Runner:
-        return Runner(abstract_decoder(CONFIG, mesh, float32), mesh, LIMITS, float32, residual)
+    def runner(sequence_parallel: SequenceParallel) -> Runner:
+        return Runner(abstract_decoder(CONFIG, mesh, float32), mesh, LIMITS, float32, sequence_parallel)
 
-    assert runner("positions").residual_of(63) == POSITIONS
-    assert runner("positions").residual_of(64) == REPLICATED  # tp does not divide it
-    assert runner("auto").residual_of(63) == REPLICATED  # on a CPU
-    assert runner("replicated").residual_of(63) == REPLICATED
+    assert runner("on").residual_spec(63) == SEQUENCE_PARALLEL
+    assert runner("on").residual_spec(64) == REPLICATED  # tp does not divide it
+    assert runner("auto").residual_spec(63) == REPLICATED  # on a CPU
+    assert runner("off").residual_spec(63) == REPLICATED
 
 
 def test_cache_is_updated_in_place(decode: tuple[int, jax.stages.Compiled]) -> None:
@@ -208,6 +208,7 @@ def test_two_thousand_asynchronous_steps_at_tp8() -> None:
 import tpjax
 tpjax.fake_devices(8)
 from tpjax import LLM, SamplingParams
+from tpjax.config import SequenceParallel
 from tpjax.runtime.runner import Row
 llm = LLM({path!r}, tp=8, max_model_len=256, max_slots=1)
 row = Row(0, 5, [1, 2], SamplingParams(temperature=0), seed=0)

@@ -169,7 +169,7 @@ def test_each_sequence_goes_by_its_own_length() -> None:
 
 def test_part_of_a_head_rotates() -> None:
     x = np.random.default_rng(3).normal(size=(2, 4, 3, 10)).astype(np.float32)
-    by = rotation(RopeConfig(), 6, POSITIONS)
+    by = rotation(RopeConfig(), 6, SEQUENCE_PARALLEL)
     out = np.asarray(rotate(jnp.asarray(x), by))
     np.testing.assert_array_equal(out[..., 6:], x[..., 6:])
     np.testing.assert_array_equal(out[..., :6], rotate(jnp.asarray(x[..., :6]), by))
@@ -190,12 +190,12 @@ def test_gguf_divisors_give_llama3() -> None:
     np.testing.assert_allclose(from_gguf, inverse_frequencies(scaled, 64), rtol=1e-6)
 
 
-POSITIONS = jnp.array([[0, 1, 7, 500], [3, 3, 1000, 2]])
+SEQUENCE_PARALLEL = jnp.array([[0, 1, 7, 500], [3, 3, 1000, 2]])
 
 
 def test_rotation_is_cos_and_sin_of_the_angles() -> None:
-    by = rotation(RopeConfig(), 8, POSITIONS)
-    angles = np.asarray(POSITIONS)[..., None] * np.array(plain(10_000.0, 8))
+    by = rotation(RopeConfig(), 8, SEQUENCE_PARALLEL)
+    angles = np.asarray(SEQUENCE_PARALLEL)[..., None] * np.array(plain(10_000.0, 8))
     assert by.cos.shape == by.sin.shape == (2, 4, 4)
     assert by.cos.dtype == by.sin.dtype == jnp.float32
     np.testing.assert_allclose(by.cos, np.cos(angles), atol=1e-4)  # float32 angles up to 1,000 radians
@@ -205,15 +205,15 @@ def test_rotation_is_cos_and_sin_of_the_angles() -> None:
 def test_rotate_turns_halves_as_complex_numbers() -> None:
     """Pairs are (i, i + h / 2), as in Hugging Face checkpoints, each turned by its own angle."""
     x = np.random.default_rng(0).normal(size=(2, 4, 3, 8)).astype(np.float32)
-    out = np.asarray(rotate(jnp.asarray(x), rotation(RopeConfig(), 8, POSITIONS)))
-    turn = np.exp(1j * np.asarray(POSITIONS)[..., None, None] * np.array(plain(10_000.0, 8)))
+    out = np.asarray(rotate(jnp.asarray(x), rotation(RopeConfig(), 8, SEQUENCE_PARALLEL)))
+    turn = np.exp(1j * np.asarray(SEQUENCE_PARALLEL)[..., None, None] * np.array(plain(10_000.0, 8)))
     turned = (x[..., :4] + 1j * x[..., 4:]) * turn
     np.testing.assert_allclose(out, np.concatenate([turned.real, turned.imag], axis=-1), atol=2e-4)
 
 
 def test_rotate_keeps_norms_and_position_zero() -> None:
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 4, 3, 2, 8)).astype(np.float32))  # two head axes
-    out = rotate(x, rotation(RopeConfig(), 8, POSITIONS))
+    out = rotate(x, rotation(RopeConfig(), 8, SEQUENCE_PARALLEL))
     assert out.shape == x.shape
     np.testing.assert_allclose(jnp.linalg.norm(out, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
     np.testing.assert_array_equal(out[0, 0], x[0, 0])

@@ -337,12 +337,12 @@ def mixture(count: int) -> list[SamplingParams]:
 
 PASTS = [Past.of(prompt=range(i % 7), output=[i % V, (3 * i) % V, i % V]) for i in range(ROWS)]
 SEEDS = [0, 1, 2**31 - 1, 2**31, 2**32 - 1, *np.random.default_rng(1).integers(0, 2**32, ROWS - 5).tolist()]
-POSITIONS = [0, 1, 2**31 - 1, *np.random.default_rng(2).integers(0, 10_000, ROWS - 3).tolist()]
+SEQUENCE_PARALLEL = [0, 1, 2**31 - 1, *np.random.default_rng(2).integers(0, 10_000, ROWS - 3).tolist()]
 
 
 def test_same_draws_at_every_tp() -> None:
     logits, params = random_logits(11, ROWS), mixture(ROWS)
-    drawn = {tp: draw(tp, logits, params, SEEDS, POSITIONS, PASTS) for tp in EVERY_TP}
+    drawn = {tp: draw(tp, logits, params, SEEDS, SEQUENCE_PARALLEL, PASTS) for tp in EVERY_TP}
     for tp in EVERY_TP[1:]:
         np.testing.assert_array_equal(drawn[tp][0].tokens, drawn[1][0].tokens)
         np.testing.assert_array_equal(np.asarray(drawn[tp][1].counts)[:, :V], np.asarray(drawn[1][1].counts))
@@ -352,12 +352,12 @@ def test_same_draws_at_every_tp() -> None:
 def test_draws_are_the_arg_max_of_scores_and_noise() -> None:
     """Token for token: large seeds, positions, filters, penalties."""
     logits, params = random_logits(12, 40), mixture(40)
-    drawn, _ = draw(3, logits, params, SEEDS[:40], POSITIONS[:40], PASTS[:40])
+    drawn, _ = draw(3, logits, params, SEEDS[:40], SEQUENCE_PARALLEL[:40], PASTS[:40])
     for row, p in enumerate(params):
         scores = scores_of(logits[row], p, PASTS[row] if p.needs_history else Past.of())
         if p.temperature:
             allowed = probabilities(logits[row], p, PASTS[row] if p.needs_history else None) > 0
-            noisy = scores / p.temperature + gumbel(SEEDS[row], POSITIONS[row])
+            noisy = scores / p.temperature + gumbel(SEEDS[row], SEQUENCE_PARALLEL[row])
             scores = np.where(allowed, noisy, -np.inf)
         assert drawn.tokens[row] == scores.argmax(), f"row {row}: {p}"
 
@@ -365,10 +365,12 @@ def test_draws_are_the_arg_max_of_scores_and_noise() -> None:
 def test_rows_do_not_touch_each_other() -> None:
     """A row alone, greedy strangers beside it, any place in the batch: the same token."""
     logits, params = random_logits(13, ROWS), mixture(ROWS)
-    together, _ = draw(2, logits, params, SEEDS, POSITIONS, PASTS)
+    together, _ = draw(2, logits, params, SEEDS, SEQUENCE_PARALLEL, PASTS)
     for row in range(16):
         only = slice(row, row + 1)
-        alone, _ = draw(2, logits[only], params[only], SEEDS[only], POSITIONS[only], PASTS[only], rows=1)
+        alone, _ = draw(
+            2, logits[only], params[only], SEEDS[only], SEQUENCE_PARALLEL[only], PASTS[only], rows=1
+        )
         assert alone.tokens[0] == together.tokens[row]
         np.testing.assert_allclose(
             alone.logprobs, together.logprobs[only] if params[row].logprobs else 0, atol=1e-5
@@ -378,7 +380,9 @@ def test_rows_do_not_touch_each_other() -> None:
     def shuffled(x: Sequence[Any]) -> list[Any]:
         return [x[i] for i in order]
 
-    moved, _ = draw(2, logits[order], shuffled(params), shuffled(SEEDS), shuffled(POSITIONS), shuffled(PASTS))
+    moved, _ = draw(
+        2, logits[order], shuffled(params), shuffled(SEEDS), shuffled(SEQUENCE_PARALLEL), shuffled(PASTS)
+    )
     np.testing.assert_array_equal(moved.tokens, together.tokens[order])
 
 

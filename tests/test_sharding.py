@@ -18,7 +18,15 @@ from tpjax.config import ModelConfig, RopeConfig
 from tpjax.errors import ConfigError
 from tpjax.layers.attention import _head_segments, _qkv_segments, _query_places
 from tpjax.mesh import make_mesh
-from tpjax.sharding import HeadPlan, Segment, WeightLayout, columns, pad_to_multiple, rows, whole
+from tpjax.sharding import (
+    HeadPlan,
+    Segment,
+    WeightLayout,
+    column_layout,
+    pad_to_multiple,
+    row_layout,
+    tensor_layout,
+)
 
 QUICK = settings(max_examples=200, deadline=None, derandomize=True)
 
@@ -204,13 +212,13 @@ HEAD_DIM, HIDDEN = 2, 5
 def qkv(plan: HeadPlan, kind: str = "weight") -> WeightLayout:
     width = plan.num_slots * (plan.group_size + 2) * HEAD_DIM
     segments, sizes = _qkv_segments(plan, HEAD_DIM, kind)
-    return columns(width, segments, sizes, in_features=HIDDEN if kind == "weight" else None)
+    return column_layout(width, segments, sizes, in_features=HIDDEN if kind == "weight" else None)
 
 
 def output(plan: HeadPlan) -> WeightLayout:
     sizes = {"o_proj.weight": plan.num_heads * HEAD_DIM}
     height = plan.num_padded_heads * HEAD_DIM
-    return rows(
+    return row_layout(
         height, _head_segments("o_proj.weight", _query_places(plan), HEAD_DIM), sizes, out_features=HIDDEN
     )
 
@@ -303,15 +311,15 @@ def test_canonical_shapes() -> None:
         "v_proj.bias": (4,),
     }
     assert output(plan).canonical_shapes() == {"o_proj.weight": (HIDDEN, 12)}
-    assert whole("norm.weight", (7,)).canonical_shapes() == {"norm.weight": (7,)}
-    padded = whole("embed_tokens.weight", (50, 7), padded=56)
+    assert tensor_layout("norm.weight", (7,)).canonical_shapes() == {"norm.weight": (7,)}
+    padded = tensor_layout("embed_tokens.weight", (50, 7), padded=56)
     assert padded.shape == (56, 7)
     assert padded.canonical_shapes() == {"embed_tokens.weight": (50, 7)}
     assert padded.padding == 6 * 7
 
 
 def test_read_converts_to_the_dtype_asked_for() -> None:
-    layout = whole("embed_tokens.weight", (5, 3), padded=8)
+    layout = tensor_layout("embed_tokens.weight", (5, 3), padded=8)
     source = Source(layout.canonical_shapes())
     half = layout.read(source.read, (slice(2, 8), slice(0, 2)), np.dtype(np.float16))
     assert half.dtype == np.float16

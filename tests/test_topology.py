@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tpjax.cli.app import main
-from tpjax.config import ModelConfig
+from tpjax.config import ModelConfig, SequenceParallel
 from tpjax.errors import ConfigError
 from tpjax.families.registry import config_from_hf
 from tpjax.inspect import doctor, topology
@@ -26,7 +26,6 @@ from tpjax.inspect.program import (
 )
 from tpjax.inspect.topology import extra_problem, parse_topology
 from tpjax.planning import published
-from tpjax.runtime.runner import Residual
 
 HLO = Path(__file__).parent / "data" / "hlo"
 
@@ -212,7 +211,7 @@ LLAMA3_8B = llama(4096, 14336, 32, 8, 128256, layers=2)
 
 
 def compiled(config: ModelConfig, name: str, tp: int, kind: str) -> Program:
-    runner = abstract_runner(config, parse_topology(name), tp, max_slots=4, residual="replicated")
+    runner = abstract_runner(config, parse_topology(name), tp, max_slots=4, sequence_parallel="off")
     sizes = (4, 1) if kind == "decode" else (1, 128)
     return compile_program(runner, parse_topology(name), kind, *sizes, context=256 * (kind == "decode"))
 
@@ -317,10 +316,10 @@ def test_more_than_there_are() -> None:
 # --- prefill with the residual cut over positions ----------------------------------------------------------
 
 
-def moves(chip: str, config: ModelConfig, residual: Residual) -> Counter[str]:
+def moves(chip: str, config: ModelConfig, sequence_parallel: SequenceParallel) -> Counter[str]:
     """Collectives by which a chunk of 512 tokens moves the residual, or a device's part of it."""
     topology = parse_topology(chip)
-    runner = abstract_runner(config, topology, residual=residual, max_slots=1)
+    runner = abstract_runner(config, topology, sequence_parallel=sequence_parallel, max_slots=1)
     program = compile_program(runner, topology, "prefill", 1, 512)
     assert program.aliased_cache_buffers == program.cache_buffers
     assert program.cache_copies == 0

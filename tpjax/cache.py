@@ -28,19 +28,19 @@ NULL_PAGE = 0
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Placement:
+class BatchMetadata:
     """Where a batch of tokens sits: its sequences' pages and each token's position.
 
     Attributes:
         block_tables: page of each block of positions, per sequence.
         positions: of each token. In a chunk of several tokens they are consecutive; a chunk shorter than a
             page does not cross into the next, a longer one begins at a page.
-        reach: tokens each sequence may get to, which the frequencies of some rotary embeddings go by.
+        max_length: tokens each sequence may get to, which the frequencies of some rotary embeddings go by.
     """
 
     block_tables: Int[Array, "B blocks"]
     positions: Int[Array, "B S"]
-    reach: Int[Array, " B"] | None = None
+    max_length: Int[Array, " B"] | None = None
 
 
 @runtime_checkable  # tests check types at run time
@@ -73,7 +73,7 @@ class LayerCache:
         return self.keys.shape[2]
 
     def write(
-        self, keys: Float[Array, "B S K h"], values: Float[Array, "B S K h"], at: Placement
+        self, keys: Float[Array, "B S K h"], values: Float[Array, "B S K h"], at: BatchMetadata
     ) -> LayerCache:
         """Stores new keys and values at their positions."""
         return LayerCache(_write(self.keys, keys, at), _write(self.values, values, at))
@@ -97,7 +97,7 @@ class LatentCache:
         """Positions per page."""
         return self.latents.shape[2]
 
-    def write(self, latents: Float[Array, "B S 1 r"], at: Placement) -> LatentCache:
+    def write(self, latents: Float[Array, "B S 1 r"], at: BatchMetadata) -> LatentCache:
         """Stores new latents at their positions."""
         return LatentCache(_write(self.latents, latents, at))
 
@@ -186,13 +186,13 @@ def _read(
 
 
 def _write(
-    buffer: Float[Array, "pages K page_size h"], new: Float[Array, "B S K h"], at: Placement
+    buffer: Float[Array, "pages K page_size h"], new: Float[Array, "B S K h"], at: BatchMetadata
 ) -> Float[Array, "pages K page_size h"]:
     return (_write_token if new.shape[1] == 1 else _write_chunk)(buffer, new, at)
 
 
 def _write_token(
-    pages: Float[Array, "pages K page_size h"], new: Float[Array, "B 1 K h"], at: Placement
+    pages: Float[Array, "pages K page_size h"], new: Float[Array, "B 1 K h"], at: BatchMetadata
 ) -> Float[Array, "pages K page_size h"]:
     block, offset = jnp.divmod(at.positions[:, 0], pages.shape[2])
     page = jnp.take_along_axis(at.block_tables, block[:, None], axis=1, mode="clip")[:, 0]
@@ -200,7 +200,7 @@ def _write_token(
 
 
 def _write_chunk(
-    pages: Float[Array, "pages K page_size h"], new: Float[Array, "B S K h"], at: Placement
+    pages: Float[Array, "pages K page_size h"], new: Float[Array, "B S K h"], at: BatchMetadata
 ) -> Float[Array, "pages K page_size h"]:
     # A chunk is a part of one page, or whole pages: one slice update each, no scatter by token.
     batch, length = new.shape[:2]

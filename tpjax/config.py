@@ -15,7 +15,9 @@ QKNorm = Literal["none", "head", "each_head", "projection"]
 PositionEmbedding = Literal["rope", "learned"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 RouterScoring = Literal["softmax", "sigmoid"]
-ExpertSharding = Literal["auto", "experts", "width"]
+ExpertParallel = Literal["auto", "on", "off"]
+ExpertAxis = Literal["experts", "width"]  # what is sharded of E experts of width F
+SequenceParallel = Literal["auto", "on", "off"]
 
 
 # A Python object is made for each layer, head and expert: a number beyond what any model has by far is
@@ -140,11 +142,11 @@ class RopeConfig:
         """Whether frequencies depend on how long the sequence gets."""
         return self.kind in ("dynamic", "longrope")
 
-    def length_class(self, reach: int) -> int:
+    def rope_scaling_key(self, max_length: int) -> int:
         """Equal for lengths, tokens, at which frequencies are the same."""
-        if not self.follows_length or reach <= self.original_max_position_embeddings:
+        if not self.follows_length or max_length <= self.original_max_position_embeddings:
             return 0
-        return reach if self.kind == "dynamic" else 1
+        return max_length if self.kind == "dynamic" else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +196,8 @@ class MoEConfig:
         swiglu_limit: gate and up are clamped to this, and the gate is ``(up + 1) * gate * sigmoid(alpha *
             gate)`` (gpt-oss model card, https://arxiv.org/abs/2508.10925); ``None``: as in the MLP.
         swiglu_alpha: that alpha.
-        expert_sharding: over ``tp`` devices, whole ``experts`` or every expert's ``width`` is cut;
-            ``auto``: experts where tp divides them.
+        expert_parallel: ``on``: each device holds some of the experts; ``off``: each expert's width F is
+            sharded; ``auto``: ``on`` if tp divides the number of experts.
     """
 
     num_experts: int
@@ -214,7 +216,7 @@ class MoEConfig:
     shared_gate: bool = False
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.702
-    expert_sharding: ExpertSharding = "auto"
+    expert_parallel: ExpertParallel = "auto"
 
     def __post_init__(self) -> None:
         check_size("expert_width", self.expert_width, MAX_WIDTH)
@@ -239,7 +241,7 @@ class MoEConfig:
         self._check_groups()
         if self.shared_gate and not self.shared_width:
             raise ConfigError("shared_gate=True needs a shared expert, but shared_width=0")
-        check_choice("expert_sharding", self.expert_sharding, ExpertSharding)
+        check_choice("expert_parallel", self.expert_parallel, ExpertParallel)
 
     def _check_groups(self) -> None:
         if self.num_groups == 1:
@@ -256,19 +258,19 @@ class MoEConfig:
                 f"experts, but experts_per_token={self.experts_per_token}"
             )
 
-    def cut(self, tp: int) -> Literal["experts", "width"]:
-        """What is cut over ``tp`` devices: the list of experts, or each expert's width.
+    def sharded_axis(self, tp: int) -> ExpertAxis:
+        """Returns the axis of the expert weights that is sharded over ``tp`` devices.
 
         Raises:
-            ConfigError: whole experts were asked for and tp does not divide them.
+            ConfigError: ``expert_parallel`` is ``on`` and tp does not divide the number of experts.
         """
         divides = self.num_experts % tp == 0
-        if self.expert_sharding == "experts" and not divides:
+        if self.expert_parallel == "on" and not divides:
             raise ConfigError(
-                f"expert_sharding='experts' needs a tp that divides num_experts={self.num_experts}, "
-                f"but tp={tp}: use auto or width"
+                f"expert_parallel='on' needs a tp that divides num_experts={self.num_experts}, "
+                f"but tp={tp}: use auto or off"
             )
-        return "experts" if divides and self.expert_sharding != "width" else "width"
+        return "experts" if divides and self.expert_parallel != "off" else "width"
 
 
 # The sizes of a model, and the most each may be.
@@ -452,18 +454,18 @@ class ModelConfig:
         """For each layer, whether a mixture of experts stands in for the MLP."""
         return (False,) * self.num_layers if self.moe is None else self.moe.sparse_layers
 
-    def with_expert_sharding(self, expert_sharding: ExpertSharding) -> ModelConfig:
-        """The same architecture with :attr:`MoEConfig.expert_sharding` set.
+    def with_expert_parallel(self, expert_parallel: ExpertParallel) -> ModelConfig:
+        """Returns the same architecture with :attr:`MoEConfig.expert_parallel` set.
 
         Raises:
-            ConfigError: there is no such sharding, or there are no experts to cut.
+            ConfigError: the value is unknown, or the model has no experts.
         """
-        check_choice("expert_sharding", expert_sharding, ExpertSharding)
+        check_choice("expert_parallel", expert_parallel, ExpertParallel)
         if self.moe is not None:
-            return replace(self, moe=replace(self.moe, expert_sharding=expert_sharding))
-        if expert_sharding != "auto":
+            return replace(self, moe=replace(self.moe, expert_parallel=expert_parallel))
+        if expert_parallel != "auto":
             raise ConfigError(
-                f"expert_sharding={expert_sharding!r} needs a mixture of experts, "
+                f"expert_parallel={expert_parallel!r} needs a mixture of experts, "
                 f"and this {self.model_type} model has none"
             )
         return self
@@ -473,9 +475,11 @@ class ModelConfig:
         sliding = layer_type == "sliding_attention" and self.rope_sliding is not None
         return self.rope_sliding if sliding and self.rope_sliding else self.rope
 
-    def length_class(self, reach: int) -> tuple[int, ...]:
+    def rope_scaling_key(self, max_length: int) -> tuple[int, ...]:
         """Equal for lengths, tokens, at which the same text has the same keys."""
-        return tuple(rope.length_class(reach) for rope in (self.rope, self.rope_sliding) if rope is not None)
+        return tuple(
+            rope.rope_scaling_key(max_length) for rope in (self.rope, self.rope_sliding) if rope is not None
+        )
 
     def window_of(self, layer_type: LayerType) -> int | None:
         """Keys a layer of that kind sees, or ``None`` for all."""

@@ -17,15 +17,16 @@ import numpy as np
 from tpjax.checkpoints import generation_config as generation
 from tpjax.checkpoints.hub import cache_dir, resolve
 from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint, parameters
-from tpjax.config import ExpertSharding, ModelConfig, check_choice
+from tpjax.config import ExpertParallel, ModelConfig, SequenceParallel, check_choice
 from tpjax.engine.engine import Engine
 from tpjax.engine.generation import Delta, Generation
 from tpjax.engine.request import FinishReason, Grammar, Request, TokenLogprobs
 from tpjax.engine.token_filter import TokenFilter, word_sequences
 from tpjax.errors import ConfigError, RequestError
 from tpjax.mesh import make_mesh
+from tpjax.old_spellings import accepts_old_spellings
 from tpjax.runtime.memory import device_memory, plan_limits
-from tpjax.runtime.runner import Residual, Runner, resolve_dtype
+from tpjax.runtime.runner import Runner, resolve_dtype
 from tpjax.sampling_params import MAX_SEED, MIN_SEED, RANDOM_SEED, SamplingParams
 from tpjax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -61,7 +62,7 @@ class Completion:
 
 
 class LLM:
-    """A language model, cut over a mesh of devices.
+    """A language model, sharded over a mesh of devices.
 
     Args:
         model: a built-in alias, a Hugging Face id, a directory (safetensors or Orbax), or a ``.gguf`` file.
@@ -73,11 +74,11 @@ class LLM:
         max_slots: sequences decoded at once; more are queued.
         quantize: reserved for quantised execution; only ``None`` is supported.
         seed: of the draws of requests that bring no seed of their own; any int64, -1: another at each start.
-        expert_sharding: of a mixture of experts: ``experts`` (whole ones on each device), ``width`` (each
-            device has a share of every expert), or ``auto``: experts where ``tp`` divides them.
-        residual: layout of the residual while a prompt is read: ``replicated``, cut over ``positions``
-            (norms then work on 1/tp of the rows; chunks that ``tp`` does not divide stay replicated), or
-            ``auto``: positions on TPU and GPU. It changes no result.
+        expert_parallel: of a mixture of experts: ``on`` (each device holds some of the experts), ``off``
+            (each expert's width is sharded), or ``auto``: ``on`` if ``tp`` divides the number of experts.
+        sequence_parallel: whether prefill shards the residual over positions, so that norms compute 1/tp of
+            the rows: ``on`` (chunks that ``tp`` does not divide stay replicated), ``off``, or ``auto``: on
+            TPUs and GPUs. It changes no result.
         generation_config: where the sampling parameters come from that a request does not give: ``auto``:
             the checkpoint's ``generation_config.json``; ``none``: nowhere; or another directory or file.
 
@@ -92,6 +93,7 @@ class LLM:
         TpjaxError: naming what does not fit.
     """
 
+    @accepts_old_spellings
     def __init__(
         self,
         model: str | os.PathLike[str],
@@ -101,17 +103,17 @@ class LLM:
         max_slots: int = 8,
         quantize: str | None = None,
         seed: int = 0,
-        expert_sharding: ExpertSharding = "auto",
-        residual: Residual = "auto",
+        expert_parallel: ExpertParallel = "auto",
+        sequence_parallel: SequenceParallel = "auto",
         generation_config: str | os.PathLike[str] = "auto",
     ) -> None:
         if quantize is not None:
             raise ConfigError(f"quantize={quantize!r} is not supported: use None")
-        check_choice("residual", residual, Residual)
+        check_choice("sequence_parallel", sequence_parallel, SequenceParallel)
         if isinstance(seed, bool) or not isinstance(seed, int) or not MIN_SEED <= seed <= MAX_SEED:
             raise ConfigError(f"seed={seed!r} is not a whole number, {MIN_SEED} to {MAX_SEED}")
         path = resolve(os.fspath(model))
-        checkpoint = open_checkpoint(path).with_expert_sharding(expert_sharding)
+        checkpoint = open_checkpoint(path).with_expert_parallel(expert_parallel)
         self.config: ModelConfig = checkpoint.config
         self.tokenizer: Tokenizer | None = load_tokenizer(path)
         self.eos_ids = generation.eos_ids(path) if self.tokenizer is None else self.tokenizer.eos_ids
@@ -132,7 +134,7 @@ class LLM:
         decoder = load_decoder(checkpoint, decoder, self.mesh)
         self.name = str(model)
         self.path: Path = path
-        self.runner = Runner(decoder, self.mesh, limits, self.dtype, residual)
+        self.runner = Runner(decoder, self.mesh, limits, self.dtype, sequence_parallel)
         self.engine = Engine(self.runner)
         self._running: dict[Request, tuple[Generation, deque[Delta]]] = {}
         self._grown: deque[tuple[Request, list[int]]] = deque()  # read, and not yet handed out

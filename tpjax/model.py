@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from tpjax.cache import LatentCache, LayerCache, PagedKVCache, Placement
+from tpjax.cache import BatchMetadata, LatentCache, LayerCache, PagedKVCache
 from tpjax.config import LayerType, ModelConfig
 from tpjax.layers.attention import Attention, soft_capped
 from tpjax.layers.latent_attention import LatentAttention
@@ -23,15 +23,15 @@ from tpjax.layers.mlp import MLP
 from tpjax.layers.moe import MoE
 from tpjax.layers.norm import Norm
 from tpjax.layers.rope import Rotation, rotation
-from tpjax.sharding import LOGITS, REPLICATED, add_up, constrain
+from tpjax.sharding import LOGITS, REPLICATED, constrain, reduce_partials
 
 
 class DecoderLayer(nnx.Module):
     """Attention and MLP, each added to the residual; ``config.block`` says where the layer norms.
 
-    The residual is whole on every device, or cut over positions (``sharding.POSITIONS``). Then norms and sums
-    work on 1/tp of the rows, and an all-reduce is taken apart: attention and MLP gather what they read, and
-    their shares are summed by a reduce-scatter.
+    The residual is replicated, or sharded over positions (``sharding.SEQUENCE_PARALLEL``). With sequence
+    parallelism, norms and sums compute 1/tp of the rows, and each all-reduce becomes an all-gather before
+    attention or MLP and a reduce-scatter of their partial sums.
 
     Args:
         config: the architecture.
@@ -63,7 +63,7 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "B S D"],
         rotation: Rotation | None,
         cache: LayerCache | LatentCache,
-        at: Placement,
+        at: BatchMetadata,
         window: int | None,
         residual: PartitionSpec,
     ) -> tuple[Float[Array, "B S D"], LayerCache | LatentCache]:
@@ -72,7 +72,7 @@ class DecoderLayer(nnx.Module):
         mixed, cache = self.self_attn(normed, rotation, cache, at, window)
         if self.block in ("parallel", "parallel_two_norms"):
             read = normed if self.block == "parallel" else self.post_attention_layernorm(x)
-            mixed = add_up(mixed + self.mlp(read), residual)  # all-reduce over tp, one for both
+            mixed = reduce_partials(mixed + self.mlp(read), residual)  # all-reduce over tp, one for both
             return self._add(x, mixed), cache
         mixed = constrain(mixed, residual)  # all-reduce or reduce-scatter over tp
         match self.block:
@@ -123,7 +123,7 @@ class Decoder(nnx.Module):
         self,
         tokens: Int[Array, "B S"],
         cache: PagedKVCache,
-        at: Placement,
+        at: BatchMetadata,
         residual: PartitionSpec = REPLICATED,
     ) -> tuple[Float[Array, "B S D"], PagedKVCache]:
         """Final hidden states of the tokens, and the cache with their keys and values.
@@ -132,7 +132,7 @@ class Decoder(nnx.Module):
             tokens: of a step or a chunk.
             cache: of all layers.
             at: where the tokens sit.
-            residual: layout of the residual, and of what comes out: ``REPLICATED`` or ``POSITIONS``.
+            residual: layout of the residual, and of what comes out: ``REPLICATED`` or ``SEQUENCE_PARALLEL``.
         """
         config = self.config
         x = constrain(self.embed_tokens(tokens), REPLICATED)  # all-reduce over tp
@@ -142,7 +142,7 @@ class Decoder(nnx.Module):
             x = x + self.embed_positions(at.positions)
         else:
             rotations = {
-                kind: rotation(config.rope_of(kind), config.rotated_dim, at.positions, at.reach)
+                kind: rotation(config.rope_of(kind), config.rotated_dim, at.positions, at.max_length)
                 for kind in dict.fromkeys(config.layer_types)
             }
         written = []

@@ -29,8 +29,8 @@ ROW = P(None, AXIS)  # [out, in]: each device sums over some inputs; one all-red
 VOCAB = P(AXIS, None)  # [V, D]: each device holds some tokens' rows
 HEAD_ROWS = P(AXIS, None)  # [H * out, in]: each device projects to its heads; no collective
 BIAS = P(AXIS)  # [out] of a column-parallel product
-SHARES = P(AXIS)  # [tp, ...]: each device's part of a sum
-POSITIONS = P(None, AXIS, None)  # [B, S, D]: a residual of which each device holds some positions
+PARTIAL_SUMS = P(AXIS)  # [tp, ...]: each device's part of a sum
+SEQUENCE_PARALLEL = P(None, AXIS, None)  # [B, S, D]: a residual of which each device holds some positions
 LOGITS = P(None, AXIS)  # [B, V]
 HEADS = P(None, None, AXIS, None, None)  # [B, S, K, queries per group, h]
 PAGES = P(None, AXIS, None, None)  # [pages, K, page_size, h]
@@ -41,7 +41,7 @@ def constrain(x: jax.Array, spec: P) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def add_up(shares: jax.Array, spec: P) -> jax.Array:
+def reduce_partials(shares: jax.Array, spec: P) -> jax.Array:
     """Sums each device's share [tp, ...] and fixes the layout of the sum: that is what moves data.
 
     In the dtype of the shares: ``jnp.sum`` adds bfloat16 up as float32, and GPUs would then move that.
@@ -269,7 +269,7 @@ class WeightLayout:
 
     @property
     def padding(self) -> int:
-        """Stored elements that no canonical element fills for the first time: zeros and replicas."""
+        """TensorMapping elements that no canonical element fills for the first time: zeros and replicas."""
         content = self.content((slice(None),) * len(self.shape))
         return content.copied + content.zeros
 
@@ -288,7 +288,7 @@ class StackedLayout:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Stored shape."""
+        """TensorMapping shape."""
         return (self.count, *self.one.shape)
 
     def content(self, index: tuple[slice, ...]) -> Content:
@@ -356,13 +356,15 @@ def _joined(segments: tuple[Segment, ...]) -> list[Segment]:
     return joined
 
 
-def whole(source: str, shape: tuple[int, ...], *, padded: int | None = None, axis: int = 0) -> WeightLayout:
+def tensor_layout(
+    source: str, shape: tuple[int, ...], *, padded: int | None = None, axis: int = 0
+) -> WeightLayout:
     """One tensor as it is, zero-padded along ``axis`` to ``padded``."""
     stored = tuple(padded if padded and i == axis else n for i, n in enumerate(shape))
     return WeightLayout(stored, axis, (Segment(source, 0, shape[axis], 0),), ((source, shape[axis]),))
 
 
-def columns(
+def column_layout(
     width: int, segments: list[Segment], sizes: dict[str, int], *, in_features: int | None
 ) -> WeightLayout:
     """A column-parallel product's weight [in, width], or its bias [width] where ``in_features`` is None."""
@@ -372,6 +374,8 @@ def columns(
     )
 
 
-def rows(width: int, segments: list[Segment], sizes: dict[str, int], *, out_features: int) -> WeightLayout:
+def row_layout(
+    width: int, segments: list[Segment], sizes: dict[str, int], *, out_features: int
+) -> WeightLayout:
     """A row-parallel product's weight [out, width]."""
     return WeightLayout((out_features, width), 1, tuple(segments), tuple(sizes.items()))

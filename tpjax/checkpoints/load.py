@@ -29,9 +29,9 @@ from tpjax.checkpoints.gguf import GGUFFile
 from tpjax.checkpoints.quantized import dequantized
 from tpjax.checkpoints.safetensors import MAX_JSON_BYTES, SafetensorsCheckpoint, has_weights
 from tpjax.checkpoints.source import TensorInfo, TensorSource, shown
-from tpjax.config import ExpertSharding, ModelConfig
+from tpjax.config import ExpertParallel, ModelConfig
 from tpjax.errors import CheckpointError
-from tpjax.families.fields import Fields, GGUFArchitecture, GGUFView, Names, Stored
+from tpjax.families.fields import Fields, GGUFArchitecture, GGUFView, TensorMapping, WeightMap
 from tpjax.families.quantization import quantization_of
 from tpjax.families.registry import FAMILIES, config_from_gguf, config_from_hf, gguf_architecture
 from tpjax.model import Decoder
@@ -58,9 +58,9 @@ class Checkpoint:
     config: ModelConfig
     source: CanonicalSource
 
-    def with_expert_sharding(self, expert_sharding: ExpertSharding) -> Checkpoint:
-        """The same checkpoint, its experts cut as :meth:`ModelConfig.with_expert_sharding` has it."""
-        return replace(self, config=self.config.with_expert_sharding(expert_sharding))
+    def with_expert_parallel(self, expert_parallel: ExpertParallel) -> Checkpoint:
+        """The same checkpoint, its experts cut as :meth:`ModelConfig.with_expert_parallel` has it."""
+        return replace(self, config=self.config.with_expert_parallel(expert_parallel))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -79,7 +79,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _opened(path, config, file, architecture.names(config))
     if orbax.is_orbax(path):
         orbax.check_files(path)
-        return _opened(path, orbax.read_config(path), orbax.OrbaxCheckpoint(path), Names())
+        return _opened(path, orbax.read_config(path), orbax.OrbaxCheckpoint(path), WeightMap())
     raw = _read_json(path)
     return _open_safetensors(path, raw, config_from_hf(raw))
 
@@ -99,7 +99,7 @@ def _opened(
     path: Path,
     config: ModelConfig,
     files: TensorSource,
-    names: Names,
+    names: WeightMap,
     unlisted: frozenset[str] = frozenset(),
 ) -> Checkpoint:
     """The checkpoint, tied as its tensors are: a head that is stored counts where it is not the embedding."""
@@ -360,7 +360,7 @@ class CanonicalSource:
     def __init__(
         self,
         files: TensorSource,
-        names: Names,
+        names: WeightMap,
         config: ModelConfig,
         unlisted: frozenset[str] = frozenset(),
     ) -> None:
@@ -390,7 +390,7 @@ class CanonicalSource:
             if not any(pattern.fullmatch(name) for pattern in ignored)
         }
 
-    def locate(self, name: str) -> Stored:
+    def locate(self, name: str) -> TensorMapping:
         """Where the checkpoint keeps a tensor."""
         return self._names.locate(self._embedding if name == _ENDS[0] else name, self._prefix)
 
@@ -432,7 +432,7 @@ class CanonicalSource:
                 values = values[wanted - first]
         return values - at.offset if at.offset else values
 
-    def _read(self, at: Stored, index: tuple[slice, ...]) -> np.ndarray:
+    def _read(self, at: TensorMapping, index: tuple[slice, ...]) -> np.ndarray:
         box = index[::-1] if at.transposed else index
         if at.place is None:
             values = self._files.read(at.name, box)

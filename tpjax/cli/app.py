@@ -30,6 +30,7 @@ from tpjax.cli import (
     serve,
 )
 from tpjax.errors import EngineError, TpjaxError
+from tpjax.old_spellings import translate_arguments
 
 EXIT_INTERNAL = 1
 EXIT_BAD_INPUT = 2
@@ -128,7 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments after the command's name; ``None`` takes the process's own.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    words, renamed = translate_arguments(sys.argv[1:] if argv is None else argv)
+    for message in renamed:
+        print(f"tpjax: warning: {message}", file=sys.stderr)
     debug = "--debug" in words
     try:
         status = app([word for word in words if word != "--debug"], prog_name="tpjax", standalone_mode=False)

@@ -171,11 +171,11 @@ class Sharding:
             metavar="N",
         ),
     ] = None
-    expert_sharding: Annotated[
-        Literal["auto", "experts", "width"],
+    expert_parallel: Annotated[
+        Literal["auto", "on", "off"],
         option(
-            "--expert-sharding",
-            help="Whole experts on a device, or a part of each one's width; auto: as tp divides them.",
+            "--expert-parallel",
+            help="on: whole experts a device; off: a part of each one's width; auto: on if tp divides them",
         ),
     ] = "auto"
 

@@ -94,7 +94,7 @@ class Engine:
         Raises:
             RequestError: it can never run.
         """
-        request.length_class = self.runner.config.length_class(request.most_tokens)
+        request.rope_scaling_key = self.runner.config.rope_scaling_key(request.most_tokens)
         self.scheduler.add(request)
 
     def cancel(self, request: Request) -> None:
@@ -142,7 +142,8 @@ class Engine:
             with self.guarded():
                 parts = [
                     self.runner.score(
-                        Row(slot, start, pages, _GREEDY, 0, reach=len(tokens)), tokens[start : start + chunk]
+                        Row(slot, start, pages, _GREEDY, 0, max_length=len(tokens)),
+                        tokens[start : start + chunk],
                     )
                     for start in range(0, len(tokens), chunk)
                 ]
@@ -226,7 +227,7 @@ class Engine:
             params=params,
             seed=request.seed,
             masked_until=_masked_until(request) if work.final else 0,
-            reach=request.most_tokens,
+            max_length=request.most_tokens,
         )
         tokens = request.prefill_ids[work.start : work.stop]
         grows = [request] if work.final else []
@@ -248,7 +249,7 @@ class Engine:
                 remaining=request.remaining,
                 stop_ids=request.stop_ids,
                 masked_until=_masked_until(request),
-                reach=request.most_tokens,
+                max_length=request.most_tokens,
             )
             for request in work.requests
         ]

@@ -64,8 +64,8 @@ class Request:
         error: what went wrong, where ``finish_reason`` is ``error``.
         lost: it ended with the state on the devices, by an error that need not be its own.
         cached_tokens: prompt tokens whose keys and values were found in the cache.
-        length_class: only requests of the same class have the same keys for the same text (the frequencies of
-            some rotary embeddings go by how long a sequence may get).
+        rope_scaling_key: requests share cached keys only if it is equal: the frequencies of some rotary
+            embeddings depend on the maximum length.
         arrival: its number in the order of arrival.
         queued: it waits for a slot.
         slot: place in the batch while it runs.
@@ -92,7 +92,7 @@ class Request:
     error: str | None = None
     lost: bool = False
     cached_tokens: int = 0
-    length_class: tuple[int, ...] = ()
+    rope_scaling_key: tuple[int, ...] = ()
     arrival: int = 0
     queued: bool = False
     slot: int | None = None
@@ -170,6 +170,6 @@ class Request:
     def page_keys(self, page_size: int, pages: int) -> Sequence[PageKey]:
         """Keys of its first ``pages`` pages or more, all of whose tokens are known; computed once."""
         for page in range(len(self._keys), pages):
-            parent = self._keys[-1] if self._keys else root_key(f"{self.length_class}{self.cache_salt}")
+            parent = self._keys[-1] if self._keys else root_key(f"{self.rope_scaling_key}{self.cache_salt}")
             self._keys.append(page_key(parent, self.tokens(page * page_size, (page + 1) * page_size)))
         return self._keys

@@ -8,7 +8,7 @@ from tpjax.config import ModelConfig
 from tpjax.families.fields import (
     Family,
     Fields,
-    Names,
+    WeightMap,
     every,
     interleaved,
     layer_types_of,
@@ -57,7 +57,7 @@ def _cohere2(fields: Fields) -> ModelConfig:
         "use_parallel_block": (True,),
     }
     for name, supported in described.items():
-        fields.fixed(name, *supported)
+        fields.require(name, *supported)
     types = layer_types_of(fields, every(pattern, fields.integer("num_hidden_layers")))
     return _parallel(
         fields,
@@ -68,9 +68,9 @@ def _cohere2(fields: Fields) -> ModelConfig:
     )
 
 
-def _names(config: ModelConfig) -> Names:
+def _names(config: ModelConfig) -> WeightMap:
     heads = {"q": config.num_heads, "k": config.num_kv_heads}
-    return Names(
+    return WeightMap(
         {
             f"self_attn.{name}_{part}": interleaved(
                 f"self_attn.{name}_{part}", count, config.head_dim, by_head=part == "norm"

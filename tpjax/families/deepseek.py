@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from tpjax.config import LatentConfig, ModelConfig, MoEConfig, check_size
-from tpjax.families.fields import Family, Fields, Names, Stored, rope_section
+from tpjax.families.fields import Family, Fields, TensorMapping, WeightMap, rope_section
 from tpjax.families.llama import llama_like
 
 
@@ -27,7 +27,7 @@ def _deepseek_v3(fields: Fields) -> ModelConfig:
         "topk_method": "noaux_tc",
     }
     for name, value in supported.items():
-        fields.fixed(name, value)
+        fields.require(name, value)
     # devices, losses of the training, layers that predict further tokens: nothing of the next token's logits
     fields.read.update({"ep_size", "aux_loss_alpha", "seq_aux", "num_nextn_predict_layers", "num_mtp_layers"})
     bias = fields.boolean("attention_bias", False)
@@ -74,16 +74,16 @@ def _attention_scale(fields: Fields) -> float:
     return 0.1 * coefficient * math.log(factor) + 1.0 if coefficient and factor > 1 else 1.0
 
 
-def _names(config: ModelConfig) -> Names:
+def _names(config: ModelConfig) -> WeightMap:
     assert config.latent is not None
     fixed, rank = config.head_dim - config.rotated_dim, config.latent.kv_lora_rank
     queries = "q_proj" if config.latent.q_lora_rank is None else "q_b_proj"
-    return Names(
+    return WeightMap(
         modules={
             f"self_attn.{queries}": _pairs_last(f"self_attn.{queries}", config.num_heads, fixed, config),
             "self_attn.kv_a_proj_with_mqa": _pairs_last("self_attn.kv_a_proj_with_mqa", 1, rank, config),
             **{
-                f"mlp.shared_expert.{name}_proj": Stored(f"mlp.shared_experts.{name}_proj")
+                f"mlp.shared_expert.{name}_proj": TensorMapping(f"mlp.shared_experts.{name}_proj")
                 for name in ("gate", "up", "down")
             },
         },
@@ -92,12 +92,12 @@ def _names(config: ModelConfig) -> Names:
     )
 
 
-def _pairs_last(name: str, heads: int, before: int, config: ModelConfig) -> Stored:
+def _pairs_last(name: str, heads: int, before: int, config: ModelConfig) -> TensorMapping:
     """Heads whose last rows rotate in pairs (2i, 2i + 1), read in the order (i, i + half)."""
     pairs = np.arange(config.rotated_dim).reshape(-1, 2)
     order = np.concatenate([np.arange(before), before + pairs.T.reshape(-1)])
     rows = (np.arange(heads)[:, None] * order.size + order).reshape(-1)
-    return Stored(name, rows, rows.size)
+    return TensorMapping(name, rows, rows.size)
 
 
 FAMILIES = (Family("deepseek_v3", "DeepSeek-V3, V3.1, R1; Kimi K2", _deepseek_v3, _names),)

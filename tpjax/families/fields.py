@@ -32,7 +32,7 @@ from tpjax.config import (
     check_size,
 )
 from tpjax.errors import ConfigError
-from tpjax.families.unread import INERT, NUMERIC, ROPE_NUMERIC, settle
+from tpjax.families.unread import IGNORED_FIELDS, NUMERIC, ROPE_NUMERIC, settle
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ _COUNTS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
+class TensorMapping:
     """Where a checkpoint keeps a tensor.
 
     Attributes:
@@ -81,29 +81,29 @@ class Stored:
         return stored if self.place is None else (self.count, *stored)
 
 
-def slices(name: str, sizes: Sequence[int], *, transposed: bool = False) -> list[Stored]:
+def slices(name: str, sizes: Sequence[int], *, transposed: bool = False) -> list[TensorMapping]:
     """Tensors of so many rows that are stored one after another as one."""
     starts = np.cumsum([0, *sizes])
     return [
-        Stored(name, np.arange(start, start + size), int(starts[-1]), transposed)
+        TensorMapping(name, np.arange(start, start + size), int(starts[-1]), transposed)
         for start, size in zip(starts, sizes, strict=False)
     ]
 
 
-def thirds_of_heads(name: str, heads: int, head_dim: int) -> list[Stored]:
+def fused_qkv_by_head(name: str, heads: int, head_dim: int) -> list[TensorMapping]:
     """Query, key and value, stored head by head: the first head's query, key and value, then the second's."""
     rows = np.arange(heads * 3 * head_dim).reshape(heads, 3, head_dim)
-    return [Stored(name, rows[:, part].reshape(-1), rows.size) for part in range(3)]
+    return [TensorMapping(name, rows[:, part].reshape(-1), rows.size) for part in range(3)]
 
 
-def interleaved(name: str, heads: int, head_dim: int, *, by_head: bool = False) -> Stored:
+def interleaved(name: str, heads: int, head_dim: int, *, by_head: bool = False) -> TensorMapping:
     """Rows of queries or keys made for rotary pairs (2i, 2i + 1), read in the order (i, i + head_dim / 2)."""
     rows = np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
-    return Stored(name, rows, rows.size, heads=heads if by_head else None)
+    return TensorMapping(name, rows, rows.size, heads=heads if by_head else None)
 
 
 @dataclass(frozen=True)
-class Names:
+class WeightMap:
     """What a checkpoint calls the model's tensors; whatever is not mentioned has its canonical name.
 
     Attributes:
@@ -114,19 +114,19 @@ class Names:
         ignored: patterns of tensor names that may be in a checkpoint and are not needed.
     """
 
-    modules: Mapping[str, Stored] = field(default_factory=dict)
+    modules: Mapping[str, TensorMapping] = field(default_factory=dict)
     layers: str = "layers"
     prefixes: tuple[tuple[str, str], ...] = (("model.", ""),)
     ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
 
-    def locate(self, canonical: str, prefix: tuple[str, str] = ("", "")) -> Stored:
+    def locate(self, canonical: str, prefix: tuple[str, str] = ("", "")) -> TensorMapping:
         """The stored tensor of a canonical name, ``layers.0.mlp.up_proj.weight`` say."""
         parts = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.(\w+)", canonical)
         assert parts is not None, canonical
         layer, module, kind = parts.groups()
         stored = self.modules.get(f"{module}.{kind}")
         if stored is None:
-            stored = self.modules.get(module, Stored(module))
+            stored = self.modules.get(module, TensorMapping(module))
             stored = replace(stored, name=f"{stored.name}.{kind}")
         path = stored.name if layer is None else f"{self.layers}.{layer}.{stored.name}"
         return replace(stored, name=f"{prefix[module == 'lm_head']}{path}")
@@ -139,19 +139,19 @@ class GGUFArchitecture:
     Attributes:
         name: value of ``general.architecture``.
         config: metadata, tensor names and the vocabulary's size, to the configuration.
-        modules: what the file calls a layer's modules, as in :class:`Names`.
+        modules: what the file calls a layer's modules, as in :class:`WeightMap`.
     """
 
     name: str
     config: Callable[[GGUFView], ModelConfig]
-    modules: Callable[[ModelConfig], Mapping[str, Stored]]
+    modules: Callable[[ModelConfig], Mapping[str, TensorMapping]]
 
-    def names(self, config: ModelConfig) -> Names:
+    def names(self, config: ModelConfig) -> WeightMap:
         """What the file calls the model's tensors."""
         top = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
-        stored = {**{name: Stored(gguf) for name, gguf in top.items()}, **self.modules(config)}
+        stored = {**{name: TensorMapping(gguf) for name, gguf in top.items()}, **self.modules(config)}
         ignored = (r"rope_(freqs|factors_long|factors_short)\.weight",)
-        return Names(stored, layers="blk", prefixes=(("", ""),), ignored=ignored)
+        return WeightMap(stored, layers="blk", prefixes=(("", ""),), ignored=ignored)
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Family:
     model_type: str
     examples: str
     config: Callable[[Fields], ModelConfig]
-    names: Callable[[ModelConfig], Names] = lambda config: Names()
+    names: Callable[[ModelConfig], WeightMap] = lambda config: WeightMap()
     gguf: tuple[GGUFArchitecture, ...] = ()
 
 
@@ -237,13 +237,13 @@ class Fields:
         self.read.add(name)
         return self.raw.get(name, default)
 
-    def fixed(self, name: str, *supported: Any) -> None:
+    def require(self, name: str, *supported: Any) -> None:
         """Refuses a field unless it is absent or has a supported value."""
         value = self.get(name, None)
         if value is not None and value not in supported:
             raise ConfigError(f"{self.where}: {name}={brief(value)} is not supported")
 
-    def finish(self, inert: frozenset[str] = INERT, numeric: frozenset[str] = NUMERIC) -> None:
+    def finish(self, inert: frozenset[str] = IGNORED_FIELDS, numeric: frozenset[str] = NUMERIC) -> None:
         """Settles what nobody has read, by the rule of :mod:`tpjax.families.unread`.
 
         Raises:
@@ -383,7 +383,7 @@ def rope_from(parameters: Fields, theta: float, context: int, original: int | No
         values["original_max_position_embeddings"] = context  # as transformers has it
     if kind == "yarn":
         for name in ("attn_factor", "extrapolation_factor"):
-            parameters.fixed(name, 1)  # vLLM reads them
+            parameters.require(name, 1)  # vLLM reads them
         values |= {
             "beta_fast": parameters.number("beta_fast", 32),
             "beta_slow": parameters.number("beta_slow", 1),

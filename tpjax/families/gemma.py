@@ -13,8 +13,8 @@ from tpjax.families.fields import (
     Fields,
     GGUFArchitecture,
     GGUFView,
-    Names,
-    Stored,
+    TensorMapping,
+    WeightMap,
     activation_of,
     all_full,
     every,
@@ -65,7 +65,7 @@ def _shared(fields: Fields, sizes: dict[str, Any], activation: str) -> dict[str,
 def _gemma1(fields: Fields) -> ModelConfig:
     sizes = sizes_of(fields, context=8192, head_dim=256)
     shared = _shared(fields, sizes, "hidden_act")
-    fields.fixed("hidden_activation", "gelu_pytorch_tanh")  # transformers reads hidden_act alone
+    fields.require("hidden_activation", "gelu_pytorch_tanh")  # transformers reads hidden_act alone
     if shared["activation"] == "gelu":
         shared["activation"] = "gelu_tanh"  # what the first files call gelu is the approximation
     return _gemma(
@@ -79,7 +79,7 @@ def _gemma1(fields: Fields) -> ModelConfig:
 
 def _gemma2(fields: Fields) -> ModelConfig:
     sizes = sizes_of(fields, context=8192, head_dim=256)
-    fields.fixed("hidden_act", "gelu_pytorch_tanh", "gelu")  # transformers reads hidden_activation alone
+    fields.require("hidden_act", "gelu_pytorch_tanh", "gelu")  # transformers reads hidden_activation alone
     return _gemma(
         sizes,
         model_type="gemma2",
@@ -105,7 +105,7 @@ def _gemma3_text(fields: Fields) -> ModelConfig:
     local_theta = sliding.number("rope_theta", fields.number("rope_local_base_freq", 10_000.0))
     per_type.finish()
     for parameters in (full, sliding):
-        parameters.fixed("partial_rotary_factor", 1.0)
+        parameters.require("partial_rotary_factor", 1.0)
     pattern = fields.integer("sliding_window_pattern", fields.integer("_sliding_window_pattern", 6))
     return _gemma(
         sizes,
@@ -127,7 +127,7 @@ def _with_scaling(full: Fields, scaling: Fields) -> Fields:
     if not scaling.raw:
         return full
     if "type" in scaling.raw and "rope_type" not in scaling.raw:
-        scaling.fixed("type", "default")  # the others are scaled by transformers 4 and passed over by 5
+        scaling.require("type", "default")  # the others are scaled by transformers 4 and passed over by 5
     return Fields({**full.raw, **scaling.raw}, scaling.where)
 
 
@@ -140,7 +140,7 @@ def _gemma3(fields: Fields) -> ModelConfig:
     text = fields.section("text_config")
     if not text.raw:
         raise ConfigError(f"{fields.where}: field 'text_config' is missing")
-    text.fixed("model_type", "gemma3_text")
+    text.require("model_type", "gemma3_text")
     # the first files leave out of the text part what is at its default, sizes included
     sizes = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262_208}
     tied = fields.boolean("tie_word_embeddings", True)  # of the whole, whatever the part says: it has no head
@@ -150,8 +150,8 @@ def _gemma3(fields: Fields) -> ModelConfig:
     return config
 
 
-def _gemma3_names(config: ModelConfig) -> Names:
-    return Names(
+def _gemma3_names(config: ModelConfig) -> WeightMap:
+    return WeightMap(
         prefixes=(("model.language_model.", ""), ("language_model.model.", "language_model.")),
         ignored=(r"(model\.)?(vision_tower|multi_modal_projector)\..*",),
     )
@@ -166,10 +166,10 @@ _NORMS = {
 }
 
 
-def _gguf_modules(config: ModelConfig) -> Mapping[str, Stored]:
+def _gguf_modules(config: ModelConfig) -> Mapping[str, TensorMapping]:
     norms = {"norm": "output_norm", "input_layernorm": "attn_norm", **_NORMS}
     # converters add 1 to what Gemma's norms multiply by
-    return {**GGUF_LAYER, **{name: Stored(gguf, offset=1.0) for name, gguf in norms.items()}}
+    return {**GGUF_LAYER, **{name: TensorMapping(gguf, offset=1.0) for name, gguf in norms.items()}}
 
 
 def _gguf_query_scalar(sizes: dict[str, Any], largest: int) -> float:

@@ -9,15 +9,15 @@ from tpjax.errors import ConfigError
 from tpjax.families.fields import (
     Family,
     Fields,
-    Names,
-    Stored,
+    TensorMapping,
+    WeightMap,
     activation_of,
     all_full,
     checked,
+    fused_qkv_by_head,
     partial_rope_of,
     sizes_of,
     slices,
-    thirds_of_heads,
 )
 from tpjax.families.llama import llama_like
 
@@ -27,7 +27,7 @@ _GPT: dict[str, Any] = {"norm": "layer", "norm_bias": True, "gated_mlp": False}
 def _gpt2(fields: Fields) -> ModelConfig:
     hidden, heads = fields.integer("n_embd", 768), fields.integer("n_head", 12)
     positions = fields.integer("n_positions", 1024)
-    fields.fixed("n_ctx", positions)
+    fields.require("n_ctx", positions)
     checked({"n_embd": hidden, "n_head": heads})
     if hidden % heads:
         raise ConfigError(f"{fields.where}: n_head={heads} is not a divisor of n_embd={hidden}")
@@ -56,21 +56,21 @@ def _gpt2(fields: Fields) -> ModelConfig:
     )
 
 
-def _gpt2_names(config: ModelConfig) -> Names:
+def _gpt2_names(config: ModelConfig) -> WeightMap:
     q, k, v = slices("attn.c_attn", (config.hidden_size,) * 3, transposed=True)
-    return Names(
+    return WeightMap(
         {
-            "embed_tokens": Stored("wte"),
-            "embed_positions": Stored("wpe"),
-            "norm": Stored("ln_f"),
-            "input_layernorm": Stored("ln_1"),
-            "post_attention_layernorm": Stored("ln_2"),
+            "embed_tokens": TensorMapping("wte"),
+            "embed_positions": TensorMapping("wpe"),
+            "norm": TensorMapping("ln_f"),
+            "input_layernorm": TensorMapping("ln_1"),
+            "post_attention_layernorm": TensorMapping("ln_2"),
             "self_attn.q_proj": q,
             "self_attn.k_proj": k,
             "self_attn.v_proj": v,
-            "self_attn.o_proj": Stored("attn.c_proj", transposed=True),
-            "mlp.up_proj": Stored("mlp.c_fc", transposed=True),
-            "mlp.down_proj": Stored("mlp.c_proj", transposed=True),
+            "self_attn.o_proj": TensorMapping("attn.c_proj", transposed=True),
+            "mlp.up_proj": TensorMapping("mlp.c_fc", transposed=True),
+            "mlp.down_proj": TensorMapping("mlp.c_proj", transposed=True),
         },
         layers="h",
         prefixes=(("transformer.", ""),),
@@ -98,19 +98,19 @@ def _gpt_neox(fields: Fields) -> ModelConfig:
     )
 
 
-def _gpt_neox_names(config: ModelConfig) -> Names:
-    q, k, v = thirds_of_heads("attention.query_key_value", config.num_heads, config.head_dim)
-    return Names(
+def _gpt_neox_names(config: ModelConfig) -> WeightMap:
+    q, k, v = fused_qkv_by_head("attention.query_key_value", config.num_heads, config.head_dim)
+    return WeightMap(
         {
-            "embed_tokens": Stored("embed_in"),
-            "norm": Stored("final_layer_norm"),
-            "lm_head": Stored("embed_out"),
+            "embed_tokens": TensorMapping("embed_in"),
+            "norm": TensorMapping("final_layer_norm"),
+            "lm_head": TensorMapping("embed_out"),
             "self_attn.q_proj": q,
             "self_attn.k_proj": k,
             "self_attn.v_proj": v,
-            "self_attn.o_proj": Stored("attention.dense"),
-            "mlp.up_proj": Stored("mlp.dense_h_to_4h"),
-            "mlp.down_proj": Stored("mlp.dense_4h_to_h"),
+            "self_attn.o_proj": TensorMapping("attention.dense"),
+            "mlp.up_proj": TensorMapping("mlp.dense_h_to_4h"),
+            "mlp.down_proj": TensorMapping("mlp.dense_4h_to_h"),
         },
         prefixes=(("gpt_neox.", ""),),
         ignored=(r".*\.attention\.((masked_)?bias|rotary_emb\.inv_freq)",),
@@ -128,7 +128,7 @@ def _starcoder2(fields: Fields) -> ModelConfig:
         "scale_attn_weights": (True,),
     }
     for name, supported in described.items():
-        fields.fixed(name, *supported)
+        fields.require(name, *supported)
     bias, window = fields.boolean("use_bias", True), fields.integer("sliding_window", None)
     kind: LayerType = "full_attention" if window is None else "sliding_attention"
     return llama_like(
@@ -147,8 +147,8 @@ def _starcoder2(fields: Fields) -> ModelConfig:
     )
 
 
-def _starcoder2_names(config: ModelConfig) -> Names:
-    return Names({"mlp.up_proj": Stored("mlp.c_fc"), "mlp.down_proj": Stored("mlp.c_proj")})
+def _starcoder2_names(config: ModelConfig) -> WeightMap:
+    return WeightMap({"mlp.up_proj": TensorMapping("mlp.c_fc"), "mlp.down_proj": TensorMapping("mlp.c_proj")})
 
 
 FAMILIES = (

@@ -12,7 +12,7 @@ from tpjax.families.fields import (
     Fields,
     GGUFArchitecture,
     GGUFView,
-    Stored,
+    TensorMapping,
     activation_of,
     all_full,
     gguf_rope,
@@ -24,15 +24,15 @@ from tpjax.families.fields import (
 )
 
 GGUF_LAYER = {
-    "input_layernorm": Stored("attn_norm"),
-    "self_attn.q_proj": Stored("attn_q"),
-    "self_attn.k_proj": Stored("attn_k"),
-    "self_attn.v_proj": Stored("attn_v"),
-    "self_attn.o_proj": Stored("attn_output"),
-    "post_attention_layernorm": Stored("ffn_norm"),
-    "mlp.gate_proj": Stored("ffn_gate"),
-    "mlp.up_proj": Stored("ffn_up"),
-    "mlp.down_proj": Stored("ffn_down"),
+    "input_layernorm": TensorMapping("attn_norm"),
+    "self_attn.q_proj": TensorMapping("attn_q"),
+    "self_attn.k_proj": TensorMapping("attn_k"),
+    "self_attn.v_proj": TensorMapping("attn_v"),
+    "self_attn.o_proj": TensorMapping("attn_output"),
+    "post_attention_layernorm": TensorMapping("ffn_norm"),
+    "mlp.gate_proj": TensorMapping("ffn_gate"),
+    "mlp.up_proj": TensorMapping("ffn_up"),
+    "mlp.down_proj": TensorMapping("ffn_down"),
 }
 
 
@@ -66,7 +66,7 @@ def _biases(fields: Fields) -> dict[str, bool]:
 
 
 def _llama(fields: Fields) -> ModelConfig:
-    fields.fixed("rope_interleaved", False)
+    fields.require("rope_interleaved", False)
     return llama_like(
         fields, model_type="llama", mlp_bias=fields.boolean("mlp_bias", False), **_biases(fields)
     )
@@ -155,7 +155,7 @@ def _gguf_llama(view: GGUFView) -> ModelConfig:
     )
 
 
-def _gguf_llama_modules(config: ModelConfig) -> Mapping[str, Stored]:
+def _gguf_llama_modules(config: ModelConfig) -> Mapping[str, TensorMapping]:
     return {
         **GGUF_LAYER,
         "self_attn.q_proj": interleaved("attn_q", config.num_heads, config.head_dim),

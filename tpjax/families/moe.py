@@ -14,8 +14,8 @@ from tpjax.families.fields import (
     Fields,
     GGUFArchitecture,
     GGUFView,
-    Names,
-    Stored,
+    TensorMapping,
+    WeightMap,
     gguf_sizes,
     layer_types_of,
     rope_of,
@@ -36,7 +36,7 @@ def _count(fields: Fields) -> int:
     count: int = fields.integer("num_local_experts", fields.integer("num_experts", None))
     if count is None:
         raise ConfigError(f"{fields.where}: field 'num_experts' is missing")
-    fields.fixed("num_experts", count)
+    fields.require("num_experts", count)
     return count
 
 
@@ -70,13 +70,13 @@ def _mixtral(fields: Fields) -> ModelConfig:
     )
 
 
-def _mixtral_names(config: ModelConfig) -> Names:
+def _mixtral_names(config: ModelConfig) -> WeightMap:
     block = "block_sparse_moe"
-    modules = {"mlp.gate": Stored(f"{block}.gate")}
+    modules = {"mlp.gate": TensorMapping(f"{block}.gate")}
     for number in range(_moe(config).num_experts):
         for part, name in zip(_PARTS, ("w1", "w3", "w2"), strict=True):
-            modules[f"mlp.experts.{number}.{part}"] = Stored(f"{block}.experts.{number}.{name}")
-    return Names(modules)
+            modules[f"mlp.experts.{number}.{part}"] = TensorMapping(f"{block}.experts.{number}.{name}")
+    return WeightMap(modules)
 
 
 # --- Qwen --------------------------------------------------------------------------------------------------
@@ -156,14 +156,14 @@ def _gguf_qwen3moe(view: GGUFView) -> ModelConfig:
     )
 
 
-def _gguf_qwen3moe_modules(config: ModelConfig) -> Mapping[str, Stored]:
+def _gguf_qwen3moe_modules(config: ModelConfig) -> Mapping[str, TensorMapping]:
     count = _moe(config).num_experts
     return {
         **GGUF_LAYER,
         **GGUF_QK_NORMS,
-        "mlp.gate": Stored("ffn_gate_inp"),
+        "mlp.gate": TensorMapping("ffn_gate_inp"),
         **{
-            f"mlp.experts.{number}.{part}": Stored(f"ffn_{name}_exps", place=number, count=count)
+            f"mlp.experts.{number}.{part}": TensorMapping(f"ffn_{name}_exps", place=number, count=count)
             for part, name in zip(_PARTS, ("gate", "up", "down"), strict=True)
             for number in range(count)
         },
@@ -185,11 +185,11 @@ _GPT_OSS_ROPE = {
 
 def _gpt_oss(fields: Fields) -> ModelConfig:
     _read_training(fields)
-    fields.fixed("hidden_act", "silu")
+    fields.require("hidden_act", "silu")
     fields.read |= {"initial_context_length"}  # the rope's original context, once more
     layers, bias = fields.integer("num_hidden_layers"), fields.boolean("attention_bias", True)
     context, per_token = 131_072, fields.integer("num_experts_per_tok", 4)
-    fields.fixed("experts_per_token", per_token)
+    fields.require("experts_per_token", per_token)
     default: tuple[LayerType, ...] = tuple(
         "full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)
     )
@@ -221,22 +221,22 @@ def _gpt_oss(fields: Fields) -> ModelConfig:
     )
 
 
-def _gpt_oss_names(config: ModelConfig) -> Names:
+def _gpt_oss_names(config: ModelConfig) -> WeightMap:
     """Experts stacked, [in, out], gate and up in turns."""
     moe = _moe(config)
     count, width = moe.num_experts, moe.expert_width
     fused = {"gate_proj": np.arange(0, 2 * width, 2), "up_proj": np.arange(1, 2 * width, 2)}
-    modules = {"mlp.gate": Stored("mlp.router")}
+    modules = {"mlp.gate": TensorMapping("mlp.router")}
     for number in range(count):
         for kind, suffix in (("weight", ""), ("bias", "_bias")):
             stack: dict[str, Any] = {"transposed": kind == "weight", "place": number, "count": count}
             expert, stored = f"mlp.experts.{number}", "mlp.experts"
             for part, rows in fused.items():
-                modules[f"{expert}.{part}.{kind}"] = Stored(
+                modules[f"{expert}.{part}.{kind}"] = TensorMapping(
                     f"{stored}.gate_up_proj{suffix}", rows, 2 * width, **stack
                 )
-            modules[f"{expert}.down_proj.{kind}"] = Stored(f"{stored}.down_proj{suffix}", **stack)
-    return Names(modules)
+            modules[f"{expert}.down_proj.{kind}"] = TensorMapping(f"{stored}.down_proj{suffix}", **stack)
+    return WeightMap(modules)
 
 
 def _moe(config: ModelConfig) -> MoEConfig:

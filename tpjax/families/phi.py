@@ -11,8 +11,8 @@ from tpjax.families.fields import (
     Fields,
     GGUFArchitecture,
     GGUFView,
-    Names,
-    Stored,
+    TensorMapping,
+    WeightMap,
     gguf_rope,
     gguf_sizes,
     longrope_attention_factor,
@@ -30,7 +30,7 @@ def _window(window: int | None, layers: int) -> dict[str, Any]:
 
 def _phi3(fields: Fields) -> ModelConfig:
     for name in ("full_attn_mod", "interpolate_factor"):
-        fields.fixed(name, 1)  # in Phi-4's files; transformers does not read them
+        fields.require(name, 1)  # in Phi-4's files; transformers does not read them
     sizes = sizes_of(fields, context=4096)
     rope, share = partial_rope_of(fields, sizes["max_position_embeddings"])
     return llama_like(
@@ -44,7 +44,7 @@ def _phi3(fields: Fields) -> ModelConfig:
     )
 
 
-def _fused(config: ModelConfig, qkv: str, gate_up: str) -> dict[str, Stored]:
+def _fused(config: ModelConfig, qkv: str, gate_up: str) -> dict[str, TensorMapping]:
     kv = config.num_kv_heads * config.head_dim
     q, k, v = slices(qkv, (config.num_heads * config.head_dim, kv, kv))
     gate, up = slices(gate_up, (config.intermediate_size,) * 2)
@@ -57,8 +57,8 @@ def _fused(config: ModelConfig, qkv: str, gate_up: str) -> dict[str, Stored]:
     }
 
 
-def _names(config: ModelConfig) -> Names:
-    return Names(_fused(config, "self_attn.qkv_proj", "mlp.gate_up_proj"))
+def _names(config: ModelConfig) -> WeightMap:
+    return WeightMap(_fused(config, "self_attn.qkv_proj", "mlp.gate_up_proj"))
 
 
 def _gguf_phi3(view: GGUFView) -> ModelConfig:
@@ -89,7 +89,7 @@ def _gguf_phi3(view: GGUFView) -> ModelConfig:
     )
 
 
-def _gguf_modules(config: ModelConfig) -> Mapping[str, Stored]:
+def _gguf_modules(config: ModelConfig) -> Mapping[str, TensorMapping]:
     return {**GGUF_LAYER, **_fused(config, "attn_qkv", "ffn_up")}
 
 

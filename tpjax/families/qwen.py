@@ -10,7 +10,7 @@ from tpjax.families.fields import (
     Fields,
     GGUFArchitecture,
     GGUFView,
-    Stored,
+    TensorMapping,
     all_full,
     gguf_rope,
     gguf_sizes,
@@ -35,7 +35,7 @@ def windows_of(fields: Fields) -> dict[str, Any]:
 
 
 def _qwen2(fields: Fields) -> ModelConfig:
-    fields.fixed("use_mrope", False)
+    fields.require("use_mrope", False)
     return llama_like(fields, model_type="qwen2", context=32_768, attention_bias=True, **windows_of(fields))
 
 
@@ -68,7 +68,10 @@ def gguf_qwen(view: GGUFView, **differences: Any) -> ModelConfig:
     )
 
 
-GGUF_QK_NORMS = {"self_attn.q_norm": Stored("attn_q_norm"), "self_attn.k_norm": Stored("attn_k_norm")}
+GGUF_QK_NORMS = {
+    "self_attn.q_norm": TensorMapping("attn_q_norm"),
+    "self_attn.k_norm": TensorMapping("attn_k_norm"),
+}
 
 FAMILIES = (
     Family(

@@ -2,8 +2,8 @@
 
 The rule: *strict where it changes a number, lenient where it cannot.*
 
-* A field in :data:`INERT` says nothing of what the model computes from tokens to logits: training, labels,
-  formats, how some other program runs it. It is passed over in silence: most files have some.
+* A field in :data:`IGNORED_FIELDS` says nothing of what the model computes from tokens to logits: training,
+  labels, formats, how some other program runs it. It is passed over in silence: most files have some.
 * A field in :data:`NUMERIC` is one that some implementation computes logits with, of this family or another.
   Our reader did not ask for it, so it is refused by name: loading would give other numbers than its author
   got. The names are those that the text decoders of transformers 5.23 read from their configuration (a test
@@ -34,7 +34,7 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-INERT = _names(
+IGNORED_FIELDS = _names(
     """
     _name_or_path architectures attn_implementation auto_map cache_implementation chunk_size_feed_forward
     dtype gradient_checkpointing id2label initializer_range is_decoder is_llama_config label2id
@@ -136,7 +136,10 @@ QUANTIZATION_NUMERIC = _names(
 
 
 def settle(
-    where: str, unread: Mapping[str, Any], inert: frozenset[str] = INERT, numeric: frozenset[str] = NUMERIC
+    where: str,
+    unread: Mapping[str, Any],
+    inert: frozenset[str] = IGNORED_FIELDS,
+    numeric: frozenset[str] = NUMERIC,
 ) -> None:
     """Refuses, names in a warning, or passes over the fields that nobody read.
 

@@ -14,13 +14,13 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
-from tpjax.config import ModelConfig
+from tpjax.config import ExpertAxis, ModelConfig
 from tpjax.hardware import Efficiency
 from tpjax.inspect.collectives import Collective
 from tpjax.inspect.hlo import Executed, Module
 from tpjax.inspect.topology import Topology
 from tpjax.interconnect import Interconnect
-from tpjax.planning.counts import Counts, ExpertCut
+from tpjax.planning.counts import Counts
 from tpjax.planning.plan import Cost, CostModel, Workload
 
 # Multiply-adds a chip does in a cycle: its matrix units, 128 or 256 square (How to Scale Your Model, chapter
@@ -133,7 +133,7 @@ def estimate(
     def ideal(rate: float) -> Cost:
         perfect = replace(chip, bandwidth_bytes_s=rate, flops=chip.flops / share, efficiency=_IDEAL)
         kind = Workload(dtype="float32" if dtype == "float32" else "bf16")
-        cut: ExpertCut = config.moe.cut(tp) if config.moe else "width"
+        cut: ExpertAxis = config.moe.sharded_axis(tp) if config.moe else "width"
         model = CostModel(Counts("", config), perfect, tp, kind, cut)
         return model.decode(batch, context) if length == 1 else model.prefill(length)
 

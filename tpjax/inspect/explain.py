@@ -24,16 +24,17 @@ from tpjax.checkpoints.load import (
     parameters,
     read_config,
 )
-from tpjax.config import ExpertSharding, ModelConfig, MoEConfig
+from tpjax.config import ExpertParallel, ModelConfig, MoEConfig
 from tpjax.inspect.budget import collective_budget
 from tpjax.inspect.collectives import find_collectives, summarise
 from tpjax.inspect.explain_report import Report, Step, TensorRow
 from tpjax.inspect.reasons import cache_reason, experts_reason, reason
 from tpjax.mesh import make_mesh
+from tpjax.old_spellings import accepts_old_spellings
 from tpjax.planning.published import is_published, published_config
 from tpjax.runtime.memory import device_memory, plan_limits, workspace_bytes
 from tpjax.runtime.runner import Runner, resolve_dtype
-from tpjax.sharding import Content, HeadPlan, Layout, Segment, WeightLayout, pad_to_multiple, whole
+from tpjax.sharding import Content, HeadPlan, Layout, Segment, WeightLayout, pad_to_multiple, tensor_layout
 
 
 def explain(runner: Runner, name: str) -> Report:
@@ -64,12 +65,13 @@ def explain(runner: Runner, name: str) -> Report:
     )
 
 
+@accepts_old_spellings
 def explain_model(
     model: str,
     tp: int | None = None,
     dtype: str = "auto",
     max_model_len: int | None = None,
-    expert_sharding: ExpertSharding = "auto",
+    expert_parallel: ExpertParallel = "auto",
 ) -> Report:
     """Describes a checkpoint cut over ``tp`` devices without reading a weight.
 
@@ -79,7 +81,7 @@ def explain_model(
         tp: devices; ``None``: all of them.
         dtype: as ``LLM`` takes it.
         max_model_len: longest sequence, tokens.
-        expert_sharding: as ``LLM`` takes it.
+        expert_parallel: as ``LLM`` takes it.
 
     Raises:
         TpjaxError: the checkpoint is not supported, or its configuration and tensors disagree.
@@ -92,7 +94,7 @@ def explain_model(
         bare = path.suffix == ".json" or (path.is_dir() and not any(path.glob("*.safetensors*")))
         checkpoint = None if bare else open_checkpoint(path)
         config = read_config(path) if checkpoint is None else checkpoint.config
-    config = config.with_expert_sharding(expert_sharding)
+    config = config.with_expert_parallel(expert_parallel)
     mesh, kind = make_mesh(tp), resolve_dtype(dtype)
     decoder = abstract_decoder(config, mesh, kind)
     declared = parameters(decoder, mesh)
@@ -187,7 +189,7 @@ def _cache(runner: Runner) -> dict[str, Any]:
     cache = cache_layout(config, mesh.size, limits.num_pages, limits.page_size)
     platform = mesh.devices.flat[0].platform
     page_bytes = page_bytes_per_device(config, mesh.size, limits.page_size, runner.dtype, platform)
-    layout = whole("latents", cache.shape)
+    layout = tensor_layout("latents", cache.shape)
     if config.latent is None:
         slots = enumerate(HeadPlan(config.num_heads, config.num_kv_heads, mesh.size).slots)
         heads = tuple(Segment("heads", head, 1, slot) for slot, (head, _) in slots if head is not None)
@@ -239,7 +241,7 @@ def _heads(config: ModelConfig, tp: int) -> dict[str, Any]:
 
 
 def _experts(moe: MoEConfig, tp: int) -> dict[str, Any]:
-    count, width, cut = moe.num_experts, moe.expert_width, moe.cut(tp)
+    count, width, cut = moe.num_experts, moe.expert_width, moe.sharded_axis(tp)
     if cut == "experts":
         what = f"each device has {count // tp} whole ones"
     else:

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from tpjax.checkpoints.hub import resolve
 from tpjax.checkpoints.load import abstract_decoder, parameters, read_config
-from tpjax.config import ExpertSharding, ModelConfig
+from tpjax.config import ExpertParallel, ModelConfig, SequenceParallel
 from tpjax.errors import ConfigError
 from tpjax.hardware import USABLE_MEMORY
 from tpjax.inspect.budget import collective_budget
@@ -26,10 +26,11 @@ from tpjax.inspect.estimate import Estimate, estimate
 from tpjax.inspect.hlo import Array, Instruction, Module, tpu_array
 from tpjax.inspect.tables import as_html, collective_table, plain_table
 from tpjax.inspect.topology import Topology
+from tpjax.old_spellings import accepts_old_spellings
 from tpjax.planning.published import is_published, published_config
 from tpjax.runtime.memory import Memory, human_bytes, plan_limits
-from tpjax.runtime.runner import Limits, Residual, Runner, resolve_dtype
-from tpjax.sharding import POSITIONS
+from tpjax.runtime.runner import Limits, Runner, resolve_dtype
+from tpjax.sharding import SEQUENCE_PARALLEL
 
 _ALIAS = re.compile(r"\{\d*\}: \((\d+), \{\}")
 _CONTEXT = 2048  # tokens, where nothing says how many
@@ -163,13 +164,14 @@ class TopologyReport:
         return table
 
 
+@accepts_old_spellings
 def explain_topology(
     model: str,
     topology: Topology,
     tp: int | None = None,
     dtype: str = "auto",
     max_model_len: int | None = None,
-    expert_sharding: ExpertSharding = "auto",
+    expert_parallel: ExpertParallel = "auto",
     context: int = _CONTEXT,
 ) -> TopologyReport:
     """Compiles a model's decode and prefill steps for chips that are not here, from shapes alone.
@@ -182,7 +184,7 @@ def explain_topology(
         tp: devices; ``None``: all of them.
         dtype: as ``LLM`` takes it; ``auto`` is bfloat16 here.
         max_model_len: longest sequence, tokens.
-        expert_sharding: as ``LLM`` takes it.
+        expert_parallel: as ``LLM`` takes it.
         context: tokens in the cache of each sequence that is decoded, for the estimate of time; no more than
             ``max_model_len``.
 
@@ -196,7 +198,7 @@ def explain_topology(
     else:
         config = read_config(resolve(model, configuration=True))
     runner = abstract_runner(
-        config.with_expert_sharding(expert_sharding), topology, tp, dtype, max_model_len=max_model_len
+        config.with_expert_parallel(expert_parallel), topology, tp, dtype, max_model_len=max_model_len
     )
     limits = runner.limits
     chunk = runner.chunk_sizes[-1]
@@ -221,7 +223,7 @@ def abstract_runner(
     *,
     max_model_len: int | None = None,
     max_slots: int = 8,
-    residual: Residual = "auto",
+    sequence_parallel: SequenceParallel = "auto",
 ) -> Runner:
     """A runner whose programs can be lowered and compiled for a topology, not run.
 
@@ -247,7 +249,7 @@ def abstract_runner(
         sizes = limits(memory, max_model_len)
     except ConfigError:  # what else is wrong with the sizes is raised again
         sizes = limits(None, max_model_len or min(config.longest_context, _CONTEXT))
-    return Runner(decoder, mesh, sizes, kind, residual)
+    return Runner(decoder, mesh, sizes, kind, sequence_parallel)
 
 
 def compile_program(
@@ -276,7 +278,7 @@ def compile_program(
         tokens=batch * length,
         rows=batch,
         itemsize=runner.dtype.itemsize,
-        cut=kind == "prefill" and runner.residual_of(length) == POSITIONS,
+        cut=kind == "prefill" and runner.residual_spec(length) == SEQUENCE_PARALLEL,
     )
     started = time.perf_counter()
     refused, compiled = "", None

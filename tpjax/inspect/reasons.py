@@ -39,8 +39,8 @@ def reason(parameter: Parameter, model: Decoder, tp: int) -> str:
 
 def experts_reason(moe: MoEConfig, tp: int) -> str:
     """Why whole experts go to each device, or a share of each one's width."""
-    if moe.expert_sharding != "auto":
-        return f"expert_sharding={moe.expert_sharding!r} asks for it"
+    if moe.expert_parallel != "auto":
+        return f"expert_parallel={moe.expert_parallel!r} asks for it"
     divides = "divides" if moe.num_experts % tp == 0 else "does not divide"
     return f"tp={tp} {divides} {moe.num_experts} experts"
 

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from tpjax.cache import LayerCache, Pages, Placement
+from tpjax.cache import BatchMetadata, LayerCache, Pages
 from tpjax.config import ModelConfig
 from tpjax.layers.linear import ColumnLinear, RowLinear, parameter
 from tpjax.layers.norm import HeadScale, Norm, normalised
@@ -28,10 +28,10 @@ from tpjax.sharding import (
     HeadPlan,
     Segment,
     WeightLayout,
-    columns,
+    column_layout,
     constrain,
-    rows,
-    whole,
+    row_layout,
+    tensor_layout,
 )
 
 _MASKED = -1e30  # finite, so that a page with no visible key gives no NaN
@@ -49,20 +49,20 @@ class Attention(nnx.Module):
         hidden, head_dim = config.hidden_size, config.head_dim
         width = self.plan.num_slots * (self.plan.group_size + 2) * head_dim
         self.qkv_proj = ColumnLinear(
-            columns(width, *_qkv_segments(self.plan, head_dim, "weight"), in_features=hidden),
-            columns(width, *_qkv_segments(self.plan, head_dim, "bias"), in_features=None)
+            column_layout(width, *_qkv_segments(self.plan, head_dim, "weight"), in_features=hidden),
+            column_layout(width, *_qkv_segments(self.plan, head_dim, "bias"), in_features=None)
             if config.attention_bias
             else None,
             dtype,
         )
         self.o_proj = RowLinear(
-            rows(
+            row_layout(
                 self.plan.num_padded_heads * head_dim,
                 _head_segments("o_proj.weight", _query_places(self.plan), head_dim),
                 {"o_proj.weight": config.num_heads * head_dim},
                 out_features=hidden,
             ),
-            whole("o_proj.bias", (hidden,)) if config.attention_out_bias else None,
+            tensor_layout("o_proj.bias", (hidden,)) if config.attention_out_bias else None,
             dtype,
             shares=tp if config.parallel else None,
         )
@@ -76,7 +76,7 @@ class Attention(nnx.Module):
             counts = (config.num_heads, config.num_kv_heads)
             self.q_norm, self.k_norm = (
                 HeadScale(
-                    columns(
+                    column_layout(
                         len(heads) * head_dim,
                         _head_segments(source, heads, head_dim),
                         {source: count * head_dim},
@@ -98,7 +98,7 @@ class Attention(nnx.Module):
         x: Float[Array, "B S D"],
         rotation: Rotation | None,
         cache: LayerCache,
-        at: Placement,
+        at: BatchMetadata,
         window: int | None,
     ) -> tuple[Float[Array, "*shares B S D"], LayerCache]:
         """Each device's share of the sum over heads, and the cache with the new keys and values."""
@@ -216,7 +216,7 @@ def paged_attention(
     key: Float[Array, "B S #K h"],
     value: Float[Array, "B S #K v"],
     cache: Pages,
-    at: Placement,
+    at: BatchMetadata,
     *,
     scale: float,
     window: int | None,
@@ -273,7 +273,7 @@ def _walk(
     rows: Float[Array, "B K rows h"],
     row_positions: Int[Array, "B 1 rows 1"],
     cache: Pages,
-    at: Placement,
+    at: BatchMetadata,
     stop: Int[Array, " B"],
     scale: float,
     window: int | None,
@@ -378,4 +378,6 @@ def _head_segments(source: str, heads: list[int | None], head_dim: int) -> list[
 
 def _sink_layout(plan: HeadPlan) -> WeightLayout:
     places, name = _query_places(plan), "self_attn.sinks"
-    return columns(len(places), _head_segments(name, places, 1), {name: plan.num_heads}, in_features=None)
+    return column_layout(
+        len(places), _head_segments(name, places, 1), {name: plan.num_heads}, in_features=None
+    )

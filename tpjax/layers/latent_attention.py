@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from tpjax.cache import LatentCache, Placement
+from tpjax.cache import BatchMetadata, LatentCache
 from tpjax.config import ModelConfig
 from tpjax.layers.attention import paged_attention
 from tpjax.layers.linear import ColumnLinear, ReplicatedLinear, RowLinear, parameter
@@ -33,10 +33,10 @@ from tpjax.sharding import (
     HeadPlan,
     Segment,
     WeightLayout,
-    columns,
+    column_layout,
     constrain,
-    rows,
-    whole,
+    row_layout,
+    tensor_layout,
 )
 
 _LATENT_NORM_EPS = 1e-6  # of both latents' norms in the published code, whatever the configuration says
@@ -62,7 +62,7 @@ class LatentAttention(nnx.Module):
                 Segment(name, 0, size, q_rank if name.startswith("kv") else 0) for name, size in sizes.items()
             ]
             inputs = hidden if kind == "weight" else None
-            return columns(sum(sizes.values()), segments, sizes, in_features=inputs)
+            return column_layout(sum(sizes.values()), segments, sizes, in_features=inputs)
 
         norms = replace(config, norm_eps=_LATENT_NORM_EPS)
         self.a_proj = ReplicatedLinear(
@@ -73,7 +73,7 @@ class LatentAttention(nnx.Module):
         queries = "q_b_proj.weight" if q_rank else "q_proj.weight"
         width = heads * config.head_dim
         self.q_proj = ColumnLinear(
-            columns(
+            column_layout(
                 self.num_heads * config.head_dim,
                 [Segment(queries, 0, width, 0)],
                 {queries: width},
@@ -85,13 +85,13 @@ class LatentAttention(nnx.Module):
         self.kv_b_proj = KeyValueProjection(config, self.num_heads, dtype)
         width = heads * latent.v_head_dim
         self.o_proj = RowLinear(
-            rows(
+            row_layout(
                 self.num_heads * latent.v_head_dim,
                 [Segment("o_proj.weight", 0, width, 0)],
                 {"o_proj.weight": width},
                 out_features=hidden,
             ),
-            whole("o_proj.bias", (hidden,)) if config.attention_out_bias else None,
+            tensor_layout("o_proj.bias", (hidden,)) if config.attention_out_bias else None,
             dtype,
         )
         self.config = config
@@ -102,7 +102,7 @@ class LatentAttention(nnx.Module):
         x: Float[Array, "B S D"],
         rotation: Rotation,
         cache: LatentCache,
-        at: Placement,
+        at: BatchMetadata,
         window: int | None,
     ) -> tuple[Float[Array, "*shares B S D"], LatentCache]:
         """Each device's share of the sum over heads, and the cache with the new latents."""

@@ -11,15 +11,15 @@ from jaxtyping import Array, Float, Int
 from tpjax.sharding import (
     BIAS,
     COLUMN,
+    PARTIAL_SUMS,
     REPLICATED,
     ROW,
-    SHARES,
     VOCAB,
     Layout,
     WeightLayout,
     constrain,
     pad_to_multiple,
-    whole,
+    tensor_layout,
 )
 
 
@@ -98,7 +98,7 @@ class RowLinear(nnx.Module):
             inputs = x.reshape(*x.shape[:-1], self.shares, -1)
             weight = self.weight[...].reshape(-1, *inputs.shape[-2:])
             y = jnp.einsum("...ti,oti->t...o", inputs, weight, preferred_element_type=x.dtype)
-            y = constrain(y, SHARES)
+            y = constrain(y, PARTIAL_SUMS)
             if self.bias is None:
                 return y
             first = (jnp.arange(self.shares) == 0).reshape(-1, *[1] * (y.ndim - 1))
@@ -122,7 +122,7 @@ class Embedding(nnx.Module):
 
     def __init__(self, source: str, vocab_size: int, hidden_size: int, tp: int, dtype: jnp.dtype) -> None:
         padded = pad_to_multiple(vocab_size, tp)
-        self.weight = parameter(whole(source, (vocab_size, hidden_size), padded=padded), VOCAB, dtype)
+        self.weight = parameter(tensor_layout(source, (vocab_size, hidden_size), padded=padded), VOCAB, dtype)
 
     def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Looks up tokens."""
@@ -144,7 +144,7 @@ class PositionEmbedding(nnx.Module):
     """
 
     def __init__(self, source: str, positions: int, hidden_size: int, dtype: jnp.dtype) -> None:
-        self.weight = parameter(whole(source, (positions, hidden_size)), REPLICATED, dtype)
+        self.weight = parameter(tensor_layout(source, (positions, hidden_size)), REPLICATED, dtype)
 
     def __call__(self, positions: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Looks up positions; those of a chunk's padding may lie beyond the last."""

@@ -16,11 +16,11 @@ from tpjax.mesh import AXIS
 from tpjax.sharding import (
     REPLICATED,
     Segment,
-    columns,
+    column_layout,
     constrain,
     pad_to_multiple,
-    rows,
-    whole,
+    row_layout,
+    tensor_layout,
 )
 
 
@@ -70,8 +70,8 @@ class MLP(nnx.Module):
             return fused_segments([f"{part}.{kind}" for part in parts], width, tp)
 
         projection = ColumnLinear(
-            columns(len(parts) * padded, *cuts("weight"), in_features=hidden),
-            columns(len(parts) * padded, *cuts("bias"), in_features=None) if config.mlp_bias else None,
+            column_layout(len(parts) * padded, *cuts("weight"), in_features=hidden),
+            column_layout(len(parts) * padded, *cuts("bias"), in_features=None) if config.mlp_bias else None,
             dtype,
         )
         if config.gated_mlp:
@@ -80,8 +80,8 @@ class MLP(nnx.Module):
             self.up_proj = projection
         name = "down_proj.weight"
         self.down_proj = RowLinear(
-            rows(padded, [Segment(name, 0, width, 0)], {name: width}, out_features=hidden),
-            whole("down_proj.bias", (hidden,)) if config.mlp_bias else None,
+            row_layout(padded, [Segment(name, 0, width, 0)], {name: width}, out_features=hidden),
+            tensor_layout("down_proj.bias", (hidden,)) if config.mlp_bias else None,
             dtype,
             shares=tp if config.parallel else None,
         )

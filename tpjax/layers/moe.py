@@ -8,7 +8,7 @@ definition that the grouped products are held to.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,29 +16,26 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from tpjax.config import ModelConfig, MoEConfig
+from tpjax.config import ExpertAxis, ModelConfig, MoEConfig
 from tpjax.errors import ConfigError
 from tpjax.layers.linear import parameter
 from tpjax.layers.mlp import activate, fused_segments
 from tpjax.mesh import AXIS
 from tpjax.sharding import (
+    PARTIAL_SUMS,
     REPLICATED,
-    SHARES,
     Segment,
     StackedLayout,
     WeightLayout,
-    columns,
+    column_layout,
     constrain,
     pad_to_multiple,
-    whole,
+    tensor_layout,
 )
 
 # Rows that go through an expert at once: enough to pay for reading its weights, few enough that an expert's
 # last tile, which is rarely full, wastes little.
 _TILE_ROWS = 64
-
-
-Cut: TypeAlias = Literal["experts", "width"]
 
 
 class Routing(NamedTuple):
@@ -62,7 +59,7 @@ class ExpertWeights(NamedTuple):
 
 
 # One spec per field of ExpertWeights; of width, the bias that comes after the sum over F is not cut.
-_SPECS: dict[Cut, tuple[P, P, P, P]] = {
+_SPECS: dict[ExpertAxis, tuple[P, P, P, P]] = {
     "experts": (P(AXIS, None, None), P(AXIS, None, None), P(AXIS, None), P(AXIS, None)),
     "width": (P(None, None, AXIS), P(None, AXIS, None), P(None, AXIS), P(None, None)),
 }
@@ -79,7 +76,7 @@ class Scores(nnx.Module):
     """
 
     def __init__(self, name: str, count: int, config: ModelConfig, *, bias: bool = False) -> None:
-        weight = whole(f"{name}.weight", (count, config.hidden_size))
+        weight = tensor_layout(f"{name}.weight", (count, config.hidden_size))
         self.weight = parameter(weight, REPLICATED, jnp.dtype(jnp.float32))
         self.bias = _float32_vector(f"{name}.bias", count) if bias else None
 
@@ -148,7 +145,7 @@ class Experts(nnx.Module):
         width: int,
         config: ModelConfig,
         tp: int,
-        cut: Cut,
+        cut: ExpertAxis,
         dtype: jnp.dtype,
         *,
         bias: bool = False,
@@ -164,11 +161,11 @@ class Experts(nnx.Module):
 
         specs, down = _SPECS[cut], f"{name}.down_proj"
         rows = (Segment(f"{down}.weight", 0, width, 0),), ((f"{down}.weight", width),)
-        gate_up_bias = columns(2 * padded, *gate_up("bias"), in_features=None)
-        self.gate_up_proj = stack(columns(2 * padded, *gate_up("weight"), in_features=hidden), specs[0])
+        gate_up_bias = column_layout(2 * padded, *gate_up("bias"), in_features=None)
+        self.gate_up_proj = stack(column_layout(2 * padded, *gate_up("weight"), in_features=hidden), specs[0])
         self.down_proj = stack(WeightLayout((padded, hidden), 0, *rows, transposed=True), specs[1])
         self.gate_up_bias = stack(gate_up_bias, specs[2]) if bias else None
-        self.down_bias = stack(whole(f"{down}.bias", (hidden,)), specs[3]) if bias else None
+        self.down_bias = stack(tensor_layout(f"{down}.bias", (hidden,)), specs[3]) if bias else None
         self.cut = cut
 
     def weights(self) -> ExpertWeights:
@@ -205,7 +202,7 @@ class MoE(nnx.Module):
             moe.expert_width,
             config,
             tp,
-            moe.cut(tp),
+            moe.sharded_axis(tp),
             dtype,
             bias=moe.expert_bias,
         )
@@ -236,7 +233,7 @@ class MoE(nnx.Module):
                 REPLICATED,
                 None if self.shared_expert is None else self.shared_expert.specs(),
             ),
-            out_specs=SHARES,
+            out_specs=PARTIAL_SUMS,
             check_vma=False,
         )(tokens, routing, self.experts.weights(), shared_weight, shared)
         shares = shares.reshape(-1, *x.shape)
@@ -378,7 +375,7 @@ def _glu(gate_up: Float[Array, "T F2"], config: ModelConfig) -> Float[Array, "T 
 
 
 def _float32_vector(name: str, size: int) -> nnx.Param:
-    return parameter(whole(name, (size,)), REPLICATED, jnp.dtype(jnp.float32))
+    return parameter(tensor_layout(name, (size,)), REPLICATED, jnp.dtype(jnp.float32))
 
 
 def moe_of(config: ModelConfig) -> MoEConfig:

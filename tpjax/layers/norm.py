@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from tpjax.config import ModelConfig
 from tpjax.layers.linear import parameter
-from tpjax.sharding import BIAS, REPLICATED, WeightLayout, whole
+from tpjax.sharding import BIAS, REPLICATED, WeightLayout, tensor_layout
 
 
 def normalised(x: Float[Array, "*batch size"], config: ModelConfig) -> Float[Array, "*batch size"]:
@@ -35,7 +35,7 @@ class Norm(nnx.Module):
 
     def __init__(self, name: str, size: int, config: ModelConfig, dtype: jnp.dtype) -> None:
         def declare(kind: str) -> nnx.Param:
-            return parameter(whole(f"{name}.{kind}", (size,)), REPLICATED, dtype)
+            return parameter(tensor_layout(f"{name}.{kind}", (size,)), REPLICATED, dtype)
 
         self.weight = declare("weight")
         self.bias = declare("bias") if config.norm_bias else None

@@ -60,7 +60,7 @@ def _yarn_ramp(rope: RopeConfig, dim: int) -> tuple[float, float]:
     return low, high if high != low else high + 0.001  # as the published code avoids dividing by zero
 
 
-def frequencies_by_length(rope: RopeConfig, dim: int, reach: Int[Array, " B"]) -> Float[Array, "B half"]:
+def frequencies_by_length(rope: RopeConfig, dim: int, max_length: Int[Array, " B"]) -> Float[Array, "B half"]:
     """Radians per position for sequences that will get that long, where frequencies go by the length.
 
     ``dynamic``: the base grows by ``(factor * L / original - factor + 1) ** (dim / (dim - 2))`` for lengths
@@ -70,14 +70,16 @@ def frequencies_by_length(rope: RopeConfig, dim: int, reach: Int[Array, " B"]) -
     original = rope.original_max_position_embeddings
     if rope.kind == "longrope":
         long = inverse_frequencies(replace(rope, divisors=rope.long_divisors), dim)
-        return jnp.where(reach[:, None] > original, long, short)
-    growth = rope.factor * jnp.maximum(reach, original).astype(jnp.float32) / original - (rope.factor - 1)
+        return jnp.where(max_length[:, None] > original, long, short)
+    growth = rope.factor * jnp.maximum(max_length, original).astype(jnp.float32) / original - (
+        rope.factor - 1
+    )
     exponents = np.arange(0, dim, 2, dtype=np.float32) / max(dim - 2, 1)
     return short * growth[:, None] ** -exponents
 
 
 def rotation(
-    rope: RopeConfig, dim: int, positions: Int[Array, "B S"], reach: Int[Array, " B"] | None = None
+    rope: RopeConfig, dim: int, positions: Int[Array, "B S"], max_length: Int[Array, " B"] | None = None
 ) -> Rotation:
     """The rotation of each position. One per kind of layer and step, shared by its layers.
 
@@ -85,12 +87,12 @@ def rotation(
         rope: the embedding.
         dim: dimensions of a head that rotate.
         positions: of each token.
-        reach: tokens each sequence may get to; needed where the frequencies go by the length.
+        max_length: tokens each sequence may get to; needed where the frequencies go by the length.
     """
     at = positions.astype(jnp.float32)[..., None]
     if rope.follows_length:
-        assert reach is not None, f"rope {rope.kind!r} needs the lengths that sequences may get to"
-        angles = at * frequencies_by_length(rope, dim, reach)[:, None, :]
+        assert max_length is not None, f"rope {rope.kind!r} needs the lengths that sequences may get to"
+        angles = at * frequencies_by_length(rope, dim, max_length)[:, None, :]
     else:
         angles = at * inverse_frequencies(rope, dim)
     return Rotation(jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor)

@@ -10,19 +10,17 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from tpjax.cache import cache_layout
-from tpjax.config import ModelConfig
+from tpjax.config import ExpertAxis, ModelConfig
 from tpjax.mesh import AXIS
 from tpjax.model import Decoder
 from tpjax.sharding import PAGES, HeadPlan, StackedLayout
-
-ExpertCut = Literal["width", "experts"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ class Counts:
         sliding = self.config.layer_types.count("sliding_attention")
         return sliding if self.config.sliding_window else 0
 
-    def on_device(self, tp: int, cut: ExpertCut = "width") -> Elements:
+    def on_device(self, tp: int, cut: ExpertAxis = "width") -> Elements:
         """What one of ``tp`` devices holds.
 
         Args:
@@ -102,7 +100,7 @@ class Counts:
         """
         config = self.config
         if config.moe is not None:
-            config = config.with_expert_sharding(cut)
+            config = config.with_expert_parallel("on" if cut == "experts" else "off")
         return _elements(config, tp)
 
     def cache_elements(self, tp: int) -> int:

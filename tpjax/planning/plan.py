@@ -20,9 +20,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from tpjax.config import ExpertAxis
 from tpjax.errors import ConfigError
 from tpjax.hardware import Hardware
-from tpjax.planning.counts import Counts, ExpertCut
+from tpjax.planning.counts import Counts
 from tpjax.runtime.runner import CHUNK_SIZES, PAGE_SIZE
 
 DTYPE_BYTES = {"float32": 4, "bf16": 2, "int8": 1, "fp8": 1}
@@ -131,7 +132,7 @@ class CostModel:
     """
 
     def __init__(
-        self, counts: Counts, hardware: Hardware, tp: int, workload: Workload, cut: ExpertCut = "width"
+        self, counts: Counts, hardware: Hardware, tp: int, workload: Workload, cut: ExpertAxis = "width"
     ) -> None:
         self.counts, self.hardware, self.tp, self.workload, self.cut = counts, hardware, tp, workload, cut
         self.config, self.held = counts.config, counts.on_device(tp, cut)
@@ -376,7 +377,7 @@ def make_plan(counts: Counts, hardware: Hardware, chips: int, tp: int, workload:
             f"{chips} chips are not a multiple of tp={tp}: use tp={', '.join(map(str, divisors(chips)))}"
         )
     batch = math.ceil(workload.batch / (chips // tp))
-    cuts: list[ExpertCut] = ["width"]
+    cuts: list[ExpertAxis] = ["width"]
     moe = counts.config.moe
     if moe and moe.num_experts % tp == 0:
         cuts.append("experts")

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +23,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from tpjax import cache as kv
-from tpjax.cache import NULL_PAGE, PagedKVCache, Placement
-from tpjax.config import ModelConfig
+from tpjax.cache import NULL_PAGE, BatchMetadata, PagedKVCache
+from tpjax.config import ModelConfig, SequenceParallel
 from tpjax.errors import ConfigError
 from tpjax.model import Decoder
 from tpjax.sampling import History, Sampled, SamplingRows, sample, score
 from tpjax.sampling_params import SamplingParams
-from tpjax.sharding import LOGITS, POSITIONS, REPLICATED, Leaf, pad_to_multiple
+from tpjax.sharding import LOGITS, REPLICATED, SEQUENCE_PARALLEL, Leaf, pad_to_multiple
 
 log = logging.getLogger(__name__)
 
-Residual: TypeAlias = Literal["auto", "replicated", "positions"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PAGE_SIZE = 128
 CHUNK_SIZES = (32, 64, 128, 256, 512)
@@ -126,7 +125,7 @@ class Row:
         remaining: most tokens it may still yield.
         stop_ids: tokens that end it.
         masked_until: at positions before this one, draw only what :meth:`Runner.set_masks` allows its slot.
-        reach: tokens it may get to, prompt and output: some rotary embeddings go by it.
+        max_length: tokens it may get to, prompt and output: some rotary embeddings go by it.
     """
 
     slot: int
@@ -137,7 +136,7 @@ class Row:
     remaining: int = 1
     stop_ids: Sequence[int] = ()
     masked_until: int = 0
-    reach: int = 0
+    max_length: int = 0
 
 
 @jax.tree_util.register_dataclass
@@ -145,7 +144,7 @@ class Row:
 class _Rows:
     """``Row``s as arrays; a row that does not exist uses the spare slot and the null page."""
 
-    ints: Int[Leaf, "B 4"]  # slot, position, remaining, reach
+    ints: Int[Leaf, "B 4"]  # slot, position, remaining, max_length
     stop_ids: Int[Leaf, "B stop"]
     block_tables: Int[Leaf, "B blocks"]
     sampling: SamplingRows
@@ -156,7 +155,7 @@ class _Rows:
         stop_ids: Any = np.full((size, STOP_IDS), NO_TOKEN, np.int32)
         tables: Any = np.full((size, limits.blocks), NULL_PAGE, np.int32)
         for i, row in enumerate(rows):
-            ints[i] = (row.slot, row.position, row.remaining, row.reach)
+            ints[i] = (row.slot, row.position, row.remaining, row.max_length)
             stop_ids[i, : len(row.stop_ids)] = row.stop_ids[:STOP_IDS]
             tables[i, : len(row.pages)] = row.pages
         sampling = SamplingRows.pack(
@@ -189,21 +188,26 @@ class Runner:
         mesh: ``("tp",)``.
         limits: fixed sizes.
         dtype: of the cache.
-        residual: layout of the residual while a chunk of a prompt is run: ``replicated``, cut over
-            ``positions`` where tp divides the chunk, or ``auto``.
+        sequence_parallel: whether prefill shards the residual over positions: ``on`` (if tp divides the
+            chunk), ``off``, or ``auto``: if that is faster.
 
     Attributes:
         losses: how often the state was given up; whoever hands out pages has to forget what was in them.
     """
 
     def __init__(
-        self, model: Decoder, mesh: Mesh, limits: Limits, dtype: jnp.dtype, residual: Residual = "auto"
+        self,
+        model: Decoder,
+        mesh: Mesh,
+        limits: Limits,
+        dtype: jnp.dtype,
+        sequence_parallel: SequenceParallel = "auto",
     ) -> None:
         self.config: ModelConfig = model.config
         self.mesh = mesh
         self.limits = limits
         self.dtype = jnp.dtype(dtype)
-        self.residual = residual
+        self.sequence_parallel = sequence_parallel
         self.compiled: dict[tuple[str, int, int], jax.stages.Compiled] = {}
         self.compile_seconds = 0.0
         self._graph, state = nnx.split(model)
@@ -367,12 +371,16 @@ class Runner:
         null = Row(self.limits.max_slots, 0, (), SamplingParams(temperature=0), 0)
         jax.block_until_ready((self.prefill(null, [0]), self.decode([null], 1)))
 
-    def residual_of(self, length: int) -> PartitionSpec:
-        """Layout of the residual of a chunk of that length; that of a decode step is ``REPLICATED``."""
+    def residual_spec(self, length: int) -> PartitionSpec:
+        """Returns the spec of the residual in prefill of ``length`` tokens; in decode: ``REPLICATED``."""
         rows, left = divmod(length, self.mesh.size)
-        if left or self.mesh.size == 1 or self.residual == "replicated":
+        if left or self.mesh.size == 1 or self.sequence_parallel == "off":
             return REPLICATED
-        return POSITIONS if self.residual == "positions" or self._cut_pays(rows) else REPLICATED
+        return (
+            SEQUENCE_PARALLEL
+            if self.sequence_parallel == "on" or self._sequence_parallel_pays(rows)
+            else REPLICATED
+        )
 
     @property
     def compile_count(self) -> int:
@@ -443,8 +451,8 @@ class Runner:
     def _platform(self) -> str:
         return self.mesh.devices.flat[0].platform
 
-    def _cut_pays(self, rows: int) -> bool:
-        """Whether it is faster to cut the residual of a chunk over positions, so many on each device."""
+    def _sequence_parallel_pays(self, rows: int) -> bool:
+        """Whether sharding a chunk's residual over positions, ``rows`` on each device, is faster."""
         match self._platform:
             case "tpu":
                 return rows >= _TPU_MIN_ROWS
@@ -589,8 +597,8 @@ class Runner:
         self, model: Decoder, state: State, rows: _Rows, tokens: Int[Array, "1 S"]
     ) -> tuple[State, Float[Array, "1 S D"]]:
         positions = rows.ints[:, 1, None] + jnp.arange(tokens.shape[1])
-        at = Placement(rows.block_tables, positions, rows.ints[:, 3])
-        hidden, cache = model(tokens, state.cache, at, self.residual_of(tokens.shape[1]))
+        at = BatchMetadata(rows.block_tables, positions, rows.ints[:, 3])
+        hidden, cache = model(tokens, state.cache, at, self.residual_spec(tokens.shape[1]))
         return State(cache, state.tokens, state.history), hidden
 
     def _decode(self, steps: int) -> Callable[..., tuple[State, Sampled]]:
@@ -600,7 +608,7 @@ class Runner:
             slots = jnp.where(alive, rows.ints[:, 0], self.limits.max_slots)
             # a row that has ended goes on computing, but on the null page and the spare slot
             tables = jnp.where(alive[:, None], rows.block_tables, NULL_PAGE)
-            at = Placement(tables, positions[:, None], rows.ints[:, 3])
+            at = BatchMetadata(tables, positions[:, None], rows.ints[:, 3])
             hidden, cache = model(state.tokens[slots][:, None], state.cache, at)
             drawn, history = sample(
                 model.logits(hidden[:, 0]), rows.sampling, state.history, slots, positions + 1, self.mesh

@@ -17,13 +17,13 @@ import pytest
 from serving import tiny_checkpoint
 from test_server_calls import SOURCES
 
-from tpjax.server.answer_grammar import Wanted, answer_grammar
-from tpjax.server.dialect import Dialect
-from tpjax.server.errors import ApiError, bad_request
-from tpjax.server.grammar import GrammarCompiler, TokenGrammar
+from tpjax.server.chat_format import ChatFormat
+from tpjax.server.error_responses import ApiError, bad_request
+from tpjax.server.grammars.compiler import GrammarCompiler, TokenGrammar
+from tpjax.server.grammars.response_grammar import ResponseConstraints, response_grammar
+from tpjax.server.parsing.reasoning import reasoning_format
+from tpjax.server.parsing.tool_call_formats import tool_call_format
 from tpjax.server.protocol import ChatBody
-from tpjax.server.reasoning import reasoning_format
-from tpjax.server.tool_formats import tool_format
 from tpjax.text.tokenizer import Tokenizer, load_tokenizer
 
 MARKS = (
@@ -66,21 +66,24 @@ def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
     return GrammarCompiler(tokenizer, tokenizer.vocab_size, InProcess())  # type: ignore[arg-type]
 
 
-def dialect(kind: str, tokenizer: Tokenizer) -> Dialect:
+def dialect(kind: str, tokenizer: Tokenizer) -> ChatFormat:
     async def render(_: dict[str, Any]) -> str:
         raise bad_request("no template")
 
-    found = asyncio.run(Dialect.of(SOURCES[kind], tokenizer, render, with_tools=False))
-    assert (found.calls, found.reasoning) == (tool_format(SOURCES[kind]), reasoning_format(SOURCES[kind]))
+    found = asyncio.run(ChatFormat.of(SOURCES[kind], tokenizer, render, with_tools=False))
+    assert (found.calls, found.reasoning) == (
+        tool_call_format(SOURCES[kind]),
+        reasoning_format(SOURCES[kind]),
+    )
     return found
 
 
 def compiled(
     compiler: GrammarCompiler, tokenizer: Tokenizer, kind: str, *, inside: bool = False, **options: Any
 ) -> TokenGrammar | None:
-    wanted = Wanted.of(ChatBody.model_validate({"messages": HI, **options}))
+    wanted = ResponseConstraints.of(ChatBody.model_validate({"messages": HI, **options}))
     one = dialect(kind, tokenizer)
-    write = answer_grammar(wanted, one.calls, one.reasoning, inside, one.special)
+    write = response_grammar(wanted, one.calls, one.reasoning, inside, one.special)
     return None if write is None else asyncio.run(compiler.compile(write, wanted.schemas, "tools", 1))[0]
 
 

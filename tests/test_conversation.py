@@ -17,10 +17,10 @@ import pytest
 
 from tpjax.errors import RequestError
 from tpjax.server.conversation import conversation
-from tpjax.server.errors import ApiError, bad_request
+from tpjax.server.error_responses import ApiError, bad_request
+from tpjax.server.parsing.tool_call_formats import tool_call_format
 from tpjax.server.protocol import ChatBody
 from tpjax.server.template_traits import Traits, traits_of
-from tpjax.server.tool_formats import tool_format
 from tpjax.text.chat_template import ChatTemplates
 
 PUBLISHED = Path(__file__).parent / "data" / "templates"
@@ -79,7 +79,7 @@ def body(messages: list[dict[str, Any]], **more: Any) -> ChatBody:
 
 def turns(name: str, messages: list[dict[str, Any]], tools: Any = None) -> list[dict[str, Any]]:
     asked = body(messages, tools=tools)
-    return conversation(asked.messages, asked.tools, traits(name), tool_format(SOURCES[name]))
+    return conversation(asked.messages, asked.tools, traits(name), tool_call_format(SOURCES[name]))
 
 
 def rendered(name: str, messages: list[dict[str, Any]], tools: Any = None) -> str:

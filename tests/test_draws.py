@@ -488,7 +488,7 @@ def test_answers_by_a_schema_are_valid(smollm2: LLM, count: int, length: int) ->
     """At temperature 1: valid JSON, or at the limit a beginning that the grammar accepts."""
     llguidance = pytest.importorskip("llguidance", reason="pip install -e '.[serve]'")
     from tpjax.engine.generation import Generation
-    from tpjax.server.grammar import TokenGrammar, vocabulary
+    from tpjax.server.grammars.compiler import TokenGrammar, vocabulary
 
     tokenizer = smollm2.tokenizer
     assert tokenizer is not None

@@ -17,8 +17,8 @@ from tpjax import LLM, SamplingParams
 from tpjax.checkpoints.convert import convert
 from tpjax.checkpoints.generation_config import eos_ids, sampling_defaults
 from tpjax.errors import CheckpointError, ConfigError, RequestError
-from tpjax.server.answers import make_requests
 from tpjax.server.protocol import CompletionBody
+from tpjax.server.responses import make_requests
 
 PROMPT = "the quick brown fox"
 # a model that wants the likeliest token: what is drawn shows whether it was heard
@@ -273,8 +273,8 @@ def test_stop_strings_do_not_count_within_min_tokens(plain: LLM) -> None:
 @pytest.mark.parametrize(("schema", "fewest", "tokens"), (({"const": 7}, 9, 2), ({"type": "integer"}, 4, 5)))
 def test_a_grammar_that_can_only_end_goes_first(plain: LLM, schema: Any, fewest: int, tokens: int) -> None:
     pytest.importorskip("llguidance")
-    from tpjax.server.grammar import GrammarCompiler
-    from tpjax.server.grammar_check import GrammarChecker
+    from tpjax.server.grammars.checker import GrammarChecker
+    from tpjax.server.grammars.compiler import GrammarCompiler
 
     assert plain.tokenizer is not None
     checker = GrammarChecker()

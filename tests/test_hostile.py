@@ -24,11 +24,11 @@ from serving import CONTEXT, SLOTS, Running, load_tiny, running, tiny_checkpoint
 
 from tpjax.errors import CheckpointError, RequestError
 from tpjax.sandbox import Worker, sandbox
-from tpjax.server import bodies
-from tpjax.server.budget import FREE_BYTES, Budget, Share
-from tpjax.server.errors import ApiError
-from tpjax.server.grammar_check import GrammarChecker
-from tpjax.server.sandbox import ThreadPool, WorkerPool
+from tpjax.server import json_bodies
+from tpjax.server.admission_budget import FREE_BYTES, AdmissionBudget, BudgetShare
+from tpjax.server.error_responses import ApiError
+from tpjax.server.grammars.checker import GrammarChecker
+from tpjax.server.worker_pools import ThreadPool, WorkerPool
 from tpjax.text.chat_template import ChatTemplates
 from tpjax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -187,8 +187,8 @@ def test_a_grammar_that_ends_its_process() -> None:
 
 
 def test_a_budget_counts_what_is_large_and_gives_it_back() -> None:
-    budget = Budget(10 * FREE_BYTES)
-    one, other, small = Share(budget), Share(budget), Share(budget)
+    budget = AdmissionBudget(10 * FREE_BYTES)
+    one, other, small = BudgetShare(budget), BudgetShare(budget), BudgetShare(budget)
     one.grow(6 * FREE_BYTES)
     one.grow(4 * FREE_BYTES)  # a part of what it has
     with pytest.raises(ApiError) as caught:
@@ -435,7 +435,7 @@ def test_a_body_of_many_parts_is_refused_before_it_is_read(http: httpx.Client) -
         assert "objects, lists and fields, over 65536" in error_of(answer, 400)["message"]
     # in a text they are no parts
     text = json.dumps(completion('[{":\\"' * 30_000)).encode()
-    assert bodies.parts(text) == 3
+    assert json_bodies.parts(text) == 3
     assert (
         error_of(http.post(COMPLETIONS, content=text, headers=headers), 400)["code"]
         == "context_length_exceeded"
@@ -463,8 +463,8 @@ def test_parts_are_counted_exactly(value: Any, ascii_only: bool) -> None:
 
     text = json.dumps(value, ensure_ascii=ascii_only).encode()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bodies, "MAX_PARTS", -1)
-        assert bodies.parts(text) == count(value)
+        patch.setattr(json_bodies, "MAX_PARTS", -1)
+        assert json_bodies.parts(text) == count(value)
 
 
 # --- requests as they come over the wire --------------------------------------------------------------------

@@ -151,8 +151,6 @@ def test_only_the_runner_compiles_for_serving() -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.endswith(".__init__")])
 def test_sub_packages_are_empty(name: str) -> None:
-    lines = (PACKAGE / Path(*name.split("."))).with_suffix(".py").read_text().splitlines()
-    assert len(lines) <= 3
     assert all(isinstance(node, ast.Expr) for node in MODULES[name].body)  # at most a docstring
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from tpjax.server.call_formats import gemma_arguments
-from tpjax.server.dialect import AnswerReader, Dialect
-from tpjax.server.reader import Malformed
-from tpjax.server.reasoning import reasoning_format
+from tpjax.server.chat_format import ChatFormat, ResponseParser
+from tpjax.server.parsing.incremental import Malformed
+from tpjax.server.parsing.model_parsers import gemma_arguments
+from tpjax.server.parsing.reasoning import reasoning_format
+from tpjax.server.parsing.tool_call_formats import tool_call_format
 from tpjax.server.template_traits import Traits
-from tpjax.server.tool_formats import tool_format
 
 WEATHER = {
     "type": "object",
@@ -293,9 +293,11 @@ MALFORMED = {
 }  # fmt: skip
 
 
-def reader(kind: str, *, inside: bool = False, tools: Any = TOOLS) -> AnswerReader:
+def reader(kind: str, *, inside: bool = False, tools: Any = TOOLS) -> ResponseParser:
     source = SOURCES[kind]
-    found = Dialect(Traits(), tool_format(source), reasoning_format(source), {}).reader(tools, inside=inside)
+    found = ChatFormat(Traits(), tool_call_format(source), reasoning_format(source), {}).reader(
+        tools, inside=inside
+    )
     assert found is not None
     return found
 
@@ -381,7 +383,7 @@ def test_without_tools_calls_are_text() -> None:
     answer = "<think>Hm.</think>" + ANSWERS["qwen"][1]
     assert read([answer], "thinking", tools=None) == ("Hm.", ANSWERS["qwen"][1], [])
     source = SOURCES["hermes"]
-    plain = Dialect(Traits(), tool_format(source), reasoning_format(source), {})
+    plain = ChatFormat(Traits(), tool_call_format(source), reasoning_format(source), {})
     assert plain.reader(None, inside=False) is None
 
 

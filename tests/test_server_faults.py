@@ -317,7 +317,7 @@ def test_a_full_queue_says_when_to_come_back(http: httpx.Client, server: Running
 def test_a_slow_reader_is_cut(
     http: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("tpjax.server.answers.STREAM_LIMIT", 16)
+    monkeypatch.setattr("tpjax.server.responses.STREAM_LIMIT", 16)
     with sent(server, {**LONG, "stream": True, "n": SLOTS, "logprobs": 20}, 4096):
         server.until(lambda: "too slow" in caplog.text)  # and reads nothing
         server.until(lambda: server.service.pending == 0)
@@ -329,7 +329,7 @@ def test_connections_that_wait_for_their_client_are_cut(
     http: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A head that does not come, and an answer that nobody reads, though it fits the buffer of deltas."""
-    monkeypatch.setattr("tpjax.server.run.PATIENCE_S", 0.3)
+    monkeypatch.setattr("tpjax.server.run.IDLE_TIMEOUT_S", 0.3)
     host, port = server.url.removeprefix("http://").split(":")
     with (
         socket.create_connection((host, int(port)), WAIT_S) as silent,

@@ -22,9 +22,9 @@ from tpjax.cli.app import main
 from tpjax.cli.terminal import Chat
 from tpjax.engine.generation import Delta
 from tpjax.sampling_params import SamplingParams
-from tpjax.server.answers import event
-from tpjax.server.errors import ApiError
-from tpjax.server.grammar import GrammarCompiler
+from tpjax.server.error_responses import ApiError
+from tpjax.server.grammars.compiler import GrammarCompiler
+from tpjax.server.responses import event
 from tpjax.text.tokenizer import Tokenizer, load_tokenizer
 
 # --- grammars

@@ -21,14 +21,14 @@ from starlette.types import Receive, Scope, Send
 
 from tpjax._version import __version__
 from tpjax.errors import RequestError
-from tpjax.server.answers import Answer, event, json_of, token_text
-from tpjax.server.bodies import JsonRoute
-from tpjax.server.chat import ChatAnswer, Templates
-from tpjax.server.completions import CompletionAnswer
-from tpjax.server.errors import ApiError, bad_request, internal_error
+from tpjax.server.chat import ChatPrompts, ChatResponse
+from tpjax.server.completions import CompletionResponse
+from tpjax.server.error_responses import ApiError, bad_request, internal_error
+from tpjax.server.json_bodies import StrictJsonRoute
+from tpjax.server.prompt_encoder import PromptEncoder
 from tpjax.server.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from tpjax.server.responses import Answer, event, json_of, token_text
 from tpjax.server.service import Service, Stream
-from tpjax.server.texts import Texts
 
 T = TypeVar("T")
 
@@ -146,7 +146,7 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
     )
     app.state.service, app.state.pools = service, state
-    app.router.route_class = JsonRoute
+    app.router.route_class = StrictJsonRoute
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
@@ -159,7 +159,7 @@ def create_app(service: Service) -> FastAPI:
         state.check_model(body.model)
         templates = state.templates if service.state == "ready" else None
         compiler = None if templates is None else templates.grammars
-        begin = CompletionAnswer.begin(service, compiler, state.texts, body)
+        begin = CompletionResponse.begin(service, compiler, state.texts, body)
         return await _answered(service, request, begin, bool(body.stream))
 
     @app.post("/v1/chat/completions", responses=_ANSWERS)
@@ -167,7 +167,7 @@ def create_app(service: Service) -> FastAPI:
         """Answers a conversation."""
         state.check_model(body.model)
         _ = service.llm  # 503 before anything else
-        begin = ChatAnswer.begin(service, state.templates, body)
+        begin = ChatResponse.begin(service, state.templates, body)
         return await _answered(service, request, begin, bool(body.stream))
 
     @app.get("/v1/models", responses=_ANSWERS)
@@ -258,17 +258,17 @@ class _State:
         self.created = int(time.time())
 
     @cached_property
-    def templates(self) -> Templates | None:
+    def templates(self) -> ChatPrompts | None:
         """``None`` where the model has no tokenizer; first asked for when the model is there."""
         llm = self.service.llm
         if llm.tokenizer is None:
             return None
-        return Templates(llm.tokenizer, llm.config.vocab_size, self.texts)
+        return ChatPrompts(llm.tokenizer, llm.config.vocab_size, self.texts)
 
     @cached_property
-    def texts(self) -> Texts:
+    def texts(self) -> PromptEncoder:
         """Encodes texts; first asked for when the model is there."""
-        return Texts(self.service.llm)
+        return PromptEncoder(self.service.llm)
 
     @property
     def tokenizer(self) -> Any:

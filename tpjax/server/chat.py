@@ -10,9 +10,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tpjax.engine.generation import Delta
-from tpjax.server import budget, legacy, structured, tools
-from tpjax.server.answer_grammar import Wanted, answer_grammar
-from tpjax.server.answers import (
+from tpjax.server import admission_budget, legacy_functions
+from tpjax.server.chat_format import ChatFormat, ResponseParser
+from tpjax.server.conversation import conversation, message_text
+from tpjax.server.error_responses import ApiError, bad_request
+from tpjax.server.grammars import structured_outputs
+from tpjax.server.grammars.checker import GrammarChecker
+from tpjax.server.grammars.compiler import GrammarCompiler, TokenGrammar
+from tpjax.server.grammars.response_grammar import ResponseConstraints, response_grammar
+from tpjax.server.parsing import tool_call_messages
+from tpjax.server.parsing.incremental import ParsedDelta
+from tpjax.server.prompt_encoder import PromptEncoder
+from tpjax.server.protocol import ChatBody, Message, TokenizeBody, Tool
+from tpjax.server.responses import (
     RunningUsage,
     gather,
     make_requests,
@@ -21,16 +31,8 @@ from tpjax.server.answers import (
     token_text,
     usage,
 )
-from tpjax.server.conversation import conversation, message_text
-from tpjax.server.dialect import AnswerReader, Dialect
-from tpjax.server.errors import ApiError, bad_request
-from tpjax.server.grammar import GrammarCompiler, TokenGrammar
-from tpjax.server.grammar_check import GrammarChecker
-from tpjax.server.protocol import ChatBody, Message, TokenizeBody, Tool
-from tpjax.server.reader import Piece
-from tpjax.server.sandbox import PatientPool
 from tpjax.server.service import Service
-from tpjax.server.texts import Texts
+from tpjax.server.worker_pools import TieredWorkerPool
 from tpjax.text.chat_template import RENDER, WHAT
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ QUICK_RENDERERS, SLOW_RENDERERS, QUICK_LIMIT_S = 2, 2, 0.5
 _RENDERING = {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"}
 
 
-class Templates:
+class ChatPrompts:
     """Renders conversations and compiles grammars, each in workers of its own.
 
     Args:
@@ -63,15 +65,15 @@ class Templates:
         grammars: of the model.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, texts: Texts) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, texts: PromptEncoder) -> None:
         self._templates = tokenizer.chat_templates
         self.texts = texts
-        self.workers = PatientPool(QUICK_RENDERERS, SLOW_RENDERERS, WHAT, QUICK_LIMIT_S)
+        self.workers = TieredWorkerPool(QUICK_RENDERERS, SLOW_RENDERERS, WHAT, QUICK_LIMIT_S)
         self.grammars = GrammarCompiler(tokenizer, vocab_size, GrammarChecker())
         self._tokenizer = tokenizer
-        self._dialects: dict[tuple[str, bool], Dialect] = {}
+        self._dialects: dict[tuple[str, bool], ChatFormat] = {}
 
-    async def dialect(self, offered: Sequence[Tool] | None, own: str | None = None) -> Dialect:
+    async def dialect(self, offered: Sequence[Tool] | None, own: str | None = None) -> ChatFormat:
         """How the model converses with these tools; found out once for each template.
 
         Args:
@@ -93,7 +95,7 @@ class Templates:
                 text: str = await self.workers.run(RENDER, job, "messages")
                 return text
 
-            found = await Dialect.of(source, self._tokenizer, render, with_tools=with_tools)
+            found = await ChatFormat.of(source, self._tokenizer, render, with_tools=with_tools)
             if len(self._dialects) < _MOST_DIALECTS:
                 self._dialects[source, with_tools] = found
         return found
@@ -135,7 +137,7 @@ class Templates:
         self.grammars.close()
 
 
-class ChatAnswer:
+class ChatResponse:
     """The answer to one request; use :meth:`begin`.
 
     Attributes:
@@ -143,7 +145,7 @@ class ChatAnswer:
     """
 
     def __init__(
-        self, service: Service, llm: LLM, body: ChatBody, requests: list[Request], dialect: Dialect
+        self, service: Service, llm: LLM, body: ChatBody, requests: list[Request], dialect: ChatFormat
     ) -> None:
         offered = _offered(body)
         schemas = (
@@ -165,14 +167,14 @@ class ChatAnswer:
         self.stream = submit(service, llm, body, requests, dialect.shown_ids(with_calls=bool(offered)))
 
     @classmethod
-    async def begin(cls, service: Service, templates: Templates | None, body: ChatBody) -> ChatAnswer:
+    async def begin(cls, service: Service, templates: ChatPrompts | None, body: ChatBody) -> ChatResponse:
         """Checks everything and hands it to the engine.
 
         Raises:
             ApiError: nothing runs then.
         """
         llm = service.llm
-        body = legacy.modern(body)
+        body = legacy_functions.modern(body)
         body.check()
         n = body.n or 1
         if templates is None:
@@ -184,10 +186,10 @@ class ChatAnswer:
             ids = await templates.prompt(body.messages, offered, asked=body)
             grammars = await _grammars(templates.grammars, body, dialect, dialect.inside(llm.tokenizer, ids))
             for grammar in grammars:
-                grammar.also_ends(dialect.stop_ids)
+                grammar.add_stop_ids(dialect.stop_ids)
             make = partial(make_requests, llm, body, ids, body.limit, None, grammars, **params)
             requests = await templates.texts.threads.run(make)
-        budget.prepared()
+        admission_budget.prepared()
         for request in requests if not body.ignore_eos else ():
             request.stop_ids += tuple(one for one in dialect.stop_ids if one not in request.stop_ids)
         return cls(service, llm, body, requests, dialect)
@@ -197,7 +199,7 @@ class ChatAnswer:
         choices = []
         for index, delta in enumerate(await gather(self.stream)):
             pieces = self._pieces(self._reader(), delta)
-            calls = tools.whole_calls(pieces)
+            calls = tool_call_messages.whole_calls(pieces)
             texts = (piece.text for piece in pieces if piece.call is None and not piece.reasoning)
             content = self._echo() + "".join(texts)
             message: dict[str, Any] = {"role": "assistant", "content": content or None if calls else content}
@@ -244,7 +246,7 @@ class ChatAnswer:
             logprobs = self._logprobs(delta)
             of = ({"logprobs": logprobs} if logprobs else {}) | self._tokens(delta)
             for piece in self._pieces(reader, delta):
-                yield chunk(index, tools.delta(piece), of)
+                yield chunk(index, tool_call_messages.delta(piece), of)
                 of = {}  # once a delta, with its first piece
             if of or delta.finish_reason is not None:
                 reason = delta.finish_reason and self._reason(delta, bool(reader and reader.called))
@@ -252,9 +254,9 @@ class ChatAnswer:
         if self._body.include_usage:
             yield {**frame, "choices": [], "usage": usage(self.stream, count)}
 
-    def _pieces(self, reader: AnswerReader | None, delta: Delta) -> list[Piece]:
+    def _pieces(self, reader: ResponseParser | None, delta: Delta) -> list[ParsedDelta]:
         if reader is None:
-            return [Piece(delta.text)] if delta.text else []
+            return [ParsedDelta(delta.text)] if delta.text else []
         pieces = reader.push(delta.text)
         pieces += reader.flush() if delta.finish_reason is not None else []
         shown = self._body.include_reasoning is not False
@@ -275,11 +277,11 @@ class ChatAnswer:
         return message_text(last)
 
     def _worded(self, message: dict[str, Any]) -> dict[str, Any]:
-        return legacy.message(message) if self._body.functions is not None else message
+        return legacy_functions.message(message) if self._body.functions is not None else message
 
     def _reason(self, delta: Delta, called: bool) -> str | None:
         reason = "tool_calls" if called and delta.finish_reason == "stop" else delta.finish_reason
-        return legacy.reason(reason) if self._body.functions is not None else reason
+        return legacy_functions.reason(reason) if self._body.functions is not None else reason
 
     def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
         if not self._body.logprobs or not delta.token_ids:
@@ -300,14 +302,14 @@ def _offered(body: ChatBody) -> list[Tool] | None:
 
 
 async def _grammars(
-    compiler: GrammarCompiler, body: ChatBody, dialect: Dialect, inside: bool
+    compiler: GrammarCompiler, body: ChatBody, dialect: ChatFormat, inside: bool
 ) -> list[TokenGrammar]:
-    wanted = Wanted.of(body)
+    wanted = ResponseConstraints.of(body)
     if body.structure is not None:
         if wanted.tools:
             raise bad_request("structured_outputs and tools cannot both shape the answer", "tools")
-        return await structured.grammars(compiler, body, body.n or 1)
-    write = answer_grammar(wanted, dialect.calls, dialect.reasoning, inside, dialect.special)
+        return await structured_outputs.grammars(compiler, body, body.n or 1)
+    write = response_grammar(wanted, dialect.calls, dialect.reasoning, inside, dialect.special)
     if write is None:
         return []
     param = "tools" if wanted.tools else "response_format"

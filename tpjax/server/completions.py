@@ -9,13 +9,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tpjax.engine.generation import Delta
-from tpjax.server import answers, budget
-from tpjax.server.answers import gather, make_requests, submit, token_text, usage
-from tpjax.server.grammar import GrammarCompiler
+from tpjax.server import admission_budget, responses
+from tpjax.server.grammars.compiler import GrammarCompiler
+from tpjax.server.grammars.structured_outputs import grammars
+from tpjax.server.prompt_encoder import PromptEncoder
 from tpjax.server.protocol import CompletionBody
+from tpjax.server.responses import gather, make_requests, submit, token_text, usage
 from tpjax.server.service import Service
-from tpjax.server.structured import grammars
-from tpjax.server.texts import Texts
 from tpjax.text.tokenizer import IncrementalDetokenizer
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _DEFAULT_TOKENS = 16  # OpenAI's
 _NEAR = 16  # characters a tokenizer may have left out between two tokens
 
 
-class CompletionAnswer:
+class CompletionResponse:
     """The answer to one request; use :meth:`begin`.
 
     Attributes:
@@ -48,8 +48,8 @@ class CompletionAnswer:
 
     @classmethod
     async def begin(
-        cls, service: Service, compiler: GrammarCompiler | None, texts: Texts, body: CompletionBody
-    ) -> CompletionAnswer:
+        cls, service: Service, compiler: GrammarCompiler | None, texts: PromptEncoder, body: CompletionBody
+    ) -> CompletionResponse:
         """Checks everything and hands it to the engine.
 
         Raises:
@@ -70,7 +70,7 @@ class CompletionAnswer:
                 make = partial(make_requests, llm, body, ids, body.max_tokens, _DEFAULT_TOKENS, own, **params)
                 # over ids a long prompt takes a while as well: the event loop has others to serve
                 requests += await texts.threads.run(make)
-        budget.prepared()
+        admission_budget.prepared()
         return cls(service, llm, body, requests)
 
     async def whole(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class CompletionAnswer:
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """The answer in chunks; the usage comes last, where asked for."""
-        running = answers.RunningUsage(self.stream, self._body)
+        running = responses.RunningUsage(self.stream, self._body)
         begun: set[int] = set()
         async for index, delta in self.stream.deltas():
             choice = self._choice(index, delta, first=index not in begun)
@@ -113,7 +113,7 @@ class CompletionAnswer:
             choice["token_ids"] = delta.token_ids
             choice["prompt_token_ids"] = list(request.prompt_ids) if first else None
         if body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = answers.prompt_logprobs(request, body.prompt_logprobs, self._show)
+            choice["prompt_logprobs"] = responses.prompt_logprobs(request, body.prompt_logprobs, self._show)
         return choice
 
     def _echo(self, index: int) -> tuple[str, list[int]]:
@@ -171,7 +171,7 @@ def _found(text: str, pieces: Sequence[str]) -> list[int]:
     return found
 
 
-async def _ids(texts: Texts, prompt: str | list[int], body: CompletionBody) -> list[int]:
+async def _ids(texts: PromptEncoder, prompt: str | list[int], body: CompletionBody) -> list[int]:
     whole = body.truncate_prompt_tokens is not None
     if isinstance(prompt, str):
         special = body.add_special_tokens is not False

@@ -16,10 +16,10 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from tpjax.server.errors import bad_request
+from tpjax.server.error_responses import bad_request
+from tpjax.server.parsing.tool_call_formats import ToolCallFormat
 from tpjax.server.protocol import Message, Tool
 from tpjax.server.template_traits import Traits, reasoning_fields
-from tpjax.server.tool_formats import ToolFormat
 
 Turn = dict[str, Any]
 
@@ -37,7 +37,7 @@ _INSTRUCTIONS = """You may call one or more functions to answer. These are their
 
 
 def conversation(
-    messages: Sequence[Message], tools: Sequence[Tool] | None, traits: Traits, form: ToolFormat
+    messages: Sequence[Message], tools: Sequence[Tool] | None, traits: Traits, form: ToolCallFormat
 ) -> list[Turn]:
     """Messages for one template.
 
@@ -199,7 +199,7 @@ def _one_call_each(turns: list[Turn]) -> Iterator[Turn]:
         yield from results
 
 
-def _spelled_out(turns: list[Turn], form: ToolFormat) -> list[Turn]:
+def _spelled_out(turns: list[Turn], form: ToolCallFormat) -> list[Turn]:
     """Calls and results as text; the results of one message's calls are one user's turn."""
     plain: list[Turn] = []
     after_result = False
@@ -221,7 +221,7 @@ def _spelled_out(turns: list[Turn], form: ToolFormat) -> list[Turn]:
     return plain
 
 
-def _described(turns: list[Turn], tools: Sequence[Tool], form: ToolFormat) -> list[Turn]:
+def _described(turns: list[Turn], tools: Sequence[Tool], form: ToolCallFormat) -> list[Turn]:
     signatures = [json.dumps(tool.model_dump(exclude_none=True), ensure_ascii=False) for tool in tools]
     text = _INSTRUCTIONS.format(tools="\n".join(signatures), how=form.instructions)
     if turns[0]["role"] in ("system", "developer"):

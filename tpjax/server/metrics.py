@@ -20,7 +20,7 @@ _SLOW = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240,
 
 
 @dataclass
-class Clock:
+class ChoiceTimings:
     """The times of a choice, seconds on ``time.perf_counter``.
 
     Attributes:
@@ -67,7 +67,7 @@ class Metrics:
         """All of it in Prometheus's text format."""
         return generate_latest(self._registry)
 
-    def grew(self, request: Request, clock: Clock, delta: Delta, now: float) -> None:
+    def grew(self, request: Request, clock: ChoiceTimings, delta: Delta, now: float) -> None:
         """A choice got tokens or ended; its clock is kept up to date here."""
         count = len(delta.token_ids)
         if not clock.last:

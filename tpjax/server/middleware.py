@@ -17,9 +17,9 @@ from contextvars import ContextVar
 from typing import Any
 
 from tpjax.sandbox import give_memory_back
-from tpjax.server import budget
-from tpjax.server.budget import Budget, Share
-from tpjax.server.errors import ApiError, bad_request, internal_error
+from tpjax.server import admission_budget
+from tpjax.server.admission_budget import AdmissionBudget, BudgetShare
+from tpjax.server.error_responses import ApiError, bad_request, internal_error
 
 Scope = dict[str, Any]
 Message = dict[str, Any]
@@ -43,7 +43,7 @@ POLLED_PATHS = (*OPEN_PATHS, "/stats")  # every second or so: no news where all 
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 
-class Edge:
+class ServerMiddleware:
     """The outermost layer of the application.
 
     Args:
@@ -64,7 +64,7 @@ class Edge:
         self._open = set(OPEN_PATHS) - ({"/metrics"} if protect_metrics else set())
         self._keys = [key.encode() for key in api_keys]
         self._max_body_bytes = max_body_bytes
-        self._budget = Budget(MAX_PREPARED_BODIES * max_body_bytes)
+        self._budget = AdmissionBudget(MAX_PREPARED_BODIES * max_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves a connection as ASGI has it."""
@@ -75,8 +75,8 @@ class Edge:
         own = headers.get("x-request-id", "")
         ident = own if _ID.fullmatch(own) else uuid.uuid4().hex
         token = request_id.set(ident)
-        share = Share(self._budget)
-        share_token = budget.share.set(share)
+        share = BudgetShare(self._budget)
+        share_token = admission_budget.share.set(share)
         start, status, complete, unread = time.perf_counter(), 0, False, True
 
         async def incoming() -> Message:
@@ -123,7 +123,7 @@ class Edge:
             share.release()
             if share.most and not self._budget.used:  # the last of them
                 asyncio.get_running_loop().run_in_executor(None, give_memory_back)
-            budget.share.reset(share_token)
+            admission_budget.share.reset(share_token)
             request_id.reset(token)
 
     def _check_key(self, path: str, headers: dict[str, str]) -> None:
@@ -146,7 +146,7 @@ class Edge:
                 headers={"WWW-Authenticate": f'{scheme} realm="tpjax"'},
             )
 
-    async def _body(self, receive: Receive, headers: dict[str, str], share: Share) -> bytes | None:
+    async def _body(self, receive: Receive, headers: dict[str, str], share: BudgetShare) -> bytes | None:
         """The whole body; ``None`` where the client has gone. The budget gives what is declared, or has come.
 
         Raises:

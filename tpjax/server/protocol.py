@@ -1,7 +1,7 @@
 """What clients send. Wrong types, unknown names and numbers that are not finite end here, with a 400.
 
 Whatever is unknown is refused, so that a misspelt parameter does not pass in silence. What OpenAI and vLLM
-know and this server has no use for is in ``foreign.py``.
+know and this server has no use for is in ``compatibility.py``.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from tpjax.sampling_params import MAX_LOGPROBS, MAX_SEED, MIN_SEED, SamplingParams
-from tpjax.server.bodies import QuickModel
-from tpjax.server.errors import bad_request
-from tpjax.server.foreign import Foreign, ForeignToChat, ForeignToCompletions
+from tpjax.server.compatibility import (
+    ChatCompatibilityFields,
+    CompatibilityFields,
+    CompletionCompatibilityFields,
+)
+from tpjax.server.error_responses import bad_request
+from tpjax.server.json_bodies import FailFastModel
 
 MAX_CHOICES = 128  # prompts × n of one request
 MAX_STOP = 16
@@ -27,7 +31,7 @@ Bias = Annotated[Number, Field(ge=-100, le=100)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
-class Body(QuickModel):
+class Body(FailFastModel):
     """Strict: a string is no number, and an unknown field is an error."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -72,7 +76,7 @@ class ResponseFormat(Body):
     json_schema: JsonSchema | None = None
 
 
-class Sampling(Foreign):
+class Sampling(CompatibilityFields):
     """What completions and chat have in common."""
 
     model: str | None = None
@@ -193,7 +197,7 @@ class Sampling(Foreign):
         )
 
 
-class CompletionBody(Sampling, ForeignToCompletions):
+class CompletionBody(Sampling, CompletionCompatibilityFields):
     """``POST /v1/completions``."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
@@ -245,7 +249,7 @@ class ToolCall(Body):
     index: int | None = None
 
 
-class Message(QuickModel):
+class Message(FailFastModel):
     """A turn. Templates may know more fields than these, so more are let through to them."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
@@ -301,7 +305,7 @@ class AllowedTools(Body):
     allowed_tools: Allowance
 
 
-class ChatBody(Sampling, ForeignToChat):
+class ChatBody(Sampling, ChatCompatibilityFields):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(max_length=4096)]

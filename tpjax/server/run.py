@@ -19,7 +19,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from tpjax.errors import ConfigError
 from tpjax.server.app import create_app
-from tpjax.server.middleware import MAX_BODY_BYTES, Edge, log_as_json_lines
+from tpjax.server.middleware import MAX_BODY_BYTES, ServerMiddleware, log_as_json_lines
 from tpjax.server.service import Service
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 15.0
+IDLE_TIMEOUT_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begins to look at it every ``PATIENCE_S``."""
+        """Begins to look at it every ``IDLE_TIMEOUT_S``."""
         super().connection_made(transport)
         self._look(None)
 
@@ -78,7 +78,7 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         if now == before and (unread or now[1]):
             self.transport.abort()
         else:
-            self.loop.call_later(PATIENCE_S, self._look, now)
+            self.loop.call_later(IDLE_TIMEOUT_S, self._look, now)
 
 
 class Server(uvicorn.Server):
@@ -92,7 +92,7 @@ class Server(uvicorn.Server):
         self._drain_s = options.drain_s
         self._signals = 0
         self._drain: asyncio.Task[None] | None = None
-        app: Any = Edge(
+        app: Any = ServerMiddleware(
             create_app(service),  # type: ignore[arg-type]
             options.api_keys,
             options.max_body_bytes,

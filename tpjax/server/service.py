@@ -18,8 +18,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from tpjax.engine.generation import Delta, Generation
-from tpjax.server.errors import ApiError, bad_request, internal_error
-from tpjax.server.metrics import Clock, Metrics
+from tpjax.server.error_responses import ApiError, bad_request, internal_error
+from tpjax.server.metrics import ChoiceTimings, Metrics
 from tpjax.server.shards import shards
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Stream:
 
     def __init__(self, generations: Sequence[Generation], limit: int | None = None) -> None:
         self.generations = generations
-        self.clocks = [Clock() for _ in generations]
+        self.clocks = [ChoiceTimings() for _ in generations]
         self._limit = limit
         self._deltas: deque[tuple[int, Delta]] = deque()
         self._open = len(generations)
@@ -272,7 +272,7 @@ class Service:
             self.shards = shards(llm)
             self.stats = llm.engine.stats()
             self._call(self._ready)
-            while self._obey(llm.engine):
+            while self._process_commands(llm.engine):
                 self._step(llm.engine)
                 self.stats = llm.engine.stats()
         except BaseException as error:
@@ -281,7 +281,7 @@ class Service:
             failure = error
             self._call(lambda: self._failed(failure))
 
-    def _obey(self, engine: Engine) -> bool:
+    def _process_commands(self, engine: Engine) -> bool:
         """Carries out what has been asked; waits for something to do where there is nothing."""
         while True:
             try:

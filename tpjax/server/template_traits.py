@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tpjax.server.errors import ApiError
+from tpjax.server.error_responses import ApiError
 
 Render = Callable[[dict[str, Any]], Awaitable[str]]
 

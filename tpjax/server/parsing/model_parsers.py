@@ -7,11 +7,11 @@ import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from tpjax.server.calls import NAME, CallReader
-from tpjax.server.reader import Malformed, Reading
+from tpjax.server.parsing.incremental import Malformed, Parsing
+from tpjax.server.parsing.tool_call_parser import NAME, ToolCallParser
 
 
-class Tagged(CallReader):
+class TaggedParser(ToolCallParser):
     """``<tool_call>`` and what models put there.
 
     An object (Qwen, Hermes), ``<function=NAME>`` (Qwen3-Coder), or ``NAME`` and ``<arg_key>`` (GLM).
@@ -20,7 +20,7 @@ class Tagged(CallReader):
     marks: ClassVar[tuple[str, ...]] = ("<tool_call>", "<function=")
     tails: ClassVar[tuple[str, ...]] = ("</tool_call>",)
 
-    def call(self, mark: str) -> Reading[None]:
+    def call(self, mark: str) -> Parsing[None]:
         """Reads one call, or an array of them."""
         if mark == "<function=":
             yield from self._function()
@@ -33,21 +33,21 @@ class Tagged(CallReader):
         else:
             yield from self._keys_and_values()
 
-    def _function(self) -> Reading[None]:
+    def _function(self) -> Parsing[None]:
         name = yield from self.run(NAME)
         yield from self.expect(">")
         yield from self.spaces()
         yield from self._pairs(name, "<parameter=", ">", "</parameter>", "<parameter=", "</function>")
         yield from self.accept("</function>")
 
-    def _keys_and_values(self) -> Reading[None]:
+    def _keys_and_values(self) -> Parsing[None]:
         name = yield from self.run(NAME)
         yield from self.spaces()
         if not name or (yield from self.follows("<arg_key>", "</tool_call>")) is None:
             raise Malformed
         yield from self._pairs(name, "<arg_key>", "</arg_key>", "</arg_value>", "<arg_key>", "</tool_call>")
 
-    def _pairs(self, name: str, opens: str, closes: str, *ends: str) -> Reading[None]:
+    def _pairs(self, name: str, opens: str, closes: str, *ends: str) -> Parsing[None]:
         """Reads a call's parameters, and gives each out as it is complete."""
         if not name or (yield from self.follows(opens, *ends[1:])) is None:
             raise Malformed
@@ -71,17 +71,17 @@ class Tagged(CallReader):
             yield from self.spaces()
         self.argue("{}" if separator == "{" else "}")
 
-    def spaces_before_value(self) -> Reading[None]:
+    def spaces_before_value(self) -> Parsing[None]:
         """Reads the one line's end between a key and its value."""
         yield from self.accept("\n")
 
 
-class Llama(CallReader):
+class LlamaParser(ToolCallParser):
     """Llama 3.x: bare objects with ``;`` between, or after ``<|python_tag|>`` these or ``tool.call(...)``."""
 
     marks: ClassVar[tuple[str, ...]] = ("<|python_tag|>", "{")
 
-    def call(self, mark: str) -> Reading[None]:
+    def call(self, mark: str) -> Parsing[None]:
         """Reads one call or more."""
         if mark == "{":
             self._at -= 1
@@ -94,12 +94,12 @@ class Llama(CallReader):
             yield from self.python()
 
 
-class Mistral(CallReader):
+class MistralParser(ToolCallParser):
     """``[TOOL_CALLS]``: an array of objects, or from its eleventh tokenizer on ``NAME[ARGS]{...}``."""
 
     marks: ClassVar[tuple[str, ...]] = ("[TOOL_CALLS]",)
 
-    def call(self, mark: str) -> Reading[None]:
+    def call(self, mark: str) -> Parsing[None]:
         """Reads an array, or one call."""
         yield from self.spaces()
         if (yield from self.follows("[{", "[ ", "[\n", "{")):
@@ -115,13 +115,13 @@ class Mistral(CallReader):
         yield from self.arguments(name)
 
 
-class DeepSeek(CallReader):
+class DeepSeekParser(ToolCallParser):
     """DeepSeek V3 and R1 (``function<sep>NAME`` and a fence of JSON) and V3.1 (``NAME<sep>{...}``)."""
 
     marks: ClassVar[tuple[str, ...]] = ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>")
     tails: ClassVar[tuple[str, ...]] = ("<｜tool▁calls▁end｜>", "<｜tool▁call▁end｜>")
 
-    def call(self, mark: str) -> Reading[None]:
+    def call(self, mark: str) -> Parsing[None]:
         """Reads one call."""
         yield from self.spaces()
         if mark == self.marks[0]:
@@ -140,14 +140,14 @@ class DeepSeek(CallReader):
         yield from self.accept("```")
 
 
-class Kimi(CallReader):
+class KimiParser(ToolCallParser):
     """Kimi K2: ``functions.NAME:0`` between special tokens."""
 
     marks: ClassVar[tuple[str, ...]] = ("<|tool_calls_section_begin|>", "<|tool_call_begin|>")
     tails: ClassVar[tuple[str, ...]] = ("<|tool_calls_section_end|>", "<|tool_call_end|>")
     sep = "<|tool_call_argument_begin|>"
 
-    def call(self, mark: str) -> Reading[None]:
+    def call(self, mark: str) -> Parsing[None]:
         """Reads one call."""
         yield from self.spaces()
         if mark == self.marks[0]:
@@ -162,19 +162,19 @@ class Kimi(CallReader):
         yield from self.arguments(bare)
 
 
-class Listed(CallReader):
+class JsonArrayParser(ToolCallParser):
     """An array of objects between tokens: Granite, Phi-4-mini, Command R, Jamba."""
 
     marks: ClassVar[tuple[str, ...]] = ("<|tool_call|>", "<tool_call>", "<|START_ACTION|>", "<tool_calls>")
     tails: ClassVar[tuple[str, ...]] = ("<|/tool_call|>", "</tool_call>", "<|END_ACTION|>", "</tool_calls>")
 
-    def call(self, mark: str) -> Reading[None]:
+    def call(self, mark: str) -> Parsing[None]:
         """Reads an array, or one call."""
         yield from self.spaces()
         yield from self.objects()
 
 
-class Gemma(CallReader):
+class GemmaParser(ToolCallParser):
     """Gemma: its templates know no tools, so the ways its documentation and its training show.
 
     Fences of ``tool_code`` or JSON, a bare object, Python calls in brackets; what this server asks for
@@ -186,7 +186,7 @@ class Gemma(CallReader):
     )  # fmt: skip
     tails: ClassVar[tuple[str, ...]] = ("</tool_call>", "<end_function_call>", "<tool_call|>")
 
-    def call(self, mark: str) -> Reading[None]:
+    def call(self, mark: str) -> Parsing[None]:
         """Reads one call or more."""
         if mark in ("<start_function_call>", "<|tool_call>"):
             yield from self._own("<end_function_call>" if mark == self.marks[6] else "<tool_call|>")
@@ -203,7 +203,7 @@ class Gemma(CallReader):
             if mark != "<tool_call>":
                 yield from self.accept("```")
 
-    def _python_follows(self) -> Reading[bool]:
+    def _python_follows(self) -> Parsing[bool]:
         back = self._at
         self._at += 1
         yield from self.spaces()
@@ -212,7 +212,7 @@ class Gemma(CallReader):
         self._at = back
         return found
 
-    def _own(self, end: str) -> Reading[None]:
+    def _own(self, end: str) -> Parsing[None]:
         """Reads ``call:NAME{key:value,...}``."""
         yield from self.expect("call:")
         name = yield from self.run(NAME)
@@ -255,13 +255,13 @@ def _restored(value: Any, strings: Sequence[str]) -> Any:
     return [_restored(one, strings) for one in value] if isinstance(value, list) else value
 
 
-class Pythonic(Tagged):
+class PythonicParser(TaggedParser):
     """Calls in Python between tokens (LFM2), or what this server asks for."""
 
-    marks: ClassVar[tuple[str, ...]] = ("<|tool_call_start|>", *Tagged.marks)
-    tails: ClassVar[tuple[str, ...]] = ("<|tool_call_end|>", *Tagged.tails)
+    marks: ClassVar[tuple[str, ...]] = ("<|tool_call_start|>", *TaggedParser.marks)
+    tails: ClassVar[tuple[str, ...]] = ("<|tool_call_end|>", *TaggedParser.tails)
 
-    def call(self, mark: str) -> Reading[None]:
+    def call(self, mark: str) -> Parsing[None]:
         """Reads a list of calls."""
         if mark == "<|tool_call_start|>":
             yield from self.python("<|tool_call_end|>")

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
-Reading = Generator[None, None, T]  # yields where it needs more text
+Parsing = Generator[None, None, T]  # yields where it needs more text
 
 
 @dataclass(frozen=True)
-class Piece:
+class ParsedDelta:
     """A part of an answer: text, reasoning, or a part of a call.
 
     Attributes:
@@ -46,10 +46,10 @@ class Reader:
         self._at = 0  # what is before it has been read
         self._back: int | None = None  # where to go back to, should it turn out malformed
         self._ended = False
-        self._out: list[Piece] = []
+        self._out: list[ParsedDelta] = []
         self._reading: Generator[None, None, None] | None = None
 
-    def push(self, text: str) -> list[Piece]:
+    def push(self, text: str) -> list[ParsedDelta]:
         """Takes more of the answer; returns what is now certain."""
         self._text += text
         if text or self._ended:
@@ -59,26 +59,26 @@ class Reader:
             self._text, self._at = self._text[self._at :], 0
         return self._given()
 
-    def flush(self) -> list[Piece]:
+    def flush(self) -> list[ParsedDelta]:
         """Ends the answer; returns what was held back."""
         self._ended = True
         return self.push("")
 
-    def read(self) -> Reading[None]:
+    def read(self) -> Parsing[None]:
         """Reads the whole answer."""
         raise NotImplementedError
 
-    def give(self, piece: Piece) -> None:
+    def give(self, piece: ParsedDelta) -> None:
         """Adds to the parsed answer."""
         self._out.append(piece)
 
-    def _given(self) -> list[Piece]:
+    def _given(self) -> list[ParsedDelta]:
         """What was given, neighbours of a kind joined."""
-        pieces: list[Piece] = []
+        pieces: list[ParsedDelta] = []
         for piece in self._out:
             last = pieces[-1] if pieces else None
             if last and piece.name is None and (last.call, last.reasoning) == (piece.call, piece.reasoning):
-                pieces[-1] = Piece(last.text + piece.text, last.call, last.name, last.reasoning)
+                pieces[-1] = ParsedDelta(last.text + piece.text, last.call, last.name, last.reasoning)
             else:
                 pieces.append(piece)
         self._out = []
@@ -86,7 +86,7 @@ class Reader:
 
     # --- steps
 
-    def more(self) -> Reading[bool]:
+    def more(self) -> Parsing[bool]:
         """Waits for text that has not been read; False at the end of the answer."""
         while self._at == len(self._text):
             if self._ended:
@@ -94,7 +94,7 @@ class Reader:
             yield
         return True
 
-    def follows(self, *literals: str) -> Reading[str | None]:
+    def follows(self, *literals: str) -> Parsing[str | None]:
         """Which of some literals comes next, the longest where several do; reads nothing."""
         while True:
             rest = self._text[self._at : self._at + max(map(len, literals))]
@@ -103,13 +103,13 @@ class Reader:
                 return max((one for one in literals if rest.startswith(one)), key=len, default=None)
             yield
 
-    def accept(self, *literals: str) -> Reading[bool]:
+    def accept(self, *literals: str) -> Parsing[bool]:
         """Reads one of some literals if it comes next."""
         found = yield from self.follows(*literals)
         self._at += len(found or "")
         return found is not None
 
-    def expect(self, *literals: str) -> Reading[None]:
+    def expect(self, *literals: str) -> Parsing[None]:
         """Reads one of some literals.
 
         Raises:
@@ -118,12 +118,12 @@ class Reader:
         if not (yield from self.accept(*literals)):
             raise Malformed
 
-    def spaces(self) -> Reading[None]:
+    def spaces(self) -> Parsing[None]:
         """Reads white space."""
         while (yield from self.more()) and self._text[self._at].isspace():
             self._at += 1
 
-    def run(self, pattern: re.Pattern[str], emit: Callable[[str], None] | None = None) -> Reading[str]:
+    def run(self, pattern: re.Pattern[str], emit: Callable[[str], None] | None = None) -> Parsing[str]:
         """Reads as many characters as a pattern of single characters (``[...]+``) takes."""
         parts = []
         while (yield from self.more()) and (match := pattern.match(self._text, self._at)):
@@ -133,7 +133,7 @@ class Reader:
                 emit(match[0])
         return "".join(parts)
 
-    def until(self, marks: Sequence[str], emit: Callable[[str], None]) -> Reading[str | None]:
+    def until(self, marks: Sequence[str], emit: Callable[[str], None]) -> Parsing[str | None]:
         """Reads up to and with the first of some marks; what comes before it is handed on as it comes.
 
         Returns:
@@ -154,7 +154,7 @@ class Reader:
                 self._at += 1
         return None
 
-    def attempt(self, reading: Reading[None]) -> Reading[bool]:
+    def attempt(self, reading: Parsing[None]) -> Parsing[bool]:
         """Tries to read something.
 
         Returns:
@@ -180,7 +180,7 @@ class Reader:
 
     # --- JSON
 
-    def json_string(self) -> Reading[str]:
+    def json_string(self) -> Parsing[str]:
         """Reads a string of JSON.
 
         Raises:
@@ -207,7 +207,7 @@ class Reader:
             raise Malformed from error
         return value
 
-    def json_value(self, emit: Callable[[str], None]) -> Reading[None]:
+    def json_value(self, emit: Callable[[str], None]) -> Parsing[None]:
         """Reads any value of JSON, and hands it on as it comes; of what is broken, all that is balanced.
 
         Raises:

@@ -12,16 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tpjax.server.grammar import WHITESPACE
-from tpjax.server.harmony import CHANNEL, CONSTRAIN, END, MESSAGE, START
+from tpjax.server.grammars.compiler import WHITESPACE
+from tpjax.server.grammars.json_schemas import Schema
+from tpjax.server.parsing.harmony import CHANNEL, CONSTRAIN, END, MESSAGE, START
+from tpjax.server.parsing.reasoning import ReasoningFormat
+from tpjax.server.parsing.tool_call_formats import HARMONY, ToolCallFormat
 from tpjax.server.protocol import ChatBody, NamedTool, ResponseFormat, Tool
-from tpjax.server.reasoning import ReasoningFormat
-from tpjax.server.schemas import Schema
-from tpjax.server.tool_formats import HARMONY, ToolFormat
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ResponseConstraints:
     """What a request wants of its answer.
 
     Attributes:
@@ -37,7 +37,7 @@ class Wanted:
     form: Schema | None = None
 
     @classmethod
-    def of(cls, body: ChatBody) -> Wanted:
+    def of(cls, body: ChatBody) -> ResponseConstraints:
         """Reads a request."""
         choice, tools = body.tool_choice or "auto", list(body.tools or ())
         if choice == "none":
@@ -85,9 +85,9 @@ def form_schema(form: ResponseFormat | None) -> Schema | None:
     return Schema(value, bool(form.json_schema.strict), "response_format")
 
 
-def answer_grammar(
-    wanted: Wanted,
-    form: ToolFormat,
+def response_grammar(
+    wanted: ResponseConstraints,
+    form: ToolCallFormat,
     reasoning: ReasoningFormat | None,
     inside: bool,
     special: Mapping[str, int],
@@ -120,7 +120,11 @@ def answer_grammar(
 
 class _Writer:
     def __init__(
-        self, wanted: Wanted, form: ToolFormat, special: Mapping[str, int], schemas: Sequence[Any]
+        self,
+        wanted: ResponseConstraints,
+        form: ToolCallFormat,
+        special: Mapping[str, int],
+        schemas: Sequence[Any],
     ) -> None:
         self._wanted, self._form, self._special = wanted, form, special
         self._schemas = [json.dumps(schema, ensure_ascii=False, separators=(",", ":")) for schema in schemas]

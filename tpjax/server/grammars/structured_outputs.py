@@ -8,9 +8,9 @@ from typing import Any
 import llguidance
 from pydantic_core import from_json
 
-from tpjax.server.answer_grammar import form_schema
-from tpjax.server.errors import bad_request
-from tpjax.server.grammar import GrammarCompiler, TokenGrammar, only
+from tpjax.server.error_responses import bad_request
+from tpjax.server.grammars.compiler import GrammarCompiler, TokenGrammar, only
+from tpjax.server.grammars.response_grammar import form_schema
 from tpjax.server.protocol import ResponseFormat, Sampling, StructuredOutputs
 
 _KINDS = ("json_", "json_object", "regex", "choice", "grammar")

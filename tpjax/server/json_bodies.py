@@ -17,7 +17,7 @@ from starlette.responses import Response
 MAX_PARTS = 1 << 16
 
 
-class JsonRequest(Request):
+class StrictJsonRequest(Request):
     """Reads JSON strictly: no NaN, no lone surrogate, no ten thousand brackets."""
 
     async def body(self) -> bytes:
@@ -45,8 +45,8 @@ class JsonRequest(Request):
         return self._json
 
 
-class JsonRoute(APIRoute):
-    """Reads bodies as :class:`JsonRequest` does."""
+class StrictJsonRoute(APIRoute):
+    """Reads bodies as :class:`StrictJsonRequest` does."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The route's handler, given such a request."""
@@ -55,7 +55,7 @@ class JsonRoute(APIRoute):
         async def handler(request: Request) -> Response:
             if self.body_field is not None:
                 request.app.state.service.admit(1)  # before anything is made of it
-            return await inner(JsonRequest(request.scope, request.receive))
+            return await inner(StrictJsonRequest(request.scope, request.receive))
 
         return handler
 
@@ -71,7 +71,7 @@ def _fail_fast(schema: Any) -> None:
             _fail_fast(value)
 
 
-class QuickModel(BaseModel):
+class FailFastModel(BaseModel):
     """Stops at the first wrong item of a list: a million wrong ones would be a million errors."""
 
     @classmethod

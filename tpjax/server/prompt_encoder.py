@@ -6,9 +6,9 @@ from array import array
 from base64 import b64decode
 from typing import TYPE_CHECKING
 
-from tpjax.server import budget
-from tpjax.server.errors import ApiError, bad_request
-from tpjax.server.sandbox import ThreadPool, WorkerPool
+from tpjax.server import admission_budget
+from tpjax.server.error_responses import ApiError, bad_request
+from tpjax.server.worker_pools import ThreadPool, WorkerPool
 
 if TYPE_CHECKING:
     from tpjax.llm import LLM
@@ -21,7 +21,7 @@ TIME_LIMIT_S = 60.0
 MEMORY_LIMIT_BYTES = 4 << 30
 
 
-class Texts:
+class PromptEncoder:
     """Encodes clients' texts.
 
     Args:
@@ -53,7 +53,7 @@ class Texts:
         """
         if self._tokenizer is None:
             raise bad_request(f"{self._path} has no tokenizer: give the prompt as token ids", param)
-        budget.take(len(text))
+        admission_budget.take(len(text))
         if len(text) <= SHORT_CHARS:
             return await self.threads.run(self._encoded, text, add_special_tokens)
         if not whole:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 
-from tpjax.server.errors import ApiError
+from tpjax.server.error_responses import ApiError
 
 # What a request may bring without asking: small ones are answered beside any number of large ones. Their
 # number is bounded by the queue.
 FREE_BYTES = 64 << 10
 
 
-class Budget:
+class AdmissionBudget:
     """Bytes that requests share while they are prepared.
 
     Args:
@@ -27,19 +27,19 @@ class Budget:
         self.used = 0
 
 
-class Share:
+class BudgetShare:
     """One request's part of a budget: the most it had at once. Use it as a context manager.
 
     Attributes:
         most: bytes it had at once.
     """
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: AdmissionBudget) -> None:
         self._budget = budget
         self._taken = self.most = 0
         self._open = True
 
-    def __enter__(self) -> Share:
+    def __enter__(self) -> BudgetShare:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -72,7 +72,7 @@ class Share:
 
 
 # of the request that is being answered
-share: ContextVar[Share | None] = ContextVar("share", default=None)
+share: ContextVar[BudgetShare | None] = ContextVar("share", default=None)
 
 
 def take(size: int) -> None:

@@ -7,18 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tpjax.server import harmony
-from tpjax.server.call_formats import (
-    DeepSeek,
-    Gemma,
-    Kimi,
-    Listed,
-    Llama,
-    Mistral,
-    Pythonic,
-    Tagged,
+from tpjax.server.parsing import harmony
+from tpjax.server.parsing.model_parsers import (
+    DeepSeekParser,
+    GemmaParser,
+    JsonArrayParser,
+    KimiParser,
+    LlamaParser,
+    MistralParser,
+    PythonicParser,
+    TaggedParser,
 )
-from tpjax.server.calls import CallReader
+from tpjax.server.parsing.tool_call_parser import ToolCallParser
 
 Calls = Sequence[tuple[str, dict[str, Any]]]  # names and arguments
 
@@ -39,7 +39,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class ToolFormat:
+class ToolCallFormat:
     """One way to write calls.
 
     Attributes:
@@ -54,7 +54,7 @@ class ToolFormat:
     """
 
     name: str
-    reader: type[CallReader]
+    reader: type[ToolCallParser]
     shape: Shape
     free: bool = False
     marks: tuple[str, ...] = ()
@@ -104,71 +104,96 @@ _DEEPSEEK_3_1 = Shape(
     "<｜tool▁call▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁calls▁end｜>",
 )  # fmt: skip
 
-HERMES = ToolFormat("hermes", Tagged, _HERMES, marks=(*Tagged.marks, *Tagged.tails), instructions=_TAGS)
-_CODER = ToolFormat("qwen3-coder", Tagged, _HERMES, True, HERMES.marks, instructions=_TAGS)
-_GLM = ToolFormat(
-    "glm", Tagged, _HERMES, True, (*HERMES.marks, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+HERMES = ToolCallFormat(
+    "hermes", TaggedParser, _HERMES, marks=(*TaggedParser.marks, *TaggedParser.tails), instructions=_TAGS
 )
-_LLAMA = ToolFormat(
+_CODER = ToolCallFormat("qwen3-coder", TaggedParser, _HERMES, True, HERMES.marks, instructions=_TAGS)
+_GLM = ToolCallFormat(
+    "glm",
+    TaggedParser,
+    _HERMES,
+    True,
+    (*HERMES.marks, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+)
+_LLAMA = ToolCallFormat(
     "llama3",
-    Llama,
+    LlamaParser,
     Shape("", '{"name":~"', '",~"parameters":~', "~}", ";~"),
     marks=("<|python_tag|>",),
     stops=("<|eom_id|>", "<|eot_id|>"),
 )
 _MISTRAL_MARKS = ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
-_MISTRAL = ToolFormat(
-    "mistral", Mistral, Shape("[TOOL_CALLS]~[~", *_MEMBERS, "~,~", "~]"), marks=_MISTRAL_MARKS
+_MISTRAL = ToolCallFormat(
+    "mistral", MistralParser, Shape("[TOOL_CALLS]~[~", *_MEMBERS, "~,~", "~]"), marks=_MISTRAL_MARKS
 )
-_MISTRAL_11 = ToolFormat(
-    "mistral-v11", Mistral, Shape("[TOOL_CALLS]", "", "[ARGS]", "", "[TOOL_CALLS]"), marks=_MISTRAL_MARKS
+_MISTRAL_11 = ToolCallFormat(
+    "mistral-v11",
+    MistralParser,
+    Shape("[TOOL_CALLS]", "", "[ARGS]", "", "[TOOL_CALLS]"),
+    marks=_MISTRAL_MARKS,
 )
-_MISTRAL_IDS = ToolFormat("mistral-ids", Mistral, _MISTRAL_11.shape, True, marks=_MISTRAL_MARKS)
-_DEEPSEEK_MARKS = (*DeepSeek.marks, *DeepSeek.tails, "<｜tool▁sep｜>")
-_DEEPSEEK_V3 = ToolFormat("deepseek-v3", DeepSeek, _DEEPSEEK, marks=_DEEPSEEK_MARKS, instructions=_TOKENS)
-_DEEPSEEK_V3_1 = ToolFormat(
-    "deepseek-v3.1", DeepSeek, _DEEPSEEK_3_1, marks=_DEEPSEEK_MARKS, instructions=_TOKENS
+_MISTRAL_IDS = ToolCallFormat("mistral-ids", MistralParser, _MISTRAL_11.shape, True, marks=_MISTRAL_MARKS)
+_DEEPSEEK_MARKS = (*DeepSeekParser.marks, *DeepSeekParser.tails, "<｜tool▁sep｜>")
+_DEEPSEEK_V3 = ToolCallFormat(
+    "deepseek-v3", DeepSeekParser, _DEEPSEEK, marks=_DEEPSEEK_MARKS, instructions=_TOKENS
 )
-_KIMI = ToolFormat(
+_DEEPSEEK_V3_1 = ToolCallFormat(
+    "deepseek-v3.1", DeepSeekParser, _DEEPSEEK_3_1, marks=_DEEPSEEK_MARKS, instructions=_TOKENS
+)
+_KIMI = ToolCallFormat(
     "kimi-k2",
-    Kimi,
+    KimiParser,
     Shape(
         "<|tool_calls_section_begin|><|tool_call_begin|>", "functions.", ":0<|tool_call_argument_begin|>",
         "<|tool_call_end|>", "<|tool_call_begin|>", "<|tool_calls_section_end|>",
     ),
     True,  # calls are numbered
-    (*Kimi.marks, *Kimi.tails, Kimi.sep),
+    (*KimiParser.marks, *KimiParser.tails, KimiParser.sep),
 )  # fmt: skip
 
 
-def _listed(name: str, opens: str, closes: str, **more: Any) -> ToolFormat:
+def _listed(name: str, opens: str, closes: str, **more: Any) -> ToolCallFormat:
     shape = Shape(f"{opens}~[~", *_MEMBERS, "~,~", f"~]{closes}")
-    return ToolFormat(name, Listed, shape, marks=(*Listed.marks, *Listed.tails), **more)
+    return ToolCallFormat(
+        name, JsonArrayParser, shape, marks=(*JsonArrayParser.marks, *JsonArrayParser.tails), **more
+    )
 
 
 _GRANITE = _listed("granite", "<|tool_call|>", "", spell=_spell_listed)
 _PHI = _listed("phi4", "<|tool_call|>", "<|/tool_call|>", spell=_spell_listed)
-_COMMAND = ToolFormat(
+_COMMAND = ToolCallFormat(
     "command",
-    Listed,
+    JsonArrayParser,
     Shape("<|START_ACTION|>~[~", '{~"tool_name":~"', '",~"parameters":~', "~}", "~,~", "~]<|END_ACTION|>"),
     True,  # it numbers its calls
     _GRANITE.marks,
 )
 _JAMBA = _listed("jamba", "<tool_calls>", "</tool_calls>")
-_PYTHON = ToolFormat(
-    "pythonic", Pythonic, _HERMES, True, Pythonic.marks + Pythonic.tails, (), _TAGS, _spell_python
+_PYTHON = ToolCallFormat(
+    "pythonic",
+    PythonicParser,
+    _HERMES,
+    True,
+    PythonicParser.marks + PythonicParser.tails,
+    (),
+    _TAGS,
+    _spell_python,
 )
-_GEMMA = ToolFormat("gemma", Gemma, _HERMES, instructions=_TAGS)
-_GEMMA_TOKENS = ToolFormat(
-    "gemma-tokens", Gemma, _HERMES, True, (*Gemma.marks[6:], *Gemma.tails[1:], "<escape>", '<|"|>'), (), _TAGS
-)  # fmt: skip
-HARMONY = ToolFormat(
-    "harmony", harmony.HarmonyReader, _HERMES, marks=harmony.MARKS, stops=harmony.STOPS
-)  # its shape is not one of these: see answer_grammar.py
+_GEMMA = ToolCallFormat("gemma", GemmaParser, _HERMES, instructions=_TAGS)
+_GEMMA_TOKENS = ToolCallFormat(
+    "gemma-tokens",
+    GemmaParser,
+    _HERMES,
+    True,
+    (*GemmaParser.marks[6:], *GemmaParser.tails[1:], "<escape>", '<|"|>'),
+    instructions=_TAGS,
+)
+HARMONY = ToolCallFormat(
+    "harmony", harmony.HarmonyParser, _HERMES, marks=harmony.MARKS, stops=harmony.STOPS
+)  # its syntax is not one of these: see grammars/response_grammar.py
 
 # What stands in a template that writes calls so, the more particular first; all the texts of a row have to.
-_SIGNS: tuple[tuple[tuple[str, ...], ToolFormat], ...] = (
+_SIGNS: tuple[tuple[tuple[str, ...], ToolCallFormat], ...] = (
     (("<|channel|>", "<|message|>", "commentary"), HARMONY),
     (("<｜tool▁calls▁begin｜>", "```json"), _DEEPSEEK_V3),
     (("<｜tool▁calls▁begin｜>",), _DEEPSEEK_V3_1),
@@ -192,6 +217,6 @@ _SIGNS: tuple[tuple[tuple[str, ...], ToolFormat], ...] = (
 )
 
 
-def tool_format(source: str) -> ToolFormat:
+def tool_call_format(source: str) -> ToolCallFormat:
     """How a model writes calls whose chat template this is; Hermes's tags where it does not say."""
     return next((form for signs, form in _SIGNS if all(sign in source for sign in signs)), HERMES)

@@ -10,11 +10,11 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field
 
-from tpjax.server.bodies import QuickModel
-from tpjax.server.errors import bad_request
+from tpjax.server.error_responses import bad_request
+from tpjax.server.json_bodies import FailFastModel
 
 
-class Foreign(QuickModel):
+class CompatibilityFields(FailFastModel):
     """What completions and chat have in common; strict: a string is no number, an unknown field an error."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -36,7 +36,7 @@ class Foreign(QuickModel):
     return_token_offsets: bool | None = None
     return_mm_kwargs: bool | None = None
     routed_experts_prompt_start: Annotated[int, Field(ge=0)] | None = None
-    # refused, see WITHOUT
+    # refused, see UNSUPPORTED
     use_beam_search: Any = None
     early_stopping: Any = None
     length_penalty: Any = None
@@ -50,7 +50,7 @@ class Foreign(QuickModel):
     vllm_xargs: Any = None
 
     #: Refused parameters: the values that ask for nothing, and why others cannot be had.
-    WITHOUT: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = {
+    UNSUPPORTED: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = {
         "use_beam_search": ((False,), "tokens are sampled, or the likeliest is taken"),
         "early_stopping": ((False,), "it belongs to beam search"),
         "length_penalty": ((1, 1.0), "it belongs to beam search"),
@@ -70,25 +70,25 @@ class Foreign(QuickModel):
         Raises:
             ApiError: with the parameter's name.
         """
-        for name, (nothing, why) in self.WITHOUT.items():
+        for name, (nothing, why) in self.UNSUPPORTED.items():
             value = getattr(self, name)
             if value is not None and value not in nothing:
                 raise bad_request(f"{name} is not supported: {why}", name)
 
 
-class ForeignToCompletions(Foreign):
+class CompletionCompatibilityFields(CompatibilityFields):
     """What only completions have."""
 
     suffix: Any = None
     prompt_embeds: Any = None
 
-    WITHOUT: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = Foreign.WITHOUT | {
+    UNSUPPORTED: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = CompatibilityFields.UNSUPPORTED | {
         "suffix": (("",), "the model only continues a prompt"),
         "prompt_embeds": ((), "a prompt is text or token ids"),
     }
 
 
-class ForeignToChat(Foreign):
+class ChatCompatibilityFields(CompatibilityFields):
     """What only chat has."""
 
     # taken and ignored
@@ -103,7 +103,7 @@ class ForeignToChat(Foreign):
     mm_processor_kwargs: Any = None
     return_prompt_text: Any = None
 
-    WITHOUT: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = Foreign.WITHOUT | {
+    UNSUPPORTED: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = CompatibilityFields.UNSUPPORTED | {
         "modalities": ((["text"], []), 'answers are text: only ["text"] is'),
         "audio": ((), "answers are text"),
         "web_search_options": ((), "the server does not search the web"),

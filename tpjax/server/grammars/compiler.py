@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import llguidance
 import numpy as np
 
-from tpjax.server.errors import ApiError, bad_request
-from tpjax.server.sandbox import ThreadPool
-from tpjax.server.schemas import Schema, patterns, ready, without_patterns
+from tpjax.server.error_responses import ApiError, bad_request
+from tpjax.server.grammars.json_schemas import Schema, patterns, ready, without_patterns
+from tpjax.server.worker_pools import ThreadPool
 
 if TYPE_CHECKING:
-    from tpjax.server.grammar_check import GrammarChecker
+    from tpjax.server.grammars.checker import GrammarChecker
     from tpjax.text.tokenizer import Tokenizer
 
 MAX_GRAMMAR_BYTES = 64 << 10
@@ -48,7 +48,7 @@ class TokenGrammar:
         self._stop_ids: frozenset[int] = frozenset()
         self._words = -(-vocab_size // 32)
 
-    def also_ends(self, stop_ids: Collection[int]) -> None:
+    def add_stop_ids(self, stop_ids: Collection[int]) -> None:
         """Takes tokens that end the text as an end-of-text token does."""
         self._stop_ids = frozenset(stop_ids) - self._eos_ids
 

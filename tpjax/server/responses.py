@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tpjax.engine.generation import Delta, Generation
 from tpjax.errors import ContextLengthError, RequestError
 from tpjax.sampling_params import MAX_SEED, MIN_SEED, RANDOM_SEED
-from tpjax.server.errors import bad_request, from_request_error
+from tpjax.server.error_responses import bad_request, from_request_error
 from tpjax.server.protocol import Sampling
 from tpjax.server.service import Service, Stream
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 
-from tpjax.server.calls import CallReader
-from tpjax.server.reader import Malformed, Piece, Reading
-from tpjax.server.reasoning import trimmed
+from tpjax.server.parsing.incremental import Malformed, ParsedDelta, Parsing
+from tpjax.server.parsing.reasoning import trimmed
+from tpjax.server.parsing.tool_call_parser import ToolCallParser
 
 START, END, MESSAGE, CHANNEL = "<|start|>", "<|end|>", "<|message|>", "<|channel|>"
 CONSTRAIN, RETURN, CALL = "<|constrain|>", "<|return|>", "<|call|>"
@@ -23,10 +23,10 @@ _RECIPIENT = re.compile(r"\bto=(?:functions\.)?([a-zA-Z0-9_.-]+)")
 _CHANNEL = re.compile(r"<\|channel\|>\s*([a-z]+)")
 
 
-class HarmonyReader(CallReader):
+class HarmonyParser(ToolCallParser):
     """Tells reasoning, text and calls apart."""
 
-    def read(self) -> Reading[None]:
+    def read(self) -> Parsing[None]:
         """One message after the other."""
         thought = False  # there has been reasoning
         while (yield from self.more()):
@@ -47,14 +47,16 @@ class HarmonyReader(CallReader):
                 continue
             if channel and channel[1] == "analysis":
                 if thought:
-                    self.give(Piece("\n", reasoning=True))
+                    self.give(ParsedDelta("\n", reasoning=True))
                 thought = True
-                yield from self.until(_ENDS, trimmed(lambda text: self.give(Piece(text, reasoning=True))))
+                yield from self.until(
+                    _ENDS, trimmed(lambda text: self.give(ParsedDelta(text, reasoning=True)))
+                )
             else:
                 yield from self.until(_ENDS, self._text_piece)
-        self.give(Piece(self._blank))
+        self.give(ParsedDelta(self._blank))
 
-    def _call(self, name: str) -> Reading[None]:
+    def _call(self, name: str) -> Parsing[None]:
         yield from self.spaces()
         if (yield from self.follows("{")):
             yield from self._opened()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tpjax.server.errors import bad_request
+from tpjax.server.error_responses import bad_request
 from tpjax.server.protocol import AllowedTools, ChatBody, Message, NamedFunction, NamedTool, Tool, ToolCall
 
 

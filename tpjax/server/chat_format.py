@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from tpjax.server.calls import CallReader, Schemas
-from tpjax.server.harmony import HarmonyReader
-from tpjax.server.reader import Piece
-from tpjax.server.reasoning import ReasoningFormat, ReasoningReader, reasoning_format
+from tpjax.server.parsing.harmony import HarmonyParser
+from tpjax.server.parsing.incremental import ParsedDelta
+from tpjax.server.parsing.reasoning import ReasoningFormat, ReasoningParser, reasoning_format
+from tpjax.server.parsing.tool_call_formats import HARMONY, ToolCallFormat, tool_call_format
+from tpjax.server.parsing.tool_call_parser import Schemas, ToolCallParser
 from tpjax.server.template_traits import Render, Traits, traits_of
-from tpjax.server.tool_formats import HARMONY, ToolFormat, tool_format
 from tpjax.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Dialect:
+class ChatFormat:
     """How a model converses whose chat template this is.
 
     Attributes:
@@ -27,17 +27,17 @@ class Dialect:
     """
 
     traits: Traits
-    calls: ToolFormat
+    calls: ToolCallFormat
     reasoning: ReasoningFormat | None
     special: Mapping[str, int]
 
     @classmethod
-    async def of(cls, source: str, tokenizer: Tokenizer, render: Render, *, with_tools: bool) -> Dialect:
+    async def of(cls, source: str, tokenizer: Tokenizer, render: Render, *, with_tools: bool) -> ChatFormat:
         """Finds out about a template; see :func:`traits_of`."""
         traits = await traits_of(render, source, with_tools=with_tools)
         texts = {i: tokenizer.token_bytes(i).decode("utf-8", "replace") for i in tokenizer.special_ids}
         special = {text: i for i, text in texts.items() if text}
-        return cls(traits, tool_format(source), reasoning_format(source), special)
+        return cls(traits, tool_call_format(source), reasoning_format(source), special)
 
     @property
     def reasons(self) -> bool:
@@ -63,7 +63,7 @@ class Dialect:
         tail = tokenizer.decode(prompt[-32:], skip_special_tokens=False)
         return tail.rstrip().endswith(self.reasoning.opens.rstrip())
 
-    def reader(self, tools: Schemas | None, *, inside: bool) -> AnswerReader | None:
+    def reader(self, tools: Schemas | None, *, inside: bool) -> ResponseParser | None:
         """What reads an answer; ``None`` where all of it is text.
 
         Args:
@@ -72,13 +72,13 @@ class Dialect:
         """
         if tools is None and not self.reasons:
             return None
-        reasoning = ReasoningReader(self.reasoning, inside=inside) if self.reasoning else None
+        reasoning = ReasoningParser(self.reasoning, inside=inside) if self.reasoning else None
         if self.calls is HARMONY:
-            return AnswerReader(None, HarmonyReader(tools))
-        return AnswerReader(reasoning, None if tools is None else self.calls.reader(tools))
+            return ResponseParser(None, HarmonyParser(tools))
+        return ResponseParser(reasoning, None if tools is None else self.calls.reader(tools))
 
 
-class AnswerReader:
+class ResponseParser:
     """Tells reasoning, text and calls apart, as the answer comes.
 
     Args:
@@ -86,7 +86,7 @@ class AnswerReader:
         calls: reads the calls in the rest.
     """
 
-    def __init__(self, reasoning: ReasoningReader | None, calls: CallReader | None) -> None:
+    def __init__(self, reasoning: ReasoningParser | None, calls: ToolCallParser | None) -> None:
         self._reasoning = reasoning
         self._calls = calls
 
@@ -95,17 +95,17 @@ class AnswerReader:
         """Whether there has been a call."""
         return self._calls is not None and self._calls.calls > 0
 
-    def push(self, text: str) -> list[Piece]:
+    def push(self, text: str) -> list[ParsedDelta]:
         """Takes more of the answer; returns what is now certain."""
-        return self._passed_on(self._reasoning.push(text) if self._reasoning else [Piece(text)])
+        return self._passed_on(self._reasoning.push(text) if self._reasoning else [ParsedDelta(text)])
 
-    def flush(self) -> list[Piece]:
+    def flush(self) -> list[ParsedDelta]:
         """Ends the answer; returns what was held back."""
         pieces = self._passed_on(self._reasoning.flush() if self._reasoning else [])
         return pieces + (self._calls.flush() if self._calls else [])
 
-    def _passed_on(self, pieces: Sequence[Piece]) -> list[Piece]:
-        found: list[Piece] = []
+    def _passed_on(self, pieces: Sequence[ParsedDelta]) -> list[ParsedDelta]:
+        found: list[ParsedDelta] = []
         for piece in pieces:
             found += [piece] if piece.reasoning or self._calls is None else self._calls.push(piece.text)
         return [piece for piece in found if piece.text or piece.name is not None]

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from tpjax.server.reader import Piece
+from tpjax.server.parsing.incremental import ParsedDelta
 
 
 def call_id() -> str:
@@ -14,7 +14,7 @@ def call_id() -> str:
     return f"call_{uuid.uuid4().hex[:24]}"
 
 
-def whole_calls(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+def whole_calls(pieces: Sequence[ParsedDelta]) -> list[dict[str, Any]]:
     """The calls of an answer."""
     calls: list[dict[str, Any]] = []
     for piece in pieces:
@@ -27,7 +27,7 @@ def whole_calls(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
     return calls
 
 
-def delta(piece: Piece) -> dict[str, Any]:
+def delta(piece: ParsedDelta) -> dict[str, Any]:
     """A piece of an answer as a chunk has it: a call's name and id come once, with its first."""
     if piece.reasoning:
         return {"reasoning": piece.text, "reasoning_content": piece.text}  # vLLM's new name and its old

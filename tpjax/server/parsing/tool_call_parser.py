@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from tpjax.server.reader import Malformed, Piece, Reader, Reading
+from tpjax.server.parsing.incremental import Malformed, ParsedDelta, Parsing, Reader
 
 NAME = re.compile(r"[a-zA-Z0-9_.-]+")
 _NAMES, _ARGUMENTS = ("name", "tool_name"), ("arguments", "parameters")
@@ -22,7 +22,7 @@ _BESIDE = ("id", "type", "tool_call_id", "index")  # what models write beside th
 Schemas = Mapping[str, Mapping[str, Any]]
 
 
-class CallReader(Reader):
+class ToolCallParser(Reader):
     """Tells text from calls.
 
     Args:
@@ -42,7 +42,7 @@ class CallReader(Reader):
         self._blank = ""  # white space before any text: text only if no call follows
         self._begun = False
 
-    def read(self) -> Reading[None]:
+    def read(self) -> Parsing[None]:
         """Text and calls, in any order."""
         while mark := (yield from self.until(self.marks, self._text_piece)):
             if not (yield from self.attempt(self.call(mark))):
@@ -52,9 +52,9 @@ class CallReader(Reader):
                 yield from self.spaces()
                 if not self.tails or not (yield from self.accept(*self.tails)):
                     break
-        self.give(Piece(self._blank))
+        self.give(ParsedDelta(self._blank))
 
-    def call(self, mark: str) -> Reading[None]:
+    def call(self, mark: str) -> Parsing[None]:
         """Reads what follows a mark: one call or more.
 
         Raises:
@@ -67,11 +67,11 @@ class CallReader(Reader):
         self.commit()
         self.calls += 1
         self._blank, self._begun = "", True
-        self.give(Piece("", self.calls - 1, name))
+        self.give(ParsedDelta("", self.calls - 1, name))
 
     def argue(self, text: str) -> None:
         """Adds to the arguments of the call that has begun."""
-        self.give(Piece(text, self.calls - 1))
+        self.give(ParsedDelta(text, self.calls - 1))
 
     def whole(self, name: str, arguments: Any) -> None:
         """A call, all at once."""
@@ -82,12 +82,12 @@ class CallReader(Reader):
         if not self._begun and not text.strip():
             self._blank += text
             return
-        self.give(Piece(self._blank + text))
+        self.give(ParsedDelta(self._blank + text))
         self._blank, self._begun = "", True
 
     # --- JSON
 
-    def objects(self, *between: str, known: bool = False) -> Reading[None]:
+    def objects(self, *between: str, known: bool = False) -> Parsing[None]:
         """Reads an object or an array of them, or several with something between them.
 
         Args:
@@ -110,7 +110,7 @@ class CallReader(Reader):
         if not (listed and (yield from self.accept("]"))):
             self._at = before
 
-    def object(self, *, known: bool = False) -> Reading[None]:
+    def object(self, *, known: bool = False) -> Parsing[None]:
         """Reads ``{"name": ..., "arguments": {...}}``, the keys in any order."""
         started = self.calls
         name, arguments = yield from self._members(known, outer=True)
@@ -120,7 +120,7 @@ class CallReader(Reader):
             self.begin(name)
             self.argue("{}" if arguments is None else arguments)
 
-    def _members(self, known: bool, outer: bool = False) -> Reading[tuple[str | None, str | None]]:
+    def _members(self, known: bool, outer: bool = False) -> Parsing[tuple[str | None, str | None]]:
         """The members of a call's object; given out at once where the name comes before the arguments."""
         name: str | None = None
         arguments: str | None = None
@@ -150,7 +150,7 @@ class CallReader(Reader):
             yield from self.spaces()
         return name, arguments
 
-    def arguments(self, name: str | None) -> Reading[str | None]:
+    def arguments(self, name: str | None) -> Parsing[str | None]:
         """Reads the arguments of a call: an object, or one in a string; begins the call if it has a name."""
         if (yield from self.follows('"')):
             text = yield from self.json_string()
@@ -174,7 +174,7 @@ class CallReader(Reader):
             return None
         return text
 
-    def _opened(self) -> Reading[None]:
+    def _opened(self) -> Parsing[None]:
         """Makes sure that an object of JSON opens here, and not another language's; reads nothing."""
         back = self._at
         self._at += 1
@@ -186,7 +186,7 @@ class CallReader(Reader):
 
     # --- Python
 
-    def python(self, *ends: str, known: bool = False) -> Reading[None]:
+    def python(self, *ends: str, known: bool = False) -> Parsing[None]:
         """Reads ``[f(a=1), g()]`` or ``f(a=1)``, up to one of some ends or its own."""
         parts: list[str] = []
         if ends:
@@ -197,7 +197,7 @@ class CallReader(Reader):
         for name, arguments in self._python_calls("".join(parts).strip(), known):
             self.whole(name, arguments)
 
-    def _balanced(self, parts: list[str]) -> Reading[None]:
+    def _balanced(self, parts: list[str]) -> Parsing[None]:
         """Reads up to where the brackets are closed."""
         depth, quote = 0, ""
         while True:

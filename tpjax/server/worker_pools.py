@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from tpjax.errors import CheckpointError, RequestError, TpjaxError
 from tpjax.sandbox import MEMORY_LIMIT_BYTES, TIME_LIMIT_S, TimeLimitError, Worker
-from tpjax.server.errors import ApiError, bad_request
+from tpjax.server.error_responses import ApiError, bad_request
 
 T = TypeVar("T")
 
@@ -95,7 +95,7 @@ class WorkerPool:
         return Worker(self._memory_limit_bytes)
 
 
-class PatientPool:
+class TieredWorkerPool:
     """Runs functions with a short limit first, and those over it once more, elsewhere, with the whole limit.
 
     So what is slow keeps no place for long from what is quick.

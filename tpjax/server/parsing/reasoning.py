@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tpjax.server.reader import Piece, Reader, Reading
+from tpjax.server.parsing.incremental import ParsedDelta, Parsing, Reader
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def reasoning_format(source: str) -> ReasoningFormat | None:
     return next((one for one in _FORMATS if one.closes in source), None)
 
 
-class ReasoningReader(Reader):
+class ReasoningParser(Reader):
     """Tells reasoning from what follows it; white space round either is neither's.
 
     Args:
@@ -54,18 +54,18 @@ class ReasoningReader(Reader):
         self._form = form
         self._inside = inside
 
-    def read(self) -> Reading[None]:
+    def read(self) -> Parsing[None]:
         """Reasoning, if there is any, and the rest."""
         start = self._at
         yield from self.spaces()
         if (yield from self.accept(self._form.opens)) or self._inside:
-            emit = trimmed(lambda text: self.give(Piece(text, reasoning=True)))
+            emit = trimmed(lambda text: self.give(ParsedDelta(text, reasoning=True)))
             yield from self.until((self._form.closes,), emit)
             yield from self.spaces()
         else:
             self._at = start
         while (yield from self.more()):
-            self.give(Piece(self._text[self._at :]))
+            self.give(ParsedDelta(self._text[self._at :]))
             self._at = len(self._text)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tpjax.errors import RequestError
-from tpjax.server.sandbox import WorkerPool
+from tpjax.server.worker_pools import WorkerPool
 
 CHECKERS = 2
 MEMORY_LIMIT_BYTES = 2 << 30

@@ -1,0 +1,1 @@
+"""Grammars that constrain responses: JSON schemas, tool calls, structured outputs."""

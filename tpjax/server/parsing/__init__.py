@@ -1,0 +1,1 @@
+"""Parsers of responses: text, reasoning and tool calls, told apart as the response is generated."""

@@ -272,12 +272,13 @@ def _fractions(where: str, given: Any) -> dict[str, float]:
     known = list(Efficiency.__dataclass_fields__)
     if not isinstance(given, dict):
         raise ConfigError(f"{where}: efficiency={given!r} is not an object")
-    given = {_renamed(where, field): value for field, value in given.items()}
+    fractions = {}
     for field, value in given.items():
-        if field not in known:
+        name = _renamed(where, field)
+        if name not in known:
             raise ConfigError(f"{where}: unknown efficiency {field!r}; known are {', '.join(known)}")
-        _positive(where, field, value, zero=field.endswith("_us"))
-    return given
+        fractions[name] = _positive(where, field, value, zero=name.endswith("_us"))
+    return fractions
 
 
 def _renamed(where: str, field: str) -> str:

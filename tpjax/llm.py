@@ -31,7 +31,7 @@ from tpjax.sampling_params import MAX_SEED, MIN_SEED, RANDOM_SEED, SamplingParam
 from tpjax.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
-    from tpjax.inspect.explain import Report
+    from tpjax.inspect.explain_report import Report
 
 log = logging.getLogger(__name__)
 

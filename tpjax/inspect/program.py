@@ -143,7 +143,7 @@ class TopologyReport:
             "what",
             numbers=list(map(_heading, self.programs)),
         )
-        rows = {
+        rows: dict[str, Callable[[Program], str]] = {
             "weights, cache and state": lambda p: human_bytes(p.argument_bytes),
             "  predicted": lambda p: f"{human_bytes(p.predicted_bytes)} ({_off(p):+.1%})",
             "temporaries": lambda p: human_bytes(p.temporary_bytes),
@@ -154,7 +154,7 @@ class TopologyReport:
             "weight copies": lambda p: f"{p.weight_copies} ({human_bytes(p.weight_copy_bytes)})",
             "compiled in": lambda p: f"{p.compile_s:.1f} s",
         }
-        refused = {
+        refused: dict[str, Callable[[Program], str]] = {
             "  predicted": lambda p: human_bytes(p.predicted_bytes),
             "all of it": lambda p: "does not fit",
         }
@@ -382,13 +382,14 @@ def _shard(array: jax.ShapeDtypeStruct) -> tuple[int, ...]:
 
 
 def _bytes(array: jax.ShapeDtypeStruct, tiled: bool) -> int:
-    dims, dtype = array.sharding.shard_shape(array.shape), np.dtype(array.dtype)
+    dims: tuple[int, ...] = array.sharding.shard_shape(array.shape)
+    itemsize = np.dtype(array.dtype).itemsize
     if not tiled:
-        return math.prod(dims) * dtype.itemsize
+        return math.prod(dims) * itemsize
     layout = array.format.layout
     if layout is not None:
         dims = tuple(dims[axis] for axis in layout.major_to_minor)
-    return tpu_array(f"u{8 * dtype.itemsize}", dims, fixed=layout is not None).bytes
+    return tpu_array(f"u{8 * itemsize}", dims, fixed=layout is not None).bytes
 
 
 def _off(program: Program) -> float:

@@ -383,7 +383,7 @@ def _shard(array: jax.ShapeDtypeStruct) -> tuple[int, ...]:
 
 def _bytes(array: jax.ShapeDtypeStruct, tiled: bool) -> int:
     dims: tuple[int, ...] = array.sharding.shard_shape(array.shape)
-    itemsize = np.dtype(array.dtype).itemsize
+    itemsize: int = np.dtype(array.dtype).itemsize
     if not tiled:
         return math.prod(dims) * itemsize
     layout = array.format.layout

@@ -273,7 +273,7 @@ def write_tiny(name: str, config: transformers.PretrainedConfig) -> None:
 def write_real(name: str) -> None:
     """Saves the golden of a built-in alias; the weights come from its package."""
     from tpjax.checkpoints.hub import resolve
-    from tpjax.text.tokenizer import load_tokenizer
+    from tpjax.text.loading import load_tokenizer
 
     path = resolve(name)
     model = transformers.AutoModelForCausalLM.from_pretrained(

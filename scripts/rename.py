@@ -99,6 +99,24 @@ NAMES = {
     "Wanted": "ResponseConstraints",
 }
 
+# module -> {name that moved out of it: where to}
+MOVED = {
+    "tpjax.text.tokenizer": {
+        "IncrementalDetokenizer": "tpjax.text.detokenizer",
+        "load_tokenizer": "tpjax.text.loading",
+        "tokenizer_from_gguf": "tpjax.text.loading",
+    },
+}
+
+
+def _moved(match: re.Match[str]) -> str:
+    """The import statements for what one statement imports today."""
+    indent, module, names = match[1], match[2], re.split(r"\s*,\s*", match[3].strip("()\n, "))
+    homes: dict[str, list[str]] = {}
+    for name in map(str.strip, names):
+        homes.setdefault(MOVED[module].get(name, module), []).append(name)
+    return "\n".join(f"{indent}from {home} import {', '.join(homes[home])}" for home in sorted(homes))
+
 
 def renamed(source: str) -> str:
     """The source with today's names."""
@@ -116,6 +134,9 @@ def renamed(source: str) -> str:
     # a module that was a file and is a folder now keeps the names of what is in the folder
     known = "|".join(re.escape(old) for old in longest_first)
     source = re.sub(rf"\b({known})\b(?!\.(?:app|registry)\b)", lambda match: MODULES[match[1]], source)
+    modules = "|".join(map(re.escape, MOVED))
+    statement = rf"^([ ]*)from ({modules}) import (\([^)]*\)|[\w, ]+)$"
+    source = re.sub(statement, _moved, source, flags=re.MULTILINE)
     names = "|".join(NAMES)
     return re.sub(rf"\b({names})\b", lambda match: NAMES[match[1]], source)
 

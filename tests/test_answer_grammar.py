@@ -24,7 +24,8 @@ from tpjax.server.grammars.response_grammar import ResponseConstraints, response
 from tpjax.server.parsing.reasoning import reasoning_format
 from tpjax.server.parsing.tool_call_formats import tool_call_format
 from tpjax.server.protocol import ChatBody
-from tpjax.text.tokenizer import Tokenizer, load_tokenizer
+from tpjax.text.loading import load_tokenizer
+from tpjax.text.tokenizer import Tokenizer
 
 MARKS = (
     "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[THINK]", "[/THINK]", "<|channel|>", "<|message|>", "<|end|>",

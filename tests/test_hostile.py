@@ -30,7 +30,8 @@ from tpjax.server.error_responses import ApiError
 from tpjax.server.grammars.checker import GrammarChecker
 from tpjax.server.worker_pools import ThreadPool, WorkerPool
 from tpjax.text.chat_template import ChatTemplates
-from tpjax.text.tokenizer import Tokenizer, load_tokenizer
+from tpjax.text.loading import load_tokenizer
+from tpjax.text.tokenizer import Tokenizer
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 QUEUE, BODY = 4, 1 << 20

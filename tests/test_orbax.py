@@ -25,7 +25,7 @@ from tpjax.checkpoints.load import open_checkpoint, read_config
 from tpjax.checkpoints.orbax import OrbaxCheckpoint
 from tpjax.cli.app import main
 from tpjax.errors import CheckpointError
-from tpjax.text.tokenizer import load_tokenizer
+from tpjax.text.loading import load_tokenizer
 
 GOLDENS = Path(__file__).parent / "goldens"
 TOKENS = [3, 14, 15, 92, 65, 35, 89, 79]

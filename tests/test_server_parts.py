@@ -25,7 +25,8 @@ from tpjax.sampling_params import SamplingParams
 from tpjax.server.error_responses import ApiError
 from tpjax.server.grammars.compiler import GrammarCompiler
 from tpjax.server.responses import event
-from tpjax.text.tokenizer import Tokenizer, load_tokenizer
+from tpjax.text.loading import load_tokenizer
+from tpjax.text.tokenizer import Tokenizer
 
 # --- grammars
 

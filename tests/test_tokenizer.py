@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from tpjax.errors import CheckpointError, RequestError
 from tpjax.text import gguf_vocab
 from tpjax.text.chat_template import ChatTemplates
-from tpjax.text.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer, tokenizer_from_gguf
+from tpjax.text.detokenizer import IncrementalDetokenizer
+from tpjax.text.loading import load_tokenizer, tokenizer_from_gguf
+from tpjax.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = json.loads((ROOT / "tests" / "goldens" / "tokenizers.json").read_text())
@@ -929,7 +931,7 @@ def test_absent_and_broken_templates(byte_level_dir, spm):
 
 def test_import_is_light():
     code = (
-        "import sys, tpjax.text.tokenizer; "
+        "import sys, tpjax.text.loading; "
         "print([m for m in ('jax', 'transformers', 'torch', 'tokenizers', 'jinja2') if m in sys.modules])"
     )
     result = subprocess.run(

@@ -16,7 +16,7 @@ from tpjax.checkpoints.convert import convert
 from tpjax.checkpoints.load import open_checkpoint
 from tpjax.cli.app import main
 from tpjax.errors import RequestError
-from tpjax.text.tokenizer import load_tokenizer
+from tpjax.text.loading import load_tokenizer
 
 ROWS = 318  # of the model, as many as the tokenizer has tokens before "<|new|>" is added
 

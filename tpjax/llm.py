@@ -28,7 +28,8 @@ from tpjax.old_spellings import accepts_old_spellings
 from tpjax.runtime.memory import device_memory, plan_limits
 from tpjax.runtime.runner import Runner, resolve_dtype
 from tpjax.sampling_params import MAX_SEED, MIN_SEED, RANDOM_SEED, SamplingParams
-from tpjax.text.tokenizer import Tokenizer, load_tokenizer
+from tpjax.text.loading import load_tokenizer
+from tpjax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from tpjax.inspect.explain_report import Report

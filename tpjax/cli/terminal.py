@@ -33,7 +33,7 @@ def check_template(model: str) -> None:
         RequestError: it has no tokenizer or no chat template.
     """
     from tpjax.checkpoints.hub import resolve
-    from tpjax.text.tokenizer import load_tokenizer
+    from tpjax.text.loading import load_tokenizer
 
     tokenizer = load_tokenizer(resolve(model))
     if tokenizer is None or tokenizer.chat_template is None:

@@ -29,6 +29,7 @@ from tpjax.server.prompt_encoder import PromptEncoder
 from tpjax.server.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from tpjax.server.responses import Answer, event, json_of, token_text
 from tpjax.server.service import Service, Stream
+from tpjax.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
@@ -271,7 +272,7 @@ class _State:
         return PromptEncoder(self.service.llm)
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer.
 
         Raises:

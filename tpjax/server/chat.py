@@ -155,7 +155,7 @@ class ChatResponse:
         inside = body.structure is None and dialect.inside(llm.tokenizer, requests[0].prompt_ids)
         self._body = body
         self._dialect = dialect
-        self._reader = lambda: dialect.reader(schemas, inside=inside)
+        self._schemas, self._inside = schemas, inside
         self._show = token_text(llm.tokenizer, body.return_tokens_as_token_ids)
         self._tokenizer = llm.tokenizer
         self._frame = {
@@ -253,6 +253,9 @@ class ChatResponse:
                 yield chunk(index, {}, of, reason)
         if self._body.include_usage:
             yield {**frame, "choices": [], "usage": usage(self.stream, count)}
+
+    def _reader(self) -> ResponseParser | None:
+        return self._dialect.reader(self._schemas, inside=self._inside)
 
     def _pieces(self, reader: ResponseParser | None, delta: Delta) -> list[ParsedDelta]:
         if reader is None:

@@ -16,7 +16,7 @@ from tpjax.server.prompt_encoder import PromptEncoder
 from tpjax.server.protocol import CompletionBody
 from tpjax.server.responses import gather, make_requests, submit, token_text, usage
 from tpjax.server.service import Service
-from tpjax.text.tokenizer import IncrementalDetokenizer
+from tpjax.text.detokenizer import IncrementalDetokenizer
 
 if TYPE_CHECKING:
     from tpjax.engine.request import Request, TokenLogprobs

@@ -13,7 +13,7 @@ from tpjax.server.worker_pools import ThreadPool, WorkerPool
 if TYPE_CHECKING:
     from tpjax.llm import LLM
 
-ENCODE = "tpjax.text.tokenizer:encoded"
+ENCODE = "tpjax.text.loading:encode_job"
 # Longer texts are encoded in a process: it can be killed, and gives its memory back. They take over 30 ms.
 SHORT_CHARS = 64 << 10
 SHORT_THREADS, LONG_PROCESSES = 2, 1

@@ -64,7 +64,7 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     client nothing would use up the sockets, and what it does not read would hold places in the queue.
     """
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:
         """Begins to look at it every ``IDLE_TIMEOUT_S``."""
         super().connection_made(transport)
         self._look(None)

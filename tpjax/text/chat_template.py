@@ -1,8 +1,8 @@
-"""Chat templates: a conversation to the prompt its model was trained on.
+"""Renders conversations with chat templates, as the prompts their models were trained on.
 
 Templates come with the checkpoint and are code. They run in Jinja's immutable sandbox, with transformers'
 settings and helpers, and that in a process with limits on time and memory (``sandbox.py``): Jinja's sandbox
-keeps a template from Python's insides, not from ``{{ 'a' * 10**9 }}``.
+keeps a template from Python's internals, not from ``{{ 'a' * 10**9 }}``.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ WHAT = "the chat template"
 MAX_RENDERED_CHARS = 4 << 20
 
 
-# Put at the end of the message that is to be continued: the rendering is cut there. The space shows whether
-# the template takes white space off (transformers does it so, and with this text).
+# Appended to the message that is to be continued; the rendering is truncated there. The space shows whether
+# the template strips white space (transformers does the same, with the same text).
 _CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 class ChatTemplates:
-    """The chat templates of a checkpoint.
+    """Holds and renders the chat templates of a checkpoint.
 
     Args:
-        sources: name -> Jinja source; ``"default"`` is the usual one, ``"tool_use"`` goes first with tools.
-        variables: what every template sees besides the conversation (``bos_token``, ...).
+        sources: name -> Jinja source; ``"default"`` is the usual one, ``"tool_use"`` is preferred with tools.
+        variables: template variables besides the conversation (``bos_token``, ...).
 
     Attributes:
-        sources: as given.
-        variables: as given.
+        sources: name -> Jinja source.
+        variables: template variables besides the conversation.
     """
 
     def __init__(self, sources: Mapping[str, str], variables: Mapping[str, str]) -> None:
@@ -50,7 +50,7 @@ class ChatTemplates:
         """Renders a conversation in the sandbox; the arguments are those of :meth:`render_here`.
 
         Raises:
-            RequestError: there is no template, the template refuses the messages, or is over a limit.
+            RequestError: there is no template, it rejects the messages, or it exceeds a limit.
             CheckpointError: the template is not valid Jinja.
         """
         _check_messages(messages)
@@ -61,7 +61,7 @@ class ChatTemplates:
         return text
 
     def job(self, conversation: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of :func:`rendered` for a conversation, the arguments of :meth:`render_here`."""
+        """Returns the arguments of :func:`rendered` for a conversation (arguments of :meth:`render_here`)."""
         return {"sources": self.sources, "variables": self.variables, "conversation": conversation}
 
     def render_here(
@@ -77,7 +77,7 @@ class ChatTemplates:
         """Renders a conversation in this process, without limits; see ``Tokenizer.apply_chat_template``.
 
         Raises:
-            RequestError: there is no template, the template refuses the messages, or the request's own is not
+            RequestError: there is no template, it rejects the messages, or the request's template is not
                 valid Jinja.
             CheckpointError: the checkpoint's template is not valid Jinja.
         """
@@ -92,7 +92,7 @@ class ChatTemplates:
             text = template.render(
                 messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
             )
-        # A template is code: it can fail on odd messages in any way, and each is the request's fault.
+        # A template is code and can fail in any way; each failure on odd messages is the request's fault.
         except (
             jinja2.TemplateError,
             TypeError,
@@ -105,16 +105,16 @@ class ChatTemplates:
         return _cut(text, final["content"]) if continue_final_message else text
 
     def chosen(self, tools: Sequence[Any] | None) -> str:
-        """Name of the template for these tools."""
+        """Returns the name of the template for a conversation with these tools."""
         return "tool_use" if tools and "tool_use" in self.sources else "default"
 
     def after_reply(self) -> str:
-        """What the default template writes after an assistant's message; empty where that cannot be told."""
+        """Returns what the default template writes after an assistant's message; empty if that is unknown."""
         reply = "tpjaxreply"
         messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": reply}]
         try:
             _, found, after = self.render(messages, add_generation_prompt=False).rpartition(reply)
-        except (TpjaxError, RecursionError):  # whoever uses the template is told what is wrong with it
+        except (TpjaxError, RecursionError):  # a request that uses the template gets its error
             return ""
         return after if found else ""
 
@@ -141,10 +141,10 @@ class ChatTemplates:
 def rendered(
     sources: Mapping[str, str], variables: Mapping[str, str], conversation: Mapping[str, Any]
 ) -> str:
-    """Renders a conversation: what the worker runs.
+    """Renders a conversation; runs in the worker process.
 
     Raises:
-        RequestError: as for ``ChatTemplates.render``, and where the prompt is too long.
+        RequestError: as for ``ChatTemplates.render``, or the prompt is too long.
         CheckpointError: the template is not valid Jinja.
     """
     text = _templates(tuple(sources.items()), tuple(variables.items())).render_here(**conversation)
@@ -159,7 +159,7 @@ def _templates(sources: tuple[tuple[str, str], ...], variables: tuple[tuple[str,
 
 
 def _compiled(source: str) -> jinja2.Template:
-    """A request's own template; it is not kept."""
+    """Compiles a template from a request, without caching it."""
     import jinja2
 
     try:
@@ -169,7 +169,7 @@ def _compiled(source: str) -> jinja2.Template:
 
 
 def _tagged(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> list[Mapping[str, Any]]:
-    """Messages whose last one says where it ends."""
+    """Returns the messages with a marker at the end of the last one."""
     if add_generation_prompt:
         raise RequestError("continue_final_message and add_generation_prompt cannot both be true")
     content = messages[-1].get("content")
@@ -195,7 +195,7 @@ def _check_messages(messages: Any) -> None:
 
 
 def _environment() -> jinja2.Environment:
-    """The environment transformers renders chat templates in. They are untrusted code, hence the sandbox."""
+    """Returns transformers' environment for chat templates. They are untrusted code, hence the sandbox."""
     import jinja2
     import jinja2.ext
     import jinja2.sandbox
@@ -207,7 +207,8 @@ def _environment() -> jinja2.Environment:
 
         def parse(self, parser: Any) -> list[Any]:
             next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            body: list[Any] = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return body
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)

@@ -1,4 +1,4 @@
-"""The vocabulary a GGUF file carries, turned into something the tokenizer libraries can load.
+"""Converts the vocabulary of a GGUF file to what the tokenizer libraries load.
 
 Two kinds exist in the models we run, told apart by `tokenizer.ggml.model`:
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # `tokenizer.ggml.token_type`; the numbers are SentencePiece's own.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
-# Tokens that end a turn whatever the metadata says: chat models often name only one of theirs as EOS.
+# Tokens that end a turn whatever the metadata says: chat models often name only one of several as EOS.
 # llama.cpp's list is longer by generic spellings such as `</s>` (EOS names them where they matter, and to
 # Gemma 3 `</s>` is an HTML tag) and by fill-in-the-middle separators such as `<|file_sep|>` and `<reponame>`
 # (they end a file, not a turn).
@@ -41,12 +41,19 @@ END_OF_GENERATION = frozenset(
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """How text is cut before merging: each expression isolates its matches in what the one before it left."""
+    """How text is split before merging: each expression isolates its matches in the parts left by the last.
+
+    Attributes:
+        splits: the expressions.
+        nfc: compose Unicode first, as the model's tokenizer.json does; GGUF does not record it.
+        ignore_merges: a piece that is itself a token is one token.
+        add_bos: add BOS if the file does not say.
+    """
 
     splits: tuple[str, ...]
-    nfc: bool = False  # the model's tokenizer.json composes Unicode first; GGUF does not record it
-    ignore_merges: bool = False  # a piece that is itself a token is taken whole
-    add_bos: bool = False  # where the file does not say
+    nfc: bool = False
+    ignore_merges: bool = False
+    add_bos: bool = False
 
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -102,14 +109,14 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
 
 @dataclass(frozen=True)
 class GGUFVocab:
-    """A checked vocabulary: every list has one entry a token, every id lies inside it.
+    """A checked vocabulary: every list has one entry per token, every id is inside it.
 
     Attributes:
         model: ``"gpt2"`` or ``"llama"``.
-        prefix_ids: what goes before a text (BOS, or nothing).
-        suffix_ids: what goes after it (EOS, or nothing).
+        prefix_ids: ids before a text (BOS, or none).
+        suffix_ids: ids after a text (EOS, or none).
         eos_ids: every id that ends generation (EOS, EOT, EOM and the texts in `END_OF_GENERATION`).
-        strip_right: ids of special tokens that swallow the white space after them (Phi-3).
+        strip_right: ids of special tokens that remove the white space after them (Phi-3).
         chat_templates: name -> Jinja source; the nameless one is ``"default"``.
     """
 
@@ -132,7 +139,7 @@ class GGUFVocab:
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        """Tokens matched whole in a text before anything else: control, unknown and user-defined ones."""
+        """Text -> id of the tokens that are matched in a text first: control, unknown and user-defined."""
         whole = (CONTROL, UNKNOWN, USER_DEFINED)
         return {self.tokens[i]: i for i, kind in enumerate(self.types) if kind in whole or i in self.eos_ids}
 
@@ -238,7 +245,7 @@ def sentencepiece_model(vocab: GGUFVocab) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    """Protobuf's base-128 number, least significant group first."""
+    """Encodes a number in Protobuf's base 128, least significant group first."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -271,8 +278,8 @@ def _get(metadata: Mapping[str, Any], key: str, kind: type, default: Any = _REQU
 
 def _column(
     metadata: Mapping[str, Any], key: str, kind: type, size: int, required: bool = False
-) -> list | None:
-    values = _get(metadata, key, list, _REQUIRED if required else None)
+) -> list[Any] | None:
+    values: list[Any] | None = _get(metadata, key, list, _REQUIRED if required else None)
     if values is None:
         return None
     if len(values) != size:
@@ -298,7 +305,7 @@ def _tokens(metadata: Mapping[str, Any]) -> list[str]:
 def _token_id(
     metadata: Mapping[str, Any], name: str, size: int, default: int | None, lenient: bool = False
 ) -> int | None:
-    value = _get(metadata, f"tokenizer.ggml.{name}", int, default)
+    value: int | None = _get(metadata, f"tokenizer.ggml.{name}", int, default)
     if value is None or 0 <= value < size:
         return value
     if lenient or value == default:  # files whose padding id lies just past the vocabulary are common

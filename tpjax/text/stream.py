@@ -1,29 +1,31 @@
-"""Generated tokens to text, as they come: whole characters only, and nothing past a stop string."""
+"""Streams the text of a request: whole characters only, and nothing past a stop string."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from tpjax.text.tokenizer import IncrementalDetokenizer, Tokenizer
+from tpjax.text.detokenizer import IncrementalDetokenizer
+from tpjax.text.tokenizer import Tokenizer
 
 
 class TextStream:
-    """The text of one request.
+    """Decodes the tokens of one request and ends its text at a stop string.
 
-    Text that might be the beginning of a stop string is held back until it is certain.
+    Holds back text that may be the beginning of a stop string until that is decided.
 
     Args:
-        tokenizer: of the model.
-        prompt_ids: the prompt's tokens; they decide about a leading space.
+        tokenizer: decodes the tokens.
+        prompt_ids: tokens of the prompt; the first text token loses its leading space only without them.
         stop: strings that end the text.
-        min_tokens: tokens within which none does; one that begins there may end after them.
-        include_stop: the text ends with the stop string, and not before it.
-        skip_special_tokens: control tokens show nothing.
-        shown: control tokens that are shown all the same.
+        min_tokens: number of tokens within which no stop string ends the text; one that begins there may end
+            after them.
+        include_stop: the text ends with the stop string instead of before it.
+        skip_special_tokens: leave out control tokens.
+        shown: control tokens that are not left out.
 
     Attributes:
-        text: everything given out so far.
-        stopped: whether a stop string was met.
+        text: the text returned so far.
+        stopped: whether a stop string was found.
     """
 
     def __init__(
@@ -49,22 +51,22 @@ class TextStream:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """Takes a token; returns the text that is now certain."""
+        """Adds a token; returns the text that is now certain."""
         self._early_tokens -= 1
         return self._release(self._detokenizer.push(token), last=False)
 
     @property
     def start(self) -> int:
-        """Where the last token pushed begins, characters of the text."""
+        """Offset of the last token pushed, characters of the text."""
         return min(self._detokenizer.start, len(self.text)) if self.stopped else self._detokenizer.start
 
     @property
     def end(self) -> int:
-        """Length of the text, what is held back included, characters."""
+        """Length of the text, including what is held back, characters."""
         return len(self.text) + len(self._held)
 
     def flush(self) -> str:
-        """Returns what was held back; call it when the request has ended."""
+        """Returns the text that was held back; call it when the request has ended."""
         return self._release(self._detokenizer.flush(), last=True)
 
     def _release(self, new: str, *, last: bool) -> str:
@@ -86,11 +88,11 @@ class TextStream:
         return out
 
     def _find(self, stop: str) -> int:
-        """Where a stop string is met in the held text, or -1: it has to end after the early characters."""
+        """Returns where the held text has a stop string that ends after the early characters, or -1."""
         return self._held.find(stop, max(0, self._early - len(stop) + 1))
 
     def _possible_stop(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
+        """Returns the length of the longest suffix of the held text that is a prefix of a stop string."""
         longest = max(map(len, self._stop), default=1) - 1
         for length in range(min(longest, len(self._held)), 0, -1):
             if any(stop.startswith(self._held[-length:]) for stop in self._stop):

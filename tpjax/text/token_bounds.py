@@ -1,9 +1,9 @@
-"""How many tokens a text takes at least, without tokenising it.
+"""A lower bound of the number of tokens of a text, without tokenising it.
 
-A token that covers L bytes gives each of them a share of 1/L. With ``longest[b]`` the length of the longest
+A token that covers L bytes gives each of them a weight of 1/L. With ``longest[b]`` the length of the longest
 token that contains byte ``b``, no token's bytes sum to over one in ``sum(1 / longest[b] for b in text)``: the
-sum is a lower bound of their number. It takes milliseconds for megabytes of text, where encoding takes
-seconds and a hundred times the memory.
+sum is a lower bound of the number of tokens. It takes milliseconds for megabytes of text, where encoding
+takes seconds and a hundred times the memory.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _SAFE_STEPS = ("ByteLevel", "Digits", "Metaspace", "Split", "Punctuation", "Unic
 
 
 class TokenBound:
-    """A lower bound for one vocabulary.
+    """Computes the lower bound for one vocabulary.
 
     Args:
-        tokens: what each token covers in a text, bytes.
-        spaces_spelled: spaces are spelled ``▁`` in tokens.
+        tokens: the bytes that each token covers in a text.
+        spaces_spelled: tokens spell a space as ``▁``.
         nfc: the text is normalised to NFC first.
-        strips_spaces: some tokens swallow white space beside them.
-        dropped: bytes the vocabulary does not have, which may become nothing.
+        strips_spaces: some tokens remove the white space beside them.
+        dropped: bytes without a token, which the tokenizer may drop.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class TokenBound:
         self._spaces_spelled, self._nfc = spaces_spelled, nfc
 
     def fewest(self, text: str) -> int:
-        """Tokens that a text takes at least."""
+        """Returns the lower bound for a text, tokens."""
         if self._spaces_spelled:
             text = text.replace(" ", WORD_START)
         data = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
@@ -68,10 +68,13 @@ _SPACES = frozenset(
 
 
 def normalizer(state: Mapping[str, Any] | None) -> dict[str, bool] | None:
-    """What a normaliser of `tokenizers` means for a :class:`TokenBound`; ``None``: no bound is certain.
+    """Returns the arguments of :class:`TokenBound` that follow from a normaliser of `tokenizers`.
 
     Args:
-        state: the normaliser as JSON has it.
+        state: the normaliser, decoded from JSON.
+
+    Returns:
+        Argument name -> True; ``None`` if no bound holds for this normaliser.
     """
     match state:
         case None:
@@ -91,7 +94,7 @@ def normalizer(state: Mapping[str, Any] | None) -> dict[str, bool] | None:
 
 
 def keeps_all_text(state: Mapping[str, Any] | None) -> bool:
-    """Whether a pre-tokenizer of `tokenizers` only cuts."""
+    """Returns whether a pre-tokenizer of `tokenizers` only splits a text, and drops nothing."""
     match state:
         case None:
             return True

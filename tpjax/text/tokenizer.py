@@ -178,8 +178,8 @@ class Tokenizer:
         Args:
             messages: `{"role": ..., "content": ...}`, oldest first.
             add_generation_prompt: end with the opening of the assistant's turn.
-            continue_final_message: end with the text of the last message, so that the model continues it; pass
-                ``add_generation_prompt=False`` too.
+            continue_final_message: end with the text of the last message, so that the model continues it;
+                pass ``add_generation_prompt=False`` too.
             tools: JSON schemas the template may describe to the model.
             chat_template: Jinja source to use in place of the checkpoint's.
             **kwargs: further template variables (`enable_thinking=False`).

@@ -99,8 +99,17 @@ NAMES = {
     "Wanted": "ResponseConstraints",
 }
 
-# module -> {name that moved out of it: where to}
+# module -> {name that moved out of it: where to}; a name too common for NAMES keeps its old one as an alias
 MOVED = {
+    "tpjax.families.fields": {
+        "Family": "tpjax.families.family",
+        "Fields": "tpjax.families.config_reader",
+        "GGUFArchitecture": "tpjax.families.family",
+        "GGUFView": "tpjax.families.gguf_metadata",
+        "Names": "tpjax.families.tensor_names: WeightMap as Names",
+        "Stored": "tpjax.families.tensor_names",
+        "rope_from": "tpjax.families.rope_variants",
+    },
     "tpjax.text.tokenizer": {
         "IncrementalDetokenizer": "tpjax.text.detokenizer",
         "load_tokenizer": "tpjax.text.loading",
@@ -114,7 +123,8 @@ def _moved(match: re.Match[str]) -> str:
     indent, module, names = match[1], match[2], re.split(r"\s*,\s*", match[3].strip("()\n, "))
     homes: dict[str, list[str]] = {}
     for name in map(str.strip, names):
-        homes.setdefault(MOVED[module].get(name, module), []).append(name)
+        home, _, alias = MOVED[module].get(name, module).partition(": ")
+        homes.setdefault(home, []).append(alias or name)
     return "\n".join(f"{indent}from {home} import {', '.join(homes[home])}" for home in sorted(homes))
 
 

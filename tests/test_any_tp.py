@@ -26,7 +26,7 @@ from tpjax.cache import BatchMetadata, allocate
 from tpjax.checkpoints.load import CanonicalSource, Checkpoint, abstract_decoder, load_decoder, parameters
 from tpjax.checkpoints.source import TensorInfo
 from tpjax.config import Activation, Block, LatentConfig, ModelConfig, MoEConfig, RopeConfig
-from tpjax.families.fields import WeightMap
+from tpjax.families.tensor_names import WeightMap
 from tpjax.mesh import make_mesh
 
 F32 = jnp.dtype("float32")

@@ -17,7 +17,7 @@ from conftest import GOLDENS
 
 from tpjax.config import RopeConfig
 from tpjax.errors import ConfigError
-from tpjax.families.fields import Fields
+from tpjax.families.config_reader import Fields
 from tpjax.families.registry import FAMILIES, config_from_hf
 from tpjax.families.unread import IGNORED_FIELDS, NUMERIC
 from tpjax.layers.rope import inverse_frequencies

@@ -12,7 +12,7 @@ from conftest import GOLDENS
 
 from tpjax.config import ModelConfig, RopeConfig
 from tpjax.errors import ConfigError
-from tpjax.families.fields import Fields, WeightMap
+from tpjax.families.config_reader import Fields
 from tpjax.families.quantization import Quantization, quantization_of
 from tpjax.families.registry import (
     FAMILIES,
@@ -21,6 +21,7 @@ from tpjax.families.registry import (
     config_from_hf,
     gguf_architecture,
 )
+from tpjax.families.tensor_names import WeightMap
 from tpjax.families.unread import IGNORED_FIELDS
 
 SCALING = {

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from tpjax.config import RopeConfig
-from tpjax.families.fields import Fields, rope_from
+from tpjax.families.config_reader import Fields
+from tpjax.families.rope_variants import rope_from
 from tpjax.layers.rope import Rotation, inverse_frequencies, rotate, rotation
 
 

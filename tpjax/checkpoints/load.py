@@ -31,9 +31,12 @@ from tpjax.checkpoints.safetensors import MAX_JSON_BYTES, SafetensorsCheckpoint,
 from tpjax.checkpoints.source import TensorInfo, TensorSource, shown
 from tpjax.config import ExpertParallel, ModelConfig
 from tpjax.errors import CheckpointError
-from tpjax.families.fields import Fields, GGUFArchitecture, GGUFView, TensorMapping, WeightMap
+from tpjax.families.config_reader import Fields
+from tpjax.families.family import GGUFArchitecture
+from tpjax.families.gguf_metadata import GGUFView
 from tpjax.families.quantization import quantization_of
 from tpjax.families.registry import FAMILIES, config_from_gguf, config_from_hf, gguf_architecture
+from tpjax.families.tensor_names import TensorMapping, WeightMap
 from tpjax.model import Decoder
 from tpjax.sharding import Layout, WeightLayout
 

@@ -5,16 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from tpjax.config import ModelConfig
-from tpjax.families.fields import (
-    Family,
-    Fields,
-    WeightMap,
-    every,
-    interleaved,
-    layer_types_of,
-    rope_of,
-)
+from tpjax.families.config_reader import Fields, full_attention_every, layer_types_of
+from tpjax.families.family import Family
 from tpjax.families.llama import llama_like
+from tpjax.families.rope_variants import rope_of
+from tpjax.families.tensor_names import WeightMap, interleaved
 
 
 def _parallel(fields: Fields, **differences: Any) -> ModelConfig:
@@ -58,7 +53,7 @@ def _cohere2(fields: Fields) -> ModelConfig:
     }
     for name, supported in described.items():
         fields.require(name, *supported)
-    types = layer_types_of(fields, every(pattern, fields.integer("num_hidden_layers")))
+    types = layer_types_of(fields, full_attention_every(pattern, fields.integer("num_hidden_layers")))
     return _parallel(
         fields,
         model_type="cohere2",

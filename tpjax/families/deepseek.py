@@ -7,8 +7,11 @@ import math
 import numpy as np
 
 from tpjax.config import LatentConfig, ModelConfig, MoEConfig, check_size
-from tpjax.families.fields import Family, Fields, TensorMapping, WeightMap, rope_section
+from tpjax.families.config_reader import Fields
+from tpjax.families.family import Family
 from tpjax.families.llama import llama_like
+from tpjax.families.rope_variants import rope_section
+from tpjax.families.tensor_names import TensorMapping, WeightMap
 
 
 def _deepseek_v3(fields: Fields) -> ModelConfig:

@@ -8,24 +8,19 @@ from typing import Any
 
 from tpjax.config import ModelConfig, RopeConfig, check_positive
 from tpjax.errors import ConfigError
-from tpjax.families.fields import (
-    Family,
+from tpjax.families.config_reader import (
     Fields,
-    GGUFArchitecture,
-    GGUFView,
-    TensorMapping,
-    WeightMap,
     activation_of,
-    all_full,
-    every,
-    gguf_rope,
-    gguf_sizes,
+    full_attention_every,
+    full_attention_in_all_layers,
     layer_types_of,
-    rope_from,
-    rope_of,
     sizes_of,
 )
+from tpjax.families.family import Family, GGUFArchitecture
+from tpjax.families.gguf_metadata import GGUFView, gguf_sizes
 from tpjax.families.llama import GGUF_LAYER
+from tpjax.families.rope_variants import gguf_rope, rope_from, rope_of
+from tpjax.families.tensor_names import TensorMapping, WeightMap
 
 
 def _gemma(
@@ -72,7 +67,7 @@ def _gemma1(fields: Fields) -> ModelConfig:
         sizes,
         model_type="gemma",
         rope=rope_of(fields, sizes["max_position_embeddings"]),
-        layer_types=all_full(sizes["num_layers"]),
+        layer_types=full_attention_in_all_layers(sizes["num_layers"]),
         **shared,
     )
 
@@ -84,7 +79,7 @@ def _gemma2(fields: Fields) -> ModelConfig:
         sizes,
         model_type="gemma2",
         rope=rope_of(fields, sizes["max_position_embeddings"]),
-        layer_types=layer_types_of(fields, every(2, sizes["num_layers"])),
+        layer_types=layer_types_of(fields, full_attention_every(2, sizes["num_layers"])),
         sliding_window=fields.integer("sliding_window", 4096),
         block="sandwich",
         attn_softcap=fields.nullable("attn_logit_softcapping", 50.0),
@@ -112,7 +107,7 @@ def _gemma3_text(fields: Fields) -> ModelConfig:
         model_type="gemma3_text",
         rope=rope_from(full, theta, context),
         rope_sliding=rope_from(sliding, local_theta, context),
-        layer_types=layer_types_of(fields, every(pattern, sizes["num_layers"])),
+        layer_types=layer_types_of(fields, full_attention_every(pattern, sizes["num_layers"])),
         sliding_window=fields.integer("sliding_window", 4096),
         block="sandwich",
         qk_norm="head",
@@ -186,7 +181,7 @@ def _gguf_gemma2(view: GGUFView) -> ModelConfig:
         tied=view.tied,
         query_scalar=_gguf_query_scalar(sizes, 46),
         rope=gguf_rope(view, 10_000.0),
-        layer_types=every(2, sizes["num_layers"]),
+        layer_types=full_attention_every(2, sizes["num_layers"]),
         sliding_window=view.get("attention.sliding_window", 4096),
         block="sandwich",
         attn_softcap=view.get("attn_logit_softcapping", 50.0),
@@ -204,7 +199,7 @@ def _gguf_gemma3(view: GGUFView) -> ModelConfig:
         query_scalar=_gguf_query_scalar(sizes, 62),
         rope=gguf_rope(view, 1_000_000.0),
         rope_sliding=RopeConfig(theta=10_000.0),
-        layer_types=every(6, sizes["num_layers"]),
+        layer_types=full_attention_every(6, sizes["num_layers"]),
         sliding_window=view.get("attention.sliding_window"),
         block="sandwich",
         qk_norm="head",

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from tpjax.config import LayerType, ModelConfig, RopeConfig
+from tpjax.config import ModelConfig, RopeConfig
 from tpjax.errors import ConfigError
-from tpjax.families.fields import (
-    Family,
+from tpjax.families.config_reader import (
     Fields,
-    TensorMapping,
-    WeightMap,
     activation_of,
-    all_full,
-    checked,
-    fused_qkv_by_head,
-    partial_rope_of,
+    checked_sizes,
+    full_attention_in_all_layers,
     sizes_of,
-    slices,
+    window_in_all_layers,
 )
+from tpjax.families.family import Family
 from tpjax.families.llama import llama_like
+from tpjax.families.rope_variants import partial_rope_of
+from tpjax.families.tensor_names import TensorMapping, WeightMap, fused_qkv_by_head, slices
 
 _GPT: dict[str, Any] = {"norm": "layer", "norm_bias": True, "gated_mlp": False}
 
@@ -28,7 +26,7 @@ def _gpt2(fields: Fields) -> ModelConfig:
     hidden, heads = fields.integer("n_embd", 768), fields.integer("n_head", 12)
     positions = fields.integer("n_positions", 1024)
     fields.require("n_ctx", positions)
-    checked({"n_embd": hidden, "n_head": heads})
+    checked_sizes({"n_embd": hidden, "n_head": heads})
     if hidden % heads:
         raise ConfigError(f"{fields.where}: n_head={heads} is not a divisor of n_embd={hidden}")
     layers, head_dim = fields.integer("n_layer", 12), hidden // heads
@@ -45,7 +43,7 @@ def _gpt2(fields: Fields) -> ModelConfig:
         norm_eps=fields.number("layer_norm_epsilon", 1e-5),
         position_embedding="learned",
         rope=RopeConfig(),
-        layer_types=all_full(layers),
+        layer_types=full_attention_in_all_layers(layers),
         query_scale=head_dim**-0.5 if fields.boolean("scale_attn_weights", True) else 1.0,
         attention_bias=True,
         attention_out_bias=True,
@@ -130,14 +128,12 @@ def _starcoder2(fields: Fields) -> ModelConfig:
     for name, supported in described.items():
         fields.require(name, *supported)
     bias, window = fields.boolean("use_bias", True), fields.integer("sliding_window", None)
-    kind: LayerType = "full_attention" if window is None else "sliding_attention"
     return llama_like(
         fields,
         context=4096,
         model_type="starcoder2",
         norm_eps=fields.number("norm_epsilon", 1e-5),
-        layer_types=(kind,) * fields.integer("num_hidden_layers"),
-        sliding_window=window,
+        **window_in_all_layers(window, fields.integer("num_hidden_layers")),
         attention_bias=bias,
         attention_out_bias=bias,
         activation=activation_of(fields, "hidden_act", "gelu_pytorch_tanh"),

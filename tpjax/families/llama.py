@@ -5,23 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tpjax.config import LayerType, ModelConfig, brief
+from tpjax.config import ModelConfig, brief
 from tpjax.errors import ConfigError
-from tpjax.families.fields import (
-    Family,
+from tpjax.families.config_reader import (
     Fields,
-    GGUFArchitecture,
-    GGUFView,
-    TensorMapping,
     activation_of,
-    all_full,
-    gguf_rope,
-    gguf_sizes,
-    interleaved,
+    full_attention_in_all_layers,
     layer_types_of,
-    rope_of,
     sizes_of,
+    window_in_all_layers,
 )
+from tpjax.families.family import Family, GGUFArchitecture
+from tpjax.families.gguf_metadata import GGUFView, gguf_sizes
+from tpjax.families.rope_variants import gguf_rope, rope_of
+from tpjax.families.tensor_names import TensorMapping, interleaved
 
 GGUF_LAYER = {
     "input_layernorm": TensorMapping("attn_norm"),
@@ -51,7 +48,7 @@ def llama_like(
     shared: dict[str, Callable[[], Any]] = {
         "norm_eps": lambda: fields.number("rms_norm_eps", 1e-6),
         "rope": lambda: rope_of(fields, sizes["max_position_embeddings"]),
-        "layer_types": lambda: all_full(sizes["num_layers"]),
+        "layer_types": lambda: full_attention_in_all_layers(sizes["num_layers"]),
         "tie_word_embeddings": lambda: fields.boolean("tie_word_embeddings", False),
         "activation": lambda: activation_of(fields, "hidden_act", "silu"),
         "query_scale": lambda: sizes["head_dim"] ** -0.5,
@@ -74,9 +71,8 @@ def _llama(fields: Fields) -> ModelConfig:
 
 def _mistral(fields: Fields) -> ModelConfig:
     window = fields.nullable("sliding_window", 4096)  # null means no window, absent the default
-    kind: LayerType = "full_attention" if window is None else "sliding_attention"
-    types = (kind,) * fields.integer("num_hidden_layers")
-    return llama_like(fields, model_type="mistral", sliding_window=window, layer_types=types)
+    windows = window_in_all_layers(window, fields.integer("num_hidden_layers"))
+    return llama_like(fields, model_type="mistral", **windows)
 
 
 def _granite(fields: Fields) -> ModelConfig:
@@ -146,7 +142,7 @@ def _gguf_llama(view: GGUFView) -> ModelConfig:
         **sizes,
         norm_eps=view.get("attention.layer_norm_rms_epsilon"),
         rope=gguf_rope(view, 10_000.0),
-        layer_types=all_full(sizes["num_layers"]),
+        layer_types=full_attention_in_all_layers(sizes["num_layers"]),
         tie_word_embeddings=view.tied,
         query_scale=sizes["head_dim"] ** -0.5,
         attention_bias="blk.0.attn_q.bias" in view.tensor_shapes,

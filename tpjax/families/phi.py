@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-from tpjax.config import LayerType, ModelConfig, RopeConfig
-from tpjax.families.fields import (
-    Family,
-    Fields,
-    GGUFArchitecture,
-    GGUFView,
-    TensorMapping,
-    WeightMap,
-    gguf_rope,
-    gguf_sizes,
-    longrope_attention_factor,
-    partial_rope_of,
-    sizes_of,
-    slices,
-)
+from tpjax.config import ModelConfig, RopeConfig
+from tpjax.families.config_reader import Fields, sizes_of, window_in_all_layers
+from tpjax.families.family import Family, GGUFArchitecture
+from tpjax.families.gguf_metadata import GGUFView, gguf_sizes
 from tpjax.families.llama import GGUF_LAYER, llama_like
-
-
-def _window(window: int | None, layers: int) -> dict[str, Any]:
-    kind: LayerType = "sliding_attention" if window else "full_attention"
-    return {"sliding_window": window or None, "layer_types": (kind,) * layers}
+from tpjax.families.rope_variants import gguf_rope, longrope_attention_factor, partial_rope_of
+from tpjax.families.tensor_names import TensorMapping, WeightMap, slices
 
 
 def _phi3(fields: Fields) -> ModelConfig:
@@ -40,7 +25,7 @@ def _phi3(fields: Fields) -> ModelConfig:
         norm_eps=fields.number("rms_norm_eps", 1e-5),
         rope=rope,
         rotary_dim=int(sizes["head_dim"] * share),
-        **_window(fields.integer("sliding_window", None), sizes["num_layers"]),
+        **window_in_all_layers(fields.integer("sliding_window", None) or None, sizes["num_layers"]),
     )
 
 
@@ -85,7 +70,7 @@ def _gguf_phi3(view: GGUFView) -> ModelConfig:
         rotary_dim=view.get("rope.dimension_count", sizes["head_dim"]),
         tie_word_embeddings=view.tied,
         query_scale=sizes["head_dim"] ** -0.5,
-        **_window(view.get("attention.sliding_window", 0), sizes["num_layers"]),
+        **window_in_all_layers(view.get("attention.sliding_window", 0) or None, sizes["num_layers"]),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from tpjax.config import brief, check_size
 from tpjax.errors import ConfigError
-from tpjax.families.fields import Fields
+from tpjax.families.config_reader import Fields
 from tpjax.families.unread import QUANTIZATION_NUMERIC
 
 METHODS = ("fp8", "mxfp4")

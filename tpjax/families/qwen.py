@@ -5,18 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from tpjax.config import LayerType, ModelConfig
-from tpjax.families.fields import (
-    Family,
-    Fields,
-    GGUFArchitecture,
-    GGUFView,
-    TensorMapping,
-    all_full,
-    gguf_rope,
-    gguf_sizes,
-    layer_types_of,
-)
+from tpjax.families.config_reader import Fields, full_attention_in_all_layers, layer_types_of
+from tpjax.families.family import Family, GGUFArchitecture
+from tpjax.families.gguf_metadata import GGUFView, gguf_sizes
 from tpjax.families.llama import GGUF_LAYER, llama_like
+from tpjax.families.rope_variants import gguf_rope
+from tpjax.families.tensor_names import TensorMapping
 
 
 def windows_of(fields: Fields) -> dict[str, Any]:
@@ -60,7 +54,7 @@ def gguf_qwen(view: GGUFView, **differences: Any) -> ModelConfig:
         **sizes,
         norm_eps=view.get("attention.layer_norm_rms_epsilon"),
         rope=gguf_rope(view, 10_000.0),
-        layer_types=all_full(sizes["num_layers"]),
+        layer_types=full_attention_in_all_layers(sizes["num_layers"]),
         tie_word_embeddings=view.tied,
         query_scale=sizes["head_dim"] ** -0.5,
         attention_bias="blk.0.attn_q.bias" in view.tensor_shapes,

@@ -1,9 +1,7 @@
 """Every model family: Hugging Face and GGUF configurations and weight names.
 
-To add a family, see ``mappings/``: a function from its ``config.json`` to ``ModelConfig`` and an entry in the
-module's ``FAMILIES``; where it exists as GGUF, also the architecture's metadata and tensor names. Everything
-after this module knows only ``ModelConfig`` and canonical weight names, which are Hugging Face's without the
-``model.`` prefix.
+:mod:`tpjax.families` tells how to add one. Everything after this module knows only ``ModelConfig`` and
+canonical weight names, which are Hugging Face's without the ``model.`` prefix.
 """
 
 from __future__ import annotations
@@ -13,13 +11,15 @@ from typing import Any
 
 from tpjax.config import ModelConfig, brief
 from tpjax.errors import ConfigError
-from tpjax.families import cohere, deepseek, gemma, gpt, llama, moe, phi, qwen
-from tpjax.families.fields import Family, Fields, GGUFArchitecture, GGUFView
+from tpjax.families import cohere, deepseek, gemma, gpt, gpt_oss, llama, mixtral, phi, qwen, qwen_moe
+from tpjax.families.config_reader import Fields
+from tpjax.families.family import Family, GGUFArchitecture
+from tpjax.families.gguf_metadata import GGUFView
 from tpjax.families.quantization import quantization_of
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for lineage in (llama, qwen, gemma, phi, cohere, gpt, moe, deepseek)
+    for lineage in (llama, qwen, gemma, phi, cohere, gpt, mixtral, qwen_moe, gpt_oss, deepseek)
     for family in lineage.FAMILIES
 }
 

@@ -135,7 +135,7 @@ QUANTIZATION_NUMERIC = _names(
 )
 
 
-def settle(
+def check_unread(
     where: str,
     unread: Mapping[str, Any],
     inert: frozenset[str] = IGNORED_FIELDS,

@@ -1,0 +1,185 @@
+"""Reads the variants of the rotary embedding from ``config.json`` and GGUF metadata."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tpjax.config import (
+    RopeConfig,
+    RopeKind,
+    brief,
+    check_choice,
+    check_positive,
+)
+from tpjax.errors import ConfigError
+from tpjax.families.config_reader import Fields
+from tpjax.families.gguf_metadata import GGUFView
+from tpjax.families.unread import ROPE_NUMERIC
+
+log = logging.getLogger(__name__)
+
+_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+}
+
+
+def rope_of(
+    fields: Fields,
+    context: int,
+    default_theta: float = 10_000.0,
+    default: Mapping[str, Any] | None = None,
+) -> RopeConfig:
+    """The rotary embedding of a family whose heads rotate whole; see :func:`partial_rope_of`."""
+    rope, share = partial_rope_of(fields, context, default_theta, default=default)
+    if share != 1:
+        raise ConfigError(f"{fields.where}: partial_rotary_factor={share} is not supported")
+    return rope
+
+
+def partial_rope_of(
+    fields: Fields,
+    context: int,
+    default_theta: float = 10_000.0,
+    default_share: float = 1.0,
+    default: Mapping[str, Any] | None = None,
+) -> tuple[RopeConfig, float]:
+    """The rotary embedding, and the share of a head's dimensions that rotate.
+
+    From ``rope_parameters`` (transformers 5), or ``rope_theta``, ``partial_rotary_factor`` and
+    ``rope_scaling`` (4). Where a file has both objects, the older one is all that counts, as in transformers.
+
+    Args:
+        fields: of the configuration.
+        context: ``max_position_embeddings``.
+        default_theta: where the configuration leaves it out.
+        default_share: likewise.
+        default: the object of a family that has a scaling where the configuration has no object.
+    """
+    parameters = rope_section(fields)
+    if default is not None and not parameters.raw:
+        parameters = Fields(default, parameters.where)
+    theta = parameters.number("rope_theta", fields.number("rope_theta", default_theta))
+    share = fields.number("partial_rotary_factor", default_share)
+    share = parameters.number("partial_rotary_factor", share)
+    # Phi-3 keeps it beside the parameters
+    original = fields.integer("original_max_position_embeddings", None)
+    return rope_from(parameters, theta, context, original), share
+
+
+def rope_section(fields: Fields) -> Fields:
+    """The object that describes the rotary embedding; none where there is none.
+
+    transformers 5 takes ``rope_scaling`` where a file has both, whole: not even the base of the other counts.
+    """
+    new, old = fields.section("rope_parameters"), fields.section("rope_scaling")
+    if new.raw and old.raw and new.raw != old.raw:
+        log.warning("%s: rope_scaling is used, rope_parameters beside it is not", fields.where)
+    return old if old.raw else new
+
+
+def rope_from(parameters: Fields, theta: float, context: int, original: int | None = None) -> RopeConfig:
+    """A rotary embedding from its object of parameters.
+
+    Args:
+        parameters: the object.
+        theta: base.
+        context: ``max_position_embeddings``.
+        original: context of the pre-training, where the configuration has it beside the parameters.
+    """
+    parameters.read.update({"rope_theta", "partial_rotary_factor", "type"})
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "su":
+        kind = "longrope"  # its name in the first Phi-3 files
+    check_choice("rope_type", kind, RopeKind)
+    wanted = _ROPE_FIELDS.get(kind, ())
+    missing = [name for name in wanted if parameters.get(name, None) is None]
+    if missing:
+        raise ConfigError(f"rope_type={brief(kind)} needs {', '.join(missing)}")
+    inside = parameters.integer("original_max_position_embeddings", context)
+    check_positive("rope_theta", theta)
+    values: dict[str, Any] = {"theta": float(theta), "kind": kind}
+    if kind in ("linear", "dynamic", "llama3", "yarn"):
+        values["factor"] = parameters.get("factor")
+    if kind == "llama3":
+        values |= {name: parameters.get(name) for name in ("low_freq_factor", "high_freq_factor")}
+    if kind in ("llama3", "yarn", "longrope"):
+        values["original_max_position_embeddings"] = inside if original is None else original
+    if kind == "dynamic":
+        values["original_max_position_embeddings"] = context  # as transformers has it
+    if kind == "yarn":
+        for name in ("attn_factor", "extrapolation_factor"):
+            parameters.require(name, 1)  # vLLM reads them
+        values |= {
+            "beta_fast": parameters.number("beta_fast", 32),
+            "beta_slow": parameters.number("beta_slow", 1),
+            "truncate": parameters.boolean("truncate", True),
+            "attention_factor": _yarn_attention_factor(parameters),
+        }
+    if kind == "longrope":
+        values |= {
+            "divisors": parameters.numbers("short_factor"),
+            "long_divisors": parameters.numbers("long_factor"),
+            "attention_factor": longrope_attention_factor(
+                parameters.number("attention_factor", None),
+                parameters.number("factor", context / values["original_max_position_embeddings"]),
+                values["original_max_position_embeddings"],
+            ),
+        }
+    parameters.finish(numeric=ROPE_NUMERIC)
+    return RopeConfig(**values)
+
+
+def _yarn_attention_factor(parameters: Fields) -> float:
+    """Section 3.4 of the YaRN paper; DeepSeek gives the coefficients of two such terms."""
+
+    def term(coefficient: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * coefficient * math.log(factor) + 1.0
+
+    factor = parameters.number("factor")
+    given = parameters.number("attention_factor", None)
+    coefficients = [parameters.number(name, 0) for name in ("mscale", "mscale_all_dim")]
+    check_positive("rope factor", factor)
+    if given is not None:
+        return given
+    return term(coefficients[0]) / term(coefficients[1]) if all(coefficients) else term(1.0)
+
+
+def longrope_attention_factor(given: float | None, factor: float, original: int) -> float:
+    """Section 3.3 of the LongRoPE paper, unless the configuration gives it."""
+    if given is not None or factor <= 1:
+        return 1.0 if given is None else given
+    return math.sqrt(1 + math.log(factor) / math.log(original))
+
+
+def gguf_rope(view: GGUFView, default_theta: float) -> RopeConfig:
+    """The rotary embedding of a GGUF file's metadata."""
+    theta = view.get("rope.freq_base", default_theta)
+    check_positive("rope.freq_base", theta)
+    kind = view.get("rope.scaling.type", "none")
+    if kind == "none":
+        return RopeConfig(theta=theta, divisors=view.rope_divisors)
+    if kind == "linear":
+        return RopeConfig(theta=theta, kind="linear", factor=float(view.get("rope.scaling.factor")))
+    if kind == "yarn":
+        # llama.cpp multiplies what it is given by its own term, which converters divide out before
+        factor = float(view.get("rope.scaling.factor"))
+        given = float(view.get("rope.scaling.attn_factor", view.get("rope.scaling.yarn_attn_factor", 1.0)))
+        return RopeConfig(
+            theta=theta,
+            kind="yarn",
+            factor=factor,
+            original_max_position_embeddings=view.get(
+                "rope.scaling.original_context_length", view.get("context_length")
+            ),
+            beta_fast=float(view.get("rope.scaling.yarn_beta_fast", 32.0)),
+            beta_slow=float(view.get("rope.scaling.yarn_beta_slow", 1.0)),
+            attention_factor=given * (0.1 * math.log(factor) + 1),
+        )
+    raise ConfigError(f"GGUF rope.scaling.type={brief(kind)} is not supported: use none, linear or yarn")

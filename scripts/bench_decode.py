@@ -18,12 +18,14 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from contenders import Contender, serve
+from contenders import Contender, Target, serve, transformers_model
+
+from tpjax.planning.timing import median_ratio, seconds, take_turns
 
 PROMPT_TOKENS = 256
 DECODE_TOKENS = 64
@@ -53,19 +55,18 @@ def tpjax_worker(model: str, tp: int, max_model_len: int) -> dict[str, Callable[
     def row(position: int, remaining: int) -> Row:
         return Row(0, position, pages, SamplingParams(temperature=0), seed=0, remaining=remaining)
 
-    def decode() -> float:
-        start = time.perf_counter()
+    def decode() -> None:
         for position in range(CONTEXT, CONTEXT + DECODE_TOKENS, steps):
-            drawn = runner.decode([row(position, steps)], steps)
-        jax.block_until_ready(drawn)
-        return (time.perf_counter() - start) * 1e3 / DECODE_TOKENS
+            sampled = runner.decode([row(position, steps)], steps)
+        jax.block_until_ready(sampled)
 
-    def prefill() -> float:
-        start = time.perf_counter()
+    def prefill() -> None:
         jax.block_until_ready(runner.prefill(row(0, 1), prompt))
-        return (time.perf_counter() - start) * 1e3
 
-    return {"decode": decode, "prefill": prefill}
+    return {
+        "decode": lambda: seconds(decode) * 1e3 / DECODE_TOKENS,
+        "prefill": lambda: seconds(prefill) * 1e3,
+    }
 
 
 def transformers_worker(model: str) -> dict[str, Callable[[], float]]:
@@ -73,12 +74,7 @@ def transformers_worker(model: str) -> dict[str, Callable[[], float]]:
     import torch
     import transformers
 
-    from tpjax.checkpoints.hub import resolve
-
-    path = resolve(model)
-    net = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    ).eval()
+    net = transformers_model(model)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, net.config.vocab_size, (1, PROMPT_TOKENS), generator=generator)
 
@@ -86,16 +82,17 @@ def transformers_worker(model: str) -> dict[str, Callable[[], float]]:
     def decode() -> float:
         cache = transformers.DynamicCache(config=net.config)
         token = net(prompt[:, :CONTEXT], past_key_values=cache).logits[:, -1:].argmax(-1)
-        start = time.perf_counter()
-        for _ in range(DECODE_TOKENS):
-            token = net(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-        return (time.perf_counter() - start) * 1e3 / DECODE_TOKENS
+
+        def steps() -> None:
+            nonlocal token
+            for _ in range(DECODE_TOKENS):
+                token = net(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+
+        return seconds(steps) * 1e3 / DECODE_TOKENS
 
     @torch.inference_mode()
     def prefill() -> float:
-        start = time.perf_counter()
-        net(prompt, logits_to_keep=1)
-        return (time.perf_counter() - start) * 1e3
+        return seconds(lambda: net(prompt, logits_to_keep=1)) * 1e3
 
     return {"decode": decode, "prefill": prefill}
 
@@ -110,13 +107,11 @@ def bandwidth_worker(megabytes: int) -> dict[str, Callable[[], float]]:
     parts = [np.ones(megabytes * 2**20 // 4 // threads, np.float32) for _ in range(threads)]
     pool = ThreadPoolExecutor(threads)
 
-    def read() -> float:
-        start = time.perf_counter()
+    def read() -> None:
         for _ in range(10):
             list(pool.map(np.sum, parts))
-        return (time.perf_counter() - start) * 1e3 / 10
 
-    return {"read": read}
+    return {"read": lambda: seconds(read) * 1e3 / 10}
 
 
 # --- the run ------------------------------------------------------------------------------------------------
@@ -143,11 +138,7 @@ def start_seconds(model: str) -> dict[str, float]:
     imports = [float(subprocess.check_output([sys.executable, "-c", source])) for _ in range(5)]
     command = [sys.executable, "-m", "tpjax.cli", "generate", "The capital of France is"]
     command += ["--model", model, "--tp", "4", "--temperature", "0", "--max-tokens", "1"]
-    first = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True)
-        first.append(time.perf_counter() - start)
+    first = [seconds(partial(subprocess.run, command, check=True, capture_output=True)) for _ in range(3)]
     return {"import": statistics.median(imports), "first_token": statistics.median(first)}
 
 
@@ -186,12 +177,8 @@ def main() -> None:
     work = [("bandwidth", "read")]
     work += [(name, "decode") for name in processes if name != "bandwidth"]
     work += [(name, "prefill") for name in ("tp1", "transformers") if name in processes]
-    for name, what in work:
-        processes[name].run(what)  # loads and compiles
-    figures: dict[str, list[float]] = {f"{name} {what}": [] for name, what in work}
-    for _ in range(arguments.rounds):
-        for name, what in work:
-            figures[f"{name} {what}"].append(processes[name].run(what))
+    turns = {f"{name} {what}": partial(processes[name].run, what) for name, what in work}
+    figures = take_turns(turns, arguments.rounds)
     for process in processes.values():
         process.close()
     report(figures, read_bytes, start_seconds(arguments.model), arguments)
@@ -212,27 +199,28 @@ def report(
     print(f"read bandwidth: {gb_s:.1f} GB/s over {read_bytes / 1e6:.0f} MB, the bytes a decode step reads\n")
 
     def ratio(over: str, under: str) -> float:
-        return statistics.median(a / b for a, b in zip(figures[over], figures[under], strict=True))
+        return median_ratio(figures[over], figures[under])
 
-    rows: list[tuple[str, float, str, float]] = [
-        ("decode tp=1: share of the bandwidth", ratio("bandwidth read", "tp1 decode"), ">=", 0.70),
-        ("decode tp=2 / tp=1, time", ratio("tp2 decode", "tp1 decode"), "<=", 1.15),
-        ("decode tp=3 / tp=1, time", ratio("tp3 decode", "tp1 decode"), "<=", 1.15),
-        ("max_model_len 8192 / 512, time", ratio("tp1-8192 decode", "tp1 decode"), "<=", 1.05),
-        ("import tpjax, s", starts["import"], "<=", 0.3),
-        ("first token of generate, tp=4, s", starts["first_token"], "<=", 15.0),
+    targets = [
+        Target("decode tp=1: share of the bandwidth", ratio("bandwidth read", "tp1 decode"), ">=", 0.70),
+        Target("decode tp=2 / tp=1, time", ratio("tp2 decode", "tp1 decode"), "<=", 1.15),
+        Target("decode tp=3 / tp=1, time", ratio("tp3 decode", "tp1 decode"), "<=", 1.15),
+        Target("max_model_len 8192 / 512, time", ratio("tp1-8192 decode", "tp1 decode"), "<=", 1.05),
+        Target("import tpjax, s", starts["import"], "<=", 0.3),
+        Target("first token of generate, tp=4, s", starts["first_token"], "<=", 15.0),
     ]
     if "transformers decode" in figures:
-        rows += [
-            ("decode: transformers / tpjax", ratio("transformers decode", "tp1 decode"), ">=", 2.2),
-            ("prefill 256: transformers / tpjax", ratio("transformers prefill", "tp1 prefill"), ">=", 1.1),
+        decode, prefill = (ratio(f"transformers {what}", f"tp1 {what}") for what in ("decode", "prefill"))
+        targets += [
+            Target("decode: transformers / tpjax", decode, ">=", 2.2),
+            Target("prefill 256: transformers / tpjax", prefill, ">=", 1.1),
         ]
-    results: list[dict[str, Any]] = []
-    for name, value, sign, target in rows:
-        met = value >= target if sign == ">=" else value <= target
-        results.append({"name": name, "value": value, "target": f"{sign} {target}", "met": met})
-        print(f"{name:40}{value:8.2f}   target {sign} {target:<5} {'met' if met else 'MISSED'}")
+    print(*targets, sep="\n")
     if arguments.json:
+        results: list[dict[str, Any]] = [
+            {"name": one.name, "value": one.value, "target": f"{one.sign} {one.bound}", "met": one.met}
+            for one in targets
+        ]
         arguments.json.write_text(json.dumps({"ms": figures, "ratios": results, "starts": starts}, indent=1))
 
 

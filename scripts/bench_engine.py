@@ -19,9 +19,10 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from contenders import Contender, serve, served
+from contenders import Contender, Target, serve, served, transformers_model
 
-from tpjax.server import bench
+from tpjax.cli import serving_benchmark
+from tpjax.planning.timing import median_ratio, seconds, take_turns
 
 STREAMS = 8
 PROMPT_TOKENS = 16
@@ -58,23 +59,27 @@ def tpjax_worker(model: str, tp: int) -> dict[str, Callable[[], float]]:
             for slot in range(STREAMS)
         ]
         steps = runner.limits.steps
-        start = time.perf_counter()
-        for _ in range(0, NEW_TOKENS, steps):
-            drawn = runner.decode(rows, steps)
-        jax.block_until_ready(drawn)
-        return STREAMS * NEW_TOKENS / (time.perf_counter() - start)
+
+        def decode() -> None:
+            for _ in range(0, NEW_TOKENS, steps):
+                sampled = runner.decode(rows, steps)
+            jax.block_until_ready(sampled)
+
+        return STREAMS * NEW_TOKENS / seconds(decode)
+
+    def finish() -> None:
+        while engine.busy:
+            engine.step()
 
     def streams(count: int) -> float:
-        """Tokens/s from when the last of them has its first token, so that no prefill is in it."""
+        """Tokens/s once all streams have their first token: no prefill is counted."""
         requests = [Request(prompt(PROMPT_TOKENS), greedy, 0) for _ in range(count)]
         for request in requests:
             engine.add(request)
         while not all(request.output_ids for request in requests):
             engine.step()
-        before, start = sum(len(request.output_ids) for request in requests), time.perf_counter()
-        while engine.busy:
-            engine.step()
-        return (count * NEW_TOKENS - before) / (time.perf_counter() - start)
+        before = sum(len(request.output_ids) for request in requests)
+        return (count * NEW_TOKENS - before) / seconds(finish)
 
     def stall() -> float:
         """Longest gap of any other stream during a long prefill, over the median gap before it."""
@@ -104,8 +109,7 @@ def tpjax_worker(model: str, tp: int) -> dict[str, Callable[[], float]]:
         longest = max(gap for at in times.values() for gap in np.diff(at))
         for request in others:
             engine.cancel(request)
-        while engine.busy:
-            engine.step()
+        finish()
         return float(longest / usual)
 
     return {"raw": raw, "one": lambda: streams(1), "eight": lambda: streams(STREAMS), "stall": stall}
@@ -116,12 +120,7 @@ def transformers_worker(model: str) -> dict[str, Callable[[], float]]:
     import torch
     import transformers
 
-    from tpjax.checkpoints.hub import resolve
-
-    path = resolve(model)
-    net = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    ).eval()
+    net = transformers_model(model)
     generator = torch.Generator().manual_seed(0)
 
     @torch.inference_mode()
@@ -129,19 +128,22 @@ def transformers_worker(model: str) -> dict[str, Callable[[], float]]:
         ids = torch.randint(0, net.config.vocab_size, (STREAMS, PROMPT_TOKENS), generator=generator)
         cache = transformers.DynamicCache(config=net.config)
         token = net(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
-        start = time.perf_counter()
-        for _ in range(NEW_TOKENS - 1):
-            token = net(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-        return STREAMS * (NEW_TOKENS - 1) / (time.perf_counter() - start)
+
+        def steps() -> None:
+            nonlocal token
+            for _ in range(NEW_TOKENS - 1):
+                token = net(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+
+        return STREAMS * (NEW_TOKENS - 1) / seconds(steps)
 
     return {"eight": generate}
 
 
 def through_http(url: str, draw: random.Random) -> float:
     """Tokens/s of eight streams: the time of their answers, less that of answers of one token."""
-    load = bench.Load(url)
+    profile = serving_benchmark.LoadProfile(base_url=url)
 
-    async def seconds(max_tokens: int) -> float:
+    async def requests(max_tokens: int) -> None:
         bodies = [
             {
                 "prompt": [draw.randrange(1000, 40000) for _ in range(PROMPT_TOKENS)],
@@ -152,15 +154,13 @@ def through_http(url: str, draw: random.Random) -> float:
             }
             for _ in range(STREAMS)
         ]
-        start = time.perf_counter()
-        outcomes = await asyncio.gather(*(bench.request(load, body) for body in bodies))
-        took = time.perf_counter() - start
+        async with serving_benchmark.open_client(profile) as client:
+            outcomes = await asyncio.gather(*(serving_benchmark.request(client, body) for body in bodies))
         if errors := [outcome.error for outcome in outcomes if outcome.error]:
             raise SystemExit(f"the server answered: {errors[0]}")
-        return took
 
-    first = asyncio.run(seconds(1))
-    return STREAMS * NEW_TOKENS / (asyncio.run(seconds(1 + NEW_TOKENS)) - first)
+    first, all_tokens = (seconds(lambda n=n: asyncio.run(requests(n))) for n in (1, 1 + NEW_TOKENS))
+    return STREAMS * NEW_TOKENS / (all_tokens - first)
 
 
 def main() -> None:
@@ -187,12 +187,7 @@ def main() -> None:
     options = ("--dtype", "float32", "--max-model-len", str(CONTEXT), "--max-slots", str(STREAMS))
     with served(arguments.model, arguments.tp, *options) as server:
         turns["tpjax served"] = partial(through_http, server.url, random.Random(0))
-        for turn in turns.values():
-            turn()  # loads and compiles
-        figures: dict[str, list[float]] = {name: [] for name in turns}
-        for _ in range(arguments.rounds):
-            for name, turn in turns.items():
-                figures[name].append(turn())
+        figures = take_turns(turns, arguments.rounds)
     for contender in contenders.values():
         contender.close()
 
@@ -202,21 +197,18 @@ def main() -> None:
         print(f"{name:24}{statistics.median(values):9.2f}{min(values):9.2f}{max(values):9.2f}  {unit}")
 
     def ratio(over: str, under: str) -> float:
-        return statistics.median(a / b for a, b in zip(figures[over], figures[under], strict=True))
+        return median_ratio(figures[over], figures[under])
 
-    rows = [
-        ("8 streams / 1 stream, throughput", ratio("tpjax eight", "tpjax one"), ">=", 3.0),
-        ("8 streams / raw decode loop, throughput", ratio("tpjax eight", "tpjax raw"), ">=", 0.9),
-        ("8 streams over HTTP / raw loop, throughput", ratio("tpjax served", "tpjax raw"), ">=", 0.9),
-        (f"stall by {LONG_PROMPT} tokens", statistics.median(figures["tpjax stall"]), "<=", 3.0),
+    targets = [
+        Target("8 streams / 1 stream, throughput", ratio("tpjax eight", "tpjax one"), ">=", 3.0),
+        Target("8 streams / raw decode loop, throughput", ratio("tpjax eight", "tpjax raw"), ">=", 0.9),
+        Target("8 streams over HTTP / raw loop, throughput", ratio("tpjax served", "tpjax raw"), ">=", 0.9),
+        Target(f"stall by {LONG_PROMPT} tokens", statistics.median(figures["tpjax stall"]), "<=", 3.0),
     ]
     if "transformers eight" in figures:
-        rows.append(
-            ("8 streams: tpjax / transformers", ratio("tpjax eight", "transformers eight"), ">=", 1.0)
-        )
-    for name, value, sign, target in rows:
-        met = value >= target if sign == ">=" else value <= target
-        print(f"{name:44}{value:6.2f}   target {sign} {target:<5} {'met' if met else 'MISSED'}")
+        against = ratio("tpjax eight", "transformers eight")
+        targets.append(Target("8 streams: tpjax / transformers", against, ">=", 1.0))
+    print(*targets, sep="\n")
 
 
 if __name__ == "__main__":

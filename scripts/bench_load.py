@@ -16,17 +16,18 @@ import argparse
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from contenders import Contender, serve
+from contenders import Contender, Target, serve
 from safetensors.numpy import save_file
 
 from tpjax.checkpoints.hub import cache_dir
+from tpjax.planning.timing import median_ratio, seconds, take_turns
 
 CONFIG = {
     "model_type": "llama",
@@ -59,7 +60,7 @@ GOAL = 0.7
 
 
 def checkpoint(size_gb: float) -> Path:
-    """The synthetic checkpoint of about this size, which is written where it is not there yet."""
+    """Returns a synthetic checkpoint of about this size, and writes it if it is not there yet."""
     layer_bytes = sum(2 * int(np.prod(shape)) for shape in LAYER.values())
     layers = max(1, round((size_gb * 1e9 - 2 * VOCAB * HIDDEN) / layer_bytes))
     folder = cache_dir() / "bench" / f"llama-3.2-3b-{layers}-layers"
@@ -91,30 +92,31 @@ def checkpoint(size_gb: float) -> Path:
 
 
 def reader(files: list[Path], threads: int, buffers: list[np.ndarray] | None) -> float:
-    """Bytes/s of `readinto` of whole files, each cut into an equal part for every thread."""
+    """Bytes/s of `readinto` of complete files, each split into an equal part for every thread."""
     sizes = [file.stat().st_size for file in files]
-    start = time.perf_counter()
-    targets = buffers or [np.empty(size, np.uint8) for size in sizes]
 
-    def read(job: tuple[Path, np.ndarray, int, int]) -> None:
+    def read_part(job: tuple[Path, np.ndarray, int, int]) -> None:
         path, target, first, last = job
         with open(path, "rb", buffering=0) as file:
             file.seek(first)
             while first < last:
                 first += file.readinto(target[first:last].data)
 
-    jobs = [
-        (file, target, size * part // threads, size * (part + 1) // threads)
-        for file, target, size in zip(files, targets, sizes, strict=True)
-        for part in range(threads)
-    ]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(read, jobs))
-    return sum(sizes) / (time.perf_counter() - start)
+    def read() -> None:
+        targets = buffers or [np.empty(size, np.uint8) for size in sizes]
+        jobs = [
+            (file, target, size * part // threads, size * (part + 1) // threads)
+            for file, target, size in zip(files, targets, sizes, strict=True)
+            for part in range(threads)
+        ]
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(read_part, jobs))
+
+    return sum(sizes) / seconds(read)
 
 
 def worker(folder: Path, tp: int, dtype: str) -> dict[str, Callable[[], float]]:
-    """Bytes/s, of the file, of loading and of reading."""
+    """Bytes of the files a second, of loading and of reading."""
     import tpjax
 
     tpjax.fake_devices(tp)
@@ -131,9 +133,11 @@ def worker(folder: Path, tp: int, dtype: str) -> dict[str, Callable[[], float]]:
 
     def load() -> float:
         model = abstract_decoder(opened.config, mesh, jax.numpy.dtype(dtype))
-        start = time.perf_counter()
-        jax.block_until_ready(jax.tree.leaves(load_decoder(opened, model, mesh, progress=False)))
-        return sum(file.stat().st_size for file in files) / (time.perf_counter() - start)
+
+        def loaded() -> None:
+            jax.block_until_ready(jax.tree.leaves(load_decoder(opened, model, mesh, progress=False)))
+
+        return sum(file.stat().st_size for file in files) / seconds(loaded)
 
     def read() -> float:
         touched = [np.ones(file.stat().st_size, np.uint8) for file in files]
@@ -163,21 +167,15 @@ def main() -> None:
     print(f"{folder.name}, {size / 1e9:.2f} GB bfloat16 as {arguments.dtype}, {threads} threads")
     for tp in arguments.tp:
         contender = Contender(f"tp={tp}", __file__, [str(folder), str(tp), arguments.dtype])
-        work = ("read", "load", "read, fresh")
-        for what in work:
-            contender.run(what)  # fills the page cache
-        figures: dict[str, list[float]] = {what: [] for what in work}
-        for _ in range(arguments.rounds):
-            for what in work:
-                figures[what].append(contender.run(what))
+        work = ("read", "load", "read, fresh")  # the first turn fills the page cache
+        figures = take_turns({what: partial(contender.run, what) for what in work}, arguments.rounds)
         contender.close()
         for what, values in figures.items():
             low, middle, high = (f(values) / 1e9 for f in (min, statistics.median, max))
             print(f"tp={tp}  {what:14}{middle:8.2f} GB/s  ({low:.2f} to {high:.2f})")
         for what in ("read", "read, fresh"):
-            ratio = statistics.median(a / b for a, b in zip(figures["load"], figures[what], strict=True))
-            met = "met" if ratio >= GOAL else "MISSED"
-            print(f"tp={tp}  load / {what:14}{ratio:6.2f}   target >= {GOAL} {met}")
+            ratio = median_ratio(figures["load"], figures[what])
+            print(Target(f"tp={tp}  load / {what}", ratio, ">=", GOAL))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
+
+from tpjax.planning.timing import median_ratio, seconds, take_turns
 
 LAYERS, HIDDEN, EXPERT_WIDTH, VOCAB = 4, 1024, 512, 512
 STEPS = 32
@@ -25,7 +26,7 @@ MODELS = ((8, 2), (16, 2), (32, 2), (64, 2), (64, 1), (64, 4), (64, 8))
 
 
 def decoder(experts: int, per_token: int, tp: int, batch: int) -> Callable[[], float]:
-    """A function that decodes and returns ms a step."""
+    """Returns a function that decodes and returns ms a step."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -86,9 +87,7 @@ def decoder(experts: int, per_token: int, tp: int, batch: int) -> Callable[[], f
             Row(slot, 8, [2 * slot + 1, 2 * slot + 2], greedy, seed=seed * batch + slot, remaining=STEPS)
             for slot in range(batch)
         ]
-        start = time.perf_counter()
-        jax.block_until_ready(runner.decode(rows, STEPS))
-        return (time.perf_counter() - start) * 1e3 / STEPS
+        return seconds(lambda: jax.block_until_ready(runner.decode(rows, STEPS))) * 1e3 / STEPS
 
     return decode
 
@@ -107,9 +106,7 @@ def main() -> None:
 
     ensure_devices(arguments.tp)
     contenders = {model: decoder(*model, arguments.tp, arguments.batch) for model in MODELS}
-    for decode in contenders.values():
-        decode()  # compiles
-    times = [{model: decode() for model, decode in contenders.items()} for _ in range(arguments.rounds)]
+    times = take_turns(contenders, arguments.rounds)
 
     expert_mb = 3 * HIDDEN * EXPERT_WIDTH * 4 / 1e6
     report: list[dict[str, Any]] = [
@@ -118,8 +115,8 @@ def main() -> None:
             "experts_per_token": per_token,
             "total_mb": LAYERS * experts * expert_mb,
             "active_mb": LAYERS * per_token * expert_mb,
-            "step_ms": statistics.median(one[experts, per_token] for one in times),
-            "ratio": statistics.median(one[experts, per_token] / one[MODELS[0]] for one in times),
+            "step_ms": statistics.median(times[experts, per_token]),
+            "ratio": median_ratio(times[experts, per_token], times[MODELS[0]]),
         }
         for experts, per_token in MODELS
     ]

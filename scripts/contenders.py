@@ -1,4 +1,4 @@
-"""What is compared: each in a process of its own, taking turns, so that all see the same drift."""
+"""Parts that the benchmarks share: contenders in processes of their own, servers, and targets."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 class Contender:
@@ -23,7 +24,7 @@ class Contender:
         )
 
     def run(self, what: str) -> float:
-        """One piece of work; the figure it answers with."""
+        """Does one piece of work in the process and returns the figure it prints."""
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(what + "\n")
         self._process.stdin.flush()
@@ -40,9 +41,48 @@ class Contender:
 
 
 def serve(work: dict[str, Callable[[], float]]) -> None:
-    """The worker's side."""
+    """Runs in the worker: does the work named by each line of stdin and prints its figure."""
     for line in sys.stdin:
         print(work[line.strip()](), flush=True)
+
+
+def transformers_model(model: str) -> Any:
+    """Loads an alias with transformers, in float32."""
+    import torch
+    import transformers
+
+    from tpjax.checkpoints.hub import resolve
+
+    path = resolve(model)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure and what it should be.
+
+    Attributes:
+        name: what was measured.
+        value: the measured figure.
+        sign: ``>=`` or ``<=``.
+        bound: the figure to reach.
+    """
+
+    name: str
+    value: float
+    sign: str
+    bound: float
+
+    @property
+    def met(self) -> bool:
+        """Whether the figure reaches the bound."""
+        return self.value >= self.bound if self.sign == ">=" else self.value <= self.bound
+
+    def __str__(self) -> str:
+        verdict = "met" if self.met else "MISSED"
+        return f"{self.name:44}{self.value:6.2f}   target {self.sign} {self.bound:<5} {verdict}"
 
 
 @dataclass
@@ -50,9 +90,9 @@ class Served:
     """A `tpjax serve` that is ready.
 
     Attributes:
-        url: of the server.
-        pid: of its process.
-        status: how it ended, once it has.
+        url: address of the server.
+        pid: its process.
+        status: its exit status, once it has ended.
     """
 
     url: str

@@ -18,8 +18,9 @@ from typing import Any
 
 from tpjax.hardware import parse_hardware
 from tpjax.planning.counts import Counts
-from tpjax.planning.plan import Workload, make_plan
+from tpjax.planning.plan import make_plan
 from tpjax.planning.published import published_config
+from tpjax.planning.workload import Workload
 
 DATA = Path(__file__).parent / "data"
 MEDIAN_TARGET = 0.15
@@ -27,12 +28,12 @@ WORST_TARGET = 0.40
 
 
 def points(name: str) -> list[dict[str, Any]]:
-    """The measurements in a file of `scripts/data`."""
+    """Returns the measurements in a file of `scripts/data`."""
     return json.loads((DATA / f"{name}.json").read_text())["points"]
 
 
 def predict(point: dict[str, Any]) -> float:
-    """Tokens a second that one sequence of a point's batch sees."""
+    """Returns the predicted tokens a second of one sequence in the batch of a point."""
     hardware, chips = parse_hardware(f"{point['hardware']}:{point['chips']}")
     counts = Counts(point["model"], published_config(point["model"]))
     workload = Workload(point["batch"], point["context"], dtype=point["dtype"])
@@ -41,7 +42,7 @@ def predict(point: dict[str, Any]) -> float:
 
 
 def error(point: dict[str, Any]) -> float:
-    """Relative error of the prediction; positive is too fast."""
+    """Returns the relative error of the prediction; positive is too fast."""
     return predict(point) / point["tokens_per_s_per_sequence"] - 1
 
 

@@ -17,19 +17,12 @@ from tpjax.families.registry import config_from_hf
 from tpjax.hardware import HARDWARE, Efficiency, Hardware
 from tpjax.interconnect import NVLink
 from tpjax.mesh import make_mesh
+from tpjax.planning.cost_model import Cost, CostModel, busiest
 from tpjax.planning.counts import Counts
-from tpjax.planning.plan import (
-    Cost,
-    CostModel,
-    Workload,
-    busiest,
-    frontier,
-    make_plan,
-    make_plans,
-    recommend,
-)
+from tpjax.planning.plan import frontier, make_plan, make_plans, recommend
 from tpjax.planning.published import published_config
 from tpjax.planning.strategies import compare
+from tpjax.planning.workload import Workload
 
 ROOT = Path(cli.__file__).parents[2]
 
@@ -130,11 +123,13 @@ def test_a_mixture_reads_the_experts_its_tokens_chose():
     assert read(1000) == pytest.approx(2 * 2 * (8 * MLP + router) / 1e9)
 
 
-def test_whole_experts_wait_for_the_busiest_chip():
-    whole = CostModel(MIXED, CHIP, 8, Workload(), "experts").mixture(1)
-    cut = CostModel(MIXED, CHIP, 8, Workload(), "width").mixture(1)
-    assert whole.weights > 3 * cut.weights  # one expert's weights on one chip, against 2/8 of one on each
-    assert make_plan(MIXED, CHIP, 8, 8, Workload()).model.cut == "width"
+def test_sharded_experts_wait_for_the_busiest_chip():
+    by_expert = CostModel(MIXED, CHIP, 8, Workload(), "experts").mixture(1)
+    by_width = CostModel(MIXED, CHIP, 8, Workload(), "width").mixture(1)
+    assert (
+        by_expert.weights > 3 * by_width.weights
+    )  # one expert's weights on one chip, against 2/8 of one on each
+    assert make_plan(MIXED, CHIP, 8, 8, Workload()).model.expert_axis == "width"
     assert busiest(4, 1.0, 8) == 4 and busiest(4, 0.0, 8) == 0 and 2 < busiest(4, 0.5, 8) <= 4
 
 
@@ -291,7 +286,7 @@ def test_a_pipeline_decodes_one_sequence_no_faster_than_one_stage_of_its_chips()
 def test_many_sequences_make_expert_parallelism_pay_for_latent_attention():
     workload = Workload(batch=256, dtype="fp8")
     one = compare(published("deepseek-v3"), HARDWARE["h200"], 16, workload)
-    assert one.strategies[0].kind == "expert"  # a latent cache cannot be cut by heads; sequences can
+    assert one.strategies[0].kind == "expert"  # a latent cache cannot be sharded by heads; sequences can
     with pytest.raises(ConfigError, match=r"llama-3-8b fits ideal:1 in no way: the least is 16\.4 GB a chip"):
         compare(published("llama-3-8b"), CHIP, 1, workload=Workload())
 

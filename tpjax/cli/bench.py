@@ -7,6 +7,7 @@ from typing import Annotated
 from tpjax.cli.console import show_report
 from tpjax.cli.loading import chosen_model, load
 from tpjax.cli.options import Json, Model, ModelOption, Rounds, Sharding, option, whole
+from tpjax.planning.workload import LONGEST_DEFAULT_PROMPT, Workload
 
 EXAMPLES = """
   tpjax bench smollm2-135m --tp 2
@@ -32,15 +33,15 @@ def run(
 ) -> None:
     """Measure decode and prefill here, in float32, next to what plan predicts."""
     from tpjax.checkpoints import hub
-    from tpjax.planning import bench
     from tpjax.planning.counts import Counts
     from tpjax.planning.measure import measured_hardware
-    from tpjax.planning.plan import Workload, make_plan
+    from tpjax.planning.plan import make_plan
+    from tpjax.planning.step_benchmark import longest, measure_steps
 
     name = chosen_model(model, model_option)
     hub.resolve(name)  # before anything is measured: a misspelt name is reported at once
     hardware = measured_hardware(tp, rounds=rounds)  # in a process of its own, before this one starts JAX
-    workload = Workload(1, context, prompt_len or min(context, 1024), "float32")
-    llm = load(name, Sharding(tp=tp, dtype="float32", max_model_len=bench.longest(workload)))
+    workload = Workload(1, context, prompt_len or min(context, LONGEST_DEFAULT_PROMPT), "float32")
+    llm = load(name, Sharding(tp=tp, dtype="float32", max_model_len=longest(workload)))
     plan = make_plan(Counts(name, llm.config), hardware, tp, tp, workload)
-    show_report(bench.run(llm.runner, plan, rounds), as_json=as_json)
+    show_report(measure_steps(llm.runner, plan, rounds), as_json=as_json)

@@ -12,6 +12,7 @@ from tpjax.cli.console import show_report
 from tpjax.cli.loading import ensure
 from tpjax.cli.options import MODEL_HELP, Json, ModelOption, Plot, Sharding, option, takes, whole
 from tpjax.errors import RequestError
+from tpjax.planning.workload import DEFAULT_CONTEXT
 
 EXAMPLES = """
   tpjax explain smollm2-135m --tp 4
@@ -51,7 +52,7 @@ def run(
             parser=whole("tokens"),
             metavar="N",
         ),
-    ] = 2048,
+    ] = DEFAULT_CONTEXT,
     as_json: Json = False,
     plot: Plot = None,
     *,

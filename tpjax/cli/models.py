@@ -46,28 +46,22 @@ def _cached_repositories() -> list[str]:
 
 
 def _tables(facts: dict[str, Any]) -> Any:
-    from rich import box
     from rich.console import Group
-    from rich.table import Table
 
-    def table(title: str, *names: str) -> Table:
-        made = Table(
-            title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
-        )
-        for name in names:
-            made.add_column(name)
-        return made
+    from tpjax.planning.plain_table import plain_table
 
-    aliases = table("aliases: fetched with pip, no account is needed", "name", "cached")
+    aliases = plain_table("aliases: fetched with pip, no account is needed", "name", "cached")
     for name, alias in facts["aliases"].items():
         aliases.add_row(name, "yes" if alias["cached"] else "no")
-    cached = table("cached from Hugging Face", "id")
+    cached = plain_table("cached from Hugging Face", "id")
     for name in facts["cached"]:
         cached.add_row(name)
-    published = table("published: plan and explain need no files", "name", "Hugging Face id, for the weights")
+    published = plain_table(
+        "published: plan and explain need no files", "name", "Hugging Face id, for the weights"
+    )
     for name, identity in facts["published"].items():
         published.add_row(name, identity)
-    families = table("families: any checkpoint of these", "model_type", "for example")
+    families = plain_table("families: any checkpoint of these", "model_type", "for example")
     for model_type, examples in facts["families"].items():
         families.add_row(model_type, examples)
     return Group(aliases, *([cached] if facts["cached"] else []), published, families)

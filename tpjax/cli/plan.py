@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -11,6 +11,13 @@ from tpjax.cli.console import show_report
 from tpjax.cli.loading import chosen_model
 from tpjax.cli.options import Json, ModelOption, Plot, Rounds, option, whole
 from tpjax.errors import RequestError
+from tpjax.planning.workload import (
+    DEFAULT_CONTEXT,
+    LONGEST_DEFAULT_PROMPT,
+    CacheDtype,
+    WeightDtype,
+    Workload,
+)
 
 EXAMPLES = """
   tpjax plan llama-3-8b --hardware h100-sxm:8
@@ -19,9 +26,6 @@ EXAMPLES = """
   tpjax plan ./my-model/config.json --hardware mine:4 --hardware-file chips.toml
   tpjax plan smollm2-135m --measure --tp 2
 """
-_LONGEST_PROMPT = 1024  # tokens, where --prompt-len does not say
-
-WeightDtype = Literal["bf16", "int8", "fp8", "float32"]
 
 
 def run(
@@ -56,19 +60,19 @@ def run(
     ] = 1,
     context: Annotated[
         int, option("--context", help="Tokens in the cache.", parser=whole("tokens"), metavar="C")
-    ] = 2048,
+    ] = DEFAULT_CONTEXT,
     prompt_len: Annotated[
         int | None,
         option(
             "--prompt-len",
-            help="Tokens of a prompt (the context, at most 1024).",
+            help=f"Tokens of a prompt (the context, at most {LONGEST_DEFAULT_PROMPT}).",
             parser=whole("tokens"),
             metavar="P",
         ),
     ] = None,
     dtype: Annotated[WeightDtype | None, option("--dtype", help="Of the weights (bf16).")] = None,
     cache_dtype: Annotated[
-        Literal["auto", "bf16", "int8", "fp8", "float32"],
+        CacheDtype,
         option("--cache-dtype", help="Of keys and values; auto: as the weights."),
     ] = "auto",
     rounds: Rounds = None,
@@ -78,7 +82,7 @@ def run(
     """Say what a model will cost before it runs: memory, time, tokens/s, the best tp."""
     from tpjax.hardware import parse_hardware
     from tpjax.planning.counts import Counts
-    from tpjax.planning.plan import Workload, divisors, does_not_fit, make_plan, recommend
+    from tpjax.planning.plan import does_not_fit, make_plan, make_plans, recommend
     from tpjax.planning.plots import check_plot
     from tpjax.planning.published import find_config
     from tpjax.planning.report import PlanReport, plot_frontier
@@ -89,7 +93,7 @@ def run(
     if measure == (hardware is not None):
         raise RequestError("give either --hardware NAME:CHIPS or --measure")
     counts = Counts(*find_config(chosen_model(model, model_option)))
-    prompt = prompt_len or min(context, _LONGEST_PROMPT)
+    prompt = prompt_len or min(context, LONGEST_DEFAULT_PROMPT)
     workload = Workload(batch, context, prompt, dtype or ("float32" if measure else "bf16"), cache_dtype)
     comparison = None
     if hardware is None:
@@ -101,7 +105,10 @@ def run(
         ]
     else:
         chip, chips = parse_hardware(hardware, hardware_file)
-        plans = [make_plan(counts, chip, chips, n, workload) for n in ([tp] if tp else divisors(chips))]
+        if tp:
+            plans = [make_plan(counts, chip, chips, tp, workload)]
+        else:
+            plans = make_plans(counts, chip, chips, workload)
     if tp is None:
         best, reason = recommend(plans)
         if hardware is not None:

@@ -192,7 +192,7 @@ async def run(
     Raises:
         RequestError: the server cannot be reached, or has no such model.
     """
-    async with _client(profile) as client:
+    async with open_client(profile) as client:
         try:
             card = await _model(client, profile.model)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError) as error:
@@ -284,7 +284,7 @@ async def _model(client: httpx.AsyncClient, name: str | None) -> dict[str, Any]:
     return found[0]
 
 
-def _client(profile: LoadProfile) -> httpx.AsyncClient:
+def open_client(profile: LoadProfile) -> httpx.AsyncClient:
     """One connection per request in flight, and no time limit: waiting is what is measured."""
     headers = {"Authorization": f"Bearer {profile.api_key}"} if profile.api_key else {}
     base_url = profile.base_url.rstrip("/").removesuffix("/v1")

@@ -20,8 +20,9 @@ from tpjax.inspect.collectives import Collective
 from tpjax.inspect.hlo import Executed, Module
 from tpjax.inspect.topology import Topology
 from tpjax.interconnect import Interconnect
+from tpjax.planning.cost_model import Cost, CostModel
 from tpjax.planning.counts import Counts
-from tpjax.planning.plan import Cost, CostModel, Workload
+from tpjax.planning.workload import Workload
 
 # Multiply-adds a chip does in a cycle: its matrix units, 128 or 256 square (How to Scale Your Model, chapter
 # 2, and Google Cloud's pages). Half the peak rate over these is the clock: 1.50 GHz of a v5e, 1.75 of a v6e.
@@ -133,8 +134,8 @@ def estimate(
     def ideal(rate: float) -> Cost:
         perfect = replace(chip, bandwidth_bytes_s=rate, flops=chip.flops / share, efficiency=_IDEAL)
         kind = Workload(dtype="float32" if dtype == "float32" else "bf16")
-        cut: ExpertAxis = config.moe.sharded_axis(tp) if config.moe else "width"
-        model = CostModel(Counts("", config), perfect, tp, kind, cut)
+        expert_axis: ExpertAxis = config.moe.sharded_axis(tp) if config.moe else "width"
+        model = CostModel(Counts("", config), perfect, tp, kind, expert_axis)
         return model.decode(batch, context) if length == 1 else model.prefill(length)
 
     best = ideal(bandwidth)

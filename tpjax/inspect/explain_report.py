@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tpjax.inspect.collectives import Collective
-from tpjax.inspect.tables import as_html, collective_table, plain_table
+from tpjax.inspect.tables import as_html, collective_table
+from tpjax.planning.plain_table import plain_table
 from tpjax.runtime.memory import human_bytes
 from tpjax.sharding import Content
 

@@ -24,16 +24,17 @@ from tpjax.inspect.budget import collective_budget
 from tpjax.inspect.collectives import Collective, find_collectives, summarise
 from tpjax.inspect.estimate import Estimate, estimate
 from tpjax.inspect.hlo import Array, Instruction, Module, tpu_array
-from tpjax.inspect.tables import as_html, collective_table, plain_table
+from tpjax.inspect.tables import as_html, collective_table
 from tpjax.inspect.topology import Topology
 from tpjax.old_spellings import accepts_old_spellings
+from tpjax.planning.plain_table import plain_table
 from tpjax.planning.published import is_published, published_config
+from tpjax.planning.workload import DEFAULT_CONTEXT
 from tpjax.runtime.memory import Memory, human_bytes, plan_limits
 from tpjax.runtime.runner import Limits, Runner, resolve_dtype
 from tpjax.sharding import SEQUENCE_PARALLEL
 
 _ALIAS = re.compile(r"\{\d*\}: \((\d+), \{\}")
-_CONTEXT = 2048  # tokens, where nothing says how many
 _COPIES = ("copy", "copy-start", "transpose")
 # hand buffers on, or begin what is counted at its end
 _NO_WRITES = ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call")
@@ -172,7 +173,7 @@ def explain_topology(
     dtype: str = "auto",
     max_model_len: int | None = None,
     expert_parallel: ExpertParallel = "auto",
-    context: int = _CONTEXT,
+    context: int = DEFAULT_CONTEXT,
 ) -> TopologyReport:
     """Compiles a model's decode and prefill steps for chips that are not here, from shapes alone.
 
@@ -248,7 +249,7 @@ def abstract_runner(
     try:
         sizes = limits(memory, max_model_len)
     except ConfigError:  # what else is wrong with the sizes is raised again
-        sizes = limits(None, max_model_len or min(config.longest_context, _CONTEXT))
+        sizes = limits(None, max_model_len or min(config.longest_context, DEFAULT_CONTEXT))
     return Runner(decoder, mesh, sizes, kind, sequence_parallel)
 
 

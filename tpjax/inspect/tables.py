@@ -1,4 +1,4 @@
-"""What the reports of ``inspect/`` are shown with."""
+"""Tables and HTML of the reports of ``inspect/``."""
 
 from __future__ import annotations
 
@@ -9,24 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from tpjax.inspect.budget import KINDS, measured
 from tpjax.inspect.collectives import Collective
+from tpjax.planning.plain_table import plain_table
 from tpjax.runtime.memory import human_bytes
-
-
-def plain_table(title: str, *names: str, numbers: Sequence[str] = ()) -> Table:
-    """An empty table: ``names`` head columns of text, ``numbers`` columns that are aligned to the right."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in names:
-        table.add_column(name, overflow="fold")
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
 
 
 def as_html(report: RenderableType) -> str:

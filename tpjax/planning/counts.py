@@ -1,6 +1,6 @@
-"""How many elements of a model one device holds, and what attention computes, by ``ModelConfig``.
+"""Counts the elements of a model that one device holds, and the FLOPs of its attention.
 
-Weights are read off the abstract decoder: the layers' own declarations say what is sharded, replicated and
+Weights are read off the abstract decoder: the declarations in its layers say what is sharded, replicated and
 padded at any tp. It is built with one layer of each kind, since equal layers hold equal amounts.
 """
 
@@ -25,16 +25,16 @@ from tpjax.sharding import PAGES, HeadPlan, StackedLayout
 
 @dataclass(frozen=True)
 class Elements:
-    """Elements that one device holds, all layers together.
+    """Weight elements on one device, all layers together.
 
     Attributes:
-        attention: matrices of attention.
-        mlp: matrices of the MLPs that every token goes through, a mixture's shared expert included.
-        routers: matrices that score experts, replicated.
+        attention: attention matrices.
+        mlp: matrices of the MLPs that every token goes through, shared experts included.
+        routers: router matrices, which are replicated.
         experts: matrices of the routed experts.
-        vectors: norms, biases and whatever else is no matrix.
+        vectors: norms, biases and everything else that is not a matrix.
         embedding: the token embedding.
-        head: the vocabulary projection; 0 where the embedding is tied to it.
+        head: the vocabulary projection; 0 if it is tied to the embedding.
     """
 
     attention: int = 0
@@ -47,22 +47,22 @@ class Elements:
 
     @property
     def layer_matrices(self) -> int:
-        """All matrices of the decoder layers."""
+        """Elements of all matrices in the decoder layers."""
         return self.attention + self.mlp + self.routers + self.experts
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Elements of all weights."""
         return self.layer_matrices + self.vectors + self.embedding + self.head
 
 
 @dataclass(frozen=True)
 class Counts:
-    """A named architecture, counted.
+    """Element and FLOP counts of a model.
 
     Attributes:
-        name: of the model.
-        config: the architecture.
+        name: name of the model in reports.
+        config: its architecture.
     """
 
     name: str
@@ -70,46 +70,39 @@ class Counts:
 
     @property
     def parameters(self) -> int:
-        """Elements of all weights."""
+        """Number of weight elements, without padding or copies."""
         return self.on_device(1).total
 
     @property
-    def active_parameters(self) -> int:
-        """Elements of the matrices that one token is multiplied by."""
-        held, moe = self.on_device(1), self.config.moe
-        routed = held.experts * moe.experts_per_token // moe.num_experts if moe else 0
-        return held.attention + held.mlp + held.routers + routed + (held.head or held.embedding)
-
-    @property
     def expert_layers(self) -> int:
-        """Layers with a mixture of experts."""
+        """Number of layers with a mixture of experts."""
         return sum(self.config.sparse_layers)
 
     @property
     def window_layers(self) -> int:
-        """Layers whose attention sees a sliding window."""
+        """Number of layers with sliding-window attention."""
         sliding = self.config.layer_types.count("sliding_attention")
         return sliding if self.config.sliding_window else 0
 
-    def on_device(self, tp: int, cut: ExpertAxis = "width") -> Elements:
-        """What one of ``tp`` devices holds.
+    def on_device(self, tp: int, expert_axis: ExpertAxis = "width") -> Elements:
+        """Counts the weight elements on one of ``tp`` devices.
 
         Args:
-            tp: devices.
-            cut: whether each expert's width is sharded, or whole experts are.
+            tp: number of devices.
+            expert_axis: the sharded axis of routed experts: the width of each, or the experts themselves.
         """
         config = self.config
         if config.moe is not None:
-            config = config.with_expert_parallel("on" if cut == "experts" else "off")
+            config = config.with_expert_parallel("on" if expert_axis == "experts" else "off")
         return _elements(config, tp)
 
     def cache_elements(self, tp: int) -> int:
-        """Cache elements of one token in one layer on one device. A latent cache is replicated."""
+        """Counts the cache elements of one token in one layer on one device. A latent cache is replicated."""
         layout = cache_layout(self.config, tp, 1, 1)
         return layout.count * math.prod(layout.shape) // (tp if layout.spec == PAGES else 1)
 
     def attention_flops(self, tp: int) -> int:
-        """FLOPs of one query of one layer with one key and its value on one device, all its heads."""
+        """Counts the FLOPs of one query position with one key and value: one layer, all heads of a device."""
         config = self.config
         if config.latent is not None:  # scores and weighted sums in the latent space
             dims = 2 * config.latent.kv_lora_rank + config.rotated_dim
@@ -133,7 +126,7 @@ def _elements(config: ModelConfig, tp: int) -> Elements:
 
 
 def _layers_of(config: ModelConfig, kinds: tuple[bool, ...]) -> ModelConfig:
-    """The same architecture with one layer of each kind: with experts, or without."""
+    """Returns the architecture with one layer of each kind: with experts, and without."""
     chosen = [config.sparse_layers.index(kind) for kind in kinds]
     return replace(
         config,
@@ -145,7 +138,7 @@ def _layers_of(config: ModelConfig, kinds: tuple[bool, ...]) -> ModelConfig:
 
 
 def _declared(model: Decoder, mesh: AbstractMesh) -> Iterator[tuple[tuple[Any, ...], int, bool]]:
-    """Path of each parameter, its elements on one device, and whether it is a matrix."""
+    """Yields the path of each parameter, its elements on one device, and whether it is a matrix."""
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         layout, spec = variable.get_metadata("layout"), PartitionSpec(*variable.get_metadata("out_sharding"))
         one = layout.one if isinstance(layout, StackedLayout) else layout
@@ -154,7 +147,7 @@ def _declared(model: Decoder, mesh: AbstractMesh) -> Iterator[tuple[tuple[Any, .
 
 
 def _part(path: tuple[Any, ...]) -> str:
-    """The field of :class:`Elements` that a matrix counts to."""
+    """Returns the field of :class:`Elements` that a matrix is counted in."""
     if path[0] != "layers":
         return "head" if path[0] == "lm_head" else "embedding"
     if path[2] == "self_attn":

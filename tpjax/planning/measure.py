@@ -1,9 +1,9 @@
-"""Measures the machine at hand, so that ``plan`` can predict it.
+"""Measures this machine, so that ``plan`` can predict a model on it.
 
-A process of its own per tp: how fast a CPU multiplies depends on how many devices it fakes. Measured are the
-bandwidth of reading weights, the rate of large products, the time of a dispatch, all-reduces by size over the
-mesh, and what a decoder layer costs beyond these, from small decoders of two depths. Nothing is fitted to the
-model that is predicted.
+Each tp is measured in a process of its own: how fast a CPU multiplies depends on how many devices it fakes.
+Measured are the bandwidth of reading weights, the rate of large products, the time of a dispatch, all-reduces
+by size over the mesh, and what a decoder layer costs beyond these, from small decoders of two depths. Nothing
+is fitted to the model that is predicted.
 
     python -m tpjax.planning.measure 2      # prints the figures at tp=2 as JSON
     python -m tpjax.planning.measure 2 3    # the same, each the best of three rounds
@@ -12,13 +12,12 @@ model that is predicted.
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,17 @@ from tpjax.checkpoints.hub import cache_dir
 from tpjax.errors import DeviceError
 from tpjax.hardware import Efficiency, Hardware
 from tpjax.interconnect import Measured
+from tpjax.planning.timing import seconds, take_turns
 
-_VERSION = 4  # of what is measured; raise it when that changes
+_VERSION = 4  # raise it when what is measured changes
 _MESSAGES = (1 << 10, 1 << 13, 1 << 16, 1 << 19, 1 << 22)  # bytes
-_PAIRS, _WIDTH, _INNER = 8, 1024, 4096  # products of 256 MB of weights: more than any cache holds
+_PAIRS, _WIDTH, _INNER = 8, 1024, 4096  # 256 MB of weights: more than any CPU cache
 _DEPTHS = (3, 8)
 _PROMPT = 256
 _ROUNDS = 15
 _CHAIN = 32  # all-reduces timed together
 _STEPS = 16  # decode steps timed together
-# A layer with 12 MB of weights: its products are cut over the cores as a model's are.
+# A layer with 12 MB of weights: large enough that its products use all cores, as those of a model do.
 _LAYER = {
     "model_type": "llama",
     "num_hidden_layers": 1,
@@ -51,15 +51,15 @@ _LAYER = {
 
 
 def measured_hardware(tp: int, *, fresh: bool = False, rounds: int | None = None) -> Hardware:
-    """This machine as ``plan`` sees it, at that tp. Measures what the cache folder does not have yet.
+    """Returns this machine as a chip that ``plan`` can predict, measured unless the cache folder has it.
 
     Args:
-        tp: devices; faked where the only one is a CPU.
-        fresh: measure in any case.
-        rounds: as :func:`best_s` takes it; figures of fewer than it takes by itself are not kept.
+        tp: number of devices, faked if the only one is a CPU.
+        fresh: measure even if the cache folder has figures.
+        rounds: passed to :func:`best_s`; figures of fewer rounds than its default are not cached.
 
     Raises:
-        DeviceError: there are not so many devices, or the measurement failed.
+        DeviceError: there are fewer devices, or the measurement failed.
     """
     file, key = cache_dir() / "measured.json", _key(tp)
     known = _read(file)
@@ -76,7 +76,7 @@ def measured_hardware(tp: int, *, fresh: bool = False, rounds: int | None = None
 
 
 def hardware_from(figures: dict[str, Any]) -> Hardware:
-    """Figures of :func:`measure` as a chip: what was measured is what is reached, so that fractions are 1."""
+    """Converts figures of :func:`measure` to a chip. Measured rates are achieved rates: fractions are 1."""
     efficiency = Efficiency(
         weights=1.0,
         low_precision_weights=1.0,
@@ -102,11 +102,11 @@ def hardware_from(figures: dict[str, Any]) -> Hardware:
 
 
 def measure(tp: int, rounds: int | None = None) -> dict[str, Any]:
-    """Figures of the machine at that tp, for :func:`hardware_from`.
+    """Measures the machine at one tp, for :func:`hardware_from`.
 
     Args:
-        tp: devices; JAX must not have started with fewer.
-        rounds: as :func:`best_s` takes it; fewer are quicker, and noisier.
+        tp: number of devices; JAX must not have started with fewer.
+        rounds: passed to :func:`best_s`.
     """
     from tpjax.mesh import ensure_devices, make_mesh
 
@@ -114,7 +114,7 @@ def measure(tp: int, rounds: int | None = None) -> dict[str, Any]:
     mesh = make_mesh(tp)
     device = mesh.devices.flat[0]
     shared = device.platform == "cpu"
-    seconds = best_s(
+    timings = best_s(
         {
             **{f"reduce {size}": _all_reduces(mesh, size) for size in _MESSAGES if tp > 1},
             **{f"multiply {rows}": _products(mesh, rows) for rows in (1, _PROMPT)},
@@ -127,29 +127,29 @@ def measure(tp: int, rounds: int | None = None) -> dict[str, Any]:
         "device": device.device_kind,
         "shared": shared,
         "memory_bytes": _memory_bytes(device) / (tp if shared else 1),
-        **fit(seconds, tp, machine=1 if shared else tp),
+        **fit(timings, tp, machine=1 if shared else tp),
     }
 
 
-def fit(seconds: Mapping[str, float], tp: int, machine: int) -> dict[str, Any]:
-    """Figures from times.
+def fit(timings: Mapping[str, float], tp: int, machine: int) -> dict[str, Any]:
+    """Computes the figures of a machine from timings.
 
     Args:
-        seconds: of each of :func:`measure`'s calls.
-        tp: devices.
-        machine: devices that bandwidth and rate are shared out to: faked ones are one machine.
+        timings: seconds of each call that :func:`measure` times.
+        tp: number of devices.
+        machine: number of devices that share bandwidth and rate; faked ones count as 1.
     """
-    reduces = [(float(size), seconds[f"reduce {size}"] / _CHAIN) for size in _MESSAGES if tp > 1]
+    reduces = [(float(size), timings[f"reduce {size}"] / _CHAIN) for size in _MESSAGES if tp > 1]
     links = Measured(tuple(reduces))
 
     def product_s(rows: int) -> float:
-        """One product, without its share of the all-reduces."""
-        pair = seconds[f"multiply {rows}"] / _PAIRS
+        """Returns the seconds of one product, without the all-reduces."""
+        pair = timings[f"multiply {rows}"] / _PAIRS
         return max(0.1 * pair, pair - links.all_reduce_s(tp, 4.0 * rows * _WIDTH)) / 2
 
     def per_layer(what: str) -> tuple[float, float]:
-        """Seconds a layer, and what is left at no layers, from two depths."""
-        shallow, deep = (seconds[f"{what} {depth}"] for depth in _DEPTHS)
+        """Returns the seconds of a layer, and those of a model without layers, from two depths."""
+        shallow, deep = (timings[f"{what} {depth}"] for depth in _DEPTHS)
         layer = (deep - shallow) / (_DEPTHS[1] - _DEPTHS[0])
         return layer, shallow - _DEPTHS[0] * layer
 
@@ -161,7 +161,7 @@ def fit(seconds: Mapping[str, float], tp: int, machine: int) -> dict[str, Any]:
 
     layer = config_from_hf(_LAYER)
     elements = tp * Counts("layer", layer).on_device(tp).layer_matrices
-    # what is left of a layer's time once its weights are read, or its products computed, and summed
+    # time of a layer beyond reading its weights, or computing its products, and its all-reduces
     step = steps / _STEPS - elements * element_s - 2 * links.all_reduce_s(tp, 4.0 * layer.hidden_size)
     prompt -= 2 * _PROMPT * elements / flops + 2 * links.all_reduce_s(tp, 4.0 * _PROMPT * layer.hidden_size)
     return {
@@ -175,29 +175,23 @@ def fit(seconds: Mapping[str, float], tp: int, machine: int) -> dict[str, Any]:
 
 
 def best_s(calls: Mapping[str, Callable[[], Any]], rounds: int | None = None) -> dict[str, float]:
-    """Seconds of each call, the best of several rounds: other processes only ever add to it.
-
-    The calls take turns, so that each is tried over the whole time; what they return is waited for.
+    """Times each call and returns the best of several rounds, in seconds: other processes only slow it down.
 
     Args:
-        calls: by name.
-        rounds: ``None``: as many as figures that are kept need.
+        calls: functions that return what has to be ready when the clock stops, by name.
+        rounds: number of rounds; fewer are quicker and noisier. ``None``: 15, what cached figures need.
     """
     import jax
 
-    for call in calls.values():
-        jax.block_until_ready(call())  # compiles
-    best = dict.fromkeys(calls, math.inf)
-    for _ in range(rounds or _ROUNDS):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
+    def turn(call: Callable[[], Any]) -> float:
+        return seconds(lambda: jax.block_until_ready(call()))
+
+    figures = take_turns({name: partial(turn, call) for name, call in calls.items()}, rounds or _ROUNDS)
+    return {name: min(values) for name, values in figures.items()}
 
 
 def _products(mesh: Any, rows: int) -> Callable[[], Any]:
-    """Products in pairs like a model's: column-cut, then row-cut, then an all-reduce."""
+    """Returns a call of products in pairs: column-parallel, then row-parallel, then an all-reduce."""
     import jax
     import numpy as np
     from jax.sharding import NamedSharding
@@ -222,7 +216,7 @@ def _products(mesh: Any, rows: int) -> Callable[[], Any]:
 
 
 def _all_reduces(mesh: Any, message_bytes: int) -> Callable[[], Any]:
-    """A chain of all-reduces in one program."""
+    """Returns a call of one program with a chain of all-reduces."""
     import jax
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
@@ -234,27 +228,27 @@ def _all_reduces(mesh: Any, message_bytes: int) -> Callable[[], Any]:
             x = jax.lax.psum(x * 0.5, AXIS)
         return x
 
-    whole = PartitionSpec()
-    program = jax.jit(jax.shard_map(summed, mesh=mesh, in_specs=whole, out_specs=whole))
-    x = jax.device_put(np.ones(message_bytes // 4, np.float32), NamedSharding(mesh, whole))
+    replicated = PartitionSpec()
+    program = jax.jit(jax.shard_map(summed, mesh=mesh, in_specs=replicated, out_specs=replicated))
+    x = jax.device_put(np.ones(message_bytes // 4, np.float32), NamedSharding(mesh, replicated))
     return lambda: program(x)
 
 
 def _decode(mesh: Any, depth: int) -> Callable[[], Any]:
-    """Steps of a decoder of that many small layers."""
+    """Returns a call that runs decode steps of a decoder with ``depth`` small layers."""
     runner = _zeros_runner(mesh, depth)
     at_once = runner.limits.steps
 
     def steps() -> Any:
         for _ in range(0, _STEPS, at_once):
-            drawn = runner.decode([_row(100, at_once)], at_once)
-        return drawn
+            sampled = runner.decode([_row(100, at_once)], at_once)
+        return sampled
 
     return steps
 
 
 def _prefill(mesh: Any, depth: int) -> Callable[[], Any]:
-    """A prompt of a decoder of that many small layers."""
+    """Returns a call that prefills a prompt in a decoder with ``depth`` small layers."""
     runner = _zeros_runner(mesh, depth)
     return lambda: runner.prefill(_row(0, 1), [0] * _PROMPT)
 
@@ -267,7 +261,7 @@ def _row(position: int, remaining: int) -> Any:
 
 
 def _zeros_runner(mesh: Any, depth: int) -> Any:
-    """A runner of a Llama of zeros."""
+    """Makes a runner of a small Llama whose weights are zeros."""
     import jax
     import jax.numpy as jnp
     import numpy as np

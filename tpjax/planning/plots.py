@@ -1,4 +1,4 @@
-"""Pictures: the checks before the work, and writing them."""
+"""Checks that a picture can be drawn before any work is done, and writes it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def check_plot(path: Path) -> None:
-    """Sees to it, before any work, that a picture can be drawn and written.
+    """Checks that a picture can be drawn and written.
 
     Raises:
-        ConfigError: the file's ending is not a picture's, it cannot be written, or matplotlib is not
-            installed.
+        ConfigError: the file's suffix is not supported, it cannot be written, or matplotlib is not installed.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"--plot {path}: use a name that ends in {', '.join(SUFFIXES)}")
@@ -36,7 +35,7 @@ def check_plot(path: Path) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a picture in the format its name ends in.
+    """Writes a picture in the format of the file's suffix.
 
     Raises:
         ConfigError: it cannot be written.

@@ -1,8 +1,8 @@
-"""Published models: the ``config.json`` each came with.
+"""Published models, each by the ``config.json`` it was published with.
 
-``published.json`` keeps, by the name used on the command line, the Hugging Face id and the fields of that
-``config.json`` that describe the architecture; of a multimodal model, those of its text half. The built-in
-aliases are among them, so that planning fetches nothing.
+``published.json`` maps the name used on the command line to the Hugging Face id and the fields of that
+``config.json`` that describe the architecture (of a multimodal model, its text half). The built-in aliases
+are among them, so that planning downloads nothing.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def _published() -> dict[str, dict[str, Any]]:
 
 
 def published_names() -> tuple[str, ...]:
-    """Names of the published models."""
+    """Returns the names of the published models."""
     return tuple(_published())
 
 
 def hub_id(name: str) -> str:
-    """The Hugging Face id of a published model."""
+    """Returns the Hugging Face id of a published model."""
     return str(_published()[name]["id"])
 
 
@@ -46,7 +46,7 @@ def is_published(name: str) -> bool:
 
 @cache
 def published_config(name: str) -> ModelConfig:
-    """The architecture of a published model.
+    """Returns the architecture of a published model.
 
     Args:
         name: one of :func:`published_names`.
@@ -55,14 +55,14 @@ def published_config(name: str) -> ModelConfig:
 
 
 def find_config(model: str) -> tuple[str, ModelConfig]:
-    """The name and the architecture of a published model, a checkpoint or configuration here, or a hub id.
+    """Returns name and architecture of a published model, a local checkpoint or config.json, or a hub id.
 
-    Of a Hugging Face id no more is fetched than its ``config.json``.
+    From Hugging Face, only ``config.json`` is downloaded.
 
     Raises:
-        CheckpointError: it is none of these, or not a checkpoint.
-        DownloadError: the id's configuration cannot be fetched.
-        ConfigError: its architecture is not supported.
+        CheckpointError: ``model`` is none of these, or not a checkpoint.
+        DownloadError: the configuration cannot be downloaded.
+        ConfigError: the architecture is not supported.
     """
     if model in _published():
         return model, published_config(model)

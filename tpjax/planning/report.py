@@ -1,4 +1,4 @@
-"""Plans for a reader: tables in a terminal, and a picture of throughput against latency."""
+"""Renders plans: tables in a terminal, and a picture of throughput against latency."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tpjax.planning.plan import Cost, Plan, frontier
+from tpjax.planning.cost_model import Cost
+from tpjax.planning.plain_table import plain_table
+from tpjax.planning.plan import Plan, frontier
 from tpjax.planning.plots import save
 from tpjax.planning.strategies import Comparison
 
 
 @dataclass(frozen=True)
 class PlanReport:
-    """Every plan for a model, chips and workload.
+    """All plans for a model, chips and workload.
 
     Attributes:
-        plans: one per tp.
-        best: the recommended one.
-        reason: why.
-        comparison: the other ways to use the chips; ``None`` where only one tp was asked about.
+        plans: one plan for each tp.
+        best: the recommended plan.
+        reason: why it is recommended.
+        comparison: other strategies for the chips; ``None`` if a single tp was asked for.
     """
 
     plans: Sequence[Plan]
@@ -34,7 +35,7 @@ class PlanReport:
     comparison: Comparison | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The recommended plan's figures, with the others' beside them where there are others."""
+        """Returns the figures of the recommended plan and, if there are others, of those too."""
         data = self.best.to_dict()
         if self.comparison is not None:
             data["recommended"] = {"tp": self.best.tp, "reason": self.reason}
@@ -68,9 +69,8 @@ class PlanReport:
         return Group(*parts)
 
     def _memory(self) -> Table:
-        table = _table("memory, GB a chip", "tp", "replicas", "weights", "cache", "work", "all")
-        for name in ("usable", "room: batch", "or context"):
-            table.add_column(name, justify="right")
+        held = ("tp", "replicas", "weights", "cache", "work", "all")
+        table = plain_table("memory, GB a chip", numbers=(*held, "usable", "room: batch", "or context"))
         for plan in self.plans:
             memory = plan.memory
             table.add_row(
@@ -86,7 +86,8 @@ class PlanReport:
 
     def _time(self, title: str, name: str) -> Table:
         parts = list(Cost().ms())
-        table = _table(title, "tp", *parts, "all", "bound")
+        table = plain_table(title, numbers=("tp", *parts, "all"))
+        table.add_column("bound")
         for plan in self.plans:
             cost: Cost = getattr(plan, name)
             table.add_row(
@@ -99,7 +100,8 @@ class PlanReport:
         return table
 
     def _speed(self) -> Table:
-        table = _table("tokens/s", "tp", "replicas", "a user", "a chip", "all", "full: a user", "a chip")
+        numbers = ("tp", "replicas", "a user", "a chip", "all", "full: a user", "a chip")
+        table = plain_table("tokens/s", numbers=numbers)
         for plan in self.plans:
             points = frontier(plan)
             table.add_row(
@@ -115,9 +117,8 @@ class PlanReport:
 
     def _strategies(self) -> Table:
         assert self.comparison
-        table = _table(
-            "other ways to use the chips", "layout", "tokens/s", "ms a step", "ms a prompt", "GB a chip"
-        )
+        numbers = ("tokens/s", "ms a step", "ms a prompt", "GB a chip")
+        table = plain_table("other ways to use the chips", "layout", numbers=numbers)
         for one in self.comparison.strategies:
             table.add_row(
                 one.layout,
@@ -131,7 +132,7 @@ class PlanReport:
 
 
 def plot_frontier(plans: Sequence[Plan], path: Path) -> None:
-    """Draws tokens/s a chip over tokens/s a user, a line per tp with a mark per batch."""
+    """Draws tokens/s a chip over tokens/s a user: a line for each tp, a mark for each batch."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 5), layout="constrained")
@@ -157,10 +158,3 @@ def plot_frontier(plans: Sequence[Plan], path: Path) -> None:
     axes.grid(which="both", alpha=0.3)
     axes.legend()
     save(figure, path)
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("layout", "bound") else "right")
-    return table

@@ -1,6 +1,6 @@
-"""Tensor parallelism against its neighbours: replicas, pipeline stages, expert parallelism.
+"""Compares tensor parallelism with replicas, pipeline stages and expert parallelism.
 
-All with the formulas of ``plan.py``, for the same model, chips and workload ("How to Scale Your Model",
+All use the formulas of ``cost_model``, for the same model, chips and workload ("How to Scale Your Model",
 chapters 7 and 8; Pope et al. 2022, section 3).
 """
 
@@ -13,8 +13,10 @@ from typing import Any
 
 from tpjax.errors import ConfigError
 from tpjax.hardware import Hardware
+from tpjax.planning.cost_model import Cost, CostModel
 from tpjax.planning.counts import Counts
-from tpjax.planning.plan import Cost, CostModel, Workload, divisors, make_plan
+from tpjax.planning.plan import divisors, make_plans
+from tpjax.planning.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,12 @@ class Strategy:
 
     Attributes:
         kind: ``tensor``, ``replicas``, ``tensor and replicas``, ``pipeline`` or ``expert``.
-        layout: in words.
-        step_ms: between two tokens of a sequence.
-        tokens_per_s: of all sequences together.
-        prefill_ms: one prompt.
-        bytes_per_chip: of the fullest chip.
-        fits: in its usable memory.
+        layout: description of the layout.
+        step_ms: milliseconds between two tokens of a sequence.
+        tokens_per_s: tokens a second, all sequences together.
+        prefill_ms: milliseconds to prefill one prompt.
+        bytes_per_chip: memory of the fullest chip.
+        fits: whether that is within its usable memory.
     """
 
     kind: str
@@ -42,26 +44,26 @@ class Strategy:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The strategies, fastest first, those that do not fit last.
+    """The best layout of each kind.
 
     Attributes:
-        strategies: the best layout of each kind.
-        verdict: which is best, and by how much.
+        strategies: fastest first; those that do not fit come last.
+        verdict: a sentence that says which is best, and by how much.
     """
 
     strategies: list[Strategy]
     verdict: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Returns plain data, ready for JSON."""
         return asdict(self)
 
 
 def compare(counts: Counts, hardware: Hardware, chips: int, workload: Workload) -> Comparison:
-    """The best layout of each kind for this workload, and which kind wins.
+    """Finds the best layout of each kind for a workload, and ranks the kinds.
 
     Raises:
-        ConfigError: none fits.
+        ConfigError: no layout fits.
     """
     every = [
         *_tensor_and_replicas(counts, hardware, chips, workload),
@@ -99,8 +101,8 @@ def _verdict(ranked: list[Strategy], workload: Workload) -> str:
 def _tensor_and_replicas(
     counts: Counts, hardware: Hardware, chips: int, workload: Workload
 ) -> Iterator[Strategy]:
-    for tp in divisors(chips):
-        plan = make_plan(counts, hardware, chips, tp, workload)
+    for plan in make_plans(counts, hardware, chips, workload):
+        tp = plan.tp
         kind = "tensor" if tp == chips else "replicas" if tp == 1 else "tensor and replicas"
         layout = f"tp={tp}" if tp == chips else f"{plan.replicas} replicas" + (f" of tp={tp}" * (tp > 1))
         yield Strategy(
@@ -115,23 +117,23 @@ def _tensor_and_replicas(
 
 
 def _pipelines(counts: Counts, hardware: Hardware, chips: int, workload: Workload) -> Iterator[Strategy]:
-    """Stages of consecutive layers, each sharded over tp chips.
+    """Computes pipelines of stages of consecutive layers, each stage sharded over tp chips.
 
-    A token passes all stages before the next one of its sequence starts, so that the batch is split into as
-    many parts as there are stages, and a step lasts as many times the slowest stage, which also draws.
+    A token passes all stages before the next token of its sequence starts. The batch is therefore split into
+    one part per stage, and a step takes the slowest stage, which also samples, once per stage.
     """
     layers = counts.config.num_layers
     for stages in divisors(chips):
         tp = chips // stages
         if stages == 1 or stages > layers:
             continue
-        depth = math.ceil(layers / stages) / layers
+        depth = math.ceil(layers / stages) / layers  # of the deepest stage, as a fraction of all layers
         model = CostModel(counts, hardware, tp, workload)
         part = math.ceil(workload.batch / stages)
 
         def through(blocks: Cost, rest: Cost, tokens: int, rounds: int, depth: float = depth) -> float:
-            handed = hardware.interconnect.transfer_s(2.0 * tokens * counts.config.hidden_size)
-            return rounds * ((blocks * depth + rest).total + handed)
+            transfer = hardware.interconnect.transfer_s(2.0 * tokens * counts.config.hidden_size)
+            return rounds * ((blocks * depth + rest).total + transfer)
 
         step = through(
             model.layers(part, part, workload.context), model.embedding_and_head(part), part, stages
@@ -142,8 +144,8 @@ def _pipelines(counts: Counts, hardware: Hardware, chips: int, workload: Workloa
         memory = model.memory(workload.batch, workload.context)
         # the first stage has the embedding, the last the projection
         embedding = model.held.embedding * workload.activation_bytes
-        both_ends = embedding + model.held.head * workload.weight_bytes
-        held = (memory.weights - both_ends + memory.cache) * depth + embedding + memory.workspace
+        outside = embedding + model.held.head * workload.weight_bytes
+        held = (memory.weights - outside + memory.cache) * depth + embedding + memory.workspace
         yield Strategy(
             "pipeline",
             f"{stages} pipeline stages" + (f" of tp={tp}" * (tp > 1)),
@@ -156,31 +158,34 @@ def _pipelines(counts: Counts, hardware: Hardware, chips: int, workload: Workloa
 
 
 def _experts(counts: Counts, hardware: Hardware, chips: int, workload: Workload) -> Iterator[Strategy]:
-    """Whole experts on each chip, and attention on whole sequences: two all-to-alls a layer of experts.
+    """Computes expert parallelism: sharded experts, replicated attention with its own sequences on each chip.
 
-    An all-to-all moves at most what an all-gather of the same tokens moves, half an all-reduce (the book,
-    chapter 3), and the experts' step waits for the chip with the most of them to read.
+    A layer with experts takes two all-to-alls. An all-to-all moves at most what an all-gather of the same
+    tokens moves, half an all-reduce (the book, chapter 3). The step waits for the chip with most chosen
+    experts.
     """
     moe = counts.config.moe
     if moe is None or chips == 1 or moe.num_experts % chips:
         return
-    whole, cut = (CostModel(counts, hardware, tp, workload, "experts") for tp in (1, chips))
+    replicated, sharded = (CostModel(counts, hardware, tp, workload, "experts") for tp in (1, chips))
 
     def seconds(sequences: int, own: int, tokens: int, context: float) -> float:
-        # a chip computes attention for its own sequences, and its experts for everybody's
-        cost = whole.attention(sequences, own, context) + whole.dense(own) + whole.overhead(own)
-        cost += cut.mixture(tokens) + whole.embedding_and_head(sequences)
+        # a chip computes attention for its own sequences, and its experts for the tokens of all
+        cost = (
+            replicated.attention(sequences, own, context) + replicated.dense(own) + replicated.overhead(own)
+        )
+        cost += sharded.mixture(tokens) + replicated.embedding_and_head(sequences)
         exchange = hardware.interconnect.all_reduce_s(chips, 2.0 * tokens * counts.config.hidden_size)
         return cost.total + counts.expert_layers * exchange
 
     part, prompt = math.ceil(workload.batch / chips), workload.prompt_len
     step = seconds(part, part, workload.batch, workload.context)
     prefill = seconds(1, prompt, prompt, (prompt + 1) / 2)
-    spread = whole.held.experts - cut.held.experts
-    held = whole.memory(part, workload.context).total - spread * workload.weight_bytes
+    elsewhere = replicated.held.experts - sharded.held.experts
+    held = replicated.memory(part, workload.context).total - elsewhere * workload.weight_bytes
     yield Strategy(
         "expert",
-        f"experts over {chips} chips, sequences whole",
+        f"experts over {chips} chips, DP attention",
         step * 1e3,
         workload.batch / step,
         prefill * 1e3,

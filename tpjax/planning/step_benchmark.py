@@ -1,28 +1,28 @@
-"""Decode and prefill of a model on this machine, next to what ``plan`` predicts."""
+"""``tpjax bench``: decode and prefill of a model on this machine, next to what ``plan`` predicts."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich import box
 from rich.console import RenderableType
-from rich.table import Table
 
 from tpjax.planning.measure import best_s
-from tpjax.planning.plan import Plan, Workload
+from tpjax.planning.plain_table import plain_table
+from tpjax.planning.plan import Plan
+from tpjax.planning.workload import Workload
 
 _DECODE_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class BenchReport:
-    """Measured figures, and the plan's.
+    """Measured times next to predicted ones.
 
     Attributes:
         plan: the prediction.
-        decode_ms: a step at the plan's context, measured; the best of several rounds.
-        prefill_ms: the plan's prompt, measured.
+        decode_ms: measured milliseconds of a decode step at the context of the plan, the best of all rounds.
+        prefill_ms: measured milliseconds to prefill the prompt of the plan, likewise.
     """
 
     plan: Plan
@@ -31,7 +31,7 @@ class BenchReport:
 
     @property
     def rows(self) -> list[tuple[str, float, float]]:
-        """(what, measured ms, predicted ms)."""
+        """What was measured, its measured and its predicted milliseconds."""
         workload = self.plan.workload
         return [
             (f"decode at {workload.context} tokens", self.decode_ms, self.plan.decode.total * 1e3),
@@ -39,7 +39,7 @@ class BenchReport:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Returns plain data, ready for JSON."""
         (_, decode, decode_plan), (_, prefill, prefill_plan) = self.rows
         return {
             "model": self.plan.model.counts.name,
@@ -55,12 +55,8 @@ class BenchReport:
         title = (
             f"{plan.model.counts.name} at tp={plan.tp} on {plan.model.hardware.name}, {plan.workload.dtype}"
         )
-        table = Table(
-            title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
-        )
-        table.add_column("")
-        for name in ("measured ms", "predicted ms", "predicted / measured", "tokens/s"):
-            table.add_column(name, justify="right")
+        numbers = ("measured ms", "predicted ms", "predicted / measured", "tokens/s")
+        table = plain_table(title, "", numbers=numbers)
         for (what, measured, predicted), tokens in zip(self.rows, (1, plan.workload.prompt_len), strict=True):
             speed = f"{tokens * 1e3 / measured:.1f}"
             table.add_row(what, f"{measured:.2f}", f"{predicted:.2f}", f"{predicted / measured:.2f}", speed)
@@ -68,42 +64,42 @@ class BenchReport:
 
 
 def longest(workload: Workload) -> int:
-    """Tokens of the longest sequence that the benchmark runs."""
+    """Returns the tokens of the longest sequence that the benchmark runs."""
     return max(workload.context + _DECODE_TOKENS, workload.prompt_len)
 
 
-def run(runner: Any, plan: Plan, rounds: int | None = None) -> BenchReport:
-    """Times the runner at the plan's context and prompt, one sequence.
+def measure_steps(runner: Any, plan: Plan, rounds: int | None = None) -> BenchReport:
+    """Times a runner at the context and prompt of a plan, with one sequence.
 
     Args:
-        runner: with room for :func:`longest`.
-        plan: what is predicted.
-        rounds: as :func:`best_s` takes it; fewer are quicker, and noisier.
+        runner: a runner with room for :func:`longest` tokens.
+        plan: the prediction.
+        rounds: passed to :func:`best_s`.
     """
     workload = plan.workload
-    seconds = best_s(
+    timings = best_s(
         {
             "decode": lambda: _decode(runner, workload.context),
             "prefill": lambda: _prefill(runner, workload.prompt_len),
         },
         rounds,
     )
-    return BenchReport(plan, seconds["decode"] / _DECODE_TOKENS * 1e3, seconds["prefill"] * 1e3)
+    return BenchReport(plan, timings["decode"] / _DECODE_TOKENS * 1e3, timings["prefill"] * 1e3)
 
 
 def _decode(runner: Any, context: int) -> Any:
-    # the middle of what is decoded has the context asked for
+    # the context of the plan is that of the middle token
     first = max(0, context - _DECODE_TOKENS // 2)
     for position in range(first, first + _DECODE_TOKENS, runner.limits.steps):
-        drawn = runner.decode([_row(runner, position, runner.limits.steps)], runner.limits.steps)
-    return drawn
+        sampled = runner.decode([_row(runner, position, runner.limits.steps)], runner.limits.steps)
+    return sampled
 
 
 def _prefill(runner: Any, tokens: int) -> Any:
     largest = runner.chunk_sizes[-1]
     for start in range(0, tokens, largest):
-        drawn = runner.prefill(_row(runner, start, 1), [0] * min(largest, tokens - start))
-    return drawn
+        sampled = runner.prefill(_row(runner, start, 1), [0] * min(largest, tokens - start))
+    return sampled
 
 
 def _row(runner: Any, position: int, remaining: int) -> Any:

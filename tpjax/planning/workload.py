@@ -1,0 +1,58 @@
+"""Batch, lengths and dtypes to plan for. Plain Python: ``tpjax plan --help`` shows them without JAX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from tpjax.errors import ConfigError
+
+WeightDtype = Literal["bf16", "int8", "fp8", "float32"]
+CacheDtype = Literal["auto", "bf16", "int8", "fp8", "float32"]
+DTYPE_BYTES: dict[str, int] = {"bf16": 2, "int8": 1, "fp8": 1, "float32": 4}
+DEFAULT_CONTEXT = 2048  # tokens
+LONGEST_DEFAULT_PROMPT = 1024  # tokens
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The requests to plan for.
+
+    Attributes:
+        batch: sequences decoded at once, over all replicas.
+        context: tokens of each sequence in the cache.
+        prompt_len: tokens of a prompt.
+        dtype: dtype of the weights; norms and the embedding keep at least 16 bits.
+        cache_dtype: dtype of keys and values. ``auto`` is the dtype of the weights, thus 8 bits for 8-bit
+            weights: the published 8-bit measurements ran that way.
+    """
+
+    batch: int = 1
+    context: int = DEFAULT_CONTEXT
+    prompt_len: int = LONGEST_DEFAULT_PROMPT
+    dtype: str = "bf16"
+    cache_dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "context", "prompt_len"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value!r} is not a whole number, 1 or more")
+        for name, known in (("dtype", get_args(WeightDtype)), ("cache_dtype", get_args(CacheDtype))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not known: use {', '.join(known)}")
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of one element of a weight matrix."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of one element of an activation, a norm or the embedding."""
+        return max(2, self.weight_bytes)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of one element of the cache."""
+        return DTYPE_BYTES[self.dtype if self.cache_dtype == "auto" else self.cache_dtype]

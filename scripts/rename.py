@@ -20,7 +20,7 @@ MODULES = {
     "tpjax.cli": "tpjax.cli.app",
     "tpjax.engine.text": "tpjax.text.stream",
     "tpjax.families": "tpjax.families.registry",
-    "tpjax.inspect.bench": "tpjax.planning.bench",
+    "tpjax.inspect.bench": "tpjax.planning.step_benchmark",
     "tpjax.inspect.hardware": "tpjax.hardware",
     "tpjax.inspect.interconnect": "tpjax.interconnect",
     "tpjax.inspect.measure": "tpjax.planning.measure",

@@ -97,10 +97,10 @@ def draw_arrays(arrays: dict[str, jax.Array], title: str = "") -> None:
 def draw_heads(plan: HeadPlan) -> None:
     """Draws the attention heads that each device computes; hatched places are padding."""
     slot = 1 + plan.group_size + 0.4
-    width = slot * plan.slots_per_device
+    width = slot * plan.head_slots_per_device
     _, axes = plt.subplots(figsize=(1 + 0.55 * width, 0.4 * plan.tp + 0.3))
-    for number, (kv_head, heads) in enumerate(plan.slots):
-        device, nth = divmod(number, plan.slots_per_device)
+    for number, (kv_head, heads) in enumerate(plan.head_slots):
+        device, nth = divmod(number, plan.head_slots_per_device)
         names = [
             None if kv_head is None else f"kv{kv_head}",
             *(None if q is None else f"q{q}" for q in heads),

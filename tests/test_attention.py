@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 
+from tpjax.attention import paged_attention, xla
+from tpjax.attention.reference import reference_attention
 from tpjax.cache import NULL_PAGE, BatchMetadata, LayerCache
 from tpjax.inspect.collectives import find_collectives
-from tpjax.layers import attention
-from tpjax.layers.attention import paged_attention, reference_attention
 from tpjax.mesh import make_mesh
 from tpjax.sharding import HEADS, PAGES
 
@@ -133,7 +133,7 @@ def test_chunks_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch, block: int
     """A long chunk attends to itself block by block; here the blocks are small instead."""
     rng = np.random.default_rng((block, window or 0))
     query, keys, values, cache, _, at = case(rng, np.arange(16) + np.full((2, 1), 8))
-    monkeypatch.setattr(attention, "_QUERY_BLOCK", block)
+    monkeypatch.setattr(xla, "_QUERY_BLOCK", block)
     arguments = (query, own(keys, at), own(values, at), cache, at)
     found = jax.jit(functools.partial(paged_attention, scale=SCALE, window=window))(*arguments)
     expected = refer(query, keys, values, at.positions, scale=SCALE, window=window)

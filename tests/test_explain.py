@@ -21,9 +21,8 @@ from tpjax.inspect.explain import explain_model
 from tpjax.inspect.explain_report import Report
 from tpjax.inspect.reasons import reason
 from tpjax.inspect.tables import source_text
-from tpjax.layers.attention import _qkv_segments
 from tpjax.mesh import make_mesh
-from tpjax.sharding import Content, HeadPlan, columns
+from tpjax.sharding import Content, HeadPlan, qkv_layout
 
 F32 = jnp.dtype("float32")
 FAMILIES = sorted(path.parent.name for path in GOLDENS.glob("*/config.json"))
@@ -119,9 +118,8 @@ def test_reasons(name: str, tp: int, parameter: str, expected: str) -> None:
 def test_contents_are_what_is_read(heads: int, kv_heads: int, tp: int) -> None:
     """Each canonical element is a number of its own: zeros, first readings and repetitions are counted."""
     plan = HeadPlan(heads, kv_heads, tp)
-    segments, sizes = _qkv_segments(plan, 2, "weight")
-    width = plan.num_slots * (plan.group_size + 2) * 2
-    layout = columns(width, segments, sizes, in_features=3)
+    layout = qkv_layout(plan, 2, in_features=3)
+    (_, width), sizes = layout.shape, dict(layout.sizes)
     starts = dict(zip(sizes, np.cumsum([1, *sizes.values()]) * 3, strict=False))
 
     def read(source: str, index: tuple[slice, ...]) -> np.ndarray:

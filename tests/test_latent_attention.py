@@ -11,15 +11,16 @@ import pytest
 from flax import nnx
 from test_program import LIMITS, copies_of
 
+from tpjax.attention.reference import reference_attention
 from tpjax.cache import LatentCache, cache_layout, page_bytes_per_device
 from tpjax.checkpoints.load import abstract_decoder, parameters
 from tpjax.config import ConfigError, LatentConfig, ModelConfig, RopeConfig
 from tpjax.inspect.collectives import find_collectives
 from tpjax.inspect.explain import explain
-from tpjax.layers.attention import reference_attention
 from tpjax.layers.latent_attention import KeyValueProjection
 from tpjax.mesh import make_mesh
 from tpjax.runtime.runner import Runner
+from tpjax.sharding import head_plan
 
 F32 = jnp.dtype("float32")
 HEADS, FIXED, TURNING, RANK, VALUE = 9, 16, 8, 40, 24
@@ -52,7 +53,7 @@ def random(*shape: int, seed: int) -> np.ndarray:
 def test_absorbed_equals_expanded() -> None:
     """Attention to expanded keys and values, and to the latents themselves with absorbed projections."""
     with jax.set_mesh(make_mesh(1)):
-        project = KeyValueProjection(CONFIG, HEADS, F32)
+        project = KeyValueProjection(CONFIG, head_plan(CONFIG, 1), F32)
     nnx.update(project, jax.tree.map(lambda w: random(*w.shape, seed=w.shape[0]), nnx.state(project)))
     latents, query = random(2, 1, 7, RANK + TURNING, seed=1), random(2, 3, HEADS, 1, FIXED + TURNING, seed=2)
     latents, query = jnp.asarray(latents), jnp.asarray(query)

@@ -16,15 +16,14 @@ from hypothesis import strategies as st
 from tpjax.checkpoints.load import abstract_decoder, parameters
 from tpjax.config import ModelConfig, RopeConfig
 from tpjax.errors import ConfigError
-from tpjax.layers.attention import _head_segments, _qkv_segments, _query_places
 from tpjax.mesh import make_mesh
 from tpjax.sharding import (
     HeadPlan,
     Segment,
     WeightLayout,
-    column_layout,
+    o_proj_layout,
     pad_to_multiple,
-    row_layout,
+    qkv_layout,
     tensor_layout,
 )
 
@@ -43,32 +42,32 @@ def plans(draw: st.DrawFn) -> HeadPlan:
 def test_every_head_once_beside_its_own_kv_head(plan: HeadPlan) -> None:
     per_group = plan.num_heads // plan.num_kv_heads
     seen = []
-    for kv_head, heads in plan.slots:
+    for kv_head, heads in plan.head_slots:
         real = [head for head in heads if head is not None]
         assert (kv_head is None) == (not real)  # no KV head is computed for nobody
         assert all(head // per_group == kv_head for head in real)
         seen += real
     assert sorted(seen) == list(range(plan.num_heads))
-    assert {kv_head for kv_head, _ in plan.slots} - {None} == set(range(plan.num_kv_heads))
+    assert {kv_head for kv_head, _ in plan.head_slots} - {None} == set(range(plan.num_kv_heads))
 
 
 @QUICK
 @given(plans())
 def test_shapes_are_equal_on_every_device(plan: HeadPlan) -> None:
-    assert len(plan.slots) == plan.num_slots == plan.tp * plan.slots_per_device
-    assert {len(heads) for _, heads in plan.slots} == {plan.group_size}
-    assert plan.num_padded_heads == plan.num_slots * plan.group_size
+    assert len(plan.head_slots) == plan.num_head_slots == plan.tp * plan.head_slots_per_device
+    assert {len(heads) for _, heads in plan.head_slots} == {plan.group_size}
+    assert plan.num_padded_heads == plan.num_head_slots * plan.group_size
 
 
 @QUICK
 @given(plans())
 def test_padding(plan: HeadPlan) -> None:
     assert plan.num_padded_heads >= plan.num_heads
-    assert plan.num_slots >= plan.num_kv_heads
+    assert plan.num_head_slots >= plan.num_kv_heads
     assert plan.query_padding == pytest.approx((plan.num_padded_heads - plan.num_heads) / plan.num_heads)
-    assert plan.kv_padding == pytest.approx((plan.num_slots - plan.num_kv_heads) / plan.num_kv_heads)
+    assert plan.kv_padding == pytest.approx((plan.num_head_slots - plan.num_kv_heads) / plan.num_kv_heads)
     if plan.num_kv_heads % plan.tp == 0:
-        assert (plan.num_padded_heads, plan.num_slots) == (plan.num_heads, plan.num_kv_heads)
+        assert (plan.num_padded_heads, plan.num_head_slots) == (plan.num_heads, plan.num_kv_heads)
         assert (plan.query_padding, plan.kv_padding) == (0, 0)
 
 
@@ -83,7 +82,7 @@ def test_no_uniform_arrangement_costs_less(plan: HeadPlan) -> None:
         for slots in range(1, plan.num_heads + 1)
         if slots * plan.tp >= plan.num_kv_heads * math.ceil(per_group / size)
     )
-    assert (plan.slots_per_device * (2 * plan.group_size + 2), plan.slots_per_device) == best
+    assert (plan.head_slots_per_device * (2 * plan.group_size + 2), plan.head_slots_per_device) == best
 
 
 # model: (H, K), then at tp = 2 to 16 the query heads and the KV heads computed over all devices
@@ -126,13 +125,13 @@ def test_pinned_paddings(model: str) -> None:
     (heads, kv_heads), query_places, slots = PINNED[model]
     plans = [HeadPlan(heads, kv_heads, tp) for tp in range(2, 17)]
     assert tuple(plan.num_padded_heads for plan in plans) == query_places
-    assert tuple(plan.num_slots for plan in plans) == slots
+    assert tuple(plan.num_head_slots for plan in plans) == slots
 
 
 def test_slots_of_smollm2_at_two() -> None:
     """Worked by hand: three groups of three over four slots."""
     plan = HeadPlan(9, 3, 2)
-    assert plan.slots == (
+    assert plan.head_slots == (
         (0, (0, 1, 2)),
         (1, (3, 4, 5)),
         (2, (6, 7, 8)),
@@ -143,7 +142,7 @@ def test_slots_of_smollm2_at_two() -> None:
 def test_slots_of_qwen_at_three() -> None:
     """One KV head in several slots: its seven queries are split."""
     plan = HeadPlan(7, 1, 3)
-    assert plan.slots == ((0, (0, 1, 2)), (0, (3, 4, 5)), (0, (6, None, None)))
+    assert plan.head_slots == ((0, (0, 1, 2)), (0, (3, 4, 5)), (0, (6, None, None)))
     assert plan.query_padding == pytest.approx(2 / 7)
     assert plan.kv_padding == 2.0
 
@@ -198,7 +197,7 @@ def assemble(layout: WeightLayout, source: Source) -> np.ndarray:
         tensor = source.tensors[segment.source]
         tensor = tensor.T if layout.transposed else tensor
         for i in range(segment.size):
-            moved[segment.at + i] = np.moveaxis(tensor, layout.axis, 0)[segment.start + i]
+            moved[segment.offset + i] = np.moveaxis(tensor, layout.axis, 0)[segment.start + i]
     return out
 
 
@@ -210,17 +209,11 @@ HEAD_DIM, HIDDEN = 2, 5
 
 
 def qkv(plan: HeadPlan, kind: str = "weight") -> WeightLayout:
-    width = plan.num_slots * (plan.group_size + 2) * HEAD_DIM
-    segments, sizes = _qkv_segments(plan, HEAD_DIM, kind)
-    return column_layout(width, segments, sizes, in_features=HIDDEN if kind == "weight" else None)
+    return qkv_layout(plan, HEAD_DIM, HIDDEN if kind == "weight" else None)
 
 
 def output(plan: HeadPlan) -> WeightLayout:
-    sizes = {"o_proj.weight": plan.num_heads * HEAD_DIM}
-    height = plan.num_padded_heads * HEAD_DIM
-    return row_layout(
-        height, _head_segments("o_proj.weight", _query_places(plan), HEAD_DIM), sizes, out_features=HIDDEN
-    )
+    return o_proj_layout(plan, HEAD_DIM, HIDDEN)
 
 
 @st.composite
@@ -230,7 +223,7 @@ def small_plans(draw: st.DrawFn) -> HeadPlan:
 
 
 def stored_width(segment: Segment) -> range:
-    return range(segment.at, segment.at + segment.size)
+    return range(segment.offset, segment.offset + segment.size)
 
 
 @settings(QUICK, max_examples=60)
@@ -253,7 +246,9 @@ def test_any_slice_is_the_slice_of_the_whole(
     part = layout.read(source.read, tuple(index), np.dtype(np.float32))
     np.testing.assert_array_equal(part, expected[tuple(index)])
     cut = index[layout.axis]
-    filled = sum(len(range(max(s.at, cut.start), min(s.at + s.size, cut.stop))) for s in layout.segments)
+    filled = sum(
+        len(range(max(s.offset, cut.start), min(s.offset + s.size, cut.stop))) for s in layout.segments
+    )
     assert source.elements == filled * stored  # not one element beyond what the slice holds
 
 
@@ -285,7 +280,7 @@ def test_attention_through_the_layouts_is_attention(plan: HeadPlan) -> None:
     source = Source({**fused.canonical_shapes(), **out.canonical_shapes()})
     per_group = plan.num_heads // plan.num_kv_heads
     x = np.random.default_rng(1).normal(size=HIDDEN).astype(np.float32)
-    places = (x @ read_all(fused, source)).reshape(plan.num_slots, plan.group_size + 2, HEAD_DIM)
+    places = (x @ read_all(fused, source)).reshape(plan.num_head_slots, plan.group_size + 2, HEAD_DIM)
     # any function of a query and its own key and value will do in place of a softmax
     mixed = places[:, :-2] * places[:, -2:-1] + places[:, -1:]
     result = read_all(out, source) @ mixed.reshape(-1)

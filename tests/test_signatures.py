@@ -15,7 +15,7 @@ import pytest
 from conftest import modules_with_shapes
 from jaxtyping import AbstractArray, TypeCheckError
 
-from tpjax.layers.attention import reference_attention
+from tpjax.attention.reference import reference_attention
 from tpjax.sampling import History, SamplingRows
 
 MODULES = modules_with_shapes()

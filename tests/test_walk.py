@@ -18,10 +18,10 @@ import pytest
 from conftest import GOLDENS
 
 from tpjax import LLM, SamplingParams
+from tpjax.attention import paged_attention
 from tpjax.cache import NULL_PAGE, BatchMetadata, LatentCache, LayerCache
 from tpjax.engine.engine import Engine
 from tpjax.engine.request import Request
-from tpjax.layers.attention import paged_attention
 from tpjax.runtime.runner import Runner
 
 PAGE, BLOCKS = 8, 6

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tpjax.config import ModelConfig
-from tpjax.sharding import PAGES, REPLICATED, HeadPlan, pad_to_multiple
+from tpjax.sharding import PAGES, REPLICATED, head_plan, pad_to_multiple
 
 _LANES = {"tpu": 128}  # a row of a buffer takes a multiple of so many numbers there
 NULL_PAGE = 0
@@ -131,8 +131,8 @@ def cache_layout(config: ModelConfig, tp: int, num_pages: int, page_size: int) -
     if config.latent is not None:
         width = config.latent.kv_lora_rank + config.rotated_dim
         return CacheLayout(LatentCache, 1, (num_pages, 1, page_size, width), REPLICATED)
-    slots = HeadPlan(config.num_heads, config.num_kv_heads, tp).num_slots
-    return CacheLayout(LayerCache, 2, (num_pages, slots, page_size, config.head_dim), PAGES)
+    heads = head_plan(config, tp).num_head_slots
+    return CacheLayout(LayerCache, 2, (num_pages, heads, page_size, config.head_dim), PAGES)
 
 
 def page_bytes_per_device(

@@ -1,7 +1,7 @@
 """The whole architecture on one screen.
 
-Dimension letters, here and everywhere: B batch, S positions, D hidden, H query heads, K KV heads (slots of
-the ``HeadPlan``), G query heads per KV head, h head_dim, F MLP width, V vocabulary;
+Dimension letters, here and everywhere: B batch, S positions, D hidden, H query heads, K KV heads (head slots
+of the ``HeadPlan``), G query heads per KV head, h head_dim, F MLP width, V vocabulary;
 E experts, k experts a token, N tokens.
 """
 
@@ -14,16 +14,17 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from tpjax.activations import soft_capped
 from tpjax.cache import BatchMetadata, LatentCache, LayerCache, PagedKVCache
 from tpjax.config import LayerType, ModelConfig
-from tpjax.layers.attention import Attention, soft_capped
+from tpjax.layers.attention import Attention
 from tpjax.layers.latent_attention import LatentAttention
 from tpjax.layers.linear import Embedding, PositionEmbedding
 from tpjax.layers.mlp import MLP
 from tpjax.layers.moe import MoE
 from tpjax.layers.norm import Norm
 from tpjax.layers.rope import Rotation, rotation
-from tpjax.sharding import LOGITS, REPLICATED, constrain, reduce_partials
+from tpjax.sharding import LOGITS, REPLICATED, HeadPlan, constrain, head_plan, reduce_partials
 
 
 class DecoderLayer(nnx.Module):
@@ -35,24 +36,24 @@ class DecoderLayer(nnx.Module):
 
     Args:
         config: the architecture.
-        tp: devices.
-        dtype: of weights and activations.
+        plan: the head plan.
+        dtype: dtype of weights and activations.
         sparse: a mixture of experts stands in for the MLP.
     """
 
-    def __init__(self, config: ModelConfig, tp: int, dtype: jnp.dtype, *, sparse: bool) -> None:
+    def __init__(self, config: ModelConfig, plan: HeadPlan, dtype: jnp.dtype, *, sparse: bool) -> None:
         def norm(name: str) -> Norm:
             return Norm(name, config.hidden_size, config, dtype)
 
         if config.block != "post":
             self.input_layernorm = norm("input_layernorm")
         # each takes the kind of cache that ``cache_layout`` gives it
-        self.self_attn: Any = (LatentAttention if config.latent else Attention)(config, tp, dtype)
+        self.self_attn: Any = (LatentAttention if config.latent else Attention)(config, plan, dtype)
         if config.block != "parallel":
             self.post_attention_layernorm = norm("post_attention_layernorm")
         if config.block == "sandwich":
             self.pre_feedforward_layernorm = norm("pre_feedforward_layernorm")
-        self.mlp = MoE(config, tp, dtype) if sparse else MLP(config, tp, dtype)
+        self.mlp = MoE(config, plan.tp, dtype) if sparse else MLP(config, plan.tp, dtype)
         if config.block in ("sandwich", "post"):
             self.post_feedforward_layernorm = norm("post_feedforward_layernorm")
         self.block = config.block
@@ -109,8 +110,9 @@ class Decoder(nnx.Module):
             self.embed_positions = PositionEmbedding(
                 "embed_positions.weight", config.max_position_embeddings, config.hidden_size, dtype
             )
+        plan = head_plan(config, tp)
         self.layers = nnx.List(
-            [DecoderLayer(config, tp, dtype, sparse=sparse) for sparse in config.sparse_layers]
+            [DecoderLayer(config, plan, dtype, sparse=sparse) for sparse in config.sparse_layers]
         )
         self.norm = Norm("norm", config.hidden_size, config, dtype)
         self.lm_head = (

@@ -121,7 +121,7 @@ def blocks(order: Order[T], source: Canonical) -> Iterator[Block]:
     wanted: dict[str, list[_Place]] = {}
     for bounds, part in order.parts.items():
         for piece in order.layout.pieces(tuple(slice(*bound) for bound in bounds)):
-            place = _Place(piece.box, piece.of(part))
+            place = _Place(piece.box, piece.view(part))
             wanted.setdefault(order.canonical(piece.source), []).append(place)
     for name, places in wanted.items():
         yield from _blocks_of(name, places, source)

@@ -34,7 +34,7 @@ from tpjax.old_spellings import accepts_old_spellings
 from tpjax.planning.published import is_published, published_config
 from tpjax.runtime.memory import device_memory, plan_limits, workspace_bytes
 from tpjax.runtime.runner import Runner, resolve_dtype
-from tpjax.sharding import Content, HeadPlan, Layout, Segment, WeightLayout, pad_to_multiple, tensor_layout
+from tpjax.sharding import Content, Layout, Segment, WeightLayout, head_plan, pad_to_multiple, tensor_layout
 
 
 def explain(runner: Runner, name: str) -> Report:
@@ -191,8 +191,8 @@ def _cache(runner: Runner) -> dict[str, Any]:
     page_bytes = page_bytes_per_device(config, mesh.size, limits.page_size, runner.dtype, platform)
     layout = tensor_layout("latents", cache.shape)
     if config.latent is None:
-        slots = enumerate(HeadPlan(config.num_heads, config.num_kv_heads, mesh.size).slots)
-        heads = tuple(Segment("heads", head, 1, slot) for slot, (head, _) in slots if head is not None)
+        stored = enumerate(head_plan(config, mesh.size).stored_kv_heads)
+        heads = tuple(Segment("heads", head, 1, place) for place, head in stored if head is not None)
         layout = WeightLayout(cache.shape, 1, heads, (("heads", config.num_kv_heads),))
     sharding, buffers = NamedSharding(mesh, cache.spec), cache.count * config.num_layers
     return {
@@ -212,27 +212,27 @@ def _cache(runner: Runner) -> dict[str, Any]:
 
 
 def _heads(config: ModelConfig, tp: int) -> dict[str, Any]:
-    plan = HeadPlan(config.num_heads, config.num_kv_heads, tp)
+    plan = head_plan(config, tp)
     if config.latent is None:
         cache_padding = plan.kv_padding
         summary = (
             f"heads: {plan.num_heads} query and {plan.num_kv_heads} KV heads of the checkpoint are computed "
-            f"as {plan.num_padded_heads} and {plan.num_slots} "
+            f"as {plan.num_padded_heads} and {plan.num_head_slots} "
             f"({plan.query_padding:+.0%} attention FLOPs, {cache_padding:+.0%} cache over all devices); "
-            f"each device has {plan.slots_per_device} KV heads with {plan.group_size} query heads each"
+            f"each device has {plan.head_slots_per_device} KV heads with {plan.group_size} query heads each"
         )
     else:
         cache_padding = tp - 1.0
         summary = (
             f"heads: {plan.num_heads} of the checkpoint are computed as {plan.num_padded_heads} "
-            f"({plan.query_padding:+.0%} attention FLOPs), {plan.slots_per_device} on each device; all read "
+            f"({plan.query_padding:+.0%} attention FLOPs), {plan.head_slots_per_device} on each device; all read "
             f"one latent per token, which every device has whole ({cache_padding:+.0%} cache over all)"
         )
     return {
         "num_heads": plan.num_heads,
         "num_kv_heads": plan.num_kv_heads,
         "padded_heads": plan.num_padded_heads,
-        "kv_slots": plan.num_slots,
+        "kv_slots": plan.num_head_slots,
         "group_size": plan.group_size,
         "query_padding": plan.query_padding,
         "kv_padding": cache_padding,

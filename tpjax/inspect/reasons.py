@@ -13,7 +13,7 @@ from tpjax.layers.moe import Experts, Router, Scores
 from tpjax.layers.norm import HeadScale, Norm
 from tpjax.mesh import AXIS
 from tpjax.model import Decoder
-from tpjax.sharding import Content, HeadPlan, StackedLayout
+from tpjax.sharding import Content, HeadPlan, StackedLayout, head_plan
 
 
 def reason(parameter: Parameter, model: Decoder, tp: int) -> str:
@@ -51,8 +51,8 @@ def cache_reason(config: ModelConfig, tp: int) -> str:
         return "one device holds everything"
     if config.latent is not None:
         return "every head reads the whole latent: every device keeps it"
-    plan = HeadPlan(config.num_heads, config.num_kv_heads, tp)
-    heads = [head for head, _ in plan.slots]
+    plan = head_plan(config, tp)
+    heads = plan.stored_kv_heads
     copied = len(heads) - heads.count(None) - len(set(heads) - {None})
     parts = _head_places(plan, Content(plan.num_kv_heads, copied, heads.count(None)))
     return "; ".join(["each device keeps the KV heads that its query heads read", *parts])
@@ -127,10 +127,10 @@ def _head_places(plan: HeadPlan, content: Content) -> list[str]:
     if content.zeros:
         parts.append(
             f"padded: {plan.num_heads} query and {plan.num_kv_heads} KV heads → "
-            f"{plan.num_padded_heads} and {plan.num_slots}"
+            f"{plan.num_padded_heads} and {plan.num_head_slots}"
         )
     if content.copied:
-        count = sum(head is not None for head, _ in plan.slots)
+        count = sum(head is not None for head in plan.stored_kv_heads)
         why = ">" if plan.tp > plan.num_kv_heads else "does not divide"
         parts.append(
             f"KV heads replicated, {plan.num_kv_heads} → {count}: tp={plan.tp} {why} {plan.num_kv_heads}"

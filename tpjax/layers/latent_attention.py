@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from tpjax.attention import paged_attention
 from tpjax.cache import BatchMetadata, LatentCache
 from tpjax.config import ModelConfig
-from tpjax.layers.attention import paged_attention
 from tpjax.layers.linear import ColumnLinear, ReplicatedLinear, RowLinear, parameter
 from tpjax.layers.norm import Norm
 from tpjax.layers.rope import Rotation, rotate
@@ -31,11 +31,11 @@ from tpjax.sharding import (
     HEADS,
     REPLICATED,
     HeadPlan,
-    Segment,
-    WeightLayout,
-    column_layout,
+    concatenated_layout,
     constrain,
-    row_layout,
+    latent_head_layout,
+    o_proj_layout,
+    query_heads_layout,
     tensor_layout,
 )
 
@@ -47,53 +47,31 @@ KeysValues = tuple[Float[Array, "B K T h"], Float[Array, "B K T v"]]
 class LatentAttention(nnx.Module):
     """Replicated projections into latents; column-parallel queries; row-parallel output."""
 
-    def __init__(self, config: ModelConfig, tp: int, dtype: jnp.dtype) -> None:
+    def __init__(self, config: ModelConfig, plan: HeadPlan, dtype: jnp.dtype) -> None:
         assert config.latent is not None
-        latent, hidden, heads = config.latent, config.hidden_size, config.num_heads
-        self.num_heads = HeadPlan(heads, heads, tp).num_slots
+        latent, hidden = config.latent, config.hidden_size
         q_rank = latent.q_lora_rank or 0
-        latents = {"kv_a_proj_with_mqa": latent.kv_lora_rank + config.rotated_dim}
-        if q_rank:
-            latents = {"q_a_proj": q_rank, **latents}
-
-        def into_latents(kind: str) -> WeightLayout:
-            sizes = {f"{name}.{kind}": size for name, size in latents.items()}
-            segments = [
-                Segment(name, 0, size, q_rank if name.startswith("kv") else 0) for name, size in sizes.items()
-            ]
-            inputs = hidden if kind == "weight" else None
-            return column_layout(sum(sizes.values()), segments, sizes, in_features=inputs)
-
-        norms = replace(config, norm_eps=_LATENT_NORM_EPS)
+        latents = {"q_a_proj": q_rank} if q_rank else {}
+        latents["kv_a_proj_with_mqa"] = latent.kv_lora_rank + config.rotated_dim
         self.a_proj = ReplicatedLinear(
-            into_latents("weight"), into_latents("bias") if config.attention_bias else None, dtype
+            concatenated_layout(latents, hidden),
+            concatenated_layout(latents, None) if config.attention_bias else None,
+            dtype,
         )
+        norms = replace(config, norm_eps=_LATENT_NORM_EPS)
         self.q_a_layernorm = Norm("q_a_layernorm", q_rank, norms, dtype) if q_rank else None
         self.kv_a_layernorm = Norm("kv_a_layernorm", latent.kv_lora_rank, norms, dtype)
         queries = "q_b_proj.weight" if q_rank else "q_proj.weight"
-        width = heads * config.head_dim
         self.q_proj = ColumnLinear(
-            column_layout(
-                self.num_heads * config.head_dim,
-                [Segment(queries, 0, width, 0)],
-                {queries: width},
-                in_features=q_rank or hidden,
-            ),
-            None,
-            dtype,
+            query_heads_layout(queries, plan, config.head_dim, in_features=q_rank or hidden), None, dtype
         )
-        self.kv_b_proj = KeyValueProjection(config, self.num_heads, dtype)
-        width = heads * latent.v_head_dim
+        self.kv_b_proj = KeyValueProjection(config, plan, dtype)
         self.o_proj = RowLinear(
-            row_layout(
-                self.num_heads * latent.v_head_dim,
-                [Segment("o_proj.weight", 0, width, 0)],
-                {"o_proj.weight": width},
-                out_features=hidden,
-            ),
+            o_proj_layout(plan, latent.v_head_dim, hidden),
             tensor_layout("o_proj.bias", (hidden,)) if config.attention_out_bias else None,
             dtype,
         )
+        self.num_heads = plan.num_padded_heads
         self.config = config
         self.latent = latent
 
@@ -141,23 +119,20 @@ class KeyValueProjection(nnx.Module):
     token needs each in another product, and a slice of a weight would be copied at every step.
     """
 
-    def __init__(self, config: ModelConfig, num_heads: int, dtype: jnp.dtype) -> None:
+    def __init__(self, config: ModelConfig, plan: HeadPlan, dtype: jnp.dtype) -> None:
         assert config.latent is not None
-        rank, name = config.latent.kv_lora_rank, "kv_b_proj.weight"
+        self.rank = config.latent.kv_lora_rank
         key_dim, value_dim = config.head_dim - config.rotated_dim, config.latent.v_head_dim
-        both = key_dim + value_dim
 
         def declare(start: int, size: int) -> nnx.Param:
-            segments = tuple(
-                Segment(name, head * both + start, size, head * size) for head in range(config.num_heads)
+            layout = latent_head_layout(
+                "kv_b_proj.weight", plan, start=start, size=size, per_head=key_dim + value_dim, rank=self.rank
             )
-            layout = WeightLayout((num_heads * size, rank), 0, segments, ((name, config.num_heads * both),))
             return parameter(layout, HEAD_ROWS, dtype)
 
         self.key = declare(0, key_dim)
         self.value = declare(key_dim, value_dim)
-        self.num_heads = num_heads
-        self.rank = rank
+        self.num_heads = plan.num_padded_heads
 
     def absorb(self, query: Float[Array, "B S K 1 n"]) -> Float[Array, "B S K 1 r"]:
         """What a query multiplies a latent with, to get its product with the latent's key."""

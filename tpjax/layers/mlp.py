@@ -2,55 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from tpjax.config import Activation, ModelConfig
+from tpjax.activations import activate
+from tpjax.config import ModelConfig
 from tpjax.layers.linear import ColumnLinear, RowLinear
 from tpjax.mesh import AXIS
-from tpjax.sharding import (
-    REPLICATED,
-    Segment,
-    column_layout,
-    constrain,
-    pad_to_multiple,
-    row_layout,
-    tensor_layout,
-)
-
-
-def activate(x: Float[Array, "*batch F"], kind: Activation) -> Float[Array, "*batch F"]:
-    """The MLP's non-linearity; every one of them is 0 at 0, so that padding stays 0."""
-    match kind:
-        case "silu":
-            return jax.nn.silu(x)
-        case "relu":
-            return jax.nn.relu(x)
-        case _:
-            return jax.nn.gelu(x, approximate=kind == "gelu_tanh")
-
-
-def fused_segments(names: Sequence[str], width: int, parts: int) -> tuple[list[Segment], dict[str, int]]:
-    """Tensors of width F in the order [parts, tensors, F / parts], so that a part holds the same of each.
-
-    Args:
-        names: canonical tensors: gate and up, or up alone.
-        width: F; padded with zeros to a multiple of ``parts``.
-        parts: devices that F is cut over.
-    """
-    share = pad_to_multiple(width, parts) // parts
-    cuts = [
-        Segment(name, part * share, min(share, width - part * share), (len(names) * part + place) * share)
-        for part in range(parts)
-        for place, name in enumerate(names)
-        if part * share < width
-    ]
-    return cuts, dict.fromkeys(names, width)
+from tpjax.sharding import REPLICATED, constrain, gate_up_layout, pad_to_multiple, tensor_layout
 
 
 class MLP(nnx.Module):
@@ -63,24 +24,18 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, tp: int, dtype: jnp.dtype) -> None:
         hidden, width = config.hidden_size, config.intermediate_size
-        padded = pad_to_multiple(width, tp)
-        parts = ("gate_proj", "up_proj") if config.gated_mlp else ("up_proj",)
-
-        def cuts(kind: str) -> tuple[list[Segment], dict[str, int]]:
-            return fused_segments([f"{part}.{kind}" for part in parts], width, tp)
-
+        modules = ("gate_proj", "up_proj") if config.gated_mlp else ("up_proj",)
         projection = ColumnLinear(
-            column_layout(len(parts) * padded, *cuts("weight"), in_features=hidden),
-            column_layout(len(parts) * padded, *cuts("bias"), in_features=None) if config.mlp_bias else None,
+            gate_up_layout(modules, width, tp, hidden),
+            gate_up_layout(modules, width, tp, None) if config.mlp_bias else None,
             dtype,
         )
         if config.gated_mlp:
             self.gate_up_proj = projection
         else:
             self.up_proj = projection
-        name = "down_proj.weight"
         self.down_proj = RowLinear(
-            row_layout(padded, [Segment(name, 0, width, 0)], {name: width}, out_features=hidden),
+            tensor_layout("down_proj.weight", (hidden, width), padded=pad_to_multiple(width, tp), axis=1),
             tensor_layout("down_proj.bias", (hidden,)) if config.mlp_bias else None,
             dtype,
             shares=tp if config.parallel else None,

@@ -16,10 +16,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from tpjax.activations import activate
 from tpjax.config import ExpertAxis, ModelConfig, MoEConfig
 from tpjax.errors import ConfigError
 from tpjax.layers.linear import parameter
-from tpjax.layers.mlp import activate, fused_segments
 from tpjax.mesh import AXIS
 from tpjax.sharding import (
     PARTIAL_SUMS,
@@ -27,8 +27,8 @@ from tpjax.sharding import (
     Segment,
     StackedLayout,
     WeightLayout,
-    column_layout,
     constrain,
+    gate_up_layout,
     pad_to_multiple,
     tensor_layout,
 )
@@ -151,19 +151,17 @@ class Experts(nnx.Module):
         bias: bool = False,
     ) -> None:
         hidden, parts = config.hidden_size, tp if cut == "width" else 1
-        padded = pad_to_multiple(width, parts)
-
-        def gate_up(kind: str) -> tuple[list[Segment], dict[str, int]]:
-            return fused_segments((f"{name}.gate_proj.{kind}", f"{name}.up_proj.{kind}"), width, parts)
+        gate_up = (f"{name}.gate_proj", f"{name}.up_proj")
 
         def stack(layout: WeightLayout, spec: P) -> nnx.Param:
             return parameter(StackedLayout(layout, count), spec, dtype)
 
         specs, down = _SPECS[cut], f"{name}.down_proj"
         rows = (Segment(f"{down}.weight", 0, width, 0),), ((f"{down}.weight", width),)
-        gate_up_bias = column_layout(2 * padded, *gate_up("bias"), in_features=None)
-        self.gate_up_proj = stack(column_layout(2 * padded, *gate_up("weight"), in_features=hidden), specs[0])
-        self.down_proj = stack(WeightLayout((padded, hidden), 0, *rows, transposed=True), specs[1])
+        stored = (pad_to_multiple(width, parts), hidden)
+        gate_up_bias = gate_up_layout(gate_up, width, parts, None)
+        self.gate_up_proj = stack(gate_up_layout(gate_up, width, parts, hidden), specs[0])
+        self.down_proj = stack(WeightLayout(stored, 0, *rows, transposed=True), specs[1])
         self.gate_up_bias = stack(gate_up_bias, specs[2]) if bias else None
         self.down_bias = stack(tensor_layout(f"{down}.bias", (hidden,)), specs[3]) if bias else None
         self.cut = cut

@@ -20,7 +20,7 @@ from tpjax.cache import cache_layout
 from tpjax.config import ExpertAxis, ModelConfig
 from tpjax.mesh import AXIS
 from tpjax.model import Decoder
-from tpjax.sharding import PAGES, HeadPlan, StackedLayout
+from tpjax.sharding import PAGES, StackedLayout, head_plan
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ class Counts:
         if config.latent is not None:  # scores and weighted sums in the latent space
             dims = 2 * config.latent.kv_lora_rank + config.rotated_dim
             return 2 * math.ceil(config.num_heads / tp) * dims
-        plan = HeadPlan(config.num_heads, config.num_kv_heads, tp)
-        return 4 * plan.slots_per_device * plan.group_size * config.head_dim
+        plan = head_plan(config, tp)
+        return 4 * plan.head_slots_per_device * plan.group_size * config.head_dim
 
 
 @lru_cache(maxsize=256)

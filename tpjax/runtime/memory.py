@@ -12,7 +12,7 @@ from tpjax import cache as kv
 from tpjax.config import ModelConfig
 from tpjax.errors import ConfigError
 from tpjax.runtime.runner import CHUNK_SIZES, PAGE_SIZE, Limits
-from tpjax.sharding import HeadPlan, pad_to_multiple
+from tpjax.sharding import head_plan, pad_to_multiple
 
 # What the cache takes where the memory is the user's own, unless one sequence needs more: enough for several
 # long conversations.
@@ -110,8 +110,8 @@ def workspace_bytes(config: ModelConfig, tp: int, dtype: jnp.dtype, max_slots: i
     For a chunk of a prompt that is a handful of residuals and of the layer's widest products; for a decode
     step the logits, of which the search for a threshold compares fifteen candidates at once.
     """
-    plan = HeadPlan(config.num_heads, config.num_kv_heads, tp)
-    qkv = plan.num_slots * (plan.group_size + 2) * config.head_dim
+    plan = head_plan(config, tp)
+    qkv = plan.num_head_slots * (plan.group_size + 2) * config.head_dim
     gate_up = 2 * pad_to_multiple(config.intermediate_size, tp)
     itemsize = max(jnp.dtype(dtype).itemsize, 2)
     prefill = CHUNK_SIZES[-1] * itemsize * (8 * config.hidden_size + 5 * (qkv + gate_up) // tp)

@@ -1,0 +1,183 @@
+"""The page walk: attention over the paged cache in plain XLA, on any platform and in any shape.
+
+It walks the pages in use with an online softmax (Milakov and Gimelshein 2018,
+https://arxiv.org/abs/1805.02867; Dao et al. 2022, https://arxiv.org/abs/2205.14135): its cost follows the
+longest context in the batch, or the window if that is shorter, and no context is gathered in full.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from tpjax.activations import soft_capped
+from tpjax.attention.reference import visible_keys
+from tpjax.cache import BatchMetadata, Pages
+
+_MASKED = -1e30  # finite, so that a page with no visible key gives no NaN
+_QUERY_BLOCK = 128  # queries of a chunk that share one set of visible keys
+
+
+class _OnlineSoftmax(NamedTuple):
+    """The running softmax of rows of queries over the keys seen so far.
+
+    Attributes:
+        max_score: highest score.
+        normaliser: sum of exp(score - max_score).
+        weighted_values: sum of exp(score - max_score) times the value.
+    """
+
+    max_score: Float[Array, "B K rows 1"]
+    normaliser: Float[Array, "B K rows 1"]
+    weighted_values: Float[Array, "B K rows v"]
+
+    @classmethod
+    def empty(cls, query: Float[Array, "B K rows h"], value_dim: int) -> _OnlineSoftmax:
+        """Returns the state before any key."""
+        rows = query.shape[:-1]
+        return cls(
+            jnp.full((*rows, 1), _MASKED, jnp.float32),
+            jnp.zeros((*rows, 1), jnp.float32),
+            jnp.zeros((*rows, value_dim), jnp.float32),
+        )
+
+    def accumulate(
+        self,
+        query: Float[Array, "B K rows h"],
+        keys: Float[Array, " B #K T h"],
+        values: Float[Array, " B #K T v"],
+        visible: Bool[Array, "B 1 rows T"],
+        scale: float,
+        softcap: float | None,
+    ) -> _OnlineSoftmax:
+        """Accumulates a block of keys and values into the running softmax.
+
+        A row that has seen no key and sees none in this block accumulates weights of 1. They vanish with the
+        first key it sees, and every row sees its own key in the end.
+        """
+        scores = jnp.einsum("bkqh,bkth->bkqt", query, keys, preferred_element_type=jnp.float32) * scale
+        scores = jnp.where(visible, soft_capped(scores, softcap), _MASKED)
+        max_score = jnp.maximum(self.max_score, scores.max(axis=-1, keepdims=True))
+        weights, rescale = jnp.exp(scores - max_score), jnp.exp(self.max_score - max_score)
+        weighted = jnp.einsum(
+            "bkqt,bkth->bkqh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+        )
+        return _OnlineSoftmax(
+            max_score,
+            self.normaliser * rescale + weights.sum(axis=-1, keepdims=True),
+            self.weighted_values * rescale + weighted,
+        )
+
+    def accumulate_sink(self, scores: Float[Array, "1 K rows 1"]) -> _OnlineSoftmax:
+        """Accumulates one more key, with these scores and a value of zero."""
+        max_score = jnp.maximum(self.max_score, scores)
+        rescale = jnp.exp(self.max_score - max_score)
+        return _OnlineSoftmax(
+            max_score,
+            self.normaliser * rescale + jnp.exp(scores - max_score),
+            self.weighted_values * rescale,
+        )
+
+
+def paged_attention(
+    query: Float[Array, "B S K G h"],
+    key: Float[Array, "B S #K h"],
+    value: Float[Array, "B S #K v"],
+    cache: Pages,
+    metadata: BatchMetadata,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None = None,
+    sinks: Float[Array, "K G"] | None = None,
+) -> Float[Array, "B S K G v"]:
+    """Computes causal attention of each query to the keys at or before its position.
+
+    A single token walks all its pages, its own key's included. A chunk walks the pages before it, then
+    attends to its own keys directly, a block of queries at a time and only to the keys that the block can see:
+    half the work of treating the chunk's keys as pages.
+
+    Args:
+        query: G query heads for each of the K KV heads.
+        key: keys of the same tokens, already in the cache. K may be 1 in keys and values: shared by all heads.
+        value: values of the same tokens, already in the cache; their width may differ from the keys'.
+        cache: keys and values of every position up to the queries' own.
+        metadata: pages of each sequence, and positions of the queries.
+        scale: multiplies query-key products.
+        window: keys that a query sees, its own included; ``None``: all.
+        softcap: bounds the scaled products smoothly; ``None``: no bound.
+        sinks: for each query head, the score of an extra key without a value, float32; ``None``: no such key
+            (Xiao et al. 2023, https://arxiv.org/abs/2309.17453).
+
+    Returns:
+        The attention output in the query's dtype; softmax and sums are float32.
+    """
+    batch, length, heads, group, head_dim = query.shape
+    rows = query.swapaxes(1, 2).reshape(batch, heads, length * group, head_dim)
+    row_positions = jnp.repeat(metadata.positions, group, axis=1)[:, None, :, None]
+    # one token finds its own key in the cache; a chunk takes its own keys from its arguments, below
+    stop = metadata.positions[:, 0] + (1 if length == 1 else 0)
+    softmax = _walk(rows, row_positions, cache, metadata, stop, scale, window, softcap, value.shape[-1])
+    if length > 1:
+        keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        blocks = []
+        for start in range(0, length, _QUERY_BLOCK):
+            end = min(start + _QUERY_BLOCK, length)
+            seen = slice(0 if window is None else max(0, start - window + 1), end)
+            block = slice(start * group, end * group)
+            visible = visible_keys(
+                row_positions[:, :, block], metadata.positions[:, None, None, seen], window
+            )
+            part = _OnlineSoftmax(*(x[:, :, block] for x in softmax))
+            blocks.append(
+                part.accumulate(
+                    rows[:, :, block], keys[:, :, seen], values[:, :, seen], visible, scale, softcap
+                )
+            )
+        softmax = _OnlineSoftmax(*(jnp.concatenate(parts, axis=2) for parts in zip(*blocks, strict=True)))
+    if sinks is not None:
+        softmax = softmax.accumulate_sink(jnp.tile(sinks, (1, length))[None, :, :, None])
+    output = (softmax.weighted_values / softmax.normaliser).astype(query.dtype)
+    return output.reshape(batch, heads, length, group, -1).swapaxes(1, 2)
+
+
+def _walk(
+    rows: Float[Array, "B K rows h"],
+    row_positions: Int[Array, "B 1 rows 1"],
+    cache: Pages,
+    metadata: BatchMetadata,
+    stop: Int[Array, " B"],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    value_dim: int,
+) -> _OnlineSoftmax:
+    """Attends to the cached positions before ``stop``, each sequence from the first page in its window.
+
+    Sequences walk side by side, each over its own pages: one iteration reads one page of every sequence.
+    Sequences at distant positions, and padding rows (at position 0), do not lengthen each other's walk.
+    """
+    page_size = cache.page_size
+    first, tables = jnp.zeros_like(stop), metadata.block_tables
+    if window is not None:
+        first = jnp.maximum(metadata.positions[:, 0] - (window - 1), 0) // page_size
+        # past its end a row's table repeats the last page, in which the row sees nothing
+        in_window = first[:, None] + jnp.arange(tables.shape[1])
+        tables = jnp.take_along_axis(tables, in_window, axis=1, mode="clip")
+
+    def page(step: Int[Array, ""], softmax: _OnlineSoftmax) -> _OnlineSoftmax:
+        pages = jax.lax.dynamic_index_in_dim(tables, step, axis=1, keepdims=False)
+        keys, values = cache.read(pages)
+        positions = ((first + step)[:, None] * page_size + jnp.arange(page_size))[:, None, None, :]
+        # a sequence that starts earlier than the batch's latest must not see its own chunk here already
+        written = positions < stop[:, None, None, None]
+        visible = visible_keys(row_positions, positions, window) & written
+        # what an earlier user left behind may not be a number, and 0 times that is not 0
+        values = jnp.where(written.swapaxes(2, 3), values, 0)
+        return softmax.accumulate(rows, keys, values, visible, scale, softcap)
+
+    num_pages = jnp.max(-(-stop // page_size) - first)
+    return jax.lax.fori_loop(0, num_pages, page, _OnlineSoftmax.empty(rows, value_dim))

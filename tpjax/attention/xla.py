@@ -97,12 +97,12 @@ def paged_attention(
     """Computes causal attention of each query to the keys at or before its position.
 
     A single token walks all its pages, its own key's included. A chunk walks the pages before it, then
-    attends to its own keys directly, a block of queries at a time and only to the keys that the block can see:
-    half the work of treating the chunk's keys as pages.
+    attends to its own keys directly, a block of queries at a time and only to the keys that the block can
+    see: half the work of treating the chunk's keys as pages.
 
     Args:
         query: G query heads for each of the K KV heads.
-        key: keys of the same tokens, already in the cache. K may be 1 in keys and values: shared by all heads.
+        key: keys of the same tokens, already in the cache. K may be 1 in keys and values: all heads share it.
         value: values of the same tokens, already in the cache; their width may differ from the keys'.
         cache: keys and values of every position up to the queries' own.
         metadata: pages of each sequence, and positions of the queries.

@@ -225,8 +225,9 @@ def _heads(config: ModelConfig, tp: int) -> dict[str, Any]:
         cache_padding = tp - 1.0
         summary = (
             f"heads: {plan.num_heads} of the checkpoint are computed as {plan.num_padded_heads} "
-            f"({plan.query_padding:+.0%} attention FLOPs), {plan.head_slots_per_device} on each device; all read "
-            f"one latent per token, which every device has whole ({cache_padding:+.0%} cache over all)"
+            f"({plan.query_padding:+.0%} attention FLOPs), {plan.head_slots_per_device} on each device; "
+            "all read one latent per token, which every device has whole "
+            f"({cache_padding:+.0%} cache over all)"
         )
     return {
         "num_heads": plan.num_heads,

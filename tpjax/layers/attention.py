@@ -75,12 +75,12 @@ class Attention(nnx.Module):
         window: int | None,
     ) -> tuple[Float[Array, "*tp B S D"], LayerCache]:
         """Returns each device's partial sum over heads, and the cache with the new keys and values."""
-        plan = self.plan
         x = constrain(x, REPLICATED)  # all-gather over tp with sequence parallelism
         query, key, value = self._queries_keys_values(x)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         cache = cache.write(key, value, metadata)
+        head_shape = self.plan.num_head_slots, self.plan.group_size
         output = paged_attention(
             query,
             key,
@@ -90,9 +90,7 @@ class Attention(nnx.Module):
             scale=self.config.query_scale,
             window=window,
             softcap=self.config.attn_softcap,
-            sinks=None
-            if self.sinks is None
-            else self.sinks[...].reshape(plan.num_head_slots, plan.group_size),
+            sinks=None if self.sinks is None else self.sinks[...].reshape(head_shape),
         )
         return self.o_proj(output.reshape(*x.shape[:2], -1)), cache
 

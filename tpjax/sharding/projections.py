@@ -119,12 +119,9 @@ def gate_up_layout(modules: Sequence[str], width: int, tp: int, in_features: int
     names = [f"{module}.{kind}" for module in modules]
     shard = pad_to_multiple(width, tp) // tp
     segments = [
-        Segment(
-            name, device * shard, min(shard, width - device * shard), (len(names) * device + part) * shard
-        )
-        for device in range(tp)
+        Segment(name, start, min(shard, width - start), len(names) * start + part * shard)
+        for start in range(0, width, shard)
         for part, name in enumerate(names)
-        if device * shard < width
     ]
     return column_layout(
         len(names) * shard * tp, segments, dict.fromkeys(names, width), in_features=in_features

@@ -60,12 +60,14 @@ MODULES = {
 
 # old identifier -> new identifier
 NAMES = {
+    "ColumnLinear": "Linear",
     "ExpertCut": "ExpertAxis",
     "ExpertSharding": "ExpertParallel",
     "INERT": "IGNORED_FIELDS",
     "POSITIONS": "SEQUENCE_PARALLEL",
     "Placement": "BatchMetadata",
     "Residual": "SequenceParallel",
+    "ReplicatedLinear": "Linear",
     "SHARES": "PARTIAL_SUMS",
     "Stored": "TensorMapping",
     "add_up": "reduce_partials",

@@ -8,12 +8,12 @@ from tpjax.checkpoints.load import Parameter
 from tpjax.config import ModelConfig, MoEConfig
 from tpjax.layers.attention import Attention
 from tpjax.layers.latent_attention import KeyValueProjection, LatentAttention
-from tpjax.layers.linear import ColumnLinear, Embedding, PositionEmbedding, ReplicatedLinear, RowLinear
+from tpjax.layers.linear import Embedding, Linear, PositionEmbedding, RowLinear
 from tpjax.layers.moe import Experts, Router, Scores
 from tpjax.layers.norm import HeadScale, Norm
 from tpjax.mesh import AXIS
 from tpjax.model import Decoder
-from tpjax.sharding import Content, HeadPlan, StackedLayout, head_plan
+from tpjax.sharding import REPLICATED, Content, HeadPlan, StackedLayout, head_plan
 
 
 def reason(parameter: Parameter, model: Decoder, tp: int) -> str:
@@ -85,21 +85,21 @@ def _placement(parameter: Parameter, owner: Any, parent: Any, model: Decoder, tp
         case Embedding():
             tied = " and scores" if model.lm_head is None else ""
             return f"cut along the vocabulary: each device looks up{tied} its own tokens; one all-reduce"
-        case RowLinear(shares=None) if is_bias:
+        case RowLinear(partial_sums=None) if is_bias:
             return "bias of a row-parallel product: added once, after the all-reduce"
         case RowLinear() if is_bias:
             return "bias of a row-parallel product: added by the first device alone, before the all-reduce"
         case RowLinear():
             return "row-parallel: each device sums over its own inputs; one all-reduce adds the sums"
-        case ColumnLinear() if is_bias:
+        case Linear() if owner.spec == REPLICATED:
+            return "every head reads the whole latent: every device computes it"
+        case Linear() if is_bias:
             return "bias of a column-parallel product: cut as its outputs are"
-        case ColumnLinear():
+        case Linear():
             what = "features" if not isinstance(parent, Attention | LatentAttention) else "heads"
             return f"column-parallel: each device computes its own {what}, and nothing moves"
         case KeyValueProjection():
             return "each device expands the latent for its own heads, and nothing moves"
-        case ReplicatedLinear():
-            return "every head reads the whole latent: every device computes it"
         case Router():
             return "small: every device picks the same experts, and nothing moves"
         case Scores():

@@ -11,11 +11,12 @@ from jaxtyping import Array, Float
 from tpjax.attention import paged_attention
 from tpjax.cache import BatchMetadata, LayerCache
 from tpjax.config import ModelConfig
-from tpjax.layers.linear import ColumnLinear, RowLinear, parameter
+from tpjax.layers.linear import Linear, RowLinear, parameter
 from tpjax.layers.norm import HeadScale, Norm, normalised
 from tpjax.layers.rope import Rotation, rotate
 from tpjax.sharding import (
     BIAS,
+    COLUMN,
     HEADS,
     REPLICATED,
     HeadPlan,
@@ -42,16 +43,17 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, plan: HeadPlan, dtype: jnp.dtype) -> None:
         hidden, head_dim = config.hidden_size, config.head_dim
-        self.qkv_proj = ColumnLinear(
+        self.qkv_proj = Linear(
             qkv_layout(plan, head_dim, hidden),
             qkv_layout(plan, head_dim, None) if config.attention_bias else None,
+            COLUMN,
             dtype,
         )
         self.o_proj = RowLinear(
             o_proj_layout(plan, head_dim, hidden),
             tensor_layout("o_proj.bias", (hidden,)) if config.attention_out_bias else None,
             dtype,
-            shares=plan.tp if config.parallel else None,
+            partial_sums=plan.tp if config.parallel else None,
         )
         self.q_norm: Norm | HeadScale
         self.k_norm: Norm | HeadScale

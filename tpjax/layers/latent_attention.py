@@ -23,10 +23,11 @@ from jaxtyping import Array, Float, Int
 from tpjax.attention import paged_attention
 from tpjax.cache import BatchMetadata, LatentCache
 from tpjax.config import ModelConfig
-from tpjax.layers.linear import ColumnLinear, ReplicatedLinear, RowLinear, parameter
+from tpjax.layers.linear import Linear, RowLinear, dot, parameter
 from tpjax.layers.norm import Norm
 from tpjax.layers.rope import Rotation, rotate
 from tpjax.sharding import (
+    COLUMN,
     HEAD_ROWS,
     HEADS,
     REPLICATED,
@@ -53,17 +54,21 @@ class LatentAttention(nnx.Module):
         q_rank = latent.q_lora_rank or 0
         latents = {"q_a_proj": q_rank} if q_rank else {}
         latents["kv_a_proj_with_mqa"] = latent.kv_lora_rank + config.rotated_dim
-        self.a_proj = ReplicatedLinear(
+        self.a_proj = Linear(
             concatenated_layout(latents, hidden),
             concatenated_layout(latents, None) if config.attention_bias else None,
+            REPLICATED,
             dtype,
         )
         norms = replace(config, norm_eps=_LATENT_NORM_EPS)
         self.q_a_layernorm = Norm("q_a_layernorm", q_rank, norms, dtype) if q_rank else None
         self.kv_a_layernorm = Norm("kv_a_layernorm", latent.kv_lora_rank, norms, dtype)
         queries = "q_b_proj.weight" if q_rank else "q_proj.weight"
-        self.q_proj = ColumnLinear(
-            query_heads_layout(queries, plan, config.head_dim, in_features=q_rank or hidden), None, dtype
+        self.q_proj = Linear(
+            query_heads_layout(queries, plan, config.head_dim, in_features=q_rank or hidden),
+            None,
+            COLUMN,
+            dtype,
         )
         self.kv_b_proj = KeyValueProjection(config, plan, dtype)
         self.o_proj = RowLinear(
@@ -136,23 +141,22 @@ class KeyValueProjection(nnx.Module):
 
     def absorb(self, query: Float[Array, "B S K 1 n"]) -> Float[Array, "B S K 1 r"]:
         """What a query multiplies a latent with, to get its product with the latent's key."""
-        return self._product("bskgn,knr->bskgr", query, self.key)
+        return self._dot(query, self.key, "bskgn,knr->bskgr")
 
     def values_of(self, mixed: Float[Array, "B S K 1 r"]) -> Float[Array, "B S K 1 v"]:
         """Each head's value of a mix of latents."""
-        return self._product("bskgr,kvr->bskgv", mixed, self.value)
+        return self._dot(mixed, self.value, "bskgr,kvr->bskgv")
 
     def expand(self, latents: Float[Array, "B 1 T r"]) -> KeysValues:
         """Each head's keys, with the part that rotates, and values."""
         latent, turned = jnp.split(latents, [self.rank], -1)
-        keys = self._product("btr,knr->bktn", latent[:, 0], self.key)
-        values = self._product("btr,kvr->bktv", latent[:, 0], self.value)
+        keys = self._dot(latent[:, 0], self.key, "btr,knr->bktn")
+        values = self._dot(latent[:, 0], self.value, "btr,kvr->bktv")
         turned = jnp.broadcast_to(turned, (*keys.shape[:3], turned.shape[-1]))
         return jnp.concatenate([keys, turned], -1), values
 
-    def _product(self, indices: str, x: Float[Array, "*x"], weight: nnx.Param) -> Float[Array, "*y"]:
-        heads = weight[...].reshape(self.num_heads, -1, self.rank)
-        return jnp.einsum(indices, x, heads, preferred_element_type=x.dtype)
+    def _dot(self, x: Float[Array, "*x"], weight: nnx.Param, subscripts: str) -> Float[Array, "*out"]:
+        return dot(x, weight[...].reshape(self.num_heads, -1, self.rank), subscripts)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Projections and the embedding: what bears nearly all the weights."""
+"""The products with weights, and the modules that hold nearly all weights: projections and embeddings."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tpjax.sharding import (
-    BIAS,
-    COLUMN,
     PARTIAL_SUMS,
     REPLICATED,
     ROW,
@@ -24,100 +22,124 @@ from tpjax.sharding import (
 
 
 def parameter(layout: Layout, spec: PartitionSpec, dtype: jnp.dtype) -> nnx.Param:
-    """Declares a parameter: its stored shape, its sharding, and what of the checkpoint it is made of.
+    """Declares a parameter: its stored shape, its sharding, and the canonical tensors it is made of.
 
     The loader reads all three back from the abstract model; nothing else lists parameters.
     """
     return nnx.Param(jnp.zeros(layout.shape, dtype), out_sharding=tuple(spec), layout=layout)
 
 
-class ColumnLinear(nnx.Module):
-    """``y = x @ weight + bias`` with the weight stored [in, out] and cut along out: no collective.
+def dot(
+    x: Float[Array, "*x"],
+    weight: Float[Array, "*weight"],
+    subscripts: str,
+    *,
+    dtype: jnp.dtype | type | None = None,
+    precision: jax.lax.Precision | None = None,
+) -> Float[Array, "*out"]:
+    """Multiplies activations by a weight: every product with a weight is this one, or :func:`grouped_dot`.
+
+    Args:
+        x: activations.
+        weight: the weight in its stored order. No caller transposes it: that would copy it at every step.
+        subscripts: which axes are contracted, as ``einsum`` takes them, activations first: ``...i,io->...o``.
+        dtype: dtype of the result; ``None``: that of ``x``, so that an all-reduce of bfloat16 products moves
+            bfloat16. Accelerators accumulate in float32 all the same.
+        precision: precision of the multiplication; ``None``: the backend's default.
+    """
+    return jnp.einsum(subscripts, x, weight, precision=precision, preferred_element_type=dtype or x.dtype)
+
+
+def grouped_dot(
+    x: Float[Array, "M D"], weights: Float[Array, "E D F"], group_sizes: Int[Array, " E"]
+) -> Float[Array, "M F"]:
+    """Multiplies each run of rows by its own weight of a stack.
+
+    Args:
+        x: rows, sorted by the weight they are multiplied by.
+        weights: the stack.
+        group_sizes: rows for each weight.
+    """
+    return jax.lax.ragged_dot(x, weights, group_sizes, preferred_element_type=x.dtype)
+
+
+class Linear(nnx.Module):
+    """``y = x @ weight + bias`` with the weight stored [in, out]: no collective.
 
     Args:
         weight: layout of the weight.
-        bias: layout of the bias, if there is one.
-        dtype: of both.
+        bias: layout of the bias; ``None``: there is none.
+        spec: ``COLUMN``: each device computes some of the outputs; ``REPLICATED``: each computes all.
+        dtype: dtype of both.
     """
 
-    def __init__(self, weight: WeightLayout, bias: WeightLayout | None, dtype: jnp.dtype) -> None:
-        self.weight = parameter(weight, COLUMN, dtype)
-        self.bias = None if bias is None else parameter(bias, BIAS, dtype)
+    def __init__(
+        self, weight: WeightLayout, bias: WeightLayout | None, spec: PartitionSpec, dtype: jnp.dtype
+    ) -> None:
+        self.weight = parameter(weight, spec, dtype)
+        self.bias = None if bias is None else parameter(bias, PartitionSpec(*spec[1:]), dtype)
+        self.spec = spec
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """Each device's share of the outputs."""
-        y = jnp.matmul(x, self.weight[...], preferred_element_type=x.dtype)
-        return y if self.bias is None else y + self.bias[...]
-
-
-class ReplicatedLinear(nnx.Module):
-    """``y = x @ weight + bias`` with the weight stored [in, out], whole on every device: no collective.
-
-    Args:
-        weight: layout of the weight.
-        bias: layout of the bias, if there is one.
-        dtype: of both.
-    """
-
-    def __init__(self, weight: WeightLayout, bias: WeightLayout | None, dtype: jnp.dtype) -> None:
-        self.weight = parameter(weight, REPLICATED, dtype)
-        self.bias = None if bias is None else parameter(bias, REPLICATED, dtype)
-
-    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """All outputs, on every device."""
-        y = jnp.matmul(x, self.weight[...], preferred_element_type=x.dtype)
+        """Returns the outputs, sharded as ``spec`` says."""
+        y = dot(x, self.weight[...], "...i,io->...o")
         return y if self.bias is None else y + self.bias[...]
 
 
 class RowLinear(nnx.Module):
-    """``y = x @ weight.T + bias`` with the weight stored [out, in] and cut along in: an all-reduce follows.
+    """``y = x @ weight.T + bias`` with the weight stored [out, in], sharded along in: an all-reduce follows.
 
-    The weight lies as the checkpoint has it. With one row of ``x``, contracting along the last axis of both
+    The weight keeps the checkpoint's order. With one row of ``x``, contracting along the last axis of both
     reads memory in order: SmolLM2's ``down_proj`` runs at 36 GB/s on a CPU that way, at 25 as [in, out].
 
     Args:
         weight: layout of the weight.
-        bias: layout of the bias, if there is one.
-        dtype: of both.
-        shares: devices, where the caller adds products up before it sums their shares; ``None``: a sum.
+        bias: layout of the bias; ``None``: there is none.
+        dtype: dtype of both.
+        partial_sums: devices, if the caller adds further products before the reduction; ``None``: the product
+            is reduced by itself.
     """
 
     def __init__(
-        self, weight: WeightLayout, bias: WeightLayout | None, dtype: jnp.dtype, shares: int | None = None
+        self,
+        weight: WeightLayout,
+        bias: WeightLayout | None,
+        dtype: jnp.dtype,
+        partial_sums: int | None = None,
     ) -> None:
         self.weight = parameter(weight, ROW, dtype)
         self.bias = None if bias is None else parameter(bias, REPLICATED, dtype)
-        self.shares = shares
+        self.partial_sums = partial_sums
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "... out"]:
-        """The sum over all devices' inputs; where the caller fixes its layout, the all-reduce happens.
+        """Returns the sum over all inputs; the all-reduce happens where the caller fixes its layout.
 
-        With ``shares``, each device's own part of it, along a first axis that is cut: no collective.
+        With ``partial_sums``, returns one partial sum per device along a new first axis: no collective.
         """
-        if self.shares is not None:
-            inputs = x.reshape(*x.shape[:-1], self.shares, -1)
-            weight = self.weight[...].reshape(-1, *inputs.shape[-2:])
-            y = jnp.einsum("...ti,oti->t...o", inputs, weight, preferred_element_type=x.dtype)
-            y = constrain(y, PARTIAL_SUMS)
-            if self.bias is None:
-                return y
-            first = (jnp.arange(self.shares) == 0).reshape(-1, *[1] * (y.ndim - 1))
-            return y + jnp.where(first, self.bias[...], 0)
-        # The result keeps the activations' dtype, so that the all-reduce moves bfloat16 where the model is
-        # bfloat16. Accelerators accumulate a product in float32 all the same.
-        y = _contract_last(x, self.weight[...], x.dtype)
+        if self.partial_sums is not None:
+            return self._partial_sums(x, self.partial_sums)
+        y = dot(x, self.weight[...], "...i,oi->...o")
         return y if self.bias is None else y + self.bias[...]
+
+    def _partial_sums(self, x: Float[Array, "*batch in"], tp: int) -> Float[Array, "tp *batch out"]:
+        inputs = x.reshape(*x.shape[:-1], tp, -1)
+        weight = self.weight[...].reshape(-1, *inputs.shape[-2:])
+        y = constrain(dot(inputs, weight, "...ti,oti->t...o"), PARTIAL_SUMS)
+        if self.bias is None:
+            return y
+        first = (jnp.arange(tp) == 0).reshape(-1, *[1] * (y.ndim - 1))
+        return y + jnp.where(first, self.bias[...], 0)
 
 
 class Embedding(nnx.Module):
-    """Token embeddings [V, D], cut along the vocabulary; also the vocabulary projection where tied.
+    """Token embeddings [V, D], sharded along the vocabulary; also the vocabulary projection if tied.
 
     Args:
         source: canonical name of the tensor, relative to the parent module.
         vocab_size: V.
         hidden_size: D.
         tp: devices; V is zero-padded to a multiple.
-        dtype: of the weight.
+        dtype: dtype of the weight.
     """
 
     def __init__(self, source: str, vocab_size: int, hidden_size: int, tp: int, dtype: jnp.dtype) -> None:
@@ -125,33 +147,27 @@ class Embedding(nnx.Module):
         self.weight = parameter(tensor_layout(source, (vocab_size, hidden_size), padded=padded), VOCAB, dtype)
 
     def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        """Looks up tokens."""
+        """Looks up the rows of tokens."""
         return self.weight[...].at[tokens].get(mode="clip")
 
     def attend(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """Scores every token of the padded vocabulary, in float32."""
-        return _contract_last(x, self.weight[...], jnp.float32)
+        """Computes the logits of the padded vocabulary, float32, sharded along V."""
+        return dot(x, self.weight[...], "...d,vd->...v", dtype=jnp.float32)
 
 
 class PositionEmbedding(nnx.Module):
-    """A learned vector per position [positions, D], on every device.
+    """Learned position embeddings [positions, D], replicated.
 
     Args:
         source: canonical name of the tensor, relative to the parent module.
         positions: longest sequence, tokens.
         hidden_size: D.
-        dtype: of the weight.
+        dtype: dtype of the weight.
     """
 
     def __init__(self, source: str, positions: int, hidden_size: int, dtype: jnp.dtype) -> None:
         self.weight = parameter(tensor_layout(source, (positions, hidden_size)), REPLICATED, dtype)
 
     def __call__(self, positions: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        """Looks up positions; those of a chunk's padding may lie beyond the last."""
+        """Looks up the rows of positions; the padding of a chunk may lie beyond the last."""
         return self.weight[...].at[positions].get(mode="clip")
-
-
-def _contract_last(
-    x: Float[Array, "*batch in"], weight: Float[Array, "out in"], dtype: jnp.dtype | type
-) -> Float[Array, "*batch out"]:
-    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)

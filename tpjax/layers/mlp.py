@@ -9,9 +9,9 @@ from jaxtyping import Array, Float
 
 from tpjax.activations import activate
 from tpjax.config import ModelConfig
-from tpjax.layers.linear import ColumnLinear, RowLinear
+from tpjax.layers.linear import Linear, RowLinear
 from tpjax.mesh import AXIS
-from tpjax.sharding import REPLICATED, constrain, gate_up_layout, pad_to_multiple, tensor_layout
+from tpjax.sharding import COLUMN, REPLICATED, constrain, gate_up_layout, pad_to_multiple, tensor_layout
 
 
 class MLP(nnx.Module):
@@ -25,9 +25,10 @@ class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, tp: int, dtype: jnp.dtype) -> None:
         hidden, width = config.hidden_size, config.intermediate_size
         modules = ("gate_proj", "up_proj") if config.gated_mlp else ("up_proj",)
-        projection = ColumnLinear(
+        projection = Linear(
             gate_up_layout(modules, width, tp, hidden),
             gate_up_layout(modules, width, tp, None) if config.mlp_bias else None,
+            COLUMN,
             dtype,
         )
         if config.gated_mlp:
@@ -38,7 +39,7 @@ class MLP(nnx.Module):
             tensor_layout("down_proj.weight", (hidden, width), padded=pad_to_multiple(width, tp), axis=1),
             tensor_layout("down_proj.bias", (hidden,)) if config.mlp_bias else None,
             dtype,
-            shares=tp if config.parallel else None,
+            partial_sums=tp if config.parallel else None,
         )
         self.activation = config.activation
         self.gated = config.gated_mlp

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tpjax.activations import activate
 from tpjax.config import ExpertAxis, ModelConfig, MoEConfig
 from tpjax.errors import ConfigError
-from tpjax.layers.linear import parameter
+from tpjax.layers.linear import dot, grouped_dot, parameter
 from tpjax.mesh import AXIS
 from tpjax.sharding import (
     PARTIAL_SUMS,
@@ -82,12 +82,9 @@ class Scores(nnx.Module):
 
     def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N count"]:
         """The scores of each token, float32."""
-        scores = jax.lax.dot_general(
-            x.astype(jnp.float32),
-            self.weight[...],
-            (((1,), (1,)), ((), ())),
-            precision=jax.lax.Precision.HIGHEST,  # a TPU would multiply in bfloat16
-        )
+        # a TPU would multiply in bfloat16
+        highest = jax.lax.Precision.HIGHEST
+        scores = dot(x.astype(jnp.float32), self.weight[...], "nd,ed->ne", precision=highest)
         return scores if self.bias is None else scores + self.bias[...]
 
 
@@ -262,10 +259,10 @@ class MoE(nnx.Module):
 
 def gated_expert(x: Float[Array, "T D"], expert: ExpertWeights, config: ModelConfig) -> Float[Array, "T D"]:
     """What one expert makes of some rows."""
-    gate_up = jnp.matmul(x, expert.gate_up, preferred_element_type=x.dtype)
+    gate_up = dot(x, expert.gate_up, "td,df->tf")
     if expert.gate_up_bias is not None:
         gate_up = gate_up + expert.gate_up_bias
-    out = jnp.matmul(_glu(gate_up, config), expert.down, preferred_element_type=x.dtype)
+    out = dot(_glu(gate_up, config), expert.down, "tf,fd->td")
     return out if expert.down_bias is None else out + expert.down_bias
 
 
@@ -342,10 +339,10 @@ def ragged_experts(
 ) -> Float[Array, "M D"]:
     """What :func:`tiled_experts` computes, as two grouped products."""
     expert = jnp.repeat(jnp.arange(rows_of.size), rows_of, total_repeat_length=x.shape[0])
-    gate_up = jax.lax.ragged_dot(x, experts.gate_up, rows_of, preferred_element_type=x.dtype)
+    gate_up = grouped_dot(x, experts.gate_up, rows_of)
     if experts.gate_up_bias is not None:
         gate_up = gate_up + experts.gate_up_bias[expert]
-    out = jax.lax.ragged_dot(_glu(gate_up, config), experts.down, rows_of, preferred_element_type=x.dtype)
+    out = grouped_dot(_glu(gate_up, config), experts.down, rows_of)
     return out if experts.down_bias is None else out + experts.down_bias[expert]
 
 

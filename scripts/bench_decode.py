@@ -44,7 +44,7 @@ def tpjax_worker(model: str, tp: int, max_model_len: int) -> dict[str, Callable[
     import numpy as np
 
     from tpjax import LLM, SamplingParams
-    from tpjax.runtime.runner import Row
+    from tpjax.runtime.rows import Row
 
     llm = LLM(model, tp=tp, dtype="float32", max_model_len=max_model_len, max_slots=1)
     runner = llm.runner

@@ -42,7 +42,7 @@ def tpjax_worker(model: str, tp: int) -> dict[str, Callable[[], float]]:
 
     from tpjax import LLM, SamplingParams
     from tpjax.engine.request import Request
-    from tpjax.runtime.runner import Row
+    from tpjax.runtime.rows import Row
 
     llm = LLM(model, tp=tp, dtype="float32", max_model_len=CONTEXT, max_slots=STREAMS)
     llm.warm_up()

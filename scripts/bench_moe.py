@@ -34,7 +34,9 @@ def decoder(experts: int, per_token: int, tp: int, batch: int) -> Callable[[], f
     from tpjax.config import ModelConfig, MoEConfig, RopeConfig
     from tpjax.mesh import make_mesh
     from tpjax.model import Decoder
-    from tpjax.runtime.runner import Limits, Row, Runner
+    from tpjax.runtime.limits import Limits
+    from tpjax.runtime.rows import Row
+    from tpjax.runtime.runner import Runner
     from tpjax.sampling_params import SamplingParams
 
     config = ModelConfig(

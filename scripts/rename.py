@@ -58,12 +58,24 @@ MODULES = {
     "tpjax.tokenizer": "tpjax.text.tokenizer",
 }
 
+# module as it was first -> its names that have moved to another module since
+MOVED = {
+    "tpjax.runner": {
+        "Limits": "tpjax.runtime.limits",
+        "NO_TOKEN": "tpjax.runtime.rows",
+        "Residual": "tpjax.config",
+        "Row": "tpjax.runtime.rows",
+        "resolve_dtype": "tpjax.runtime.limits",
+    },
+}
+
 # old identifier -> new identifier
 NAMES = {
     "ColumnLinear": "Linear",
     "ExpertCut": "ExpertAxis",
     "ExpertSharding": "ExpertParallel",
     "INERT": "IGNORED_FIELDS",
+    "Memory": "DeviceMemory",
     "POSITIONS": "SEQUENCE_PARALLEL",
     "Placement": "BatchMetadata",
     "Residual": "SequenceParallel",
@@ -74,7 +86,9 @@ NAMES = {
     "expert_sharding": "expert_parallel",
     "length_class": "rope_scaling_key",
     "num_slots": "num_head_slots",
-    "residual_of": "residual_spec",
+    "residual_of": "programs.residual_spec",
+    "runner._weights": "runner.weights",
+    "runner.compiled": "runner.programs.compiled",
     "slots_per_device": "head_slots_per_device",
     "thirds_of_heads": "fused_qkv_by_head",
     "with_expert_sharding": "with_expert_parallel",
@@ -134,6 +148,13 @@ def _moved(match: re.Match[str]) -> str:
 
 def renamed(source: str) -> str:
     """The source with today's names."""
+    for old, moved in MOVED.items():
+        source = re.sub(
+            rf"^(\s*)from {re.escape(old)} import ([\w, ]+)$",
+            lambda match, old=old, moved=moved: split_import(match, old, moved),
+            source,
+            flags=re.MULTILINE,
+        )
     for old, new in MODULES.items():
         parent, _, name = old.rpartition(".")
         new_parent, _, new_name = new.rpartition(".")
@@ -153,6 +174,14 @@ def renamed(source: str) -> str:
     source = re.sub(statement, _moved, source, flags=re.MULTILINE)
     names = "|".join(NAMES)
     return re.sub(rf"\b({names})\b", lambda match: NAMES[match[1]], source)
+
+
+def split_import(match: re.Match[str], module: str, moved: dict[str, str]) -> str:
+    """An import of names from a module as an import from each module that they are in now."""
+    names: dict[str, list[str]] = {}
+    for name in match[2].split(", "):
+        names.setdefault(moved.get(name, module), []).append(name)
+    return "\n".join(f"{match[1]}from {home} import {', '.join(some)}" for home, some in names.items())
 
 
 def main() -> int:

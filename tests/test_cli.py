@@ -8,7 +8,6 @@ import subprocess
 import sys
 import types
 from pathlib import Path
-from typing import get_args
 
 import jax
 import pytest
@@ -17,7 +16,7 @@ import typer
 from tpjax import __version__
 from tpjax.checkpoints import hub
 from tpjax.cli import app as cli
-from tpjax.cli import console, options
+from tpjax.cli import console
 from tpjax.errors import DeviceError
 from tpjax.inspect import doctor
 
@@ -113,12 +112,6 @@ def test_every_subcommand_shows_examples_that_parse(subcommand, capsys, monkeypa
 def test_version(capsys):
     assert status("--version") == 0
     assert capsys.readouterr().out == f"tpjax {__version__}\n"
-
-
-def test_dtypes_are_those_of_the_library():
-    from tpjax.runtime import runner
-
-    assert get_args(options.Dtype) == runner.DTYPES
 
 
 def test_help_starts_neither_jax_nor_anything_else_heavy():

@@ -20,7 +20,8 @@ from tpjax import LLM, SamplingParams
 from tpjax.engine.engine import Engine
 from tpjax.engine.request import Request
 from tpjax.errors import RequestError
-from tpjax.runtime.runner import NO_TOKEN, Limits, Row
+from tpjax.runtime.limits import Limits
+from tpjax.runtime.rows import NO_TOKEN, Row
 from tpjax.sampling import NAN_TOKEN, Sampled
 
 V, PAGE = 23, 4

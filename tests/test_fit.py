@@ -15,8 +15,9 @@ from tpjax.config import ModelConfig, RopeConfig
 from tpjax.errors import ConfigError
 from tpjax.mesh import make_mesh
 from tpjax.runtime import memory as memory_module
-from tpjax.runtime.memory import Memory, plan_limits, workspace_bytes
-from tpjax.runtime.runner import Limits, Runner
+from tpjax.runtime.limits import Limits
+from tpjax.runtime.memory import DeviceMemory, plan_limits, workspace_bytes
+from tpjax.runtime.runner import Runner
 
 F32 = jnp.dtype("float32")
 MIB = 2**20
@@ -41,7 +42,7 @@ WORK = workspace_bytes(CONFIG, 1, F32, 4)
 
 def limits(free: int | None, cap: int | None = None, *, weights: int = 100 * MIB, **options: Any) -> Limits:
     options = {"max_model_len": None, "max_slots": 4, **options}
-    memory = None if free is None else Memory(free, cap)
+    memory = None if free is None else DeviceMemory(free, cap)
     return plan_limits(CONFIG, 1, F32, weight_bytes=weights, memory=memory, **options)
 
 
@@ -115,7 +116,7 @@ def test_accelerators_say_what_they_have(monkeypatch: pytest.MonkeyPatch) -> Non
     device = type("Device", (), {"platform": "gpu", "memory_stats": lambda self: stats})()
     monkeypatch.setattr(jax, "devices", lambda: [device])
     found = memory_module.device_memory(8)
-    assert found == Memory(int(80 * MIB * 0.92), None, "gpu")  # each has its own: tp divides nothing
+    assert found == DeviceMemory(int(80 * MIB * 0.92), None, "gpu")  # each has its own: tp divides nothing
     monkeypatch.setattr(device, "memory_stats", lambda: None, raising=False)
     assert memory_module.device_memory(8) is None
 
@@ -127,7 +128,7 @@ def test_rows_of_a_tpu_are_of_128_numbers() -> None:
     free = workspace_bytes(CONFIG, 1, F32, 64) + 64 * PAGE
     options: dict[str, Any] = {"weight_bytes": 0, "max_model_len": None, "max_slots": 64}
     for platform, pages in (("gpu", 64), ("tpu", 32)):
-        memory = Memory(free, platform=platform)
+        memory = DeviceMemory(free, platform=platform)
         assert plan_limits(CONFIG, 1, F32, memory=memory, **options).num_pages == pages
 
 

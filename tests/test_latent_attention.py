@@ -94,7 +94,7 @@ def test_decode_copies_neither_weights_nor_cache(decode: tuple[int, Runner, jax.
     state = runner.abstract_state()
     shards = {
         tuple(sorted(buffer.sharding.shard_shape(buffer.shape)))
-        for buffer in (*jax.tree.leaves(state.cache), *runner._weights)
+        for buffer in (*jax.tree.leaves(state.cache), *runner.weights)
         if buffer.ndim > 1
     }
     assert copies_of(shards, program.as_text()) == []

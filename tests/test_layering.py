@@ -137,8 +137,8 @@ def test_plain_python(module: str) -> None:
         assert other in WITHOUT_JAX, f"{module} reaches JAX through {other}"
 
 
-def test_only_the_runner_compiles_for_serving() -> None:
-    """Serving's are the runner's; the loader turns axes, the cache makes zeros, measure times the machine."""
+def test_only_the_programs_compile_for_serving() -> None:
+    """Besides, the loader transposes, the cache allocates zeros, and measure times the machine."""
     users = {
         module
         for module, tree in MODULES.items()
@@ -147,7 +147,7 @@ def test_only_the_runner_compiles_for_serving() -> None:
         and isinstance(node.value, ast.Name)
         and (node.value.id, node.attr) in (("jax", "jit"), ("nnx", "jit"), ("nnx", "split"))
     }
-    assert users <= {"runtime.runner", "cache", "checkpoints.load", "planning.measure"}
+    assert users <= {"runtime.programs", "runtime.state", "cache", "checkpoints.load", "planning.measure"}
 
 
 # Sub-packages that are used under one name: layouts, and attention whatever computes it.

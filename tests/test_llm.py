@@ -12,7 +12,7 @@ from conftest import GOLDENS
 
 from tpjax import LLM, SamplingParams, TpjaxError
 from tpjax.errors import CheckpointError, ConfigError, DeviceError, RequestError
-from tpjax.runtime.memory import Memory
+from tpjax.runtime.memory import DeviceMemory
 
 PROMPT = "The capital of France is"
 
@@ -190,7 +190,7 @@ def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_read(
     def read(*_: object) -> None:
         raise AssertionError("the weights were read")
 
-    monkeypatch.setattr("tpjax.llm.device_memory", lambda tp: Memory(1000, None))
+    monkeypatch.setattr("tpjax.llm.device_memory", lambda tp: DeviceMemory(1000, None))
     monkeypatch.setattr("tpjax.llm.load_decoder", read)
     with pytest.raises(ConfigError, match=r"the model does not fit: at tp=2 .* and has 1000 B"):
         LLM(GOLDENS / "llama", tp=2)
@@ -228,17 +228,17 @@ def test_streams_and_generate_do_not_disturb_each_other(tiny: LLM) -> None:
 def test_logits_that_are_not_numbers_fail_one_request(tiny: LLM) -> None:
     runner = tiny.runner
     weights, place = (
-        runner._weights,
-        next(i for i, w in enumerate(runner._weights) if w.shape[0] >= tiny.config.vocab_size),
+        runner.weights,
+        next(i for i, w in enumerate(runner.weights) if w.shape[0] >= tiny.config.vocab_size),
     )
     poisoned = jax.device_put(weights[place].at[99].set(np.nan), weights[place].sharding)
     prompts = [[3, 4, 5], [6] * 40 + [99, 7]]
     (fine, _) = tiny.generate(prompts, greedy(8, ignore_eos=True))
     try:
-        runner._weights = (*weights[:place], poisoned, *weights[place + 1 :])
+        runner.weights = (*weights[:place], poisoned, *weights[place + 1 :])
         good, bad = tiny.generate(prompts, greedy(8, ignore_eos=True))
     finally:
-        runner._weights = weights
+        runner.weights = weights
     assert (good.token_ids, good.finish_reason, good.error) == (fine.token_ids, "length", None)
     assert (bad.token_ids, bad.finish_reason) == ([], "error")
     assert bad.error == "the model's logits are not numbers after 42 tokens"

@@ -179,14 +179,14 @@ def test_order_in_memory(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     orders = {
         parameter.name: weight.format.layout.major_to_minor
         for parameter, weight in zip(
-            parameters(llm.runner.abstract_model(), llm.mesh), llm.runner._weights, strict=True
+            parameters(llm.runner.abstract_model(), llm.mesh), llm.runner.weights, strict=True
         )
     }
     assert {name.split(".", 2)[-1] for name, order in orders.items() if order == (1, 0)} == {
         "self_attn.qkv_proj.weight",
         "mlp.gate_up_proj.weight",
     }
-    assert "f32[10,14]{0,1}" in llm.runner.compiled["score", 1, 32].as_text()  # a device's gate and up
+    assert "f32[10,14]{0,1}" in llm.runner.program("score", 1, 32).as_text()  # a device's gate and up
 
 
 def test_sharded_files_and_single_file_are_the_same(plain: Path, tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ from tpjax.layers.moe import (
     tiled_experts,
 )
 from tpjax.mesh import make_mesh
-from tpjax.runtime.runner import Limits, Runner
+from tpjax.runtime.limits import Limits
+from tpjax.runtime.runner import Runner
 from tpjax.sharding import REPLICATED
 
 D, E, K, F = 24, 6, 2, 10

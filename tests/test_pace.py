@@ -16,7 +16,7 @@ from tpjax.engine.block_manager import BlockManager
 from tpjax.engine.engine import Engine
 from tpjax.engine.request import Request
 from tpjax.engine.scheduler import Decode, Scheduler
-from tpjax.runtime.runner import Row
+from tpjax.runtime.rows import Row
 from tpjax.sampling import Sampled
 
 STEPS = 4

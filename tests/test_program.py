@@ -20,7 +20,8 @@ from tpjax.config import ModelConfig, RopeConfig, SequenceParallel
 from tpjax.inspect.budget import collective_budget
 from tpjax.inspect.collectives import find_collectives
 from tpjax.mesh import make_mesh
-from tpjax.runtime.runner import Limits, Runner
+from tpjax.runtime.limits import Limits
+from tpjax.runtime.runner import Runner
 from tpjax.sharding import REPLICATED, SEQUENCE_PARALLEL
 
 # Large enough that a weight- or cache-sized buffer cannot be mistaken for an activation.
@@ -94,7 +95,7 @@ def test_prefill_with_the_residual_cut_over_positions(name: str, gathers_of_a_la
     model = abstract_decoder(read_config(GOLDENS / name), mesh, float32)
     limits = Limits(max_slots=1, max_model_len=128, num_pages=2)
     runner = Runner(model, mesh, limits, float32, sequence_parallel="on")
-    assert runner.residual_spec(64) == SEQUENCE_PARALLEL
+    assert runner.programs.residual_spec(64) == SEQUENCE_PARALLEL
     found = [one for one in find_collectives(runner.program("prefill", 1, 64).as_text()) if one.bytes > 2048]
     gathers = [one for one in found if one.kind == "all-gather"]
     assert sum(one.count for one in gathers) == gathers_of_a_layer * model.config.num_layers
@@ -111,10 +112,10 @@ def test_where_the_residual_is_cut() -> None:
     def runner(sequence_parallel: SequenceParallel) -> Runner:
         return Runner(abstract_decoder(CONFIG, mesh, float32), mesh, LIMITS, float32, sequence_parallel)
 
-    assert runner("on").residual_spec(63) == SEQUENCE_PARALLEL
-    assert runner("on").residual_spec(64) == REPLICATED  # tp does not divide it
-    assert runner("auto").residual_spec(63) == REPLICATED  # on a CPU
-    assert runner("off").residual_spec(63) == REPLICATED
+    assert runner("on").programs.residual_spec(63) == SEQUENCE_PARALLEL
+    assert runner("on").programs.residual_spec(64) == REPLICATED  # tp does not divide it
+    assert runner("auto").programs.residual_spec(63) == REPLICATED  # on a CPU
+    assert runner("off").programs.residual_spec(63) == REPLICATED
 
 
 def test_cache_is_updated_in_place(decode: tuple[int, jax.stages.Compiled]) -> None:
@@ -136,7 +137,7 @@ def test_no_weight_or_cache_sized_copy(decode: tuple[int, jax.stages.Compiled]) 
     tp, program = decode
     runner = abstract_runner(tp)
     big = set()
-    for buffer in (*jax.tree.leaves(runner.abstract_state().cache), *runner._weights):
+    for buffer in (*jax.tree.leaves(runner.abstract_state().cache), *runner.weights):
         if buffer.ndim > 1:
             big.add(tuple(sorted(buffer.sharding.shard_shape(buffer.shape))))
     assert copies_of(big, program.as_text()) == []
@@ -209,7 +210,7 @@ import tpjax
 tpjax.fake_devices(8)
 from tpjax import LLM, SamplingParams
 from tpjax.config import SequenceParallel
-from tpjax.runtime.runner import Row
+from tpjax.runtime.rows import Row
 llm = LLM({path!r}, tp=8, max_model_len=256, max_slots=1)
 row = Row(0, 5, [1, 2], SamplingParams(temperature=0), seed=0)
 llm.runner.prefill(row, [5, 6, 7, 8, 9])

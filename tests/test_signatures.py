@@ -45,7 +45,7 @@ def shapes(hint: Any) -> int:
 
 
 def test_modules_with_shapes_are_found():
-    assert {"tpjax.model", "tpjax.sampling", "tpjax.runtime.runner", "tpjax.layers.moe"} <= set(MODULES)
+    assert {"tpjax.model", "tpjax.sampling", "tpjax.runtime.steps", "tpjax.layers.moe"} <= set(MODULES)
 
 
 @pytest.mark.parametrize("name", MODULES)

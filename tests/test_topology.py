@@ -18,7 +18,7 @@ from tpjax.inspect import doctor, topology
 from tpjax.inspect.collectives import Collective, find_collectives, summarise
 from tpjax.inspect.hlo import Module
 from tpjax.inspect.program import (
-    Program,
+    ProgramReport,
     abstract_runner,
     compile_program,
     whole_copies,
@@ -210,13 +210,13 @@ SMOLLM2 = llama(576, 1536, 9, 3, 49152, layers=2)
 LLAMA3_8B = llama(4096, 14336, 32, 8, 128256, layers=2)
 
 
-def compiled(config: ModelConfig, name: str, tp: int, kind: str) -> Program:
+def compiled(config: ModelConfig, name: str, tp: int, kind: str) -> ProgramReport:
     runner = abstract_runner(config, parse_topology(name), tp, max_slots=4, sequence_parallel="off")
     sizes = (4, 1) if kind == "decode" else (1, 128)
     return compile_program(runner, parse_topology(name), kind, *sizes, context=256 * (kind == "decode"))
 
 
-def check(program: Program, config: ModelConfig, tp: int, remarks: str) -> None:
+def check(program: ProgramReport, config: ModelConfig, tp: int, remarks: str) -> None:
     always = [c for c in program.collectives if not c.conditional]
     reduces = [c for c in always if c.kind == "all-reduce" and c.source.startswith("model.py")]
     assert sum(c.count for c in reduces) == 2 * config.num_layers + 1

@@ -18,6 +18,7 @@ RouterScoring = Literal["softmax", "sigmoid"]
 ExpertParallel = Literal["auto", "on", "off"]
 ExpertAxis = Literal["experts", "width"]  # what is sharded of E experts of width F
 SequenceParallel = Literal["auto", "on", "off"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 # A Python object is made for each layer, head and expert: a number beyond what any model has by far is

@@ -25,8 +25,9 @@ from tpjax.engine.token_filter import TokenFilter, word_sequences
 from tpjax.errors import ConfigError, RequestError
 from tpjax.mesh import make_mesh
 from tpjax.old_spellings import accepts_old_spellings
+from tpjax.runtime.limits import resolve_dtype
 from tpjax.runtime.memory import device_memory, plan_limits
-from tpjax.runtime.runner import Runner, resolve_dtype
+from tpjax.runtime.runner import Runner
 from tpjax.sampling_params import MAX_SEED, MIN_SEED, RANDOM_SEED, SamplingParams
 from tpjax.text.loading import load_tokenizer
 from tpjax.text.tokenizer import Tokenizer

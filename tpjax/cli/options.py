@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from tpjax.config import Dtype
+
 if TYPE_CHECKING:
     from tpjax.sampling_params import SamplingParams
 
 MODEL_HELP = "An alias, a directory, a .gguf file or a Hugging Face id (org/name): see `tpjax models`."
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def takes(**groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -14,7 +14,8 @@ from tpjax.engine.block_manager import BlockManager
 from tpjax.engine.request import Request, TokenLogprobs
 from tpjax.engine.scheduler import Decode, Prefill, Scheduler
 from tpjax.errors import EngineError
-from tpjax.runtime.runner import NO_TOKEN, Row, Runner
+from tpjax.runtime.rows import NO_TOKEN, Row
+from tpjax.runtime.runner import Runner
 from tpjax.sampling import NAN_TOKEN, NOTHING_ALLOWED, Sampled
 from tpjax.sampling_params import SamplingParams
 

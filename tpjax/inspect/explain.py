@@ -32,8 +32,10 @@ from tpjax.inspect.reasons import cache_reason, experts_reason, reason
 from tpjax.mesh import make_mesh
 from tpjax.old_spellings import accepts_old_spellings
 from tpjax.planning.published import is_published, published_config
+from tpjax.runtime.limits import resolve_dtype
 from tpjax.runtime.memory import device_memory, plan_limits, workspace_bytes
-from tpjax.runtime.runner import Runner, resolve_dtype
+from tpjax.runtime.programs import Kind
+from tpjax.runtime.runner import Runner
 from tpjax.sharding import Content, Layout, Segment, WeightLayout, head_plan, pad_to_multiple, tensor_layout
 
 
@@ -115,7 +117,7 @@ def explain_model(
     return explain(Runner(decoder, mesh, limits, kind), name=model)
 
 
-def _step(runner: Runner, name: str, tokens: int) -> Step:
+def _step(runner: Runner, name: Kind, tokens: int) -> Step:
     """One sequence's program that takes in so many tokens."""
     compiled = runner.program(name, 1, tokens)
     memory = compiled.memory_analysis()

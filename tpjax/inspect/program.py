@@ -30,8 +30,10 @@ from tpjax.old_spellings import accepts_old_spellings
 from tpjax.planning.plain_table import plain_table
 from tpjax.planning.published import is_published, published_config
 from tpjax.planning.workload import DEFAULT_CONTEXT
-from tpjax.runtime.memory import Memory, human_bytes, plan_limits
-from tpjax.runtime.runner import Limits, Runner, resolve_dtype
+from tpjax.runtime.limits import Limits, resolve_dtype
+from tpjax.runtime.memory import DeviceMemory, human_bytes, plan_limits
+from tpjax.runtime.programs import Kind
+from tpjax.runtime.runner import Runner
 from tpjax.sharding import SEQUENCE_PARALLEL
 
 _ALIAS = re.compile(r"\{\d*\}: \((\d+), \{\}")
@@ -41,8 +43,8 @@ _NO_WRITES = ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "co
 
 
 @dataclass(frozen=True)
-class Program:
-    """One compiled program.
+class ProgramReport:
+    """What a compiler made of one program of serving.
 
     Attributes:
         name: ``decode`` or ``prefill``.
@@ -68,7 +70,7 @@ class Program:
         estimate: of its time, on a TPU.
     """
 
-    name: str
+    name: Kind
     batch: int
     length: int
     budget: dict[str, Any]
@@ -107,7 +109,7 @@ class TopologyReport:
     tp: int
     dtype: str
     memory_bytes: int
-    programs: list[Program]
+    programs: list[ProgramReport]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -130,7 +132,7 @@ class TopologyReport:
     def _repr_html_(self) -> str:
         return as_html(self)
 
-    def _does_not_fit(self, program: Program) -> str:
+    def _does_not_fit(self, program: ProgramReport) -> str:
         needed = max(program.needed_bytes, program.predicted_bytes)
         said = f"; the compiler: {program.refused}" if program.refused else ""
         return (
@@ -233,7 +235,7 @@ def abstract_runner(
     mesh, kind = topology.mesh(tp), resolve_dtype("bfloat16" if dtype == "auto" else dtype)
     decoder = abstract_decoder(config, mesh, kind)
 
-    def limits(memory: Memory | None, longest: int | None) -> Limits:
+    def limits(memory: DeviceMemory | None, longest: int | None) -> Limits:
         return plan_limits(
             config,
             mesh.size,
@@ -245,7 +247,7 @@ def abstract_runner(
         )
 
     platform = mesh.devices.flat[0].platform
-    memory = Memory(int(topology.memory_bytes * USABLE_MEMORY), platform=platform)
+    memory = DeviceMemory(int(topology.memory_bytes * USABLE_MEMORY), platform=platform)
     try:
         sizes = limits(memory, max_model_len)
     except ConfigError:  # what else is wrong with the sizes is raised again
@@ -254,16 +256,16 @@ def abstract_runner(
 
 
 def compile_program(
-    runner: Runner, topology: Topology, kind: str, batch: int, length: int, context: int = 0
-) -> Program:
+    runner: Runner, topology: Topology, kind: Kind, batch: int, length: int, context: int = 0
+) -> ProgramReport:
     """Compiles one of a runner's programs and reads what it does.
 
     Args:
         runner: of :func:`abstract_runner`.
         topology: that it was made for.
-        kind: as :meth:`Runner.program` takes it.
-        batch: likewise.
-        length: likewise.
+        kind: as in ``ProgramSpec``.
+        batch: rows.
+        length: tokens of a prefill chunk, or decode steps.
         context: tokens in the cache of each sequence, for the estimate of time.
     """
     state = runner.abstract_state()
@@ -279,7 +281,7 @@ def compile_program(
         tokens=batch * length,
         rows=batch,
         itemsize=runner.dtype.itemsize,
-        cut=kind == "prefill" and runner.residual_spec(length) == SEQUENCE_PARALLEL,
+        cut=kind == "prefill" and runner.programs.residual_spec(length) == SEQUENCE_PARALLEL,
     )
     started = time.perf_counter()
     refused, compiled = "", None
@@ -289,7 +291,7 @@ def compile_program(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         refused = str(error).strip().splitlines()[0]
-    program = Program(
+    program = ProgramReport(
         name=kind,
         batch=batch,
         length=length,
@@ -393,15 +395,15 @@ def _bytes(array: jax.ShapeDtypeStruct, tiled: bool) -> int:
     return tpu_array(f"u{8 * itemsize}", dims, fixed=layout is not None).bytes
 
 
-def _off(program: Program) -> float:
+def _off(program: ProgramReport) -> float:
     return program.predicted_bytes / program.argument_bytes - 1
 
 
-def _heading(program: Program) -> str:
+def _heading(program: ProgramReport) -> str:
     return f"{program.name} {program.batch}×{program.length}"
 
 
-def _times(programs: list[Program]) -> Table:
+def _times(programs: list[ProgramReport]) -> Table:
     title = "estimated time, ms: the longer of compute and traffic, and the collectives"
     table = plain_table(title, "what", numbers=list(map(_heading, programs)))
     rows: dict[str, Callable[[Estimate], str]] = {

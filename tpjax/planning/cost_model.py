@@ -22,7 +22,7 @@ from tpjax.config import ExpertAxis
 from tpjax.hardware import Hardware
 from tpjax.planning.counts import Counts
 from tpjax.planning.workload import Workload
-from tpjax.runtime.runner import CHUNK_SIZES, PAGE_SIZE
+from tpjax.runtime.limits import CHUNK_SIZES, PAGE_SIZE
 
 
 @dataclass(frozen=True)

@@ -254,7 +254,7 @@ def _prefill(mesh: Any, depth: int) -> Callable[[], Any]:
 
 
 def _row(position: int, remaining: int) -> Any:
-    from tpjax.runtime.runner import Row
+    from tpjax.runtime.rows import Row
     from tpjax.sampling_params import SamplingParams
 
     return Row(0, position, [1, 2, 3, 4], SamplingParams(temperature=0), seed=0, remaining=remaining)
@@ -269,7 +269,8 @@ def _zeros_runner(mesh: Any, depth: int) -> Any:
 
     from tpjax.checkpoints.load import abstract_decoder
     from tpjax.families.registry import config_from_hf
-    from tpjax.runtime.runner import Limits, Runner
+    from tpjax.runtime.limits import Limits
+    from tpjax.runtime.runner import Runner
 
     config = config_from_hf({**_LAYER, "num_hidden_layers": depth})
     dtype = jnp.dtype(jnp.float32)

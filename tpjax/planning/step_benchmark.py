@@ -103,7 +103,7 @@ def _prefill(runner: Any, tokens: int) -> Any:
 
 
 def _row(runner: Any, position: int, remaining: int) -> Any:
-    from tpjax.runtime.runner import Row
+    from tpjax.runtime.rows import Row
     from tpjax.sampling_params import SamplingParams
 
     pages = list(range(1, 1 + runner.limits.blocks))

@@ -1,4 +1,4 @@
-"""What fits on the devices: the sizes of context, slots and cache, decided before a weight is read."""
+"""Fits context, slots and cache into the memory of the devices, before a weight is read."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import jax.numpy as jnp
 from tpjax import cache as kv
 from tpjax.config import ModelConfig
 from tpjax.errors import ConfigError
-from tpjax.runtime.runner import CHUNK_SIZES, PAGE_SIZE, Limits
+from tpjax.runtime.limits import CHUNK_SIZES, PAGE_SIZE, Limits
 from tpjax.sharding import head_plan, pad_to_multiple
 
-# What the cache takes where the memory is the user's own, unless one sequence needs more: enough for several
-# long conversations.
+# Bytes of the cache on a CPU, whose memory is shared with everything else, unless one sequence needs more:
+# enough for several long conversations.
 _CPU_CACHE_BYTES = 2**30
-# Left to what is not ours to plan: the allocator's fragments, collectives' buffers, loaded programs.
+# Fraction left to what is not planned: the allocator's fragments, collectives' buffers, loaded programs.
 _RESERVED = 0.08
 _MOST_TP = 64
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
-class Memory:
-    """What one device has for us.
+class DeviceMemory:
+    """Memory of one device.
 
     Attributes:
-        free: bytes.
-        cache_cap: bytes the cache should not take without need; ``None``: all there is.
-        platform: the kind of device, which says how its memory is laid out.
+        free: free bytes.
+        cache_cap: bytes that the cache exceeds only if one sequence needs more; ``None``: no cap.
+        platform: the kind of device, which decides how arrays are laid out in memory.
     """
 
     free: int
@@ -38,20 +38,20 @@ class Memory:
     platform: str = "cpu"
 
 
-def device_memory(tp: int) -> Memory | None:
-    """What each of ``tp`` devices has free now; ``None`` where that cannot be known.
+def device_memory(tp: int) -> DeviceMemory | None:
+    """Returns the memory of each of ``tp`` devices; ``None`` if it is unknown.
 
-    Faked devices share the host's memory: each has its part of what is available.
+    Faked devices share the host's memory: each gets an equal part of what is available.
     """
     device = jax.devices()[0]
     if device.platform == "cpu":
         free = _host_memory()
-        return None if free is None else Memory(free // tp, _CPU_CACHE_BYTES // tp)
+        return None if free is None else DeviceMemory(free // tp, _CPU_CACHE_BYTES // tp)
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
         return None
     free = int((stats["bytes_limit"] - stats.get("bytes_in_use", 0)) * (1 - _RESERVED))
-    return Memory(free, platform=device.platform)
+    return DeviceMemory(free, platform=device.platform)
 
 
 def plan_limits(
@@ -60,25 +60,25 @@ def plan_limits(
     dtype: jnp.dtype,
     *,
     weight_bytes: int,
-    memory: Memory | None,
+    memory: DeviceMemory | None,
     max_model_len: int | None,
     max_slots: int,
 ) -> Limits:
-    """Sizes of slots, context and cache.
+    """Chooses the sizes of slots, context and cache.
 
-    The cache holds ``max_slots`` sequences of full length where there is room, and at least one.
+    The cache holds ``max_slots`` sequences of full length if there is room, and at least one.
 
     Args:
         config: the architecture.
         tp: devices.
-        dtype: of weights and cache.
-        weight_bytes: on each device.
-        memory: what each device has; ``None``: enough.
-        max_model_len: tokens of the longest sequence; ``None``: what the model was made for, if it fits.
+        dtype: dtype of weights and cache.
+        weight_bytes: bytes of the weights on each device.
+        memory: memory of each device; ``None``: enough.
+        max_model_len: tokens of the longest sequence; ``None``: the model's longest context, if it fits.
         max_slots: sequences decoded at once.
 
     Raises:
-        ConfigError: ``max_model_len`` is over what the model was made for, or the model does not fit; the
+        ConfigError: ``max_model_len`` exceeds the model's longest context, or the model does not fit; the
             message has the sizes and what would fit.
     """
     longest = config.longest_context
@@ -95,7 +95,7 @@ def plan_limits(
         room = (memory.free - weight_bytes - workspace) // page_bytes - 1  # the null page
         least = 1 if max_model_len is None else wanted
         if room < least:
-            need = Need(weight_bytes, workspace, (least + 1) * page_bytes)
+            need = MemoryNeed(weight_bytes, workspace, (least + 1) * page_bytes)
             raise ConfigError(_does_not_fit(config, tp, dtype, need, memory, max_model_len, max_slots))
         cap = room if memory.cache_cap is None else min(room, max(least, memory.cache_cap // page_bytes))
         pages = min(pages, cap)
@@ -105,10 +105,10 @@ def plan_limits(
 
 
 def workspace_bytes(config: ModelConfig, tp: int, dtype: jnp.dtype, max_slots: int) -> int:
-    """About what the largest program needs on each device besides weights and cache.
+    """Estimates the temporary bytes of the largest program on each device.
 
-    For a chunk of a prompt that is a handful of residuals and of the layer's widest products; for a decode
-    step the logits, of which the search for a threshold compares fifteen candidates at once.
+    In prefill these are a handful of residuals and of the layer's widest products; in a decode step the
+    logits, of which the search for a threshold compares fifteen candidates at once.
     """
     plan = head_plan(config, tp)
     qkv = plan.num_head_slots * (plan.group_size + 2) * config.head_dim
@@ -120,8 +120,8 @@ def workspace_bytes(config: ModelConfig, tp: int, dtype: jnp.dtype, max_slots: i
 
 
 @dataclass(frozen=True)
-class Need:
-    """Bytes on each device."""
+class MemoryNeed:
+    """Bytes that a model needs on each device."""
 
     weights: int
     workspace: int
@@ -129,7 +129,7 @@ class Need:
 
     @property
     def total(self) -> int:
-        """All together."""
+        """Bytes of all together."""
         return self.weights + self.workspace + self.cache
 
 
@@ -137,8 +137,8 @@ def _does_not_fit(
     config: ModelConfig,
     tp: int,
     dtype: jnp.dtype,
-    need: Need,
-    memory: Memory,
+    need: MemoryNeed,
+    memory: DeviceMemory,
     max_model_len: int | None,
     max_slots: int,
 ) -> str:
@@ -153,7 +153,7 @@ def _does_not_fit(
     wider = [] if shared else range(tp + 1, _MOST_TP + 1)
     for more in wider:
         pages = need.cache // page_bytes
-        there = Need(
+        there = MemoryNeed(
             need.weights * tp // more,
             workspace_bytes(config, more, dtype, max_slots),
             pages * kv.page_bytes_per_device(config, more, PAGE_SIZE, dtype, memory.platform),
@@ -172,7 +172,7 @@ def _does_not_fit(
 
 
 def human_bytes(count: float) -> str:
-    """Bytes with a binary unit: ``1.5 MiB``."""
+    """Formats bytes with a binary unit: ``1.5 MiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024 or unit == "GiB":
             return f"{count:.0f} {unit}" if unit == "B" or abs(count) >= 100 else f"{count:.1f} {unit}"
@@ -181,7 +181,7 @@ def human_bytes(count: float) -> str:
 
 
 def _host_memory() -> int | None:
-    """Bytes the system could give us: what it calls available, within the container's limit."""
+    """Returns what the system calls available, within the container's limit, bytes; ``None`` if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:  # not Linux
@@ -194,5 +194,5 @@ def _host_memory() -> int | None:
         counts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no container, or no limit ("max")
         return available
-    # files that were read count as used until the place is needed
+    # cached file pages count as used, and are given up when memory is needed
     return min(available, max(0, limit - used + int(counts.get("inactive_file", 0))))

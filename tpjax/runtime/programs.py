@@ -1,0 +1,242 @@
+"""The compiled programs of serving: which there are, what each takes and returns, and how they are compiled.
+
+The only place that splits the model and calls ``jax.jit`` for serving. Programs are compiled ahead of their
+first call, so a call can never recompile: shapes come from a fixed set of buckets.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tpjax.config import ModelConfig, SequenceParallel
+from tpjax.model import Decoder
+from tpjax.runtime import steps
+from tpjax.runtime.limits import Limits
+from tpjax.runtime.rows import PackedRows
+from tpjax.runtime.state import DeviceState
+from tpjax.sharding import LOGITS, REPLICATED, SEQUENCE_PARALLEL
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["prefill", "prefill_and_score", "decode", "score", "set_history", "set_masks"]
+
+# Smallest residual for which sequence parallelism pays. Rows per device: a TPU's tile of bfloat16. Bytes per
+# device: between H100s one kernel sums small messages faster than two can (vLLM's issue 27700 has figures).
+_TPU_MIN_ROWS = 16
+_GPU_MIN_BYTES = 8 * 2**20
+# A TPU's compiler may turn a product and its reduce-scatter into a loop over slices of rows, which reads the
+# weight at every trip: for 512 tokens and two layers of Llama-3-8B on v5e:2x4, 2.28 million cycles, not 1.84.
+_TPU_COMPILER_OPTIONS: dict[str, str | bool] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
+
+class ProgramSpec(NamedTuple):
+    """Identifies a program.
+
+    Attributes:
+        kind: what it computes: the function of that name in ``steps.py``.
+        batch: rows.
+        length: tokens of a prefill chunk, or decode steps.
+    """
+
+    kind: Kind
+    batch: int = 1
+    length: int = 1
+
+    @property
+    def takes_weights(self) -> bool:
+        """Whether the program is called with (weights, state, *arguments), not with (state, *arguments)."""
+        return self.kind not in ("set_history", "set_masks")
+
+    @property
+    def donated(self) -> int:
+        """Index of the argument that is donated: the state."""
+        return int(self.takes_weights)
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a program computes, and what it takes and returns.
+
+    Attributes:
+        step: a function of (model, state, *arguments), or of (state, *arguments) if it takes no weights. It
+            returns the next state and its results.
+        arguments: host arguments of the shapes and dtypes that it is compiled for.
+        results: sharding of each result after the state.
+    """
+
+    step: Callable[..., tuple[Any, ...]]
+    arguments: tuple[Any, ...]
+    results: tuple[PartitionSpec, ...]
+
+
+class ModelGraph:
+    """A model without its weights.
+
+    Weights are flattened once: programs take them as a flat tuple, which costs a call the least.
+    """
+
+    def __init__(self, graph: nnx.GraphDef[Decoder], tree: jax.tree_util.PyTreeDef) -> None:
+        self._graph = graph
+        self._tree = tree
+
+    @classmethod
+    def split(cls, model: Decoder) -> tuple[ModelGraph, tuple[jax.Array, ...]]:
+        """Returns a model's graph and its weights."""
+        graph, state = nnx.split(model)
+        leaves, tree = jax.tree.flatten(state)
+        return cls(graph, tree), tuple(leaves)
+
+    def merge(self, weights: Sequence[Any]) -> Decoder:
+        """Returns the model with these weights, in the order in which :meth:`split` returned them."""
+        return nnx.merge(self._graph, jax.tree.unflatten(self._tree, weights))
+
+
+class Programs:
+    """Compiles the programs of one model on one mesh, and keeps them.
+
+    Args:
+        graph: the model without its weights.
+        weights: its weights on the devices, or their shapes, dtypes and shardings.
+        state: shapes, dtypes and shardings of the device state.
+        config: the architecture.
+        mesh: ``("tp",)``.
+        limits: fixed sizes.
+        dtype: of activations.
+        sequence_parallel: as :class:`Runner` takes it.
+
+    Attributes:
+        compiled: the programs compiled so far.
+    """
+
+    def __init__(
+        self,
+        graph: ModelGraph,
+        weights: Sequence[Any],
+        state: DeviceState,
+        *,
+        config: ModelConfig,
+        mesh: Mesh,
+        limits: Limits,
+        dtype: np.dtype,
+        sequence_parallel: SequenceParallel,
+    ) -> None:
+        self.compiled: dict[ProgramSpec, jax.stages.Compiled] = {}
+        self._graph = graph
+        self._weights = weights
+        self._state = state
+        self._config = config
+        self._mesh = mesh
+        self._limits = limits
+        self._dtype = dtype
+        self._sequence_parallel = sequence_parallel
+        self._platform: str = mesh.devices.flat[0].platform
+
+    def serving(self) -> list[ProgramSpec]:
+        """Returns every program that serving can call."""
+        limits, chunk_sizes = self._limits, self._limits.usable_chunk_sizes
+        return [
+            *(
+                ProgramSpec("decode", batch, steps)
+                for batch in limits.batch_sizes
+                for steps in {1, limits.steps}
+            ),
+            *(ProgramSpec("prefill", 1, size) for size in chunk_sizes),
+            *(ProgramSpec("prefill_and_score", 1, size) for size in chunk_sizes if size <= limits.page_size),
+            ProgramSpec("set_history"),
+            ProgramSpec("set_masks", limits.max_slots),
+        ]
+
+    def get(self, spec: ProgramSpec) -> jax.stages.Compiled:
+        """Returns a program, compiled if it is not yet."""
+        if spec not in self.compiled:
+            started = time.perf_counter()
+            options = _TPU_COMPILER_OPTIONS if self._platform == "tpu" else None
+            with jax.set_mesh(self._mesh):
+                self.compiled[spec] = self.lower(spec).compile(options)
+            seconds = time.perf_counter() - started
+            log.info("compiled %s batch=%d length=%d in %.2f s", *spec, seconds)
+        return self.compiled[spec]
+
+    def compile(self, specs: Sequence[ProgramSpec]) -> None:
+        """Compiles programs, in parallel: XLA compiles outside Python's lock."""
+        with ThreadPoolExecutor(min(len(specs), os.cpu_count() or 1)) as pool:
+            for compiled in [pool.submit(self.get, spec) for spec in specs]:
+                compiled.result()
+
+    def lower(self, spec: ProgramSpec) -> jax.stages.Lowered:
+        """Traces a program without compiling it, from shapes alone."""
+        program = self.program(spec)
+        step, arguments = program.step, (self._state, *program.arguments)
+        if spec.takes_weights:
+            step, arguments = self._with_weights(program.step), (self._weights, *arguments)
+            step.__name__ = spec.kind  # the program's name in profiles
+        # the state comes out in the layout in which it went in, so that it can be donated to the next call
+        results = (NamedSharding(self._mesh, result) for result in program.results)
+        out_shardings = (self._state.formats(), *results)
+        jitted = jax.jit(step, donate_argnums=spec.donated, out_shardings=out_shardings)
+        with jax.set_mesh(self._mesh):
+            return jitted.lower(*arguments)
+
+    def _with_weights(self, step: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+        """Returns a step as a function of flat weights in place of the model."""
+
+        def step_with_weights(weights: Sequence[Any], *arguments: Any) -> tuple[Any, ...]:
+            return step(self._graph.merge(weights), *arguments)
+
+        return step_with_weights
+
+    def program(self, spec: ProgramSpec) -> Program:
+        """Returns what a program computes, takes and returns."""
+        kind, batch, length = spec
+        mesh, residual = self._mesh, self.residual_spec(length)
+        rows = PackedRows.pack([], self._limits, batch)
+        tokens, count = np.zeros((batch, length), np.int32), np.int32(0)
+        match kind:
+            case "decode":
+                return Program(partial(steps.decode, steps=length, mesh=mesh), (rows,), (REPLICATED,))
+            case "prefill":
+                prefill = partial(steps.prefill, residual=residual, mesh=mesh)
+                return Program(prefill, (rows, tokens, count), (REPLICATED,))
+            case "prefill_and_score":
+                both = partial(steps.prefill_and_score, residual=residual, mesh=mesh)
+                return Program(both, (rows, tokens, count, tokens), (REPLICATED, REPLICATED))
+            case "score":
+                return Program(partial(steps.score, residual=residual), (rows, tokens), (LOGITS,))
+            case "set_history":
+                shape = self._state.history.bias.shape[1:]
+                history = (np.zeros((1, *shape), dtype) for dtype in (np.bool_, np.int32, np.float32))
+                return Program(steps.set_history, (np.int32(0), *history), ())
+            case "set_masks":
+                words = np.zeros((batch, -(-self._config.vocab_size // 32)), np.uint32)
+                return Program(steps.set_masks, (np.zeros(batch, np.int32), words), ())
+
+    def residual_spec(self, length: int) -> PartitionSpec:
+        """Returns the spec of the residual in prefill of ``length`` tokens; in decode: ``REPLICATED``."""
+        rows, remainder = divmod(length, self._mesh.size)
+        if remainder or self._mesh.size == 1 or self._sequence_parallel == "off":
+            return REPLICATED
+        if self._sequence_parallel == "on" or self._sequence_parallel_pays(rows):
+            return SEQUENCE_PARALLEL
+        return REPLICATED
+
+    def _sequence_parallel_pays(self, rows: int) -> bool:
+        """Returns whether sequence parallelism is faster with ``rows`` of a chunk on each device."""
+        match self._platform:
+            case "tpu":
+                return rows >= _TPU_MIN_ROWS
+            case "gpu":
+                return rows * self._config.hidden_size * self._dtype.itemsize >= _GPU_MIN_BYTES
+            case _:  # on CPU, XLA has no reduce-scatter: every device would sum it all, then gather it again
+                return False

@@ -76,9 +76,9 @@ def tpjax_worker(model: str, tp: int) -> dict[str, Callable[[], float]]:
         requests = [Request(prompt(PROMPT_TOKENS), greedy, 0) for _ in range(count)]
         for request in requests:
             engine.add(request)
-        while not all(request.output_ids for request in requests):
+        while not all(request.output_token_ids for request in requests):
             engine.step()
-        before = sum(len(request.output_ids) for request in requests)
+        before = sum(len(request.output_token_ids) for request in requests)
         return (count * NEW_TOKENS - before) / seconds(finish)
 
     def stall() -> float:
@@ -88,7 +88,7 @@ def tpjax_worker(model: str, tp: int) -> dict[str, Callable[[], float]]:
         ]
         for request in others:
             engine.add(request)
-        while not all(request.output_ids for request in others):
+        while not all(request.output_token_ids for request in others):
             engine.step()
         times: dict[int, list[float]] = {id(request): [] for request in others}
 

@@ -24,8 +24,8 @@ from jax.sharding import PartitionSpec as P
 from tpjax import LLM, SamplingParams
 from tpjax.mesh import make_mesh
 from tpjax.sampling import (
+    ALL_MASKED_TOKEN,
     NAN_TOKEN,
-    NOTHING_ALLOWED,
     History,
     SamplingRows,
     _gumbel,
@@ -173,8 +173,8 @@ def test_nothing_allowed_is_told(tp: int, temperature: float) -> None:
     vocab = VOCABULARIES[0]
     params = SamplingParams(temperature=temperature, top_k=3, top_p=0.5)
     none = np.zeros(vocab, bool)
-    assert (drawn(Case(np.zeros(vocab), params, allowed=none), 64, tp) == NOTHING_ALLOWED).all()
-    assert (drawn(Case(np.full(vocab, -np.inf), params), 64, tp) == NOTHING_ALLOWED).all()
+    assert (drawn(Case(np.zeros(vocab), params, allowed=none), 64, tp) == ALL_MASKED_TOKEN).all()
+    assert (drawn(Case(np.full(vocab, -np.inf), params), 64, tp) == ALL_MASKED_TOKEN).all()
     broken = np.where(np.arange(vocab) == 40_000, np.nan, 0.0)
     for allowed in (None, none, ~none):  # a mask hides no broken model
         assert (drawn(Case(broken, params, allowed=allowed), 64, tp) == NAN_TOKEN).all()
@@ -519,10 +519,10 @@ def test_answers_by_a_schema_are_valid(smollm2: LLM, count: int, length: int) ->
             assert set(answer) <= {"name", "age", "likes", "kind"} and isinstance(answer["age"], int)
             continue
         again = fresh()
-        for token in request.output_ids:
+        for token in request.output_token_ids:
             mask = again.mask()
             assert mask[token // 32] >> np.uint32(token % 32) & 1
             again.advance(token)
-        assert len(request.output_ids) == length and again.error is None
+        assert len(request.output_token_ids) == length and again.error is None
     if length >= 200:
         assert reasons.count("stop") > count // 2

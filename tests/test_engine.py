@@ -57,10 +57,10 @@ class FakeRunner:
         self.history: dict[int, tuple[list[int], list[int]]] = {}
         self.masks: dict[int, np.ndarray] = {}
         self.prefilled = 0
-        self.losses = 0
+        self.state_resets = 0
 
     def reset(self) -> None:
-        self.losses += 1
+        self.state_resets += 1
         self.kept[:] = self.tokens[:] = -1
 
     def prefill(self, row: Row, tokens: Sequence[int]) -> Sampled:
@@ -140,7 +140,7 @@ class EveryThird:
 
 def alone(request: Request) -> tuple[list[int], str]:
     """What a request gets by itself: the definition."""
-    tokens, out = list(request.prompt_ids), []
+    tokens, out = list(request.prompt_token_ids), []
     grammar = EveryThird() if request.grammar is not None else None
     while len(out) < max(1, request.params.max_tokens):  # the prompt's end is run in any case
         counted = out if request.params.needs_history else []
@@ -249,19 +249,19 @@ def test_the_same_in_any_mix(
     assert engine.scheduler.blocks.free == pages
     for one in requests:
         tokens, reason = alone(one)
-        assert streamed[id(one)] == one.output_ids
+        assert streamed[id(one)] == one.output_token_ids
         assert ended.count(one) == (one.finish_reason != "abort")  # exactly once
         if one.finish_reason == "abort":
-            assert tokens[: len(one.output_ids)] == one.output_ids
+            assert tokens[: len(one.output_token_ids)] == one.output_token_ids
             continue
-        assert (one.output_ids, one.finish_reason) == (tokens, reason)
+        assert (one.output_token_ids, one.finish_reason) == (tokens, reason)
         assert (one.error is None) == (reason != "error")
-        assert one.cached_tokens % PAGE == 0 and one.cached_tokens < len(one.prompt_ids)
+        assert one.cached_tokens % PAGE == 0 and one.cached_tokens < len(one.prompt_token_ids)
         if one.params.logprobs is not None and reason != "error":
             assert [entry.token_id for entry in one.logprobs] == tokens
         if one.params.prompt_logprobs is not None:
             first, *rest = one.prompt_logprobs
-            assert first is None and [entry.token_id for entry in rest] == list(one.prompt_ids[1:])
+            assert first is None and [entry.token_id for entry in rest] == list(one.prompt_token_ids[1:])
             assert all(entry.logprob == -entry.token_id and list(entry.top) == [0, 1] for entry in rest)
 
 
@@ -275,7 +275,7 @@ def test_the_property_test_preempts_and_shares() -> None:
     while engine.busy:
         engine.step()
         check(engine, 12)
-    assert [(one.output_ids, one.finish_reason) for one in requests] == [alone(one) for one in requests]
+    assert [(one.output_token_ids, one.finish_reason) for one in requests] == [alone(one) for one in requests]
     stats = engine.stats()
     assert stats.preemptions > 0 and stats.prefix_hits >= 24  # 3 times 2 pages
     assert [one.cached_tokens for one in requests] == [0, 8, 8, 8]
@@ -317,7 +317,7 @@ def test_a_long_prompt_does_not_stall_a_stream() -> None:
     engine.step()
     engine.add(long)
     waited, most = 0, 0
-    while not long.output_ids:
+    while not long.output_token_ids:
         before = runner.prefilled
         grown = [one for one, _ in engine.step()]
         assert runner.prefilled - before <= 4
@@ -346,7 +346,7 @@ def llm() -> LLM:
 def run(llm: LLM, requests: Sequence[Request], budget: int = 32, pages: int | None = None) -> Engine:
     engine = Engine(llm.runner, budget)
     if pages is not None:
-        engine.scheduler.blocks._blank = engine.scheduler.blocks._blank[-pages:]
+        engine.scheduler.blocks._free_list = engine.scheduler.blocks._free_list[-pages:]
     for one in requests:
         engine.add(one)
     while engine.busy:
@@ -368,11 +368,11 @@ def test_real_greedy_text_survives_mixing_reuse_and_preemption(llm: LLM) -> None
         one = request(prompt, 120)
         run(llm, [one])
         assert one.cached_tokens == 0
-        wanted.append(one.output_ids)
+        wanted.append(one.output_token_ids)
     again = [request(prompt, 120, presence_penalty=0.0) for prompt in prompts]
     engine = run(llm, again, pages=4)
     assert engine.scheduler.preemptions > 0
-    assert [one.output_ids for one in again] == wanted
+    assert [one.output_token_ids for one in again] == wanted
     assert again[1].cached_tokens == 128
 
 
@@ -387,7 +387,7 @@ def test_real_penalties_survive_preemption(llm: LLM) -> None:
         ]
         engine = run(llm, requests, **how)
         assert (engine.scheduler.preemptions > 0) == ("pages" in how)
-        return [one.output_ids for one in requests]
+        return [one.output_token_ids for one in requests]
 
     assert both() == both(pages=3)
 
@@ -396,7 +396,7 @@ def test_real_prompt_logprobs_are_those_of_the_logits(llm: LLM) -> None:
     prompt = np.random.default_rng(2).integers(0, 131, 150).tolist()
     one = request(prompt, 0, prompt_logprobs=3)
     run(llm, [one])
-    assert one.finish_reason == "length" and one.output_ids == []
+    assert one.finish_reason == "length" and one.output_token_ids == []
     logits = llm.logits(prompt).astype(np.float64)
     expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     assert one.prompt_logprobs[0] is None and len(one.prompt_logprobs) == 150
@@ -431,5 +431,5 @@ def test_real_grammar(llm: LLM) -> None:
     alone = request(prompt, 12)
     run(llm, [alone])
     run(llm, [free, bound])
-    assert bound.output_ids == list(range(40, 52))
-    assert free.output_ids == alone.output_ids
+    assert bound.output_token_ids == list(range(40, 52))
+    assert free.output_token_ids == alone.output_token_ids

@@ -287,7 +287,9 @@ def test_a_grammar_that_can_only_end_goes_first(plain: LLM, schema: Any, fewest:
     while plain.engine.busy:
         plain.engine.step()
     assert request.finish_reason == "stop"
-    assert len(request.output_ids) <= tokens and (schema == {"const": 7} or len(request.output_ids) == tokens)
+    assert len(request.output_token_ids) <= tokens and (
+        schema == {"const": 7} or len(request.output_token_ids) == tokens
+    )
 
 
 # --- seeds -------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def start(engine: Engine, requests: Sequence[Request]) -> None:
     """Steps until each has its first token."""
     for request in requests:
         engine.add(request)
-    while not all(request.output_ids for request in requests):
+    while not all(request.output_token_ids for request in requests):
         engine.step()
 
 
@@ -80,10 +80,10 @@ def test_plain_streams_beside_a_grammar(streams: int) -> None:
     bound = Request([9, 9], SamplingParams(max_tokens=100), 5, grammar=Endless())
     start(engine, [*free, bound])
     begun = len(runner.dispatches)
-    before = [len(request.output_ids) for request in (*free, bound)]
+    before = [len(request.output_token_ids) for request in (*free, bound)]
     while not any(request.finish_reason for request in free):
         engine.step()
-    got = [len(one.output_ids) - n for one, n in zip((*free, bound), before, strict=True)]
+    got = [len(one.output_token_ids) - n for one, n in zip((*free, bound), before, strict=True)]
     dispatches = runner.dispatches[begun:]
     steps = sum(steps for _, steps in dispatches)
     assert steps <= min(got[:-1]) + 2 * STEPS  # each step gives each of them a token; some are in flight
@@ -95,8 +95,8 @@ def test_plain_streams_beside_a_grammar(streams: int) -> None:
         assert number < begun or what == "launch" or launched > number  # the devices have the next by then
     while engine.busy:
         engine.step()
-    assert [one.output_ids for one in free] == [alone(one)[0] for one in free]
-    assert len(bound.output_ids) == 100
+    assert [one.output_token_ids for one in free] == [alone(one)[0] for one in free]
+    assert len(bound.output_token_ids) == 100
 
 
 def test_many_grammars_do_not_wait_for_one_plain_stream() -> None:
@@ -107,12 +107,12 @@ def test_many_grammars_do_not_wait_for_one_plain_stream() -> None:
     bound = [Request([9, n], SamplingParams(max_tokens=40), n, grammar=Endless()) for n in range(3)]
     start(engine, [free, *bound])
     runner.dispatches.clear()
-    before = [len(one.output_ids) for one in bound]
+    before = [len(one.output_token_ids) for one in bound]
     while free.finish_reason is None:
         engine.step()
     steps = sum(steps for _, steps in runner.dispatches)
     assert steps <= 42
-    assert all(len(one.output_ids) - n >= steps // 2 - 2 for one, n in zip(bound, before, strict=True))
+    assert all(len(one.output_token_ids) - n >= steps // 2 - 2 for one, n in zip(bound, before, strict=True))
 
 
 def test_grammars_out_of_step_get_into_step() -> None:
@@ -171,12 +171,12 @@ def test_real_streams_beside_a_real_grammar(monkeypatch: pytest.MonkeyPatch) -> 
         taken = dispatches[begun:]
         while llm.engine.busy:
             llm.engine.step()
-        return [one.output_ids for one in free], taken
+        return [one.output_token_ids for one in free], taken
 
     expected, by_themselves = ran([])
     bound = Request([20, 21], params, 0, grammar=Even())
     tokens, beside = ran([bound])
-    assert tokens == expected and len(bound.output_ids) == 61
+    assert tokens == expected and len(bound.output_token_ids) == 61
     assert sum(beside) <= sum(by_themselves) + 2 * STEPS
     assert beside.count(STEPS) >= 0.7 * by_themselves.count(STEPS)
 
@@ -195,7 +195,7 @@ def test_a_queue_does_not_end_dispatches_of_several_steps() -> None:
     while engine.busy:
         engine.step()
         ended.append(sum(request.finish_reason is not None for request in requests))
-    assert [one.output_ids for one in requests] == [alone(one)[0] for one in requests]
+    assert [one.output_token_ids for one in requests] == [alone(one)[0] for one in requests]
     counts = Counter(steps for _, steps in runner.dispatches)
     assert STEPS * counts[STEPS] >= 0.75 * sum(steps * n for steps, n in counts.items())
     # slots do not stand empty: each row that a step has room for is in use, but for the ends
@@ -297,13 +297,13 @@ def test_the_head_of_the_queue_is_read_once() -> None:
     while running.finish_reason is None:
         work = of.schedule()
         assert work is not None
-        of.launched(work)
+        of.dispatched(work)
         if isinstance(work, Decode) or work.final:
             running.append(1)
-        seen.append(head.prompt_ids.read)  # type: ignore[attr-defined]
+        seen.append(head.prompt_token_ids.read)  # type: ignore[attr-defined]
     assert len(seen) >= 300 and seen[-1] == seen[1] <= 2 * 290
     of.finish(running)
     while (work := of.schedule()) is not None:  # chunk by chunk
-        of.launched(work)
-    assert head.launched == 1
-    assert head.prompt_ids.read <= 4 * 290  # type: ignore[attr-defined]
+        of.dispatched(work)
+    assert head.dispatched_tokens == 1
+    assert head.prompt_token_ids.read <= 4 * 290  # type: ignore[attr-defined]

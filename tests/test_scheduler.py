@@ -29,7 +29,7 @@ def scheduler(
 
 def run(of: Scheduler, work: Prefill | Decode, token: int = 1) -> Any:
     """Does as the engine does, with nothing in between launching and reading; tells what was run."""
-    of.launched(work)
+    of.dispatched(work)
     if isinstance(work, Prefill):
         grown, steps = [work.request] * work.final, 1
         seen: Any = (work.request, work.start, work.stop)
@@ -91,7 +91,7 @@ def test_takes_what_just_fits() -> None:
         tight.add(one)
         while (work := tight.schedule()) is not None:
             run(tight, work)
-        assert len(one.output_ids) == one.params.max_tokens
+        assert len(one.output_token_ids) == one.params.max_tokens
     assert tight.preemptions == 0
 
 
@@ -193,18 +193,18 @@ def test_the_youngest_is_preempted_and_runs_again_with_what_it_had() -> None:
     while not of.preemptions:
         run(of, of.schedule())
     assert old.slot is not None and young.slot is None and list(of.waiting) == [young]
-    had = list(young.output_ids)
+    had = list(young.output_token_ids)
     assert had and not young.pages
     while old.finish_reason is None:
         run(of, of.schedule())
     work = of.schedule()
     assert isinstance(work, Prefill) and work.request is young and work.first
-    assert young.prefill_ids == [*young.prompt_ids, *had]
+    assert young.prefill_token_ids == [*young.prompt_token_ids, *had]
     # its first page lay in the cache all the time, unless old's last steps needed the place
     assert work.start == young.prefill_start and work.start % PAGE == 0
     while (work := of.schedule()) is not None:
         run(of, work)
-    assert len(young.output_ids) == 8 and len(old.output_ids) == 12
+    assert len(young.output_token_ids) == 8 and len(old.output_token_ids) == 12
     assert of.preemptions == 1 and of.blocks.free == 6
 
 
@@ -258,7 +258,9 @@ def test_output_is_found_too() -> None:
     """The next turn of a conversation begins with all of the last one, the last token excepted."""
     of = scheduler()
     first = finish_alone(of, request(6, 7))
-    turn = Request([*first.prompt_ids, *first.output_ids, 9, 9], SamplingParams(max_tokens=1), seed=0)
+    turn = Request(
+        [*first.prompt_token_ids, *first.output_token_ids, 9, 9], SamplingParams(max_tokens=1), seed=0
+    )
     assert finish_alone(of, turn).cached_tokens == 12  # 13 tokens, of which the last was never fed
 
 
@@ -337,7 +339,7 @@ def test_cancel_in_every_state() -> None:
     of.add(waiting)
     run(of, of.schedule())
     run(of, of.schedule())
-    assert len(decoding.output_ids) == 2
+    assert len(decoding.output_token_ids) == 2
     of.finish(waiting)
     assert list(of.waiting) == []
     of.finish(decoding)
@@ -367,12 +369,12 @@ def test_finishing_a_stranger_does_nothing() -> None:
 
 def test_request_ends_at_a_stop_token_or_at_its_length() -> None:
     one = request(3, 3, stop_ids=(5,))
-    assert (one.most_tokens, one.remaining) == (6, 3)
-    one.launched = 1
+    assert (one.max_length, one.remaining) == (6, 3)
+    one.dispatched_tokens = 1
     one.append(1)
     assert (one.remaining, one.next_position, one.finish_reason) == (2, 3, None)
     one.append(5)
-    assert (one.output_ids, one.finish_reason) == ([1, 5], "stop")
+    assert (one.output_token_ids, one.finish_reason) == ([1, 5], "stop")
     two = request(3, 2, stop_ids=(5,))
     two.append(1)
     two.append(5)

@@ -257,7 +257,7 @@ def test_nan_logits_fail_that_request_alone(
     def poisoned() -> Any:
         grown = step()
         for request, _ in grown:
-            if list(request.prompt_ids) == [66] and len(request.output_ids) > 3:
+            if list(request.prompt_token_ids) == [66] and len(request.output_token_ids) > 3:
                 request.finish_reason, request.error = "error", "the logits are not numbers"
                 server.llm.engine.scheduler.finish(request)
         return grown

@@ -118,13 +118,13 @@ def generate(llm: LLM, steps: int, lengths: Sequence[int], tokens: Sequence[int]
     ]
     for request in requests:
         engine.add(request)
-    while not all(request.output_ids for request in requests):
+    while not all(request.output_token_ids for request in requests):
         engine.step()
     counts.take()
-    left = [count - len(request.output_ids) for request, count in zip(requests, tokens, strict=True)]
+    left = [count - len(request.output_token_ids) for request, count in zip(requests, tokens, strict=True)]
     while engine.busy:
         engine.step()
-    assert [len(request.output_ids) for request in requests] == list(tokens)
+    assert [len(request.output_token_ids) for request in requests] == list(tokens)
     read, written = counts.take()
     assert written >= llm.config.num_layers * (max(left) - 2 * steps)  # but for what was in flight
     return read

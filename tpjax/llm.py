@@ -185,9 +185,9 @@ class LLM:
         return [
             Completion(
                 prompt if isinstance(prompt, str) else None,
-                list(generation.request.prompt_ids),
+                list(generation.request.prompt_token_ids),
                 generation.text,
-                generation.request.output_ids,
+                generation.request.output_token_ids,
                 generation.request.finish_reason or "length",
                 generation.request.logprobs if p.logprobs is not None else None,
                 generation.request.prompt_logprobs if p.prompt_logprobs is not None else None,
@@ -279,7 +279,7 @@ class LLM:
         """
         request = self.request(prompt, params or SamplingParams())
         with self.engine.guarded():
-            self.runner.prepare(len(request.prompt_ids))
+            self.runner.prepare(len(request.prompt_token_ids))
 
     def warm_up(self) -> None:
         """Compiles everything serving can need; afterwards nothing compiles again."""

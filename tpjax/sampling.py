@@ -26,7 +26,7 @@ from tpjax.sharding import LOGITS, Leaf
 # Bits of the threshold settled per round; each round is one small all-reduce of 2**bits - 1 sums a row.
 _BITS_PER_ROUND = 4
 NAN_TOKEN = -2  # drawn where the logits are not numbers
-NOTHING_ALLOWED = -3  # drawn where every token is masked: all logits are minus infinity
+ALL_MASKED_TOKEN = -3  # drawn where every token is masked: all logits are minus infinity
 _LEAST_MASS = 1e-30  # a top_p that float32 rounds to 0 still keeps the likeliest token
 _MAX, _TINY = (float(x) for x in (np.finfo(np.float32).max, np.finfo(np.float32).tiny))
 
@@ -115,7 +115,7 @@ class Sampled:
     """The tokens drawn and, where asked for, log-probabilities (else zeros).
 
     Attributes:
-        tokens: token id per row; ``NAN_TOKEN`` where logits are not numbers, ``NOTHING_ALLOWED`` where all
+        tokens: token id per row; ``NAN_TOKEN`` where logits are not numbers, ``ALL_MASKED_TOKEN`` where all
             are minus infinity.
         logprobs: of the drawn token.
         top_tokens: the likeliest tokens.
@@ -323,7 +323,7 @@ def _gumbel_of(high: UInt[Array, "*n"], low: UInt[Array, "*n"]) -> Float[Array, 
 def _winner(scores: Float[Array, "B share"], tokens: Int[Array, " share"]) -> Int[Array, " B"]:
     """The token of the highest score over all devices; of equals, the lowest id. One small all-gather.
 
-    A NaN counts as highest, and gives ``NAN_TOKEN``; minus infinity gives ``NOTHING_ALLOWED``.
+    A NaN counts as highest, and gives ``NAN_TOKEN``; minus infinity gives ``ALL_MASKED_TOKEN``.
     """
     local = jnp.argmax(scores, axis=-1)
     best = jnp.take_along_axis(scores, local[:, None], axis=-1)[:, 0]
@@ -333,7 +333,7 @@ def _winner(scores: Float[Array, "B share"], tokens: Int[Array, " share"]) -> In
     highest = jax.lax.bitcast_convert_type(candidates[:, 0], jnp.float32)
     device = jnp.argmax(highest, axis=0)[None]
     score, token = (jnp.take_along_axis(x, device, axis=0)[0] for x in (highest, candidates[:, 1]))
-    return jnp.where(jnp.isnan(score), NAN_TOKEN, jnp.where(jnp.isneginf(score), NOTHING_ALLOWED, token))
+    return jnp.where(jnp.isnan(score), NAN_TOKEN, jnp.where(jnp.isneginf(score), ALL_MASKED_TOKEN, token))
 
 
 def _logprobs(logits: Array, tokens: Array, chosen: Array) -> tuple[Array, Array, Array]:

@@ -1,4 +1,4 @@
-"""The step loop: asks the scheduler what to run, runs it, and hands the tokens to their requests."""
+"""The step loop: runs what the scheduler decides and appends the sampled tokens to their requests."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from tpjax.engine.scheduler import Decode, Prefill, Scheduler
 from tpjax.errors import EngineError
 from tpjax.runtime.rows import NO_TOKEN, Row
 from tpjax.runtime.runner import Runner
-from tpjax.sampling import NAN_TOKEN, NOTHING_ALLOWED, Sampled
+from tpjax.sampling import ALL_MASKED_TOKEN, NAN_TOKEN, Sampled
 from tpjax.sampling_params import SamplingParams
 
 log = logging.getLogger(__name__)
 
-# While others decode, a prompt runs in chunks of this many tokens: what a stream waits for at most.
+# Tokens of a prompt chunk while others decode: their tokens come at most that much later.
 PREFILL_BUDGET = 64
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What an engine is doing.
+    """Load and counters of an engine; counters count from its start.
 
     Attributes:
         running: requests that hold a slot.
         waiting: requests in the queue.
         slots: requests that can run at once.
-        kv_cache_usage: cache pages in use, 0 to 1.
-        preemptions: requests that had to give their pages back, since the start.
-        prefix_queries: prompt tokens looked up in the cache, since the start.
+        kv_cache_usage: fraction of the cache pages in use, 0 to 1.
+        preemptions: preempted requests.
+        prefix_queries: prompt tokens looked up in the prefix cache.
         prefix_hits: prompt tokens found there.
-        compiles: programs compiled, since the start.
+        compiles: compiled programs.
     """
 
     running: int
@@ -51,26 +51,37 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class _Launched:
-    """Work under way on the devices: what it will give whom."""
+class _InFlight:
+    """A dispatch whose outputs have not been read.
+
+    Attributes:
+        requests: the request of each row that outputs tokens.
+        sampled: device arrays [steps, B, ...].
+        prompt_logprobs: log-probabilities of a prompt chunk, if asked for.
+    """
 
     requests: list[Request]
-    drawn: Sampled
-    scored: _Scored | None = None
+    sampled: Sampled
+    prompt_logprobs: _PromptLogprobs | None = None
 
 
 class Engine:
     """Continues many prompts at once on one runner.
 
-    The next dispatch is launched before the last one's tokens are read, so that the devices do not wait for
-    the host. One thread at a time may use an engine.
+    The next dispatch starts before the outputs of the last are read, so that the devices do not wait for the
+    host. Only one thread at a time may use an engine.
 
-    A dispatch takes the devices' state by donation, so one that fails leaves none, for nobody. What ran then
-    fails, what waits goes on waiting, and the engine starts over: on a fresh state, with no page known.
+    The device state is donated to each dispatch, so a dispatch that fails leaves no state for anybody: all
+    running requests fail, waiting ones keep waiting, and the engine resets: it goes on with a new state and
+    an empty prefix cache.
 
     Args:
         runner: the compiled model.
-        prefill_budget: most prompt tokens of a dispatch while others decode.
+        prefill_budget: maximum prompt tokens of a dispatch while others decode.
+
+    Attributes:
+        runner: as given.
+        scheduler: decides what to run.
     """
 
     def __init__(self, runner: Runner, prefill_budget: int = PREFILL_BUDGET) -> None:
@@ -84,114 +95,119 @@ class Engine:
             limits.steps,
             BlockManager(limits.num_pages, limits.page_size),
         )
-        self._under_way: _Launched | None = None
-        self._grown: list[tuple[Request, list[int]]] = []  # read, and not yet handed out
-        self._torn = False  # something has not run to its end
-        self._losses = runner.losses
+        self._in_flight: _InFlight | None = None
+        self._outputs: list[tuple[Request, list[int]]] = []  # read, but not yet returned by ``step``
+        self._interrupted = False  # a guarded block has not run to its end
+        self._state_resets = runner.state_resets
 
     def add(self, request: Request) -> None:
         """Queues a request.
 
         Raises:
-            RequestError: it can never run.
+            RequestError: the request can never run.
         """
-        request.rope_scaling_key = self.runner.config.rope_scaling_key(request.most_tokens)
+        request.rope_scaling_key = self.runner.config.rope_scaling_key(request.max_length)
         self.scheduler.add(request)
 
     def cancel(self, request: Request) -> None:
-        """Ends a request early and frees what it holds; does nothing for one that has ended."""
+        """Ends a request early and releases what it holds; does nothing if it has ended."""
         if request.finish_reason is None:
             request.finish_reason = "abort"
         with self.guarded():
             self.scheduler.finish(request)
 
     def step(self) -> list[tuple[Request, list[int]]]:
-        """Launches a dispatch, and reads the one launched before it.
+        """Starts the next dispatch and reads the outputs of the one before.
 
-        Where that fails, the requests that ran end with the reason ``error``; an interrupt is raised again.
+        If that fails, the running requests end with the reason ``error``; an interrupt is raised again.
 
         Returns:
-            The requests that got tokens, and those tokens; an ended request has its ``finish_reason`` set.
+            Requests with new tokens or that have ended, and their new tokens. An ended request has its
+            ``finish_reason`` set.
         """
         try:
             with self.guarded():
                 work = self.scheduler.schedule()
-                launched = None if work is None else self._launch(work)
+                dispatched = None if work is None else self._dispatch(work)
                 self._read()
-                self._under_way = launched
+                self._in_flight = dispatched
         except Exception as error:
-            log.exception("a dispatch failed: the requests that ran end, and the engine starts over")
-            if not self._grown and self.scheduler.waiting:  # what fails with nobody running fails for ever
+            log.exception("a dispatch failed: the running requests end, and the engine resets")
+            if not self._outputs and self.scheduler.waiting:  # with nobody running, the first in line is why
                 request = self.scheduler.waiting[0]
-                self._fail(request, _what_failed(error))
+                self._fail(request, _failure(error))
                 self.scheduler.finish(request)
-        grown, self._grown = self._grown, []
-        return grown
+        outputs, self._outputs = self._outputs, []
+        return outputs
 
-    def logits(self, tokens: Sequence[int]) -> np.ndarray:
-        """The logits after each of at least one token, in pages of their own; float32 [T, V].
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Computes the logits after each token, float32 [T, V], in pages of their own.
+
+        Args:
+            token_ids: T tokens, at least one.
 
         Raises:
             RequestError: not enough pages are free.
-            EngineError: a dispatch failed; requests that ran end as they do in :meth:`step`.
+            EngineError: a dispatch failed; running requests end as in :meth:`step`.
         """
         blocks, chunk = self.scheduler.blocks, self.runner.chunk_sizes[-1]
-        self._mend()
-        pages = blocks.allocate(blocks.pages_for(len(tokens)))
+        self._reset_if_lost()
+        pages = blocks.allocate(blocks.pages_for(len(token_ids)))
         slot = self.runner.limits.max_slots
         try:
             with self.guarded():
                 parts = [
                     self.runner.score(
-                        Row(slot, start, pages, _GREEDY, 0, max_length=len(tokens)),
-                        tokens[start : start + chunk],
+                        Row(slot, start, pages, _GREEDY, 0, max_length=len(token_ids)),
+                        token_ids[start : start + chunk],
                     )
-                    for start in range(0, len(tokens), chunk)
+                    for start in range(0, len(token_ids), chunk)
                 ]
                 blocks.release(pages)
         except Exception as error:
-            raise EngineError(_what_failed(error)) from error
+            raise EngineError(_failure(error)) from error
         return np.concatenate(parts)
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
-        """Runs a block that uses the runner, or changes who holds what; starts over where it fails."""
-        self._mend()
-        self._torn = True
+        """Guards a block that uses the runner or the scheduler: the engine resets if the block fails."""
+        self._reset_if_lost()
+        self._interrupted = True
         try:
             yield
         except BaseException as error:
-            self._start_over(_what_failed(error))
+            self._reset(_failure(error))
             raise
-        self._torn = False
+        self._interrupted = False
 
-    def _mend(self) -> None:
-        """Starts over where that was interrupted too, or where others lost the state."""
-        if self._torn or self.runner.losses != self._losses:
-            self._start_over("the state on the devices was lost while this request ran")
+    def _reset_if_lost(self) -> None:
+        """Resets if a reset was itself interrupted, or if somebody else made the runner lose its state."""
+        if self._interrupted or self.runner.state_resets != self._state_resets:
+            self._reset("the state on the devices was lost while this request ran")
 
-    def _start_over(self, why: str) -> None:
-        """Ends the requests that run, and forgets what the devices hold."""
-        self._torn = True
-        self._under_way = None
+    def _reset(self, why: str) -> None:
+        """Fails the running requests, and drops the device state and the prefix cache."""
+        self._interrupted = True
+        self._in_flight = None
         self.runner.reset()
         for request in self.scheduler.running:
             self._fail(request, why)
         self.scheduler.reset()
-        self._losses, self._torn = self.runner.losses, False
+        self._state_resets, self._interrupted = self.runner.state_resets, False
 
     def _fail(self, request: Request, why: str) -> None:
+        """Ends a request with an error."""
         if request.finish_reason is None:
-            request.finish_reason, request.error, request.lost = "error", why, True
-            self._grown.append((request, []))
+            request.finish_reason, request.error, request.state_lost = "error", why, True
+            self._outputs.append((request, []))
 
     @property
     def busy(self) -> bool:
-        """Whether anything waits, runs, has not been read, or has not been handed out."""
-        return self.scheduler.busy or self._under_way is not None or bool(self._grown)
+        """Whether any request waits or runs, or any output has not been returned by :meth:`step`."""
+        return self.scheduler.busy or self._in_flight is not None or bool(self._outputs)
 
     def stats(self) -> Stats:
-        """What the engine is doing now."""
+        """Returns the present load and the counters."""
         scheduler, blocks = self.scheduler, self.scheduler.blocks
         return Stats(
             running=len(scheduler.running),
@@ -204,23 +220,29 @@ class Engine:
             compiles=self.runner.compile_count,
         )
 
-    def _launch(self, work: Prefill | Decode) -> _Launched:
-        launched = self._prefill(work) if isinstance(work, Prefill) else self._decode(work)
-        self.scheduler.launched(work)
-        return launched
+    def _dispatch(self, work: Prefill | Decode) -> _InFlight:
+        """Hands work to the devices, without waiting for it."""
+        dispatched = self._prefill(work) if isinstance(work, Prefill) else self._decode(work)
+        self.scheduler.dispatched(work)
+        return dispatched
 
-    def _prefill(self, work: Prefill) -> _Launched:
+    def _prefill(self, work: Prefill) -> _InFlight:
+        """Dispatches a prompt chunk, and before a request's first one what its slot has to know."""
         request, runner = work.request, self.runner
         if work.first and request.params.needs_history:
             runner.set_history(
-                _slot(request), request.prompt_ids, request.output_ids, request.params, request.barred_ids
+                _slot(request),
+                request.prompt_token_ids,
+                request.output_token_ids,
+                request.params,
+                request.barred_ids,
             )
-        if work.first and request.grammar is None and request.must_go_on:
+        if work.first and request.grammar is None and request.below_min_tokens:
             runner.set_masks({_slot(request): _without(_all_of(self.runner.config), request.stop_ids)})
-        # what follows an inner chunk is known: nothing is drawn that counts
+        # the token after an inner chunk is known: what is sampled there is not used
         params = request.params if work.final else _GREEDY
         if work.final:
-            self._allow([request])
+            self._set_masks([request])
         row = Row(
             slot=_slot(request),
             position=work.start,
@@ -228,18 +250,19 @@ class Engine:
             params=params,
             seed=request.seed,
             masked_until=_masked_until(request) if work.final else 0,
-            max_length=request.most_tokens,
+            max_length=request.max_length,
         )
-        tokens = request.prefill_ids[work.start : work.stop]
-        grows = [request] if work.final else []
-        if request.params.prompt_logprobs is None or request.output_ids:
-            return _Launched(grows, runner.prefill(row, tokens))
-        targets = request.prefill_ids[work.start + 1 : work.stop + 1]
-        drawn, scores = runner.prefill_and_score(row, tokens, targets)
-        return _Launched(grows, drawn, _Scored(request, work.start, targets, scores))
+        token_ids = request.prefill_token_ids[work.start : work.stop]
+        outputs_to = [request] if work.final else []
+        if request.params.prompt_logprobs is None or request.output_token_ids:
+            return _InFlight(outputs_to, runner.prefill(row, token_ids))
+        targets = request.prefill_token_ids[work.start + 1 : work.stop + 1]
+        sampled, scored = runner.prefill_and_score(row, token_ids, targets)
+        return _InFlight(outputs_to, sampled, _PromptLogprobs(request, work.start, targets, scored))
 
-    def _decode(self, work: Decode) -> _Launched:
-        self._allow(work.requests)
+    def _decode(self, work: Decode) -> _InFlight:
+        """Dispatches decode steps."""
+        self._set_masks(work.requests)
         rows = [
             Row(
                 slot=_slot(request),
@@ -250,52 +273,40 @@ class Engine:
                 remaining=request.remaining,
                 stop_ids=request.stop_ids,
                 masked_until=_masked_until(request),
-                max_length=request.most_tokens,
+                max_length=request.max_length,
             )
             for request in work.requests
         ]
-        return _Launched(work.requests, self.runner.decode(rows, work.steps))
+        return _InFlight(work.requests, self.runner.decode(rows, work.steps))
 
-    def _allow(self, requests: list[Request]) -> None:
-        """Uploads what the grammars among them allow next."""
-        bound = {_slot(one): _mask(one) for one in requests if one.grammar is not None}
-        if bound:
-            self.runner.set_masks(bound)
+    def _set_masks(self, requests: list[Request]) -> None:
+        """Uploads the tokens that the requests' grammars allow next."""
+        masks = {_slot(one): _mask(one) for one in requests if one.grammar is not None}
+        if masks:
+            self.runner.set_masks(masks)
 
     def _read(self) -> None:
-        """Waits for the work under way and gives each request its own, up to what ends it."""
-        work, self._under_way = self._under_way, None
-        if work is None:
+        """Waits for the dispatch in flight and appends its tokens to their requests."""
+        dispatched, self._in_flight = self._in_flight, None
+        if dispatched is None:
             return
-        if work.scored is not None:
-            work.scored.read()
-        tokens = np.asarray(work.drawn.tokens)  # [steps, B]; waits, so that no more than one is ahead
-        reported = None
-        if any(request.params.logprobs is not None for request in work.requests):
-            reported = _host(work.drawn)
-        for row, request in enumerate(work.requests):
-            if request.finish_reason is not None:
-                continue  # it ended, or was cancelled, after this was launched
-            before = len(request.output_ids)
+        if dispatched.prompt_logprobs is not None:
+            dispatched.prompt_logprobs.read()
+        tokens = np.asarray(dispatched.sampled.tokens)  # [steps, B]; waits: at most one dispatch is ahead
+        logprobs = None
+        if any(request.params.logprobs is not None for request in dispatched.requests):
+            logprobs = _logprob_arrays(dispatched.sampled)
+        for row, request in enumerate(dispatched.requests):
+            if request.finished:
+                continue  # it ended, or was cancelled, after the dispatch
+            before = len(request.output_token_ids)
             for step, token in enumerate(tokens[:, row].tolist()):
-                if token == NO_TOKEN or request.finish_reason is not None:
+                if token == NO_TOKEN or not _append(request, token):
                     break
-                if token == NAN_TOKEN:
-                    request.finish_reason = "error"
-                    request.error = f"the model's logits are not numbers after {_length(request)} tokens"
-                    break
-                if token == NOTHING_ALLOWED:
-                    request.finish_reason = "error"
-                    request.error = f"no token is allowed after {_length(request)} tokens: all are masked"
-                    break
-                if not request.params.max_tokens:  # only the prompt's log-probabilities were asked for
-                    request.finish_reason = "length"
-                    break
-                request.append(token)
-                if reported is not None and request.params.logprobs is not None:
-                    entry = _logprobs(token, request.params.logprobs, *(x[step, row] for x in reported))
+                if logprobs is not None and request.params.logprobs is not None:
+                    entry = _token_logprobs(token, request.params.logprobs, *(x[step, row] for x in logprobs))
                     request.logprobs.append(entry)
-            self._grown.append((request, request.output_ids[before:]))
+            self._outputs.append((request, request.output_token_ids[before:]))
             if request.finish_reason is not None:
                 self.scheduler.finish(request)
 
@@ -304,63 +315,93 @@ _GREEDY = SamplingParams(temperature=0)
 _ALWAYS = 2**31 - 1  # past every position
 
 
+def _append(request: Request, token: int) -> bool:
+    """Appends a sampled token to a request that has not ended; else, or if it is no token, returns False."""
+    if request.finish_reason is not None:
+        return False
+    if token == NAN_TOKEN:
+        request.finish_reason = "error"
+        request.error = f"the model's logits are not numbers after {request.num_tokens} tokens"
+    elif token == ALL_MASKED_TOKEN:
+        request.finish_reason = "error"
+        request.error = f"no token is allowed after {request.num_tokens} tokens: all are masked"
+    elif not request.params.max_tokens:  # only the prompt's log-probabilities were asked for
+        request.finish_reason = "length"
+    else:
+        request.append(token)
+        return True
+    return False
+
+
 def _masked_until(request: Request) -> int:
-    """The position before which a request draws only what its slot's mask allows."""
-    return _ALWAYS if request.grammar is not None else len(request.prompt_ids) + request.params.min_tokens
+    """Returns the position before which only tokens that the slot's mask allows are sampled."""
+    if request.grammar is not None:
+        return _ALWAYS
+    return len(request.prompt_token_ids) + request.params.min_tokens
 
 
 def _mask(request: Request) -> np.ndarray:
-    """What a request's grammar allows next; no end before ``min_tokens``, unless there is nothing else."""
+    """Returns what a grammar allows next, without stop tokens before ``min_tokens`` if anything is left."""
     assert request.grammar is not None
     allowed = np.asarray(request.grammar.mask())
-    longer = _without(allowed, request.stop_ids) if request.must_go_on else allowed
+    longer = _without(allowed, request.stop_ids) if request.below_min_tokens else allowed
     return longer if longer.any() else allowed
 
 
 def _all_of(config: ModelConfig) -> np.ndarray:
+    """Returns a mask that allows every token."""
     return np.full(-(-config.vocab_size // 32), 0xFFFFFFFF, np.uint32)
 
 
-def _without(mask: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
-    """A mask, uint32 [ceil(V / 32)], with the bits of these tokens cleared."""
-    mask, places = mask.copy(), np.array([token for token in tokens if token < 32 * len(mask)], np.uint32)
-    np.bitwise_and.at(mask, places // 32, ~(np.uint32(1) << places % 32))
+def _without(mask: np.ndarray, token_ids: Sequence[int]) -> np.ndarray:
+    """Returns a mask, uint32 [ceil(V / 32)], with the bits of these tokens cleared."""
+    mask, bits = mask.copy(), np.array([token for token in token_ids if token < 32 * len(mask)], np.uint32)
+    np.bitwise_and.at(mask, bits // 32, ~(np.uint32(1) << bits % 32))
     return mask
 
 
 @dataclass(frozen=True)
-class _Scored:
-    """Log-probabilities of a chunk of a prompt, on their way from the devices."""
+class _PromptLogprobs:
+    """Log-probabilities of a prompt chunk, in flight.
+
+    Attributes:
+        request: the request.
+        start: position of the chunk's first token.
+        targets: the token after each of the chunk's tokens.
+        scored: device arrays [S, ...] for the targets.
+    """
 
     request: Request
     start: int
     targets: list[int]
-    scores: Sampled
+    scored: Sampled
 
     def read(self) -> None:
-        """Waits for them and gives them to the request."""
+        """Waits for the log-probabilities and appends them to the request."""
         request, count = self.request, self.request.params.prompt_logprobs
         assert count is not None
         if not self.start:
             request.prompt_logprobs[:] = [None]  # nothing comes before the first token
-        scores = _host(self.scores)
-        for at, token in enumerate(self.targets):
-            request.prompt_logprobs.append(_logprobs(token, count, *(x[at] for x in scores)))
+        scored = _logprob_arrays(self.scored)
+        for index, token in enumerate(self.targets):
+            request.prompt_logprobs.append(_token_logprobs(token, count, *(x[index] for x in scored)))
 
 
-def _host(drawn: Sampled) -> list[np.ndarray]:
-    return [np.asarray(x) for x in (drawn.logprobs, drawn.top_tokens, drawn.top_logprobs)]
+def _logprob_arrays(sampled: Sampled) -> list[np.ndarray]:
+    """Copies log-probabilities to the host: of the token, and ids and log-probabilities of the likeliest."""
+    return [np.asarray(x) for x in (sampled.logprobs, sampled.top_tokens, sampled.top_logprobs)]
 
 
-def _logprobs(
+def _token_logprobs(
     token: int, count: int, own: np.ndarray, top_tokens: np.ndarray, top_logprobs: np.ndarray
 ) -> TokenLogprobs:
+    """Returns the log-probabilities at one position, with the ``count`` likeliest tokens."""
     top = zip(top_tokens[:count].tolist(), top_logprobs[:count].tolist(), strict=True)
     return TokenLogprobs(token, float(own), dict(top))
 
 
-def _what_failed(error: BaseException) -> str:
-    """One line about an error that was met while requests ran."""
+def _failure(error: BaseException) -> str:
+    """Returns one line about an error that occurred while requests ran."""
     if not isinstance(error, Exception):
         return f"interrupted ({type(error).__name__}) while this ran"
     line = next(iter(str(error).splitlines()), "")[:300]
@@ -370,7 +411,3 @@ def _what_failed(error: BaseException) -> str:
 def _slot(request: Request) -> int:
     assert request.slot is not None
     return request.slot
-
-
-def _length(request: Request) -> int:
-    return len(request.prompt_ids) + len(request.output_ids)

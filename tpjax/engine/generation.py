@@ -1,4 +1,4 @@
-"""A request together with its text: what the Python interface and the server both hand out. No jax."""
+"""A request together with its text: what the Python API and the server stream. No jax."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from tpjax.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Delta:
-    """What a stream yields: new text and the tokens it came with.
+    """New text of a stream and its tokens.
 
     Attributes:
         text: whole characters only; may be empty.
         token_ids: may be empty in the last delta.
         finish_reason: set in the last delta.
-        logprobs: one entry a token where ``SamplingParams.logprobs`` asked for them.
-        offsets: where each token begins in the whole text, characters; one that shows nothing begins where
-            the next would.
-        error: what went wrong, where ``finish_reason`` is ``error``.
+        logprobs: one entry per token if ``SamplingParams.logprobs`` is given.
+        offsets: where each token begins in the whole text, in characters; a token without text begins where
+            the next one would.
+        error: what went wrong, if ``finish_reason`` is ``error``.
     """
 
     text: str
@@ -36,12 +36,12 @@ class Delta:
 
 
 class Generation:
-    """A request and its text as it grows.
+    """A request and its text so far.
 
     Args:
         request: what the engine runs.
-        tokenizer: ``None``: there is no text, only tokens; nor is there where the request asks for none.
-        shown: special tokens that the text shows as they are written.
+        tokenizer: ``None``: there are only tokens and no text, as with ``detokenize=False``.
+        shown: special tokens that appear in the text.
 
     Attributes:
         request: as given.
@@ -52,14 +52,14 @@ class Generation:
         params = request.params
         self._stream: TextStream | None = None
         if tokenizer is not None and params.detokenize:
-            if params.include_stop_str_in_output:  # a special token that ends the text is shown too
+            if params.include_stop_str_in_output:  # also if it is a special token
                 shown = {
                     *shown,
                     *(i for text in params.stop if (i := tokenizer.special_id(text)) is not None),
                 }
             self._stream = TextStream(
                 tokenizer,
-                request.prompt_ids,
+                request.prompt_token_ids,
                 params.stop,
                 min_tokens=params.min_tokens,
                 include_stop=params.include_stop_str_in_output,
@@ -69,23 +69,23 @@ class Generation:
 
     @property
     def text(self) -> str:
-        """Everything given out so far."""
+        """The text so far."""
         return self._stream.text if self._stream else ""
 
     def advance(self, tokens: list[int]) -> Delta:
-        """Takes the tokens the engine's step gave the request.
+        """Returns the text of the tokens that an engine step has appended to the request.
 
-        Sets the request's ``finish_reason`` where its text meets a stop string, and takes the tokens after
-        it back: they were drawn in the same dispatch and never asked for. The caller tells the engine.
+        Sets the request's ``finish_reason`` if its text contains a stop string, and removes the tokens after
+        it, which were sampled in the same dispatch. The caller then cancels it in the engine.
         """
         request = self.request
-        first = len(request.output_ids) - len(tokens)
+        first = len(request.output_token_ids) - len(tokens)
         text, offsets = self._push(tokens) if self._stream else ("", [0] * len(tokens))
-        ids, logprobs = request.output_ids[first:], request.logprobs[first:]
+        ids, logprobs = request.output_token_ids[first:], request.logprobs[first:]
         return Delta(text, ids, request.finish_reason, logprobs, offsets, request.error)
 
     def _push(self, tokens: list[int]) -> tuple[str, list[int]]:
-        """The text of new tokens, and where each that counts begins in the whole of it."""
+        """Returns the text of new tokens, and where each that is kept begins in the whole text."""
         request, stream = self.request, self._stream
         assert stream is not None
         parts: list[str] = []
@@ -98,8 +98,8 @@ class Generation:
                 parts.append(stream.push(token))
                 offsets.append(stream.start)
             if stream.stopped:
-                length = len(request.output_ids) - (len(tokens) - count)
-                del request.output_ids[length:]
+                length = len(request.output_token_ids) - (len(tokens) - count)
+                del request.output_token_ids[length:]
                 del request.logprobs[length:]
                 request.finish_reason = "stop"
                 break

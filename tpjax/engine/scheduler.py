@@ -1,4 +1,4 @@
-"""What to run next. Plain Python, no jax: it is tested by itself."""
+"""Decides what to run next. Plain Python, no jax."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tpjax.errors import ContextLengthError, RequestError
 
 @dataclass(frozen=True)
 class Prefill:
-    """Run tokens ``start`` to ``stop`` of a request's ``prefill_ids``.
+    """Runs tokens ``start`` to ``stop`` of a request's ``prefill_token_ids``.
 
     Attributes:
-        request: whose.
-        start: first token.
+        request: the request.
+        start: index of the first token.
         stop: one past the last.
-        first: nothing of the request has run since it got its slot.
-        final: the token after these is drawn.
+        first: whether it is the first work since the request got its slot.
+        final: whether the token after these is sampled.
     """
 
     request: Request
@@ -33,32 +33,44 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Decode:
-    """Draw the next ``steps`` tokens of these requests."""
+    """Samples the next ``steps`` tokens of these requests."""
 
     requests: list[Request]
     steps: int
 
 
 class Scheduler:
-    """The lowest priority first, and of equals first come, first served, over slots and cache pages.
+    """Schedules requests over slots and cache pages: lowest priority first, then first come, first served.
 
     One prompt is prefilled at a time, in chunks; while others decode, chunks are small and alternate with
-    their steps, so that a long prompt does not stall them. A request that is admitted holds pages for its
-    prompt only; where pages run out, the last of them is preempted: it gives its pages back, waits again,
-    and its tokens are computed again (or found in the cache) when it is admitted again.
+    decode steps, so that a long prompt does not stall them. An admitted request holds pages for its prompt
+    only; if pages run out, the last of them is preempted: it releases its pages, waits again,
+    and its tokens are recomputed (or found in the prefix cache) when it is admitted again.
 
-    The device runs behind: a request's ``launched`` counts what was asked of it, ``output_ids`` holds what
-    has been read. Rows that wait for the host, since a grammar has to see each token, hold up nobody else.
-    Pages may be given away while work that writes to them is under way, since the device runs
-    work in order.
+    The devices run behind the host: ``Request.dispatched_tokens`` counts what has been dispatched,
+    ``output_token_ids`` holds what has been read. Rows with a grammar, which has to see each token before the
+    next is dispatched, do not hold up the others. Pages can be reassigned while a dispatch that writes to
+    them is in flight: the devices execute dispatches in order.
 
     Args:
         max_slots: requests that run at once.
         max_model_len: longest sequence, tokens.
         chunk_sizes: prefill sizes, ascending; each divides the page size or is a multiple of it.
-        budget: most tokens of a prefill while others decode.
-        steps: decode steps of the long dispatch, taken where nothing can come in between.
+        budget: maximum tokens of a prefill while others decode.
+        steps: decode steps of a long dispatch, which is used if nothing can come in between.
         blocks: the cache pages.
+
+    Attributes:
+        max_model_len: as given.
+        chunk_sizes: as given.
+        budget: as given, but at least the smallest chunk.
+        steps: as given.
+        blocks: as given.
+        waiting: queued requests, in order of rank.
+        running: requests that hold a slot, in order of rank.
+        preemptions: number of preemptions so far.
+        prefix_queries: prompt tokens looked up in the prefix cache so far.
+        prefix_hits: prompt tokens found there so far.
     """
 
     def __init__(
@@ -76,36 +88,37 @@ class Scheduler:
         self.steps = steps
         self.blocks = blocks
         self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # in order of rank, as is `waiting`
+        self.running: list[Request] = []
         self.preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
         self._max_slots = max_slots
-        self._slots = list(range(max_slots - 1, -1, -1))
+        self._free_slots = list(range(max_slots - 1, -1, -1))
         self._arrivals = itertools.count()
         self._decode_next = False
-        self._refused: tuple[Request, int] | None = None  # the head of the queue, and the pages' changes then
+        # head of the queue and ``blocks.changes`` when it did not fit: it cannot fit before they change
+        self._did_not_fit: tuple[Request, int] | None = None
 
     def check(self, request: Request) -> None:
-        """Refuses what can never run.
+        """Checks that a request can ever run.
 
         Raises:
             RequestError: the prompt is empty, or the request does not fit the cache.
             ContextLengthError: prompt and output do not fit the context.
         """
-        prompt, limit = len(request.prompt_ids), self.max_model_len
+        prompt, limit = len(request.prompt_token_ids), self.max_model_len
         if not prompt:
             raise RequestError("the prompt is empty: it has 0 tokens, and at least 1 is needed")
         if prompt > limit or (prompt == limit and request.params.max_tokens):
             raise ContextLengthError(
                 f"the prompt has {prompt} tokens, but max_model_len={limit} leaves no room to answer"
             )
-        if request.most_tokens > limit:
+        if request.max_length > limit:
             raise ContextLengthError(
                 f"the prompt has {prompt} tokens and max_tokens={request.params.max_tokens}: together "
-                f"{request.most_tokens}, over max_model_len={limit}"
+                f"{request.max_length}, over max_model_len={limit}"
             )
-        needed = self.blocks.pages_for(request.most_tokens)
+        needed = self.blocks.pages_for(request.max_length)
         if needed > self.blocks.capacity:
             raise RequestError(
                 f"the request needs {needed} cache pages, but there are {self.blocks.capacity}"
@@ -119,10 +132,10 @@ class Scheduler:
         """
         self.check(request)
         request.arrival = next(self._arrivals)
-        self._wait(request)
+        self._enqueue(request)
 
     def schedule(self) -> Prefill | Decode | None:
-        """The next thing to run, or ``None`` when there is nothing to run before more has been read."""
+        """Returns the next work, or ``None`` if there is none before more outputs have been read."""
         self._admit()
         prefilling = next((one for one in self.running if one.prefilling), None)
         decoding = self._decodable()
@@ -136,82 +149,85 @@ class Scheduler:
             return None
         return Decode(decoding, steps)
 
-    def launched(self, work: Prefill | Decode) -> None:
-        """Takes note that work has been handed to the device."""
+    def dispatched(self, work: Prefill | Decode) -> None:
+        """Records that work has been dispatched."""
         if isinstance(work, Decode):
             for one in work.requests:
-                one.launched += min(work.steps, one.remaining)
+                one.dispatched_tokens += min(work.steps, one.remaining)
             return
         work.request.prefilled = work.stop
-        work.request.launched += work.final
-        self.publish(work.request)
+        work.request.dispatched_tokens += work.final
+        self._insert_prefix(work.request)
 
     def finish(self, request: Request) -> None:
-        """Frees what an ended or cancelled request holds; does nothing for one that holds nothing."""
+        """Releases what an ended or cancelled request holds, if it holds anything."""
         if request.slot is not None:
             self.running.remove(request)
         elif request.queued:
             request.queued = False
             self.waiting.remove(request)
         if request.finish_reason != "error":
-            self.publish(request)
-        self._vacate(request)
+            self._insert_prefix(request)
+        self._release(request)
 
     def reset(self) -> None:
-        """Forgets who runs and what every page holds; who waits goes on waiting."""
+        """Drops the running requests and the content of all pages; waiting requests keep waiting."""
         ran = set(self.running)
         self.waiting = deque(one for one in self.waiting if one not in ran)
         for one in (*ran, *self.waiting):
             one.slot, one.queued = None, one not in ran
             one.pages.clear()
         self.blocks.clear()
-        self._slots = list(range(self._max_slots - 1, -1, -1))
-        self._refused = None
+        self._free_slots = list(range(self._max_slots - 1, -1, -1))
+        self._did_not_fit = None
         self.running = []
 
-    def publish(self, request: Request) -> None:
-        """Makes a running request's full pages findable: those whose tokens are all known and computed."""
+    def _insert_prefix(self, request: Request) -> None:
+        """Inserts a running request's full, computed pages into the prefix cache."""
         if request.slot is None:
             return
         known = request.num_tokens - 1  # the last one has not been fed
         computed = request.prefilled if request.prefilling else max(request.prefilled, known)
         pages = min(computed // self.blocks.page_size, len(request.pages))
         keys = request.page_keys(self.blocks.page_size, pages)
-        for index in range(request.published, pages):
-            self.blocks.register(request.pages[index], keys[index])
-        request.published = max(request.published, pages)
+        for index in range(request.inserted_pages, pages):
+            self.blocks.insert(request.pages[index], keys[index])
+        request.inserted_pages = max(request.inserted_pages, pages)
 
     @property
     def busy(self) -> bool:
-        """Whether anything waits or runs."""
+        """Whether any request waits or runs."""
         return bool(self.waiting or self.running)
 
     def _admit(self) -> None:
-        # One prefill at a time: the next finds the pages of the one before it.
-        if not (self.waiting and self._slots) or any(one.prefilling for one in self.running):
+        """Gives a slot and pages to the head of the queue, if it fits and nobody is prefilling.
+
+        One prefill at a time: the next then finds the pages of the one before in the prefix cache.
+        """
+        if not (self.waiting and self._free_slots) or any(one.prefilling for one in self.running):
             return
         request, blocks = self.waiting[0], self.blocks
-        if self._refused == (request, blocks.changes):
-            return  # nothing has become free or findable since it did not fit
+        if self._did_not_fit == (request, blocks.changes):
+            return
         tokens, page_size = request.num_tokens, blocks.page_size
         found: list[int] = []
         if request.params.prompt_logprobs is None:  # these need the logits of every token
-            # the last token is always run: its logits are what the next one is drawn from
+            # the last token is always run: the next one is sampled from its logits
             pages = (tokens - 1) // page_size
             found = blocks.find(request.page_keys(page_size, pages)[:pages])
         new = blocks.pages_for(tokens) - len(found)
-        # one for each that may need another, or the first step of someone who runs would preempt it again
-        spare = sum(len(one.pages) < blocks.pages_for(one.most_tokens) for one in self.running)
-        if new + spare > blocks.free - blocks.unused(found):
-            self._refused = (request, blocks.changes)
+        # one page for each running request that may need another: else its next step would preempt this one
+        spare = sum(len(one.pages) < blocks.pages_for(one.max_length) for one in self.running)
+        if new + spare > blocks.free - blocks.count_evictable(found):
+            self._did_not_fit = (request, blocks.changes)
             return
-        request.pages = blocks.take(found) + blocks.allocate(new)
-        request.slot = self._slots.pop()
-        request.prefill_ids = request.tokens(0, tokens)
+        request.pages = blocks.acquire(found) + blocks.allocate(new)
+        request.slot = self._free_slots.pop()
+        request.prefill_token_ids = request.token_ids(0, tokens)
         request.prefill_start = request.prefilled = len(found) * page_size
-        request.published = len(found)
-        request.launched = len(request.output_ids)
-        if not request.output_ids:
+        request.inserted_pages = len(found)
+        request.dispatched_tokens = len(request.output_token_ids)
+        if not request.output_token_ids:
             request.cached_tokens = request.prefilled
             self.prefix_queries += tokens
             self.prefix_hits += request.prefilled
@@ -221,36 +237,41 @@ class Scheduler:
         request.queued = False
 
     def _decodable(self) -> list[Request]:
-        """Who can go on before more has been read.
+        """Returns the requests whose next token can be dispatched before more outputs have been read.
 
-        A grammar has to see a row's token before the row goes on. Such rows go together, when all have been
-        read; the others go ahead by themselves in the meantime.
+        A grammar has to see its row's last token first. Rows with a grammar are dispatched together, once all
+        of them have been read; the others go on by themselves in the meantime.
         """
         unread = any(one.grammar is not None and one.unread for one in self.running)
         return [one for one in self.running if one.decodable and not (unread and one.grammar is not None)]
 
     def _steps_ahead(self, decoding: list[Request]) -> int:
-        """Steps of the next dispatch: several, unless something could be done in between."""
-        bound = sum(one.grammar is not None for one in self.running)
-        if bound > len(decoding) or any(one.grammar is not None for one in decoding):
+        """Returns the steps of the next decode dispatch: 1 if something could be done in between."""
+        constrained = sum(one.grammar is not None for one in self.running)
+        if constrained > len(decoding) or any(one.grammar is not None for one in decoding):
             return 1  # the next step needs the host, or few would go ahead while many wait
         if self.waiting and any(one.remaining < self.steps for one in self.running):
-            return 1  # one reaches its length before the last step, or has done so unread: its place is free
+            return 1  # one reaches its length before the last step, or has already: its slot becomes free
         return self.steps
 
-    def _prefill(self, request: Request, most: int) -> Prefill:
+    def _prefill(self, request: Request, limit: int) -> Prefill:
+        """Returns the next chunk of a request, of at most ``limit`` tokens."""
         start, page_size = request.prefilled, self.blocks.page_size
         if request.params.prompt_logprobs is not None:
-            most = min(most, page_size)  # the logits of the whole chunk are held at once
+            limit = min(limit, page_size)  # the logits of the whole chunk are held at once
         size = max(
-            size for size in self.chunk_sizes if size <= most and start % min(size, page_size) == 0
+            size for size in self.chunk_sizes if size <= limit and start % min(size, page_size) == 0
         )  # a chunk does not begin inside a page unless it ends in it
-        end = len(request.prefill_ids)
+        end = len(request.prefill_token_ids)
         stop = min(start + size, end)
         return Prefill(request, start, stop, first=start == request.prefill_start, final=stop == end)
 
     def _reserve(self, decoding: list[Request], steps: int) -> tuple[list[Request], int]:
-        """Gets every request the pages of its next steps: fewer steps, or fewer requests, if they run out."""
+        """Allocates the pages of the next steps; takes fewer steps, or preempts, if pages run out.
+
+        Returns:
+            The requests that still run, and the number of steps.
+        """
 
         def missing(one: Request, steps: int) -> int:
             stop = one.next_position + min(steps, one.remaining)
@@ -266,15 +287,16 @@ class Scheduler:
         return [one for one in decoding if one.slot is not None], steps
 
     def _preempt(self, request: Request) -> None:
-        self._wait(request)
+        """Takes slot and pages from a running request and queues it again."""
+        self._enqueue(request)
         self.running.remove(request)
-        self.publish(request)
-        self._vacate(request)
-        request.prefill_ids, request.prefilled = [], 0
+        self._insert_prefix(request)
+        self._release(request)
+        request.prefill_token_ids, request.prefilled = [], 0
         self.preemptions += 1
 
-    def _wait(self, request: Request) -> None:
-        """Queues a request where its rank has it: usually last, or first if it was preempted."""
+    def _enqueue(self, request: Request) -> None:
+        """Queues a request in order of rank: usually last, or first if it was preempted."""
         request.queued = True
         if self.waiting and request.rank < self.waiting[0].rank:
             self.waiting.appendleft(request)
@@ -284,8 +306,9 @@ class Scheduler:
             at -= 1
         self.waiting.insert(at, request)
 
-    def _vacate(self, request: Request) -> None:
+    def _release(self, request: Request) -> None:
+        """Releases the slot and pages of a request."""
         if request.slot is not None:
-            self._slots.append(request.slot)
+            self._free_slots.append(request.slot)
             request.slot = None
         self.blocks.release(request.pages)

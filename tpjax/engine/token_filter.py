@@ -1,8 +1,8 @@
-"""``allowed_token_ids`` and ``bad_words`` where they depend on what came before. No jax.
+"""``allowed_token_ids`` and ``bad_words`` if they depend on the output so far. No jax.
 
-What never changes while a request runs is a bias on the device (``Runner.set_history``). A word of several
-tokens, or a grammar beside either parameter, has to see each token before it says what may be next: such a
-request runs as one with a grammar does.
+Tokens that are barred throughout a request have a bias on the device (``Runner.set_history``). A word of
+several tokens, or a grammar beside either parameter, has to see each token before the next is sampled: such a
+request runs like one with a grammar.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from tpjax.engine.request import Grammar
 
 
 class TokenFilter:
-    """Takes tokens away from what may be drawn next; a :class:`Grammar` over another one, or over none.
+    """A :class:`Grammar` that bars further tokens, over another grammar or none.
 
     Args:
-        vocab_size: of the model.
-        allowed: the only tokens that may be drawn; ``None``: all.
-        barred: tokens that may not be drawn.
-        sequences: of each the last token may not be drawn where the output ends in those before it.
-        grammar: what else limits the tokens.
+        vocab_size: vocabulary size of the model.
+        allowed: the only tokens that may be sampled; ``None``: all.
+        barred: tokens that may not be sampled.
+        sequences: the last token of each may not be sampled if the output ends in the tokens before it.
+        grammar: constrains the tokens further.
 
     Attributes:
-        finished: nothing may follow.
+        finished: whether nothing may follow.
     """
 
     def __init__(
@@ -49,18 +49,18 @@ class TokenFilter:
 
     @property
     def error(self) -> str | None:
-        """What went wrong while it ran; the request fails."""
+        """What went wrong, if it did: the request fails."""
         error: str | None = getattr(self._grammar, "error", None)
         if error is None and self.finished and self._grammar is not None and not self._grammar.finished:
             return "bad_words and allowed_token_ids leave no token that the schema allows"
         return error
 
     def mask(self) -> np.ndarray:
-        """uint32 [ceil(V / 32)]: bit ``i`` of word ``w`` allows token ``32 * w + i``."""
+        """Returns uint32 [ceil(V / 32)]: bit ``i`` of word ``w`` allows token ``32 * w + i``."""
         return self._mask
 
     def advance(self, token: int) -> None:
-        """Takes the token that was drawn."""
+        """Accepts the sampled token."""
         if self._longest:
             self._recent = [*self._recent, token][-self._longest :]
         if self._grammar is not None:
@@ -72,6 +72,7 @@ class TokenFilter:
         self.finished = not self._mask.any()
 
     def _next(self) -> np.ndarray:
+        """Computes the mask of the next token."""
         words = self._words.copy()
         if self._grammar is not None:
             words &= self._grammar.mask()
@@ -84,14 +85,14 @@ class TokenFilter:
 def word_sequences(
     words: Collection[str], encode: Callable[[str], list[int]], vocab_size: int
 ) -> list[tuple[int, ...]]:
-    """Tokens of words that must not be generated, by vLLM's rule.
+    """Returns the tokens of words that must not be generated, by vLLM's rule.
 
-    A word counts as it is and, where that begins with another token and takes as many, after a space.
+    Each word is taken as it is and, if that begins with another token and has as many tokens, after a space.
 
     Args:
         words: texts.
-        encode: text to tokens, no special ones added.
-        vocab_size: of the model: tokens it does not have are never drawn.
+        encode: encodes a text without adding special tokens.
+        vocab_size: vocabulary size of the model: sequences with tokens beyond it are left out.
     """
     found: dict[tuple[int, ...], None] = {}
     for word in words:
@@ -104,6 +105,7 @@ def word_sequences(
 
 
 def _packed(vocab_size: int, allowed: Sequence[int] | None, barred: Sequence[int]) -> np.ndarray:
+    """Returns the mask of the allowed tokens that are not barred."""
     bits = np.zeros(-(-vocab_size // 32) * 32, np.bool_)
     bits[:vocab_size] = allowed is None
     bits[list(allowed or ())] = True

@@ -41,8 +41,8 @@ class Runner:
         dtype: as given.
         weights: flat, in the order of :meth:`ModelGraph.split`.
         programs: the compiled programs.
-        losses: how often the state was lost, by a failure or by :meth:`reset`. Whoever hands out pages has to
-            forget their contents whenever it has changed.
+        state_resets: how often the state was lost, by a failure or by :meth:`reset`. Whenever it has changed,
+            all pages have lost their content.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Runner:
             dtype=self.dtype,
             sequence_parallel=sequence_parallel,
         )
-        self.losses = 0
+        self.state_resets = 0
         self._state: DeviceState | None = None  # allocated at the first dispatch: explain needs no memory
 
     # --- what the engine calls -----------------------------------------------------------------------------
@@ -261,7 +261,7 @@ class Runner:
         return results
 
     def _lose(self, state: DeviceState | None) -> None:
-        self.losses += 1
+        self.state_resets += 1
         if state is not None:
             state.delete()
 

@@ -152,7 +152,7 @@ class ChatResponse:
             None if not offered else {one.function.name: one.function.parameters or {} for one in offered}
         )
         # structured_outputs shape the answer from its first token on: there is no reasoning before it
-        inside = body.structure is None and dialect.inside(llm.tokenizer, requests[0].prompt_ids)
+        inside = body.structure is None and dialect.inside(llm.tokenizer, requests[0].prompt_token_ids)
         self._body = body
         self._dialect = dialect
         self._schemas, self._inside = schemas, inside
@@ -269,7 +269,7 @@ class ChatResponse:
         return {"token_ids": delta.token_ids} if self._body.return_token_ids else {}
 
     def _prompt_tokens(self) -> dict[str, Any]:
-        ids = self.stream.generations[0].request.prompt_ids
+        ids = self.stream.generations[0].request.prompt_token_ids
         return {"prompt_token_ids": list(ids)} if self._body.return_token_ids else {}
 
     def _echo(self) -> str:

@@ -101,7 +101,7 @@ class CompletionResponse:
             ids, offsets = delta.token_ids, [len(echo) + at for at in delta.offsets]
             if first and body.echo:
                 entries = [*request.prompt_logprobs, *entries]
-                ids, offsets = [*request.prompt_ids, *ids], [*starts, *offsets]
+                ids, offsets = [*request.prompt_token_ids, *ids], [*starts, *offsets]
             logprobs = self._logprobs(ids, entries, offsets, body.logprobs)
         choice = {
             "index": index,
@@ -111,7 +111,7 @@ class CompletionResponse:
         }
         if body.return_token_ids:
             choice["token_ids"] = delta.token_ids
-            choice["prompt_token_ids"] = list(request.prompt_ids) if first else None
+            choice["prompt_token_ids"] = list(request.prompt_token_ids) if first else None
         if body.prompt_logprobs is not None:
             choice["prompt_logprobs"] = responses.prompt_logprobs(request, body.prompt_logprobs, self._show)
         return choice
@@ -122,7 +122,7 @@ class CompletionResponse:
         What the prompt leaves unfinished of a character comes with the answer, which may finish it.
         """
         prompt = self._prompts[index // (self._body.n or 1)]
-        ids = self.stream.generations[index].request.prompt_ids
+        ids = self.stream.generations[index].request.prompt_token_ids
         if self._tokenizer is None:
             return "", [0] * len(ids)
         before = after = 0  # tokens round a text that are not in it

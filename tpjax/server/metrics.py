@@ -71,7 +71,7 @@ class Metrics:
         """A choice got tokens or ended; its clock is kept up to date here."""
         count = len(delta.token_ids)
         if not clock.last:
-            self._prompt_tokens.inc(len(request.prompt_ids))
+            self._prompt_tokens.inc(len(request.prompt_token_ids))
         if count:
             if not clock.tokens:
                 self._first.observe(now - clock.start)

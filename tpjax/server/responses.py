@@ -65,7 +65,7 @@ def make_requests(
     try:
         # the prompt's own check comes first: its length decides about the rest
         prompt = _truncated(llm, body, prompt, max_tokens)
-        ids = llm.request(prompt, body.sampling_params(0, seed=0, min_tokens=0)).prompt_ids
+        ids = llm.request(prompt, body.sampling_params(0, seed=0, min_tokens=0)).prompt_token_ids
         room = llm.max_model_len - len(ids)
         if not room and max_tokens != 0:
             raise ContextLengthError(
@@ -150,8 +150,8 @@ def _joined(deltas: Sequence[Delta]) -> Delta:
 def usage(stream: Stream, n: int) -> dict[str, Any]:
     """What was read and written, tokens; a prompt counts once however many choices it has."""
     requests = [generation.request for generation in stream.generations]
-    prompt = sum(len(request.prompt_ids) for request in requests[::n])
-    completion = sum(len(request.output_ids) for request in requests)
+    prompt = sum(len(request.prompt_token_ids) for request in requests[::n])
+    completion = sum(len(request.output_token_ids) for request in requests)
     cached = sum(request.cached_tokens for request in requests[::n])
     return _counts(prompt, completion) | {"prompt_tokens_details": {"cached_tokens": cached}}
 
@@ -176,7 +176,9 @@ class RunningUsage:
             return {}
         if not self._body.continuous_usage:
             return {"usage": None}
-        return {"usage": _counts(len(self._generations[index].request.prompt_ids), self._written[index])}
+        return {
+            "usage": _counts(len(self._generations[index].request.prompt_token_ids), self._written[index])
+        }
 
 
 def _counts(prompt: int, completion: int) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class Stream:
             return True
         if delta.finish_reason == "error":
             request = self.generations[index].request
-            if request.lost:  # an error from inside, which is for the log
+            if request.state_lost:  # an error from inside, which is for the log
                 why = "the engine failed while this ran; the server's log has it"
                 self.fail(ApiError(500, why, code="engine_failed"))
             elif getattr(request.grammar, "error", None):  # what the client asked for could not be followed

@@ -705,9 +705,9 @@ def test_stream_equals_decode_for_random_ids(kind, ids, skip, byte_level, spm):
 @pytest.mark.parametrize("kind", ["byte_level", "spm"])
 def test_stream_after_a_prompt_is_what_decode_adds(kind, prompt, ids, byte_level, spm):
     tokenizer = {"byte_level": byte_level, "spm": spm}[kind]
-    prompt_ids = tokenizer.encode(prompt)
-    whole, before = tokenizer.decode([*prompt_ids, *ids]), tokenizer.decode(prompt_ids)
-    assert before + _stream(tokenizer, ids, prompt_ids=prompt_ids) == whole
+    prompt_token_ids = tokenizer.encode(prompt)
+    whole, before = tokenizer.decode([*prompt_token_ids, *ids]), tokenizer.decode(prompt_token_ids)
+    assert before + _stream(tokenizer, ids, prompt_token_ids=prompt_token_ids) == whole
 
 
 @pytest.mark.parametrize("name", ["byte_level", "spm", "smollm2", "gemma3"])
@@ -725,14 +725,14 @@ def test_stream_never_shows_half_a_character(name, request):
 def test_leading_space_is_kept_after_a_prompt_and_dropped_without(spm):
     ids = spm.encode("a b", add_special_tokens=False)
     assert _stream(spm, ids) == "a b"
-    assert _stream(spm, ids, prompt_ids=spm.encode("x")) == " a b"
-    assert _stream(spm, ids, prompt_ids=[spm.bos_id]) == "a b"  # BOS shows nothing: the text starts here
+    assert _stream(spm, ids, prompt_token_ids=spm.encode("x")) == " a b"
+    assert _stream(spm, ids, prompt_token_ids=[spm.bos_id]) == "a b"  # BOS shows nothing: this is the start
 
 
 def test_character_begun_in_the_prompt_is_completed(byte_level):
     ids = byte_level.encode("🫠", add_special_tokens=False)
     assert len(ids) > 1
-    assert _stream(byte_level, ids[-1:], prompt_ids=ids[:-1]) == "🫠"
+    assert _stream(byte_level, ids[-1:], prompt_token_ids=ids[:-1]) == "🫠"
     assert _stream(byte_level, ids[:-1]) == "\ufffd"
 
 

@@ -146,7 +146,7 @@ class TopologyReport:
             "what",
             numbers=list(map(_heading, self.programs)),
         )
-        rows: dict[str, Callable[[Program], str]] = {
+        rows: dict[str, Callable[[ProgramReport], str]] = {
             "weights, cache and state": lambda p: human_bytes(p.argument_bytes),
             "  predicted": lambda p: f"{human_bytes(p.predicted_bytes)} ({_off(p):+.1%})",
             "temporaries": lambda p: human_bytes(p.temporary_bytes),
@@ -157,7 +157,7 @@ class TopologyReport:
             "weight copies": lambda p: f"{p.weight_copies} ({human_bytes(p.weight_copy_bytes)})",
             "compiled in": lambda p: f"{p.compile_s:.1f} s",
         }
-        refused: dict[str, Callable[[Program], str]] = {
+        refused: dict[str, Callable[[ProgramReport], str]] = {
             "  predicted": lambda p: human_bytes(p.predicted_bytes),
             "all of it": lambda p: "does not fit",
         }

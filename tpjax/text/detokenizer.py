@@ -13,14 +13,14 @@ class IncrementalDetokenizer:
 
     Never splits a character and never shows U+FFFD for one that is merely incomplete. For any ids,
     ``"".join(map(push, ids)) + flush()`` equals ``decode(ids)`` if the prompt shows no text, and otherwise
-    the part of ``decode([*prompt_ids, *ids])`` after ``decode(prompt_ids)``: only the first token of a whole
-    text loses its leading space. A character that the prompt left incomplete is returned once it is
-    completed.
+    the part of ``decode([*prompt_token_ids, *ids])`` after ``decode(prompt_token_ids)``: only the first token
+    of a whole text loses its leading space. A character that the prompt left incomplete is returned once it
+    is completed.
 
     Args:
         tokenizer: maps ids to bytes.
         skip_special_tokens: leave out control tokens.
-        prompt_ids: tokens before the first one pushed.
+        prompt_token_ids: tokens before the first one pushed.
         shown: control tokens that are not left out.
 
     Attributes:
@@ -34,7 +34,7 @@ class IncrementalDetokenizer:
         tokenizer: Tokenizer,
         *,
         skip_special_tokens: bool = True,
-        prompt_ids: Sequence[int] = (),
+        prompt_token_ids: Sequence[int] = (),
         shown: Collection[int] = (),
     ) -> None:
         self._tokenizer = tokenizer
@@ -43,7 +43,7 @@ class IncrementalDetokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         # At most three bytes of an unfinished character precede the generated ones.
         tail = b""
-        for token_id in reversed(prompt_ids):
+        for token_id in reversed(prompt_token_ids):
             tail = tokenizer.visible_bytes(token_id, skip_special_tokens) + tail
             if len(tail) >= 4:
                 break

@@ -15,7 +15,7 @@ class TextStream:
 
     Args:
         tokenizer: decodes the tokens.
-        prompt_ids: tokens of the prompt; the first text token loses its leading space only without them.
+        prompt_token_ids: tokens of the prompt; without them the first text token loses its leading space.
         stop: strings that end the text.
         min_tokens: number of tokens within which no stop string ends the text; one that begins there may end
             after them.
@@ -31,7 +31,7 @@ class TextStream:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        prompt_ids: Sequence[int],
+        prompt_token_ids: Sequence[int],
         stop: Sequence[str] = (),
         *,
         min_tokens: int = 0,
@@ -40,7 +40,7 @@ class TextStream:
         shown: Collection[int] = (),
     ) -> None:
         self._detokenizer = IncrementalDetokenizer(
-            tokenizer, prompt_ids=prompt_ids, skip_special_tokens=skip_special_tokens, shown=shown
+            tokenizer, prompt_token_ids=prompt_token_ids, skip_special_tokens=skip_special_tokens, shown=shown
         )
         self._stop = tuple(stop)
         self._include_stop = include_stop

@@ -19,7 +19,8 @@ from tpjax.checkpoints.hub import cache_dir, resolve
 from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint, parameters
 from tpjax.config import ExpertParallel, ModelConfig, SequenceParallel, check_choice
 from tpjax.engine.engine import Engine
-from tpjax.engine.generation import Delta, Generation
+from tpjax.engine.generation import Delta as Delta
+from tpjax.engine.generation import Generation
 from tpjax.engine.request import FinishReason, Grammar, Request, TokenLogprobs
 from tpjax.engine.token_filter import TokenFilter, word_sequences
 from tpjax.errors import ConfigError, RequestError

@@ -1,33 +1,32 @@
-"""Drawing tokens from logits that stay cut along the vocabulary.
+"""Samples tokens from logits that stay sharded over the vocabulary.
 
-Nothing here gathers [B, V]. Top-k and top-p are both a threshold on the logits, found exactly by narrowing
-down its bits with sums over all devices; the draw itself is an arg-max of logits plus Gumbel noise
-(Gumbel 1954; Maddison et al. 2014, https://arxiv.org/abs/1411.0030), of which each device sends one
-candidate. The noise of a token depends on (seed, position, token id) alone, so every tp draws the same.
+Nothing here gathers [B, V]. Top-k and top-p are both a threshold on the logits, found exactly by bisecting
+over its bits with sums over all devices. Sampling is an arg-max of logits plus Gumbel noise (Gumbel 1954;
+Maddison et al. 2014, https://arxiv.org/abs/1411.0030), for which each device sends one candidate. The noise
+of a token depends on (seed, position, token id) only, so every tp samples the same tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from tpjax.mesh import AXIS
 from tpjax.sampling_params import MAX_LOGPROBS, SamplingParams
-from tpjax.sharding import LOGITS, Leaf
+from tpjax.sharding import LOGITS, REPLICATED, Leaf
 
-# Bits of the threshold settled per round; each round is one small all-reduce of 2**bits - 1 sums a row.
+# Bits of the threshold found per round; each round is one small all-reduce of 2**bits - 1 sums per row.
 _BITS_PER_ROUND = 4
-NAN_TOKEN = -2  # drawn where the logits are not numbers
-ALL_MASKED_TOKEN = -3  # drawn where every token is masked: all logits are minus infinity
-_LEAST_MASS = 1e-30  # a top_p that float32 rounds to 0 still keeps the likeliest token
+NAN_TOKEN = -2  # sampled if the logits are not numbers
+ALL_MASKED_TOKEN = -3  # sampled if every token is masked: all logits are minus infinity
+_LEAST_MASS = 1e-30  # so that a top_p that float32 rounds to 0 still keeps the likeliest token
 _MAX, _TINY = (float(x) for x in (np.finfo(np.float32).max, np.finfo(np.float32).tiny))
 
 
@@ -39,7 +38,7 @@ class SamplingRows:
     Attributes:
         floats: temperature, top_p, min_p, repetition, presence and frequency penalty.
         ints: top_k, the seed's upper and lower 32 bits, whether to apply history, whether to return
-            log-probabilities, and the position up to which only what the slot's mask allows is drawn.
+            log-probabilities, and the position before which the slot's mask applies.
     """
 
     floats: Float[Leaf, "B 6"]
@@ -52,10 +51,10 @@ class SamplingRows:
         """Packs parameters into ``rows`` rows; rows past the last are greedy.
 
         Args:
-            params: one a row.
-            seeds: one a row, any integer of 64 bits, signed or not.
-            masked_until: per row the position before which only what its slot's mask allows is drawn.
-            rows: rows to fill.
+            params: one per row.
+            seeds: one per row, any integer of 64 bits, signed or not.
+            masked_until: per row the position before which its slot's mask applies.
+            rows: number of rows to fill.
         """
         floats: Any = np.tile(np.array([0, 1, 0, 1, 0, 0], np.float32), (rows, 1))
         ints: Any = np.zeros((rows, 6), np.int32)
@@ -85,13 +84,13 @@ class SamplingRows:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class History:
-    """What penalties, biases and masks need to know of each slot's tokens; all cut along V.
+    """What penalties, biases and masks need to know of each slot's tokens; all sharded over V.
 
     Attributes:
         in_prompt: whether the token is in the prompt.
         counts: how often the token was generated.
         bias: added to the logits.
-        allowed: whether a row that is masked may draw the token next.
+        allowed: whether the token may be sampled next in a masked row.
     """
 
     in_prompt: Bool[Leaf, "slots V"]
@@ -101,7 +100,7 @@ class History:
 
     @classmethod
     def abstract(cls, slots: int, padded_vocab: int, mesh: Mesh) -> History:
-        """Shapes, dtypes and shardings."""
+        """Returns shapes, dtypes and shardings, without memory."""
 
         def buffer(dtype: type) -> Any:
             return jax.ShapeDtypeStruct((slots, padded_vocab), dtype, sharding=NamedSharding(mesh, LOGITS))
@@ -112,14 +111,14 @@ class History:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampled:
-    """The tokens drawn and, where asked for, log-probabilities (else zeros).
+    """Sampled tokens and, if asked for, log-probabilities (else zeros).
 
     Attributes:
-        tokens: token id per row; ``NAN_TOKEN`` where logits are not numbers, ``ALL_MASKED_TOKEN`` where all
-            are minus infinity.
-        logprobs: of the drawn token.
+        tokens: token id per row; ``NAN_TOKEN`` if logits are not numbers, ``ALL_MASKED_TOKEN`` if all are
+            minus infinity.
+        logprobs: log-probability of the sampled token.
         top_tokens: the likeliest tokens.
-        top_logprobs: theirs.
+        top_logprobs: log-probabilities of the likeliest tokens.
     """
 
     tokens: Int[Leaf, "*steps B"]
@@ -136,183 +135,231 @@ def sample(
     positions: Int[Array, " B"],
     mesh: Mesh,
 ) -> tuple[Sampled, History]:
-    """Draws one token per row and counts it in the row's slot.
+    """Samples one token per row and counts it in the history of the row's slot.
 
     Args:
-        logits: float32, cut along V; padding is minus infinity.
+        logits: float32, sharded over V; padding is minus infinity.
         rows: sampling parameters.
-        history: tokens seen per slot.
-        slots: the slot of each row.
-        positions: the position each drawn token will take; keys the noise.
-        mesh: the mesh the logits are cut over.
+        history: tokens seen so far, per slot.
+        slots: slot of each row.
+        positions: position that each sampled token will take, which the noise is keyed by.
+        mesh: the mesh that the logits are sharded over.
     """
-    cut, whole = LOGITS, P()
+    sharded, replicated = LOGITS, REPLICATED
     return jax.shard_map(
         _sample_shard,
         mesh=mesh,
-        in_specs=(cut, whole, cut, whole, whole),
-        out_specs=(whole, cut),
+        in_specs=(sharded, replicated, sharded, replicated, replicated),
+        out_specs=(replicated, sharded),
         check_vma=False,
     )(logits, rows, history, slots, positions)
 
 
 def score(logits: Float[Array, "N V"], tokens: Int[Array, " N"], mesh: Mesh) -> Sampled:
-    """Log-probabilities of given tokens, and of the likeliest, each under its row of logits."""
+    """Computes the log-probability of each given token under its row of logits, and the likeliest tokens."""
 
     def shard(logits: Array, tokens: Array) -> Sampled:
-        share = logits.shape[-1]
-        mine = jax.lax.axis_index(AXIS) * share + jnp.arange(share)
-        return Sampled(tokens, *_logprobs(logits, mine, tokens))
+        return Sampled(tokens, *_logprobs(logits, _token_ids(logits), tokens))
 
-    return jax.shard_map(shard, mesh=mesh, in_specs=(LOGITS, P()), out_specs=P(), check_vma=False)(
-        logits, tokens
-    )
+    in_specs = (LOGITS, REPLICATED)
+    mapped = jax.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=REPLICATED, check_vma=False)
+    return mapped(logits, tokens)
 
 
+@jax.named_scope("sampling")
 def _sample_shard(
-    logits: Array, rows: SamplingRows, history: History, slots: Array, positions: Array
+    logits: Float[Array, "B shard"],
+    rows: SamplingRows,
+    history: History,
+    slots: Int[Array, " B"],
+    positions: Int[Array, " B"],
 ) -> tuple[Sampled, History]:
-    """One device's part: ``logits`` and ``history`` hold its share of the vocabulary."""
-    temperature, top_p, min_p = (rows.floats[:, i, None] for i in range(3))
-    top_k, (uses_history, wants_logprobs) = rows.ints[:, 0], (rows.ints[:, i] != 0 for i in (3, 4))
+    """Samples on one device, which holds a shard of the vocabulary of ``logits`` and ``history``.
+
+    What only some requests need is in conditionals on the whole batch: it costs nothing if none does.
+    """
+    temperature, uses_history = rows.floats[:, 0, None], rows.ints[:, 3] != 0
+    tokens = _token_ids(logits)
+    scores = jax.lax.cond(
+        jnp.any(uses_history), lambda: _penalise(logits, rows, history, slots), lambda: logits
+    )
     masked = positions < rows.ints[:, 5]
-    share = logits.shape[-1]
-    tokens = jax.lax.axis_index(AXIS) * share + jnp.arange(share)
-
     scores = jax.lax.cond(
-        jnp.any(uses_history),
-        lambda: _penalise(logits, rows, history, slots),
-        lambda: logits,
+        jnp.any(masked), lambda: _mask(scores, masked, history.allowed[slots]), lambda: scores
     )
     scores = jax.lax.cond(
-        jnp.any(masked),
-        # a NaN stays: whoever asked is told that the model is broken
-        lambda: jnp.where(history.allowed[slots] | ~masked[:, None] | jnp.isnan(scores), scores, -jnp.inf),
-        lambda: scores,
+        jnp.any(temperature > 0), lambda: _perturb(scores, rows, positions, tokens), lambda: scores
     )
-
-    def draw() -> Array:
-        # the likeliest token is at 0 whatever the temperature: nothing overflows, and noise keeps its digits
-        below = _below(scores, jax.lax.pmax(scores.max(axis=-1, keepdims=True), AXIS))
-        warm = below / jnp.where(temperature > 0, jnp.maximum(temperature, _TINY), 1.0)
-        lowest = jnp.full((warm.shape[0], 1), -jnp.inf)
-        floor = jax.lax.cond(
-            jnp.any(top_k > 0),
-            lambda: _threshold(
-                warm, jnp.ones_like(warm), jnp.where(top_k > 0, top_k.astype(jnp.float32), jnp.inf)[:, None]
-            ),
-            lambda: lowest,
-        )
-        # top_p counts probability among what top_k left, as transformers does
-        mass = jnp.where(warm >= floor, jnp.exp(warm), 0.0)
-        total = jax.lax.psum(mass.sum(axis=-1, keepdims=True), AXIS)
-        floor = jnp.maximum(
-            floor,
-            jax.lax.cond(
-                jnp.any(top_p < 1),
-                lambda: _threshold(
-                    warm, mass, jnp.where(top_p < 1, jnp.maximum(top_p * total, _LEAST_MASS), jnp.inf)
-                ),
-                lambda: lowest,
-            ),
-        )
-        floor = jnp.maximum(floor, jnp.log(min_p))
-        # masked after the noise too: what has no probability must not win whatever the noise is
-        kept = (warm >= floor) & (scores > -jnp.inf)
-        noisy = jnp.where(kept, warm + _gumbel(rows.ints[:, 1:3], positions, tokens), -jnp.inf)
-        # a NaN is below every threshold; it must win all the same, to be seen
-        return jnp.where((temperature > 0) & ~jnp.isnan(scores), noisy, scores)
-
-    contest = jax.lax.cond(jnp.any(temperature > 0), draw, lambda: scores)
-    chosen = _winner(contest, tokens)
-
-    nothing = (
-        jnp.zeros(chosen.shape, jnp.float32),
-        jnp.zeros((*chosen.shape, MAX_LOGPROBS), jnp.int32),
-        jnp.zeros((*chosen.shape, MAX_LOGPROBS), jnp.float32),
+    sampled = _winner(scores, tokens)
+    logprobs = jax.lax.cond(
+        jnp.any(rows.ints[:, 4] != 0),
+        lambda: _logprobs(logits, tokens, sampled),
+        lambda: _no_logprobs(sampled),
     )
-    reported = jax.lax.cond(
-        jnp.any(wants_logprobs), lambda: _logprobs(logits, tokens, chosen), lambda: nothing
-    )
-    mine = ((chosen[:, None] == tokens) & uses_history[:, None]).astype(jnp.int32)
+    is_sampled = ((sampled[:, None] == tokens) & uses_history[:, None]).astype(jnp.int32)
     counts = jax.lax.cond(
-        jnp.any(uses_history), lambda: history.counts.at[slots].add(mine), lambda: history.counts
+        jnp.any(uses_history), lambda: history.counts.at[slots].add(is_sampled), lambda: history.counts
     )
-    return Sampled(chosen, *reported), History(history.in_prompt, counts, history.bias, history.allowed)
+    return Sampled(sampled, *logprobs), replace(history, counts=counts)
 
 
-def _penalise(logits: Array, rows: SamplingRows, history: History, slots: Array) -> Array:
+def _token_ids(logits: Float[Array, "B shard"]) -> Int[Array, " shard"]:
+    """Returns the token ids of this device's shard of the vocabulary."""
+    shard_size = logits.shape[-1]
+    return jax.lax.axis_index(AXIS) * shard_size + jnp.arange(shard_size)
+
+
+@jax.named_scope("penalties")
+def _penalise(
+    logits: Float[Array, "B shard"], rows: SamplingRows, history: History, slots: Int[Array, " B"]
+) -> Float[Array, "B shard"]:
+    """Applies penalties and biases to the rows that have any."""
     repetition, presence, frequency = (rows.floats[:, i, None] for i in range(3, 6))
     counts = history.counts[slots]
     repeated = history.in_prompt[slots] | (counts > 0)
     scores = jnp.where(repeated, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
     scores = scores - frequency * counts.astype(jnp.float32) - jnp.where(counts > 0, presence, 0.0)
     bias = history.bias[slots]
-    # a possible token stays possible, and padding does not become so: what overflows is held at the ends
+    # clipped: a possible token stays possible, whatever overflows, and padding stays impossible
     scores = jnp.where(jnp.isneginf(bias), -jnp.inf, jnp.clip(scores + bias, -_MAX, _MAX))
     return jnp.where((rows.ints[:, 3, None] != 0) & (logits > -jnp.inf), scores, logits)
 
 
-def _below(scores: Float[Array, "B share"], top: Float[Array, "B 1"]) -> Float[Array, "B share"]:
-    """How far each score is under the top of its row: 0 at the top, infinite or not."""
+@jax.named_scope("mask")
+def _mask(
+    scores: Float[Array, "B shard"], masked: Bool[Array, " B"], allowed: Bool[Array, "B shard"]
+) -> Float[Array, "B shard"]:
+    """Sets tokens that are not allowed to minus infinity, in the rows that are masked."""
+    # a NaN stays: it has to reach the caller
+    return jnp.where(allowed | ~masked[:, None] | jnp.isnan(scores), scores, -jnp.inf)
+
+
+def _perturb(
+    scores: Float[Array, "B shard"],
+    rows: SamplingRows,
+    positions: Int[Array, " B"],
+    tokens: Int[Array, " shard"],
+) -> Float[Array, "B shard"]:
+    """Applies temperature, top-k, top-p and min-p, and adds Gumbel noise; greedy rows keep their scores.
+
+    The arg-max of the result is a sample from the distribution that is left.
+    """
+    temperature, top_p, min_p = (rows.floats[:, i, None] for i in range(3))
+    top_k = rows.ints[:, 0]
+    # the likeliest token is at 0 whatever the temperature: nothing overflows, and noise keeps its digits
+    relative = _relative_to(scores, jax.lax.pmax(scores.max(axis=-1, keepdims=True), AXIS))
+    scaled_logits = relative / jnp.where(temperature > 0, jnp.maximum(temperature, _TINY), 1.0)
+    floor = jax.lax.cond(
+        jnp.any(top_k > 0), lambda: _top_k_floor(scaled_logits, top_k), lambda: _no_floor(scaled_logits)
+    )
+    with jax.named_scope("top_p"):
+        # among the tokens that top_k left, as in transformers
+        mass = jnp.where(scaled_logits >= floor, jnp.exp(scaled_logits), 0.0)
+        total = jax.lax.psum(mass.sum(axis=-1, keepdims=True), AXIS)
+        top_p_floor = jax.lax.cond(
+            jnp.any(top_p < 1),
+            lambda: _top_p_floor(scaled_logits, mass, top_p, total),
+            lambda: _no_floor(scaled_logits),
+        )
+        floor = jnp.maximum(floor, top_p_floor)
+    with jax.named_scope("min_p"):
+        floor = jnp.maximum(floor, jnp.log(min_p))
+    with jax.named_scope("gumbel"):
+        # masked after the noise too: a token without probability must not win whatever the noise is
+        kept = (scaled_logits >= floor) & (scores > -jnp.inf)
+        noise = _gumbel(rows.ints[:, 1:3], positions, tokens)
+        perturbed_logits = jnp.where(kept, scaled_logits + noise, -jnp.inf)
+        # a NaN is below every threshold, but has to win, so that it reaches the caller
+        return jnp.where((temperature > 0) & ~jnp.isnan(scores), perturbed_logits, scores)
+
+
+@jax.named_scope("top_k")
+def _top_k_floor(scaled_logits: Float[Array, "B shard"], top_k: Int[Array, " B"]) -> Float[Array, "B 1"]:
+    """Returns each row's ``top_k``-th largest logit; minus infinity if ``top_k`` is 0."""
+    target = jnp.where(top_k > 0, top_k.astype(jnp.float32), jnp.inf)[:, None]
+    return _threshold(scaled_logits, jnp.ones_like(scaled_logits), target)
+
+
+def _top_p_floor(
+    scaled_logits: Float[Array, "B shard"],
+    mass: Float[Array, "B shard"],
+    top_p: Float[Array, "B 1"],
+    total: Float[Array, "B 1"],
+) -> Float[Array, "B 1"]:
+    """Returns the largest logit from which on tokens hold ``top_p`` of the total mass."""
+    return _threshold(
+        scaled_logits, mass, jnp.where(top_p < 1, jnp.maximum(top_p * total, _LEAST_MASS), jnp.inf)
+    )
+
+
+def _no_floor(scaled_logits: Float[Array, "B shard"]) -> Float[Array, "B 1"]:
+    return jnp.full((scaled_logits.shape[0], 1), -jnp.inf)
+
+
+def _relative_to(scores: Float[Array, "B shard"], top: Float[Array, "B 1"]) -> Float[Array, "B shard"]:
+    """Returns scores minus the top of their row: 0 at the top, even if it is infinite."""
     return jnp.where(scores == top, 0.0, scores - top)
 
 
 def _threshold(
-    scores: Float[Array, "B share"], weights: Float[Array, "B share"], target: Float[Array, "B 1"]
+    scores: Float[Array, "B shard"], weights: Float[Array, "B shard"], target: Float[Array, "B 1"]
 ) -> Float[Array, "B 1"]:
-    """The largest value t such that the weights of all scores >= t, over all devices, sum to ``target``.
+    """Returns the largest t such that the weights of all scores >= t, over all devices, sum to ``target``.
 
-    Minus infinity where no t does. The order of floats is that of suitably flipped bits, so t is found
-    from its highest bits down, a few at a time.
+    Minus infinity if no t does. Bisects over the bits of t, from the highest down, a few per round: suitably
+    flipped, the bits of floats are integers in the order of the floats.
     """
     keys = _ordered(scores)
     fan = 2**_BITS_PER_ROUND - 1
     steps = jnp.arange(1, fan + 1, dtype=jnp.uint32)
 
-    def settle(round_: Int[Array, ""], low: UInt[Array, "B 1"]) -> UInt[Array, "B 1"]:
+    def bisect(round_: Int[Array, ""], low: UInt[Array, "B 1"]) -> UInt[Array, "B 1"]:
         shift = (32 - _BITS_PER_ROUND * (round_ + 1)).astype(jnp.uint32)
         candidates = low + (steps << shift)  # [B, fan], ascending
         above = keys[:, None, :] >= candidates[:, :, None]
         sums = jax.lax.psum(jnp.where(above, weights[:, None, :], 0.0).sum(axis=-1), AXIS)
         reached = (sums >= target).sum(axis=-1, keepdims=True).astype(jnp.uint32)
-        return low + (reached << shift)
+        next_low: Array = low + (reached << shift)
+        return next_low
 
     low = jnp.zeros((scores.shape[0], 1), jnp.uint32)
-    low = jax.lax.fori_loop(0, 32 // _BITS_PER_ROUND, settle, low)
+    low = jax.lax.fori_loop(0, 32 // _BITS_PER_ROUND, bisect, low)
     return _unordered(low)
 
 
 def _ordered(x: Float[Array, "*n"]) -> UInt[Array, "*n"]:
-    """Unsigned integers in the order of the floats."""
+    """Maps floats to unsigned integers of the same order."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(0x80000000))
 
 
 def _unordered(keys: UInt[Array, "*n"]) -> Float[Array, "*n"]:
-    """Inverse of :func:`_ordered`; keys under every float give minus infinity."""
+    """Inverts :func:`_ordered`; keys below every float give minus infinity."""
     bits = jnp.where(keys >> 31 == 1, keys & jnp.uint32(0x7FFFFFFF), ~keys)
     value = jax.lax.bitcast_convert_type(bits, jnp.float32)
     return jnp.where(jnp.isnan(value), -jnp.inf, value)
 
 
-def _gumbel(seeds: Int[Array, "B 2"], positions: Int[Array, " B"], tokens: Int[Array, " share"]) -> Array:
-    """Standard Gumbel noise for each row and token, float32 [B, share]."""
+def _gumbel(
+    seeds: Int[Array, "B 2"], positions: Int[Array, " B"], tokens: Int[Array, " shard"]
+) -> Float[Array, "B shard"]:
+    """Returns standard Gumbel noise for each row and token, float32."""
 
     def words(seed: Array, position: Array) -> Array:
         # a key is two words: for a seed of 32 bits this is jax.random.key(seed)
         key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
-        return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, tokens))  # [share, 2]
+        keys: Array = jax.vmap(jax.random.fold_in, (None, 0))(key, tokens)
+        return jax.random.key_data(keys)  # [shard, 2]
 
-    drawn = jax.vmap(words)(jax.lax.bitcast_convert_type(seeds, jnp.uint32), positions)
-    return _gumbel_of(drawn[..., 0], drawn[..., 1])
+    bits = jax.vmap(words)(jax.lax.bitcast_convert_type(seeds, jnp.uint32), positions)
+    return _gumbel_of(bits[..., 0], bits[..., 1])
 
 
 def _gumbel_of(high: UInt[Array, "*n"], low: UInt[Array, "*n"]) -> Float[Array, "*n"]:
-    """Standard Gumbel noise from 64 random bits, -2.9 to 45.1.
+    """Maps 64 random bits to standard Gumbel noise, -2.9 to 45.1.
 
-    Draws are decided in the upper tail, and that is where the uniform is small: a float32 has all its digits
-    there. 64 bits, since 32 would end the tail at 22.9, and equal ones tie.
+    Samples are decided in the upper tail, where the uniform is small and a float32 has all its digits. It
+    takes 64 bits: 32 would end the tail at 22.9, and equal ones tie.
     """
     units = high.astype(jnp.float32) + (low.astype(jnp.float32) + 0.5) * 2.0**-32  # of 2**-32
     # float32 rounds the largest to 1, whose noise would be minus infinity
@@ -320,8 +367,9 @@ def _gumbel_of(high: UInt[Array, "*n"], low: UInt[Array, "*n"]) -> Float[Array, 
     return -jnp.log(-jnp.log1p(-uniform))
 
 
-def _winner(scores: Float[Array, "B share"], tokens: Int[Array, " share"]) -> Int[Array, " B"]:
-    """The token of the highest score over all devices; of equals, the lowest id. One small all-gather.
+@jax.named_scope("winner")
+def _winner(scores: Float[Array, "B shard"], tokens: Int[Array, " shard"]) -> Int[Array, " B"]:
+    """Returns the token of the highest score over all devices; of equal ones the lowest id.
 
     A NaN counts as highest, and gives ``NAN_TOKEN``; minus infinity gives ``ALL_MASKED_TOKEN``.
     """
@@ -329,22 +377,25 @@ def _winner(scores: Float[Array, "B share"], tokens: Int[Array, " share"]) -> In
     best = jnp.take_along_axis(scores, local[:, None], axis=-1)[:, 0]
     # both as integers: a small token id would be a denormal as a float, which hardware may flush to 0
     bits = jax.lax.bitcast_convert_type(best, jnp.int32)
-    candidates = jax.lax.all_gather(jnp.stack([bits, tokens[local]]), AXIS)  # [tp, 2, B]
+    candidates = jax.lax.all_gather(jnp.stack([bits, tokens[local]]), AXIS)  # all-gather of [tp, 2, B]
     highest = jax.lax.bitcast_convert_type(candidates[:, 0], jnp.float32)
     device = jnp.argmax(highest, axis=0)[None]
     score, token = (jnp.take_along_axis(x, device, axis=0)[0] for x in (highest, candidates[:, 1]))
     return jnp.where(jnp.isnan(score), NAN_TOKEN, jnp.where(jnp.isneginf(score), ALL_MASKED_TOKEN, token))
 
 
-def _logprobs(logits: Array, tokens: Array, chosen: Array) -> tuple[Array, Array, Array]:
-    """Log-probabilities of the chosen and of the likeliest tokens; id -1 where there are no more tokens."""
+@jax.named_scope("logprobs")
+def _logprobs(
+    logits: Float[Array, "B shard"], tokens: Int[Array, " shard"], sampled: Int[Array, " B"]
+) -> tuple[Float[Array, " B"], Int[Array, "B top"], Float[Array, "B top"]]:
+    """Returns log-probabilities of the sampled and the likeliest tokens; id -1 if there are no more."""
     top = jax.lax.pmax(logits.max(axis=-1, keepdims=True), AXIS)
-    below = _below(logits, top)
-    log_total = jnp.log(jax.lax.psum(jnp.exp(below).sum(axis=-1, keepdims=True), AXIS))
-    mine = tokens == chosen[:, None]
-    of_chosen = jax.lax.psum(jnp.where(mine, below, 0.0).sum(axis=-1), AXIS) - log_total[:, 0]
+    relative = _relative_to(logits, top)
+    log_total = jnp.log(jax.lax.psum(jnp.exp(relative).sum(axis=-1, keepdims=True), AXIS))
+    is_sampled = tokens == sampled[:, None]
+    of_sampled = jax.lax.psum(jnp.where(is_sampled, relative, 0.0).sum(axis=-1), AXIS) - log_total[:, 0]
     # two stages: the global top-n are among the devices' own top-n
-    values, places = jax.lax.top_k(below, min(MAX_LOGPROBS, below.shape[-1]))
+    values, places = jax.lax.top_k(relative, min(MAX_LOGPROBS, relative.shape[-1]))
     values = jax.lax.all_gather(values, AXIS, axis=1, tiled=True)
     ids = jax.lax.all_gather(tokens[places], AXIS, axis=1, tiled=True)
     count = min(MAX_LOGPROBS, values.shape[-1])
@@ -353,7 +404,15 @@ def _logprobs(logits: Array, tokens: Array, chosen: Array) -> tuple[Array, Array
     ids = jnp.where(jnp.isneginf(values), -1, ids)  # a vocabulary below 20 has no more than its tokens
     pad = ((0, 0), (0, MAX_LOGPROBS - count))
     return (
-        of_chosen,
+        of_sampled,
         jnp.pad(ids, pad, constant_values=-1),
         jnp.pad(values - log_total, pad, constant_values=-jnp.inf),
     )
+
+
+def _no_logprobs(
+    sampled: Int[Array, " B"],
+) -> tuple[Float[Array, " B"], Int[Array, "B top"], Float[Array, "B top"]]:
+    """Returns zeros in the shapes of :func:`_logprobs`."""
+    top = (*sampled.shape, MAX_LOGPROBS)
+    return jnp.zeros(sampled.shape, jnp.float32), jnp.zeros(top, jnp.int32), jnp.zeros(top, jnp.float32)

@@ -86,6 +86,7 @@ class Runner:
         """
         size = self.chunk_size(len(tokens))
         arguments = (self._pack([row], 1), _padded(tokens, size), np.int32(len(tokens)))
+        sampled: Sampled
         (sampled,) = self._dispatch(ProgramSpec("prefill", 1, size), *arguments)
         return sampled
 
@@ -119,6 +120,7 @@ class Runner:
             Device arrays [steps, batch bucket, ...]; a row that has ended outputs ``NO_TOKEN``.
         """
         size = next(size for size in self.limits.batch_sizes if size >= len(rows))
+        sampled: Sampled
         (sampled,) = self._dispatch(ProgramSpec("decode", size, steps), self._pack(rows, size))
         return sampled
 
@@ -252,6 +254,7 @@ class Runner:
         program = self.programs.get(spec)
         weights = (self.weights,) if spec.takes_weights else ()
         state = self.state
+        results: list[Any]
         try:
             self._state = None
             self._state, *results = program(*weights, state, *arguments)

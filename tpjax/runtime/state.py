@@ -57,15 +57,18 @@ class DeviceState:
 
     def formats(self) -> DeviceState:
         """Returns the memory layout and sharding of each buffer, as a tree of the same structure."""
-        return jax.tree.map(lambda buffer: buffer.format, self)
+        formats: DeviceState = jax.tree.map(lambda buffer: buffer.format, self)
+        return formats
 
     def zeros(self) -> DeviceState:
         """Allocates a state of zeros with these shapes; each device allocates only its shards."""
 
         def zeros() -> DeviceState:
-            return jax.tree.map(lambda buffer: jnp.zeros(buffer.shape, buffer.dtype), self)
+            state: DeviceState = jax.tree.map(lambda buffer: jnp.zeros(buffer.shape, buffer.dtype), self)
+            return state
 
-        return jax.jit(zeros, out_shardings=self.formats())()
+        allocated: DeviceState = jax.jit(zeros, out_shardings=self.formats())()
+        return allocated
 
     def delete(self) -> None:
         """Frees the buffers. Dropping references would not: tracebacks may hold some."""

@@ -100,6 +100,7 @@ NAMES = {
     "runner._weights": "runner.weights",
     "runner.compiled": "runner.programs.compiled",
     "slots_per_device": "head_slots_per_device",
+    "scheduler._slots": "scheduler._free_slots",
     "thirds_of_heads": "fused_qkv_by_head",
     "with_expert_sharding": "with_expert_parallel",
     "Traffic": "Workload",

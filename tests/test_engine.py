@@ -163,7 +163,7 @@ def check(engine: Engine, pages: int) -> None:
     scheduler, blocks = engine.scheduler, engine.scheduler.blocks
     slots = [one.slot for one in scheduler.running]
     assert len(set(slots)) == len(slots) and None not in slots
-    assert sorted([*slots, *scheduler._slots]) == list(range(engine.runner.limits.max_slots))
+    assert sorted([*slots, *scheduler._free_slots]) == list(range(engine.runner.limits.max_slots))
     held = [page for one in scheduler.running for page in one.pages]
     assert len(set(held)) + blocks.free == pages and 0 not in held
     for page in set(held):

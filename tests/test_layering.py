@@ -177,6 +177,7 @@ def test_exports() -> None:
     ]
     for name in tpjax.__all__:
         assert getattr(tpjax, name) is not None
+    assert set(tpjax.__all__) <= set(dir(tpjax))  # the lazy ones too
     from tpjax import errors, llm, mesh, sampling_params
 
     assert tpjax.LLM is llm.LLM and tpjax.Completion is llm.Completion and tpjax.Delta is llm.Delta

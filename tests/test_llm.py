@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +13,8 @@ import pytest
 from conftest import GOLDENS
 
 from tpjax import LLM, SamplingParams, TpjaxError
-from tpjax.errors import CheckpointError, ConfigError, DeviceError, RequestError
+from tpjax.engine.generation import Generation
+from tpjax.errors import CheckpointError, ConfigError, DeviceError, EngineError, RequestError
 from tpjax.runtime.memory import DeviceMemory
 
 PROMPT = "The capital of France is"
@@ -151,6 +154,83 @@ def test_bad_request_runs_nothing(tiny: LLM, prompt: list[int], params: Sampling
     with pytest.raises(RequestError, match=message):
         tiny.stream(prompt, params)  # at the call, not at the first delta
     assert tiny.engine.scheduler.blocks.free == free and not tiny.engine.scheduler.busy
+
+
+def test_fields_of_the_parameters_as_keywords(tiny: LLM) -> None:
+    (wanted,) = tiny.generate([[5, 6, 7]], greedy(6, ignore_eos=True))
+    (short,) = tiny.generate([[5, 6, 7]], max_tokens=6, temperature=0, ignore_eos=True)
+    assert short.token_ids == wanted.token_ids and len(short.token_ids) == 6
+    deltas = list(tiny.stream([5, 6, 7], max_tokens=6, temperature=0, ignore_eos=True))
+    assert [token for delta in deltas for token in delta.token_ids] == wanted.token_ids
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        (
+            {"params": greedy(4), "max_tokens": 4, "seed": 1},
+            "params and max_tokens, seed are both given: give all sampling parameters in one way",
+        ),
+        ({"max_token": 4}, "max_token=4 is no sampling parameter: is max_tokens meant?"),
+        ({"temprature": 0}, "temprature=0 is no sampling parameter: is temperature meant?"),
+        ({"n": 2}, "n=2 is no sampling parameter: is min_p meant?"),
+        ({"max_tokens": -1}, "max_tokens=-1 is not a whole number, 0 or more"),
+    ),
+)
+def test_bad_keywords(tiny: LLM, arguments: dict[str, Any], message: str) -> None:
+    for call in (tiny.generate, tiny.stream):
+        with pytest.raises(RequestError) as error:
+            call([1, 2] if call == tiny.stream else [[1, 2]], **arguments)
+        assert str(error.value) == message
+    assert not tiny.engine.busy
+
+
+def bytes_of(arrays: Iterable[jax.Array]) -> int:
+    """Bytes on all devices."""
+    return sum(shard.data.nbytes for array in arrays for shard in array.addressable_shards)
+
+
+def test_closing_gives_the_memory_back() -> None:
+    before = bytes_of(jax.live_arrays())
+    with LLM(GOLDENS / "llama", tp=2, max_model_len=64, max_slots=2) as llm:
+        (one,) = llm.generate([[3, 4, 5]], max_tokens=4, ignore_eos=True)
+        assert len(one.token_ids) == 4
+        weights = sum(
+            shard.data.nbytes for weight in llm.runner.weights for shard in weight.addressable_shards
+        )
+        cache = 2 * llm.config.num_layers * llm.runner.limits.num_pages * 128 * llm.config.head_dim * 4
+        assert weights > 0 and bytes_of(jax.live_arrays()) >= before + weights + cache
+        state, programs = llm.runner.state, llm.runner.programs
+    assert bytes_of(jax.live_arrays()) <= before
+    assert all(buffer.is_deleted() for buffer in jax.tree.leaves(state)) and not programs.compiled
+    for call in (
+        lambda: llm.generate([[1]]),
+        lambda: llm.stream([1]),
+        lambda: llm.logits([1]),
+        lambda: llm.prepare([1]),
+        llm.warm_up,
+        llm.explain,
+    ):
+        with pytest.raises(EngineError, match="the model is closed"):
+            call()
+    llm.close()  # once more does nothing
+    with pytest.raises(EngineError), llm:
+        llm.generate([[1]])
+
+
+def test_closing_ends_the_requests_in_flight() -> None:
+    llm = LLM(GOLDENS / "llama", tp=1, max_model_len=64, max_slots=1)
+    running, unbegun = (llm.stream([n], greedy(40, ignore_eos=True)) for n in (1, 2))
+    assert next(running).token_ids
+    llm.engine.add(queued := llm.request([9], greedy(4)))
+    llm._start(generation := Generation(llm.request([8], greedy(4)), None))
+    llm.close()
+    assert queued.finish_reason == generation.request.finish_reason == "error"
+    *_, last = running
+    assert last.finish_reason == "error" and last.error == "the model was closed while this request ran"
+    with pytest.raises(EngineError, match="the model is closed"):
+        next(unbegun)
+    assert not llm.engine.busy
 
 
 def test_logits_bounds(tiny: LLM) -> None:

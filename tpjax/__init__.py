@@ -31,6 +31,10 @@ __all__ = [
 guard_rendezvous()  # a user who faked devices through XLA_FLAGS alone is safe too
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """Imports what needs JAX when it is first used."""
     if name in ("LLM", "Completion", "Delta"):

@@ -1,4 +1,4 @@
-"""``LLM``: the Python face of tpjax."""
+"""``LLM``: the Python API."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import numpy as np
@@ -44,14 +44,14 @@ class Completion:
     """A prompt and its continuation.
 
     Attributes:
-        prompt: the prompt's text; ``None`` where token ids were given.
+        prompt: the prompt's text; ``None`` if token ids were given.
         prompt_token_ids: its tokens, special tokens included.
-        text: the continuation, up to a stop string; ``""`` where the model has no tokenizer.
+        text: the continuation, up to a stop string; ``""`` if the model has no tokenizer.
         token_ids: the continuation's tokens, the ending token included.
         finish_reason: ``stop`` (an end-of-text token, a stop token or string), ``length``, or ``error``.
-        logprobs: one entry a token where ``SamplingParams.logprobs`` asked for them.
-        prompt_logprobs: one entry a prompt token, ``None`` for the first, where asked for.
-        error: what went wrong: logits that are not numbers, or a dispatch that failed while it ran.
+        logprobs: one entry per token, if ``SamplingParams.logprobs`` is given.
+        prompt_logprobs: one entry per prompt token, ``None`` for the first, if asked for.
+        error: what went wrong: logits that are not numbers, or a dispatch that failed while the request ran.
     """
 
     prompt: str | None
@@ -67,33 +67,43 @@ class Completion:
 class LLM:
     """A language model, sharded over a mesh of devices.
 
+    As a context manager it is closed at the end of the block::
+
+        with LLM("smollm2-135m") as llm:
+            print(llm.generate("The capital of France is", max_tokens=4)[0].text)
+
     Args:
         model: a built-in alias, a Hugging Face id, a directory (safetensors or Orbax), or a ``.gguf`` file.
-        tp: devices; ``None`` takes all of them. It need not divide anything.
-        dtype: of weights, activations and cache: ``auto`` (bfloat16 on TPU and GPU, float32 on CPU),
+        tp: number of devices; ``None`` takes all of them. It need not divide anything.
+        dtype: dtype of weights, activations and cache: ``auto`` (bfloat16 on TPU and GPU, float32 on CPU),
             ``float32``, ``bfloat16`` or ``float16``.
-        max_model_len: longest sequence, prompt and output together, tokens; ``None``: what the model was
-            made for, as far as the cache has room.
+        max_model_len: longest sequence, prompt and output together, tokens; ``None``: the model's longest
+            context, as far as the cache has room.
         max_slots: sequences decoded at once; more are queued.
         quantize: reserved for quantised execution; only ``None`` is supported.
-        seed: of the draws of requests that bring no seed of their own; any int64, -1: another at each start.
+        seed: seed for requests without one of their own; any int64, -1: another one at each start.
         expert_parallel: of a mixture of experts: ``on`` (each device holds some of the experts), ``off``
             (each expert's width is sharded), or ``auto``: ``on`` if ``tp`` divides the number of experts.
         sequence_parallel: whether prefill shards the residual over positions, so that norms compute 1/tp of
             the rows: ``on`` (chunks that ``tp`` does not divide stay replicated), ``off``, or ``auto``: on
             TPUs and GPUs. It changes no result.
-        generation_config: where the sampling parameters come from that a request does not give: ``auto``:
-            the checkpoint's ``generation_config.json``; ``none``: nowhere; or another directory or file.
+        generation_config: source of sampling parameters that a request does not give: ``auto``: the
+            checkpoint's ``generation_config.json``; ``none``: no source; or another directory or file.
 
     Attributes:
         config: the architecture.
         mesh: the mesh.
-        tokenizer: ``None`` where the checkpoint has none: prompts and completions are then token ids.
+        tokenizer: ``None`` if the checkpoint has none: prompts and completions are then token ids.
         eos_ids: tokens that end a text.
-        sampling_defaults: sampling parameters that apply where a request gives none.
+        sampling_defaults: sampling parameters that apply if a request does not give them.
+        dtype: dtype of weights, activations and cache.
+        name: the model as it was given.
+        path: the checkpoint on disk.
+        runner: the compiled model.
+        engine: the step loop over ``runner``.
 
     Raises:
-        TpjaxError: naming what does not fit.
+        TpjaxError: an argument is not supported, the checkpoint is invalid, or the model does not fit.
     """
 
     @accepts_old_spellings
@@ -140,10 +150,24 @@ class LLM:
         self.runner = Runner(decoder, self.mesh, limits, self.dtype, sequence_parallel)
         self.engine = Engine(self.runner)
         self._running: dict[Request, tuple[Generation, deque[Delta]]] = {}
-        self._grown: deque[tuple[Request, list[int]]] = deque()  # read, and not yet handed out
+        self._outputs: deque[tuple[Request, list[int]]] = deque()  # of engine steps, not yet delivered
         self._seeds = np.random.default_rng(None if seed == RANDOM_SEED else seed % 2**64)
         if self.sampling_defaults:
-            log.info("where a request gives none, %s (generation_config)", self.describe_defaults())
+            log.info("defaults of requests: %s (generation_config)", self.describe_defaults())
+
+    def close(self) -> None:
+        """Gives the memory of the devices back: weights, cache and programs.
+
+        Requests that run or wait end with the reason ``error``. Any later call raises an ``EngineError``; a
+        second ``close`` does nothing.
+        """
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def max_model_len(self) -> int:
@@ -154,21 +178,25 @@ class LLM:
         self,
         prompts: str | Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **fields: Any,
     ) -> list[Completion]:
         """Continues prompts, all at once as far as slots and cache allow.
 
         Args:
             prompts: texts, or lists of token ids.
-            params: one for all, or one per prompt.
+            params: sampling parameters, one for all prompts or one per prompt.
+            **fields: fields of ``SamplingParams`` in place of ``params``: ``generate(prompt, max_tokens=4)``.
 
         Returns:
             One completion per prompt, in order.
 
         Raises:
             RequestError: a prompt or parameter is invalid; nothing has run then.
+            EngineError: the model is closed.
         """
         each: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
-        every = [params or SamplingParams()] * len(each) if not isinstance(params, Sequence) else list(params)
+        given = SamplingParams.of(params, fields)
+        every = [given] * len(each) if isinstance(given, SamplingParams) else list(given)
         if len(every) != len(each):
             raise RequestError(f"{len(each)} prompts came with {len(every)} sampling parameters")
         running = [
@@ -197,16 +225,27 @@ class LLM:
             for prompt, p, generation in zip(each, every, running, strict=True)
         ]
 
-    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[Delta]:
-        """Continues one prompt and yields the continuation as it comes.
+    def stream(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, **fields: Any
+    ) -> Iterator[Delta]:
+        """Continues one prompt and yields the continuation as it is generated.
 
         The text of all deltas together is that of :meth:`generate`; no delta ends inside a character.
-        Closing the iterator early frees the request's place at once.
+        Closing the iterator early releases the request's slot and pages at once.
+
+        Args:
+            prompt: text, or token ids.
+            params: sampling parameters.
+            **fields: fields of ``SamplingParams`` in place of ``params``.
 
         Raises:
             RequestError: the prompt or a parameter is invalid.
+            EngineError: the model is closed.
         """
-        return self._stream(Generation(self.request(prompt, params or SamplingParams()), self.tokenizer))
+        one = SamplingParams.of(params, fields)
+        if not isinstance(one, SamplingParams):
+            raise RequestError(f"1 prompt came with a list of {len(one)} sampling parameters")
+        return self._stream(Generation(self.request(prompt, one), self.tokenizer))
 
     def chat(
         self,
@@ -219,26 +258,26 @@ class LLM:
         Args:
             messages: one conversation, a list of objects with ``role`` and ``content``; or a list of those.
             params: as in :meth:`generate`.
-            **options: of the chat template: ``tools``, and what else it reads.
+            **options: variables of the chat template: ``tools``, and whatever else it reads.
 
         Returns:
             One completion per conversation.
 
         Raises:
-            RequestError: the model has no chat template, or it refuses the messages.
+            RequestError: the model has no chat template, or the template rejects the messages.
         """
         several = [messages] if messages and isinstance(messages[0], Mapping) else messages
         return self.generate([self.chat_prompt(one, **options) for one in several], params)  # type: ignore[arg-type]
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """The token ids of a conversation, ready to be answered.
+        """Returns the token ids of a conversation, ready to be answered.
 
         Args:
             messages: objects with ``role`` and ``content``.
             **options: as in :meth:`chat`.
 
         Raises:
-            RequestError: the model has no chat template, or it refuses the messages.
+            RequestError: the model has no chat template, or the template rejects the messages.
         """
         if self.tokenizer is None:
             raise RequestError(f"{self.path} has no tokenizer, thus no chat template")
@@ -247,7 +286,7 @@ class LLM:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """The logits after each token, teacher-forced.
+        """Computes the logits after each token, teacher-forced.
 
         Args:
             token_ids: T tokens, at most ``max_model_len``.
@@ -257,7 +296,7 @@ class LLM:
 
         Raises:
             RequestError: the tokens are invalid.
-            EngineError: a dispatch failed.
+            EngineError: a dispatch failed, or the model is closed.
         """
         tokens = self._checked(token_ids)
         if not tokens:
@@ -267,13 +306,18 @@ class LLM:
         return self.engine.logits(tokens)
 
     def explain(self) -> Report:
-        """What is where, how many bytes it takes, and what a decode step moves between devices."""
+        """Reports what lies on which device, its bytes, and what a decode step moves between devices.
+
+        Raises:
+            EngineError: the model is closed.
+        """
         from tpjax.inspect.explain import explain
 
+        self.engine.check_open()
         return explain(self.runner, name=self.name)
 
     def prepare(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> None:
-        """Compiles what :meth:`stream` needs for this prompt alone, so that its first tokens do not wait.
+        """Compiles what :meth:`stream` needs for this prompt, so that its first tokens do not wait.
 
         Raises:
             RequestError: the prompt or a parameter is invalid.
@@ -283,12 +327,13 @@ class LLM:
             self.runner.prepare(len(request.prompt_token_ids))
 
     def warm_up(self) -> None:
-        """Compiles everything serving can need; afterwards nothing compiles again."""
+        """Compiles every program that serving can call; afterwards nothing compiles again."""
+        self.engine.check_open()
         with self.engine.guarded():
             self.runner.warm_up()
 
     def request(self, prompt: str | Sequence[int], params: SamplingParams, **extra: Any) -> Request:
-        """A request for ``engine``, checked against model, tokenizer, context and cache.
+        """Returns a request for ``engine``, checked against model, tokenizer, context and cache.
 
         Args:
             prompt: text, or token ids.
@@ -297,7 +342,9 @@ class LLM:
 
         Raises:
             RequestError: the prompt or a parameter is invalid.
+            EngineError: the model is closed.
         """
+        self.engine.check_open()
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError(f"{self.path} has no tokenizer: give the prompt as token ids")
@@ -322,18 +369,18 @@ class LLM:
         return request
 
     def describe_defaults(self) -> str:
-        """The sampling defaults in words; empty where there are none."""
+        """Returns the sampling defaults as text; empty if there are none."""
         return ", ".join(f"{name}={value:g}" for name, value in self.sampling_defaults.items())
 
     def _limits(self, params: SamplingParams, grammar: Grammar | None) -> dict[str, Any]:
-        """What a request may not draw, as its fields ``barred_ids`` and ``grammar``."""
+        """Returns what a request may not sample, as its fields ``barred_ids`` and ``grammar``."""
         if params.bad_words and self.tokenizer is None:
             raise RequestError(f"bad_words={params.bad_words!r} needs a tokenizer, and {self.path} has none")
         vocab, allowed = self.config.vocab_size, params.allowed_token_ids
         sequences = word_sequences(params.bad_words, self._encode_bare, vocab) if params.bad_words else []
         barred = tuple(one[0] for one in sequences if len(one) == 1)
         if not (vocab - len(barred) if allowed is None else len(set(allowed) - set(barred))):
-            raise RequestError("bad_words bars every token that may be drawn: at least 1 has to be left")
+            raise RequestError("bad_words bars every token that may be sampled: at least 1 has to be left")
         longer = [one for one in sequences if len(one) > 1]
         if longer or (grammar is not None and (barred or allowed is not None)):
             grammar = TokenFilter(vocab, allowed, barred, longer, grammar)
@@ -342,6 +389,7 @@ class LLM:
         return {"grammar": grammar, "barred_ids": barred}
 
     def _encode_bare(self, text: str) -> list[int]:
+        """Encodes a text without adding special tokens."""
         assert self.tokenizer is not None
         return self.tokenizer.encode(text, add_special_tokens=False)
 
@@ -352,7 +400,7 @@ class LLM:
         try:
             while not ended:
                 if not deltas:
-                    ended = generation.request.finish_reason is not None  # others may have made it end
+                    ended = generation.request.finish_reason is not None  # another call may have ended it
                     self._step()
                 while deltas:
                     yield (delta := deltas.popleft())
@@ -361,19 +409,19 @@ class LLM:
             self._end(generation)
 
     def _start(self, generation: Generation) -> deque[Delta]:
-        """Queues a request; what it gets, whoever steps the engine, is put into the result."""
+        """Queues a request and returns the queue of its deltas, which any call's steps fill."""
         self.engine.add(generation.request)
         self._running[generation.request] = (generation, deque())
         return self._running[generation.request][1]
 
     def _step(self) -> list[Request]:
-        """Steps the engine; returns the requests that ended."""
+        """Steps the engine and delivers its outputs; returns the requests that ended."""
         ended = []
-        self._grown.extend(self.engine.step())
-        while self._grown:
-            request, tokens = self._grown.popleft()
+        self._outputs.extend(self.engine.step())
+        while self._outputs:
+            request, tokens = self._outputs.popleft()
             if request not in self._running:
-                continue  # an interrupt has ended the call that it was for
+                continue  # an interrupt has ended its call
             generation, deltas = self._running[request]
             if delta := generation.advance(tokens):
                 deltas.append(delta)
@@ -383,15 +431,17 @@ class LLM:
         return ended
 
     def _end(self, generation: Generation) -> None:
+        """Ends a call's request, if it has not ended, and its queue of deltas."""
         self.engine.cancel(generation.request)
         self._running.pop(generation.request, None)
 
     def _stop_ids(self, stop: Sequence[str]) -> set[int]:
-        """Ids of the stop strings that are special tokens: those are no part of the text to be found in."""
+        """Returns the ids of stop strings that are special tokens: the text would not contain those."""
         found = (self.tokenizer.special_id(text) for text in stop) if self.tokenizer else ()
         return {token for token in found if token is not None}
 
     def _checked(self, token_ids: Sequence[int], name: str = "the prompt") -> list[int]:
+        """Returns token ids as a list; raises a ``RequestError`` if one is not in the vocabulary."""
         vocab = self.config.vocab_size
         try:
             ids = [operator.index(token) for token in token_ids]
@@ -406,13 +456,13 @@ class LLM:
         return ids
 
     def _spelled(self, token: int) -> str:
-        """The text of a token, where the tokenizer knows it."""
+        """Returns the text of a token in brackets, if the tokenizer knows it."""
         data = b"" if self.tokenizer is None else self.tokenizer.token_bytes(token)
         return f" ({data.decode('utf-8', 'replace')!r})" if data else ""
 
 
 def _use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX was told where to keep them."""
+    """Keeps compiled programs in the user's cache folder, unless JAX has been told another place."""
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,7 +1,9 @@
-"""How a request wants its tokens drawn. Plain data: no jax import."""
+"""Sampling parameters of a request. Plain data, no jax import."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,8 +13,8 @@ from tpjax.errors import RequestError
 
 MAX_LOGPROBS = 20
 MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
-RANDOM_SEED = -1  # as in vLLM: the same as none
-# What a parameter is that neither a request nor the model's generation_config.json gives.
+RANDOM_SEED = -1  # as in vLLM: the same as no seed
+# Values of parameters that neither the request nor the model's generation_config.json gives.
 NEUTRAL: Mapping[str, float] = {
     "temperature": 1.0,
     "top_k": 0,
@@ -20,45 +22,45 @@ NEUTRAL: Mapping[str, float] = {
     "min_p": 0.0,
     "repetition_penalty": 1.0,
 }
-_MAX_FLOAT32 = (2 - 2**-23) * 2.0**127  # the device computes in float32: what is over is infinite there
+_MAX_FLOAT32 = (2 - 2**-23) * 2.0**127  # the device computes in float32, where more is infinite
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """Sampling parameters, under the names vLLM and transformers use.
 
-    Applied in this order: penalties, ``logit_bias``, temperature, ``top_k``, ``top_p``, ``min_p``. Where
-    ``temperature``, ``top_k``, ``top_p``, ``min_p`` or ``repetition_penalty`` is ``None``, "not given", the
-    model's ``generation_config.json`` decides, and where that is silent the value of ``NEUTRAL``.
+    Applied in this order: penalties, ``logit_bias``, temperature, ``top_k``, ``top_p``, ``min_p``. If
+    ``temperature``, ``top_k``, ``top_p``, ``min_p`` or ``repetition_penalty`` is ``None``, the value of the
+    model's ``generation_config.json`` applies, and if that has none, the value of ``NEUTRAL``.
 
     Attributes:
-        max_tokens: most tokens to generate; 0 only runs the prompt.
-        min_tokens: tokens that come before any that ends the text is drawn, and before a stop string counts.
-            A grammar that can only end goes first.
+        max_tokens: maximum number of tokens to generate; 0 only runs the prompt.
+        min_tokens: number of tokens before which no token that ends the text is sampled and no stop string
+            counts. A grammar that can only end takes precedence.
         temperature: divides the logits; 0 takes the likeliest token (greedy).
         top_k: keep the k likeliest tokens, and those that tie with the last of them; 0 keeps all.
         top_p: keep the likeliest tokens that together hold this probability, and those that tie with the
             last of them; 1 keeps all.
         min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
-        seed: of this request's draws, any int64 but -1; ``None`` or -1: taken from the engine's.
+        seed: seed of this request's noise, any int64 but -1; ``None`` or -1: derived from the engine's seed.
         stop: strings that end the text; they are not part of it. One that is a special token of the model
             ends the text at its id.
         stop_token_ids: tokens that end the text besides the model's own.
         ignore_eos: go on past the model's end-of-text tokens.
-        repetition_penalty: divides (if positive, else multiplies) logits of tokens in prompt or
-            output; 1: none.
+        repetition_penalty: divides (if positive, else multiplies) logits of tokens in prompt or output; 1
+            changes nothing.
         presence_penalty: subtracted from logits of tokens in the output.
         frequency_penalty: subtracted once for each time a token is in the output.
         logit_bias: added to the logits of these token ids.
         logprobs: also return the log-probability of each token and of this many likeliest ones, 0 to 20,
             before penalties and temperature; ``None``: none.
         prompt_logprobs: the same for each token of the prompt; ``None``: none.
-        allowed_token_ids: no other tokens are drawn; ``None``: any may be.
-        bad_words: texts that are not generated: of each one's tokens the last is not drawn where the output
-            ends in those before it. A word counts with a space before it too, as in vLLM.
-        detokenize: make text of the tokens; without it ``stop`` cannot be met.
-        skip_special_tokens: control tokens show nothing in the text.
-        include_stop_str_in_output: the text ends with the stop string or token that ended it.
+        allowed_token_ids: the only tokens that are sampled; ``None``: all.
+        bad_words: texts that are not generated: the last token of each is not sampled if the output ends in
+            the tokens before it. Each is also taken with a space before it, as in vLLM.
+        detokenize: whether to produce text; ``stop`` needs it.
+        skip_special_tokens: whether control tokens are left out of the text.
+        include_stop_str_in_output: whether the text includes the stop string or token that ended it.
 
     Raises:
         RequestError: naming the parameter and its value.
@@ -138,21 +140,45 @@ class SamplingParams:
 
     @property
     def needs_history(self) -> bool:
-        """Whether logits depend on which tokens came before, or on a bias."""
+        """Whether logits depend on previous tokens or on a bias."""
         penalties = (self.value("repetition_penalty"), self.presence_penalty, self.frequency_penalty)
         limits = self.allowed_token_ids is not None or bool(self.bad_words)
         return penalties != (1.0, 0.0, 0.0) or bool(self.logit_bias) or limits
 
     def value(self, name: str) -> float:
-        """A parameter of ``NEUTRAL`` as it applies: that of ``NEUTRAL`` where none is given."""
+        """Returns a parameter of ``NEUTRAL``, or its neutral value if it is not given."""
         given: float | None = getattr(self, name)
         return NEUTRAL[name] if given is None else given
 
     def resolved(self, defaults: Mapping[str, float]) -> SamplingParams:
-        """The same with a model's defaults, then the neutral values, where none is given."""
+        """Returns a copy in which a model's defaults, then the neutral values, replace what is not given."""
         every = {**NEUTRAL, **defaults}
         missing: dict[str, Any] = {name: every[name] for name in NEUTRAL if getattr(self, name) is None}
         return replace(self, **missing)
+
+    @classmethod
+    def of(
+        cls, params: SamplingParams | Sequence[SamplingParams] | None, fields: Mapping[str, Any]
+    ) -> SamplingParams | Sequence[SamplingParams]:
+        """Returns parameters that were given as such, or as fields: ``generate(prompt, max_tokens=4)``.
+
+        Args:
+            params: as given; ``None``: they are given as fields, or not at all.
+            fields: values by field name.
+
+        Raises:
+            RequestError: both are given, or a field does not exist; the message names the nearest one.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+                raise RequestError(f"{name}={fields[name]!r} is no sampling parameter: is {nearest} meant?")
+        if params is not None and fields:
+            raise RequestError(
+                f"params and {', '.join(fields)} are both given: give all sampling parameters in one way"
+            )
+        return cls(**fields) if params is None else params
 
     def _check_containers(self) -> None:
         kinds: dict[str, Any] = {

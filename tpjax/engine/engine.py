@@ -99,13 +99,16 @@ class Engine:
         self._outputs: list[tuple[Request, list[int]]] = []  # read, but not yet returned by ``step``
         self._interrupted = False  # a guarded block has not run to its end
         self._state_resets = runner.state_resets
+        self._closed = False
 
     def add(self, request: Request) -> None:
         """Queues a request.
 
         Raises:
             RequestError: the request can never run.
+            EngineError: the engine is closed.
         """
+        self.check_open()
         request.rope_scaling_key = self.runner.config.rope_scaling_key(request.max_length)
         self.scheduler.add(request)
 
@@ -148,8 +151,9 @@ class Engine:
 
         Raises:
             RequestError: not enough pages are free.
-            EngineError: a dispatch failed; running requests end as in :meth:`step`.
+            EngineError: a dispatch failed; running requests end as in :meth:`step`. Or the engine is closed.
         """
+        self.check_open()
         blocks, chunk = self.scheduler.blocks, self.runner.chunk_sizes[-1]
         self._reset_if_lost()
         pages = blocks.allocate(blocks.pages_for(len(token_ids)))
@@ -167,6 +171,27 @@ class Engine:
         except Exception as error:
             raise EngineError(_failure(error)) from error
         return np.concatenate(parts)
+
+    def close(self) -> None:
+        """Ends all requests, waiting ones too, with an error, and frees the memory of the devices.
+
+        :meth:`step` still returns the requests that have ended so.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        why = "the model was closed while this request ran"
+        self._reset(why)
+        for request in list(self.scheduler.waiting):
+            self._fail(request, why)
+            self.scheduler.finish(request)
+        self.runner.close()
+        self._state_resets = self.runner.state_resets
+
+    def check_open(self) -> None:
+        """Raises an ``EngineError`` if the engine is closed."""
+        if self._closed:
+            raise EngineError("the model is closed: its memory has been given back, and nothing can run")
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:

@@ -179,6 +179,14 @@ class Runner:
         state, self._state = self._state, None
         self._lose(state)
 
+    def close(self) -> None:
+        """Frees the state, the weights and the programs; nothing can be dispatched any more."""
+        self.reset()
+        for weight in self.weights:
+            weight.delete()
+        self.weights = ()
+        self.programs.compiled.clear()
+
     def chunk_size(self, length: int) -> int:
         """Returns the smallest chunk size that holds ``length`` tokens."""
         return next(size for size in self.chunk_sizes if size >= length)

@@ -195,9 +195,7 @@ def test_closing_gives_the_memory_back() -> None:
     with LLM(GOLDENS / "llama", tp=2, max_model_len=64, max_slots=2) as llm:
         (one,) = llm.generate([[3, 4, 5]], max_tokens=4, ignore_eos=True)
         assert len(one.token_ids) == 4
-        weights = sum(
-            shard.data.nbytes for weight in llm.runner.weights for shard in weight.addressable_shards
-        )
+        weights = bytes_of(llm.runner.weights)
         cache = 2 * llm.config.num_layers * llm.runner.limits.num_pages * 128 * llm.config.head_dim * 4
         assert weights > 0 and bytes_of(jax.live_arrays()) >= before + weights + cache
         state, programs = llm.runner.state, llm.runner.programs

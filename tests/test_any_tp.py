@@ -1,6 +1,6 @@
 """Random architectures at a random tp: the numbers of tp=1, and of the plain reference.
 
-Nothing here divides anything, except by chance: heads, widths and vocabularies are drawn freely, and so
+Nothing here divides anything, except by chance: heads, widths and vocabularies are sampled freely, and so
 is the number of devices.
 """
 

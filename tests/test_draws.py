@@ -1,4 +1,4 @@
-"""What is drawn, at real vocabulary sizes: the noise, and the distribution of draws.
+"""What is sampled, at real vocabulary sizes: the noise, and the distribution of draws.
 
 The oracle is the definition in float64 NumPy (softmax, then filters over sorted probabilities), held against
 transformers' own warpers where torch is installed. Programs are compiled as shipped: at the optimisation
@@ -66,7 +66,7 @@ def program(vocab: int, tp: int) -> Callable[..., Any]:
     return jax.jit(draw, compiler_options=AS_SHIPPED)
 
 
-def drawn(case: Case, count: int, tp: int = 1, seed: int = 0) -> np.ndarray:
+def sampled(case: Case, count: int, tp: int = 1, seed: int = 0) -> np.ndarray:
     """At least ``count`` tokens, each with a seed and a position of its own."""
     vocab = len(case.logits)
 
@@ -142,29 +142,29 @@ def test_noise_of_every_extreme_word_is_finite_and_falls() -> None:
 
 @pytest.mark.parametrize("tp", (1, 4))
 @pytest.mark.parametrize("vocab", VOCABULARIES)
-def test_a_token_of_probability_one_is_always_drawn(vocab: int, tp: int) -> None:
+def test_a_token_of_probability_one_is_always_sampled(vocab: int, tp: int) -> None:
     """Where the uniform could be 1, one token in 2**24 won whatever its logit: 1 draw in 64 at 262,144."""
     sure = vocab // 3
     logits = np.random.default_rng(vocab).normal(0, 2, vocab)
     logits[sure] = 80.0
-    assert (drawn(Case(logits), 256, tp) == sure).all()
+    assert (sampled(Case(logits), 256, tp) == sure).all()
     cold = Case(np.where(np.arange(vocab) == sure, 0.5, 0.0), SamplingParams(temperature=0.01))
-    assert (drawn(cold, 256, tp) == sure).all()
+    assert (sampled(cold, 256, tp) == sure).all()
 
 
 @pytest.mark.parametrize("tp", (1, 4))
-def test_masked_tokens_are_never_drawn(tp: int) -> None:
+def test_masked_tokens_are_never_sampled(tp: int) -> None:
     """Not even where all that is allowed is hopeless, and the rest is at infinity."""
     vocab = VOCABULARIES[0]
     allowed = np.zeros(vocab, bool)
     allowed[[5, 40_000]] = True
     for logits in (np.zeros(vocab), np.where(allowed, -3e38, 3e38), np.where(allowed, -90.0, np.inf)):
-        tokens = drawn(Case(logits, allowed=allowed), 256, tp)
+        tokens = sampled(Case(logits, allowed=allowed), 256, tp)
         assert set(tokens.tolist()) == {5, 40_000}
     one = np.arange(vocab) == 17
     for temperature in (0.0, 1e-30, 1.0, 1e30):
         params = SamplingParams(temperature=temperature, top_p=0.5, top_k=9, min_p=0.3)
-        assert (drawn(Case(np.zeros(vocab), params, allowed=one), 64, tp) == 17).all()
+        assert (sampled(Case(np.zeros(vocab), params, allowed=one), 64, tp) == 17).all()
 
 
 @pytest.mark.parametrize("temperature", (0.0, 1.0))
@@ -173,40 +173,42 @@ def test_nothing_allowed_is_told(tp: int, temperature: float) -> None:
     vocab = VOCABULARIES[0]
     params = SamplingParams(temperature=temperature, top_k=3, top_p=0.5)
     none = np.zeros(vocab, bool)
-    assert (drawn(Case(np.zeros(vocab), params, allowed=none), 64, tp) == ALL_MASKED_TOKEN).all()
-    assert (drawn(Case(np.full(vocab, -np.inf), params), 64, tp) == ALL_MASKED_TOKEN).all()
+    assert (sampled(Case(np.zeros(vocab), params, allowed=none), 64, tp) == ALL_MASKED_TOKEN).all()
+    assert (sampled(Case(np.full(vocab, -np.inf), params), 64, tp) == ALL_MASKED_TOKEN).all()
     broken = np.where(np.arange(vocab) == 40_000, np.nan, 0.0)
     for allowed in (None, none, ~none):  # a mask hides no broken model
-        assert (drawn(Case(broken, params, allowed=allowed), 64, tp) == NAN_TOKEN).all()
+        assert (sampled(Case(broken, params, allowed=allowed), 64, tp) == NAN_TOKEN).all()
 
 
 @pytest.mark.parametrize("tp", (1, 4))
 def test_numbers_at_the_ends_of_float32(tp: int) -> None:
-    """What a temperature, a penalty or a bias would make infinite is neither drawn at random nor an error."""
+    """What a temperature, a penalty or a bias would make infinite is neither sampled at random nor an error."""
     vocab = VOCABULARIES[0]
     best = np.where(np.arange(vocab) == 9, -3.0e38, -3.3e38)
     for temperature in (1e-38, 1e-5, 0.5, 1.0):
         params = SamplingParams(temperature=temperature)
-        assert (drawn(Case(best, params), 64, tp) == 9).all()
-        assert (drawn(Case(-best[::-1] - 6.2e38, params), 64, tp) != NAN_TOKEN).all()
-    # the tokens that share the top are drawn alike, however cold, and near ties are told apart
+        assert (sampled(Case(best, params), 64, tp) == 9).all()
+        assert (sampled(Case(-best[::-1] - 6.2e38, params), 64, tp) != NAN_TOKEN).all()
+    # the tokens that share the top are sampled alike, however cold, and near ties are told apart
     pair = np.full(vocab, -1.0)
     pair[[100, 30_000]] = 1e4
-    cold = drawn(Case(pair, SamplingParams(temperature=1e-4)), 512, tp)
+    cold = sampled(Case(pair, SamplingParams(temperature=1e-4)), 512, tp)
     assert set(cold.tolist()) == {100, 30_000} and 190 < (cold == 100).sum() < 322
     # a penalty that overflows, one that float32 rounds to 0, biases that add up to infinity
     seen = np.zeros(vocab, bool)
     seen[[3, 5]] = True
     logits = np.where(seen, -2.0, -50.0)
     heavy = SamplingParams(temperature=1.0, repetition_penalty=3e38)
-    assert not np.isin(drawn(Case(logits, heavy, in_prompt=seen), 64, tp), [3, 5, NAN_TOKEN]).any()
+    assert not np.isin(sampled(Case(logits, heavy, in_prompt=seen), 64, tp), [3, 5, NAN_TOKEN]).any()
     light = SamplingParams(temperature=1.0, repetition_penalty=1e-46)
-    assert np.isin(drawn(Case(logits, light, in_prompt=seen), 64, tp), [3, 5]).all()
+    assert np.isin(sampled(Case(logits, light, in_prompt=seen), 64, tp), [3, 5]).all()
     everything = SamplingParams(temperature=1.0, repetition_penalty=3e38)
-    tokens = drawn(Case(np.full(vocab, -2.0), everything, in_prompt=np.ones(vocab)), 64, tp)
+    tokens = sampled(Case(np.full(vocab, -2.0), everything, in_prompt=np.ones(vocab)), 64, tp)
     assert tokens.min() >= 0 and len(set(tokens.tolist())) > 50
     biased = SamplingParams(temperature=1.0, logit_bias={7: 3e38})
-    tokens = drawn(Case(np.full(vocab, 3e38), biased, bias=np.where(np.arange(vocab) == 7, 3e38, 0)), 64, tp)
+    tokens = sampled(
+        Case(np.full(vocab, 3e38), biased, bias=np.where(np.arange(vocab) == 7, 3e38, 0)), 64, tp
+    )
     assert (tokens == 7).all()
 
 
@@ -231,7 +233,7 @@ def scores_of(case: Case) -> np.ndarray:
 
 
 def probabilities(case: Case) -> np.ndarray:
-    """What each token is drawn with: temperature, top-k, top-p, min-p, in this order, over sorted tokens."""
+    """Probability of each token: temperature, top-k, top-p, min-p, in this order, over sorted tokens."""
     p = case.params.resolved({})
     scores = scores_of(case) / p.temperature
     order = np.argsort(-scores, kind="stable")
@@ -335,7 +337,7 @@ NAMES = ("plain", "cold", "hot", "top_k", "top_p", "min_p", "mask", "penalties",
 )
 def test_draws_follow_the_softmax(name: str, count: int, tp: int) -> None:
     case = case_of(name, VOCABULARIES[0])
-    assert abs(deviations(drawn(case, count, tp), probabilities(case))) < 4
+    assert abs(deviations(sampled(case, count, tp), probabilities(case))) < 4
 
 
 # Searching for the threshold of top_k and top_p takes most of the time: those have the most draws where the
@@ -354,7 +356,7 @@ MANY = (
 @pytest.mark.parametrize(("name", "vocab", "count", "tp"), MANY)
 def test_many_draws_follow_the_softmax(name: str, vocab: int, count: int, tp: int) -> None:
     case = case_of(name, vocab)
-    assert abs(deviations(drawn(case, count, tp, seed=1), probabilities(case))) < 4
+    assert abs(deviations(sampled(case, count, tp, seed=1), probabilities(case))) < 4
 
 
 def test_the_statistic_sees_a_wrong_distribution() -> None:
@@ -412,20 +414,20 @@ def test_top_p_of_a_large_vocabulary(kind: str, tp: int) -> None:
         "peaked": np.where(ids == 777, 0, np.log(1e-8) + random.uniform(0, 1, vocab)),
         "zipf": -np.log(1 + random.permutation(vocab)),
     }[kind]
-    warm = (logits - logits.max()).astype(np.float32)
-    mass, order = np.exp(warm), np.sort(np.exp(warm.astype(np.float64)))[::-1]
+    scaled_logits = (logits - logits.max()).astype(np.float32)
+    mass, order = np.exp(scaled_logits), np.sort(np.exp(scaled_logits.astype(np.float64)))[::-1]
     together = np.cumsum(order) / order.sum()
     top_ps = np.array([0.1, 0.5, 0.9, 0.99, 0.998, 0.9999])
     targets = (top_ps * mass.sum(dtype=np.float64)).astype(np.float32)
 
     @functools.partial(jax.jit, compiler_options=AS_SHIPPED)
-    def find(warm: Any, mass: Any) -> Any:
-        every = [jnp.broadcast_to(x, (len(top_ps), vocab)) for x in (warm, mass)]
+    def find(scaled_logits: Any, mass: Any) -> Any:
+        every = [jnp.broadcast_to(x, (len(top_ps), vocab)) for x in (scaled_logits, mass)]
         specs = {"in_specs": (LOGITS, LOGITS, P()), "out_specs": P(), "check_vma": False}
         return jax.shard_map(_threshold, mesh=make_mesh(tp), **specs)(*every, jnp.asarray(targets)[:, None])
 
-    for top_p, floor in zip(top_ps, np.asarray(find(warm, mass))[:, 0], strict=True):
-        kept, smallest = int((warm >= floor).sum()), int(np.argmax(together >= top_p)) + 1
+    for top_p, floor in zip(top_ps, np.asarray(find(scaled_logits, mass))[:, 0], strict=True):
+        kept, smallest = int((scaled_logits >= floor).sum()), int(np.argmax(together >= top_p)) + 1
         assert abs(together[kept - 1] - together[smallest - 1]) < 1e-6, (top_p, kept, smallest)
 
 

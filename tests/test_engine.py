@@ -1,7 +1,7 @@
 """The engine over a model of arithmetic: whatever comes when, every request gets what it gets alone.
 
 ``FakeRunner`` keeps tokens where the real one keeps keys and values, in pages, and draws the next token from
-what it finds there: a page given to two, reused too early, or not computed, changes what is drawn.
+what it finds there: a page given to two, reused too early, or not computed, changes what is sampled.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ class FakeRunner:
         return self.sampled([[self.draw(row, row.position + len(tokens))]])
 
     def prefill_and_score(self, row: Row, tokens: Sequence[int], targets: Sequence[int]) -> Any:
-        drawn = self.prefill(row, tokens)
+        sampled = self.prefill(row, tokens)
         padded = np.array([*targets, *[0] * (8 - len(targets))])
         top = np.tile(np.arange(20), (8, 1))
-        return drawn, Sampled(padded, -padded.astype(float), top, -top.astype(float))
+        return sampled, Sampled(padded, -padded.astype(float), top, -top.astype(float))
 
     def decode(self, rows: Sequence[Row], steps: int) -> Sampled:
         out = np.full((steps, len(rows)), NO_TOKEN)
@@ -121,7 +121,7 @@ class FakeRunner:
 
 
 class EveryThird:
-    """Allows the tokens that are as many as have been drawn, modulo 3; ends by itself after five."""
+    """Allows the tokens that are as many as have been sampled, modulo 3; ends by itself after five."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -282,14 +282,14 @@ def test_the_property_test_preempts_and_shares() -> None:
     assert (stats.running, stats.waiting, stats.kv_cache_usage) == (0, 0, 0.0)
 
 
-def test_the_next_dispatch_is_launched_before_the_last_is_read() -> None:
+def test_the_next_dispatch_starts_before_the_last_is_read() -> None:
     events: list[str] = []
 
     class Watching(FakeRunner):
         def decode(self, rows: Sequence[Row], steps: int) -> Sampled:
-            events.append(f"launch {steps}")
-            drawn = super().decode(rows, steps)
-            return Sampled(Late(drawn.tokens), drawn.logprobs, drawn.top_tokens, drawn.top_logprobs)
+            events.append(f"dispatch {steps}")
+            sampled = super().decode(rows, steps)
+            return Sampled(Late(sampled.tokens), sampled.logprobs, sampled.top_tokens, sampled.top_logprobs)
 
     class Late:
         def __init__(self, tokens: np.ndarray) -> None:
@@ -304,8 +304,8 @@ def test_the_next_dispatch_is_launched_before_the_last_is_read() -> None:
     engine.add(Request([1, 2], SamplingParams(max_tokens=13), 0))
     while engine.busy:
         engine.step()
-    # one read a dispatch, each after the next launch
-    assert events == ["launch 4", "launch 4", "read", "launch 4", "read", "read"]
+    # one read a dispatch, each after the next dispatch
+    assert events == ["dispatch 4", "dispatch 4", "read", "dispatch 4", "read", "read"]
 
 
 def test_a_long_prompt_does_not_stall_a_stream() -> None:
@@ -319,9 +319,9 @@ def test_a_long_prompt_does_not_stall_a_stream() -> None:
     waited, most = 0, 0
     while not long.output_token_ids:
         before = runner.prefilled
-        grown = [one for one, _ in engine.step()]
+        outputs = [one for one, _ in engine.step()]
         assert runner.prefilled - before <= 4
-        waited = 0 if stream in grown else waited + 1
+        waited = 0 if stream in outputs else waited + 1
         most = max(most, waited)
     assert most == 1
 

@@ -21,7 +21,7 @@ from tpjax.server.protocol import CompletionBody
 from tpjax.server.responses import make_requests
 
 PROMPT = "the quick brown fox"
-# a model that wants the likeliest token: what is drawn shows whether it was heard
+# a model that wants the likeliest token: what is sampled shows whether it was heard
 GREEDY = {"temperature": 0.7, "top_k": 1, "do_sample": False, "max_new_tokens": 3, "eos_token_id": 1}
 EOS, IM_START, IM_END = 1, 2, 3
 
@@ -296,15 +296,15 @@ def test_a_grammar_that_can_only_end_goes_first(plain: LLM, schema: Any, fewest:
 
 
 def test_seeds_take_the_whole_range(plain: LLM) -> None:
-    def drawn(seed: int | None) -> tuple[int, ...]:
+    def sampled(seed: int | None) -> tuple[int, ...]:
         params = SamplingParams(max_tokens=10, temperature=2.0, seed=seed, ignore_eos=True)
         return tuple(plain.generate(PROMPT, params)[0].token_ids)
 
     seeds = (0, 1, 2**32, 2**32 + 1, 2**63 - 1, -(2**63), -2)
-    once = {seed: drawn(seed) for seed in seeds}
+    once = {seed: sampled(seed) for seed in seeds}
     assert len(set(once.values())) == len(seeds)
-    assert all(drawn(seed) == tokens for seed, tokens in once.items())
-    assert len({drawn(-1), drawn(-1), drawn(None), drawn(-1)}) == 4
+    assert all(sampled(seed) == tokens for seed, tokens in once.items())
+    assert len({sampled(-1), sampled(-1), sampled(None), sampled(-1)}) == 4
 
 
 def test_seeds_of_the_model_itself(tmp_path: Path) -> None:
@@ -327,8 +327,8 @@ def test_choices_have_seeds_of_their_own(plain: LLM, seed: int) -> None:
 
 
 def test_random_choices_differ(plain: LLM) -> None:
-    drawn: Iterator[Any] = iter(make_requests(plain, CompletionBody(prompt="a", n=2, seed=-1), "a", 4, 16))
-    assert len({request.seed for request in drawn}) == 2
+    sampled: Iterator[Any] = iter(make_requests(plain, CompletionBody(prompt="a", n=2, seed=-1), "a", 4, 16))
+    assert len({request.seed for request in sampled}) == 2
     assert SLOTS >= 2 and CONTEXT > 16
 
 

@@ -33,10 +33,10 @@ class Watching(FakeRunner):
     def decode(self, rows: Sequence[Row], steps: int) -> Sampled:
         number = len(self.dispatches)
         self.dispatches.append(({row.slot for row in rows}, steps))
-        self.events.append(("launch", number))
-        drawn = super().decode(rows, steps)
-        read = Late(drawn.tokens, lambda: self.events.append(("read", number)))
-        return Sampled(read, drawn.logprobs, drawn.top_tokens, drawn.top_logprobs)  # type: ignore[arg-type]
+        self.events.append(("dispatch", number))
+        sampled = super().decode(rows, steps)
+        read = Late(sampled.tokens, lambda: self.events.append(("read", number)))
+        return Sampled(read, sampled.logprobs, sampled.top_tokens, sampled.top_logprobs)  # type: ignore[arg-type]
 
 
 class Late:
@@ -89,10 +89,12 @@ def test_plain_streams_beside_a_grammar(streams: int) -> None:
     assert steps <= min(got[:-1]) + 2 * STEPS  # each step gives each of them a token; some are in flight
     assert len(dispatches) <= 0.4 * steps + 2  # five tokens in two dispatches; alone, four in one
     assert got[-1] >= 0.2 * steps - 2  # one of five steps is the grammar's
-    launched = 0
+    dispatched = 0
     for what, number in runner.events:
-        launched = number if what == "launch" else launched
-        assert number < begun or what == "launch" or launched > number  # the devices have the next by then
+        dispatched = number if what == "dispatch" else dispatched
+        assert (
+            number < begun or what == "dispatch" or dispatched > number
+        )  # the devices have the next by then
     while engine.busy:
         engine.step()
     assert [one.output_token_ids for one in free] == [alone(one)[0] for one in free]
@@ -256,9 +258,9 @@ def test_cancelling_thousands_too(tiny: LLM, monkeypatch: pytest.MonkeyPatch) ->
         def step() -> Any:
             if len(done) == 20:
                 raise KeyboardInterrupt
-            grown = real()
-            done.extend(one for one, _ in grown if one.finish_reason)
-            return grown
+            outputs = real()
+            done.extend(one for one, _ in outputs if one.finish_reason)
+            return outputs
 
         done: list[Request] = []
         real = Engine.step.__get__(tiny.engine)

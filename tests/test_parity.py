@@ -222,6 +222,8 @@ def test_same_draws_at_every_tp(tiny: Callable[[int], LLM]) -> None:
         for seed in (1, 2**32 - 1)
         for extra in ({}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"repetition_penalty": 1.3})
     ]
-    drawn = {tp: [c.token_ids for c in tiny(tp).generate([prompt] * len(params), params)] for tp in (1, 5, 8)}
-    assert drawn[1] == drawn[5] == drawn[8]
-    assert len({tuple(tokens) for tokens in drawn[1]}) > len(params) // 2
+    sampled = {
+        tp: [c.token_ids for c in tiny(tp).generate([prompt] * len(params), params)] for tp in (1, 5, 8)
+    }
+    assert sampled[1] == sampled[5] == sampled[8]
+    assert len({tuple(tokens) for tokens in sampled[1]}) > len(params) // 2

@@ -215,8 +215,8 @@ llm = LLM({path!r}, tp=8, max_model_len=256, max_slots=1)
 row = Row(0, 5, [1, 2], SamplingParams(temperature=0), seed=0)
 llm.runner.prefill(row, [5, 6, 7, 8, 9])
 for _ in range(2000):
-    drawn = llm.runner.decode([row], 1)  # never waited for
-print("done", int(drawn.tokens[0, 0]))
+    sampled = llm.runner.decode([row], 1)  # never waited for
+print("done", int(sampled.tokens[0, 0]))
 """
     source = program.format(path=str(GOLDENS / "llama"))
     out = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=480)

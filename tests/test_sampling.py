@@ -99,14 +99,14 @@ def draw(
     packed = SamplingRows.pack(params, [0] * count if seeds is None else seeds, masked, rows)
     at = np.zeros(rows, np.int32)
     at[:count] = 0 if positions is None else positions
-    drawn, past = program(tp, rows)(
+    sampled, past = program(tp, rows)(
         np.where(np.arange(padded) < V, pad(logits, 0, np.float32), -np.inf).astype(np.float32),
         packed,
         past,
         np.arange(rows),
         at,
     )
-    host = jax.tree.map(np.asarray, drawn)
+    host = jax.tree.map(np.asarray, sampled)
     return Sampled(
         *(part[:count] for part in (host.tokens, host.logprobs, host.top_tokens, host.top_logprobs))
     ), past
@@ -132,10 +132,10 @@ def scores_of(logits: np.ndarray, p: SamplingParams, past: Past) -> np.ndarray:
 
 
 def probabilities(logits: np.ndarray, p: SamplingParams, past: Past | None = None) -> np.ndarray:
-    """What each token is drawn with: penalties, temperature, top-k, top-p, min-p, in this order."""
+    """Probability of each token: penalties, temperature, top-k, top-p, min-p, in this order."""
     p = p.resolved({})
-    warm = scores_of(logits, p, past or Past.of()) / p.temperature
-    odds = np.exp(warm - warm.max())
+    scaled_logits = scores_of(logits, p, past or Past.of()) / p.temperature
+    odds = np.exp(scaled_logits - scaled_logits.max())
     if 0 < p.top_k < V:
         odds[odds < np.sort(odds)[-p.top_k]] = 0
     odds /= odds.sum()
@@ -161,7 +161,7 @@ def random_logits(seed: int, count: int = 1, scale: float = 1.0) -> np.ndarray:
     return (scale * np.random.default_rng(seed).normal(size=(count, V))).astype(np.float32)
 
 
-def drawn_tokens(
+def sampled_tokens(
     tp: int, logits: np.ndarray, p: SamplingParams, rounds: int, past: Past | None = None
 ) -> np.ndarray:
     """Many draws from one distribution: a batch of seeds, then the same at other positions."""
@@ -185,8 +185,8 @@ def drawn_tokens(
 @pytest.mark.parametrize("tp", EVERY_TP)
 def test_greedy(tp: int) -> None:
     logits = random_logits(0, 40)
-    drawn, _ = draw(tp, logits, [GREEDY] * 40)
-    np.testing.assert_array_equal(drawn.tokens, logits.argmax(axis=1))
+    sampled, _ = draw(tp, logits, [GREEDY] * 40)
+    np.testing.assert_array_equal(sampled.tokens, logits.argmax(axis=1))
 
 
 @pytest.mark.parametrize("tp", EVERY_TP)
@@ -196,23 +196,23 @@ def test_greedy_ties_go_to_the_lowest_id(tp: int) -> None:
     for row, tied in enumerate(rows):
         logits[row, tied] = 9.0
     logits[5] = -7.0  # all equal
-    drawn, _ = draw(tp, logits, [GREEDY] * len(rows))
-    assert drawn.tokens.tolist() == [min(tied) for tied in rows]
+    sampled, _ = draw(tp, logits, [GREEDY] * len(rows))
+    assert sampled.tokens.tolist() == [min(tied) for tied in rows]
 
 
 @pytest.mark.parametrize("tp", EVERY_TP)
-def test_padding_is_never_drawn(tp: int) -> None:
+def test_padding_is_never_sampled(tp: int) -> None:
     """V = 50 is padded to 51 at tp = 3 and to 56 at tp = 8; real logits are as low as they get."""
     logits = np.repeat(np.array([[-1e4], [-3e38]], np.float32), [200, 56], axis=0) * np.ones(
         (1, V), np.float32
     )
     params = [SamplingParams(temperature=t, top_k=k) for t in (0, 1.0, 100.0) for k in (0, 50, 10_000)]
-    drawn, _ = draw(tp, logits, (params * ROWS)[:ROWS], range(ROWS))
-    assert drawn.tokens.min() >= 0 and drawn.tokens.max() < V
-    assert len(set(drawn.tokens[:200].tolist())) > 40
+    sampled, _ = draw(tp, logits, (params * ROWS)[:ROWS], range(ROWS))
+    assert sampled.tokens.min() >= 0 and sampled.tokens.max() < V
+    assert len(set(sampled.tokens[:200].tolist())) > 40
 
 
-# --- which tokens can be drawn -----------------------------------------------------------------------------
+# --- which tokens can be sampled ---------------------------------------------------------------------------
 
 FLAT = np.random.default_rng(7).uniform(0, 2, (1, V)).astype(np.float32)
 TIED = np.repeat(np.array([[3.0, 2.0, 1.0, 0.5, 0.0]], np.float32), 10, axis=0).T.reshape(1, V)  # ten of each
@@ -238,11 +238,11 @@ FILTERS = {
 
 
 @pytest.mark.parametrize("name", FILTERS)
-def test_exactly_the_allowed_tokens_are_drawn(name: str) -> None:
+def test_exactly_the_allowed_tokens_are_sampled(name: str) -> None:
     logits, filters = FILTERS[name]
     params = SamplingParams(**{"temperature": 1.0, **filters})
     expected = probabilities(logits[0], params)
-    tokens = drawn_tokens(3, logits, params, rounds=8)
+    tokens = sampled_tokens(3, logits, params, rounds=8)
     assert set(tokens.tolist()) == set(np.flatnonzero(expected).tolist())
 
 
@@ -263,25 +263,25 @@ def test_filters_keep_what_the_documentation_says() -> None:
     ):
         params = SamplingParams(temperature=1.0, **filters)  # type: ignore[arg-type]
         assert np.flatnonzero(probabilities(logits, params) > 1e-9).tolist() == kept
-        assert set(drawn_tokens(2, logits[None], params, rounds=1).tolist()) == set(kept)
+        assert set(sampled_tokens(2, logits[None], params, rounds=1).tolist()) == set(kept)
 
 
 @pytest.mark.parametrize("top_p", (1e-10, 1e-38, 1e-46, 5e-324))
 def test_tiny_top_p_keeps_the_likeliest(top_p: float) -> None:
     """As documented: the smallest set that reaches it has one token."""
-    tokens = drawn_tokens(2, FLAT, SamplingParams(temperature=1.0, top_p=top_p), rounds=1)
+    tokens = sampled_tokens(2, FLAT, SamplingParams(temperature=1.0, top_p=top_p), rounds=1)
     assert set(tokens.tolist()) == {int(FLAT.argmax())}
 
 
 @pytest.mark.parametrize("temperature", (1e-4, 1e-30, 2e-38, 1e-41, 1e-300))
 def test_tiny_temperature_is_greedy(temperature: float) -> None:
     logits = random_logits(3, scale=10)
-    tokens = drawn_tokens(2, logits, SamplingParams(temperature=temperature), rounds=1)
+    tokens = sampled_tokens(2, logits, SamplingParams(temperature=temperature), rounds=1)
     assert set(tokens.tolist()) == {int(logits.argmax())}
 
 
 def test_huge_temperature_is_uniform_over_the_real_vocabulary() -> None:
-    tokens = drawn_tokens(8, random_logits(3, scale=10), SamplingParams(temperature=1e38), rounds=4)
+    tokens = sampled_tokens(8, random_logits(3, scale=10), SamplingParams(temperature=1e38), rounds=4)
     assert set(tokens.tolist()) == set(range(V))
 
 
@@ -294,7 +294,7 @@ def test_huge_temperature_is_uniform_over_the_real_vocabulary() -> None:
 def test_frequencies_follow_the_softmax(filters: dict[str, Any]) -> None:
     params = SamplingParams(**{"temperature": 1.0, **filters})
     expected = probabilities(FLAT[0], params)
-    tokens = drawn_tokens(5, FLAT, params, rounds=40)
+    tokens = sampled_tokens(5, FLAT, params, rounds=40)
     kept = np.flatnonzero(expected)
     counts = np.bincount(tokens, minlength=V)
     assert counts[expected == 0].sum() == 0
@@ -337,40 +337,40 @@ def mixture(count: int) -> list[SamplingParams]:
 
 PASTS = [Past.of(prompt=range(i % 7), output=[i % V, (3 * i) % V, i % V]) for i in range(ROWS)]
 SEEDS = [0, 1, 2**31 - 1, 2**31, 2**32 - 1, *np.random.default_rng(1).integers(0, 2**32, ROWS - 5).tolist()]
-SEQUENCE_PARALLEL = [0, 1, 2**31 - 1, *np.random.default_rng(2).integers(0, 10_000, ROWS - 3).tolist()]
+POSITIONS = [0, 1, 2**31 - 1, *np.random.default_rng(2).integers(0, 10_000, ROWS - 3).tolist()]
 
 
 def test_same_draws_at_every_tp() -> None:
     logits, params = random_logits(11, ROWS), mixture(ROWS)
-    drawn = {tp: draw(tp, logits, params, SEEDS, SEQUENCE_PARALLEL, PASTS) for tp in EVERY_TP}
+    sampled = {tp: draw(tp, logits, params, SEEDS, POSITIONS, PASTS) for tp in EVERY_TP}
     for tp in EVERY_TP[1:]:
-        np.testing.assert_array_equal(drawn[tp][0].tokens, drawn[1][0].tokens)
-        np.testing.assert_array_equal(np.asarray(drawn[tp][1].counts)[:, :V], np.asarray(drawn[1][1].counts))
-    assert len(set(drawn[1][0].tokens.tolist())) == V
+        np.testing.assert_array_equal(sampled[tp][0].tokens, sampled[1][0].tokens)
+        np.testing.assert_array_equal(
+            np.asarray(sampled[tp][1].counts)[:, :V], np.asarray(sampled[1][1].counts)
+        )
+    assert len(set(sampled[1][0].tokens.tolist())) == V
 
 
 def test_draws_are_the_arg_max_of_scores_and_noise() -> None:
     """Token for token: large seeds, positions, filters, penalties."""
     logits, params = random_logits(12, 40), mixture(40)
-    drawn, _ = draw(3, logits, params, SEEDS[:40], SEQUENCE_PARALLEL[:40], PASTS[:40])
+    sampled, _ = draw(3, logits, params, SEEDS[:40], POSITIONS[:40], PASTS[:40])
     for row, p in enumerate(params):
         scores = scores_of(logits[row], p, PASTS[row] if p.needs_history else Past.of())
         if p.temperature:
             allowed = probabilities(logits[row], p, PASTS[row] if p.needs_history else None) > 0
-            noisy = scores / p.temperature + gumbel(SEEDS[row], SEQUENCE_PARALLEL[row])
+            noisy = scores / p.temperature + gumbel(SEEDS[row], POSITIONS[row])
             scores = np.where(allowed, noisy, -np.inf)
-        assert drawn.tokens[row] == scores.argmax(), f"row {row}: {p}"
+        assert sampled.tokens[row] == scores.argmax(), f"row {row}: {p}"
 
 
 def test_rows_do_not_touch_each_other() -> None:
     """A row alone, greedy strangers beside it, any place in the batch: the same token."""
     logits, params = random_logits(13, ROWS), mixture(ROWS)
-    together, _ = draw(2, logits, params, SEEDS, SEQUENCE_PARALLEL, PASTS)
+    together, _ = draw(2, logits, params, SEEDS, POSITIONS, PASTS)
     for row in range(16):
         only = slice(row, row + 1)
-        alone, _ = draw(
-            2, logits[only], params[only], SEEDS[only], SEQUENCE_PARALLEL[only], PASTS[only], rows=1
-        )
+        alone, _ = draw(2, logits[only], params[only], SEEDS[only], POSITIONS[only], PASTS[only], rows=1)
         assert alone.tokens[0] == together.tokens[row]
         np.testing.assert_allclose(
             alone.logprobs, together.logprobs[only] if params[row].logprobs else 0, atol=1e-5
@@ -380,9 +380,7 @@ def test_rows_do_not_touch_each_other() -> None:
     def shuffled(x: Sequence[Any]) -> list[Any]:
         return [x[i] for i in order]
 
-    moved, _ = draw(
-        2, logits[order], shuffled(params), shuffled(SEEDS), shuffled(SEQUENCE_PARALLEL), shuffled(PASTS)
-    )
+    moved, _ = draw(2, logits[order], shuffled(params), shuffled(SEEDS), shuffled(POSITIONS), shuffled(PASTS))
     np.testing.assert_array_equal(moved.tokens, together.tokens[order])
 
 
@@ -407,9 +405,9 @@ def test_penalties(tp: int, penalties: dict[str, float]) -> None:
     pasts = [Past.of(rng.integers(0, V, 20).tolist(), rng.integers(0, V, 20).tolist()) for _ in range(60)]
     params = SamplingParams(temperature=0, **penalties)  # type: ignore[arg-type]
     expected = [int(scores_of(row, params, past).argmax()) for row, past in zip(logits, pasts, strict=True)]
-    drawn, past = draw(tp, logits, [params] * 60, pasts=pasts)
-    assert drawn.tokens.tolist() == expected
-    assert (drawn.tokens != logits.argmax(axis=1)).any()  # it did something
+    sampled, past = draw(tp, logits, [params] * 60, pasts=pasts)
+    assert sampled.tokens.tolist() == expected
+    assert (sampled.tokens != logits.argmax(axis=1)).any()  # it did something
     for row in range(60):  # and the token was counted, in its own slot alone
         counts = pasts[row].counts.copy()
         counts[expected[row]] += 1
@@ -422,11 +420,11 @@ def test_bias_is_added_before_the_temperature() -> None:
     logits = random_logits(15)
     past = Past.of(bias={4: 2.0, 11: -100.0, int(logits.argmax()): -3.0})
     greedy = SamplingParams(temperature=0, logit_bias={4: 2.0})
-    drawn, _ = draw(3, logits, [greedy], pasts=[past])
-    assert drawn.tokens[0] == (logits[0] + past.bias).argmax()
-    warm = SamplingParams(temperature=0.7, top_k=6, logit_bias={4: 2.0})
-    expected = probabilities(logits[0], warm, past)
-    tokens = drawn_tokens(3, logits, warm, rounds=8, past=past)
+    sampled, _ = draw(3, logits, [greedy], pasts=[past])
+    assert sampled.tokens[0] == (logits[0] + past.bias).argmax()
+    params = SamplingParams(temperature=0.7, top_k=6, logit_bias={4: 2.0})
+    expected = probabilities(logits[0], params, past)
+    tokens = sampled_tokens(3, logits, params, rounds=8, past=past)
     assert set(tokens.tolist()) == set(np.flatnonzero(expected).tolist())
     assert 4 in tokens and 11 not in tokens
 
@@ -436,9 +434,9 @@ def test_history_of_rows_that_do_not_use_it_is_left_alone() -> None:
     logits = random_logits(16, 3)
     stale = Past.of(prompt=range(V), output=[int(logits[i].argmax()) for i in range(3)] * 5, bias={0: 100.0})
     users = [GREEDY, SamplingParams(temperature=0, frequency_penalty=2.0), GREEDY]
-    drawn, past = draw(2, logits, users, pasts=[stale] * 3)
-    assert drawn.tokens[[0, 2]].tolist() == logits[[0, 2]].argmax(axis=1).tolist()
-    assert drawn.tokens[1] == 0
+    sampled, past = draw(2, logits, users, pasts=[stale] * 3)
+    assert sampled.tokens[[0, 2]].tolist() == logits[[0, 2]].argmax(axis=1).tolist()
+    assert sampled.tokens[1] == 0
     counts = np.asarray(past.counts)
     np.testing.assert_array_equal(counts[[0, 2], :V], [stale.counts] * 2)
     assert counts[1, 0] == stale.counts[0] + 1
@@ -451,10 +449,10 @@ def test_slots_say_whose_history_it_is() -> None:
     history = History(*(np.zeros((3, V), dtype) for dtype in (bool, np.int32, np.float32, bool)))
     history.counts[2, 7] = 1
     rows = SamplingRows.pack([SamplingParams(temperature=0, presence_penalty=2.0)] * 2, [0, 0], [0] * 2, 2)
-    drawn, after = jax.jit(functools.partial(sample, mesh=mesh))(
+    sampled, after = jax.jit(functools.partial(sample, mesh=mesh))(
         logits, rows, history, np.array([2, 0]), np.array([5, 5])
     )
-    assert drawn.tokens.tolist() == [9, 7]
+    assert sampled.tokens.tolist() == [9, 7]
     counts = np.asarray(after.counts)
     assert [counts[2, 7], counts[2, 9], counts[0, 7], counts.sum()] == [1, 1, 1, 3]
 
@@ -471,18 +469,18 @@ def test_logprobs(tp: int) -> None:
         SamplingParams(temperature=i % 3, top_k=i % 4, presence_penalty=(i % 2) * 1.5, logprobs=i % 21)
         for i in range(30)
     ]
-    drawn, _ = draw(tp, logits, params, range(30), pasts=[Past.of(output=[i]) for i in range(30)])
+    sampled, _ = draw(tp, logits, params, range(30), pasts=[Past.of(output=[i]) for i in range(30)])
     wide = logits.astype(np.float64)
     expected = wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
-    np.testing.assert_allclose(drawn.logprobs, expected[np.arange(30), drawn.tokens], atol=1e-5)
+    np.testing.assert_allclose(sampled.logprobs, expected[np.arange(30), sampled.tokens], atol=1e-5)
     order = np.argsort(-expected, axis=1, kind="stable")[:, :20]
-    np.testing.assert_array_equal(drawn.top_tokens, order)
-    np.testing.assert_allclose(drawn.top_logprobs, np.take_along_axis(expected, order, axis=1), atol=1e-5)
+    np.testing.assert_array_equal(sampled.top_tokens, order)
+    np.testing.assert_allclose(sampled.top_logprobs, np.take_along_axis(expected, order, axis=1), atol=1e-5)
 
 
 def test_no_logprobs_unless_asked_for() -> None:
-    drawn, _ = draw(3, random_logits(18, 2), [GREEDY] * 2)
-    assert not drawn.logprobs.any() and not drawn.top_tokens.any() and not drawn.top_logprobs.any()
+    sampled, _ = draw(3, random_logits(18, 2), [GREEDY] * 2)
+    assert not sampled.logprobs.any() and not sampled.top_tokens.any() and not sampled.top_logprobs.any()
 
 
 @pytest.mark.parametrize("tp", (1, 4, 8))
@@ -493,13 +491,13 @@ def test_logprobs_of_a_vocabulary_below_twenty(tp: int) -> None:
     logits[0, :10] = np.arange(10)
     history = History(*(np.zeros((1, padded), dtype) for dtype in (bool, np.int32, np.float32, bool)))
     rows = SamplingRows.pack([SamplingParams(temperature=0, logprobs=20)], [0], [0], 1)
-    drawn, _ = jax.jit(functools.partial(sample, mesh=mesh))(
+    sampled, _ = jax.jit(functools.partial(sample, mesh=mesh))(
         logits, rows, history, np.array([0]), np.array([0])
     )
-    assert drawn.top_tokens[0, :10].tolist() == list(range(9, -1, -1))
-    assert np.isfinite(drawn.top_logprobs[0, :10]).all()
-    assert drawn.top_tokens[0, 10:].tolist() == [-1] * 10
-    assert np.isneginf(drawn.top_logprobs[0, 10:]).all()
+    assert sampled.top_tokens[0, :10].tolist() == list(range(9, -1, -1))
+    assert np.isfinite(sampled.top_logprobs[0, :10]).all()
+    assert sampled.top_tokens[0, 10:].tolist() == [-1] * 10
+    assert np.isneginf(sampled.top_logprobs[0, 10:]).all()
 
 
 # --- masks, and logits that are not numbers ----------------------------------------------------------------
@@ -508,15 +506,15 @@ def test_logprobs_of_a_vocabulary_below_twenty(tp: int) -> None:
 @pytest.mark.parametrize("tp", (1, 3))
 @pytest.mark.parametrize("temperature", (0, 1))
 def test_mask_allows_what_it_says(tp: int, temperature: float) -> None:
-    """Row by row what is drawn is what would be drawn if the rest had no probability at all."""
+    """Row by row what is sampled is what would be sampled if the rest had no probability at all."""
     rng = np.random.default_rng(5)
     logits = rng.normal(size=(4, V)).astype(np.float32)
     allowed = rng.random((4, V)) < 0.2
     params = [SamplingParams(temperature=temperature)] * 4
-    drawn, _ = draw(tp, logits, params, seeds=range(4), allowed=allowed)
-    assert allowed[np.arange(4), drawn.tokens].all()
+    sampled, _ = draw(tp, logits, params, seeds=range(4), allowed=allowed)
+    assert allowed[np.arange(4), sampled.tokens].all()
     only = np.where(allowed, logits, -1e4).astype(np.float32)
-    assert drawn.tokens.tolist() == draw(tp, only, params, seeds=range(4))[0].tokens.tolist()
+    assert sampled.tokens.tolist() == draw(tp, only, params, seeds=range(4))[0].tokens.tolist()
 
 
 @pytest.mark.parametrize("tp", (1, 3))

@@ -28,15 +28,15 @@ def scheduler(
 
 
 def run(of: Scheduler, work: Prefill | Decode, token: int = 1) -> Any:
-    """Does as the engine does, with nothing in between launching and reading; tells what was run."""
+    """Does as the engine does, with nothing in between dispatch and read; tells what was run."""
     of.dispatched(work)
     if isinstance(work, Prefill):
-        grown, steps = [work.request] * work.final, 1
+        outputs, steps = [work.request] * work.final, 1
         seen: Any = (work.request, work.start, work.stop)
     else:
-        grown, steps = work.requests, work.steps
+        outputs, steps = work.requests, work.steps
         seen = list(work.requests)
-    for one in list(grown):
+    for one in list(outputs):
         for _ in range(steps):
             if one.finish_reason is None:
                 one.append(token)

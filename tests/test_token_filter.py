@@ -38,7 +38,7 @@ def best(llm: LLM, prompt: list[int], count: int, barred: Callable[[list[int]], 
 
 
 @pytest.mark.parametrize("temperature", (0.0, 1.0))
-def test_only_allowed_tokens_are_drawn(llm: LLM, tokenizer: Tokenizer, temperature: float) -> None:
+def test_only_allowed_tokens_are_sampled(llm: LLM, tokenizer: Tokenizer, temperature: float) -> None:
     """Among others that run at the same time, and whose draws stay what they are."""
     prompt = tokenizer.encode(PROMPT)
     few = [int(token) for token in np.random.default_rng(0).integers(10, 49_000, 40)]

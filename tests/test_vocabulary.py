@@ -93,8 +93,8 @@ def test_the_server_refuses_and_goes_on(server: Running) -> None:
         assert tokenized["tokens"][-1] == ROWS and tokenized["token_strs"][-1] == "<|new|>"
 
 
-def test_drawn_tokens_that_the_tokenizer_lacks_are_no_text(tmp_path: Path) -> None:
-    """The model has 384 rows, the tokenizer 318 tokens: rows beyond are drawn, and are no text."""
+def test_sampled_tokens_that_the_tokenizer_lacks_are_no_text(tmp_path: Path) -> None:
+    """The model has 384 rows, the tokenizer 318 tokens: rows beyond are sampled, and are no text."""
     directory = tiny_checkpoint(tmp_path)
     weights = load_file(directory / "model.safetensors")
     head = np.zeros_like(weights["lm_head.weight"])

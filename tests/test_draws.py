@@ -182,7 +182,7 @@ def test_nothing_allowed_is_told(tp: int, temperature: float) -> None:
 
 @pytest.mark.parametrize("tp", (1, 4))
 def test_numbers_at_the_ends_of_float32(tp: int) -> None:
-    """What a temperature, a penalty or a bias would make infinite is neither sampled at random nor an error."""
+    """What a temperature, a penalty or a bias would make infinite is neither noise nor an error."""
     vocab = VOCABULARIES[0]
     best = np.where(np.arange(vocab) == 9, -3.0e38, -3.3e38)
     for temperature in (1e-38, 1e-5, 0.5, 1.0):

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 import pytest
 import schemathesis
@@ -56,7 +57,9 @@ def test_no_500_whatever_the_document_allows(server: Running) -> None:
             with contextlib.suppress(Unsatisfiable):  # what takes nothing cannot be asked wrongly
                 attempt()
     assert {"POST /v1/completions", "POST /v1/chat/completions", "POST /tokenize"} <= set(tried)
-    assert 200 in tried["POST /v1/completions"] and 400 in tried["POST /v1/completions"]
+    assert 400 in tried["POST /v1/completions"]  # whether one of a few is valid is chance
+    valid = httpx2.post(f"{server.url}/v1/completions", json={"model": "tiny", "prompt": "x"}, timeout=60)
+    assert valid.status_code == 200
     server.until(lambda: server.service.pending == 0)
 
 

@@ -250,7 +250,9 @@ def _write_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
-        # The hook stays: tensorstore prints one such error for each of its writes that ends only now.
+        # The hook stays: tensorstore prints one such error for each of its writes that ends only now; and
+        # asyncio logs the same failure once more for each write that nobody waits for any longer.
+        logging.getLogger("asyncio").addFilter(lambda record: str(directory) not in record.getMessage())
         # It gives the system's reason somewhere in a longer text, whose form changes from version to version.
         reasons = (os.strerror(code) for code in _WRITE_ERRORS)
         said = next((text for text in reasons if text in str(error)), " ".join(str(error).split())[:200])

@@ -31,7 +31,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("inspect",),
     ("llm",),
     ("server",),
-    ("cli",),
+    ("cli", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 

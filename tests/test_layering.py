@@ -31,7 +31,8 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("inspect",),
     ("llm",),
     ("server",),
-    ("cli", "__main__"),
+    ("cli",),
+    ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 

@@ -139,6 +139,19 @@ MOVED = {
         "Stored": "tpjax.families.tensor_names",
         "rope_from": "tpjax.families.rope_variants",
     },
+    "tpjax.inspect.program": {
+        "Program": "tpjax.inspect.topology_report: ProgramReport as Program",
+        "TopologyReport": "tpjax.inspect.topology_report",
+        "whole_copies": "tpjax.inspect.copies: copied_arrays as whole_copies",
+        "write_backs": "tpjax.inspect.copies",
+    },
+    "tpjax.planning.plan": {
+        "Cost": "tpjax.planning.cost_model",
+        "CostModel": "tpjax.planning.cost_model",
+        "Traffic": "tpjax.planning.workload",
+        "Workload": "tpjax.planning.workload",
+        "busiest": "tpjax.planning.cost_model",
+    },
     "tpjax.text.tokenizer": {
         "IncrementalDetokenizer": "tpjax.text.detokenizer",
         "load_tokenizer": "tpjax.text.loading",

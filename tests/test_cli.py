@@ -231,7 +231,7 @@ def test_a_reader_that_leaves_is_no_error():
     assert (done.stdout, done.stderr) == ("status 141\n", "")
 
 
-# --- verbs -------------------------------------------------------------------------------------------------
+# --- subcommands -------------------------------------------------------------------------------------------
 
 
 def test_generate_streams_text_and_reports_figures(fake_llm, capsys):

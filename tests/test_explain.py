@@ -40,13 +40,13 @@ def reasons(name: str, tp: int) -> dict[str, str]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_parameter_has_a_reason(name: str) -> None:
     """Of its own kind: no layer is passed over."""
-    assert not {"cut", "replicated"} & set(reasons(name, 4).values())
+    assert not {"sharded", "replicated"} & set(reasons(name, 4).values())
 
 
 @pytest.mark.parametrize(
     ("name", "tp", "parameter", "expected"),
     [
-        ("llama", 3, "norm.weight", "norm: every device normalises whole rows"),
+        ("llama", 3, "norm.weight", "norm: every device normalises full rows"),
         ("llama", 1, "norm.weight", "one device holds everything"),
         (
             "mixtral",
@@ -66,13 +66,13 @@ def test_every_parameter_has_a_reason(name: str) -> None:
             "mixtral",
             3,
             "layers.0.mlp.experts.down_proj",
-            "each device has a share of every expert's width: tp=3 does not divide 5 experts",
+            "each device has a part of every expert's width: tp=3 does not divide 5 experts",
         ),
         (
             "gpt_oss",
             2,
             "layers.0.mlp.experts.down_proj",
-            "each device has whole experts: tp=2 divides 6 experts",
+            "each device has its own experts: tp=2 divides 6 experts",
         ),
         (
             "gpt_oss",
@@ -84,7 +84,7 @@ def test_every_parameter_has_a_reason(name: str) -> None:
             "mixtral",
             3,
             "lm_head.weight",
-            "column-parallel: each device scores its own tokens, and logits stay cut; "
+            "column-parallel: each device scores its own tokens, and logits stay sharded; "
             "padded: 131 tokens → 132",
         ),
         (
@@ -192,7 +192,7 @@ def test_tables_fit_a_hundred_columns_and_html_says_the_same(report: Report) -> 
         assert row.title.split(" ×")[0] in text
     html = replace(report, model="<b>&")._repr_html_()
     assert "&lt;b&gt;&amp;" in html and "<b>" not in html
-    assert "what it needs besides" in text and "what it needs besides" in html
+    assert "temporary bytes" in text and "temporary bytes" in html
     if report.tp > 1:
         assert source_text(report.steps[0].collectives[0].source)[:12] in text
     json.dumps(report.to_dict())

@@ -385,7 +385,7 @@ def test_sparse_layers_are_as_many_as_layers() -> None:
             "gpt_oss",
             2,
             "auto",
-            "experts: 2 of 6 compute a token; each device has 3 whole ones, as tp=2 divides 6 experts",
+            "experts: 2 of 6 compute a token; each device has 3 of its own, as tp=2 divides 6 experts",
         ),
         (
             "mixtral",
@@ -403,7 +403,7 @@ def test_sparse_layers_are_as_many_as_layers() -> None:
         ),
     ],
 )
-def test_explain_says_how_experts_are_cut(name: str, tp: int, sharding: Any, summary: str) -> None:
+def test_explain_says_how_experts_are_sharded(name: str, tp: int, sharding: Any, summary: str) -> None:
     report = explain_model(str(GOLDENS / name), tp=tp, expert_parallel=sharding)
     assert report.experts is not None
     assert report.experts["summary"] == summary
@@ -411,5 +411,5 @@ def test_explain_says_how_experts_are_cut(name: str, tp: int, sharding: Any, sum
     rows = {row.name: row for row in report.tensors}
     assert rows["layers.*.mlp.gate.weight"].replicated
     assert rows["layers.*.mlp.experts.down_proj"].spec == (
-        "(tp, -, -)" if report.experts["cut"] == "experts" else "(-, tp, -)"
+        "(tp, -, -)" if report.experts["sharded_by"] == "experts" else "(-, tp, -)"
     )

@@ -16,15 +16,11 @@ from tpjax.errors import ConfigError
 from tpjax.families.registry import config_from_hf
 from tpjax.inspect import doctor, topology
 from tpjax.inspect.collectives import Collective, find_collectives, summarise
+from tpjax.inspect.copies import copied_arrays, write_backs
 from tpjax.inspect.hlo import Module
-from tpjax.inspect.program import (
-    ProgramReport,
-    abstract_runner,
-    compile_program,
-    whole_copies,
-    write_backs,
-)
+from tpjax.inspect.program import abstract_runner, compile_program
 from tpjax.inspect.topology import extra_problem, parse_topology
+from tpjax.inspect.topology_report import ProgramReport
 from tpjax.planning import published
 
 HLO = Path(__file__).parent / "data" / "hlo"
@@ -75,7 +71,7 @@ def test_recorded_decode(chip: str) -> None:
 def test_recorded_decode_copies() -> None:
     """A TPU's layout of pages of 64-wide heads is not the one its loops read; a GPU's is."""
     assert [
-        sum(sorted(array.dims)[-3:] == [64, 128, 129] for array in whole_copies(Module(recorded(name))))
+        sum(sorted(array.dims)[-3:] == [64, 128, 129] for array in copied_arrays(Module(recorded(name))))
         for name in ("v5e_decode", "h200_decode")
     ] == [12, 0]
 
@@ -109,7 +105,7 @@ ENTRY %main (cache: bf16[9,128,64], new: bf16[1,128,64], at: s32[]) -> bf16[9,12
 """
     module = Module(hlo)
     assert [array.dims for array in write_backs(module)].count((9, 128, 64)) == 2  # %back and %squared
-    assert [array.dims for array in whole_copies(module)] == [(9, 128, 64)]  # %copied
+    assert [array.dims for array in copied_arrays(module)] == [(9, 128, 64)]  # %copied
 
 
 def test_recorded_reduce_scatter() -> None:
@@ -313,7 +309,7 @@ def test_more_than_there_are() -> None:
         parse_topology("v5e:2x4").mesh(9)
 
 
-# --- prefill with the residual cut over positions ----------------------------------------------------------
+# --- prefill with sequence parallelism ----------------------------------------------------------
 
 
 def moves(chip: str, config: ModelConfig, sequence_parallel: SequenceParallel) -> Counter[str]:

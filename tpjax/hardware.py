@@ -1,7 +1,7 @@
-"""The chips ``plan`` knows: published figures with their source, and what fraction of them is reached.
+"""The chips that ``plan`` knows: published figures with their sources, and the fractions of them reached.
 
-Fractions are fitted per class of hardware, never per measurement; ``scripts/validate_plan.py`` shows how far
-they carry.
+Fractions are fitted per class of hardware, never per measurement; ``scripts/validate_plan.py`` compares them
+with published measurements.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from tpjax.interconnect import ICI, Interconnect, NVLink
 
 log = logging.getLogger(__name__)
 
-# A runtime, its programs and fragmentation take the rest.
+# The runtime, its programs and fragmentation take the rest.
 USABLE_MEMORY = 0.92
 MOST_CHIPS = 65_536  # beyond any machine that is one mesh
 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What is reached of the published figures, and what no figure covers.
+    """Fractions reached of the published figures, and fixed costs that no figure covers.
 
     Attributes:
-        weights: of the memory bandwidth, reading 16-bit weights.
-        low_precision_weights: of that again, reading 8-bit weights, which are widened on the way.
-        cache: of the memory bandwidth, reading keys and values.
-        compute: of the bfloat16 peak.
-        low_precision_compute: of the float8 peak.
-        layer_us: a decoder layer's norms, rotations and launches.
-        expert_us: on top of it, a mixture's routing.
-        step_us: a step's sampling, and what the host does between two steps.
-        token_us: a layer's norms, rotations and activations per token; chips hide it behind their products.
+        weights: fraction of the memory bandwidth when reading 16-bit weights.
+        low_precision_weights: fraction of ``weights`` when reading 8-bit weights, which are widened.
+        cache: fraction of the memory bandwidth when reading keys and values.
+        compute: fraction of the bfloat16 peak.
+        low_precision_compute: fraction of the float8 peak.
+        layer_us: norms, rotary embedding and launches of a decoder layer.
+        expert_us: routing in a layer with experts, in addition.
+        step_us: sampling, and host work between two steps.
+        token_us: norms, rotary embedding and activations of a layer, per token; 0 on accelerators, which
+            overlap them with products.
     """
 
     weights: float
@@ -94,16 +95,16 @@ class Hardware:
     """One kind of chip.
 
     Attributes:
-        name: as ``--hardware`` takes it.
-        memory_bytes: of one chip.
-        bandwidth_bytes_s: of its memory.
-        flops: bfloat16, multiply and add counted as two.
-        low_precision_flops: float8; ``None``: not native, so that float8 weights are widened and multiplied
-            as bfloat16. int8 means weights only everywhere.
-        interconnect: between chips.
-        efficiency: what is reached of these.
-        source: of the figures.
-        shared: its chips are faked on one machine: they share its bandwidth and its cores.
+        name: name for ``--hardware``.
+        memory_bytes: memory of one chip.
+        bandwidth_bytes_s: memory bandwidth.
+        flops: bfloat16 FLOPs a second; multiply and add count as two.
+        low_precision_flops: float8 FLOPs a second; ``None`` if not native: float8 weights are then widened
+            and multiplied as bfloat16. int8 always means weights only.
+        interconnect: links between chips.
+        efficiency: fractions of these figures that are reached.
+        source: source of the figures.
+        shared: whether the chips are faked on one machine, and share its bandwidth and cores.
     """
 
     name: str
@@ -118,7 +119,7 @@ class Hardware:
 
     @property
     def usable_bytes(self) -> float:
-        """What a model may take of the memory."""
+        """Memory that a model may use."""
         return USABLE_MEMORY * self.memory_bytes
 
 
@@ -175,11 +176,11 @@ def parse_hardware(text: str, file: Path | None = None) -> tuple[Hardware, int]:
     """Reads ``NAME:CHIPS``; without ``:CHIPS`` it is one chip.
 
     Args:
-        text: what ``--hardware`` was given.
-        file: further chips, see :func:`load_hardware`.
+        text: the value of ``--hardware``.
+        file: file with further chips, see :func:`load_hardware`.
 
     Raises:
-        ConfigError: an unknown name, with those known, or a number of chips that is none.
+        ConfigError: the name is unknown (the message lists the known ones), or the number of chips invalid.
     """
     name, colon, count = text.partition(":")
     known = {**HARDWARE, **(load_hardware(file) if file else {})}
@@ -202,13 +203,13 @@ _FIELDS = (*_FIGURES, "fp8_tflops", "link", "link_gb_s", "like", "efficiency")
 def load_hardware(file: Path) -> dict[str, Hardware]:
     """Reads chips from a JSON or TOML file: an object per chip, under its name.
 
-    ``like`` names a known chip whose figures stand where the file has none; without it ``memory_gb``,
-    ``bandwidth_gb_s``, ``bf16_tflops``, ``link`` (``nvlink``, ``pcie``, ``ici-2d`` or ``ici-3d``) and
-    ``link_gb_s`` (one direction: of a GPU's links together, of one ICI link) are needed. ``fp8_tflops`` is
-    for chips that multiply float8. ``efficiency`` may hold any field of :class:`Efficiency`.
+    ``like`` names a known chip, whose figures are the defaults. Without it ``memory_gb``, ``bandwidth_gb_s``,
+    ``bf16_tflops``, ``link`` (``nvlink``, ``pcie``, ``ici-2d`` or ``ici-3d``) and ``link_gb_s`` (one
+    direction: all links of a GPU together, or one ICI link) are required. ``fp8_tflops`` is for chips that
+    multiply float8. ``efficiency`` may hold any field of :class:`Efficiency`.
 
     Raises:
-        ConfigError: the file cannot be read, or names a field that does not exist, or misses one.
+        ConfigError: the file cannot be read, has an unknown field, or lacks a required one.
     """
     try:
         text = file.read_text()
@@ -282,7 +283,7 @@ def _fractions(where: str, given: Any) -> dict[str, float]:
 
 
 def _renamed(where: str, field: str) -> str:
-    """The present name of a field of ``efficiency``; an old one works with a warning, for one release."""
+    """Returns the new name of a field of ``efficiency``; old names work for one release, with a warning."""
     new = field.replace("narrow_", "low_precision_")
     if new != field:
         log.warning("%s: efficiency %s is now called %s", where, field, new)

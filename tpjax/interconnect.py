@@ -1,7 +1,7 @@
-"""What an all-reduce costs, by message size, between chips on each kind of link.
+"""Models the time of an all-reduce by message size, for each kind of link between chips.
 
-Every model is a latency and a bandwidth term. In a decode step most of it is latency: messages are [B, D],
-a few kilobytes.
+Every model has a latency and a bandwidth term. In a decode step latency dominates: messages are [B, D], a few
+kilobytes.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-_ONE_SHOT_BYTES = 256 * 1024  # above it, reading every peer's whole message takes longer than two phases
+_ONE_SHOT_BYTES = 256 * 1024  # above it, reading the full message of every peer takes longer than two phases
 _TWO_SHOT_BYTES = 4 * 2**20
 
 
 class Interconnect(Protocol):
-    """How chips are connected."""
+    """A kind of link between chips."""
 
     def all_reduce_s(self, chips: int, message_bytes: float) -> float:
-        """Seconds to sum a message of that size over so many chips; 0 for one chip."""
+        """Returns the seconds of an all-reduce over ``chips`` chips; 0 for one chip."""
         ...
 
     def transfer_s(self, message_bytes: float) -> float:
-        """Seconds to hand a message to a neighbour."""
+        """Returns the seconds to send a message to a neighbour."""
         ...
 
 
@@ -31,20 +31,21 @@ class Interconnect(Protocol):
 class NVLink:
     """GPUs behind NVLink or PCIe, and a network between groups of them.
 
-    Small messages go one-shot (every GPU reads all peers' buffers), middle ones two-shot (reduce-scatter,
-    then all-gather, each in one phase), both for powers of two only; the rest go round a ring (NCCL). Sizes
-    as in XLA's kernels. Beyond one group, each group reduces inside, then a tree runs between them.
+    Small messages are reduced one-shot (every GPU reads the buffers of all peers), medium ones two-shot
+    (reduce-scatter, then all-gather, each in one phase), both for powers of two only; the rest by a ring
+    (NCCL). Sizes are those of the kernels in XLA. Beyond one group, each group reduces first, then a tree
+    runs over the groups.
 
     Attributes:
-        link_bytes_s: one direction, what one GPU can send.
-        latency_us: of a one-shot kernel over two GPUs.
-        peer_us: more for each further GPU.
-        ring_us: of starting a ring; NCCL's launch.
-        group: GPUs that reach each other directly.
-        direct: GPUs can read each other's memory, so that one-shot and two-shot kernels run.
-        fraction: of ``link_bytes_s`` that an all-reduce reaches.
-        network_bytes_s: one direction per GPU between groups.
-        network_us: a message's latency between groups.
+        link_bytes_s: bandwidth of one GPU, one direction.
+        latency_us: latency of a one-shot kernel over two GPUs.
+        peer_us: additional latency for each further GPU.
+        ring_us: latency to start a ring: the launch of NCCL.
+        group: number of GPUs that are connected directly.
+        direct: whether GPUs can read the memory of their peers, which one-shot and two-shot kernels need.
+        fraction: fraction of ``link_bytes_s`` that an all-reduce reaches.
+        network_bytes_s: bandwidth between groups, one direction, per GPU.
+        network_us: latency of a message between groups.
     """
 
     link_bytes_s: float
@@ -58,20 +59,20 @@ class NVLink:
     network_us: float = 10.0
 
     def all_reduce_s(self, chips: int, message_bytes: float) -> float:
-        """One-shot, two-shot or ring inside a group, then a tree over the groups."""
+        """Returns the seconds of one-shot, two-shot or ring in a group, then a tree over groups."""
         if chips == 1:
             return 0.0
         inside = min(chips, self.group)
         seconds = self._inside_s(inside, message_bytes)
         groups = math.ceil(chips / self.group)
         if groups > 1:
-            share = message_bytes / inside
-            between = 2 * (groups - 1) / groups * share / (self.fraction * self.network_bytes_s)
+            part = message_bytes / inside
+            between = 2 * (groups - 1) / groups * part / (self.fraction * self.network_bytes_s)
             seconds += 2 * math.ceil(math.log2(groups)) * self.network_us * 1e-6 + between
         return seconds
 
     def transfer_s(self, message_bytes: float) -> float:
-        """A copy to the next GPU of the group."""
+        """Returns the seconds of a copy to the next GPU in the group."""
         return self.latency_us * 1e-6 + message_bytes / (self.fraction * self.link_bytes_s)
 
     def _inside_s(self, chips: int, message_bytes: float) -> float:
@@ -92,14 +93,14 @@ class ICI:
     """TPU chips in a torus (How to Scale Your Model, chapters 2 and 3).
 
     An all-reduce is a reduce-scatter and an all-gather along every axis at once: twice the message over the
-    sum of the axes' bandwidths. An axis that closes into a ring sends both ways round; a line does not.
+    sum of the bandwidths of all axes. An axis that is a ring sends in both directions; a line does not.
 
     Attributes:
-        link_bytes_s: one direction of one link.
-        axes: dimensions of the torus.
-        ring: an axis is closed where its length is a multiple of this.
+        link_bytes_s: bandwidth of one link, one direction.
+        axes: number of dimensions of the torus.
+        ring: an axis is a ring if its length is a multiple of this.
         hop_us: latency of one hop.
-        fraction: of the bandwidth that an all-reduce reaches.
+        fraction: fraction of the bandwidth that an all-reduce reaches.
     """
 
     link_bytes_s: float
@@ -109,7 +110,7 @@ class ICI:
     fraction: float = 0.95
 
     def all_reduce_s(self, chips: int, message_bytes: float) -> float:
-        """Along all axes of the squarest slice of so many chips."""
+        """Returns the seconds along all axes of the squarest slice of ``chips`` chips."""
         if chips == 1:
             return 0.0
         rate, hops = 0.0, 0.0
@@ -121,39 +122,39 @@ class ICI:
         return 2 * hops * self.hop_us * 1e-6 + moved / rate
 
     def transfer_s(self, message_bytes: float) -> float:
-        """One hop over one link."""
+        """Returns the seconds of one hop over one link."""
         return self.hop_us * 1e-6 + message_bytes / (self.fraction * self.link_bytes_s)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """All-reduces timed on the machine at hand, between whose sizes times are interpolated.
+    """All-reduces timed on this machine, interpolated between the measured sizes.
 
     Attributes:
-        timings: (bytes, seconds) by rising size, all over the same number of chips.
+        timings: (bytes, seconds) in ascending order, all over the same number of chips.
     """
 
     timings: tuple[tuple[float, float], ...]
 
     def all_reduce_s(self, chips: int, message_bytes: float) -> float:
-        """Linear between measured sizes, in proportion beyond the largest."""
+        """Returns seconds: linear between measured sizes, proportional beyond the largest."""
         if chips == 1:
             return 0.0
-        at = bisect.bisect_left([size for size, _ in self.timings], message_bytes)
-        if at == 0:
+        index = bisect.bisect_left([size for size, _ in self.timings], message_bytes)
+        if index == 0:
             return self.timings[0][1]
-        if at == len(self.timings):
+        if index == len(self.timings):
             return self.timings[-1][1] * message_bytes / self.timings[-1][0]
-        (low, before), (high, after) = self.timings[at - 1], self.timings[at]
+        (low, before), (high, after) = self.timings[index - 1], self.timings[index]
         return before + (after - before) * (message_bytes - low) / (high - low)
 
     def transfer_s(self, message_bytes: float) -> float:
-        """As long as an all-reduce."""
+        """Returns the seconds of an all-reduce over two devices."""
         return self.all_reduce_s(2, message_bytes)
 
 
 def torus(chips: int, axes: int) -> tuple[int, ...]:
-    """The squarest box of so many chips, longest side last: 8 on two axes are 2×4."""
+    """Returns the sides of the squarest box of ``chips`` chips, longest last: 2×4 for 8 chips on two axes."""
     if axes == 1:
         return (chips,)
     side = max(n for n in range(1, round(chips ** (1 / axes)) + 1) if chips % n == 0)

@@ -1,4 +1,4 @@
-"""The root of the command: its subcommands, exit statuses, and errors of one line."""
+"""The ``tpjax`` command: subcommands, exit statuses, and one-line errors."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ SUBCOMMANDS = {
 
 
 class _ReaderLeft(Exception):
-    """Whoever read stdout has closed it."""
+    """The reader of stdout has closed it."""
 
 
 class _Subcommand(TyperCommand):
-    """Several values may follow an option that may be repeated: ``--request-rate 1 2 4``."""
+    """Lets several values follow a repeatable option: ``--request-rate 1 2 4``."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs it; typer would end a broken pipe by itself, with another status than a shell's commands."""
+        """Runs it. Typer would end a broken pipe itself, with a status that shells do not use."""
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
@@ -85,7 +85,7 @@ class _Subcommand(TyperCommand):
 
 
 class _Root(TyperGroup):
-    """``bench serve`` is a subcommand of two words; ``--debug`` may stand anywhere."""
+    """Joins the two words of ``bench serve`` to one subcommand."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parses the words after ``tpjax``."""
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status.
 
     Args:
-        argv: the arguments after the command's name; ``None`` takes the process's own.
+        argv: the arguments after ``tpjax``; ``None``: those of this process.
     """
     words, renamed = translate_arguments(sys.argv[1:] if argv is None else argv)
     for message in renamed:
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
     except _ReaderLeft:
-        # The reader has gone (`tpjax generate ... | head -1`): let the interpreter's last flush go nowhere.
+        # The reader has gone (`tpjax generate ... | head -1`): discard the last flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except TyperException as error:
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage_error(error: Any) -> int:
-    """One line, as for every other error; nothing where the help has just been shown."""
+    """Prints a usage error as one line; nothing if the help has just been shown."""
     message = " ".join(error.format_message().split()).replace("Value error, ", "")
     message = re.sub(r"\(Possible options: (.*)\)", r"(did you mean \1?)", message)
     if message:

@@ -14,7 +14,7 @@ import typer
 
 from tpjax.cli.console import note, read_text
 from tpjax.cli.loading import chosen_model, ensure, load
-from tpjax.cli.options import GenerationConfig, Model, ModelOption, Sharding, option, takes, whole
+from tpjax.cli.options import GenerationConfig, Model, ModelOption, Sharding, option, positive_int, takes
 from tpjax.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ EXAMPLES = """
   tpjax batch ./Llama-3.1-8B-Instruct --input requests.jsonl --output answers.jsonl --tp 8 --max-slots 64
 """
 URLS = ("/v1/chat/completions", "/v1/completions")
-_AHEAD = 2  # requests handed to the engine, for each slot
+_AHEAD = 2  # requests in flight for each slot
 
 
 @takes(sharding=Sharding)
@@ -40,10 +40,13 @@ def run(
     ] = ...,  # type: ignore[assignment]
     output_file: Annotated[
         Path,
-        typer.Option("--output", metavar="FILE", help="JSON lines of answers; continued if it is there."),
+        typer.Option("--output", metavar="FILE", help="JSON lines of responses; continued if it is there."),
     ] = ...,  # type: ignore[assignment]
     max_slots: Annotated[
-        int, option("--max-slots", help="Requests that run at once.", parser=whole("requests"), metavar="N")
+        int,
+        option(
+            "--max-slots", help="Requests that run at once.", parser=positive_int("requests"), metavar="N"
+        ),
     ] = 8,
     generation_config: GenerationConfig = "auto",
     *,
@@ -73,10 +76,10 @@ def run(
 
 
 def read_requests(file: Path) -> list[dict[str, Any]]:
-    """The requests of a batch file, all checked.
+    """Reads and checks the requests in a batch file.
 
     Raises:
-        RequestError: naming the line.
+        RequestError: a request is invalid; the message names its line.
     """
     requests: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(read_text(file).splitlines(), start=1):
@@ -103,19 +106,19 @@ def read_requests(file: Path) -> list[dict[str, Any]]:
 
 
 def read_answered(file: Path) -> set[str]:
-    """The ids an output file has answers to; the rest of a line that was cut off is removed.
+    """Returns the ids that an output file has responses to. An incomplete last line is removed.
 
     Raises:
-        RequestError: the file is something else.
+        RequestError: the file is not the output of a batch.
     """
     if not file.exists():
         return set()
     text = read_text(file)
-    whole_lines = text[: text.rfind("\n") + 1]
-    if whole_lines != text:  # the last run was killed while it wrote
-        file.write_text(whole_lines)
+    complete_lines = text[: text.rfind("\n") + 1]
+    if complete_lines != text:  # the last run was killed while it wrote
+        file.write_text(complete_lines)
     try:
-        return {json.loads(line)["custom_id"] for line in whole_lines.splitlines()}
+        return {json.loads(line)["custom_id"] for line in complete_lines.splitlines()}
     except (ValueError, LookupError, TypeError) as error:
         raise RequestError(f"{file} is there and holds no answers of a batch") from error
 
@@ -153,7 +156,7 @@ async def _answer(
 
 
 def _line(request: dict[str, Any], response: Any) -> dict[str, Any]:
-    """A line of the output, as OpenAI's batches have it."""
+    """Makes a line of the output in OpenAI's batch format."""
     identity = response.headers.get("x-request-id", uuid.uuid4().hex)
     return {
         "id": f"batch_req_{uuid.uuid4().hex}",
@@ -169,7 +172,7 @@ def _line(request: dict[str, Any], response: Any) -> dict[str, Any]:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Any]:
-    """A bar on stderr, where that is a terminal."""
+    """Shows a progress bar if stderr is a terminal; yields a function that advances it."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tpjax.cli.console import show_report
 from tpjax.cli.loading import chosen_model, load
-from tpjax.cli.options import Json, Model, ModelOption, Rounds, Sharding, option, whole
+from tpjax.cli.options import Json, Model, ModelOption, Rounds, Sharding, option, positive_int
 from tpjax.planning.workload import LONGEST_DEFAULT_PROMPT, Workload
 
 EXAMPLES = """
@@ -19,14 +19,19 @@ def run(
     model: Model = None,
     model_option: ModelOption = None,
     tp: Annotated[
-        int, option("--tp", help="Devices to shard over.", parser=whole("devices"), metavar="N")
+        int, option("--tp", help="Devices to shard over.", parser=positive_int("devices"), metavar="N")
     ] = 1,
     context: Annotated[
-        int, option("--context", help="Tokens in the cache.", parser=whole("tokens"), metavar="C")
+        int, option("--context", help="Tokens in the cache.", parser=positive_int("tokens"), metavar="C")
     ] = 256,
     prompt_len: Annotated[
         int | None,
-        option("--prompt-len", help="Tokens of a prompt (the context).", parser=whole("tokens"), metavar="P"),
+        option(
+            "--prompt-len",
+            help="Tokens of a prompt (the context).",
+            parser=positive_int("tokens"),
+            metavar="P",
+        ),
     ] = None,
     rounds: Rounds = None,
     as_json: Json = False,

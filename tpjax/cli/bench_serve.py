@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tpjax.cli.console import show
-from tpjax.cli.options import Json, Plot, number, option, whole
+from tpjax.cli.options import Json, Plot, number, option, positive_int
 
 EXAMPLES = """
   tpjax bench serve --num-prompts 64 --input-len 256 --output-len 128
@@ -18,7 +18,7 @@ EXAMPLES = """
 
 
 def goal(text: str) -> tuple[str, float]:
-    """``NAME:MS``, a bound on a latency."""
+    """Parses ``NAME:MS``, a bound on a latency."""
     name, _, ms = str(text).partition(":")
     if name not in ("ttft", "tpot", "e2el"):
         raise typer.BadParameter(f"{text!r} is not ttft:MS, tpot:MS or e2el:MS")
@@ -30,22 +30,23 @@ def run(
         str, typer.Option("--base-url", metavar="URL", help="Of the server, with or without /v1.")
     ] = "http://127.0.0.1:8000",
     model: Annotated[
-        str | None, typer.Option("--model", metavar="M", help="Its name in the API (the first there is).")
+        str | None, typer.Option("--model", metavar="M", help="Its name in the API (the first one listed).")
     ] = None,
     num_prompts: Annotated[
-        int, option("--num-prompts", help="Requests.", parser=whole("requests"), metavar="N")
+        int, option("--num-prompts", help="Requests.", parser=positive_int("requests"), metavar="N")
     ] = 64,
     input_len: Annotated[
-        int, option("--input-len", help="Tokens of each prompt.", parser=whole("tokens"), metavar="N")
+        int, option("--input-len", help="Tokens of each prompt.", parser=positive_int("tokens"), metavar="N")
     ] = 128,
     output_len: Annotated[
-        int, option("--output-len", help="Tokens of each answer.", parser=whole("tokens"), metavar="N")
+        int,
+        option("--output-len", help="Tokens of each response.", parser=positive_int("tokens"), metavar="N"),
     ] = 64,
     range_ratio: Annotated[
         float,
         option(
             "--range-ratio",
-            help="Lengths vary by this share.",
+            help="Lengths vary by this fraction.",
             parser=number("a fraction, 0 to 1", 0.0, 1.0),
             metavar="R",
         ),
@@ -61,13 +62,15 @@ def run(
     ] = None,
     max_concurrency: Annotated[
         int | None,
-        option("--max-concurrency", help="Requests at once (any).", parser=whole("requests"), metavar="N"),
+        option(
+            "--max-concurrency", help="Requests at once (any).", parser=positive_int("requests"), metavar="N"
+        ),
     ] = None,
     goodput: Annotated[
         list[str] | None,
         option(
             "--goodput",
-            help="Count requests that keep to ttft, tpot and e2el, milliseconds.",
+            help="Count requests within these bounds on ttft, tpot and e2el, in milliseconds.",
             parser=goal,
             metavar="NAME:MS",
         ),

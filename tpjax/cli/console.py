@@ -1,4 +1,4 @@
-"""What subcommands read and print."""
+"""Reading and printing, for all subcommands."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def show(what: Any) -> None:
 
 
 def show_report(report: Any, *, as_json: bool) -> None:
-    """Prints a report's tables, or its ``to_dict()`` as JSON."""
+    """Prints a report as tables, or its ``to_dict()`` as JSON."""
     show(json.dumps(report.to_dict(), indent=2) if as_json else report)
 
 
 def read_text(file: Path) -> str:
-    """The text of a file; ``-`` is stdin, without the newline that ``echo`` and editors end it with.
+    """Reads a file; ``-`` is stdin, without the newline at its end that ``echo`` and editors add.
 
     Raises:
-        RequestError: it cannot be read, or is not text.
+        RequestError: the file cannot be read, or is not text.
     """
     try:
         return sys.stdin.read().removesuffix("\n") if str(file) == "-" else file.read_text()
@@ -50,7 +50,7 @@ def write_text(file: Path, text: str) -> None:
     """Writes a file.
 
     Raises:
-        RequestError: it cannot be written.
+        RequestError: the file cannot be written.
     """
     try:
         file.write_text(text)

@@ -26,7 +26,7 @@ def run(
         Literal["stored", "float32", "bfloat16", "float16"],
         option(
             "--dtype",
-            help="Of the weights; stored: as the checkpoint has them, quantised ones become float32.",
+            help="Of the weights; stored: as in the checkpoint, quantised ones as float32.",
         ),
     ] = "stored",
 ) -> None:

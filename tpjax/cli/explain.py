@@ -10,7 +10,7 @@ import typer
 
 from tpjax.cli.console import show_report
 from tpjax.cli.loading import ensure
-from tpjax.cli.options import MODEL_HELP, Json, ModelOption, Plot, Sharding, option, takes, whole
+from tpjax.cli.options import MODEL_HELP, Json, ModelOption, Plot, Sharding, option, positive_int, takes
 from tpjax.errors import RequestError
 from tpjax.planning.workload import DEFAULT_CONTEXT
 
@@ -49,7 +49,7 @@ def run(
         option(
             "--context",
             help="Tokens in the cache of each sequence, for a TPU's estimated time.",
-            parser=whole("tokens"),
+            parser=positive_int("tokens"),
             metavar="N",
         ),
     ] = DEFAULT_CONTEXT,

@@ -28,7 +28,7 @@ EXAMPLES = """
   tpjax generate --prompts prompts.jsonl --model smollm2-135m --json
 """
 MAX_TOKENS = 128
-# fields of a line of --prompts that are no sampling parameters
+# fields in a line of --prompts that are not sampling parameters
 _OF_A_PROMPT = {"prompt", "messages", "prompt_token_ids"}
 
 Prompt = str | list[int]
@@ -93,7 +93,7 @@ def run(
 
 def _stream(llm: LLM, prompt: Prompt, params: SamplingParams, figures: Figures, *, as_ids: bool) -> None:
     start = time.perf_counter()
-    llm.prepare(prompt, params)  # so that tokens/s does not count the compiler
+    llm.prepare(prompt, params)  # tokens/s does not include compilation
     figures.compile_s = time.perf_counter() - start
     print_stream(llm.stream(prompt, params), figures, as_ids=as_ids or llm.tokenizer is None)
 
@@ -117,7 +117,7 @@ def _all(
 
 
 def _plain(one: Completion) -> dict[str, Any]:
-    """A completion as plain data."""
+    """Returns a completion as plain data."""
     data: dict[str, Any] = {
         "prompt": one.prompt,
         "prompt_token_ids": one.prompt_token_ids,
@@ -144,7 +144,7 @@ def _text(one: Completion, as_ids: bool) -> str:
 def _entries(
     file: Path | None, prompt: str | None, params: SamplingParams
 ) -> list[tuple[dict[str, Any], SamplingParams]]:
-    """The prompts and their sampling parameters, checked before the model loads."""
+    """Reads the prompts and their sampling parameters, before the model loads."""
     if file is None:
         if prompt is None:
             raise RequestError("no prompt is given: PROMPT, - for stdin, or --prompts FILE")
@@ -198,7 +198,7 @@ def _prompt_of(llm: LLM, entry: dict[str, Any], chat: bool, system: str | None, 
 
 @dataclass
 class Figures:
-    """What a generation took."""
+    """Times and counts of a generation."""
 
     load_s: float
     compile_s: float | None = None
@@ -208,7 +208,7 @@ class Figures:
     finish_reason: str | None = None
 
     def line(self) -> str:
-        """The figures on one line, as far as there are any."""
+        """Returns the figures that there are on one line."""
         parts = [f"loaded in {self.load_s:.1f} s"]
         if self.compile_s is not None:
             parts.append(f"compiled in {self.compile_s:.1f} s")
@@ -222,7 +222,7 @@ class Figures:
 
 
 def print_stream(deltas: Iterable[Any], figures: Figures, *, as_ids: bool = False) -> None:
-    """Writes text as it comes and fills in the figures."""
+    """Writes deltas as they come and fills in the figures."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without an emoji must not end the generation
     start = time.perf_counter()
@@ -246,7 +246,7 @@ def print_stream(deltas: Iterable[Any], figures: Figures, *, as_ids: bool = Fals
 
 
 def _profiled(directory: Path | None) -> Any:
-    """Writes a JAX profile of what runs inside."""
+    """Writes a JAX profile of the block, if a directory is given."""
     import contextlib
 
     if directory is None:

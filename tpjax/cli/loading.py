@@ -1,4 +1,4 @@
-"""From the options of a subcommand to devices and a loaded model."""
+"""Loads the model that a subcommand names, onto the devices that it asks for."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def chosen_model(positional: str | None, option: str | None) -> str:
-    """The model, given as an argument or as ``--model``.
+    """Returns the model given as an argument or as ``--model``.
 
     Raises:
-        RequestError: neither or both were given.
+        RequestError: neither was given, or both.
     """
     if positional and option and positional != option:
         raise RequestError(f"two models are given: {positional!r} and --model {option!r}")
@@ -28,7 +28,7 @@ def chosen_model(positional: str | None, option: str | None) -> str:
 
 
 def load(model: str, sharding: Sharding, **options: Any) -> LLM:
-    """Finds the model, sees to the devices, and loads the one onto the others."""
+    """Checks the name of the model and the number of devices, then loads the model."""
     ensure(model, sharding.tp)
     from tpjax.llm import LLM
 
@@ -36,20 +36,20 @@ def load(model: str, sharding: Sharding, **options: Any) -> LLM:
 
 
 def note_defaults(llm: LLM) -> None:
-    """Says which sampling parameters the model itself brings."""
+    """Notes the sampling parameters that the model itself sets."""
     if llm.sampling_defaults:
         note(f"where no option says otherwise, {llm.describe_defaults()}")
 
 
 def ensure(model: str, tp: int | None, *, configuration: bool = False) -> None:
-    """Resolves the model's name, then sees to it that there are ``tp`` devices.
+    """Checks that the model exists, then that there are ``tp`` devices.
 
     A misspelt name is reported at once, before JAX starts.
 
     Args:
-        model: its name.
-        tp: devices; ``None``: those there are.
-        configuration: weights are not needed.
+        model: name of the model.
+        tp: number of devices; ``None``: all there are.
+        configuration: whether its configuration is enough, without weights.
 
     Raises:
         CheckpointError: there is no such model.

@@ -21,7 +21,7 @@ def run(as_json: Json = False) -> None:
 
 
 def known_models() -> dict[str, Any]:
-    """What can be named as a model, as plain data."""
+    """Lists everything that can be named as a model, as plain data."""
     from tpjax.checkpoints import hub
     from tpjax.families.registry import FAMILIES
     from tpjax.planning.published import hub_id, published_names
@@ -35,7 +35,7 @@ def known_models() -> dict[str, Any]:
 
 
 def _cached_repositories() -> list[str]:
-    """Ids of the models in Hugging Face's own cache."""
+    """Lists the ids of models in the cache of Hugging Face."""
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 

@@ -1,7 +1,7 @@
-"""Options that several subcommands share, and what checks a value on the command line.
+"""Options that several subcommands share, and parsers that check values on the command line.
 
-A group of options is a dataclass: its fields are the options. :func:`takes` puts a group's options into a
-subcommand's signature and hands them over as one object.
+A group of options is a dataclass whose fields are the options. :func:`takes` adds them to the signature of a
+subcommand, which gets one object.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tpjax.config import Dtype
+from tpjax.config import Dtype, ExpertParallel
 
 if TYPE_CHECKING:
     from tpjax.sampling_params import SamplingParams
@@ -26,10 +26,10 @@ MODEL_HELP = "An alias, a directory, a .gguf file or a Hugging Face id (org/name
 
 
 def takes(**groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a subcommand the options of groups.
+    """Adds the options of groups to a subcommand.
 
     Args:
-        **groups: the parameter that gets the group's object, and the dataclass.
+        **groups: the dataclass of a group, by the parameter that gets its object.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -73,21 +73,21 @@ def takes(**groups: type) -> Callable[[Callable[..., None]], Callable[..., None]
 # --- values ------------------------------------------------------------------------------------------------
 
 
-def whole(of_what: str) -> Callable[[str], int]:
-    """A parser of whole numbers, 1 or more."""
+def positive_int(unit: str) -> Callable[[str], int]:
+    """Makes a parser of positive integers; ``unit`` is what an error calls them."""
 
     def parse(text: str | int) -> int:
         text = str(text)
         number = int(text) if text.isascii() and text.isdigit() else 0
         if number < 1:
-            raise typer.BadParameter(f"{text!r} is not a whole number of {of_what}, 1 or more")
+            raise typer.BadParameter(f"{text!r} is not a whole number of {unit}, 1 or more")
         return number
 
     return parse
 
 
 def number(what: str, low: float, high: float) -> Callable[[str], float]:
-    """A parser of numbers from ``low`` to ``high``."""
+    """Makes a parser of numbers from ``low`` to ``high``; ``what`` describes them in an error."""
 
     def parse(text: str | float) -> float:
         try:
@@ -102,7 +102,7 @@ def number(what: str, low: float, high: float) -> Callable[[str], float]:
 
 
 def port(text: str | int) -> int:
-    """A TCP port; 0 takes a free one."""
+    """Parses a TCP port; 0 takes a free one."""
     text = str(text)
     value = int(text) if text.isascii() and text.isdigit() else -1
     if not 0 <= value < 1 << 16:
@@ -111,7 +111,7 @@ def port(text: str | int) -> int:
 
 
 def token_bias(text: str) -> tuple[int, float]:
-    """``ID:BIAS``."""
+    """Parses ``ID:BIAS``."""
     token, _, bias = str(text).partition(":")
     if not (token.isascii() and token.isdigit()):
         raise typer.BadParameter(f"{text!r} is not ID:BIAS")
@@ -122,7 +122,7 @@ def token_bias(text: str) -> tuple[int, float]:
 
 
 def option(*names: str, help: str, parser: Callable[[str], Any] | None = None, **more: Any) -> Any:
-    """An option; ``parser`` checks and converts its text."""
+    """Declares an option; ``parser`` checks and converts its text."""
     return typer.Option(*names, help=help, parser=parser, **more)
 
 
@@ -136,8 +136,8 @@ Rounds = Annotated[
     int | None,
     option(
         "--rounds",
-        help="Times each figure is taken, of which the best counts; fewer are quicker, and noisier (15).",
-        parser=whole("rounds"),
+        help="Times each figure is measured; the best counts. Fewer are quicker and noisier (15).",
+        parser=positive_int("rounds"),
         metavar="N",
     ),
 ]
@@ -148,18 +148,20 @@ GenerationConfig = Annotated[
     typer.Option(
         "--generation-config",
         metavar="auto|none|PATH",
-        help="The sampling defaults of the model's generation_config.json, of none, or of PATH.",
+        help="Sampling defaults: from generation_config.json of the model, none, or from PATH.",
     ),
 ]
 
 
 @dataclass
 class Sharding:
-    """How the model is laid out over devices."""
+    """Devices, dtype and sharding of a model."""
 
     tp: Annotated[
         int | None,
-        option("--tp", help="Devices to shard over (all of them).", parser=whole("devices"), metavar="N"),
+        option(
+            "--tp", help="Devices to shard over (all of them).", parser=positive_int("devices"), metavar="N"
+        ),
     ] = None
     dtype: Annotated[Dtype, option("--dtype", help="Of weights and cache; auto: float32 on a CPU.")] = "auto"
     max_model_len: Annotated[
@@ -167,28 +169,29 @@ class Sharding:
         option(
             "--max-model-len",
             help="Most tokens of prompt and answer together.",
-            parser=whole("tokens"),
+            parser=positive_int("tokens"),
             metavar="N",
         ),
     ] = None
     expert_parallel: Annotated[
-        Literal["auto", "on", "off"],
+        ExpertParallel,
         option(
             "--expert-parallel",
-            help="on: whole experts a device; off: a part of each one's width; auto: on if tp divides them",
+            help="on: shard the experts; off: shard the width of each; auto: on if tp divides their number.",
         ),
     ] = "auto"
 
 
 @dataclass
 class Sampling:
-    """Sampling parameters, named as in ``SamplingParams``. What is not given is the model's own default."""
+    """Sampling parameters, named as in ``SamplingParams``. Those not given have the defaults of the model."""
 
     max_tokens: Annotated[
         int | None, option("--max-tokens", help="Most tokens to generate (128; 1024 in a chat).", metavar="N")
     ] = None
     min_tokens: Annotated[
-        int | None, option("--min-tokens", help="Neither end-of-text nor stop before so many.", metavar="N")
+        int | None,
+        option("--min-tokens", help="Least tokens before end-of-text or stop can end it.", metavar="N"),
     ] = None
     temperature: Annotated[
         float | None, option("--temperature", help="0 takes the likeliest token.", metavar="T")
@@ -196,9 +199,13 @@ class Sampling:
     top_k: Annotated[
         int | None, option("--top-k", help="Keep the K likeliest tokens; 0 keeps all.", metavar="K")
     ] = None
-    top_p: Annotated[float | None, option("--top-p", help="Keep this much probability.", metavar="P")] = None
+    top_p: Annotated[
+        float | None,
+        option("--top-p", help="Keep the likeliest tokens up to this total probability.", metavar="P"),
+    ] = None
     min_p: Annotated[
-        float | None, option("--min-p", help="Keep what is as likely as the likeliest times P.", metavar="P")
+        float | None,
+        option("--min-p", help="Keep tokens at least P times as likely as the likeliest.", metavar="P"),
     ] = None
     seed: Annotated[
         int | None, option("--seed", help="The same seed samples the same tokens, at any tp.", metavar="S")
@@ -215,14 +222,20 @@ class Sampling:
         option("--repetition-penalty", help="Divides logits of tokens seen before.", metavar="X"),
     ] = None
     presence_penalty: Annotated[
-        float | None, option("--presence-penalty", help="Subtracted if a token was generated.", metavar="X")
+        float | None,
+        option("--presence-penalty", help="Subtracted from logits of tokens generated before.", metavar="X"),
     ] = None
     frequency_penalty: Annotated[
-        float | None, option("--frequency-penalty", help="Subtracted each time it was.", metavar="X")
+        float | None,
+        option(
+            "--frequency-penalty",
+            help="Subtracted from a logit for each time its token was generated.",
+            metavar="X",
+        ),
     ] = None
     logit_bias: Annotated[
         list[Any] | None,
-        option("--logit-bias", help="Added to a token's logit.", parser=token_bias, metavar="ID:BIAS"),
+        option("--logit-bias", help="Added to the logit of a token.", parser=token_bias, metavar="ID:BIAS"),
     ] = None
     logprobs: Annotated[
         int | None,
@@ -230,10 +243,10 @@ class Sampling:
     ] = None
 
     def params(self, **defaults: Any) -> SamplingParams:
-        """The sampling parameters.
+        """Makes the sampling parameters.
 
         Args:
-            **defaults: where an option was not given.
+            **defaults: values of options that were not given.
         """
         from tpjax.sampling_params import SamplingParams
 

@@ -9,7 +9,7 @@ import typer
 
 from tpjax.cli.console import show_report
 from tpjax.cli.loading import chosen_model
-from tpjax.cli.options import Json, ModelOption, Plot, Rounds, option, whole
+from tpjax.cli.options import Json, ModelOption, Plot, Rounds, option, positive_int
 from tpjax.errors import RequestError
 from tpjax.planning.workload import (
     DEFAULT_CONTEXT,
@@ -51,22 +51,27 @@ def run(
     tp: Annotated[
         int | None,
         option(
-            "--tp", help="Chips a replica (each that divides them).", parser=whole("devices"), metavar="N"
+            "--tp",
+            help="Chips a replica (each that divides them).",
+            parser=positive_int("devices"),
+            metavar="N",
         ),
     ] = None,
     batch: Annotated[
         int,
-        option("--batch", help="Sequences at once, all replicas.", parser=whole("sequences"), metavar="B"),
+        option(
+            "--batch", help="Sequences at once, all replicas.", parser=positive_int("sequences"), metavar="B"
+        ),
     ] = 1,
     context: Annotated[
-        int, option("--context", help="Tokens in the cache.", parser=whole("tokens"), metavar="C")
+        int, option("--context", help="Tokens in the cache.", parser=positive_int("tokens"), metavar="C")
     ] = DEFAULT_CONTEXT,
     prompt_len: Annotated[
         int | None,
         option(
             "--prompt-len",
             help=f"Tokens of a prompt (the context, at most {LONGEST_DEFAULT_PROMPT}).",
-            parser=whole("tokens"),
+            parser=positive_int("tokens"),
             metavar="P",
         ),
     ] = None,

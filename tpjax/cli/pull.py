@@ -21,7 +21,7 @@ def run(
     model: Model = None,
     model_option: ModelOption = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read the whole file again and compare its digest.")
+        bool, typer.Option("--verify", help="Read the file again and compare its digest.")
     ] = False,
 ) -> None:
     """Fetch a model into the cache and print its path."""

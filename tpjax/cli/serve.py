@@ -18,8 +18,8 @@ from tpjax.cli.options import (
     number,
     option,
     port,
+    positive_int,
     takes,
-    whole,
 )
 from tpjax.errors import ConfigError
 
@@ -33,7 +33,7 @@ EXAMPLES = """
 
 
 def origin(text: str) -> str:
-    """``*``, or scheme, host and port as a browser sends them."""
+    """Parses an origin: ``*``, or scheme, host and port as a browser sends them."""
     if text == "*" or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+", text):
         return text
     raise typer.BadParameter(f"{text!r} is no origin: use * or scheme://host[:port], without a path")
@@ -51,10 +51,13 @@ def run(
     ] = None,
     max_slots: Annotated[
         int,
-        option("--max-slots", help="Requests that run at once.", parser=whole("requests"), metavar="N"),
+        option(
+            "--max-slots", help="Requests that run at once.", parser=positive_int("requests"), metavar="N"
+        ),
     ] = 8,
     max_queue: Annotated[
-        int, option("--max-queue", help="Requests that may wait.", parser=whole("requests"), metavar="N")
+        int,
+        option("--max-queue", help="Requests that may wait.", parser=positive_int("requests"), metavar="N"),
     ] = 256,
     api_key: Annotated[
         list[str] | None,
@@ -81,7 +84,7 @@ def run(
         ),
     ] = None,
     max_body_mib: Annotated[
-        int, option("--max-body-mib", help="Largest request, MiB.", parser=whole("MiB"), metavar="N")
+        int, option("--max-body-mib", help="Largest request, MiB.", parser=positive_int("MiB"), metavar="N")
     ] = 4,
     drain_s: Annotated[
         float,

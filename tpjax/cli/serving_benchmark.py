@@ -1,6 +1,6 @@
-"""``tpjax bench serve``: what the clients of an OpenAI-compatible server get, in vLLM's shape and names.
+"""Measures an OpenAI-compatible server as its clients see it, with the figures and names of vLLM's benchmark.
 
-It needs no JAX and no model: any such server will do, on this machine or another.
+It needs neither JAX nor a model: the server may be any, on this machine or another.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ METRICS["e2el"] = "End-to-end Latency"
 
 @dataclass(frozen=True)
 class LoadProfile:
-    """What to send.
+    """The requests to send.
 
     Attributes:
-        base_url: of the server, ``http://host:port``.
-        model: ``None``: the server's first.
-        num_prompts: requests.
+        base_url: address of the server, ``http://host:port``.
+        model: name of the model in the API; ``None``: the first one listed.
+        num_prompts: number of requests.
         input_len: tokens of a prompt.
-        output_len: tokens of an answer; end-of-text is ignored.
-        range_ratio: lengths are drawn between ``(1 - r)`` and ``(1 + r)`` times these.
-        max_concurrency: requests at once; ``None``: any number.
-        seed: of prompts, lengths and arrivals.
-        api_key: of the server.
+        output_len: tokens of a response; end-of-text is ignored.
+        range_ratio: lengths are sampled between ``(1 - r)`` and ``(1 + r)`` times these.
+        max_concurrency: most requests in flight; ``None``: no limit.
+        seed: seed of prompts, lengths and arrivals.
+        api_key: API key of the server.
     """
 
     base_url: str = "http://127.0.0.1:8000"
@@ -59,12 +59,12 @@ class Outcome:
     """One request, as its client saw it; times in seconds.
 
     Attributes:
-        prompt_tokens: sent.
-        output_tokens: received.
-        ttft: until the first token.
-        latency: until the end.
-        itl: between two pieces of the answer.
-        error: why it failed.
+        prompt_tokens: tokens sent.
+        output_tokens: tokens received.
+        ttft: time to the first token.
+        latency: time to the end.
+        itl: times between two events of the response.
+        error: why it failed; ``None`` if it did not.
     """
 
     prompt_tokens: int = 0
@@ -80,7 +80,7 @@ class Outcome:
         return (self.latency - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else None
 
     def meets(self, goals: Mapping[str, float]) -> bool:
-        """Whether it kept to the goals, milliseconds by metric."""
+        """Whether it is within the goals, milliseconds by metric."""
         values = {"ttft": self.ttft, "tpot": self.tpot or 0.0, "e2el": self.latency}
         return self.error is None and all(values[name] * 1000 <= goal for name, goal in goals.items())
 
@@ -90,10 +90,10 @@ class Result:
     """One run.
 
     Attributes:
-        request_rate: requests a second asked for; ``inf``: all at once.
+        request_rate: requested requests a second; ``inf``: all at once.
         duration: seconds.
-        outcomes: of all requests.
-        goals: milliseconds by metric; empty: none.
+        outcomes: outcomes of all requests.
+        goals: milliseconds by metric.
     """
 
     request_rate: float
@@ -102,7 +102,7 @@ class Result:
     goals: Mapping[str, float] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
-        """The figures, under vLLM's names."""
+        """Returns the figures under vLLM's names."""
         fine = [one for one in self.outcomes if one.error is None]
         prompt = sum(one.prompt_tokens for one in fine)
         output = sum(one.output_tokens for one in fine)
@@ -133,7 +133,7 @@ class Result:
         return figures
 
     def table(self) -> str:
-        """The figures as vLLM prints them."""
+        """Returns the figures in the layout of vLLM's benchmark."""
         figures = self.summary()
         rows = [
             ("Successful requests:", figures["completed"]),
@@ -157,7 +157,7 @@ class Result:
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float | None:
-    """Of values in ascending order, between neighbours by straight line; ``None`` of none."""
+    """Interpolates a percentile of ascending values linearly; ``None`` if there are none."""
     if not ordered:
         return None
     at = (len(ordered) - 1) * percent / 100
@@ -167,7 +167,7 @@ def percentile(ordered: Sequence[float], percent: float) -> float | None:
 
 
 def sweep(profile: LoadProfile, rates: Sequence[float], goals: Mapping[str, float]) -> list[Result]:
-    """One run after the other, one for each request rate, with a progress bar on a terminal's stderr.
+    """Runs once for each request rate, with a progress bar if stderr is a terminal.
 
     Raises:
         RequestError: the server cannot be reached, or has no such model.
@@ -185,9 +185,9 @@ async def run(
     profile: LoadProfile,
     rate: float,
     goals: Mapping[str, float],
-    on_answer: Callable[[], None] = lambda: None,
+    on_response: Callable[[], None] = lambda: None,
 ) -> Result:
-    """Sends the requests, at random moments ``rate`` a second on average, and waits for all answers.
+    """Sends the requests as a Poisson process of ``rate`` a second, and waits for all responses.
 
     Raises:
         RequestError: the server cannot be reached, or has no such model.
@@ -197,18 +197,18 @@ async def run(
             card = await _model(client, profile.model)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError) as error:
             raise RequestError(f"{profile.base_url} does not answer as an OpenAI server: {error}") from error
-        draw = random.Random(profile.seed)
+        rng = random.Random(profile.seed)
         vocab = int(card.get("vocab_size", 1000))
         room = asyncio.Semaphore(profile.max_concurrency or profile.num_prompts)
 
         def length(mean: int) -> int:
             spread = int(mean * profile.range_ratio)
-            return max(1, draw.randint(mean - spread, mean + spread))
+            return max(1, rng.randint(mean - spread, mean + spread))
 
         async def one(body: dict[str, Any]) -> Outcome:
             async with room:
                 outcome = await request(client, body)
-            on_answer()
+            on_response()
             return outcome
 
         tasks = []
@@ -216,7 +216,7 @@ async def run(
         for i in range(profile.num_prompts):
             body = {
                 "model": card["id"],
-                "prompt": [draw.randrange(vocab) for _ in range(length(profile.input_len))],
+                "prompt": [rng.randrange(vocab) for _ in range(length(profile.input_len))],
                 "max_tokens": length(profile.output_len),
                 "temperature": 0,
                 "ignore_eos": True,
@@ -225,13 +225,13 @@ async def run(
             }
             tasks.append(asyncio.ensure_future(one(body)))
             if math.isfinite(rate) and i < profile.num_prompts - 1:
-                await asyncio.sleep(draw.expovariate(rate))
+                await asyncio.sleep(rng.expovariate(rate))
         outcomes = await asyncio.gather(*tasks)
         return Result(rate, time.perf_counter() - start, list(outcomes), goals)
 
 
 async def request(client: httpx.AsyncClient, body: dict[str, Any]) -> Outcome:
-    """One streamed completion."""
+    """Sends a request for a streamed completion and times its events."""
     outcome = Outcome()
     start = last = time.perf_counter()
     try:
@@ -262,7 +262,7 @@ async def request(client: httpx.AsyncClient, body: dict[str, Any]) -> Outcome:
 
 
 async def stream_events(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> AsyncIterator[str]:
-    """The data of server-sent events."""
+    """Yields the data of server-sent events."""
     async with client.stream("POST", path, json=body) as response:
         if response.status_code != 200:
             text = (await response.aread())[:300].decode(errors="replace")
@@ -285,7 +285,7 @@ async def _model(client: httpx.AsyncClient, name: str | None) -> dict[str, Any]:
 
 
 def open_client(profile: LoadProfile) -> httpx.AsyncClient:
-    """One connection per request in flight, and no time limit: waiting is what is measured."""
+    """Opens a client with a connection for each request in flight and no timeout: waiting is measured."""
     headers = {"Authorization": f"Bearer {profile.api_key}"} if profile.api_key else {}
     base_url = profile.base_url.rstrip("/").removesuffix("/v1")
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -293,10 +293,10 @@ def open_client(profile: LoadProfile) -> httpx.AsyncClient:
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Latency and throughput over the request rate, in the format the file's name ends in.
+    """Draws latency and throughput over the request rate, in the format of the file's suffix.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: the file cannot be written.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""``tpjax chat``: a conversation in the terminal."""
+"""A conversation in the terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 HELP = """/help            this
 /reset           forget the conversation
-/system TEXT     begin anew with this system message; without TEXT: with none
+/system TEXT     start again with this system message; without TEXT: with none
 /set NAME VALUE  a sampling parameter, such as /set temperature 0.2; without arguments: show them
 /save FILE       write the conversation as JSON
 /exit            end; so does Ctrl-D
@@ -27,10 +27,10 @@ Ctrl-C           stops the answer, or clears the line"""
 
 
 def check_template(model: str) -> None:
-    """Sees to it, before any weight is read, that a model can chat.
+    """Checks that a model can chat, before any weight is read.
 
     Raises:
-        RequestError: it has no tokenizer or no chat template.
+        RequestError: the model has no tokenizer or no chat template.
     """
     from tpjax.checkpoints.hub import resolve
     from tpjax.text.loading import load_tokenizer
@@ -45,13 +45,13 @@ class Chat:
 
     Args:
         llm: the model.
-        params: how to sample; ``max_tokens`` is cut to what the context has room for.
+        params: sampling parameters; ``max_tokens`` is limited to the room in the context.
         system: the system message.
-        write: takes text as it comes.
+        write: writes text as it comes.
 
     Attributes:
-        params: as given; ``/set`` changes them.
-        messages: so far.
+        params: sampling parameters, which ``/set`` changes.
+        messages: the conversation so far.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Chat:
         self._begin(system)
 
     def say(self, text: str) -> bool:
-        """Takes a line: a command, or a message to answer. Returns False when it ends the conversation."""
+        """Runs a command or answers a message. Returns False if that ends the conversation."""
         if not text.strip().startswith("/"):
             if text.strip():
                 self._answer(text)
@@ -96,7 +96,7 @@ class Chat:
         self.messages = list(self._first)
 
     def _set(self, name: str = "", value: str = "") -> None:
-        """Changes a sampling parameter, or shows those that are set."""
+        """Sets a sampling parameter, or shows those that are set."""
         if not name:
             given = {
                 field.name: getattr(self.params, field.name) for field in dataclasses.fields(self.params)
@@ -127,7 +127,7 @@ class Chat:
         if room < 1:
             self._write(
                 f"the conversation has {len(prompt)} tokens, over the context of {self._llm.max_model_len}: "
-                "/reset begins anew\n"
+                "/reset starts again\n"
             )
             return
         params = dataclasses.replace(self.params, max_tokens=min(self.params.max_tokens, room))
@@ -148,7 +148,7 @@ class Chat:
 
 
 def chat(llm: LLM, params: SamplingParams, system: str | None) -> None:
-    """Talks until the input ends."""
+    """Reads lines from the terminal and answers them until the input ends."""
     import readline  # noqa: F401  (gives input() a history and a line to edit)
 
     def write(text: str) -> None:
@@ -169,7 +169,7 @@ def chat(llm: LLM, params: SamplingParams, system: str | None) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Notes Ctrl-C instead of raising it: an exception inside a step would leave the engine half-way."""
+    """Records Ctrl-C instead of raising it: an exception in a step would leave the engine inconsistent."""
     noted: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
     try:

@@ -1,4 +1,4 @@
-"""The collective budget: what the design lets one call of a program move between devices."""
+"""The collective budget: the bytes that the design lets one call of a program move between devices."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ def collective_budget(
     tokens: int = 1,
     rows: int = 1,
     itemsize: int = 4,
-    cut: bool = False,
+    sequence_parallel: bool = False,
 ) -> dict[str, Any]:
-    """Two all-reduces of the residual a layer, one for the embedding, one small gather to draw a token.
+    """Computes the collectives of one call.
 
-    A layer whose attention and MLP stand side by side needs one; a norm over all heads one more, of two
-    float32 numbers a token. Each device offers the best score of each row and its token, 8 bytes. Where the
-    residual is cut over positions, an all-gather and a reduce-scatter take the place of a layer's all-reduce,
-    a reduce-scatter that of the embedding's, and the last token's row is summed over the devices. On a CPU,
-    XLA sums bfloat16 as float32: a program then moves twice the bytes.
+    A layer takes two all-reduces of the residual, the embedding takes one, and sampling one small all-gather.
+    A layer whose attention and MLP are parallel takes one all-reduce; a norm over all heads adds one, of two
+    float32 numbers a token. To sample, each device contributes the best score of each row and its token, 8
+    bytes. With sequence parallelism, an all-gather and a reduce-scatter replace each all-reduce of a layer, a
+    reduce-scatter replaces that of the embedding, and the row of the last token takes an all-reduce. On a
+    CPU, XLA sums bfloat16 as float32, which doubles the bytes.
 
     Args:
         config: the architecture.
-        tp: devices.
-        tokens: that pass through the layers: of all rows of a decode step, or of a chunk.
-        rows: for which a token is drawn.
+        tp: number of devices.
+        tokens: tokens that pass through the layers: of all rows of a decode step, or of a chunk.
+        rows: rows that a token is sampled for.
         itemsize: bytes of an element of the residual.
-        cut: the residual is cut over positions.
+        sequence_parallel: whether the residual is sharded over positions.
 
     Returns:
-        How many of each of ``KINDS`` and others, the bytes of their results on one device, and the rule in
-        words.
+        The number of each of ``KINDS`` and of others, the bytes of their results on one device, and the rule
+        in words.
     """
     if tp == 1:
         return {**measured(()), "rule": "tp=1: none"}
@@ -47,7 +48,7 @@ def collective_budget(
     token_bytes = config.hidden_size * itemsize
     reduces, reduced = norms * layers, tokens * norms * layers * 2 * 4
     scatters, gathers, gathered = 0, 1, tp * rows * 2 * 4
-    if cut:
+    if sequence_parallel:
         moved = f"{sums} all-gathers and {sums} reduce-scatters × {layers} layers"
         reduces, reduced = reduces + 1, reduced + rows * token_bytes
         scatters = sums * layers + 1
@@ -63,18 +64,18 @@ def collective_budget(
         "all_gathers": gathers,
         "all_gather_bytes": gathered,
         "others": 0,
-        "rule": f"{moved} + 1 embedding{' + 1 last token' * cut}; sampling",
+        "rule": f"{moved} + 1 embedding{' + 1 last token' * sequence_parallel}; sampling",
     }
 
 
 def measured(collectives: Iterable[Collective]) -> dict[str, int]:
-    """The same figures of a compiled program, of what runs whatever its requests ask for."""
+    """Counts the unconditional collectives of a compiled program, in the form of the budget."""
     figures = {}
     always = [one for one in collectives if not one.conditional and one.group_size != 1]
     for kind in KINDS:
-        alike = [one for one in always if one.kind == kind]
+        same_kind = [one for one in always if one.kind == kind]
         name = kind.replace("-", "_")
-        figures[f"{name}s"] = sum(one.count for one in alike)
-        figures[f"{name}_bytes"] = sum(one.count * one.bytes for one in alike)
+        figures[f"{name}s"] = sum(one.count for one in same_kind)
+        figures[f"{name}_bytes"] = sum(one.count * one.bytes for one in same_kind)
     figures["others"] = sum(one.count for one in always if one.kind not in KINDS)
     return figures

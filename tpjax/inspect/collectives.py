@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, read from its optimised HLO."""
+"""Reads the collectives of a compiled program from its optimised HLO."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _STARTS = tuple(f"{kind}-start" for kind in KINDS)
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\] *\{([^}]*)\})")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _FRAME = re.compile(r"stack_frame_id=(\d+)")
-_SCATTER = "all-reduce-scatter"  # begins the name of what a TPU's reduce-scatter calls
-_HANDED_ON = ("bitcast", "reshape", "copy", "get-tuple-element", "all-reduce-done")
+_SCATTER = "all-reduce-scatter"  # prefix of the computation that a fused reduce-scatter of a TPU calls
+_VIEWS = ("bitcast", "reshape", "copy", "get-tuple-element", "all-reduce-done")
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Collective:
 
     Attributes:
         kind: one of ``KINDS``.
-        shapes: of the result on one device, such as ``f32[1,576]``.
-        bytes: of that result.
-        group_size: devices that take part; 0 where the program does not say (all of them).
-        count: times it runs in one call; loops of unknown length count once.
-        conditional: it runs only if some request asks for it (it is in a branch).
-        op_name: the operation of the traced program it comes from.
-        source: the line that asked for it, such as ``model.py:60``: the model's, or else the innermost of
-            this package; empty where the program does not say.
+        shapes: shapes of the result on one device, such as ``f32[1,576]``.
+        bytes: bytes of the result on one device.
+        group_size: number of devices that take part; 0 if the program does not say (all of them).
+        count: number of times it runs in one call; loops of unknown length count once.
+        conditional: whether it is in a branch, and runs only if some request asks for it.
+        op_name: the operation of the traced program that it comes from.
+        source: the source line that it comes from, such as ``model.py:60``: the line in ``model.py`` if there
+            is one, else the innermost line of this package; empty if the program does not say.
     """
 
     kind: str
@@ -57,11 +57,11 @@ class Collective:
 def find_collectives(hlo: str | Module) -> list[Collective]:
     """Lists the collectives reachable from the entry computation.
 
-    A reduce-scatter is one in whatever form: as an operation; on a TPU as a fusion of an all-reduce and a
-    slice; on a CPU as an all-reduce of which every reader keeps its own device's part.
+    A reduce-scatter is recognised in each of its forms: the operation; on a TPU a fusion of an all-reduce and
+    a slice; on a CPU an all-reduce of which every reader keeps the part of its own device only.
 
     Args:
-        hlo: an optimised module, or its text as ``Compiled.as_text()`` gives it.
+        hlo: an optimised module, or its text as returned by ``Compiled.as_text()``.
     """
     module = Module(hlo) if isinstance(hlo, str) else hlo
     sources = source_lines(module.text)
@@ -80,7 +80,7 @@ def find_collectives(hlo: str | Module) -> list[Collective]:
         size = _group_size(instruction.line)
         if callee:
             size = max((_group_size(inner.line) for inner in module.computations[callee].values()), default=0)
-        if kind == "all-reduce" and (kept := _kept(module, one.computation, instruction, size)):
+        if kind == "all-reduce" and (kept := _kept_part(module, one.computation, instruction, size)):
             kind, arrays = "reduce-scatter", kept
         name = _OP_NAME.search(instruction.line)
         found.append(
@@ -99,7 +99,7 @@ def find_collectives(hlo: str | Module) -> list[Collective]:
 
 
 def summarise(collectives: Iterable[Collective]) -> list[Collective]:
-    """Merges collectives that one line asked for, alike but for their operation; the largest total first."""
+    """Merges equal collectives of one source line, whatever their operation; largest total first."""
     merged: dict[Collective, int] = defaultdict(int)
     for one in collectives:
         merged[replace(one, count=1, op_name="")] += one.count
@@ -108,10 +108,10 @@ def summarise(collectives: Iterable[Collective]) -> list[Collective]:
 
 
 def source_lines(hlo: str) -> dict[int, str]:
-    """The line each stack frame of a module stands for, as :attr:`Collective.source` gives it.
+    """Maps each stack frame of a module to its source line, in the form of :attr:`Collective.source`.
 
-    A module lists file names, locations and frames by number; a frame names its location and, one too high,
-    its caller's frame.
+    A module lists file names, locations and frames by number. A frame has the number of its location and, one
+    too high, that of its caller's frame.
     """
     files = {int(n): name for n, name in re.findall(r'^(\d+) "([^"]+\.py)"$', hlo, re.MULTILINE)}
     locations = {
@@ -149,26 +149,26 @@ def _source(line: str, sources: dict[int, str]) -> str:
 def _results(instruction: Instruction) -> list[Array]:
     arrays = instruction.arrays
     if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
-        # an asynchronous start gives (operands, results) and, on some backends, counters
+        # an asynchronous start returns (operands, results) and, on some backends, counters
         arrays = [array for array in arrays if (array.dtype, array.dims) != ("u32", ())]
         arrays = arrays[len(arrays) // 2 :]
     return arrays
 
 
-def _kept(module: Module, computation: str, reduced: Instruction, devices: int) -> list[Array]:
-    """What a device keeps of an all-reduce, if every reader takes no more than its own part; else nothing."""
-    whole, *others = _results(reduced)
+def _kept_part(module: Module, computation: str, reduced: Instruction, devices: int) -> list[Array]:
+    """Returns the part of an all-reduce that a device keeps, if every reader reads no more; else nothing."""
+    full, *others = _results(reduced)
     if others:
         return []
     kept: list[Array] = []
     readers = list(module.users(computation, reduced.name))
     while readers:
         reader, place = readers.pop()
-        if reader.opcode in _HANDED_ON:
+        if reader.opcode in _VIEWS:
             readers += module.users(computation, reader.name)
             continue
         part = module.sliced(reader, place)
-        if part is None or part.elements * devices != whole.elements:
+        if part is None or part.elements * devices != full.elements:
             return []
         if not module.depends(computation, reader, "partition-id", but=reduced.name):
             return []
@@ -177,7 +177,7 @@ def _kept(module: Module, computation: str, reduced: Instruction, devices: int) 
 
 
 def _group_size(line: str) -> int:
-    """Devices per group, from a list of groups, an iota shape, or axes of a mesh; 0 if the line has none."""
+    """Returns the devices per group: from a list of groups, an iota shape, or mesh axes; else 0."""
     match = _GROUPS.search(line)
     if match is None:
         return 0

@@ -1,4 +1,4 @@
-"""What ``tpjax doctor`` sees: versions, devices, settings, caches, memory, and what looks wrong with them."""
+"""``tpjax doctor``: versions, devices, settings, caches and memory, and what looks wrong with them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _PACKAGES = (
 _OPTIONAL = _PACKAGES[_PACKAGES.index("transformers") :]
 _SETTINGS = re.compile(r"(XLA|JAX|HF|TPJAX|TPU|CUDA|LIBTPU)_\w+|NPROC|XDG_CACHE_HOME|HUGGING_FACE_HUB_TOKEN")
 _SECRETS = re.compile(r"TOKEN|SECRET|PASSWORD|KEY")
-_CREDENTIALS = re.compile(r"//[^/@\s]+@")  # of an address: //user:password@host
+_CREDENTIALS = re.compile(r"//[^/@\s]+@")  # in an address: //user:password@host
 _FAKED = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 _LITTLE_MEMORY_BYTES = 2 << 30
 
@@ -65,7 +65,7 @@ def examine() -> dict[str, Any]:
 
 
 def render(facts: dict[str, Any]) -> RenderableType:
-    """Lays out what :func:`examine` found as a table, followed by its warnings."""
+    """Renders what :func:`examine` found as a table, followed by warnings."""
     from rich.console import Group
     from rich.markup import escape
     from rich.table import Table
@@ -127,7 +127,7 @@ def _version(package: str) -> str | None:
 
 
 def _devices() -> dict[str, Any]:
-    """What JAX presents, or the first line of why it did not start."""
+    """Describes the devices of JAX, or the first line of the error if it did not start."""
     found = {"platform": None, "count": 0, "kind": None, "memory_bytes": None, "faked": False, "error": None}
     try:
         import jax
@@ -147,7 +147,7 @@ def _devices() -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    """The variables that JAX, XLA, Hugging Face and tpjax read, without what is secret in them."""
+    """Returns the variables that JAX, XLA, Hugging Face and tpjax read, without secrets."""
     chosen = sorted(name for name in os.environ if _SETTINGS.fullmatch(name))
     return {
         name: "(set)" if _SECRETS.search(name) else _CREDENTIALS.sub("//***@", os.environ[name])
@@ -156,7 +156,7 @@ def _environment() -> dict[str, str]:
 
 
 def _memory() -> dict[str, int | None]:
-    """The machine's memory, from the kernel where it tells."""
+    """Returns the memory of the machine, if the system tells."""
     total = available = None
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -169,7 +169,7 @@ def _memory() -> dict[str, int | None]:
 
 
 def _caches() -> list[dict[str, Any]]:
-    """The cache folders: tpjax's own, JAX's where it was set elsewhere, and Hugging Face's."""
+    """Lists the cache folders of tpjax, of JAX if it is elsewhere, and of Hugging Face."""
     from huggingface_hub import constants
 
     own = hub.cache_dir()
@@ -190,7 +190,7 @@ def _caches() -> list[dict[str, Any]]:
 
 
 def _topologies() -> dict[str, str | None]:
-    """What keeps ``explain --topology`` from compiling for each kind of chip; ``None``: nothing does."""
+    """Says for each kind of chip why ``explain --topology`` cannot compile; ``None`` if it can."""
     try:
         from tpjax.inspect.topology import extra_problem
     except ImportError as error:  # JAX itself
@@ -206,7 +206,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _folder_bytes(folder: Path) -> int:
-    """Bytes of the files below a folder; links are not followed, so Hugging Face's blobs count once."""
+    """Returns the bytes of the files in a folder. Links are not followed, so that blobs count once."""
     total = 0
     for parent, _, files in os.walk(folder):
         for file in files:
@@ -218,7 +218,7 @@ def _folder_bytes(folder: Path) -> int:
 
 
 def _hub_models(folder: Path) -> list[str]:
-    """Repository ids in a Hugging Face cache folder, whose subfolders are named models--org--name."""
+    """Lists the repository ids in a Hugging Face cache, whose subfolders are named models--org--name."""
     names = [path.name.split("--") for path in _subfolders(folder)]
     return ["/".join(parts[1:]) for parts in names if parts[0] == "models"]
 
@@ -241,7 +241,7 @@ def _warnings(packages: dict[str, Any], devices: dict[str, Any], memory: dict[st
 
 
 def _deadlock(jax_version: str | None) -> str | None:
-    """Faked devices on an old JAX need a thread each, or a collective waits for ever (see mesh.py)."""
+    """Warns of faked devices on an old JAX: each needs a thread, or a collective never ends (see mesh.py)."""
     faked = _FAKED.search(os.environ.get("XLA_FLAGS", ""))
     if jax_version is None or faked is None or _numbers(jax_version) >= (0, 12):
         return None
@@ -259,7 +259,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _unused_accelerators() -> list[str]:
-    """Hardware that is there while JAX only has the CPU: nearly always a missing extra."""
+    """Warns of accelerators that JAX does not use, nearly always because an extra is missing."""
     warnings = []
     if os.path.exists("/dev/nvidiactl"):
         warnings.append("there is an NVIDIA GPU, but JAX runs on the CPU: pip install 'tpjax[cuda]'")

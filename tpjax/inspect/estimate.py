@@ -1,10 +1,10 @@
-"""How long a TPU program takes, estimated from what its compiler says of it.
+"""Estimates the time of a TPU program from the cycles that its compiler predicts.
 
-    time = max(cycles / clock, traffic / bandwidth) + collectives
+    time = max(cycles / clock, memory traffic / bandwidth) + collectives
 
-The compiler writes estimated cycles on its fusions (about 1,800 on the smallest), but not on the copies that
-fetch most weights ahead, nor on collectives, and on a loop's body once. Traffic is what those copies move and
-what all else reads and writes in main memory. Nothing here was measured on a chip.
+The compiler annotates fusions with estimated cycles (about 1,800 on the smallest), but neither collectives
+nor the copies that prefetch most weights, and the body of a loop once. Memory traffic is what those copies
+move and what everything else reads and writes in main memory. Nothing here was measured on a chip.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from tpjax.planning.cost_model import Cost, CostModel
 from tpjax.planning.counts import Counts
 from tpjax.planning.workload import Workload
 
-# Multiply-adds a chip does in a cycle: its matrix units, 128 or 256 square (How to Scale Your Model, chapter
-# 2, and Google Cloud's pages). Half the peak rate over these is the clock: 1.50 GHz of a v5e, 1.75 of a v6e.
+# Multiply-adds of a chip in one cycle: its matrix units, 128 or 256 square (How to Scale Your Model, chapter
+# 2, and Google Cloud's pages). Half the peak rate over these is the clock: 1.50 GHz on a v5e, 1.75 on a v6e.
 _MACS_A_CYCLE = {
     "v4": 8 * 128**2,
     "v5e": 4 * 128**2,
@@ -43,9 +43,9 @@ _IDEAL = Efficiency(
     expert_us=0.0,
 )
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_NO_ESTIMATE = 2**62  # and more: the compiler's largest number, where it has none
+_NO_ESTIMATE = 2**62  # and above: what the compiler writes if it has no estimate
 _DONE = ("slice-done", "copy-done")
-# no traffic of their own: names and bookkeeping, starts whose end is counted, and collectives, timed apart
+# no memory traffic: bookkeeping, starts whose end is counted, and collectives, which are timed separately
 _FREE = re.compile(
     r"parameter|constant|tuple|get-tuple-element|bitcast|reshape|optimization-barrier|after-all|iota|partition-id"
     r"|replica-id|while|conditional|call|.*-start|(all|collective|reduce-scatter|async)(-.*)?"
@@ -54,20 +54,20 @@ _FREE = re.compile(
 
 @dataclass(frozen=True)
 class Estimate:
-    """Where the time of one call goes, seconds; what only some requests ask for is left out.
+    """Time of one call by cause, in seconds; branches that only some requests need are left out.
 
     Attributes:
         context: tokens in the cache of each sequence.
         compute_s: estimated cycles over the clock.
-        pages_s: of those, in loops over pages of the cache.
-        traffic_bytes: read and written in main memory.
+        pages_s: the part of ``compute_s`` in loops over pages of the cache.
+        traffic_bytes: bytes read and written in main memory.
         traffic_s: those over the bandwidth.
-        collectives_s: by the model of the links that ``plan`` has.
-        total_s: the longer of compute and traffic, and the collectives.
-        memory_bound_s: weights and cache, read once.
+        collectives_s: collectives, by the interconnect model of ``plan``.
+        total_s: the longer of compute and memory traffic, plus the collectives.
+        memory_bound_s: reading weights and cache once.
         compute_bound_s: products at the peak rate.
-        bound_s: block by block the longer of the two: no program is faster.
-        kernels: calls of kernels for which there are no cycles.
+        bound_s: the longer of both bounds, summed over blocks: no program is faster.
+        kernels: number of kernel calls without cycles.
     """
 
     context: int
@@ -101,30 +101,30 @@ def estimate(
 
     Args:
         module: the program.
-        collectives: of it.
-        config: of the model.
-        topology: its chips.
-        tp: devices.
-        dtype: of weights and cache.
-        batch: sequences.
-        length: tokens of each in one call.
+        collectives: its collectives.
+        config: the architecture.
+        topology: the chips.
+        tp: number of devices.
+        dtype: dtype of weights and cache.
+        batch: number of sequences.
+        length: tokens of each sequence in one call.
         context: tokens in the cache of each sequence before a chunk, or up to the token that is decoded.
         page_size: tokens of a page.
-        caches: dimensions of the cache's buffers, as :attr:`Array.sizes` gives them.
+        caches: dimensions of the cache buffers, in the form of :attr:`Array.sizes`.
     """
     chip = topology.hardware
-    share = topology.devices_per_chip
-    bandwidth = chip.bandwidth_bytes_s / share
+    devices_per_chip = topology.devices_per_chip
+    bandwidth = chip.bandwidth_bytes_s / devices_per_chip
     clock = chip.flops / (2 * _MACS_A_CYCLE[chip.name])
     pages = [_pages(context, config.window_of(kind), page_size) for kind in config.layer_types]
-    cycles, walked, traffic, kernels = 0, 0, 0, 0
+    cycles, page_cycles, traffic, kernels = 0, 0, 0, 0
     for one in module.executed(pages, caches):
         if one.conditional or one.fused:
             continue
         match = _CYCLES.search(one.instruction.line)
         if match and int(match[1]) < _NO_ESTIMATE:
             cycles += int(match[1]) * one.times
-            walked += int(match[1]) * one.times * one.walking
+            page_cycles += int(match[1]) * one.times * one.page_loop
         elif match or "tpu_custom_call" in one.instruction.line:
             kernels += one.times
         traffic += _traffic(module, one) * one.times
@@ -132,7 +132,9 @@ def estimate(
     compute_s, traffic_s = cycles / clock, traffic / bandwidth
 
     def ideal(rate: float) -> Cost:
-        perfect = replace(chip, bandwidth_bytes_s=rate, flops=chip.flops / share, efficiency=_IDEAL)
+        perfect = replace(
+            chip, bandwidth_bytes_s=rate, flops=chip.flops / devices_per_chip, efficiency=_IDEAL
+        )
         kind = Workload(dtype="float32" if dtype == "float32" else "bf16")
         expert_axis: ExpertAxis = config.moe.sharded_axis(tp) if config.moe else "width"
         model = CostModel(Counts("", config), perfect, tp, kind, expert_axis)
@@ -142,7 +144,7 @@ def estimate(
     return Estimate(
         context=context,
         compute_s=compute_s,
-        pages_s=walked / clock,
+        pages_s=page_cycles / clock,
         traffic_bytes=traffic,
         traffic_s=traffic_s,
         collectives_s=moved,
@@ -155,17 +157,17 @@ def estimate(
 
 
 def _pages(context: int, window: int | None, page_size: int) -> int:
-    """Pages of the cache that a layer's attention walks over."""
+    """Returns the number of pages that attention in a layer reads."""
     first = 0 if window is None else max(context - window, 0) // page_size
     return -(-context // page_size) - first
 
 
 def _traffic(module: Module, one: Executed) -> int:
-    """Bytes that an instruction reads and writes in main memory, each time it runs."""
+    """Returns the bytes that an instruction reads and writes in main memory each time it runs."""
     instruction, body = one.instruction, module.computations[one.computation]
     if instruction.opcode in _DONE:
         start = body[instruction.operands[0]].arrays
-        # a copy's start gives what is written, then what is read; a slice's the whole first, then the slice
+        # copy-start returns the target, then the source; slice-start the source, then the slice
         size = start[0 if instruction.opcode == "copy-done" else 1].bytes
         return size * sum(array.space == 0 for array in start[:2])
     if _FREE.fullmatch(instruction.opcode):
@@ -179,7 +181,7 @@ def _traffic(module: Module, one: Executed) -> int:
 
 
 def _seconds(one: Collective, links: Interconnect, tp: int) -> float:
-    """A collective by the model of an all-reduce, of which the others are halves (the book, chapter 3)."""
+    """Returns the time of a collective. All but an all-reduce count as half of one (the book, chapter 3)."""
     devices = one.group_size or tp
     match one.kind:
         case "all-reduce":

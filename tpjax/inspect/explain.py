@@ -1,4 +1,4 @@
-"""What is where, how much memory it takes, and what the compiled steps move between devices."""
+"""Explains a sharded model: specs, memory, and the collectives of its compiled steps."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from tpjax.sharding import Content, Layout, Segment, WeightLayout, head_plan, pa
 
 
 def explain(runner: Runner, name: str) -> Report:
-    """Describes a runner; it needs no weights, and compiles a decode and a prefill step if need be."""
+    """Describes a runner. It needs no weights; a decode and a prefill step are compiled unless they are."""
     config, mesh, limits = runner.config, runner.mesh, runner.limits
     tensors = _tensor_rows(runner)
     weight_bytes = sum(row.bytes_per_device for row in tensors)
@@ -75,15 +75,15 @@ def explain_model(
     max_model_len: int | None = None,
     expert_parallel: ExpertParallel = "auto",
 ) -> Report:
-    """Describes a checkpoint cut over ``tp`` devices without reading a weight.
+    """Describes a checkpoint sharded over ``tp`` devices without reading a weight.
 
     Args:
-        model: as ``LLM`` takes it; or the name of a published model, a ``config.json``, or a directory that
-            holds one and no weights. Of a Hugging Face id nothing but its ``config.json`` is fetched.
-        tp: devices; ``None``: all of them.
-        dtype: as ``LLM`` takes it.
+        model: a name or path that ``LLM`` accepts, the name of a published model, a ``config.json``, or a
+            directory that holds one and no weights. From Hugging Face, only ``config.json`` is downloaded.
+        tp: number of devices; ``None``: all of them.
+        dtype: a dtype that ``LLM`` accepts.
         max_model_len: longest sequence, tokens.
-        expert_parallel: as ``LLM`` takes it.
+        expert_parallel: whether experts are sharded, as for ``LLM``.
 
     Raises:
         TpjaxError: the checkpoint is not supported, or its configuration and tensors disagree.
@@ -104,7 +104,7 @@ def explain_model(
         check_tensors(checkpoint, declared)
     weight_bytes, memory = sum(p.bytes_per_device for p in declared), device_memory(mesh.size)
     if memory is not None and memory.free < 2 * weight_bytes:
-        memory = None  # what is too large for this machine can be looked at all the same
+        memory = None  # a model that is too large for this machine can be explained too
     limits = plan_limits(
         config,
         mesh.size,
@@ -118,7 +118,7 @@ def explain_model(
 
 
 def _step(runner: Runner, name: Kind, tokens: int) -> Step:
-    """One sequence's program that takes in so many tokens."""
+    """Compiles the program of one sequence and ``tokens`` tokens, and reads its collectives and memory."""
     compiled = runner.program(name, 1, tokens)
     memory = compiled.memory_analysis()
     return Step(
@@ -135,6 +135,7 @@ def _step(runner: Runner, name: Kind, tokens: int) -> Step:
 
 
 def _spec(spec: PartitionSpec) -> str:
+    """Writes a spec as ``(-, tp)``, or ``replicated``."""
     return (
         "(" + ", ".join("-" if part is None else str(part) for part in spec) + ")" if spec else "replicated"
     )
@@ -173,7 +174,7 @@ def _tensor_rows(runner: Runner) -> list[TensorRow]:
 
 
 def _contents(layout: Layout, sharding: NamedSharding, size: int) -> tuple[Content, ...]:
-    """What each device's slice holds, ``size`` bytes an element."""
+    """Returns the content of the slice on each device, in bytes, for elements of ``size`` bytes."""
     contents, seen = [], set()
     slices = sharding.devices_indices_map(layout.shape)
     for device in sharding.mesh.devices.flat:
@@ -228,8 +229,8 @@ def _heads(config: ModelConfig, tp: int) -> dict[str, Any]:
         summary = (
             f"heads: {plan.num_heads} of the checkpoint are computed as {plan.num_padded_heads} "
             f"({plan.query_padding:+.0%} attention FLOPs), {plan.head_slots_per_device} on each device; "
-            "all read one latent per token, which every device has whole "
-            f"({cache_padding:+.0%} cache over all)"
+            "all read one latent per token, which is replicated "
+            f"({cache_padding:+.0%} cache over all devices)"
         )
     return {
         "num_heads": plan.num_heads,
@@ -244,9 +245,9 @@ def _heads(config: ModelConfig, tp: int) -> dict[str, Any]:
 
 
 def _experts(moe: MoEConfig, tp: int) -> dict[str, Any]:
-    count, width, cut = moe.num_experts, moe.expert_width, moe.sharded_axis(tp)
-    if cut == "experts":
-        what = f"each device has {count // tp} whole ones"
+    count, width, axis = moe.num_experts, moe.expert_width, moe.sharded_axis(tp)
+    if axis == "experts":
+        what = f"each device has {count // tp} of its own"
     else:
         padded = pad_to_multiple(width, tp)
         what = f"each device has {padded // tp} of every expert's {width} features" + (
@@ -257,6 +258,6 @@ def _experts(moe: MoEConfig, tp: int) -> dict[str, Any]:
         "num_experts": count,
         "experts_per_token": moe.experts_per_token,
         "sparse_layers": sum(moe.sparse_layers),
-        "cut": cut,
+        "sharded_by": axis,
         "summary": f"experts: {who}; {what}, as {experts_reason(moe, tp)}",
     }

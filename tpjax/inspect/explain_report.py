@@ -1,4 +1,4 @@
-"""What :func:`tpjax.inspect.explain.explain` found, for a reader: tables, and a picture of the shards."""
+"""Renders what :func:`tpjax.inspect.explain.explain` found: tables, and a picture of the shards."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ class TensorRow:
     """A parameter, or the same parameter of every layer.
 
     Attributes:
-        name: dotted path; ``*`` stands for each layer.
-        count: how many tensors the row stands for.
-        spec: how it is cut.
-        shape: stored, over all devices.
-        shard_shape: on one device.
-        bytes: of the stored shape, all of the row's tensors together.
-        bytes_per_device: likewise, of one device's slices.
-        padding: zeros, as a fraction of the checkpoint's elements.
-        copies: elements that repeat another device's, as a fraction of the checkpoint's.
-        replicated: every device holds all of it.
-        why: in words.
-        devices: what each device's slices hold, in bytes.
+        name: dotted path; ``*`` stands for every layer.
+        count: number of tensors in the row.
+        spec: partition spec.
+        shape: stored shape, over all devices.
+        shard_shape: shape on one device.
+        bytes: bytes of all tensors in the row, over all devices.
+        bytes_per_device: bytes of all tensors in the row, on one device.
+        padding: zeros, as a fraction of the elements in the checkpoint.
+        copies: elements that another device holds too, as a fraction of the elements in the checkpoint.
+        replicated: whether every device holds all of it.
+        why: why it is sharded or replicated.
+        devices: bytes held, copied and padded on each device.
     """
 
     name: str
@@ -65,23 +65,23 @@ class TensorRow:
 
     @property
     def title(self) -> str:
-        """The name, shortened, and how many of it there are."""
+        """The name, shortened, and the number of tensors."""
         times = f" ×{self.count}" if self.count > 1 else ""
         return self.name.removeprefix("layers.*.").removesuffix(".weight") + times
 
 
 @dataclass(frozen=True)
 class Step:
-    """A compiled program, and what the design says of it.
+    """A compiled program and its budget. Bytes are those on one device.
 
     Attributes:
         name: ``decode`` or ``prefill``.
-        tokens: that it takes in.
-        collectives: by the line that asked for them.
-        budget: of its collectives.
-        argument_bytes: weights, cache and requests on each device, as the compiler lays them out.
-        temporary_bytes: besides those.
-        aliased_bytes: of the arguments, those it updates in place.
+        tokens: tokens it computes in one call.
+        collectives: its collectives, merged by the source line they come from.
+        budget: collectives that the design allows it.
+        argument_bytes: weights, cache and requests, as the compiler lays them out.
+        temporary_bytes: temporaries.
+        aliased_bytes: arguments that are updated in place.
     """
 
     name: str
@@ -94,28 +94,28 @@ class Step:
 
     @property
     def title(self) -> str:
-        """What the tables call it."""
+        """The name in tables."""
         return "a decode step" if self.name == "decode" else f"prefill of {self.tokens}"
 
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """Rich renders it in a terminal, ``_repr_html_`` in a notebook.
+    """A sharded model. Rich renders it in a terminal, ``_repr_html_`` in a notebook.
 
     Attributes:
-        model: its name.
+        model: name of the model.
         model_type: its family.
-        tp: devices.
-        platform: of the devices.
-        dtype: of weights and cache.
-        heads: the head plan in words.
-        experts: how a mixture of experts is cut, and why; ``None``: the model has none.
-        tensors: parameters.
-        weight_bytes: all parameters on all devices.
-        weight_bytes_per_device: all parameters.
+        tp: number of devices.
+        platform: kind of the devices.
+        dtype: dtype of weights and cache.
+        heads: the head plan, and a sentence about it.
+        experts: how experts are sharded, and why; ``None`` if the model has none.
+        tensors: a row for each kind of parameter.
+        weight_bytes: bytes of all parameters, over all devices.
+        weight_bytes_per_device: bytes of all parameters, on one device.
         cache: shape, spec and bytes of the key-value cache.
-        state_bytes_per_device: last tokens and what samplers need.
-        workspace_bytes: predicted for the largest program on each device, besides all these.
+        state_bytes_per_device: bytes of last tokens and sampler state.
+        workspace_bytes: predicted temporaries of the largest program on one device.
         steps: the compiled decode step of one sequence, and the prefill of the longest chunk.
     """
 
@@ -135,7 +135,7 @@ class Report:
     steps: list[Step]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Returns plain data, ready for JSON."""
         return asdict(self)
 
     def __repr__(self) -> str:
@@ -192,11 +192,12 @@ class Report:
 
     def _cache_table(self) -> Table:
         cache = self.cache
+        placement = cache["spec"] if cache["spec"] == "replicated" else f"sharded {cache['spec']}"
         table = plain_table("KV cache", "", numbers=("all devices", "each device"))
         for what, name in (("a token", "bytes_per_token"), ("in all", "bytes")):
             table.add_row(what, human_bytes(cache[name]), human_bytes(cache[f"{name}_per_device"]))
         table.add_row(
-            f"{cache['buffers']} buffers, cut by {cache['spec']}",
+            f"{cache['buffers']} buffers, {placement}",
             dims(cache["shape"]),
             dims(cache["shard_shape"]),
         )
@@ -213,12 +214,12 @@ class Report:
         for what, size in parts.items():
             table.add_row(f"  {what}", human_bytes(size))
         arguments = [human_bytes(step.argument_bytes) for step in self.steps]
-        table.add_row("what a program is given", human_bytes(sum(parts.values())), *arguments)
+        table.add_row("argument bytes", human_bytes(sum(parts.values())), *arguments)
         temporaries = [human_bytes(step.temporary_bytes) for step in self.steps]
-        table.add_row("what it needs besides", f"about {human_bytes(self.workspace_bytes)}", *temporaries)
+        table.add_row("temporary bytes", f"about {human_bytes(self.workspace_bytes)}", *temporaries)
         in_place = [human_bytes(step.aliased_bytes) for step in self.steps]
         kept = parts["KV cache"] + parts["sampler's state"]
-        table.add_row("what it updates in place", human_bytes(kept), *in_place)
+        table.add_row("updated in place", human_bytes(kept), *in_place)
         return table
 
     def figure(self) -> Figure:
@@ -270,19 +271,19 @@ class Report:
 
 
 def dims(shape: Sequence[int]) -> str:
-    """``2×3``."""
+    """Writes a shape as ``2×3``."""
     return "×".join(map(str, shape))
 
 
 def _draw(axes: Any, y: float, devices: Sequence[Content], widest: int) -> None:
-    """A row of the picture: each device's bar, of width 0.9 where its bytes are ``widest``."""
+    """Draws a row of the picture: a bar for each device, of width 0.9 for ``widest`` bytes."""
     for device, content in enumerate(devices):
         axes.broken_barh([(device, 0.9)], (y - 0.36, 0.72), facecolor="#f4f4f4")
         left = float(device)
         for name, fill in _FILLS.items():
             width = 0.9 * getattr(content, name) / widest
             if width:
-                # a norm's few bytes are to be seen too, however narrow the columns
+                # the few bytes of a norm have to be visible, however many columns there are
                 width = max(width, 0.012 * max(1, len(devices) / 8))
                 style = {key: value for key, value in fill.items() if key != "label"}
                 axes.broken_barh([(left, width)], (y - 0.36, 0.72), linewidth=0, **style)

@@ -1,4 +1,4 @@
-"""An optimised module's text: its instructions, how often each runs, and what it reads and writes."""
+"""Parses the text of an optimised HLO module: instructions, how often each runs, what it reads and writes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computat
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+)")
 _BOUND = re.compile(r" [su]32\[\]\S* constant\((\d+)\)")
-# what hands buffers on, and moves nothing
+# opcodes that pass buffers on and move nothing
 _VIEWS = ("bitcast", "reshape", "get-tuple-element", "optimization-barrier")
 _SLICES = ("dynamic-slice", "slice", "gather")
 _UPDATES = ("dynamic-update-slice", "scatter")
@@ -45,14 +45,14 @@ _UPDATE_OPERAND = {"dynamic-update-slice": 1, "scatter": 2}
 
 @dataclass(frozen=True)
 class Array:
-    """One array of an instruction's result.
+    """One array of the result of an instruction.
 
     Attributes:
-        dtype: its name in HLO.
-        dims: of one device.
+        dtype: name of its dtype in HLO.
+        dims: dimensions on one device.
         order: dimensions from the fastest running to the slowest.
-        tile: the block in which a TPU lays out the fastest dimensions; empty: none.
-        space: memory it is in; 0 is the device's main memory.
+        tile: tile in which a TPU lays out the fastest dimensions; empty if there is none.
+        space: memory space; 0 is main memory.
     """
 
     dtype: str
@@ -63,17 +63,17 @@ class Array:
 
     @property
     def elements(self) -> int:
-        """Of the array itself."""
+        """Number of elements, without padding."""
         return math.prod(self.dims)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Dimensions that are more than 1, sorted: the same of a transposed copy."""
+        """Dimensions above 1, sorted: equal for an array and its transpose."""
         return tuple(sorted(size for size in self.dims if size > 1))
 
     @property
     def bytes(self) -> int:
-        """In memory, tiles filled up."""
+        """Bytes in memory, with padding to full tiles."""
         order = self.order or tuple(reversed(range(len(self.dims))))
         sizes = [self.dims[dim] for dim in order] or [1]
         for place, block in enumerate(reversed(self.tile)):
@@ -87,12 +87,12 @@ class Instruction:
     """One instruction.
 
     Attributes:
-        name: of its result.
-        type: of its result, as printed.
-        opcode: what it does.
-        arguments: between its parentheses.
-        root: its result is its computation's.
-        line: all of it.
+        name: name of its result.
+        type: type of its result, as printed.
+        opcode: its operation.
+        arguments: the text in its parentheses.
+        root: whether its result is the result of its computation.
+        line: the full line.
     """
 
     name: str
@@ -104,31 +104,31 @@ class Instruction:
 
     @functools.cached_property
     def operands(self) -> list[str]:
-        """Names of the instructions it reads."""
+        """Names of the instructions that it reads."""
         return _OPERAND.findall(self.arguments)
 
     @functools.cached_property
     def arrays(self) -> list[Array]:
-        """Of the result."""
+        """Arrays of its result."""
         return read_arrays(self.type)
 
     @functools.cached_property
     def callees(self) -> list[str]:
-        """Computations it names, branches apart."""
+        """Names of the computations that it calls, branches excepted."""
         return _CALLS.findall(self.line)
 
 
 @dataclass(frozen=True)
 class Executed:
-    """An instruction in its place.
+    """An instruction, and how it is run.
 
     Attributes:
-        computation: that holds it.
-        instruction: itself.
-        times: it runs in one call of the program.
-        conditional: it is in a branch.
-        fused: it is part of another instruction.
-        walking: it is in a loop over pages of the cache.
+        computation: name of the computation that holds it.
+        instruction: the instruction.
+        times: number of times it runs in one call of the program.
+        conditional: whether it is in a branch.
+        fused: whether it is part of a fusion.
+        page_loop: whether it is in a loop over pages of the cache.
     """
 
     computation: str
@@ -136,14 +136,14 @@ class Executed:
     times: int
     conditional: bool
     fused: bool
-    walking: bool
+    page_loop: bool
 
 
 class Module:
-    """An optimised module.
+    """A parsed module.
 
     Args:
-        text: as ``Compiled.as_text()`` gives it.
+        text: text of an optimised module, as returned by ``Compiled.as_text()``.
     """
 
     def __init__(self, text: str) -> None:
@@ -166,38 +166,39 @@ class Module:
     def executed(
         self, pages: Sequence[int] = (), caches: Collection[tuple[int, ...]] = ()
     ) -> Iterator[Executed]:
-        """What a call of the program runs, in order; a loop's body once, with the trips in ``times``.
+        """Yields what a call of the program runs, in order; the body of a loop once, its trips in ``times``.
 
         Args:
-            pages: trips of each layer's loop over the cache; further loops of unknown length run once.
-            caches: dimensions of its buffers, as :attr:`Array.sizes` gives them: such a loop carries them.
+            pages: trips of the loop over the cache in each layer; further loops of unknown length run once.
+            caches: dimensions of the cache buffers, in the form of :attr:`Array.sizes`: loops over the cache
+                carry them.
         """
         layers = iter(pages)
 
-        def run(name: str, times: int, conditional: bool, fused: bool, walking: bool) -> Iterator[Executed]:
+        def run(name: str, times: int, conditional: bool, fused: bool, page_loop: bool) -> Iterator[Executed]:
             for one in self.computations.get(name, {}).values():
-                yield Executed(name, one, times, conditional, fused, walking)
+                yield Executed(name, one, times, conditional, fused, page_loop)
                 if one.opcode in ("async-done", "async-update"):
-                    continue  # may name the computation that its start has run
-                trips, part, walks = 1, fused or one.opcode == "fusion", walking
+                    continue  # may name the computation that its start ran
+                trips, part, paged = 1, fused or one.opcode == "fusion", page_loop
                 if one.opcode == "while" and (known := self._trips(one)):
                     trips = known
                 elif one.opcode == "while" and any(array.sizes in caches for array in one.arrays):
-                    trips, walks = next(layers, 1), True
+                    trips, paged = next(layers, 1), True
                 for callee in one.callees:
-                    yield from run(callee, times * trips, conditional, part, walks)
+                    yield from run(callee, times * trips, conditional, part, paged)
                 for several, single in _BRANCHES.findall(one.line):
                     for callee in (several or single).split(","):
-                        yield from run(callee.strip().lstrip("%"), times, True, part, walks)
+                        yield from run(callee.strip().lstrip("%"), times, True, part, paged)
 
         yield from run(self.entry, 1, False, False, False)
 
     def users(self, computation: str, name: str) -> list[tuple[Instruction, int]]:
-        """The instructions that read a result, each with the place among its operands."""
+        """Lists the instructions that read a result, each with the index of the operand."""
         return self._users.get(computation, {}).get(name, [])
 
     def sliced(self, reader: Instruction, place: int) -> Array | None:
-        """The part that an instruction reads of its operand at ``place``; ``None``: all, or several parts."""
+        """Returns the part of operand ``place`` that an instruction reads; ``None`` if all or several."""
         if reader.opcode in _SLICES:
             return reader.arrays[0] if place == 0 else None
         if reader.opcode != "fusion":
@@ -209,7 +210,7 @@ class Module:
         return self.sliced(*readers[0]) if len(readers) == 1 else None
 
     def depends(self, computation: str, instruction: Instruction, opcode: str, but: str) -> bool:
-        """Whether an instruction needs the result of one of that opcode, and not only through ``but``."""
+        """Whether an instruction depends on one with that opcode, by a path other than through ``but``."""
         body, seen, ahead = self.computations[computation], {but}, list(instruction.operands)
         while ahead:
             name = ahead.pop()
@@ -222,15 +223,15 @@ class Module:
         return False
 
     def read(self, computation: str, name: str, instruction: Instruction) -> int:
-        """Bytes of an operand that an instruction reads: of one it only slices, the slices."""
+        """Returns the bytes of an operand that an instruction reads: only the slices, if it slices it."""
         operand = self.computations[computation][name]
-        whole = sum(array.bytes for array in operand.arrays)
+        full = sum(array.bytes for array in operand.arrays)
         places = [place for place, one in enumerate(instruction.operands) if one == name]
-        return min(whole, sum(self._read(instruction, place, whole) for place in places))
+        return min(full, sum(self._read(instruction, place, full) for place in places))
 
     def written(self, instruction: Instruction) -> list[tuple[Array, int]]:
-        """The arrays of a result, each with the bytes written: of one updated in place, the update."""
-        # a copy's start also shows what it reads; others count at their end
+        """Lists the arrays of a result with the bytes written: only the update, if updated in place."""
+        # the result of copy-start includes its source; other starts are counted at their end
         starts = {"copy-start": 1, "slice-start": 0}
         arrays = instruction.arrays[: starts.get(instruction.opcode)]
         return [(array, self._written(instruction, index, array.bytes)) for index, array in enumerate(arrays)]
@@ -239,36 +240,36 @@ class Module:
         if match := _TRIPS.search(loop.line):
             return int(match[1])
         match = _CONDITION.search(loop.line)
-        # loops count from 0, one at a time, to a constant or to what the program finds out
+        # loops count from 0 in steps of 1 to a constant, or to a bound known at run time only
         body = self.computations.get(match[1] if match else "", {})
         bounds = [int(bound) for one in body.values() for bound in _BOUND.findall(one.line)]
         return max(bounds, default=None)
 
-    def _read(self, instruction: Instruction, place: int, whole: int) -> int:
+    def _read(self, instruction: Instruction, place: int, full: int) -> int:
         opcode = instruction.opcode
         if opcode in _SLICES:
-            return sum(array.bytes for array in instruction.arrays) if place == 0 else whole
+            return sum(array.bytes for array in instruction.arrays) if place == 0 else full
         if opcode in _UPDATES:
-            return 0 if place == 0 else whole
+            return 0 if place == 0 else full
         if opcode != "fusion":
-            return whole
+            return full
         name = instruction.callees[0]
         parameter = self._parameters.get(name, {}).get(place)
-        return whole if parameter is None else self._read_inside(name, parameter, whole)
+        return full if parameter is None else self._read_inside(name, parameter, full)
 
-    def _read_inside(self, computation: str, name: str, whole: int) -> int:
+    def _read_inside(self, computation: str, name: str, full: int) -> int:
         if self.computations[computation][name].root:
-            return whole
+            return full
         return sum(
-            self._read_inside(computation, user.name, whole)
+            self._read_inside(computation, user.name, full)
             if user.opcode in _VIEWS
-            else self._read(user, place, whole)
+            else self._read(user, place, full)
             for user, place in self.users(computation, name)
         )
 
-    def _written(self, instruction: Instruction, index: int, whole: int) -> int:
+    def _written(self, instruction: Instruction, index: int, full: int) -> int:
         if instruction.opcode != "fusion":
-            return whole if instruction.opcode not in _UPDATES else min(whole, self._update(instruction, ""))
+            return full if instruction.opcode not in _UPDATES else min(full, self._update(instruction, ""))
         name = instruction.callees[0]
         body = self.computations.get(name, {})
         result = next((one for one in body.values() if one.root), None)
@@ -277,10 +278,10 @@ class Module:
         while result is not None and result.opcode in _VIEWS and result.operands:
             result = body.get(result.operands[0])
         if result is None:
-            return whole
+            return full
         if result.opcode in _UPDATES:
-            return min(whole, self._update(result, name))
-        return self._written(result, 0, whole) if result.opcode == "fusion" else whole
+            return min(full, self._update(result, name))
+        return self._written(result, 0, full) if result.opcode == "fusion" else full
 
     def _update(self, update: Instruction, computation: str) -> int:
         computation = computation or next(
@@ -308,7 +309,7 @@ class Module:
 
 
 def read_arrays(text: str) -> list[Array]:
-    """The arrays of a type as HLO prints it; tokens and such are left out."""
+    """Reads the arrays in the text of a type; tokens and the like are left out."""
     found = []
     for dtype, dims, order, layout in _ARRAY.findall(text):
         if dtype in DTYPE_BITS:
@@ -326,24 +327,26 @@ def read_arrays(text: str) -> list[Array]:
 
 
 def tpu_array(dtype: str, dims: tuple[int, ...], *, fixed: bool = False) -> Array:
-    """How a TPU lays out an argument: tiles of 8×128, of whose two ways round the one with less padding.
+    """Predicts how a TPU lays out an argument: in tiles of 8×128.
 
-    The last two dimensions may change places, unless their order is ``fixed``; few rows take a tile of few;
-    vectors are cut into 1024.
+    The last two dimensions are transposed if that takes less padding, unless their order is ``fixed``. Few
+    rows take a lower tile; vectors have tiles of 1024.
     """
     packed = max(1, 32 // DTYPE_BITS[dtype])
     order = tuple(reversed(range(len(dims))))
     if len(dims) < 2:
         blocks = -(-dims[0] // (128 * packed)) if dims else 1
         return Array(dtype, dims, order, (min(1024, 128 * packed * _power(blocks)),))
-    ways = []
-    for rows, turned in ((dims[-2], order), (dims[-1], (order[1], order[0], *order[2:]))):
-        ways.append(Array(dtype, dims, turned, (min(8, _power(rows)), 128)))
-    return ways[0] if fixed else min(ways, key=lambda array: array.bytes)
+    transposed = (order[1], order[0], *order[2:])
+    layouts = [
+        Array(dtype, dims, layout, (min(8, _power(rows)), 128))
+        for rows, layout in ((dims[-2], order), (dims[-1], transposed))
+    ]
+    return layouts[0] if fixed else min(layouts, key=lambda array: array.bytes)
 
 
 def _power(number: int) -> int:
-    """The smallest power of two that is not less."""
+    """Returns the smallest power of two that is not less than ``number``."""
     return 1 << (number - 1).bit_length()
 
 

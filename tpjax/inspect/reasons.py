@@ -1,4 +1,4 @@
-"""Why a parameter lies where it does: read off its module, its spec and its layout."""
+"""Says why a parameter is sharded or replicated: derived from its module, its spec and its layout."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tpjax.sharding import REPLICATED, Content, HeadPlan, StackedLayout, head_pl
 
 
 def reason(parameter: Parameter, model: Decoder, tp: int) -> str:
-    """Why a parameter is cut or replicated, and what of it is padding or copies.
+    """Says why a parameter is sharded or replicated, and what part of it is padding or copies.
 
     Args:
-        parameter: one of ``model``'s.
-        model: may be abstract.
-        tp: devices.
+        parameter: a parameter of ``model``.
+        model: a decoder, which may be abstract.
+        tp: number of devices.
     """
     if tp == 1:
         return "one device holds everything"
@@ -38,7 +38,7 @@ def reason(parameter: Parameter, model: Decoder, tp: int) -> str:
 
 
 def experts_reason(moe: MoEConfig, tp: int) -> str:
-    """Why whole experts go to each device, or a share of each one's width."""
+    """Says why experts are sharded over devices, or the width of each expert is."""
     if moe.expert_parallel != "auto":
         return f"expert_parallel={moe.expert_parallel!r} asks for it"
     divides = "divides" if moe.num_experts % tp == 0 else "does not divide"
@@ -46,11 +46,11 @@ def experts_reason(moe: MoEConfig, tp: int) -> str:
 
 
 def cache_reason(config: ModelConfig, tp: int) -> str:
-    """Why the key-value cache is cut or replicated."""
+    """Says why the key-value cache is sharded or replicated."""
     if tp == 1:
         return "one device holds everything"
     if config.latent is not None:
-        return "every head reads the whole latent: every device keeps it"
+        return "every head reads the full latent: every device keeps it"
     plan = head_plan(config, tp)
     heads = plan.stored_kv_heads
     copied = len(heads) - heads.count(None) - len(set(heads) - {None})
@@ -59,7 +59,7 @@ def cache_reason(config: ModelConfig, tp: int) -> str:
 
 
 def _modules(parameter: Parameter, model: Decoder) -> tuple[Any, Any]:
-    """The module that owns a parameter, after the one around it."""
+    """Returns the parent of the module that owns a parameter, and that module."""
     parent: Any = None
     owner: Any = model
     for name in parameter.path[:-1]:
@@ -71,30 +71,30 @@ def _placement(parameter: Parameter, owner: Any, parent: Any, model: Decoder, tp
     is_bias = parameter.path[-1] == "bias"
     match owner:
         case Norm() if isinstance(parent, Attention):
-            return "norm of each head, by the same numbers: heads are whole on a device"
+            return "norm of each head: all heads have the same weight, and none is split over devices"
         case Norm() if isinstance(parent, LatentAttention):
-            return "norm of a latent, which every device computes whole"
+            return "norm of a latent that every device computes"
         case Norm():
-            return "norm: every device normalises whole rows"
+            return "norm: every device normalises full rows"
         case HeadScale() | Attention():
-            return "numbers of each head: cut as the heads are"
+            return "numbers of each head: sharded like the heads"
         case PositionEmbedding():
             return "a look-up: cheaper on every device than an all-reduce"
         case Embedding() if owner is model.lm_head:
-            return "column-parallel: each device scores its own tokens, and logits stay cut"
+            return "column-parallel: each device scores its own tokens, and logits stay sharded"
         case Embedding():
             tied = " and scores" if model.lm_head is None else ""
-            return f"cut along the vocabulary: each device looks up{tied} its own tokens; one all-reduce"
+            return f"sharded along the vocabulary: each device looks up{tied} its own tokens; one all-reduce"
         case RowLinear(partial_sums=None) if is_bias:
             return "bias of a row-parallel product: added once, after the all-reduce"
         case RowLinear() if is_bias:
             return "bias of a row-parallel product: added by the first device alone, before the all-reduce"
         case RowLinear():
-            return "row-parallel: each device sums over its own inputs; one all-reduce adds the sums"
+            return "row-parallel: each device sums over its own inputs; one all-reduce adds the partial sums"
         case Linear() if owner.spec == REPLICATED:
-            return "every head reads the whole latent: every device computes it"
+            return "every head reads the full latent: every device computes it"
         case Linear() if is_bias:
-            return "bias of a column-parallel product: cut as its outputs are"
+            return "bias of a column-parallel product: sharded like its outputs"
         case Linear():
             what = "features" if not isinstance(parent, Attention | LatentAttention) else "heads"
             return f"column-parallel: each device computes its own {what}, and nothing moves"
@@ -106,7 +106,7 @@ def _placement(parameter: Parameter, owner: Any, parent: Any, model: Decoder, tp
             return "small: every device computes the same weight, and nothing moves"
         case Experts():
             return _expert_placement(parameter, owner, parent.experts, model.config, tp)
-    return "replicated" if parameter.sharding.is_fully_replicated else "cut"
+    return "replicated" if parameter.sharding.is_fully_replicated else "sharded"
 
 
 def _expert_placement(
@@ -116,9 +116,9 @@ def _expert_placement(
     if AXIS not in spec:
         return "bias of a sum over the width: counted on the first device alone"
     if owner is not routed:
-        return "each device has a share of its width, whose sum joins the all-reduce of the others"
+        return "each device has a part of its width; partial sums join the all-reduce of the routed experts"
     assert config.moe is not None
-    what = "whole experts" if spec[0] == AXIS else "a share of every expert's width"
+    what = "its own experts" if spec[0] == AXIS else "a part of every expert's width"
     return f"each device has {what}: {experts_reason(config.moe, tp)}"
 
 

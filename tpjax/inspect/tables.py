@@ -20,14 +20,14 @@ from tpjax.runtime.memory import human_bytes
 
 
 def as_html(report: RenderableType) -> str:
-    """The report as a notebook shows it."""
+    """Renders a report for a notebook."""
     console = Console(record=True, file=io.StringIO(), width=110, force_jupyter=False)
     console.print(report)
     return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
 
 def collective_table(name: str, collectives: Sequence[Collective], budget: dict[str, Any]) -> Table:
-    """A program's collectives by the line that asked for them, and their sums next to the budget.
+    """Lists the collectives of a program by source line, and their sums next to the budget.
 
     Bytes are those of the results on one device.
     """
@@ -37,7 +37,7 @@ def collective_table(name: str, collectives: Sequence[Collective], budget: dict[
     table.add_column("asked for by", overflow="ellipsis")
     table.columns[0].no_wrap = True
     for one in collectives:
-        # only what always runs is told apart from its neighbours: there may be many of the others
+        # the source text is shown for unconditional ones only: there may be many of the others
         text = "" if one.conditional else source_text(one.source)
         table.add_row(
             one.kind,
@@ -57,9 +57,9 @@ def collective_table(name: str, collectives: Sequence[Collective], budget: dict[
 
 
 def source_text(source: str) -> str:
-    """What stands in a line of this package, such as ``model.py:66``, right of an assignment.
+    """Returns the text of a source line of this package, such as ``model.py:66``, right of an assignment.
 
-    Empty where there is no such line.
+    Empty if there is no such line.
     """
     file, _, line = source.partition(":")
     path = Path(__file__).parents[1] / file

@@ -1,4 +1,4 @@
-"""Chips that are not here: what a compiler needs to know of them to compile a program ahead of time.
+"""Describes chips that are not here to a compiler, so that it can compile programs ahead of time.
 
 TPU programs need ``libtpu``, GPU programs JAX's CUDA plugin and ``ptxas``. Neither touches a device.
 """
@@ -21,9 +21,9 @@ from tpjax.hardware import HARDWARE, SHORT_NAMES, Hardware
 from tpjax.mesh import AXIS
 
 TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # axes of the chip grid
-# chips of a whole pod: beyond it, the compiler does not refuse but aborts
+# chips of a full pod: beyond it, the compiler aborts the process
 _POD = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}
-# libtpu versions that work too, by jax version: tried, though that jax asks for another
+# further libtpu versions that were tried and work, by jax version
 _ALSO_FITS = {"0.12.0.1": ("0.0.51",)}
 _CORES_PER_DEVICE = {"v4": {"chip_config_name": "megacore"}}  # else libtpu shows v4's two cores apart
 _DEVICES_PER_CHIP = {"tpu7x": 2}
@@ -31,7 +31,7 @@ _DEVICES_PER_CHIP = {"tpu7x": 2}
 
 @dataclass(frozen=True)
 class _GPU:
-    """What XLA asks of a GPU before it compiles; figures of XLA's own descriptions of these chips."""
+    """What XLA has to know of a GPU before it compiles; figures from the descriptions in XLA."""
 
     capability: tuple[int, int]
     cores: int
@@ -44,7 +44,7 @@ class _GPU:
     bandwidth: int
 
     def target(self, name: str) -> str:
-        """As a ``GpuTargetConfigProto`` in text form."""
+        """Returns a ``GpuTargetConfigProto`` in text form."""
         major, minor = self.capability
         return f"""
             platform_name: "CUDA"
@@ -77,9 +77,9 @@ class Topology:
     """Chips of one kind and how they are wired.
 
     Attributes:
-        name: as it was asked for, such as ``v5e:2x4``.
+        name: its name, such as ``v5e:2x4``.
         hardware: figures of the chip.
-        grid: chips along each axis; of GPUs one number.
+        grid: chips along each axis; for GPUs a single number.
     """
 
     name: str
@@ -88,25 +88,25 @@ class Topology:
 
     @property
     def is_tpu(self) -> bool:
-        """Else it is a GPU."""
+        """Whether it is a TPU; otherwise it is a GPU."""
         return self.hardware.name in TPUS
 
     @property
     def devices_per_chip(self) -> int:
-        """Devices that JAX makes of a chip; each has its part of the memory."""
+        """Number of JAX devices in a chip, which share its memory."""
         return _DEVICES_PER_CHIP.get(self.hardware.name, 1)
 
     @property
     def memory_bytes(self) -> int:
-        """Of one device."""
+        """Memory of one device."""
         return int(self.hardware.memory_bytes) // self.devices_per_chip
 
     def mesh(self, tp: int | None = None) -> Mesh:
-        """The mesh ``("tp",)`` over the first ``tp`` devices: programs can be compiled for it, not run.
+        """Makes the mesh ``("tp",)`` over the first ``tp`` devices: programs can be compiled for it, not run.
 
         Raises:
-            ConfigError: ``tp`` is more than there are, the extra is missing or unfit for this JAX, or the
-                installed compiler cannot target these chips.
+            ConfigError: there are fewer devices than ``tp``, the extra is missing or does not fit this JAX,
+                or the installed compiler cannot target these chips.
         """
         count = math.prod(self.grid) * self.devices_per_chip
         tp = count if tp is None else tp
@@ -117,12 +117,12 @@ class Topology:
 
     def _tpus(self) -> list[jax.Device]:
         check_extra("tpu")
-        # nothing here is a TPU: libtpu need not ask the cloud's metadata server which
+        # there is no TPU here: libtpu need not ask the metadata server of the cloud
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and no two processes contend for one
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor lock it against other processes
         options: dict[str, Any] = dict(_CORES_PER_DEVICE.get(self.hardware.name, {}))
         if math.prod(self.grid) % 4 or any(length % 2 for length in self.grid[:2]):
-            # a host has 2x2 chips, unless it is said to have them all
+            # a host has 2x2 chips unless told otherwise: let one host have all of them
             options["chips_per_host_bounds"] = [*self.grid, *[1] * (3 - len(self.grid))]
         layout = "x".join(map(str, self.grid))
         return _describe(self.name, "tpu", f"{self.hardware.name}:{layout}", options)
@@ -140,7 +140,7 @@ def parse_topology(text: str) -> Topology:
     """Reads ``v5e:2x4`` or ``h200:8``.
 
     Raises:
-        ConfigError: the chip is not known (the message lists those known), or the grid is not one of it.
+        ConfigError: the chip is unknown (the message lists the known ones), or the grid does not fit it.
     """
     name, _, grid = text.partition(":")
     name = SHORT_NAMES.get(name, name)
@@ -159,17 +159,17 @@ def parse_topology(text: str) -> Topology:
 
 
 def check_extra(kind: str) -> None:
-    """Sees to it that the compiler for ``tpu`` or ``gpu`` programs is there, and fits this JAX.
+    """Checks that the compiler for ``tpu`` or ``gpu`` programs is installed and fits this JAX.
 
     Raises:
-        ConfigError: it is not; the message says what to install.
+        ConfigError: it is missing or does not fit; the message says what to install.
     """
     if problem := extra_problem(kind):
         raise ConfigError(problem)
 
 
 def extra_problem(kind: str) -> str | None:
-    """Why ``tpu`` or ``gpu`` programs cannot be compiled here, and what to install; ``None``: they can."""
+    """Says why ``tpu`` or ``gpu`` programs cannot be compiled here, and what to install; else ``None``."""
     if kind == "tpu":
         wanted = _wanted_libtpu()
         install = f"pip install 'libtpu{'==' + wanted if wanted else ''}'"
@@ -208,7 +208,7 @@ def _describe(name: str, platform: str, topology_name: str, options: dict[str, A
 
 
 def _wanted_libtpu() -> str | None:
-    """The libtpu that the installed jax was built with, ``0.0.42.*`` say: its own extra ``tpu`` names it."""
+    """Returns the libtpu that jax was built with, such as ``0.0.42.*``, from its extra ``tpu``."""
     for requirement in importlib.metadata.requires("jax") or ():
         if found := re.match(r"libtpu\s*==\s*([\d.*]+)", requirement):
             return found[1]

@@ -1,0 +1,172 @@
+"""Reports of programs compiled for chips that are not here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tpjax.inspect.collectives import Collective
+from tpjax.inspect.estimate import Estimate
+from tpjax.inspect.tables import as_html, collective_table
+from tpjax.planning.plain_table import plain_table
+from tpjax.runtime.memory import human_bytes
+from tpjax.runtime.programs import Kind
+
+
+@dataclass(frozen=True)
+class ProgramReport:
+    """One compiled program. Bytes are those on one device.
+
+    Attributes:
+        name: ``decode`` or ``prefill``.
+        batch: number of rows.
+        length: tokens of each row in one call.
+        budget: collectives that the design allows it.
+        compile_s: seconds the compiler took.
+        predicted_bytes: weights, cache and state, computed from their shapes, tiled on a TPU.
+        cache_buffers: number of buffers of the key-value cache.
+        compile_error: first line of the compiler's error, if it failed to compile for want of memory; the
+            attributes below then have their defaults.
+        fits: whether ``needed_bytes`` is no more than the device has.
+        needed_bytes: arguments, temporaries, the code, and results that do not alias an argument.
+        collectives: its collectives, merged by the source line they come from.
+        argument_bytes: weights, cache and requests, as the compiler lays them out.
+        temporary_bytes: temporaries.
+        aliased_cache_buffers: number of cache buffers that are updated in place.
+        cache_copies: number of copies and transposes of a full cache buffer.
+        cache_write_backs: number of other instructions that write a full cache buffer.
+        weight_copies: number of relayouts (copies and transposes) of a full weight.
+        weight_copy_bytes: bytes of those together.
+        estimate: estimated time, on a TPU.
+    """
+
+    name: Kind
+    batch: int
+    length: int
+    budget: dict[str, Any]
+    compile_s: float
+    predicted_bytes: int
+    cache_buffers: int
+    compile_error: str = ""
+    fits: bool = False
+    needed_bytes: int = 0
+    collectives: Sequence[Collective] = ()
+    argument_bytes: int = 0
+    temporary_bytes: int = 0
+    aliased_cache_buffers: int = 0
+    cache_copies: int = 0
+    cache_write_backs: int = 0
+    weight_copies: int = 0
+    weight_copy_bytes: int = 0
+    estimate: Estimate | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class TopologyReport:
+    """The programs of a model on a topology. Rich renders it in a terminal, ``_repr_html_`` in a notebook.
+
+    Attributes:
+        model: name of the model.
+        topology: name of the topology, as it was asked for.
+        tp: number of devices.
+        dtype: dtype of weights and cache.
+        memory_bytes: memory of one device.
+        programs: decode, then prefill.
+    """
+
+    model: str
+    topology: str
+    tp: int
+    dtype: str
+    memory_bytes: int
+    programs: list[ProgramReport]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain data, ready for JSON."""
+        return asdict(self)
+
+    def __repr__(self) -> str:
+        return f"<TopologyReport: {self.model} on {self.topology}>"
+
+    def __rich__(self) -> RenderableType:
+        title = f"{self.model} at tp={self.tp} on {self.topology}, {self.dtype}, compiled ahead of time"
+        compiled = [one for one in self.programs if not one.compile_error]
+        return Group(
+            Text(title, style="bold"),
+            *(Text(self._does_not_fit(one), style="red") for one in self.programs if not one.fits),
+            self._memory(),
+            *([_times(compiled)] if any(one.estimate for one in compiled) else []),
+            *(collective_table(_heading(one), one.collectives, one.budget) for one in compiled),
+        )
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+    def _does_not_fit(self, program: ProgramReport) -> str:
+        needed = max(program.needed_bytes, program.predicted_bytes)
+        error = f"; failed to compile: {program.compile_error}" if program.compile_error else ""
+        return (
+            f"{program.name} does not fit: it needs {human_bytes(needed)} on each device, of "
+            f"{human_bytes(self.memory_bytes)}{error}"
+        )
+
+    def _memory(self) -> Table:
+        table = plain_table(
+            f"per device, of {human_bytes(self.memory_bytes)}",
+            "what",
+            numbers=list(map(_heading, self.programs)),
+        )
+        rows: dict[str, Callable[[ProgramReport], str]] = {
+            "weights, cache and state": lambda p: human_bytes(p.argument_bytes),
+            "  predicted": lambda p: f"{human_bytes(p.predicted_bytes)} ({_off(p):+.1%})",
+            "temporaries": lambda p: human_bytes(p.temporary_bytes),
+            "all of it": lambda p: f"{human_bytes(p.needed_bytes)}, {'fits' if p.fits else 'does not fit'}",
+            "cache buffers updated in place": lambda p: f"{p.aliased_cache_buffers} of {p.cache_buffers}",
+            "whole-cache copies": lambda p: str(p.cache_copies),
+            "whole-cache write-backs": lambda p: str(p.cache_write_backs),
+            "weight copies": lambda p: f"{p.weight_copies} ({human_bytes(p.weight_copy_bytes)})",
+            "compiled in": lambda p: f"{p.compile_s:.1f} s",
+        }
+        failed: dict[str, Callable[[ProgramReport], str]] = {
+            "  predicted": lambda p: human_bytes(p.predicted_bytes),
+            "all of it": lambda p: "does not fit",
+        }
+        for name, show in rows.items():
+            cells = (failed.get(name, lambda p: "") if one.compile_error else show for one in self.programs)
+            table.add_row(name, *(cell(one) for cell, one in zip(cells, self.programs, strict=True)))
+        return table
+
+
+def _off(program: ProgramReport) -> float:
+    return program.predicted_bytes / program.argument_bytes - 1
+
+
+def _heading(program: ProgramReport) -> str:
+    return f"{program.name} {program.batch}×{program.length}"
+
+
+def _times(programs: list[ProgramReport]) -> Table:
+    title = "estimated time, ms: the longer of compute and traffic, and the collectives"
+    table = plain_table(title, "what", numbers=list(map(_heading, programs)))
+    rows: dict[str, Callable[[Estimate], str]] = {
+        "tokens in the cache of each": lambda e: str(e.context),
+        "compute, by the compiler's cycles": lambda e: f"{e.compute_s * 1e3:.2f}",
+        "  of it in loops over pages": lambda e: f"{e.pages_s * 1e3:.2f}",
+        "memory traffic": lambda e: f"{human_bytes(e.traffic_bytes)}, {e.traffic_s * 1e3:.2f}",
+        "collectives": lambda e: f"{e.collectives_s * 1e3:.2f}",
+        "estimate": lambda e: f"{e.total_s * 1e3:.2f}",
+        "bound by memory": lambda e: f"{e.memory_bound_s * 1e3:.2f}",
+        "bound by compute": lambda e: f"{e.compute_bound_s * 1e3:.2f}",
+        "estimate / bound": lambda e: f"{e.total_s / e.bound_s:.2f}×",
+    }
+    estimates = [one.estimate for one in programs if one.estimate]
+    if any(one.kernels for one in estimates):
+        rows["kernels without cycles"] = lambda e: str(e.kernels)
+    for name, show in rows.items():
+        table.add_row(name, *(show(one) for one in estimates))
+    return table

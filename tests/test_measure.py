@@ -3,15 +3,16 @@
 import json
 
 import pytest
+from rich.console import Console
 
-from tpjax.cli import app as cli
 from tpjax.cli import console
 from tpjax.errors import DeviceError
 from tpjax.mesh import make_mesh
 from tpjax.planning import measure
 from tpjax.planning.counts import Counts
-from tpjax.planning.plan import make_plan
+from tpjax.planning.plan import make_plan, recommend
 from tpjax.planning.published import published_config
+from tpjax.planning.report import PlanReport
 from tpjax.planning.step_benchmark import longest, measure_steps
 from tpjax.planning.workload import Workload
 
@@ -104,23 +105,15 @@ def test_calls_take_turns_for_as_many_rounds_as_asked():
 
 
 def test_figures_are_kept(monkeypatch, tmp_path, capsys):
-    asked = []
-
-    def measured(tp, rounds):
-        asked.append(tp)
-        return FIGURES
-
     monkeypatch.setenv("TPJAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(measure, "_measure_apart", measured)
-    first = measure.measured_hardware(2)
-    assert capsys.readouterr().err == "tpjax: measuring this machine at tp=2, once\n"
-    assert measure.measured_hardware(2) == first and asked == [2]
-    measure.measured_hardware(3)
-    measure.measured_hardware(2, fresh=True)
-    assert asked == [2, 3, 2]
-    (tmp_path / "cache" / "measured.json").write_text("{")
-    measure.measured_hardware(2)
-    assert asked == [2, 3, 2, 2]
+    file = tmp_path / "cache" / "measured.json"
+    for tp in (2, 3):
+        measure.keep(file, tp, FIGURES | {"device": f"abacus {tp}"})
+    assert [measure.measured_hardware(tp).name for tp in (2, 3)] == ["abacus 2", "abacus 3"]
+    file.write_text("{")
+    measure.keep(file, 2, FIGURES)
+    assert measure.measured_hardware(2) == measure.hardware_from(FIGURES)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_failed_measurement_says_why(monkeypatch):
@@ -145,12 +138,11 @@ def test_bench_sets_measured_next_to_predicted(small, capsys):
     assert "toy at tp=2 on abacus, float32" in table and "predicted / measured" in table
 
 
-def test_plan_measures_each_tp_it_is_asked_about(monkeypatch, capsys):
-    monkeypatch.setattr(
-        measure, "measured_hardware", lambda tp, fresh, rounds: measure.hardware_from(FIGURES)
-    )
-    assert cli.main(["plan", "smollm2-135m", "--measure", "--json"]) == 0
-    data = json.loads(capsys.readouterr().out)
-    assert (data["chips"], data["dtype"], data["hardware"]) == (1, "float32", "abacus")  # tp gains nothing
-    assert cli.main(["plan", "smollm2-135m", "--measure", "--tp", "2"]) == 0
-    assert "faked devices share this machine's bandwidth" in capsys.readouterr().out
+def test_on_faked_devices_one_is_recommended():
+    hardware, counts = measure.hardware_from(FIGURES), Counts("toy", published_config("smollm2-135m"))
+    plans = [make_plan(counts, hardware, tp, tp, Workload(dtype="float32")) for tp in range(1, 5)]
+    best, reason = recommend(plans)
+    assert best.tp == 1  # faked devices share the machine: tp gains nothing
+    console = Console(width=100, record=True, quiet=True)
+    console.print(PlanReport(plans, best, reason))
+    assert "faked devices share this machine's bandwidth" in console.export_text()

@@ -75,13 +75,15 @@ def run(
         prompt, model = None, prompt  # the only argument is the model
     params = sampling.params(max_tokens=MAX_TOKENS)
     entries = _entries(prompts, prompt, params)
+    if token_ids:
+        entries = [(_as_token_ids(entry), one) for entry, one in entries]
     name = chosen_model(model, model_option)
     start = time.perf_counter()
     llm = load(name, sharding, generation_config=generation_config)
     note_defaults(llm)
     figures = Figures(load_s=time.perf_counter() - start)
     chat = chat or system is not None
-    requests = [(_prompt_of(llm, entry, chat, system, token_ids), one) for entry, one in entries]
+    requests = [(_prompt_of(llm, entry, chat, system), one) for entry, one in entries]
     with _profiled(profile):
         if prompts is None and not as_json:
             _stream(llm, *requests[0], figures, as_ids=token_ids)
@@ -176,17 +178,22 @@ def _entry(where: str, line: str, params: SamplingParams) -> tuple[dict[str, Any
         raise RequestError(f"{where}: {error}") from error
 
 
-def _prompt_of(llm: LLM, entry: dict[str, Any], chat: bool, system: str | None, token_ids: bool) -> Prompt:
+def _as_token_ids(entry: dict[str, Any]) -> dict[str, Any]:
+    """Reads the token ids that stand in the place of a prompt."""
+    if "prompt" not in entry:
+        return entry
+    words = str(entry["prompt"]).replace(",", " ").split()
+    if wrong := [word for word in words if not (word.isascii() and word.isdigit())]:
+        raise RequestError(f"--token-ids: {wrong[0]!r} is not a token id")
+    return {"prompt_token_ids": [int(word) for word in words]}
+
+
+def _prompt_of(llm: LLM, entry: dict[str, Any], chat: bool, system: str | None) -> Prompt:
     if "prompt_token_ids" in entry:
         return list(entry["prompt_token_ids"])
     if "messages" in entry:
         return llm.chat_prompt(entry["messages"])
     text = entry["prompt"]
-    if token_ids:
-        words = text.replace(",", " ").split()
-        if wrong := [word for word in words if not word.isdigit()]:
-            raise RequestError(f"--token-ids: {wrong[0]!r} is not a token id")
-        return [int(word) for word in words]
     if not chat:
         return str(text)
     messages = [{"role": "system", "content": system}] if system else []

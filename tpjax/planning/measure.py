@@ -61,18 +61,23 @@ def measured_hardware(tp: int, *, fresh: bool = False, rounds: int | None = None
     Raises:
         DeviceError: there are fewer devices, or the measurement failed.
     """
-    file, key = cache_dir() / "measured.json", _key(tp)
-    known = _read(file)
-    if fresh or key not in known:
+    file = cache_dir() / "measured.json"
+    figures = _read(file).get(_key(tp))
+    if fresh or figures is None:
         print(f"tpjax: measuring this machine at tp={tp}, once", file=sys.stderr)
-        known = {**_read(file), key: _measure_apart(tp, rounds)}
-        if (rounds or _ROUNDS) < _ROUNDS:
-            return hardware_from(known[key])
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(known, indent=1))
-        partial.replace(file)
-    return hardware_from(known[key])
+        figures = _measure_apart(tp, rounds)
+        if (rounds or _ROUNDS) >= _ROUNDS:
+            keep(file, tp, figures)
+    return hardware_from(figures)
+
+
+def keep(file: Path, tp: int, figures: dict[str, Any]) -> None:
+    """Adds the figures of one tp to a cache file, which is replaced in one step."""
+    known = {**_read(file), _key(tp): figures}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(f".{os.getpid()}.partial")
+    unfinished.write_text(json.dumps(known, indent=1))
+    unfinished.replace(file)
 
 
 def hardware_from(figures: dict[str, Any]) -> Hardware:

@@ -77,7 +77,7 @@ class Target:
             writer.transport.abort()
 
     async def status(self, path: str, body: bytes) -> int:
-        """Sends a body and waits for the answer's status; 0 where the connection was cut."""
+        """Sends a body and waits for the answer's status; 0 if the connection was closed."""
         try:
             async with self._sent(path, body) as reader:
                 line = await reader.readline()

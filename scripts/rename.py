@@ -126,10 +126,16 @@ NAMES = {
     "also_ends": "add_stop_ids",
     "Dialect": "ChatFormat",
     "Wanted": "ResponseConstraints",
+    "give_memory_back": "release_memory",
+    "Budget": "AdmissionBudget",
+    "Share": "Reservation",
+    "answer_grammar": "response_grammar",
+    "form_schema": "format_schema",
 }
 
 # module -> {name that moved out of it: where to}; a name too common for NAMES keeps its old one as an alias
 MOVED = {
+    "tpjax.server.middleware": {"JsonLines": "tpjax.server.json_logging"},
     "tpjax.families.fields": {
         "Family": "tpjax.families.family",
         "Fields": "tpjax.families.config_reader",
@@ -157,6 +163,13 @@ MOVED = {
         "load_tokenizer": "tpjax.text.loading",
         "tokenizer_from_gguf": "tpjax.text.loading",
     },
+}
+
+# attributes whose names are too common to be replaced wherever they stand
+PATTERNS = {
+    r"\.reader\((?=\s*(?:tools|None)\b)": ".parser(",
+    r"\b(\w+)\.calls, \1\.reasoning\b": r"\1.tool_calls, \1.reasoning",
+    r"\bstate\.pools\.templates\b": "state.shared.chat_prompts",
 }
 
 
@@ -196,6 +209,8 @@ def renamed(source: str) -> str:
     modules = "|".join(map(re.escape, MOVED))
     statement = rf"^([ ]*)from ({modules}) import (\([^)]*\)|[\w, ]+)$"
     source = re.sub(statement, _moved, source, flags=re.MULTILINE)
+    for old, new in PATTERNS.items():
+        source = re.sub(old, new, source)
     names = "|".join(NAMES)
     return re.sub(rf"\b({names})\b", lambda match: NAMES[match[1]], source)
 

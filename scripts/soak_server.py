@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 from contenders import served
-from tpjax.server.bench import Load, stream_events
 
 from tpjax import LLM, SamplingParams
+from tpjax.cli.serving_benchmark import stream_events
 from tpjax.mesh import ensure_devices
 
 CONTEXT, SLOTS, CASES = 1024, 8, 24
@@ -45,7 +46,7 @@ class Tally:
     """What the clients saw."""
 
     answered: int = 0
-    cut: int = 0
+    hung_up: int = 0
     wrong: int = 0
     failed: int = 0
     tokens: int = 0
@@ -65,14 +66,16 @@ def cases(model: str, tp: int) -> list[Case]:
     return [Case(p, s.max_tokens, a.text) for p, s, a in zip(prompts, params, answers, strict=True)]
 
 
-async def client(load: Load, known: list[Case], until: float, draw: random.Random, tally: Tally) -> None:
+async def client(
+    http: httpx.AsyncClient, known: list[Case], until: float, draw: random.Random, tally: Tally
+) -> None:
     """Asks one question after the other."""
     while time.monotonic() < until:
         case = draw.choice(known)
         hangs_up = draw.randint(1, 4) if draw.random() < 0.1 else None
         body = {"prompt": case.prompt, "max_tokens": case.max_tokens, "temperature": 0, "stream": True}
         text, pieces, done = "", 0, False
-        events = stream_events(load, "/v1/completions", body)
+        events = stream_events(http, "/v1/completions", body)
         try:
             async for data in events:
                 if data == "[DONE]":
@@ -85,7 +88,7 @@ async def client(load: Load, known: list[Case], until: float, draw: random.Rando
                 pieces += 1
                 if pieces == hangs_up:
                     break
-        except (OSError, ValueError) as error:
+        except (httpx.HTTPError, ValueError) as error:
             print(f"failed: {error}", file=sys.stderr)
         finally:
             await events.aclose()  # type: ignore[attr-defined]
@@ -94,21 +97,15 @@ async def client(load: Load, known: list[Case], until: float, draw: random.Rando
             tally.answered += 1
             tally.wrong += text != case.text
         elif pieces == hangs_up:
-            tally.cut += 1
+            tally.hung_up += 1
         else:
             tally.failed += 1
 
 
-async def stats(load: Load) -> dict[str, Any]:
+async def stats(http: httpx.AsyncClient) -> dict[str, Any]:
     """What the server says it is doing."""
-    from urllib.request import urlopen
-
-    def read() -> dict[str, Any]:
-        with urlopen(f"{load.base_url}/stats", timeout=30) as answer:
-            found: dict[str, Any] = json.load(answer)
-            return found
-
-    return await asyncio.to_thread(read)
+    found: dict[str, Any] = (await http.get("/stats", timeout=30)).json()
+    return found
 
 
 def process(pid: int) -> tuple[float, int]:
@@ -118,12 +115,19 @@ def process(pid: int) -> tuple[float, int]:
     return int(found["VmRSS"]) / 1024, int(found["Threads"])
 
 
-async def soak(load: Load, known: list[Case], clients: int, seconds: float, pid: int) -> bool:
+async def soak(url: str, known: list[Case], clients: int, seconds: float, pid: int) -> bool:
     """Runs the clients and looks at the server; says whether all held."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as http:
+        return await watched(http, known, clients, seconds, pid)
+
+
+async def watched(http: httpx.AsyncClient, known: list[Case], clients: int, seconds: float, pid: int) -> bool:
+    """Runs the clients over one pool of connections."""
     tally, start = Tally(), time.monotonic()
     until = start + seconds
     tasks = [
-        asyncio.ensure_future(client(load, known, until, random.Random(seed), tally))
+        asyncio.ensure_future(client(http, known, until, random.Random(seed), tally))
         for seed in range(clients)
     ]
     samples: list[tuple[float, float, int]] = []
@@ -131,9 +135,9 @@ async def soak(load: Load, known: list[Case], clients: int, seconds: float, pid:
         await asyncio.sleep(min(10, seconds / 6))
         now, (mib, threads) = time.monotonic() - start, process(pid)
         samples.append((now, mib, threads))
-        said = await stats(load)
+        said = await stats(http)
         print(
-            f"{now:6.0f} s  {tally.answered} answered, {tally.cut} cut, {tally.failed} failed, "
+            f"{now:6.0f} s  {tally.answered} answered, {tally.hung_up} hung up, {tally.failed} failed, "
             f"{tally.wrong} wrong; {said['running']} running, {said['waiting']} waiting, "
             f"cache {said['kv_cache_usage']:.0%}; {mib:.0f} MiB, {threads} threads",
             flush=True,
@@ -141,10 +145,10 @@ async def soak(load: Load, known: list[Case], clients: int, seconds: float, pid:
     for task in tasks:
         task.result()
     await asyncio.sleep(1)
-    said, (mib, threads) = await stats(load), process(pid)
+    said, (mib, threads) = await stats(http), process(pid)
     warm = next(((m, t) for now, m, t in samples if now >= min(60, seconds / 3)), samples[-1][1:])
     checks = {
-        f"no request failed but the {tally.cut} that were cut: {tally.failed}": tally.failed == 0,
+        f"no request failed but the {tally.hung_up} that hung up: {tally.failed}": tally.failed == 0,
         f"of {tally.answered} answers none differs from offline: {tally.wrong}": tally.wrong == 0,
         f"slots and queue are empty: {said['running']} and {said['waiting']}": (
             said["running"] == said["waiting"] == 0
@@ -167,7 +171,7 @@ def main() -> int:
     args = parser.parse_args()
     known = cases(args.model, args.tp)
     with served(args.model, args.tp, "--max-model-len", str(CONTEXT), "--max-slots", str(SLOTS)) as server:
-        held = asyncio.run(soak(Load(server.url), known, args.clients, args.seconds, server.pid))
+        held = asyncio.run(soak(server.url, known, args.clients, args.seconds, server.pid))
     status = server.status
     print(f"{'held  ' if status == 0 else 'BROKEN'}  SIGTERM ends it: status {status}")
     return 0 if held and status == 0 else 1

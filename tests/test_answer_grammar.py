@@ -1,4 +1,4 @@
-"""Grammars of whole answers: what they let through is what the readers read, and schemas are what clients mean."""
+"""Grammars of whole responses: what they allow is what the parsers read, and schemas mean what clients mean."""
 
 # ruff: noqa: E501 -- models\' own words and schemas, as they are
 
@@ -17,8 +17,10 @@ import pytest
 from serving import tiny_checkpoint
 from test_server_calls import SOURCES
 
+from tpjax.server import chat
 from tpjax.server.chat_format import ChatFormat
 from tpjax.server.error_responses import ApiError, bad_request
+from tpjax.server.grammars import structured_outputs
 from tpjax.server.grammars.compiler import GrammarCompiler, TokenGrammar
 from tpjax.server.grammars.response_grammar import ResponseConstraints, response_grammar
 from tpjax.server.parsing.reasoning import reasoning_format
@@ -67,12 +69,12 @@ def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
     return GrammarCompiler(tokenizer, tokenizer.vocab_size, InProcess())  # type: ignore[arg-type]
 
 
-def dialect(kind: str, tokenizer: Tokenizer) -> ChatFormat:
+def chat_format(kind: str, tokenizer: Tokenizer) -> ChatFormat:
     async def render(_: dict[str, Any]) -> str:
         raise bad_request("no template")
 
     found = asyncio.run(ChatFormat.of(SOURCES[kind], tokenizer, render, with_tools=False))
-    assert (found.calls, found.reasoning) == (
+    assert (found.tool_calls, found.reasoning) == (
         tool_call_format(SOURCES[kind]),
         reasoning_format(SOURCES[kind]),
     )
@@ -83,8 +85,8 @@ def compiled(
     compiler: GrammarCompiler, tokenizer: Tokenizer, kind: str, *, inside: bool = False, **options: Any
 ) -> TokenGrammar | None:
     wanted = ResponseConstraints.of(ChatBody.model_validate({"messages": HI, **options}))
-    one = dialect(kind, tokenizer)
-    write = response_grammar(wanted, one.calls, one.reasoning, inside, one.special)
+    one = chat_format(kind, tokenizer)
+    write = response_grammar(wanted, one.tool_calls, one.reasoning, inside, one.special)
     return None if write is None else asyncio.run(compiler.compile(write, wanted.schemas, "tools", 1))[0]
 
 
@@ -315,6 +317,57 @@ def test_answers_follow_their_schema(name: str, compiler: GrammarCompiler, token
     for strict in (True, None):
         for answer in walks(compiler, tokenizer, ENFORCED[name], strict=strict, count=12):
             assert validator.is_valid(answer), answer
+
+
+def follows(grammar: TokenGrammar, tokenizer: Tokenizer, text: str) -> bool:
+    """Whether a grammar lets a text through, up to its end."""
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        if grammar.finished or token not in allowed(grammar):
+            return False
+        grammar.advance(token)
+    return grammar.finished or bool(tokenizer.eos_ids & allowed(grammar))
+
+
+@pytest.mark.parametrize(
+    ("beside", "disable", "closed"),
+    (
+        ({}, None, True),
+        ({}, True, True),
+        ({}, False, False),
+        ({"anyOf": [{"required": ["a"]}]}, None, False),
+        ({"anyOf": [{"required": ["a"]}]}, True, True),
+        ({"additionalProperties": True}, True, False),
+    ),
+)
+def test_additional_properties_are_disabled_by_request(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, beside: Any, disable: bool | None, closed: bool
+) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"], **beside}
+    asked = {"json": schema, "disable_additional_properties": disable}
+    body = ChatBody.model_validate({"messages": HI, "structured_outputs": asked})
+    one, other = asyncio.run(structured_outputs.grammars(compiler, body, 2))
+    assert follows(one, tokenizer, '{"a":null}')
+    assert follows(other, tokenizer, '{"a":null,"c":1}') != closed
+
+
+@pytest.mark.parametrize(
+    ("kind", "choice", "warned"), (("glm", "auto", 1), ("glm", "required", 0), ("hermes", "auto", 0))
+)
+def test_strict_tools_that_are_not_enforced_are_told(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture,
+    kind: str, choice: str, warned: int,
+) -> None:  # fmt: skip
+    """Once for each format: GLM's own way to write calls has no grammar."""
+    chat._warn_not_enforced.cache_clear()
+    tools = functions(f={"parameters": SCHEMA, "strict": True})
+    for strict in (False, True, True):
+        tools[0]["function"]["strict"] = strict
+        body = ChatBody.model_validate({"messages": HI, "tools": tools, "tool_choice": choice})
+        asyncio.run(chat._grammars(compiler, body, chat_format(kind, tokenizer), inside=False))
+        if not strict:
+            assert not caplog.messages
+    told = f"tool-call format {kind}: strict tools are enforced only if tool_choice requires a call"
+    assert caplog.messages == [told] * warned
 
 
 def test_objects_are_closed_unless_the_schema_opens_them(

@@ -25,7 +25,7 @@ from serving import CONTEXT, SLOTS, Running, load_tiny, running, tiny_checkpoint
 from tpjax.errors import CheckpointError, RequestError
 from tpjax.sandbox import Worker, sandbox
 from tpjax.server import json_bodies
-from tpjax.server.admission_budget import FREE_BYTES, AdmissionBudget, BudgetShare
+from tpjax.server.admission_budget import FREE_BYTES, AdmissionBudget, Reservation
 from tpjax.server.error_responses import ApiError
 from tpjax.server.grammars.checker import GrammarChecker
 from tpjax.server.worker_pools import ThreadPool, WorkerPool
@@ -112,7 +112,7 @@ def test_a_pool_forgets_what_was_cancelled_and_kills_no_other() -> None:
         try:
             slow = [asyncio.ensure_future(pool.run(RENDER, job(LOOP), "messages")) for _ in range(4)]
             fast = asyncio.ensure_future(pool.run(RENDER, job("x"), "messages"))
-            while pool.running < 2:
+            while len(pool._busy) < 2:
                 await asyncio.sleep(0.01)
             slow[3].cancel()  # it waits: nothing of it ever runs
             first, second = pool._busy
@@ -123,7 +123,7 @@ def test_a_pool_forgets_what_was_cancelled_and_kills_no_other() -> None:
             slow[1].cancel()
             slow[2].cancel()
             assert await fast == "x"
-            assert pool.running == 0
+            assert not pool._busy
         finally:
             pool.close()
 
@@ -189,7 +189,7 @@ def test_a_grammar_that_ends_its_process() -> None:
 
 def test_a_budget_counts_what_is_large_and_gives_it_back() -> None:
     budget = AdmissionBudget(10 * FREE_BYTES)
-    one, other, small = BudgetShare(budget), BudgetShare(budget), BudgetShare(budget)
+    one, other, small = Reservation(budget), Reservation(budget), Reservation(budget)
     one.grow(6 * FREE_BYTES)
     one.grow(4 * FREE_BYTES)  # a part of what it has
     with pytest.raises(ApiError) as caught:
@@ -203,8 +203,7 @@ def test_a_budget_counts_what_is_large_and_gives_it_back() -> None:
     one.release()
     one.grow(9 * FREE_BYTES)  # it has been prepared
     assert budget.used == 4 * FREE_BYTES
-    with other:
-        pass
+    other.release()
     assert budget.used == 0
 
 
@@ -356,8 +355,8 @@ def test_a_long_text_is_encoded_in_a_process_as_here(http: httpx.Client, server:
     assert tokenizer.fewest_tokens(odd) <= count
     error = error_of(http.post(COMPLETIONS, json=completion(odd)), 400)
     assert error["code"] == "context_length_exceeded"
-    cut = http.post(COMPLETIONS, json=completion(text, truncate_prompt_tokens=8)).json()
-    assert cut["usage"]["prompt_tokens"] == 8
+    truncated = http.post(COMPLETIONS, json=completion(text, truncate_prompt_tokens=8)).json()
+    assert truncated["usage"]["prompt_tokens"] == 8
 
 
 @contextlib.contextmanager
@@ -376,7 +375,7 @@ def slow_chats(server: Running, count: int) -> Iterator[list[socket.socket]]:
 def test_who_waits_for_a_template_waits_in_the_queue(
     http: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workers = server.server.config.app._app.state.pools.templates.workers._slow
+    workers = server.server.config.app._app.state.shared.chat_prompts.workers._slow
     monkeypatch.setattr(workers, "_time_limit_s", 600)
     with slow_chats(server, SLOTS + QUEUE):
         for path, body in (
@@ -392,7 +391,7 @@ def test_who_waits_for_a_template_waits_in_the_queue(
 def test_slow_templates_leave_room_and_end_with_their_clients(
     http: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workers = server.server.config.app._app.state.pools.templates.workers._slow
+    workers = server.server.config.app._app.state.shared.chat_prompts.workers._slow
     monkeypatch.setattr(workers, "_time_limit_s", 600)
     with slow_chats(server, SLOTS + QUEUE - 1):  # more than there are places for such
         assert http.post(COMPLETIONS, json=completion("hi")).status_code == 200

@@ -94,12 +94,12 @@ def test_batches_token_ids_echo_and_n(client: openai.OpenAI, offline: Any) -> No
     assert texts[2] == texts[3] == offline.tokenizer.decode([5, 6, 7]) + expected[1].text
     assert answer.usage is not None and answer.usage.prompt_tokens == len(ids) + 3  # once each
     assert answer.usage.completion_tokens == 16
-    drawn = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=8, n=3, seed=5)
+    sampled = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=8, n=3, seed=5)
     each = [
         client.completions.create(model="tiny", prompt=PROMPT, max_tokens=8, seed=5 + i).choices[0].text
         for i in range(3)
     ]
-    assert [choice.text for choice in drawn.choices] == each  # seeds follow the index
+    assert [choice.text for choice in sampled.choices] == each  # seeds follow the index
     assert len(set(each)) > 1
 
 

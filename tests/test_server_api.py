@@ -312,6 +312,14 @@ def test_offsets_end_with_the_text(client: openai.OpenAI, tokenizer: Tokenizer) 
         assert choice.text == expected and choice.finish_reason == "stop"
         assert choice.token_ids == [z, z, x, y, y]  # type: ignore[attr-defined]
         assert choice.logprobs and choice.logprobs.text_offset == [0, 1, 2, 2 + kept, 2 + 2 * kept]
+        chunks = client.completions.create(
+            model="tiny", prompt="the", max_tokens=20, logprobs=0, stop="xyy", logit_bias=bias, stream=True,
+            extra_body=body | {"include_stop_str_in_output": kept},
+        )  # fmt: skip
+        streamed = [chunk.choices[0] for chunk in chunks]
+        assert "".join(one.text for one in streamed) == expected
+        assert [at for one in streamed for at in one.logprobs.text_offset] == choice.logprobs.text_offset
+        assert [token for one in streamed for token in one.token_ids] == [z, z, x, y, y]
 
 
 # --- prompts over the context
@@ -360,7 +368,7 @@ def test_truncated_prompts(client: openai.OpenAI, offline: LLM) -> None:
     assert answer.usage and answer.usage.prompt_tokens == CONTEXT - 4
 
 
-# --- what may be drawn, and how it is shown
+# --- what may be sampled, and how it is shown
 
 
 def test_special_tokens_in_the_text(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
@@ -375,7 +383,7 @@ def test_special_tokens_in_the_text(client: openai.OpenAI, tokenizer: Tokenizer)
         assert set(ids) <= {start, a} and ids.count(start)
         assert answer.choices[0].text == tokenizer.decode(ids, skip_special_tokens=skip)
         seen.add(tuple(ids))
-    assert len(seen) == 1  # what is drawn does not depend on how it is shown
+    assert len(seen) == 1  # what is sampled does not depend on how it is shown
     stop: Any = {"allowed_token_ids": [end], "stop_token_ids": [end]}
     for extra, text in (
         ({}, ""),
@@ -403,8 +411,31 @@ def test_bad_words_and_allowed_tokens_in_chat(client: openai.OpenAI, tokenizer: 
         client.chat.completions.create(**ask, extra_body={"allowed_token_ids": [x], "bad_words": ["x"]})
     assert caught.value.param == "bad_words"
     shape = {"structured_outputs": {"regex": "[xz]+"}}
-    with pytest.raises(openai.APIStatusError, match="leave no token that the schema allows"):
+    with pytest.raises(
+        openai.BadRequestError, match="allowed_token_ids leave no token that the schema allows"
+    ):
         client.chat.completions.create(**ask, extra_body=body | shape)  # neither y nor a third x
+
+
+@pytest.mark.parametrize("regex", ("zx", "xz", "x{30}"))
+@pytest.mark.parametrize("stream", (False, True))
+def test_allowed_tokens_that_the_schema_leaves_out(
+    client: openai.OpenAI, tokenizer: Tokenizer, regex: str, stream: bool
+) -> None:
+    """At the first token, at a later one, or only at the token after the last."""
+    (x,) = bytes_of(tokenizer, b"x")
+    body = {"allowed_token_ids": [x], "structured_outputs": {"regex": regex}}
+    ask: Any = {"model": "tiny", "messages": HI, "max_tokens": 20, "temperature": 0, "stream": stream}
+    if regex == "x{30}":
+        answer = client.chat.completions.create(**ask, extra_body=body)
+        assert stream or answer.choices[0].message.content == "x" * 20
+        return
+    with pytest.raises(
+        openai.APIError, match="allowed_token_ids leave no token that the schema allows"
+    ) as caught:
+        list(client.chat.completions.create(**ask, extra_body=body))
+    assert stream or isinstance(caught.value, openai.BadRequestError)
+    assert "internal" not in str(caught.value) and caught.value.type == "invalid_request_error"
 
 
 # --- what the answer has to be

@@ -1,4 +1,4 @@
-"""Answers as models of each kind write them, read back as calls, reasoning and text, however they are cut."""
+"""Responses in the format of each kind of model, parsed into calls, reasoning and text, however they are split."""
 
 # ruff: noqa: E501 -- models\' own words and schemas, as they are
 
@@ -295,7 +295,7 @@ MALFORMED = {
 
 def reader(kind: str, *, inside: bool = False, tools: Any = TOOLS) -> ResponseParser:
     source = SOURCES[kind]
-    found = ChatFormat(Traits(), tool_call_format(source), reasoning_format(source), {}).reader(
+    found = ChatFormat(Traits(), tool_call_format(source), reasoning_format(source), {}).parser(
         tools, inside=inside
     )
     assert found is not None
@@ -335,10 +335,10 @@ def test_each_model_s_calls_are_read(name: str) -> None:
 def test_however_an_answer_is_cut_it_says_the_same(name: str) -> None:
     kind, answer, _ = ANSWERS[name]
     whole = read([answer], kind)
-    for cut in range(len(answer)):
-        assert read([answer[:cut], answer[cut:]], kind) == whole
+    for split in range(len(answer)):
+        assert read([answer[:split], answer[split:]], kind) == whole
         # an answer that ends here is read the same in one piece and character by character
-        assert read([answer[:cut]], kind) == read(list(answer[:cut]), kind)
+        assert read([answer[:split]], kind) == read(list(answer[:split]), kind)
     draw = random.Random(0)
     for _ in range(20):
         at = sorted(draw.choices(range(len(answer) + 1), k=6))
@@ -384,7 +384,7 @@ def test_without_tools_calls_are_text() -> None:
     assert read([answer], "thinking", tools=None) == ("Hm.", ANSWERS["qwen"][1], [])
     source = SOURCES["hermes"]
     plain = ChatFormat(Traits(), tool_call_format(source), reasoning_format(source), {})
-    assert plain.reader(None, inside=False) is None
+    assert plain.parser(None, inside=False) is None
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from serving import CONTEXT, SLOTS, WAIT_S, Running, load_tiny, running, tiny_ch
 
 from tpjax import LLM
 from tpjax.errors import CheckpointError
-from tpjax.server.middleware import JsonLines
+from tpjax.server.json_logging import JsonLines
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -255,12 +255,12 @@ def test_nan_logits_fail_that_request_alone(
     step = server.llm.engine.step
 
     def poisoned() -> Any:
-        grown = step()
-        for request, _ in grown:
+        outputs = step()
+        for request, _ in outputs:
             if list(request.prompt_token_ids) == [66] and len(request.output_token_ids) > 3:
                 request.finish_reason, request.error = "error", "the logits are not numbers"
                 server.llm.engine.scheduler.finish(request)
-        return grown
+        return outputs
 
     monkeypatch.setattr(server.llm.engine, "step", poisoned)
     bad = {"prompt": [66], "max_tokens": 60, "ignore_eos": True, "temperature": 0}
@@ -314,7 +314,7 @@ def test_a_full_queue_says_when_to_come_back(http: httpx.Client, server: Running
     assert http.post(COMPLETIONS, json=completion()).status_code == 200
 
 
-def test_a_slow_reader_is_cut(
+def test_a_slow_reader_is_disconnected(
     http: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("tpjax.server.responses.STREAM_LIMIT", 16)
@@ -325,11 +325,11 @@ def test_a_slow_reader_is_cut(
     assert http.post(COMPLETIONS, json=completion()).status_code == 200
 
 
-def test_connections_that_wait_for_their_client_are_cut(
+def test_idle_connections_are_closed(
     http: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A head that does not come, and an answer that nobody reads, though it fits the buffer of deltas."""
-    monkeypatch.setattr("tpjax.server.run.IDLE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("tpjax.server.run.IDLE_TIMEOUT_S", 0.2)
     host, port = server.url.removeprefix("http://").split(":")
     with (
         socket.create_connection((host, int(port)), WAIT_S) as silent,
@@ -341,7 +341,7 @@ def test_connections_that_wait_for_their_client_are_cut(
         server.until(lambda: server.service.pending == 0)
         server.until(lambda: not server.server.server_state.connections)
     slow = http.post(COMPLETIONS, json=LONG)  # longer than that, but the server's turn to move
-    assert slow.elapsed.total_seconds() > 0.6 and slow.json()["usage"]["completion_tokens"] == CONTEXT - 8
+    assert slow.elapsed.total_seconds() > 0.4 and slow.json()["usage"]["completion_tokens"] == CONTEXT - 8
 
 
 def test_a_template_that_hangs_or_grows_is_killed(directory: Path, tmp_path: Path) -> None:

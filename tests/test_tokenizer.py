@@ -75,7 +75,7 @@ def _byte_level_json(directory: Path, **config) -> Path:
     library.post_processor = processors.TemplateProcessing(
         single="<|bos|> $A", special_tokens=[("<|bos|>", library.token_to_id("<|bos|>"))]
     )
-    library.enable_truncation(4)  # left over from training; must not cut prompts
+    library.enable_truncation(4)  # left over from training; must not truncate prompts
     library.save(str(directory / "tokenizer.json"))
     # No class to guess at: transformers then uses the file as it is.
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>"}
@@ -864,11 +864,11 @@ def test_named_templates_are_found_as_transformers_finds_them(tmp_path, layout):
         (tmp_path / name).write_text(text, "utf-8")
     found = load_tokenizer(tmp_path)
     transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'tpjax[parity]'")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    expected = theirs.chat_template
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = reference.chat_template
     assert found.chat_templates.sources == (expected if isinstance(expected, dict) else {"default": expected})
     for tools in (None, [{"type": "function", "function": {"name": "f", "parameters": {}}}]):
-        assert found.apply_chat_template(MESSAGES, tools=tools) == theirs.apply_chat_template(
+        assert found.apply_chat_template(MESSAGES, tools=tools) == reference.apply_chat_template(
             MESSAGES, tools=tools, tokenize=False
         )
 

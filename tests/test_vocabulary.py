@@ -31,8 +31,10 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"vocab_size": ROWS}))
     weights = load_file(directory / "model.safetensors")
-    cut = {name: weights[name][:ROWS].copy() for name in ("model.embed_tokens.weight", "lm_head.weight")}
-    save_file({**weights, **cut}, directory / "model.safetensors")
+    truncated = {
+        name: weights[name][:ROWS].copy() for name in ("model.embed_tokens.weight", "lm_head.weight")
+    }
+    save_file({**weights, **truncated}, directory / "model.safetensors")
     templates = directory / "additional_chat_templates"
     templates.mkdir()
     (templates / "tool_use.jinja").write_text("{{ messages[0].content }}")

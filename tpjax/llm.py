@@ -385,7 +385,8 @@ class LLM:
         if longer or (grammar is not None and (barred or allowed is not None)):
             grammar = TokenFilter(vocab, allowed, barred, longer, grammar)
             if not grammar.mask().any():
-                raise RequestError("bad_words and allowed_token_ids leave no token that the schema allows")
+                given = [name for name in ("allowed_token_ids", "bad_words") if getattr(params, name)]
+                raise RequestError(f"{' and '.join(given)} leave no token that the schema allows")
         return {"grammar": grammar, "barred_ids": barred}
 
     def _encode_bare(self, text: str) -> list[int]:

@@ -1,12 +1,12 @@
-"""Runs functions in a process of their own, with limits on time and memory.
+"""Runs functions in a worker process with limits on time and memory.
 
-A template is a checkpoint's code over a client's text, a schema can make its compiler run long or overflow
-its stack (llguidance 1.9 ends the process on a chain of some thousand ``$ref``), and a text of megabytes
-takes a tokenizer seconds and hundreds of megabytes. None of it may touch the process that serves or a
-notebook's: a worker has a memory limit, ends itself at a time limit, can be killed at any moment, and is
-replaced.
+A template is a checkpoint's code applied to a client's text, a schema can make its compiler run long or
+overflow its stack (llguidance 1.9 ends the process on a chain of some thousand ``$ref``), and a text of
+megabytes takes a tokenizer seconds and hundreds of megabytes. None of that may affect a server or a notebook:
+a worker has a memory limit, ends itself at a time limit, can be killed at any moment, and is replaced. The
+server's pools of workers are in ``server/worker_pools.py``.
 
-``python -m tpjax.sandbox`` is the worker: on stdin and stdout, JSON with its length before it.
+``python -m tpjax.sandbox`` is the worker: it exchanges length-prefixed JSON over stdin and stdout.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from tpjax.errors import RequestError, TpjaxError
 TIME_LIMIT_S = 5.0
 MEMORY_LIMIT_BYTES = 512 << 20  # of address space; Python itself takes a fifth of it
 _START_LIMIT_S = 60
-# Processor time is what a job is held to: on a busy machine it waits through no fault of its own. A job that
-# sleeps ends at a multiple of that.
-_PATIENCE = 6
-# A sixteenth of what the server's threads have: what compiles here compiles there.
+# The limit of a job is processor time, since a job waits on a busy machine. A job that sleeps ends at this
+# multiple of its limit in wall-clock time.
+_WALL_CLOCK_FACTOR = 6
+# A sixteenth of the stack of the server's threads: a schema that compiles here compiles there.
 _STACK_BYTES = 512 << 10
-_LARGE_BYTES = 1 << 20  # after a message this long the worker gives freed memory back
-_MAX_ERROR_CHARS = 4096  # who asks may show less
+_LARGE_BYTES = 1 << 20  # after a message of this length the worker releases freed memory
+_MAX_ERROR_CHARS = 4096  # callers may show less
 _NICENESS = 5  # the model's own threads go first
 _ENVIRONMENT = ("PATH", "PYTHONDONTWRITEBYTECODE", "LD_LIBRARY_PATH", "LANG", "TZ", "TPJAX_CACHE")
-# One thread each: others' stacks and arenas would count against the limit of address space.
+# One thread per library: further stacks and arenas would count against the limit of address space.
 _SINGLE = {f"{name}_NUM_THREADS": "1" for name in ("RAYON", "OMP", "OPENBLAS")} | {"MALLOC_ARENA_MAX": "1"}
 
 
@@ -49,10 +49,10 @@ class TimeLimitError(RequestError):
 
 
 class Worker:
-    """A process that runs one function at a time; it starts with the first and may be killed at any moment.
+    """A process that runs one function at a time; it starts with the first and can be killed at any moment.
 
     Args:
-        memory_limit_bytes: of its address space.
+        memory_limit_bytes: limit of its address space.
     """
 
     def __init__(self, memory_limit_bytes: int = MEMORY_LIMIT_BYTES) -> None:
@@ -63,23 +63,23 @@ class Worker:
 
     @property
     def usable(self) -> bool:
-        """Whether it may be asked: it has not started yet, or runs."""
+        """Whether it can run functions: it has not started yet, or it runs."""
         return not self._killed and (self._process is None or self._process.poll() is None)
 
     def ask(
         self, function: str, arguments: Mapping[str, Any], what: str, limit_s: float = TIME_LIMIT_S
     ) -> Any:
-        """Runs a function and waits for what it returns.
+        """Runs a function and returns its result.
 
         Args:
             function: ``"package.module:name"``.
-            arguments: by name; JSON, with any mapping or sequence.
-            what: names the job in errors.
-            limit_s: seconds of processor time; the clock starts when the function does.
+            arguments: JSON arguments by name; any mapping or sequence.
+            what: name of the job in errors.
+            limit_s: seconds of processor time, from the start of the function.
 
         Raises:
-            RequestError: it is over a limit, failed, or the worker was killed.
-            TpjaxError: what the function raised, or the worker does not start.
+            RequestError: the function exceeded a limit or failed, or the worker was killed.
+            TpjaxError: the exception of the function, or the worker does not start.
         """
         try:
             job = {"function": function, "arguments": arguments, "limit_s": limit_s, "what": what}
@@ -94,7 +94,7 @@ class Worker:
             _send(process.stdin, data)
             answer = _receive(process.stdout)
         except OSError:
-            pass  # the end of the process shows as a broken pipe as well
+            pass  # the end of the process may show as a broken pipe
         finally:
             with self._lock:
                 self._busy, killed = False, self._killed
@@ -108,7 +108,7 @@ class Worker:
         return message["result"]
 
     def kill(self) -> None:
-        """Ends the process; from any thread, whatever it is doing. A thread that asks meets the end soon."""
+        """Ends the process, from any thread. A thread that waits for a result gets an error soon."""
         with self._lock:
             self._killed = True
             process = self._process
@@ -116,7 +116,7 @@ class Worker:
                 return
             process.kill()
             if self._busy:
-                return  # the thread that asks clears up: taking a large process down takes a while
+                return  # the waiting thread cleans up: ending a large process takes a while
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 with contextlib.suppress(OSError):
@@ -136,7 +136,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env={**own, **_SINGLE, "PYTHONPATH": os.pathsep.join(path for path in paths if path)},
-                start_new_session=True,  # Ctrl-C is for whoever asked, and ends the worker then
+                start_new_session=True,  # Ctrl-C is for the parent, which ends the worker
             )
         if _receive(process.stdout) is None:
             if self._killed:
@@ -164,7 +164,7 @@ class Sandbox:
     ) -> Any:
         """Runs a function in the worker; see :meth:`Worker.ask`."""
         with self._lock:
-            if self._owner != os.getpid():  # a fork has the parent's worker, which is not its to talk to
+            if self._owner != os.getpid():  # after a fork the worker belongs to the parent
                 self._worker, self._owner = None, os.getpid()
             if self._worker is None or not self._worker.usable:
                 self.close()
@@ -196,7 +196,7 @@ def _send(pipe: IO[bytes] | None, data: bytes) -> None:
 
 
 def _receive(pipe: IO[bytes] | None) -> bytes | None:
-    """A message, or ``None`` at the end."""
+    """Returns a message, or ``None`` at the end."""
     assert pipe is not None
     size = int.from_bytes(pipe.read(4), "big")
     data = pipe.read(size)
@@ -207,17 +207,17 @@ def _receive(pipe: IO[bytes] | None) -> bytes | None:
 
 
 def main() -> None:
-    """Answers until stdin ends."""
+    """Runs jobs until stdin ends."""
     import resource
 
-    signal.alarm(_START_LIMIT_S)  # unless it is told otherwise, the process ends at its alarms
+    signal.alarm(_START_LIMIT_S)  # the default action of the alarms ends the process
     limit = int(sys.argv[1])
     os.nice(_NICENESS)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.stack_size(_STACK_BYTES)
     stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a function prints is no answer
+    os.dup2(2, 1)  # what a function prints is not a result
     signal.alarm(0)
     worker = threading.Thread(target=_work, args=(stdin, stdout))
     worker.start()
@@ -231,32 +231,32 @@ def _work(stdin: IO[bytes], stdout: IO[bytes]) -> None:
         _send(stdout, answer)
         if len(job) + len(answer) > _LARGE_BYTES:
             del job, answer
-            give_memory_back()
+            release_memory()
 
 
 def _done(job: dict[str, Any]) -> dict[str, Any]:
-    """Runs a job between its alarms, of which either ends the process."""
+    """Runs a job under two timers, either of which ends the process."""
     what = job["what"]
     try:
         module, _, name = job["function"].partition(":")
         function = getattr(importlib.import_module(module), name)
         signal.setitimer(signal.ITIMER_PROF, job["limit_s"])
-        signal.setitimer(signal.ITIMER_REAL, job["limit_s"] * _PATIENCE)
+        signal.setitimer(signal.ITIMER_REAL, job["limit_s"] * _WALL_CLOCK_FACTOR)
         return {"result": function(**job["arguments"])}
     except TpjaxError as error:
         return {"error": str(error)[:_MAX_ERROR_CHARS], "kind": type(error).__name__}
     except MemoryError:
         return {"error": f"{what} needs more memory than it may have", "kind": "RequestError"}
-    except Exception as error:  # it is somebody else's code over somebody's text
+    except Exception as error:  # untrusted code or text: it can fail in any way
         return {"error": f"{what} failed: {type(error).__name__}: {error}"[:500], "kind": "RequestError"}
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def give_memory_back() -> None:
-    """Returns what was freed to the system: glibc keeps it, by the hundred megabytes, for the next time."""
-    with contextlib.suppress(AttributeError, OSError):  # glibc alone has it, and needs it
+def release_memory() -> None:
+    """Returns freed memory to the system: glibc keeps hundreds of megabytes for the next allocation."""
+    with contextlib.suppress(AttributeError, OSError):  # only glibc has it, and needs it
         ctypes.CDLL(None).malloc_trim(0)
 
 

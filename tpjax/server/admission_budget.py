@@ -1,4 +1,4 @@
-"""How much text may be in preparation: received, parsed, rendered or tokenised, over all requests."""
+"""Admission budget: bytes of text in preparation (received, rendered, tokenised) over all requests."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from contextvars import ContextVar
 
 from tpjax.server.error_responses import ApiError
 
-# What a request may bring without asking: small ones are answered beside any number of large ones. Their
-# number is bounded by the queue.
+# Bytes that a request may bring without a reservation: small requests are served beside any number of large
+# ones. Their number is bounded by the queue.
 FREE_BYTES = 64 << 10
 
 
 class AdmissionBudget:
-    """Bytes that requests share while they are prepared.
+    """Counts the bytes that requests have reserved while they are prepared.
 
     Args:
-        limit: bytes; more are refused.
+        limit: most bytes reserved at once.
 
     Attributes:
-        limit: as given.
-        used: bytes that are taken.
+        limit: most bytes reserved at once.
+        used: bytes reserved now.
     """
 
     def __init__(self, limit: int) -> None:
@@ -27,33 +27,30 @@ class AdmissionBudget:
         self.used = 0
 
 
-class BudgetShare:
-    """One request's part of a budget: the most it had at once. Use it as a context manager.
+class Reservation:
+    """The bytes that one request has reserved.
+
+    Args:
+        budget: the budget of all requests.
 
     Attributes:
-        most: bytes it had at once.
+        most: most bytes reserved at once.
     """
 
     def __init__(self, budget: AdmissionBudget) -> None:
         self._budget = budget
-        self._taken = self.most = 0
+        self._reserved = self.most = 0
         self._open = True
 
-    def __enter__(self) -> BudgetShare:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
     def grow(self, size: int) -> None:
-        """Takes bytes up to ``size`` in all.
+        """Reserves ``size`` bytes in all.
 
         Raises:
-            ApiError: 429; nothing more is taken then.
+            ApiError: 429, the budget has not enough left; the reservation stays as it was.
         """
-        if not self._open or size <= max(self._taken, FREE_BYTES):
+        if not self._open or size <= max(self._reserved, FREE_BYTES):
             return
-        others = self._budget.used - self._taken
+        others = self._budget.used - self._reserved
         if others + size > self._budget.limit:
             raise ApiError(
                 429,
@@ -62,30 +59,30 @@ class BudgetShare:
                 code="text_budget_full",
                 headers={"Retry-After": "1"},
             )
-        self._budget.used += size - self._taken
-        self._taken = self.most = size
+        self._budget.used += size - self._reserved
+        self._reserved = self.most = size
 
     def release(self) -> None:
-        """Gives everything back; later growth takes nothing."""
-        self._budget.used -= self._taken
-        self._taken, self._open = 0, False
+        """Releases all bytes; later growth reserves nothing."""
+        self._budget.used -= self._reserved
+        self._reserved, self._open = 0, False
 
 
-# of the request that is being answered
-share: ContextVar[BudgetShare | None] = ContextVar("share", default=None)
+# Reservation of the request that is being served.
+reservation: ContextVar[Reservation | None] = ContextVar("reservation", default=None)
 
 
-def take(size: int) -> None:
-    """Takes bytes up to ``size`` in all for this request.
+def reserve(size: int) -> None:
+    """Reserves ``size`` bytes in all for the current request.
 
     Raises:
-        ApiError: 429.
+        ApiError: 429, the budget has not enough left.
     """
-    if (own := share.get()) is not None:
+    if (own := reservation.get()) is not None:
         own.grow(size)
 
 
 def prepared() -> None:
-    """Says that this request's text is with the engine, as tokens."""
-    if (own := share.get()) is not None:
+    """Releases the current request's bytes: its prompt is with the engine, as token ids."""
+    if (own := reservation.get()) is not None:
         own.release()

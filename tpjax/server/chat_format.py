@@ -1,4 +1,4 @@
-"""How one model converses: what its chat template takes, how it writes calls and reasoning."""
+"""The chat format of a model: what its chat template accepts, how it writes tool calls and reasoning."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from tpjax.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a model converses whose chat template this is.
+    """The chat format of one template.
 
     Attributes:
-        traits: what the template takes.
-        calls: how the model writes calls.
-        reasoning: how it reasons; ``None`` where it does not, or in the way of its calls (harmony).
-        special: its special tokens by their text.
+        traits: what the template accepts.
+        tool_calls: how the model writes tool calls.
+        reasoning: the marks round its reasoning; ``None`` if it has none, or its tool-call format includes it
+            (harmony).
+        special: text -> id of the special tokens.
     """
 
     traits: Traits
-    calls: ToolCallFormat
+    tool_calls: ToolCallFormat
     reasoning: ReasoningFormat | None
     special: Mapping[str, int]
 
     @classmethod
     async def of(cls, source: str, tokenizer: Tokenizer, render: Render, *, with_tools: bool) -> ChatFormat:
-        """Finds out about a template; see :func:`traits_of`."""
+        """Probes a template; see :func:`traits_of`."""
         traits = await traits_of(render, source, with_tools=with_tools)
         texts = {i: tokenizer.token_bytes(i).decode("utf-8", "replace") for i in tokenizer.special_ids}
         special = {text: i for i, text in texts.items() if text}
@@ -41,49 +42,49 @@ class ChatFormat:
 
     @property
     def reasons(self) -> bool:
-        """Whether an answer may hold reasoning."""
-        return self.reasoning is not None or self.calls is HARMONY
+        """Whether a response may hold reasoning."""
+        return self.reasoning is not None or self.tool_calls is HARMONY
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer, besides the model's own."""
-        return tuple(self.special[text] for text in self.calls.stops if text in self.special)
+        """Tokens that end a response, besides the model's EOS."""
+        return tuple(self.special[text] for text in self.tool_calls.stops if text in self.special)
 
     def shown_ids(self, *, with_calls: bool) -> frozenset[int]:
-        """Special tokens that the readers need to see."""
+        """Returns the special tokens that have to be visible to the parsers."""
         marks = list(self.reasoning.marks) if self.reasoning else []
-        if with_calls or self.calls is HARMONY:
-            marks += self.calls.marks
+        if with_calls or self.tool_calls is HARMONY:
+            marks += self.tool_calls.marks
         return frozenset(self.special[mark] for mark in marks if mark in self.special)
 
-    def inside(self, tokenizer: Tokenizer | None, prompt: Sequence[int]) -> bool:
-        """Whether a prompt ends where the model goes on with its reasoning."""
+    def inside_reasoning(self, tokenizer: Tokenizer | None, prompt_token_ids: Sequence[int]) -> bool:
+        """Returns whether a prompt ends inside the model's reasoning."""
         if self.reasoning is None or tokenizer is None:
             return False
-        tail = tokenizer.decode(prompt[-32:], skip_special_tokens=False)
+        tail = tokenizer.decode(prompt_token_ids[-32:], skip_special_tokens=False)
         return tail.rstrip().endswith(self.reasoning.opens.rstrip())
 
-    def reader(self, tools: Schemas | None, *, inside: bool) -> ResponseParser | None:
-        """What reads an answer; ``None`` where all of it is text.
+    def parser(self, tools: Schemas | None, *, inside: bool) -> ResponseParser | None:
+        """Returns a parser of one response; ``None`` if all of it is text.
 
         Args:
-            tools: schemas of the tools' parameters; ``None``: none are offered.
+            tools: schemas of the tools' parameters; ``None``: no tools are offered.
             inside: the prompt ends inside the reasoning.
         """
         if tools is None and not self.reasons:
             return None
         reasoning = ReasoningParser(self.reasoning, inside=inside) if self.reasoning else None
-        if self.calls is HARMONY:
+        if self.tool_calls is HARMONY:
             return ResponseParser(None, HarmonyParser(tools))
-        return ResponseParser(reasoning, None if tools is None else self.calls.reader(tools))
+        return ResponseParser(reasoning, None if tools is None else self.tool_calls.parser(tools))
 
 
 class ResponseParser:
-    """Tells reasoning, text and calls apart, as the answer comes.
+    """Separates reasoning, text and tool calls while a response is generated.
 
     Args:
-        reasoning: reads the reasoning at its beginning.
-        calls: reads the calls in the rest.
+        reasoning: parses the reasoning at the start.
+        calls: parses the tool calls in the rest.
     """
 
     def __init__(self, reasoning: ReasoningParser | None, calls: ToolCallParser | None) -> None:
@@ -92,20 +93,20 @@ class ResponseParser:
 
     @property
     def called(self) -> bool:
-        """Whether there has been a call."""
+        """Whether there has been a tool call."""
         return self._calls is not None and self._calls.calls > 0
 
     def push(self, text: str) -> list[ParsedDelta]:
-        """Takes more of the answer; returns what is now certain."""
+        """Adds text of the response; returns what is now certain."""
         return self._passed_on(self._reasoning.push(text) if self._reasoning else [ParsedDelta(text)])
 
     def flush(self) -> list[ParsedDelta]:
-        """Ends the answer; returns what was held back."""
-        pieces = self._passed_on(self._reasoning.flush() if self._reasoning else [])
-        return pieces + (self._calls.flush() if self._calls else [])
+        """Ends the response; returns what was held back."""
+        parts = self._passed_on(self._reasoning.flush() if self._reasoning else [])
+        return parts + (self._calls.flush() if self._calls else [])
 
-    def _passed_on(self, pieces: Sequence[ParsedDelta]) -> list[ParsedDelta]:
+    def _passed_on(self, parts: Sequence[ParsedDelta]) -> list[ParsedDelta]:
         found: list[ParsedDelta] = []
-        for piece in pieces:
-            found += [piece] if piece.reasoning or self._calls is None else self._calls.push(piece.text)
-        return [piece for piece in found if piece.text or piece.name is not None]
+        for part in parts:
+            found += [part] if part.reasoning or self._calls is None else self._calls.push(part.text)
+        return [part for part in found if part.text or part.name is not None]

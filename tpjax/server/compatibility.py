@@ -1,56 +1,57 @@
-"""Parameters of OpenAI's own service and of vLLM that have nothing to do here.
+"""Parameters of OpenAI's service and of vLLM that this server accepts for compatibility, or refuses by name.
 
-What changes no answer is taken and ignored, so that their clients work. What would change it and cannot be
-had is refused by name, unless it asks for what happens anyway.
+Parameters that change no response are accepted and ignored, so that clients work. Parameters that would
+change it and are not supported are refused by name, unless their value asks for the default behaviour.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import ConfigDict, Field
 
 from tpjax.server.error_responses import bad_request
 from tpjax.server.json_bodies import FailFastModel
+from tpjax.server.json_types import Json, JsonObject
 
 
 class CompatibilityFields(FailFastModel):
-    """What completions and chat have in common; strict: a string is no number, an unknown field an error."""
+    """Compatibility parameters of completions and chat. Strict: no strings for numbers, no unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    # taken and ignored: OpenAI's
+    # accepted and ignored: OpenAI's
     user: str | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: JsonObject | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_options: JsonObject | None = None
     prompt_cache_retention: str | None = None
-    # taken and ignored: vLLM's
+    # accepted and ignored: vLLM's
     session_id: str | None = None
-    spaces_between_special_tokens: bool | None = None  # no tokenizer that loads here puts any
+    spaces_between_special_tokens: bool | None = None  # no tokenizer that tpjax loads puts any
     stream_interval: Annotated[int, Field(ge=1)] | None = None
     guided_decoding_backend: str | None = None
     return_token_offsets: bool | None = None
     return_mm_kwargs: bool | None = None
     routed_experts_prompt_start: Annotated[int, Field(ge=0)] | None = None
-    # refused, see UNSUPPORTED
-    use_beam_search: Any = None
-    early_stopping: Any = None
-    length_penalty: Any = None
-    watermarking: Any = None
-    logits_processors: Any = None
-    logprob_token_ids: Any = None
-    repetition_detection: Any = None
-    thinking_token_budget: Any = None
-    kv_transfer_params: Any = None
-    ec_transfer_params: Any = None
-    vllm_xargs: Any = None
+    # not supported, see UNSUPPORTED
+    use_beam_search: Json = None
+    early_stopping: Json = None
+    length_penalty: Json = None
+    watermarking: Json = None
+    logits_processors: Json = None
+    logprob_token_ids: Json = None
+    repetition_detection: Json = None
+    thinking_token_budget: Json = None
+    kv_transfer_params: Json = None
+    ec_transfer_params: Json = None
+    vllm_xargs: Json = None
 
-    #: Refused parameters: the values that ask for nothing, and why others cannot be had.
-    UNSUPPORTED: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = {
+    #: Unsupported parameters -> (values that ask for the default behaviour, why others are not supported).
+    UNSUPPORTED: ClassVar[dict[str, tuple[tuple[Json, ...], str]]] = {
         "use_beam_search": ((False,), "tokens are sampled, or the likeliest is taken"),
         "early_stopping": ((False,), "it belongs to beam search"),
         "length_penalty": ((1, 1.0), "it belongs to beam search"),
@@ -65,10 +66,10 @@ class CompatibilityFields(FailFastModel):
     }
 
     def check(self) -> None:
-        """Refuses what cannot be had.
+        """Checks that no unsupported parameter is set.
 
         Raises:
-            ApiError: with the parameter's name.
+            ApiError: 400, with the name of the parameter.
         """
         for name, (nothing, why) in self.UNSUPPORTED.items():
             value = getattr(self, name)
@@ -77,35 +78,35 @@ class CompatibilityFields(FailFastModel):
 
 
 class CompletionCompatibilityFields(CompatibilityFields):
-    """What only completions have."""
+    """Compatibility parameters of completions."""
 
-    suffix: Any = None
-    prompt_embeds: Any = None
+    suffix: Json = None
+    prompt_embeds: Json = None
 
-    UNSUPPORTED: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = CompatibilityFields.UNSUPPORTED | {
+    UNSUPPORTED: ClassVar[dict[str, tuple[tuple[Json, ...], str]]] = CompatibilityFields.UNSUPPORTED | {
         "suffix": (("",), "the model only continues a prompt"),
         "prompt_embeds": ((), "a prompt is text or token ids"),
     }
 
 
 class ChatCompatibilityFields(CompatibilityFields):
-    """What only chat has."""
+    """Compatibility parameters of chat."""
 
-    # taken and ignored
+    # accepted and ignored
     verbosity: str | None = None
-    prediction: dict[str, Any] | None = None
-    # refused
-    modalities: Any = None
-    audio: Any = None
-    web_search_options: Any = None
-    moderation: Any = None
-    media_io_kwargs: Any = None
-    mm_processor_kwargs: Any = None
-    return_prompt_text: Any = None
+    prediction: JsonObject | None = None
+    # not supported
+    modalities: Json = None
+    audio: Json = None
+    web_search_options: Json = None
+    moderation: Json = None
+    media_io_kwargs: Json = None
+    mm_processor_kwargs: Json = None
+    return_prompt_text: Json = None
 
-    UNSUPPORTED: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = CompatibilityFields.UNSUPPORTED | {
-        "modalities": ((["text"], []), 'answers are text: only ["text"] is'),
-        "audio": ((), "answers are text"),
+    UNSUPPORTED: ClassVar[dict[str, tuple[tuple[Json, ...], str]]] = CompatibilityFields.UNSUPPORTED | {
+        "modalities": ((["text"], []), 'responses are text: only ["text"] is'),
+        "audio": ((), "responses are text"),
         "web_search_options": ((), "the server does not search the web"),
         "moderation": ((), "nothing is moderated"),
         "media_io_kwargs": (({},), "messages are text"),

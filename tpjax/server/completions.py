@@ -1,4 +1,4 @@
-"""``/v1/completions``."""
+"""``/v1/completions``: from a checked request to its response."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tpjax.engine.generation import Delta
 from tpjax.server import admission_budget, responses
 from tpjax.server.grammars.compiler import GrammarCompiler
 from tpjax.server.grammars.structured_outputs import grammars
+from tpjax.server.json_types import JsonObject
 from tpjax.server.prompt_encoder import PromptEncoder
 from tpjax.server.protocol import CompletionBody
-from tpjax.server.responses import gather, make_requests, submit, token_text, usage
+from tpjax.server.responses import HeldDeltas, gather, make_requests, submit, token_text, usage
 from tpjax.server.service import Service
 from tpjax.text.detokenizer import IncrementalDetokenizer
 
@@ -23,14 +24,14 @@ if TYPE_CHECKING:
     from tpjax.llm import LLM
 
 _DEFAULT_TOKENS = 16  # OpenAI's
-_NEAR = 16  # characters a tokenizer may have left out between two tokens
+_NEAR = 16  # characters that a tokenizer may have dropped between two tokens
 
 
 class CompletionResponse:
-    """The answer to one request; use :meth:`begin`.
+    """The response to one request; create it with :meth:`begin`.
 
     Attributes:
-        stream: what the engine gives.
+        stream: deltas of the generations.
     """
 
     def __init__(self, service: Service, llm: LLM, body: CompletionBody, requests: list[Request]) -> None:
@@ -48,51 +49,55 @@ class CompletionResponse:
 
     @classmethod
     async def begin(
-        cls, service: Service, compiler: GrammarCompiler | None, texts: PromptEncoder, body: CompletionBody
+        cls, service: Service, compiler: GrammarCompiler | None, encoder: PromptEncoder, body: CompletionBody
     ) -> CompletionResponse:
-        """Checks everything and hands it to the engine.
+        """Checks a request and submits it to the engine.
 
         Raises:
-            ApiError: nothing runs then.
+            ApiError: the request is invalid, or the queue is full; nothing runs then.
         """
         llm = service.llm
         body.check()
         prompts, n = body.prompts(), body.n or 1
-        params: dict[str, Any] = {"logprobs": body.logprobs}
+        params: dict[str, int | None] = {"logprobs": body.logprobs}
         if body.echo and body.logprobs is not None:
             params["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
         with service.preparing(len(prompts) * n):
-            shapes = await grammars(compiler, body, len(prompts) * n)
+            constraints = await grammars(compiler, body, len(prompts) * n)
             requests: list[Request] = []
             for prompt in prompts:
-                ids = await _ids(texts, prompt, body)
-                own = shapes[len(requests) : len(requests) + n]
+                ids = await _token_ids(encoder, prompt, body)
+                own = constraints[len(requests) : len(requests) + n]
                 make = partial(make_requests, llm, body, ids, body.max_tokens, _DEFAULT_TOKENS, own, **params)
-                # over ids a long prompt takes a while as well: the event loop has others to serve
-                requests += await texts.threads.run(make)
+                # not on the event loop: a long prompt takes a while, as token ids too
+                requests += await encoder.threads.run(make)
         admission_budget.prepared()
         return cls(service, llm, body, requests)
 
-    async def whole(self) -> dict[str, Any]:
-        """The answer in one piece."""
+    async def complete(self) -> JsonObject:
+        """Waits for all choices; returns the whole response."""
         choices = [
             self._choice(index, delta, first=True) for index, delta in enumerate(await gather(self.stream))
         ]
         return {**self._frame, "choices": choices, "usage": usage(self.stream, self._body.n or 1)}
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
-        """The answer in chunks; the usage comes last, where asked for."""
+    async def chunks(self) -> AsyncIterator[JsonObject]:
+        """Yields the response in chunks; the usage comes last, if asked for."""
         running = responses.RunningUsage(self.stream, self._body)
         begun: set[int] = set()
+        held = [HeldDeltas() for _ in self.stream.generations]
         async for index, delta in self.stream.deltas():
-            choice = self._choice(index, delta, first=index not in begun)
+            ready = delta if self._body.logprobs is None else held[index].push(delta)
+            if ready is None:
+                continue
+            choice = self._choice(index, ready, first=index not in begun)
             begun.add(index)
-            yield {**self._frame, "choices": [choice], **running.grew(index, delta)}
+            yield {**self._frame, "choices": [choice], **running.add(index, ready)}
         if self._body.include_usage:
             yield {**self._frame, "choices": [], "usage": usage(self.stream, self._body.n or 1)}
 
-    def _choice(self, index: int, delta: Delta, *, first: bool) -> dict[str, Any]:
-        """A choice, or a part of it; what is told of the prompt comes with the first."""
+    def _choice(self, index: int, delta: Delta, *, first: bool) -> JsonObject:
+        """Returns a choice, or a part of it; the first part includes what the response says of the prompt."""
         body, request = self._body, self.stream.generations[index].request
         echo, starts = self._echo(index) if body.echo else ("", [])
         logprobs = None
@@ -117,15 +122,15 @@ class CompletionResponse:
         return choice
 
     def _echo(self, index: int) -> tuple[str, list[int]]:
-        """The prompt's text and where each of its tokens begins in it.
+        """Returns the text of the prompt and the offset of each of its tokens, characters.
 
-        What the prompt leaves unfinished of a character comes with the answer, which may finish it.
+        A character that the prompt leaves incomplete comes with the completion, which may complete it.
         """
         prompt = self._prompts[index // (self._body.n or 1)]
         ids = self.stream.generations[index].request.prompt_token_ids
         if self._tokenizer is None:
             return "", [0] * len(ids)
-        before = after = 0  # tokens round a text that are not in it
+        before = after = 0  # BOS and EOS, which are not in the text
         if isinstance(prompt, str) and self._body.add_special_tokens is not False:
             before, after = self._tokenizer.edges
         shown = IncrementalDetokenizer(self._tokenizer, skip_special_tokens=False)
@@ -141,7 +146,7 @@ class CompletionResponse:
 
     def _logprobs(
         self, ids: Sequence[int], entries: Sequence[TokenLogprobs | None], offsets: list[int], count: int
-    ) -> dict[str, Any]:
+    ) -> JsonObject:
         tops: list[dict[str, float] | None] = []
         for entry in entries:
             if entry is None:
@@ -149,7 +154,7 @@ class CompletionResponse:
                 continue
             top: dict[str, float] = {}
             for token, value in list(entry.top.items())[:count]:
-                top.setdefault(self._show(token), value)  # of two that look alike the likelier counts
+                top.setdefault(self._show(token), value)  # the likelier of two tokens with the same text
             top.setdefault(self._show(entry.token_id), entry.logprob)
             tops.append(top)
         return {
@@ -161,7 +166,7 @@ class CompletionResponse:
 
 
 def _found(text: str, pieces: Sequence[str]) -> list[int]:
-    """Where pieces begin in a text that a tokenizer normalised: each at or soon after the end of the last."""
+    """Returns where pieces start in the text before normalisation: at or soon after the end of the last."""
     at, found = 0, []
     for piece in pieces:
         near = text.find(piece, at, at + len(piece) + _NEAR) if piece else at
@@ -171,11 +176,11 @@ def _found(text: str, pieces: Sequence[str]) -> list[int]:
     return found
 
 
-async def _ids(texts: PromptEncoder, prompt: str | list[int], body: CompletionBody) -> list[int]:
+async def _token_ids(encoder: PromptEncoder, prompt: str | list[int], body: CompletionBody) -> list[int]:
     whole = body.truncate_prompt_tokens is not None
     if isinstance(prompt, str):
         special = body.add_special_tokens is not False
-        return await texts.encode(prompt, "prompt", add_special_tokens=special, whole=whole)
+        return await encoder.encode(prompt, "prompt", add_special_tokens=special, whole=whole)
     if not whole:
-        texts.check_length(len(prompt), "prompt")
+        encoder.check_length(len(prompt), "prompt")
     return prompt

@@ -1,8 +1,8 @@
-"""Clients' messages as a template takes them: nothing is dropped because a template has no place for it.
+"""Converts messages to the form that a chat template accepts, without dropping any of their content.
 
-What the template takes stays as it is, and renders as in transformers. The rest becomes what the template
-has: ``developer`` is ``system``, a system message goes before the first user's text, several of what may come
-once are joined, calls and tools are spelled out as text.
+What the template accepts stays as it is, and renders as in transformers. The rest is converted: ``developer``
+to ``system``, a system message to a prefix of the first user message, several messages of a role to one, tool
+calls and tools to text.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from pydantic_core import from_json
 
 from tpjax.server.error_responses import bad_request
+from tpjax.server.json_types import JsonObject
 from tpjax.server.parsing.tool_call_formats import ToolCallFormat
 from tpjax.server.protocol import Message, Tool
 from tpjax.server.template_traits import Traits, reasoning_fields
 
-Turn = dict[str, Any]
+Turn = JsonObject
 
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-_REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # the first that is there is the one meant
-_NOTED = "OK."  # an answer to results, where the next user's turn may not come without one
+_REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # in order of preference
+_ACKNOWLEDGED = "OK."  # assistant message after tool results, if a user message may not follow them
 _SHORT_ID = re.compile(r"[a-zA-Z0-9]{9}")
 _RESULT = "<tool_response>\n{}\n</tool_response>"
 
@@ -39,20 +39,20 @@ _INSTRUCTIONS = """You may call one or more functions to answer. These are their
 def conversation(
     messages: Sequence[Message], tools: Sequence[Tool] | None, traits: Traits, form: ToolCallFormat
 ) -> list[Turn]:
-    """Messages for one template.
+    """Returns the messages for one template.
 
     Args:
-        messages: as they came.
-        tools: the model may call.
-        traits: of the template.
-        form: how the model writes calls; for templates that have no place for them.
+        messages: messages of the request.
+        tools: tools that the model may call.
+        traits: what the template accepts.
+        form: format of tool calls, for templates that do not render them.
 
     Raises:
-        ApiError: 400; a part is no text, or arguments are no JSON object.
+        ApiError: 400, a content part is not text, or arguments are not a JSON object.
     """
     turns = [_turn(message, i, traits) for i, message in enumerate(messages)]
     turns = _with_ids(turns)
-    turns = list(_native_calls(turns, traits)) if traits.tool_messages else _spelled_out(turns, form)
+    turns = list(_native_calls(turns, traits)) if traits.tool_messages else _calls_as_text(turns, form)
     if tools and not traits.tools:
         turns = _described(turns, tools, form)
     turns = _system_where_it_may_be(turns, traits)
@@ -67,7 +67,7 @@ def _turn(message: Message, position: int, traits: Traits) -> Turn:
     turn["role"] = role = "tool" if role == "function" else role
     texts, thoughts = _texts(message.content, position)
     if isinstance(message.content, str) or role not in traits.parts:
-        turn["content"] = " ".join(texts)  # as transformers' own server joins them
+        turn["content"] = " ".join(texts)  # joined as transformers' server does
     else:
         turn["content"] = [{"type": "text", "text": text} for text in texts]
     if role == "assistant":
@@ -77,17 +77,17 @@ def _turn(message: Message, position: int, traits: Traits) -> Turn:
     for call in turn.get("tool_calls", ()):
         call["function"]["arguments"] = _arguments(call["function"]["arguments"], position)
     if not turn.get("tool_calls", True):
-        del turn["tool_calls"]  # an empty list calls nothing, and templates ask only whether it is there
+        del turn["tool_calls"]  # templates ask only whether the list is there, and an empty one has no calls
     return turn
 
 
 def message_text(message: Message) -> str:
-    """The text of a message."""
+    """Returns the text of a message."""
     return " ".join(_texts(message.content, 0)[0])
 
 
-def _texts(content: str | list[dict[str, Any]] | None, position: int) -> tuple[list[str], str]:
-    """The texts of a message, and the reasoning among its parts."""
+def _texts(content: str | list[JsonObject] | None, position: int) -> tuple[list[str], str]:
+    """Returns the texts of a message, and the reasoning among its parts."""
     if content is None or isinstance(content, str):
         return [content or ""], ""
     texts, thoughts = [], []
@@ -106,9 +106,9 @@ def _texts(content: str | list[dict[str, Any]] | None, position: int) -> tuple[l
     return texts, "\n".join(thoughts)
 
 
-def _arguments(text: str, position: int) -> dict[str, Any]:
+def _arguments(text: str, position: int) -> JsonObject:
     try:
-        # as strict as with the body: no NaN, no lone surrogate, no ten thousand brackets
+        # as strict as for the body: no NaN, no lone surrogates, no ten thousand nested brackets
         arguments = from_json(text or "{}", allow_inf_nan=False)
     except ValueError:
         arguments = None
@@ -123,7 +123,7 @@ def _arguments(text: str, position: int) -> dict[str, Any]:
 
 
 def _with_ids(turns: list[Turn]) -> list[Turn]:
-    """Gives calls and results without an id one: results answer calls in their order."""
+    """Adds missing ids to calls and results; results belong to calls in their order."""
     waiting: list[str] = []
     for position, turn in enumerate(turns):
         if calls := turn.get("tool_calls"):
@@ -139,8 +139,8 @@ def _with_ids(turns: list[Turn]) -> list[Turn]:
 
 
 def _native_calls(turns: list[Turn], traits: Traits) -> Iterator[Turn]:
-    """Calls in the template's own fields, as far apart as it needs them."""
-    carried = ""  # text beside calls, where there is no turn for it before the next answer
+    """Yields messages with calls in the template's fields, one call per message if it needs that."""
+    carried = ""  # text beside calls that has to move to the next assistant message
     for turn in turns if traits.parallel_calls else _one_call_each(turns):
         if traits.short_ids and turn["role"] == "tool" and "tool_call_id" in turn:
             turn = {**turn, "tool_call_id": _short(turn["tool_call_id"])}
@@ -174,12 +174,12 @@ def _call(call: Turn, traits: Traits) -> Turn:
 
 
 def _short(id_: str) -> str:
-    """Nine letters and digits for an id, always the same for the same."""
+    """Returns an id of nine letters and digits, the same one for the same id."""
     return id_ if _SHORT_ID.fullmatch(id_) else hashlib.sha256(id_.encode()).hexdigest()[:9]
 
 
 def _one_call_each(turns: list[Turn]) -> Iterator[Turn]:
-    """Parallel calls one after the other, each followed by its results."""
+    """Yields parallel calls one after the other, each followed by its results."""
     position = 0
     while position < len(turns):
         turn = turns[position]
@@ -199,8 +199,8 @@ def _one_call_each(turns: list[Turn]) -> Iterator[Turn]:
         yield from results
 
 
-def _spelled_out(turns: list[Turn], form: ToolCallFormat) -> list[Turn]:
-    """Calls and results as text; the results of one message's calls are one user's turn."""
+def _calls_as_text(turns: list[Turn], form: ToolCallFormat) -> list[Turn]:
+    """Writes calls and results as text; the results of one message's calls are one user message."""
     plain: list[Turn] = []
     after_result = False
     for turn in turns:
@@ -216,7 +216,7 @@ def _spelled_out(turns: list[Turn], form: ToolCallFormat) -> list[Turn]:
         calls = turn.pop("tool_calls", ())
         if calls:
             functions = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
-            turn["content"] = "\n".join(filter(None, [_as_text(turn["content"]), form.spell(functions)]))
+            turn["content"] = "\n".join(filter(None, [_as_text(turn["content"]), form.render(functions)]))
         plain.append(turn)
     return plain
 
@@ -251,12 +251,12 @@ def _system_where_it_may_be(turns: list[Turn], traits: Traits) -> list[Turn]:
 
 
 def _alternating(turns: list[Turn]) -> list[Turn]:
-    """Neighbours of one role as one turn; calls and results stand outside the order."""
+    """Joins adjacent messages of one role; calls and results are exempt from the alternation."""
     merged: list[Turn] = []
     for turn in turns:
         last = merged[-1] if merged else {"role": None}
         if last["role"] == "tool" and turn["role"] == "user":
-            merged.append({"role": "assistant", "content": _NOTED})
+            merged.append({"role": "assistant", "content": _ACKNOWLEDGED})
             last = merged[-1]
         alike = turn["role"] == last["role"] and turn["role"] in ("user", "assistant")
         if alike and "tool_calls" not in turn and "tool_calls" not in last:

@@ -1,12 +1,12 @@
-"""Errors as the OpenAI API gives them: ``{"error": {"message", "type", "param", "code"}}`` and a status."""
+"""Error responses of the OpenAI API: ``{"error": {"message", "type", "param", "code"}}`` and a status."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
 
 from tpjax.errors import ContextLengthError, RequestError, TpjaxError
+from tpjax.server.json_types import JsonObject
 
 _TYPES = {
     401: "authentication_error",
@@ -18,14 +18,14 @@ _TYPES = {
 
 
 class ApiError(TpjaxError):
-    """An answer that is an error.
+    """An error that is sent to the client.
 
     Attributes:
         status: HTTP status.
-        message: for the client.
-        param: which parameter is wrong.
-        code: for programs.
-        headers: to send with it.
+        message: text for the client.
+        param: name of the parameter that is wrong.
+        code: identifier for programs.
+        headers: HTTP headers of the response.
     """
 
     def __init__(
@@ -44,24 +44,24 @@ class ApiError(TpjaxError):
         self.code = code
         self.headers = dict(headers or {})
 
-    def body(self) -> dict[str, Any]:
-        """What the answer holds."""
+    def body(self) -> JsonObject:
+        """Returns the body of the response."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """Status 400."""
+    """Returns an error of status 400."""
     return ApiError(400, message, param=param, code=code)
 
 
 def internal_error() -> ApiError:
-    """Status 500, and nothing about the inside; the log has the trace."""
+    """Returns an error of status 500 without details; the log has the trace."""
     return ApiError(500, "an internal error occurred; the server's log has it", code="internal_error")
 
 
 def from_request_error(error: RequestError, params: Collection[str]) -> ApiError:
-    """The library's complaint as the API's; its message begins with the parameter where one is wrong."""
+    """Converts the library's error to the API's; its message may start with the wrong parameter."""
     message = str(error)
     code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
     if message.startswith("the prompt "):

@@ -1,4 +1,4 @@
-"""Reads the bodies of requests: strict JSON, and no more of it than can be checked in a moment."""
+"""Reads request bodies as strict JSON, limited to what can be validated in a moment."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from pydantic_core import CoreSchema, from_json
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-# Objects, lists and names of fields. Each costs the event loop's thread a microsecond or more to read and
-# check, and each may be an error of its own; 4 MB hold over a million. Numbers and texts cost little.
+from tpjax.server.json_types import Json
+
+# Most objects, lists and field names of a body. Each takes the event loop a microsecond or more to validate,
+# and each may be an error; 4 MB hold over a million. Numbers and strings cost little.
 MAX_PARTS = 1 << 16
 
 
 class StrictJsonRequest(Request):
-    """Reads JSON strictly: no NaN, no lone surrogate, no ten thousand brackets."""
+    """Reads JSON strictly: no NaN, no lone surrogates, no ten thousand nested brackets."""
 
     async def body(self) -> bytes:
-        """The first byte: FastAPI asks whether there is any, and would keep the rest while it answers."""
+        """Returns the first byte: FastAPI only asks whether there is a body, and would keep all of it."""
         if not hasattr(self, "_raw"):
             self._raw = await super().body()
             self._body = self._raw[:1]
         return self._body
 
-    async def json(self) -> Any:
-        """The body.
+    async def json(self) -> Json:
+        """Returns the decoded body.
 
         Raises:
-            HTTPException: 400; it is not valid JSON, or has too many parts.
+            HTTPException: 400, the body is not valid JSON, or has too many parts.
         """
         if not hasattr(self, "_json"):
             await self.body()
@@ -46,15 +48,15 @@ class StrictJsonRequest(Request):
 
 
 class StrictJsonRoute(APIRoute):
-    """Reads bodies as :class:`StrictJsonRequest` does."""
+    """A route whose requests are :class:`StrictJsonRequest`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The route's handler, given such a request."""
+        """Returns the route's handler, called with a strict request."""
         inner = super().get_route_handler()
 
         async def handler(request: Request) -> Response:
             if self.body_field is not None:
-                request.app.state.service.admit(1)  # before anything is made of it
+                request.app.state.service.admit(1)  # before the body is decoded
             return await inner(StrictJsonRequest(request.scope, request.receive))
 
         return handler
@@ -72,22 +74,22 @@ def _fail_fast(schema: Any) -> None:
 
 
 class FailFastModel(BaseModel):
-    """Stops at the first wrong item of a list: a million wrong ones would be a million errors."""
+    """A model that reports only the first wrong item of a list, which may hold a million."""
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """The schema, with pydantic's ``FailFast`` on each of its lists."""
+        """Returns the core schema with pydantic's ``FailFast`` on each of its lists."""
         schema = handler(source)
         _fail_fast(schema)
         return schema
 
 
 def parts(body: bytes) -> int:
-    """Counts the objects, lists and fields of a JSON text; exactly where it may have over ``MAX_PARTS``."""
+    """Counts the objects, lists and fields of a JSON text; exactly if there may be over ``MAX_PARTS``."""
     most = _marks(body)
     if most <= MAX_PARTS:
         return most
-    # what is between an even quote and the next is no string; an escaped quote is none
+    # strings are between an odd quote and the next; an escaped quote is no quote
     bare = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')
     return _marks(b"".join(bare[::2]))
 

@@ -1,26 +1,25 @@
-"""Requests in older words, and choices among tools, as plain ones; and answers back in the older words."""
+"""Converts OpenAI's older ``functions``, and ``allowed_tools``, to ``tools``; and responses back."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from tpjax.server.error_responses import bad_request
+from tpjax.server.json_types import JsonObject
 from tpjax.server.protocol import AllowedTools, ChatBody, Message, NamedFunction, NamedTool, Tool, ToolCall
 
 
 def modern(body: ChatBody) -> ChatBody:
-    """The same request with ``tools`` and a plain ``tool_choice``.
+    """Returns a request with ``tools`` and a plain ``tool_choice``.
 
-    ``functions``, ``function_call`` and messages with either are what tools, ``tool_choice`` and calls were
-    before; of ``allowed_tools`` the others are not offered at all.
+    ``functions``, ``function_call`` and messages with either are the older names of tools, ``tool_choice``
+    and tool calls. With ``allowed_tools`` the other tools are not offered at all.
 
     Raises:
-        ApiError: 400; old and new words are mixed, or a tool is not there.
+        ApiError: 400, old and new parameters are mixed, or a named function does not exist.
     """
     for old, new in (("functions", "tools"), ("function_call", "tool_choice")):
         if getattr(body, old) is not None and getattr(body, new) is not None:
             raise bad_request(f"{old} and {new} say the same: give one", old)
-    changed: dict[str, Any] = {"messages": _messages(body.messages)}
+    changed: JsonObject = {"messages": _messages(body.messages)}
     if body.functions is not None:
         if not body.functions:
             raise bad_request("functions is empty: at least 1 function is needed", "functions")
@@ -29,7 +28,7 @@ def modern(body: ChatBody) -> ChatBody:
     if body.function_call is not None:
         if body.functions is None:
             raise bad_request("function_call needs functions", "function_call")
-        choice: Any = body.function_call
+        choice: str | NamedFunction | NamedTool = body.function_call
         if isinstance(choice, NamedFunction):
             if choice.name not in (known := [function.name for function in body.functions]):
                 raise bad_request(
@@ -43,18 +42,18 @@ def modern(body: ChatBody) -> ChatBody:
     return body.model_copy(update=changed)
 
 
-def message(message: dict[str, Any]) -> dict[str, Any]:
-    """An answer's message, or a delta of it, with a ``function_call`` in place of its one call."""
+def message(message: JsonObject) -> JsonObject:
+    """Returns a response's message, or a delta of it, with ``function_call`` instead of its one tool call."""
     calls = message.pop("tool_calls", None)
     return message | {"function_call": calls[0]["function"]} if calls else message
 
 
-def reason(reason: str | None) -> str | None:
-    """Why an answer ended, in the older words."""
+def finish_reason(reason: str | None) -> str | None:
+    """Returns the finish reason under its older name."""
     return "function_call" if reason == "tool_calls" else reason
 
 
-def _allowed(body: ChatBody, choice: AllowedTools) -> dict[str, Any]:
+def _allowed(body: ChatBody, choice: AllowedTools) -> JsonObject:
     names = [tool.function.name for tool in choice.allowed_tools.tools]
     known = [tool.function.name for tool in body.tools or ()]
     if missing := [name for name in names if name not in known]:
@@ -66,8 +65,8 @@ def _allowed(body: ChatBody, choice: AllowedTools) -> dict[str, Any]:
 
 
 def _messages(messages: list[Message]) -> list[Message]:
-    """Messages with calls and results in place of ``function_call`` and of role ``function``."""
-    ids: dict[str | None, str] = {}  # of the last call of each function
+    """Returns messages with tool calls and results instead of ``function_call`` and the role ``function``."""
+    ids: dict[str | None, str] = {}  # function name -> id of its last call
     found: list[Message] = []
     for at, one in enumerate(messages):
         if one.function_call is not None and not one.tool_calls:

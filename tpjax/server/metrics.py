@@ -1,14 +1,14 @@
-"""Metrics under the field's names, for Prometheus."""
+"""Prometheus metrics, under vLLM's names."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 if TYPE_CHECKING:
     from tpjax.engine.engine import Stats
@@ -21,12 +21,12 @@ _SLOW = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240,
 
 @dataclass
 class ChoiceTimings:
-    """The times of a choice, seconds on ``time.perf_counter``.
+    """Times of a choice, seconds of ``time.perf_counter``.
 
     Attributes:
-        start: when it arrived.
-        last: when it last grew; 0 before.
-        tokens: how many it has got.
+        start: arrival.
+        last: last delta; 0 before the first.
+        tokens: number of tokens generated.
     """
 
     start: float = field(default_factory=time.perf_counter)
@@ -35,14 +35,14 @@ class ChoiceTimings:
 
 
 class Metrics:
-    """Counts requests, tokens and time; belongs to the event loop's thread.
+    """Counts requests, tokens and time. Used on the event loop only.
 
     Args:
         model: name of the model, a label of every metric.
-        stats: what the engine is doing; ``None`` before there is one.
+        stats: returns the engine's figures; ``None`` while the model loads.
 
     Attributes:
-        generated_tokens: since the start.
+        generated_tokens: tokens generated since the start.
     """
 
     def __init__(self, model: str, stats: Callable[[], Stats | None]) -> None:
@@ -64,34 +64,34 @@ class Metrics:
         self._registry.register(self)  # a collector only needs collect()
 
     def text(self) -> bytes:
-        """All of it in Prometheus's text format."""
+        """Returns all metrics in Prometheus's text format."""
         return generate_latest(self._registry)
 
-    def grew(self, request: Request, clock: ChoiceTimings, delta: Delta, now: float) -> None:
-        """A choice got tokens or ended; its clock is kept up to date here."""
+    def record(self, request: Request, timings: ChoiceTimings, delta: Delta, now: float) -> None:
+        """Counts a delta of a choice and updates the choice's timings."""
         count = len(delta.token_ids)
-        if not clock.last:
+        if not timings.last:
             self._prompt_tokens.inc(len(request.prompt_token_ids))
         if count:
-            if not clock.tokens:
-                self._first.observe(now - clock.start)
+            if not timings.tokens:
+                self._first.observe(now - timings.start)
             else:
                 for _ in range(count):  # the tokens of one dispatch share its time
-                    self._gap.observe((now - clock.last) / count)
-            clock.tokens += count
+                    self._gap.observe((now - timings.last) / count)
+            timings.tokens += count
             self.generated_tokens += count
             self._generation_tokens.inc(count)
-        clock.last = now
+        timings.last = now
         if delta.finish_reason is not None:
             self._success.labels(self._model, delta.finish_reason).inc()
-            self._whole.observe(now - clock.start)
+            self._whole.observe(now - timings.start)
 
-    def aborted(self, choices: int) -> None:
-        """Clients went before these choices ended."""
+    def record_aborts(self, choices: int) -> None:
+        """Counts choices whose clients disconnected before they ended."""
         self._success.labels(self._model, "abort").inc(choices)
 
-    def collect(self) -> Iterator[Any]:
-        """What the engine knows itself; Prometheus's client calls this at each scrape."""
+    def collect(self) -> Iterator[Metric]:
+        """Yields the engine's figures; Prometheus's client calls this at each scrape."""
         stats = self._stats()
         if stats is None:
             return

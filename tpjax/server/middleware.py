@@ -1,4 +1,4 @@
-"""What every request passes: its id and log line, the key, the size of its body, and the last catch."""
+"""The outermost middleware: request id and log line, API key, body size, and unexpected exceptions."""
 
 from __future__ import annotations
 
@@ -8,38 +8,30 @@ import hmac
 import json
 import logging
 import re
-import sys
 import time
 import uuid
 from base64 import b64decode
-from collections.abc import Awaitable, Callable
-from contextvars import ContextVar
-from typing import Any
 
-from tpjax.sandbox import give_memory_back
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tpjax.sandbox import release_memory
 from tpjax.server import admission_budget
-from tpjax.server.admission_budget import AdmissionBudget, BudgetShare
+from tpjax.server.admission_budget import AdmissionBudget, Reservation
 from tpjax.server.error_responses import ApiError, bad_request, internal_error
-
-Scope = dict[str, Any]
-Message = dict[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from tpjax.server.json_logging import request_id
 
 log = logging.getLogger(__name__)
-request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 MAX_BODY_BYTES = 4 << 20
-MAX_PREPARED_BODIES = 4  # of the largest size, over all requests
+MAX_PREPARED_BODIES = 4  # of the largest size, prepared at once over all requests
 BODY_LIMIT_S = 30.0
-# What a client may still send after it was refused: closing at once would reset the connection, and take the
-# answer with it.
+# What a client may still send after its request was refused: closing at once would reset the connection and
+# lose the response.
 LINGER_BYTES = 256 << 20
 LINGER_S, LINGER_IDLE_S = 30.0, 5.0
 MAX_LOGGED_PATH = 256  # characters
-OPEN_PATHS = ("/health", "/ping", "/ready", "/metrics")  # a probe and a scraper have no key
-POLLED_PATHS = (*OPEN_PATHS, "/stats")  # every second or so: no news where all is well
+OPEN_PATHS = ("/health", "/ping", "/ready", "/metrics")  # probes and scrapers have no key
+POLLED_PATHS = (*OPEN_PATHS, "/stats")  # requested every second or so: logged at debug level if successful
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 
@@ -47,15 +39,15 @@ class ServerMiddleware:
     """The outermost layer of the application.
 
     Args:
-        app: what is inside.
-        api_keys: any of them opens every path but ``OPEN_PATHS``; none: all is open.
-        max_body_bytes: over it, 413.
-        protect_metrics: ``/metrics`` asks for a key too.
+        app: the application.
+        api_keys: keys that are accepted on every path but ``OPEN_PATHS``; none: no key is needed.
+        max_body_bytes: largest body; a larger one gets status 413.
+        protect_metrics: ``/metrics`` needs a key too.
     """
 
     def __init__(
         self,
-        app: App,
+        app: ASGIApp,
         api_keys: tuple[str, ...] = (),
         max_body_bytes: int = MAX_BODY_BYTES,
         protect_metrics: bool = False,
@@ -67,7 +59,7 @@ class ServerMiddleware:
         self._budget = AdmissionBudget(MAX_PREPARED_BODIES * max_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves a connection as ASGI has it."""
+        """Serves a connection over ASGI."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -75,8 +67,8 @@ class ServerMiddleware:
         own = headers.get("x-request-id", "")
         ident = own if _ID.fullmatch(own) else uuid.uuid4().hex
         token = request_id.set(ident)
-        share = BudgetShare(self._budget)
-        share_token = admission_budget.share.set(share)
+        reserved = Reservation(self._budget)
+        reserved_token = admission_budget.reservation.set(reserved)
         start, status, complete, unread = time.perf_counter(), 0, False, True
 
         async def incoming() -> Message:
@@ -97,7 +89,7 @@ class ServerMiddleware:
             try:
                 _check_framing(scope["headers"])
                 self._check_key(scope["path"], headers)
-                body = await self._body(incoming, headers, share)
+                body = await self._body(incoming, headers, reserved)
             except ApiError as error:
                 framed = "content-length" in headers or "transfer-encoding" in headers
                 await _refuse(error, receive if framed and unread else None, tagged)
@@ -113,17 +105,17 @@ class ServerMiddleware:
             if not status:
                 await send_error(internal_error(), tagged)
             elif not complete:
-                raise  # the answer has begun: the connection can only be cut
+                raise  # the response has started: the connection can only be closed
         finally:
             ms = round((time.perf_counter() - start) * 1000, 1)
             path = scope["path"][:MAX_LOGGED_PATH]
             fields = {"method": scope["method"], "path": path, "status": status, "ms": ms}
             level = logging.DEBUG if scope["path"] in POLLED_PATHS and status == 200 else logging.INFO
             log.log(level, "request", extra={"fields": fields})
-            share.release()
-            if share.most and not self._budget.used:  # the last of them
-                asyncio.get_running_loop().run_in_executor(None, give_memory_back)
-            admission_budget.share.reset(share_token)
+            reserved.release()
+            if reserved.most and not self._budget.used:  # the last large request has been served
+                asyncio.get_running_loop().run_in_executor(None, release_memory)
+            admission_budget.reservation.reset(reserved_token)
             request_id.reset(token)
 
     def _check_key(self, path: str, headers: dict[str, str]) -> None:
@@ -131,12 +123,12 @@ class ServerMiddleware:
             return
         kind, _, value = headers.get("authorization", "").partition(" ")
         given = value.strip().encode("latin-1")
-        if kind.lower() == "basic":  # a browser asks for a name and a password: the password is the key
+        if kind.lower() == "basic":  # a browser asks for a user and a password: the password is the key
             try:
                 given = b64decode(given, validate=True).partition(b":")[2]
             except ValueError:
                 given = b""
-        # every key is compared, each in constant time
+        # compares every key, each in constant time
         if not sum(hmac.compare_digest(given, key) for key in self._keys):
             scheme = "Basic" if path == "/" else "Bearer"
             raise ApiError(
@@ -146,11 +138,11 @@ class ServerMiddleware:
                 headers={"WWW-Authenticate": f'{scheme} realm="tpjax"'},
             )
 
-    async def _body(self, receive: Receive, headers: dict[str, str], share: BudgetShare) -> bytes | None:
-        """The whole body; ``None`` where the client has gone. The budget gives what is declared, or has come.
+    async def _body(self, receive: Receive, headers: dict[str, str], reserved: Reservation) -> bytes | None:
+        """Receives the whole body and reserves its bytes; returns ``None`` if the client has disconnected.
 
         Raises:
-            ApiError: 408, 413 or 429; the rest of the body is still to come.
+            ApiError: 408, 413 or 429; the rest of the body has not been received.
         """
         length = headers.get("content-length", "")
         too_large = ApiError(
@@ -161,7 +153,7 @@ class ServerMiddleware:
         if length.isdigit():
             if len(length) > 18 or int(length) > self._max_body_bytes:
                 raise too_large
-            share.grow(int(length))
+            reserved.grow(int(length))
         body = bytearray()
         try:
             async with asyncio.timeout(BODY_LIMIT_S):
@@ -172,7 +164,7 @@ class ServerMiddleware:
                     body += message.get("body", b"")
                     if len(body) > self._max_body_bytes:
                         raise too_large
-                    share.grow(len(body))
+                    reserved.grow(len(body))
                     if not message.get("more_body"):
                         return bytes(body)
         except TimeoutError as error:
@@ -181,7 +173,7 @@ class ServerMiddleware:
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
     bodies = [body]
-    del body  # handed over once, and not kept for as long as the answer takes
+    del body  # passed on once, and not kept while the response is generated
 
     async def replay() -> Message:
         if not bodies:
@@ -192,7 +184,7 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 
 def _check_framing(headers: list[tuple[bytes, bytes]]) -> None:
-    """Refuses a body of doubtful length: a proxy may see another one, and another request in the rest."""
+    """Refuses a body of ambiguous length, which a proxy may read as another request (request smuggling)."""
     lengths = [value for name, value in headers if name == b"content-length"]
     codings = [value.strip().lower() for name, value in headers if name == b"transfer-encoding"]
     if lengths and codings:
@@ -204,7 +196,7 @@ def _check_framing(headers: list[tuple[bytes, bytes]]) -> None:
 
 
 async def send_error(error: ApiError, send: Send, *, more_body: bool = False) -> None:
-    """Answers with an error."""
+    """Sends an error response."""
     body = json.dumps(error.body()).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
     pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
@@ -213,7 +205,7 @@ async def send_error(error: ApiError, send: Send, *, more_body: bool = False) ->
 
 
 async def _refuse(error: ApiError, receive: Receive | None, send: Send) -> None:
-    """Answers with an error; where there is a body to ``receive``, reads on for a while and closes."""
+    """Sends an error response; if a body is left to ``receive``, reads on for a while and closes."""
     if receive is None:
         await send_error(error, send)
         return
@@ -229,31 +221,3 @@ async def _refuse(error: ApiError, receive: Receive | None, send: Send) -> None:
                 if not message.get("more_body"):  # the end of the body, or of the connection
                     break
     await send({"type": "http.response.body", "body": b""})
-
-
-class JsonLines(logging.Formatter):
-    """One JSON object a record: whatever a client sends, it cannot begin a line of its own."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line."""
-        line = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}",
-            "level": record.levelname.lower(),
-            "request_id": request_id.get(),
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            line["trace"] = self.formatException(record.exc_info)
-        return json.dumps({name: value for name, value in line.items() if value is not None})
-
-
-def log_as_json_lines() -> None:
-    """Sends what tpjax and uvicorn log to stderr, as JSON lines."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    for name, level in (("tpjax", logging.INFO), ("uvicorn", logging.WARNING)):
-        logger = logging.getLogger(name)
-        logger.handlers = [handler]
-        logger.setLevel(level)
-        logger.propagate = False

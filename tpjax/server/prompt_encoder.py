@@ -1,4 +1,4 @@
-"""Prompts from texts: what is certainly too long is refused, and what is long is encoded elsewhere."""
+"""Encodes clients' texts: refuses what is certainly too long, and encodes long texts in a worker process."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tpjax.server.worker_pools import ThreadPool, WorkerPool
 if TYPE_CHECKING:
     from tpjax.llm import LLM
 
-ENCODE = "tpjax.text.loading:encode_job"
-# Longer texts are encoded in a process: it can be killed, and gives its memory back. They take over 30 ms.
+_ENCODE = "tpjax.text.loading:encode_job"
+# Longer texts take over 30 ms. They are encoded in a process, which can be killed and returns its memory.
 SHORT_CHARS = 64 << 10
 SHORT_THREADS, LONG_PROCESSES = 2, 1
 TIME_LIMIT_S = 60.0
@@ -22,14 +22,14 @@ MEMORY_LIMIT_BYTES = 4 << 30
 
 
 class PromptEncoder:
-    """Encodes clients' texts.
+    """Encodes texts into prompts.
 
     Args:
-        llm: whose tokenizer and context.
+        llm: the model, for its tokenizer and its context.
 
     Attributes:
-        threads: for what is short.
-        workers: for what is long.
+        threads: threads for short texts.
+        workers: processes for long texts.
     """
 
     def __init__(self, llm: LLM) -> None:
@@ -40,20 +40,20 @@ class PromptEncoder:
     async def encode(
         self, text: str, param: str, *, add_special_tokens: bool = True, whole: bool = False
     ) -> list[int]:
-        """Token ids of a text.
+        """Returns the token ids of a text.
 
         Args:
-            text: a client's.
-            param: which it was, for errors.
+            text: the text.
+            param: parameter of the request that holds it, for errors.
             add_special_tokens: as in ``Tokenizer.encode``.
-            whole: of a text over the context too.
+            whole: encode a text that is longer than the context too.
 
         Raises:
-            ApiError: 400; it is over the context. 429: too much text is being prepared.
+            ApiError: 400, the text is longer than the context; 429, too much text is being prepared.
         """
         if self._tokenizer is None:
             raise bad_request(f"{self._path} has no tokenizer: give the prompt as token ids", param)
-        admission_budget.take(len(text))
+        admission_budget.reserve(len(text))
         if len(text) <= SHORT_CHARS:
             return await self.threads.run(self._encoded, text, add_special_tokens)
         if not whole:
@@ -61,13 +61,13 @@ class PromptEncoder:
             self.check_length(fewest, param, "at least ")
         limit = None if whole else self._context
         job = {"path": self._path, "text": text, "add_special_tokens": add_special_tokens, "limit": limit}
-        found = await self.workers.run(ENCODE, job, param)
+        found = await self.workers.run(_ENCODE, job, param)
         if "ids" not in found:
             self.check_length(found["count"], param)
-        return await self.threads.run(_ids, found["ids"])
+        return await self.threads.run(_decoded_ids, found["ids"])
 
     def check_length(self, count: int, param: str, about: str = "") -> None:
-        """Refuses a prompt of more tokens than the context.
+        """Checks that a prompt of ``count`` tokens fits into the context.
 
         Raises:
             ApiError: 400.
@@ -81,7 +81,7 @@ class PromptEncoder:
             )
 
     def close(self) -> None:
-        """Ends what runs."""
+        """Ends the threads and processes."""
         self.threads.close()
         self.workers.close()
 
@@ -90,5 +90,5 @@ class PromptEncoder:
         return self._tokenizer.encode(text, add_special_tokens=special)
 
 
-def _ids(data: str) -> list[int]:
+def _decoded_ids(data: str) -> list[int]:
     return array("I", b64decode(data)).tolist()

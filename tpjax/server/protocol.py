@@ -1,12 +1,12 @@
-"""What clients send. Wrong types, unknown names and numbers that are not finite end here, with a 400.
+"""Request bodies as pydantic models: wrong types, unknown fields and non-finite numbers get status 400.
 
-Whatever is unknown is refused, so that a misspelt parameter does not pass in silence. What OpenAI and vLLM
-know and this server has no use for is in ``compatibility.py``.
+An unknown field is an error, so that a misspelt parameter does not pass silently. Parameters of OpenAI and
+vLLM that have no effect here are in ``compatibility.py``.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import ConfigDict, Field
 
@@ -18,6 +18,7 @@ from tpjax.server.compatibility import (
 )
 from tpjax.server.error_responses import bad_request
 from tpjax.server.json_bodies import FailFastModel
+from tpjax.server.json_types import Json, JsonObject
 
 MAX_CHOICES = 128  # prompts × n of one request
 MAX_STOP = 16
@@ -26,19 +27,20 @@ MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORDS = 1024
 MAX_PRIORITY = 2**63 - 1
 
-Number = float  # strict mode takes a whole number too
+T = TypeVar("T")
+Number = float  # pydantic's strict mode accepts an integer too
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
 class Body(FailFastModel):
-    """Strict: a string is no number, and an unknown field is an error."""
+    """Base of the bodies. Strict: no strings for numbers, no unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class StreamOptions(Body):
-    """What a stream also tells."""
+    """``stream_options``: what a stream includes besides the response."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -46,38 +48,38 @@ class StreamOptions(Body):
 
 
 class StructuredOutputs(Body):
-    """What the answer has to be, one of the first six; vLLM's way to say it."""
+    """vLLM's ``structured_outputs``: constrains the response by exactly one of the first six fields."""
 
-    json_: dict[str, Any] | bool | str | None = Field(default=None, alias="json")
+    json_: JsonObject | bool | str | None = Field(default=None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
     choice: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES * 8)] | None = None
     grammar: str | None = None
-    structural_tag: Any = None
+    structural_tag: Json = None
     whitespace_pattern: str | None = None
     disable_any_whitespace: bool | None = None
     disable_additional_properties: bool | None = None
-    disable_fallback: bool | None = None  # there is one way to follow a schema, and nothing to fall back to
+    disable_fallback: bool | None = None  # there is one grammar engine, and nothing to fall back to
 
 
 class JsonSchema(Body):
-    """A schema the answer follows."""
+    """``response_format.json_schema``."""
 
     name: str | None = None
     description: str | None = None
-    schema_: dict[str, Any] | bool = Field(default=True, alias="schema")
+    schema_: JsonObject | bool = Field(default=True, alias="schema")
     strict: bool | None = None
 
 
 class ResponseFormat(Body):
-    """The shape of the answer."""
+    """``response_format``."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
 class Sampling(CompatibilityFields):
-    """What completions and chat have in common."""
+    """Parameters of completions and chat."""
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -103,7 +105,7 @@ class Sampling(CompatibilityFields):
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     truncation_side: Literal["left", "right"] | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: dict[str, Any] | bool | str | None = None  # what structured_outputs was before
+    guided_json: JsonObject | bool | str | None = None  # older names of structured_outputs
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
@@ -119,7 +121,7 @@ class Sampling(CompatibilityFields):
 
     @property
     def limit_name(self) -> str:
-        """The parameter that says how many tokens to generate."""
+        """Name of the parameter that limits the generated tokens."""
         return "max_tokens"
 
     @property
@@ -129,32 +131,32 @@ class Sampling(CompatibilityFields):
 
     @property
     def continuous_usage(self) -> bool:
-        """Whether each chunk of a stream tells the usage of its choice so far."""
+        """Whether each chunk of a stream includes the usage of its choice so far."""
         return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     @property
     def structure(self) -> StructuredOutputs | None:
-        """What the answer has to be, under today's name or yesterday's.
+        """The structured outputs, from ``structured_outputs`` or the older ``guided_*``.
 
         Raises:
-            ApiError: there are several, or none where one was announced.
+            ApiError: 400, both are given.
         """
-        before = {
+        guided = {
             name: value
             for name in ("json", "regex", "choice", "grammar")
             if (value := getattr(self, f"guided_{name}")) is not None
         }
-        if self.structured_outputs is not None and before:
+        if self.structured_outputs is not None and guided:
             raise bad_request("structured_outputs and guided_* say the same: give one", "structured_outputs")
-        if not before:
+        if not guided:
             return self.structured_outputs
-        return StructuredOutputs(**before, whitespace_pattern=self.guided_whitespace_pattern)
+        return StructuredOutputs(**guided, whitespace_pattern=self.guided_whitespace_pattern)
 
     def check(self) -> None:
-        """Refuses what no single field can show to be wrong.
+        """Checks what depends on several fields.
 
         Raises:
-            ApiError: with the parameter's name.
+            ApiError: 400, with the name of the parameter.
         """
         super().check()
         form = self.response_format
@@ -165,20 +167,20 @@ class Sampling(CompatibilityFields):
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options needs stream=true", "stream_options")
         if self.prompt_logprobs is not None and self.stream:
-            raise bad_request("prompt_logprobs come with whole answers: leave out stream", "prompt_logprobs")
+            raise bad_request("prompt_logprobs is not available with stream", "prompt_logprobs")
 
-    def sampling_params(self, max_tokens: int, **extra: Any) -> SamplingParams:
-        """The engine's parameters.
+    def sampling_params(self, max_tokens: int, **extra: Json) -> SamplingParams:
+        """Returns the engine's sampling parameters.
 
         Raises:
             RequestError: a value is out of range.
-            ApiError: a key of ``logit_bias`` is no token id.
+            ApiError: 400, a key of ``logit_bias`` is not a token id.
         """
         extra.setdefault("min_tokens", _or(self.min_tokens, 0))
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
-            top_k=None if self.top_k is None else max(self.top_k, 0),  # -1 is vLLM's way to say all
+            top_k=None if self.top_k is None else max(self.top_k, 0),  # -1 is vLLM's value for all tokens
             top_p=self.top_p,
             min_p=self.min_p,
             stop=_or(self.stop, ()),
@@ -208,7 +210,7 @@ class CompletionBody(Sampling, CompletionCompatibilityFields):
     add_special_tokens: bool | None = None
 
     def check(self) -> None:
-        """Refuses what no single field can show to be wrong, before anything is made of it."""
+        """Checks what depends on several fields."""
         super().check()
         n = self.n or 1
         if self.best_of is not None and self.best_of != n:
@@ -227,21 +229,21 @@ class CompletionBody(Sampling, CompletionCompatibilityFields):
             raise bad_request("max_tokens=0 makes sense with echo=true only", "max_tokens")
 
     def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts one by one."""
-        prompt: Any = self.prompt
+        """Returns the prompts as a list."""
+        prompt: Json = self.prompt
         single = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
         return [prompt] if single else prompt
 
 
 class FunctionCall(Body):
-    """A call the model made."""
+    """A function and its arguments in a tool call of the model."""
 
     name: str
     arguments: str
 
 
 class ToolCall(Body):
-    """A call the model made, and its id."""
+    """A tool call of the model."""
 
     id: str | None = None
     type: Literal["function"] = "function"
@@ -250,56 +252,56 @@ class ToolCall(Body):
 
 
 class Message(FailFastModel):
-    """A turn. Templates may know more fields than these, so more are let through to them."""
+    """A message. Other fields are passed on to the chat template, which may use them."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[dict[str, Any]] | None = None
+    content: str | list[JsonObject] | None = None
     tool_calls: list[ToolCall] | None = None
-    function_call: FunctionCall | None = None  # what tool_calls were before
+    function_call: FunctionCall | None = None  # older name of tool_calls
     tool_call_id: str | None = None
     name: str | None = None
 
 
 class Function(Body):
-    """A function the model may call."""
+    """A function that the model may call."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
 
 
 class Tool(Body):
-    """A tool: functions are the only kind."""
+    """A tool; functions are the only type."""
 
     type: Literal["function"]
     function: Function
 
 
 class NamedFunction(Body):
-    """A function's name."""
+    """The name of a function."""
 
     name: str
 
 
 class NamedTool(Body):
-    """The one tool to call."""
+    """``tool_choice`` that names the tool to call."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
 class Allowance(Body):
-    """Some of the tools, and whether one of them has to be called."""
+    """The allowed tools, and whether one of them has to be called."""
 
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedTool], Field(min_length=1, max_length=128)]
 
 
 class AllowedTools(Body):
-    """The tools that may be called."""
+    """``tool_choice`` that lists the tools that may be called."""
 
     type: Literal["allowed_tools"]
     allowed_tools: Allowance
@@ -316,7 +318,7 @@ class ChatBody(Sampling, ChatCompatibilityFields):
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
-    functions: Annotated[list[Function], Field(max_length=128)] | None = None  # what tools were before
+    functions: Annotated[list[Function], Field(max_length=128)] | None = None  # older name of tools
     function_call: Literal["none", "auto"] | NamedFunction | None = None
     reasoning_effort: str | None = None
     include_reasoning: bool | None = None
@@ -324,12 +326,12 @@ class ChatBody(Sampling, ChatCompatibilityFields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
-    documents: list[dict[str, Any]] | None = None
+    documents: list[JsonObject] | None = None
     chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: JsonObject | None = None
 
     def check(self) -> None:
-        """Refuses what no single field can show to be wrong."""
+        """Checks what depends on several fields."""
         super().check()
         if not self.messages:
             raise bad_request("messages is empty: at least 1 message is needed", "messages")
@@ -346,12 +348,12 @@ class ChatBody(Sampling, ChatCompatibilityFields):
 
     @property
     def limit(self) -> int | None:
-        """Most tokens to generate, where given."""
+        """Most tokens to generate, if given."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def limit_name(self) -> str:
-        """The parameter that says how many tokens to generate."""
+        """Name of the parameter that limits the generated tokens."""
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
 
@@ -361,11 +363,13 @@ class TokenizeBody(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(max_length=4096)] | None = None
-    add_special_tokens: bool | None = None  # by default of a prompt: templates write their own
+    add_special_tokens: bool | None = (
+        None  # by default for a prompt only: templates write special tokens themselves
+    )
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: JsonObject | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     return_token_strs: bool | None = None
 
@@ -377,7 +381,7 @@ class DetokenizeBody(Body):
     tokens: list[int]
 
 
-def _or(value: Any, default: Any) -> Any:
+def _or(value: T | None, default: T) -> T:
     return default if value is None else value
 
 

@@ -1,4 +1,4 @@
-"""From a request's choices to what goes back: pieces completions and chat have in common."""
+"""Shared by completions and chat: making requests, gathering deltas, usage, log-probabilities, events."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import json
 import secrets
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tpjax.engine.generation import Delta, Generation
 from tpjax.errors import ContextLengthError, RequestError
 from tpjax.sampling_params import MAX_SEED, MIN_SEED, RANDOM_SEED
 from tpjax.server.error_responses import bad_request, from_request_error
+from tpjax.server.grammars.compiler import TokenGrammar
+from tpjax.server.json_types import Json, JsonObject
 from tpjax.server.protocol import Sampling
 from tpjax.server.service import Service, Stream
 
@@ -20,22 +22,22 @@ if TYPE_CHECKING:
     from tpjax.llm import LLM
     from tpjax.text.tokenizer import Tokenizer
 
-# Deltas a streaming reader may lag behind: a few seconds of a fast model.
+# Deltas that a streaming reader may lag behind: a few seconds of a fast model.
 STREAM_LIMIT = 1024
-_PIECE = 4096  # items of a list
+_BATCH = 4096  # list items encoded as JSON at a time
 
 
-class Answer(Protocol):
-    """An answer in the making: whole, or as the data of server-sent events."""
+class GenerationResponse(Protocol):
+    """A response whose generations run: whole, or as the data of server-sent events."""
 
     stream: Stream
 
-    async def whole(self) -> dict[str, Any]:
-        """Waits for all of it."""
+    async def complete(self) -> JsonObject:
+        """Waits for all choices; returns the whole response."""
         ...
 
-    def events(self) -> AsyncIterator[dict[str, Any]]:
-        """Yields it in chunks."""
+    def chunks(self) -> AsyncIterator[JsonObject]:
+        """Yields the response in chunks."""
         ...
 
 
@@ -45,25 +47,26 @@ def make_requests(
     prompt: str | Sequence[int],
     max_tokens: int | None,
     default_tokens: int | None,
-    grammars: Sequence[Any] = (),
-    **params: Any,
+    grammars: Sequence[TokenGrammar] = (),
+    **params: Json,
 ) -> list[Request]:
-    """Requests for the choices of one prompt, checked; they share its tokens.
+    """Returns checked requests for the choices of one prompt; they share its token ids.
 
     Args:
         llm: the model.
-        body: how to sample.
+        body: the sampling parameters.
         prompt: text, or token ids.
-        max_tokens: as asked for.
-        default_tokens: where it is not, as far as the context has room; ``None``: all the room.
-        grammars: one a choice, or none.
+        max_tokens: as given by the client.
+        default_tokens: used if ``max_tokens`` is not given, up to the room in the context; ``None``: all the
+            room.
+        grammars: one per choice, or none.
         **params: further sampling parameters.
 
     Raises:
         ApiError: 400, naming the parameter.
     """
     try:
-        # the prompt's own check comes first: its length decides about the rest
+        # The prompt's check comes first: the other limits follow from its length.
         prompt = _truncated(llm, body, prompt, max_tokens)
         ids = llm.request(prompt, body.sampling_params(0, seed=0, min_tokens=0)).prompt_token_ids
         room = llm.max_model_len - len(ids)
@@ -99,7 +102,7 @@ def make_requests(
 
 
 def _choice_seed(seed: int, choice: int) -> int:
-    """The seed of one of several choices: the next ones, round the int64 range and past what means random."""
+    """Returns the seed of one of several choices: consecutive in int64, without the random seed."""
     own = (seed + choice - MIN_SEED) % 2**64 + MIN_SEED
     return own + (seed < RANDOM_SEED <= own)
 
@@ -107,7 +110,7 @@ def _choice_seed(seed: int, choice: int) -> int:
 def _truncated(
     llm: LLM, body: Sampling, prompt: str | Sequence[int], max_tokens: int | None
 ) -> str | Sequence[int]:
-    """A prompt cut to ``truncate_prompt_tokens``; -1 is what leaves room for the answer."""
+    """Truncates a prompt to ``truncate_prompt_tokens``; -1 leaves room for ``max_tokens``."""
     most = body.truncate_prompt_tokens
     if most is None:
         return prompt
@@ -122,33 +125,56 @@ def _truncated(
 def submit(
     service: Service, llm: LLM, body: Sampling, requests: Sequence[Request], shown: Collection[int] = ()
 ) -> Stream:
-    """Hands requests to the engine; some special tokens may be shown in their texts."""
+    """Submits requests to the engine; ``shown`` are special tokens that stay visible in their texts."""
     generations = [Generation(request, llm.tokenizer, shown) for request in requests]
     return service.submit(generations, STREAM_LIMIT * len(generations) if body.stream else None)
 
 
 async def gather(stream: Stream) -> list[Delta]:
-    """The whole of each choice, as one delta."""
+    """Waits for all choices; returns each as one delta."""
     parts: list[list[Delta]] = [[] for _ in stream.generations]
     async for index, delta in stream.deltas():
         parts[index].append(delta)
-    return [_joined(deltas) for deltas in parts]
+    return [joined(deltas) for deltas in parts]
 
 
-def _joined(deltas: Sequence[Delta]) -> Delta:
+def joined(deltas: Sequence[Delta], before: int = 0) -> Delta:
+    """Joins consecutive deltas; ``before`` is the length of the text before them, characters."""
     text = "".join(delta.text for delta in deltas)
+    end = before + len(text)
     return Delta(
         text,
         [token for delta in deltas for token in delta.token_ids],
         deltas[-1].finish_reason,
         [entry for delta in deltas for entry in delta.logprobs],
-        [min(at, len(text)) for delta in deltas for at in delta.offsets],  # a stop string was cut off
+        [min(at, end) for delta in deltas for at in delta.offsets],  # a stop string was removed
         deltas[-1].error,
     )
 
 
-def usage(stream: Stream, n: int) -> dict[str, Any]:
-    """What was read and written, tokens; a prompt counts once however many choices it has."""
+class HeldDeltas:
+    """Holds back deltas of one choice while the text of their tokens may still turn out to be a stop string.
+
+    Without it, a streamed ``text_offset`` could lie past the end of a text whose stop string was removed.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[Delta] = []
+        self._length = 0  # of the text passed on, characters
+
+    def push(self, delta: Delta) -> Delta | None:
+        """Adds a delta; returns it joined with those held back, or ``None`` if it is held back too."""
+        self._held.append(delta)
+        whole = joined(self._held, self._length)
+        end = self._length + len(whole.text)
+        if delta.finish_reason is None and any(at > end for one in self._held for at in one.offsets):
+            return None
+        self._held, self._length = [], end
+        return whole
+
+
+def usage(stream: Stream, n: int) -> JsonObject:
+    """Counts prompt and generated tokens; a prompt counts once for all its ``n`` choices."""
     requests = [generation.request for generation in stream.generations]
     prompt = sum(len(request.prompt_token_ids) for request in requests[::n])
     completion = sum(len(request.output_token_ids) for request in requests)
@@ -157,31 +183,30 @@ def usage(stream: Stream, n: int) -> dict[str, Any]:
 
 
 class RunningUsage:
-    """Usage of each choice as its deltas come, for the chunks of a stream.
+    """Counts the tokens of each choice for the chunks of a stream.
 
     Args:
-        stream: what the engine gives.
-        body: says whether every chunk has it, only the last one, or none.
+        stream: the generations.
+        body: says whether every chunk has the usage, only the last one, or none.
     """
 
     def __init__(self, stream: Stream, body: Sampling) -> None:
         self._generations = stream.generations
         self._body = body
-        self._written = [0] * len(stream.generations)
+        self._generated = [0] * len(stream.generations)
 
-    def grew(self, index: int, delta: Delta) -> dict[str, Any]:
-        """The ``usage`` of the chunks of a delta: that of its choice, null, or no such field."""
-        self._written[index] += len(delta.token_ids)
+    def add(self, index: int, delta: Delta) -> JsonObject:
+        """Adds a delta; returns the ``usage`` field of its chunks: that of its choice, null, or no field."""
+        self._generated[index] += len(delta.token_ids)
         if not self._body.include_usage:
             return {}
         if not self._body.continuous_usage:
             return {"usage": None}
-        return {
-            "usage": _counts(len(self._generations[index].request.prompt_token_ids), self._written[index])
-        }
+        prompt = len(self._generations[index].request.prompt_token_ids)
+        return {"usage": _counts(prompt, self._generated[index])}
 
 
-def _counts(prompt: int, completion: int) -> dict[str, Any]:
+def _counts(prompt: int, completion: int) -> JsonObject:
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -189,10 +214,10 @@ def _counts(prompt: int, completion: int) -> dict[str, Any]:
     }
 
 
-def prompt_logprobs(request: Request, count: int, show: Callable[[int], str]) -> list[dict[str, Any] | None]:
-    """Log-probabilities of a prompt's tokens in vLLM's form; the rank of one below the top is not known."""
+def prompt_logprobs(request: Request, count: int, show: Callable[[int], str]) -> list[JsonObject | None]:
+    """Returns the log-probabilities of a prompt's tokens in vLLM's form; ranks below the top are null."""
 
-    def entry(found: TokenLogprobs) -> dict[str, Any]:
+    def entry(found: TokenLogprobs) -> JsonObject:
         ranked = {token: rank for rank, token in enumerate(found.top, start=1)}
         values = dict(list(found.top.items())[:count]) | {found.token_id: found.logprob}
         return {
@@ -203,29 +228,29 @@ def prompt_logprobs(request: Request, count: int, show: Callable[[int], str]) ->
     return [None if found is None else entry(found) for found in request.prompt_logprobs]
 
 
-def event(data: dict[str, Any], name: str | None = None) -> bytes:
-    """A server-sent event; in ASCII, since some clients end lines at U+2028 or U+0085 too."""
+def event(data: JsonObject, name: str | None = None) -> bytes:
+    """Encodes a server-sent event, in ASCII: some clients end lines at U+2028 or U+0085 too."""
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {json.dumps(data, separators=(',', ':'))}\n\n".encode()
 
 
-def json_of(fields: Mapping[str, Any], lists: Mapping[str, Iterable[Any] | None]) -> bytes:
-    """An object as JSON, its long lists piece by piece: other threads run between two pieces."""
+def json_of(fields: Mapping[str, Json], lists: Mapping[str, Iterable[Json] | None]) -> bytes:
+    """Encodes an object as JSON, its long lists in batches: other threads run between two batches."""
     text = [json.dumps(dict(fields), separators=(",", ":"))[:-1]]
     for name, values in lists.items():
         text.append(f',"{name}":')
         if values is None:
             text.append("null")
             continue
-        rest, pieces = iter(values), []
-        while piece := list(islice(rest, _PIECE)):
-            pieces.append(json.dumps(piece, ensure_ascii=False, separators=(",", ":"))[1:-1])
-        text.append(f"[{','.join(pieces)}]")
+        rest, batches = iter(values), []
+        while batch := list(islice(rest, _BATCH)):
+            batches.append(json.dumps(batch, ensure_ascii=False, separators=(",", ":"))[1:-1])
+        text.append(f"[{','.join(batches)}]")
     return "".join([*text, "}"]).encode()
 
 
 def token_text(tokenizer: Tokenizer | None, as_ids: bool | None = False) -> Callable[[int], str]:
-    r"""How a token is shown; bytes that are no text by themselves as OpenAI shows them, ``bytes:\\xe4``."""
+    r"""Returns a function that shows a token; bytes that are not UTF-8 by themselves as ``bytes:\\xe4``."""
 
     def show(token: int) -> str:
         if tokenizer is None or as_ids:

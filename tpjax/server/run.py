@@ -1,4 +1,4 @@
-"""The server's process: the socket, the signals, and how it ends."""
+"""The server process: socket, signals, idle connections, draining and shutdown."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import uvicorn
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from tpjax.errors import ConfigError
 from tpjax.server.app import create_app
-from tpjax.server.middleware import MAX_BODY_BYTES, ServerMiddleware, log_as_json_lines
+from tpjax.server.json_logging import log_as_json_lines
+from tpjax.server.middleware import MAX_BODY_BYTES, ServerMiddleware
 from tpjax.server.service import Service
 
 if TYPE_CHECKING:
@@ -32,18 +34,18 @@ IDLE_TIMEOUT_S = 15.0
 
 @dataclass(frozen=True)
 class Options:
-    """How to serve.
+    """Options of the server.
 
     Attributes:
         model: name of the model in the API.
         host: address to listen on.
-        port: 0 takes a free one.
-        api_keys: any of them opens the server; none: it is open to all who reach it.
-        protect_metrics: ``/metrics`` asks for a key too.
+        port: port to listen on; 0: any free one.
+        api_keys: keys that clients may use; none: no key is needed.
+        protect_metrics: ``/metrics`` needs a key too.
         allow_origins: origins whose pages may use the server from a browser; ``*``: any.
-        max_queue: choices that may wait for a slot.
-        max_body_bytes: of a request.
-        drain_s: what running requests get to finish after SIGTERM.
+        max_queue: most choices that may wait for a slot.
+        max_body_bytes: largest body of a request.
+        drain_s: seconds that running requests have to finish after SIGTERM.
     """
 
     model: str
@@ -58,19 +60,20 @@ class Options:
 
 
 class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """uvicorn's side of a connection, with an end to its patience.
+    """uvicorn's connection with an idle timeout.
 
-    uvicorn waits for ever for a request's head, and for ever for a client to read: connections that cost a
-    client nothing would use up the sockets, and what it does not read would hold places in the queue.
+    uvicorn waits for ever for the head of a request, and for ever for a client to read: idle connections
+        would
+    use up the sockets, and unread responses would hold places in the queue.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        """Begins to look at it every ``IDLE_TIMEOUT_S``."""
+        """Starts to check the connection every ``IDLE_TIMEOUT_S``."""
         super().connection_made(transport)
-        self._look(None)
+        self._check_idle(None)
 
-    def _look(self, before: object) -> None:
-        """Cuts it if nothing has moved since the last look and the next move is the client's."""
+    def _check_idle(self, before: object) -> None:
+        """Aborts the connection if nothing has changed since the last check and the client should act."""
         if self.transport.is_closing() and not self.transport.get_write_buffer_size():
             return
         unread = self.transport.get_write_buffer_size()
@@ -78,11 +81,11 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         if now == before and (unread or now[1]):
             self.transport.abort()
         else:
-            self.loop.call_later(IDLE_TIMEOUT_S, self._look, now)
+            self.loop.call_later(IDLE_TIMEOUT_S, self._check_idle, now)
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with a drain: the first signal lets running requests finish, the second ends all at once."""
+    """uvicorn with draining: the first signal lets running requests finish, the second exits at once."""
 
     def __init__(
         self, service: Service, options: Options, on_start: Callable[[], None] = lambda: None
@@ -92,14 +95,15 @@ class Server(uvicorn.Server):
         self._drain_s = options.drain_s
         self._signals = 0
         self._drain: asyncio.Task[None] | None = None
-        app: Any = ServerMiddleware(
-            create_app(service),  # type: ignore[arg-type]
+        app: ASGIApp = ServerMiddleware(
+            create_app(service),
             options.api_keys,
             options.max_body_bytes,
             options.protect_metrics,
         )
         if options.allow_origins:
-            # outside of the keys: a browser asks leave without one, and reads no error without these headers
+            # outside the key check: a preflight request has no key, and a browser reads no error without
+            # these headers
             app = CORSMiddleware(
                 app,
                 allow_origins=options.allow_origins,
@@ -119,19 +123,19 @@ class Server(uvicorn.Server):
         )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begins to listen."""
+        """Starts to listen."""
         await super().startup(sockets)
         self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """SIGINT and SIGTERM come here."""
+        """Handles SIGINT and SIGTERM."""
         self._signals += 1
         if self._signals > 1:
             os._exit(128 + sig)
         asyncio.get_running_loop().call_soon_threadsafe(self.finish)
 
     def finish(self) -> None:
-        """Drains, then ends."""
+        """Drains, then shuts down."""
         log.info("draining: running requests have %g s", self._drain_s)
         self._drain = asyncio.ensure_future(self._drained())
 
@@ -141,10 +145,10 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket.
+    """Returns a bound socket.
 
     Raises:
-        ConfigError: the port is taken, or the address is not this machine's.
+        ConfigError: the port is in use, or the address is not one of this machine's.
     """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -162,16 +166,16 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(load: Callable[[], LLM], options: Options, announce: Callable[[str], None]) -> None:
-    """Serves until a signal says to stop.
+    """Serves until a signal stops the server.
 
     Args:
-        load: makes the model; called once the server listens.
-        options: how.
-        announce: told the address, once the server listens, and that the model is ready.
+        load: loads the model; called once the server listens.
+        options: options of the server.
+        announce: called with the address once the server listens, and again when the model is ready.
 
     Raises:
-        ConfigError: the port is taken.
-        Exception: what loading the model, or the engine, failed with.
+        ConfigError: the port is in use.
+        Exception: the exception that loading the model, or the engine, failed with.
     """
     sock = listen(options.host, options.port)
     log_as_json_lines()
@@ -190,4 +194,4 @@ def serve(load: Callable[[], LLM], options: Options, announce: Callable[[str], N
     if service.error is not None:
         raise service.error
     if not service.loaded:
-        os._exit(0)  # the thread that loads is in the compiler: the interpreter could not end under it
+        os._exit(0)  # the loading thread is in the compiler: the interpreter could not finalise

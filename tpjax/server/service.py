@@ -1,8 +1,7 @@
-"""The engine's thread, and how requests reach it from the event loop and deltas come back.
+"""Runs the engine on its own thread; a queue carries commands to it, callbacks carry deltas back.
 
-One thread owns the model: it loads it and steps its engine, and nobody else touches either. Requests and
-cancellations go to it through a queue, and take effect between two steps; what a step gave goes back to the
-event loop in one call.
+One thread owns the model: it loads it and steps its engine, and no other thread touches either. Commands
+(add, cancel) take effect between two steps; the deltas of a step go back to the event loop in one call.
 """
 
 from __future__ import annotations
@@ -15,10 +14,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from tpjax.engine.generation import Delta, Generation
 from tpjax.server.error_responses import ApiError, bad_request, internal_error
+from tpjax.server.json_types import JsonObject
 from tpjax.server.metrics import ChoiceTimings, Metrics
 from tpjax.server.shards import shards
 
@@ -33,23 +33,21 @@ State = Literal["loading", "ready", "draining", "failed"]
 
 
 class Stream:
-    """Deltas of the generations of one HTTP request, on their way to whoever answers it.
-
-    Belongs to the event loop's thread.
+    """Queues the deltas of one HTTP request's generations for its response. Used on the event loop only.
 
     Args:
-        generations: what runs, in the order of the choices.
-        limit: deltas that may wait to be read; ``None``: any number. Over it the reader is too slow, and the
-            generations end.
+        generations: generations in the order of the choices.
+        limit: most deltas that may wait to be read; ``None``: any number. Above it the reader is too slow,
+            and the generations end.
 
     Attributes:
-        generations: as given.
-        clocks: when each choice began and last grew.
+        generations: generations in the order of the choices.
+        timings: times of each choice, for metrics.
     """
 
     def __init__(self, generations: Sequence[Generation], limit: int | None = None) -> None:
         self.generations = generations
-        self.clocks = [ChoiceTimings() for _ in generations]
+        self.timings = [ChoiceTimings() for _ in generations]
         self._limit = limit
         self._deltas: deque[tuple[int, Delta]] = deque()
         self._open = len(generations)
@@ -58,7 +56,7 @@ class Stream:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether all choices have ended, or the stream has failed."""
         return self._error is not None or not self._open
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
@@ -78,15 +76,15 @@ class Stream:
             await self._news.wait()
 
     def put(self, index: int, delta: Delta) -> bool:
-        """Takes a delta; returns False where the reader is too slow for it."""
+        """Adds a delta; returns False if the reader is too slow."""
         if self.ended:
             return True
         if delta.finish_reason == "error":
             request = self.generations[index].request
-            if request.state_lost:  # an error from inside, which is for the log
+            if request.state_lost:  # an internal error: the details are for the log
                 why = "the engine failed while this ran; the server's log has it"
                 self.fail(ApiError(500, why, code="engine_failed"))
-            elif getattr(request.grammar, "error", None):  # what the client asked for could not be followed
+            elif getattr(request.grammar, "error", None):  # the client's grammar could not be followed
                 self.fail(bad_request(request.error or "", code="grammar_too_complex"))
             else:
                 message = request.error or "the generation failed"
@@ -97,33 +95,34 @@ class Stream:
         self._news.set()
         if self._limit is None or len(self._deltas) <= self._limit:
             return True
-        self.fail(ApiError(408, f"{self._limit} pieces of the answer were not read", code="slow_reader"))
+        self.fail(ApiError(408, f"{self._limit} deltas of the response were not read", code="slow_reader"))
         return False
 
     def fail(self, error: ApiError) -> None:
-        """Ends it; what was put before is still read."""
+        """Ends the stream with an error; deltas added before are still read."""
         if not self.ended:
             self._error = error
             self._news.set()
 
 
 class Service:
-    """Serves one model to many.
+    """Serves one model to many clients.
 
     Args:
-        load: makes the model; called on the service's own thread.
-        model: its name.
-        max_queue: choices that may wait for a slot; more are refused.
-        on_ready: called once, on the event loop, when requests are taken.
-        on_failure: called once, on the event loop, if the thread ends by an exception.
+        load: loads the model; called on the engine's thread.
+        model: name of the model in the API.
+        max_queue: most choices that may wait for a slot; more are refused.
+        on_ready: called once, on the event loop, when requests are accepted.
+        on_failure: called once, on the event loop, if an exception ends the engine's thread.
 
     Attributes:
-        state: ``ready`` takes requests.
-        error: what ended the thread.
-        model: as given.
-        stats: what the engine did last; ``None`` while the model loads.
-        shards: how the model is cut; ``None`` while it loads.
-        metrics: of all requests.
+        state: requests are accepted while it is ``ready``.
+        error: the exception that ended the engine's thread.
+        model: name of the model in the API.
+        stats: the engine's figures after its last step; ``None`` while the model loads.
+        shards: how the model is sharded; ``None`` while it loads.
+        metrics: metrics over all requests.
+        max_queue: most choices that may wait for a slot.
     """
 
     def __init__(
@@ -137,7 +136,7 @@ class Service:
         self.state: State = "loading"
         self.error: BaseException | None = None
         self.stats: Stats | None = None
-        self.shards: dict[str, Any] | None = None
+        self.shards: JsonObject | None = None
         self.model = model
         self.metrics = Metrics(model, lambda: self.stats)
         self.max_queue = max_queue
@@ -145,16 +144,18 @@ class Service:
         self._on_ready = on_ready
         self._on_failure = on_failure
         self._llm: LLM | None = None
-        self._streams: set[Stream] = set()  # the event loop's, as is the next
+        # on the event loop only
+        self._streams: set[Stream] = set()
         self._preparing = 0
-        self._active: dict[Request, tuple[Stream, int]] = {}  # the engine thread's
+        # on the engine's thread only
+        self._active: dict[Request, tuple[Stream, int]] = {}
         self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="tpjax-engine", daemon=True)
 
     # --- on the event loop -------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Starts the thread; the model is there when ``state`` is ``ready``."""
+        """Starts the engine's thread; the model is loaded when ``state`` is ``ready``."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
@@ -163,7 +164,7 @@ class Service:
         """The model.
 
         Raises:
-            ApiError: 503 while there is none, or no more requests are taken.
+            ApiError: 503, the model is loading or no more requests are accepted.
         """
         if self.state != "ready" or self._llm is None:
             raise ApiError(
@@ -173,19 +174,19 @@ class Service:
 
     @property
     def loaded(self) -> bool:
-        """Whether there is a model, whatever the state."""
+        """Whether the model has been loaded, in any state."""
         return self._llm is not None
 
     @property
     def pending(self) -> int:
-        """Choices that are prepared, wait or run."""
+        """Number of choices that are being prepared, wait or run."""
         return self._preparing + sum(len(stream.generations) for stream in self._streams)
 
     def admit(self, choices: int) -> None:
-        """Refuses what the queue has no room for.
+        """Checks that the queue has room for some choices.
 
         Raises:
-            ApiError: 429, or 503.
+            ApiError: 429, the queue is full; 503, no requests are accepted.
         """
         room = self.llm.runner.limits.max_slots + self.max_queue
         if self.pending + choices > room:
@@ -198,10 +199,10 @@ class Service:
 
     @contextlib.contextmanager
     def preparing(self, choices: int) -> Iterator[None]:
-        """Holds places for choices while their prompts are rendered and tokenised, and from before that.
+        """Holds places in the queue while the prompts of some choices are rendered and tokenised.
 
         Raises:
-            ApiError: 429, or 503.
+            ApiError: 429, the queue is full; 503, no requests are accepted.
         """
         self.admit(choices)
         self._preparing += choices
@@ -211,10 +212,10 @@ class Service:
             self._preparing -= choices
 
     def submit(self, generations: Sequence[Generation], limit: int | None = None) -> Stream:
-        """Hands generations to the engine; ``close`` the stream in any case.
+        """Submits generations to the engine; ``close`` the returned stream in any case.
 
         Raises:
-            ApiError: 429, or 503.
+            ApiError: 429, the queue is full; 503, no requests are accepted.
         """
         self.admit(len(generations))
         stream = Stream(generations, limit)
@@ -223,13 +224,13 @@ class Service:
         return stream
 
     def close(self, stream: Stream) -> None:
-        """Says that nobody reads a stream any more; what still runs of it ends within a step."""
+        """Closes a stream that is read no more; its running generations are cancelled within a step."""
         if stream in self._streams:
             self._streams.remove(stream)
             self._commands.put(lambda engine: self._cancel(engine, stream))
 
     async def drain(self, limit_s: float) -> None:
-        """Takes no more requests and waits for those that run; after ``limit_s`` they fail."""
+        """Stops accepting requests and waits for the running ones; after ``limit_s`` seconds they fail."""
         if self.state != "failed":
             self.state = "draining"
         deadline = time.monotonic() + limit_s
@@ -238,14 +239,14 @@ class Service:
         self._fail_streams(ApiError(503, f"the server stopped after {limit_s:g} s", code="draining"))
 
     async def stop(self) -> None:
-        """Ends the thread, unless it is still loading: that ends with the process."""
+        """Ends the engine's thread; a thread that is still loading ends with the process."""
         self._commands.put(None)
         if self.loaded:
             await asyncio.to_thread(self._thread.join)
 
-    def _deliver(self, grown: list[tuple[Stream, int, Delta]], now: float) -> None:
-        for stream, index, delta in grown:
-            self.metrics.grew(stream.generations[index].request, stream.clocks[index], delta, now)
+    def _deliver(self, outputs: list[tuple[Stream, int, Delta]], now: float) -> None:
+        for stream, index, delta in outputs:
+            self.metrics.record(stream.generations[index].request, stream.timings[index], delta, now)
             if not stream.put(index, delta):
                 log.warning("a reader was too slow: its request ends")
                 self.close(stream)
@@ -276,13 +277,13 @@ class Service:
                 self._step(llm.engine)
                 self.stats = llm.engine.stats()
         except BaseException as error:
-            if self.loaded:  # a model that cannot be loaded is for the command line to report
+            if self.loaded:  # the command line reports a model that cannot be loaded
                 log.exception("the engine stopped")
             failure = error
             self._call(lambda: self._failed(failure))
 
     def _process_commands(self, engine: Engine) -> bool:
-        """Carries out what has been asked; waits for something to do where there is nothing."""
+        """Processes queued commands; blocks while the engine is idle. Returns False on the stop command."""
         while True:
             try:
                 command = self._commands.get(block=not engine.busy)
@@ -294,7 +295,7 @@ class Service:
             self.stats = engine.stats()
 
     def _step(self, engine: Engine) -> None:
-        grown = []
+        outputs = []
         for request, tokens in engine.step():
             place = self._active.get(request)
             if place is None:
@@ -307,17 +308,17 @@ class Service:
                 engine.cancel(request)
                 del self._active[request]
             if delta:
-                grown.append((stream, index, delta))
-        if grown:
+                outputs.append((stream, index, delta))
+        if outputs:
             now = time.perf_counter()
-            self._call(lambda: self._deliver(grown, now))
+            self._call(lambda: self._deliver(outputs, now))
 
     def _add(self, engine: Engine, stream: Stream) -> None:
         try:
             for index, generation in enumerate(stream.generations):
                 engine.add(generation.request)
                 self._active[generation.request] = (stream, index)
-        except Exception:  # each was checked before: this is a bug, and must not end the others
+        except Exception:  # each was checked before: this is a bug, and must not end the other requests
             log.exception("a checked request was refused")
             self._cancel(engine, stream)
             self._call(lambda: stream.fail(internal_error()))
@@ -329,10 +330,10 @@ class Service:
                 engine.cancel(generation.request)
                 aborted += 1
         if aborted:
-            self._call(lambda: self.metrics.aborted(aborted))
+            self._call(lambda: self.metrics.record_aborts(aborted))
 
     def _call(self, function: Callable[[], None]) -> None:
         try:
             self._loop.call_soon_threadsafe(function)
-        except RuntimeError:  # the loop has closed: nobody is left to hear it
+        except RuntimeError:  # the event loop has closed: there is nothing left to notify
             log.debug("the event loop has closed")

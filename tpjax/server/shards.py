@@ -1,19 +1,21 @@
-"""How a model is cut over the mesh, for the web page."""
+"""How a model is sharded over the mesh, for ``/shards`` and the web page."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tpjax.server.json_types import JsonObject
 
 if TYPE_CHECKING:
     from tpjax.llm import LLM
 
 
-def shards(llm: LLM) -> dict[str, Any]:
-    """What lies where.
+def shards(llm: LLM) -> JsonObject:
+    """Summarises a model's shardings.
 
     Returns:
-        The mesh's size and kind of device; the head plan in words; of each kind of tensor its spec, shape,
-        shape on one device, and bytes per device; and of the cache the same.
+        Size of the mesh, kind of device and the head plan in words; bytes of weights and cache per device;
+        for each kind of tensor its spec, shape, shape on one device and bytes per device.
     """
     report = llm.explain()
     return {

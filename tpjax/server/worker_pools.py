@@ -1,8 +1,8 @@
-"""The server's workers: processes for templates, grammars and long texts, and threads for short ones.
+"""Worker pools: processes (``tpjax.sandbox``) for templates, grammars and long texts; threads for short jobs.
 
-Each pool has few places, and a job's clock starts when it has one. Whoever waits for a place counts towards
-``max_queue`` (``Service.preparing``). A job ends with its client: one that waits is forgotten, the process of
-one that runs is killed, and nobody else's is.
+A pool runs a few jobs at a time; the time limit of a job starts when it runs. A request whose job waits
+counts towards ``max_queue`` (``Service.preparing``). A job ends with its client: a waiting one is dropped,
+the process of a running one is killed.
 """
 
 from __future__ import annotations
@@ -10,23 +10,24 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tpjax.errors import CheckpointError, RequestError, TpjaxError
 from tpjax.sandbox import MEMORY_LIMIT_BYTES, TIME_LIMIT_S, TimeLimitError, Worker
 from tpjax.server.error_responses import ApiError, bad_request
+from tpjax.server.json_types import Json
 
 T = TypeVar("T")
 
 
 class WorkerPool:
-    """Runs functions in processes, several at a time.
+    """Runs functions in sandboxed processes, several at a time.
 
     Args:
-        size: processes; each starts when there is something for it.
-        what: names its jobs in errors.
-        time_limit_s: processor time of a job.
-        memory_limit_bytes: address space of each.
+        size: number of processes; each starts with its first job.
+        what: name of the jobs in errors.
+        time_limit_s: processor time of a job, seconds.
+        memory_limit_bytes: address space of each process.
     """
 
     def __init__(
@@ -42,24 +43,20 @@ class WorkerPool:
         self._places = asyncio.Semaphore(size)
         self._idle: list[Worker] = []
         self._busy: set[Worker] = set()
-        # a killed worker's thread lives a little longer than its place is taken
+        # the thread of a killed worker ends a little after its place is free
         self._threads = ThreadPoolExecutor(2 * size, thread_name_prefix="tpjax-worker")
 
-    @property
-    def running(self) -> int:
-        """Jobs that have a place."""
-        return len(self._busy)
-
-    async def run(self, function: str, arguments: Mapping[str, Any], param: str | None) -> Any:
+    async def run(self, function: str, arguments: Mapping[str, Json], param: str | None) -> Json:
         """Runs a function; cancelling it kills the process it runs in.
 
         Args:
             function: ``"package.module:name"``.
-            arguments: by name.
-            param: the request's parameter that errors name.
+            arguments: JSON arguments by name.
+            param: parameter of the request, for errors.
 
         Raises:
-            ApiError: 400; it failed, or is over a limit; the cause says which. 503; there is no process.
+            ApiError: 400, the function failed or exceeded a limit (the cause says which); 503, the process
+                does not start.
         """
         async with self._places:
             worker = self._worker()
@@ -91,27 +88,27 @@ class WorkerPool:
             worker = self._idle.pop()
             if worker.usable:
                 return worker
-            worker.kill()  # it has ended by itself; what is left of it goes too
+            worker.kill()  # the process has ended by itself; this closes its pipes
         return Worker(self._memory_limit_bytes)
 
 
 class TieredWorkerPool:
-    """Runs functions with a short limit first, and those over it once more, elsewhere, with the whole limit.
+    """Runs functions with a short time limit first, and those that exceed it again with the full limit.
 
-    So what is slow keeps no place for long from what is quick.
+    The second run is in other processes, so slow jobs delay quick ones by at most the short limit each.
 
     Args:
-        quick: processes for what keeps the short limit.
-        slow: processes for what does not.
-        what: names the jobs in errors.
-        quick_limit_s: processor time of a job at first.
+        quick: number of processes with the short limit.
+        slow: number of processes with the full limit.
+        what: name of the jobs in errors.
+        quick_limit_s: the short limit, seconds of processor time.
     """
 
     def __init__(self, quick: int, slow: int, what: str, quick_limit_s: float) -> None:
         self._quick = WorkerPool(quick, what, quick_limit_s)
         self._slow = WorkerPool(slow, what)
 
-    async def run(self, function: str, arguments: Mapping[str, Any], param: str | None) -> Any:
+    async def run(self, function: str, arguments: Mapping[str, Json], param: str | None) -> Json:
         """Runs a function; see :meth:`WorkerPool.run`."""
         try:
             return await self._quick.run(function, arguments, param)
@@ -127,21 +124,21 @@ class TieredWorkerPool:
 
 
 class ThreadPool:
-    """Runs functions that are short, or cannot leave this process, on a few threads of its own."""
+    """Runs functions that are short, or have to run in this process, on a few threads."""
 
     def __init__(self, size: int, name: str) -> None:
         self._threads = ThreadPoolExecutor(size, thread_name_prefix=f"tpjax-{name}")
 
-    async def run(self, function: Callable[..., T], *arguments: Any, limit_s: float | None = None) -> T:
-        """Runs a function; cancelling it takes it out of the queue.
+    async def run(self, function: Callable[..., T], *arguments: Json, limit_s: float | None = None) -> T:
+        """Runs a function; cancelling removes it from the queue.
 
         Args:
-            function: what to run.
+            function: function to run.
             *arguments: its arguments.
-            limit_s: how long to wait for it once it runs; the thread goes on until it ends.
+            limit_s: seconds to wait once it runs; the thread continues until the function returns.
 
         Raises:
-            TimeoutError: it took longer.
+            TimeoutError: the function took longer.
         """
         loop, begun = asyncio.get_running_loop(), asyncio.Event()
 
@@ -160,5 +157,5 @@ class ThreadPool:
             future.cancel()
 
     def close(self) -> None:
-        """Forgets what waits; what runs ends by itself."""
+        """Drops waiting jobs; running ones end by themselves."""
         self._threads.shutdown(wait=False, cancel_futures=True)

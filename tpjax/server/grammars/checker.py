@@ -1,4 +1,4 @@
-"""The first look at a grammar, in a process that may be killed: compiling one can run long or end it."""
+"""Checks grammars in worker processes first: compiling one can run long or end the process."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ MEMORY_LIMIT_BYTES = 2 << 30
 
 
 class GrammarChecker:
-    """Tries grammars."""
+    """Checks grammars in worker processes."""
 
     def __init__(self) -> None:
         self._workers = WorkerPool(CHECKERS, "the schema", memory_limit_bytes=MEMORY_LIMIT_BYTES)
 
     async def check_grammar(self, grammar: str, param: str) -> None:
-        """Compiles a grammar and throws it away.
+        """Checks that a grammar compiles.
 
         Raises:
-            ApiError: 400; it is not valid, or takes too long.
+            ApiError: 400, the grammar is not valid, or takes too long.
         """
         await self._workers.run(f"{__name__}:check", {"grammar": grammar}, param)
 
     async def to_lark(self, grammar: str, param: str) -> str:
-        """A grammar in Lark's dialect, which it may be, or may be GBNF.
+        """Converts a grammar in GBNF or Lark to Lark.
 
         Raises:
-            ApiError: 400; it is neither, or takes too long.
+            ApiError: 400, the grammar is neither, or takes too long.
         """
         lark: str = await self._workers.run(
             f"{__name__}:as_lark", {"grammar": grammar, "param": param}, param
@@ -40,10 +40,10 @@ class GrammarChecker:
 
 
 def check(grammar: str) -> None:
-    """Compiles a grammar: what the worker runs.
+    """Checks that a grammar compiles; runs in the worker process.
 
     Raises:
-        RequestError: it is not valid.
+        RequestError: the grammar is not valid.
     """
     import llguidance
 
@@ -52,14 +52,14 @@ def check(grammar: str) -> None:
 
 
 def as_lark(grammar: str, param: str) -> str:
-    """A grammar in Lark's dialect: what the worker runs.
+    """Converts a grammar to Lark; runs in the worker process.
 
     Raises:
-        RequestError: it is not valid.
+        RequestError: the grammar is not valid.
     """
     from llguidance.gbnf_to_lark import any_to_lark
 
     try:
         return any_to_lark(grammar)
-    except Exception as error:  # a parser over a client's text: it can fail in any way
+    except Exception as error:  # a parser of untrusted text: it can fail in any way
         raise RequestError(f"{param}: grammar is not usable: {error}"[:500]) from error

@@ -1,4 +1,4 @@
-"""Grammars over tokens: JSON schemas and tool calls, as masks for the sampler, by llguidance."""
+"""Compiles JSON schemas and tool calls to grammars over tokens, with llguidance."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import llguidance
 import numpy as np
 
 from tpjax.server.error_responses import ApiError, bad_request
-from tpjax.server.grammars.json_schemas import Schema, patterns, ready, without_patterns
+from tpjax.server.grammars.json_schemas import Schema, patterns, prepared, without_patterns
+from tpjax.server.json_types import Json
 from tpjax.server.worker_pools import ThreadPool
 
 if TYPE_CHECKING:
@@ -23,24 +24,24 @@ if TYPE_CHECKING:
 MAX_GRAMMAR_BYTES = 64 << 10
 DEADLINE_S = 10.0
 _THREADS = 2
-# Between tokens of JSON: nothing, a space, or a line with some indentation. A model that has lost its thread
-# would otherwise write white space until its limit.
+# White space between JSON tokens: none, a space, or a line break with some indentation. With more, a model
+# could write white space up to its token limit.
 WHITESPACE = r"( |\n {0,16})?"
-MAX_PATTERNS = 64  # of one schema, tried one by one where it cannot be used as it is
-_UNUSABLE = "is not usable"  # in the message of what is wrong with the grammar, and not with the machine
+MAX_PATTERNS = 64  # of one schema, each checked if the schema is not usable
+_UNUSABLE = "is not usable"  # marks messages about the grammar, as opposed to the machine
 
 log = logging.getLogger(__name__)
 
 
 class TokenGrammar:
-    """What a request's next token may be; the engine asks and tells.
+    """The grammar of one choice: masks the next token, and advances with each sampled token.
 
     Attributes:
-        finished: nothing may follow.
-        error: the grammar met a limit while it ran; the request fails.
+        finished: no token may follow.
+        error: message if the grammar exceeded a limit; the request fails.
     """
 
-    def __init__(self, matcher: Any, eos_ids: frozenset[int], vocab_size: int) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher, eos_ids: frozenset[int], vocab_size: int) -> None:
         self.finished = False
         self.error: str | None = None
         self._matcher = matcher
@@ -49,14 +50,14 @@ class TokenGrammar:
         self._words = -(-vocab_size // 32)
 
     def add_stop_ids(self, stop_ids: Collection[int]) -> None:
-        """Takes tokens that end the text as an end-of-text token does."""
+        """Adds tokens that end the text as EOS does."""
         self._stop_ids = frozenset(stop_ids) - self._eos_ids
 
     def mask(self) -> np.ndarray:
-        """uint32 [ceil(V / 32)]: bit ``i`` of word ``w`` allows token ``32 * w + i``."""
+        """Returns the allowed tokens, uint32 [ceil(V / 32)]: bit ``i`` of word ``w`` is token ``32w + i``."""
         allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: self._words]
         self._check()
-        # a model may have more rows than its tokenizer has tokens: those are never drawn
+        # a model may have more rows than its tokenizer has tokens: those are never sampled
         mask = np.pad(allowed, (0, self._words - len(allowed)))
         if self._stop_ids and any(mask[i >> 5] >> (i & 31) & 1 for i in self._eos_ids):
             for i in self._stop_ids:
@@ -64,13 +65,13 @@ class TokenGrammar:
         return mask
 
     def advance(self, token: int) -> None:
-        """Takes the token that was drawn."""
+        """Advances by a sampled token."""
         if token in self._eos_ids or token in self._stop_ids:
             self.finished = True
         elif not self.finished:
             self._matcher.consume_token(token)
             self._check()
-            # what is complete and cannot go on needs no end-of-text token
+            # a complete text that cannot continue needs no EOS
             self.finished = self.finished or self._matcher.is_stopped()
 
     def _check(self) -> None:
@@ -79,12 +80,12 @@ class TokenGrammar:
 
 
 class GrammarCompiler:
-    """Makes grammars for one model.
+    """Compiles grammars for one model.
 
     Args:
-        tokenizer: its vocabulary is handed to llguidance when the first grammar is made.
-        vocab_size: of the model, which may have more rows than the tokenizer.
-        checker: tries a grammar first.
+        tokenizer: the model's tokenizer; llguidance gets its vocabulary with the first grammar.
+        vocab_size: rows of the model's embedding, at least the tokenizer's vocabulary.
+        checker: checks each grammar in a worker process first.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, checker: GrammarChecker) -> None:
@@ -96,60 +97,67 @@ class GrammarCompiler:
         self._lock = threading.Lock()
 
     async def compile(
-        self, write: Callable[[Sequence[Any]], str], schemas: Sequence[Schema], param: str, count: int
+        self, write: Callable[[Sequence[Json]], str], schemas: Sequence[Schema], param: str, count: int
     ) -> list[TokenGrammar]:
-        """Grammars of an answer, one for each of ``count`` choices.
+        """Returns the grammars of a response, one for each of ``count`` choices.
 
-        What a schema that is not strict asks for and cannot have is passed over, with a line in the log.
+        What cannot be enforced in a schema that is not strict is removed, with a warning in the log.
 
         Args:
-            write: from the schemas to llguidance's dialect of Lark.
-            schemas: what the answer follows.
-            param: the parameter they came in.
-            count: how many.
+            write: function from the prepared schemas to llguidance's dialect of Lark.
+            schemas: schemas of the response.
+            param: parameter of the request, for errors.
+            count: number of choices.
 
         Raises:
-            ApiError: 400; a schema is too large, not valid, or cannot be compiled in time.
+            ApiError: 400, a schema is too large, not valid, or takes too long to compile.
         """
-        values = [ready(schema.value) for schema in schemas]
+        values = [prepared(schema.value, schema.closed) for schema in schemas]
         try:
             return await self.lark(write(list(map(_with_options, values, schemas))), param, count)
         except ApiError as error:
             if _UNUSABLE not in error.message or all(schema.strict for schema in schemas):
                 raise
-        mended = [await self._mended(*both, param) for both in zip(values, schemas, strict=True)]
-        return await self.lark(write(list(map(_with_options, mended, schemas))), param, count)
+        relaxed = [await self._relaxed(*both, param) for both in zip(values, schemas, strict=True)]
+        return await self.lark(write(list(map(_with_options, relaxed, schemas))), param, count)
 
     async def schema(
-        self, schema: Any, param: str, count: int, *, whitespace: str | None = None
+        self,
+        schema: Json,
+        param: str,
+        count: int,
+        *,
+        whitespace: str | None = None,
+        closed: bool | None = None,
     ) -> list[TokenGrammar]:
-        """Grammars of a JSON schema, one for each of ``count`` choices; it is not strict.
+        """Returns the grammars of a JSON schema that is not strict, one for each of ``count`` choices.
 
         Args:
-            schema: decoded.
-            param: of the request, for errors.
-            count: of choices.
-            whitespace: expression of what may stand between tokens of JSON; ``None``: a little.
+            schema: decoded schema.
+            param: parameter of the request, for errors.
+            count: number of choices.
+            whitespace: expression of the white space between JSON tokens; ``None``: a little.
+            closed: as in :class:`Schema`.
 
         Raises:
             ApiError: as for :meth:`compile`.
         """
-        one = Schema(schema, False, "the schema", whitespace=whitespace)
-        return await self.compile(only, [one], param, count)
+        one = Schema(schema, False, "the schema", whitespace=whitespace, closed=closed)
+        return await self.compile(grammar_of_schema, [one], param, count)
 
     async def lark(self, lark: str, param: str, count: int) -> list[TokenGrammar]:
-        """Grammars in llguidance's dialect of Lark.
+        """Returns the grammars of a text in llguidance's dialect of Lark, one for each of ``count`` choices.
 
         Raises:
-            ApiError: as for a schema.
+            ApiError: as for :meth:`compile`.
         """
         return await self.grammar(llguidance.LLMatcher.grammar_from_lark(lark), param, count)
 
     async def grammar(self, grammar: str, param: str, count: int) -> list[TokenGrammar]:
-        """Grammars in llguidance's own form.
+        """Returns the grammars of llguidance's serialised form, one for each of ``count`` choices.
 
         Raises:
-            ApiError: as for a schema.
+            ApiError: as for :meth:`compile`.
         """
         _check_size(grammar, param)
         if not self._tokenizer.eos_ids:
@@ -164,26 +172,26 @@ class GrammarCompiler:
                 error.status, _in_a_line(error.message), param=param, code=error.code, headers=error.headers
             ) from error
         for warning in first.get_grammar_warnings():
-            log.warning("%s: passed over: %s", param, warning[:500])
+            log.warning("%s: ignored: %s", param, warning[:500])
         matchers = [first, *(first.deep_copy() for _ in range(count - 1))]
         return [TokenGrammar(one, self._tokenizer.eos_ids, self._vocab_size) for one in matchers]
 
     async def to_lark(self, grammar: str, param: str) -> str:
-        """A grammar in Lark's dialect, which it may be, or may be GBNF.
+        """Converts a grammar in GBNF or Lark to Lark.
 
         Raises:
-            ApiError: 400; it is neither, too large, or takes too long.
+            ApiError: 400, the grammar is neither, too large, or takes too long.
         """
         _check_size(grammar, param)
         return await self._checker.to_lark(grammar, param)
 
     def close(self) -> None:
-        """Ends what runs."""
+        """Ends the threads and processes."""
         self._threads.close()
         self._checker.close()
 
-    async def _mended(self, value: Any, schema: Schema, param: str) -> Any:
-        """A schema without what makes it unusable, where it is not strict."""
+    async def _relaxed(self, value: Json, schema: Schema, param: str) -> Json:
+        """Removes what makes a schema unusable, unless it is strict."""
         if schema.strict or await self._usable(value, schema, param):
             return value
         found = patterns(value)[: MAX_PATTERNS + 1]
@@ -196,12 +204,12 @@ class GrammarCompiler:
             log.warning("%s: the pattern %r is not enforced", schema.name, pattern[:200])
         value = without_patterns(value, unusable)
         if schema.replaceable and not await self._usable(value, schema, param):
-            log.warning("%s cannot be used as a schema: any object will do", schema.name)
+            log.warning("%s cannot be used as a schema: any object is allowed", schema.name)
             return {"type": "object"}
         return value
 
-    async def _usable(self, value: Any, schema: Schema, param: str) -> bool:
-        lark = only([_with_options(value, schema)])
+    async def _usable(self, value: Json, schema: Schema, param: str) -> bool:
+        lark = grammar_of_schema([_with_options(value, schema)])
         try:
             await self._checker.check_grammar(llguidance.LLMatcher.grammar_from_lark(lark), param)
         except ApiError as error:
@@ -210,12 +218,12 @@ class GrammarCompiler:
             return False
         return True
 
-    def _compile(self, grammar: str, param: str) -> Any:
+    def _compile(self, grammar: str, param: str) -> llguidance.LLMatcher:
         with self._lock:
             if self._vocabulary is None:
                 self._vocabulary = vocabulary(self._tokenizer)
         matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
-        allowed = matcher.compute_bitmask()  # a cyclic schema shows only here
+        allowed = matcher.compute_bitmask()  # a cyclic schema is detected only here
         if matcher.is_error():
             raise bad_request(f"the schema is not usable: {matcher.get_error()[:500]}", param)
         if not any(allowed):
@@ -228,8 +236,8 @@ def _check_size(grammar: str, param: str) -> None:
         raise bad_request(f"the schema takes {len(grammar)} bytes, over {MAX_GRAMMAR_BYTES}", param)
 
 
-def _with_options(value: Any, schema: Schema) -> Any:
-    """A schema with what tells the engine how to read it."""
+def _with_options(value: Json, schema: Schema) -> Json:
+    """Adds llguidance's options to a schema."""
     if not isinstance(value, dict):
         return value
     space = WHITESPACE if schema.whitespace is None else schema.whitespace
@@ -237,13 +245,13 @@ def _with_options(value: Any, schema: Schema) -> Any:
     return {**value, "x-guidance": options}
 
 
-def only(schemas: Sequence[Any]) -> str:
-    """The grammar of one schema."""
+def grammar_of_schema(schemas: Sequence[Json]) -> str:
+    """Writes the grammar of a response that is one JSON value."""
     return f"start: %json {json.dumps(schemas[0], ensure_ascii=False, separators=(',', ':'))}"
 
 
 def _in_a_line(message: str) -> str:
-    """What the engine says of a grammar, without the grammar."""
+    """Shortens llguidance's message to one line without the grammar."""
     if _UNUSABLE not in message:
         return message
     before, _, wrong = message.partition(f"{_UNUSABLE}: ")
@@ -255,7 +263,7 @@ def _in_a_line(message: str) -> str:
 
 
 class _Vocabulary:
-    """Our tokenizer in the form llguidance takes one."""
+    """Adapts a tokenizer to llguidance's interface."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.eos_token_id = min(tokenizer.eos_ids)
@@ -270,7 +278,7 @@ class _Vocabulary:
 
 
 def vocabulary(tokenizer: Tokenizer) -> llguidance.LLTokenizer:
-    """A tokenizer's vocabulary as llguidance keeps it; takes a second for a large one."""
+    """Returns a tokenizer's vocabulary as llguidance's object; takes a second for a large one."""
     return llguidance.LLTokenizer(
         llguidance.TokenizerWrapper(_Vocabulary(tokenizer)), eos_token=sorted(tokenizer.eos_ids)
     )

@@ -1,17 +1,16 @@
-"""JSON schemas as clients write them, made ready for the engine that enforces them.
+"""Prepares clients' JSON schemas for llguidance, which enforces them.
 
-An unknown ``format`` is an annotation. Objects are closed where they list their properties and say nothing
-about others: no model is to invent fields. Where a schema is not strict, what the engine cannot enforce is
-passed over.
+An unknown ``format`` is an annotation. An object that lists its properties and says nothing about others is
+closed, so that a model does not invent fields; ``disable_additional_properties`` of ``structured_outputs``
+closes all such objects, or none. In a schema that is not strict, what llguidance cannot enforce is removed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-Json = Any
+from tpjax.server.json_types import Json
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
@@ -20,7 +19,7 @@ _SINGLE = (
     "else", "unevaluatedItems", "unevaluatedProperties",
 )  # fmt: skip
 _BRANCHES = ("allOf", "anyOf", "oneOf", "not", "if", "then", "else", "dependentSchemas")
-# What llguidance enforces: any other format is an annotation.
+# Formats that llguidance enforces; any other is an annotation.
 _FORMATS = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 )
@@ -28,14 +27,15 @@ _FORMATS = frozenset(
 
 @dataclass(frozen=True)
 class Schema:
-    """A schema that shapes an answer.
+    """A schema that constrains a response.
 
     Attributes:
-        value: the schema, as the client wrote it.
+        value: the schema as the client wrote it.
         strict: all of it is enforced, or the request is refused.
-        name: what it is, for messages.
-        replaceable: where it is not strict and cannot be used at all, any object will do.
-        whitespace: expression of what may stand between tokens of JSON; ``None``: a little.
+        name: name for messages.
+        replaceable: if it is not strict and not usable, any object is allowed instead.
+        whitespace: expression of the white space between JSON tokens; ``None``: a little.
+        closed: whether objects that list their properties may have no others; ``None``: where that is safe.
     """
 
     value: Json
@@ -43,16 +43,26 @@ class Schema:
     name: str
     replaceable: bool = False
     whitespace: str | None = None
+    closed: bool | None = None
 
 
-def ready(schema: Json) -> Json:
-    """A schema without annotations that the engine would trip over, its objects closed."""
+def prepared(schema: Json, closed: bool | None = None) -> Json:
+    """Returns a schema without unknown formats, and with closed objects.
+
+    Args:
+        schema: decoded schema.
+        closed: close all objects that list properties, or none; ``None``: those that no other schema extends.
+    """
     shared = _composed_references(schema)
-    return _mapped(schema, lambda one, composed, path: _ready(one, composed or path in shared), False, "#")
+
+    def change(one: dict[str, Json], composed: bool, path: str) -> dict[str, Json]:
+        return _prepared(one, composed or path in shared, closed)
+
+    return _mapped(schema, change, False, "#")
 
 
 def without_patterns(schema: Json, unusable: frozenset[str]) -> Json:
-    """A schema without some of its patterns; names of properties that only they allow are free."""
+    """Returns a schema without some patterns; property names that only they allowed become free."""
 
     def drop(one: dict[str, Json], composed: bool, path: str) -> dict[str, Json]:
         kept = dict(one)
@@ -68,7 +78,7 @@ def without_patterns(schema: Json, unusable: frozenset[str]) -> Json:
 
 
 def patterns(schema: Json) -> list[str]:
-    """Every pattern in a schema, once."""
+    """Returns the distinct patterns of a schema."""
     found: dict[str, None] = {}
     for one in _all(schema):
         pattern, names = one.get("pattern"), one.get("patternProperties")
@@ -79,23 +89,29 @@ def patterns(schema: Json) -> list[str]:
     return list(found)
 
 
-def _ready(schema: dict[str, Json], composed: bool) -> dict[str, Json]:
+def _prepared(schema: dict[str, Json], composed: bool, closed: bool | None) -> dict[str, Json]:
     kept = dict(schema)
     if kept.get("format") not in _FORMATS:
         kept.pop("format", None)
+    if closed is not None:
+        # vLLM's rule for `disable_additional_properties`
+        lists = "properties" in kept or "patternProperties" in kept
+        if closed and lists and "additionalProperties" not in kept:
+            kept["additionalProperties"] = False
+        return kept
     opened = any(key in kept for key in ("additionalProperties", "patternProperties"))
     spread = composed or "$ref" in kept or any(key in kept for key in _BRANCHES)
     names = kept.get("properties")
     listed = isinstance(names, dict) and all(name in names for name in _list(kept.get("required")))
     few = listed and isinstance(least := kept.get("minProperties", 0), int) and least <= len(names or ())
     if listed and few and not opened and not spread:
-        # the same here as `unevaluatedProperties`, which the engine does not know
+        # equivalent here to `unevaluatedProperties`, which llguidance does not know
         kept["additionalProperties"] = kept.pop("unevaluatedProperties", False)
     return kept
 
 
 def _composed_references(schema: Json) -> frozenset[str]:
-    """Definitions that only say a part of what an object is: other schemas add to its properties."""
+    """Returns references to definitions of partial objects, whose properties other schemas extend."""
     found = set()
     for one in _all(schema):
         beside = "$ref" in one and any(key in one for key in ("properties", *_BRANCHES))
@@ -111,7 +127,7 @@ def _composed_references(schema: Json) -> frozenset[str]:
 def _mapped(
     schema: Json, change: Callable[[dict[str, Json], bool, str], dict[str, Json]], composed: bool, path: str
 ) -> Json:
-    """Changes each schema inside a schema, and nothing that only looks like one: values, names."""
+    """Applies a function to each subschema, and not to values or names that look like one."""
     if not isinstance(schema, dict):
         return schema
     # branches of an object that has properties itself, and those of `allOf`, describe one object together

@@ -1,26 +1,26 @@
-"""What an answer has to be: ``response_format`` and vLLM's ``structured_outputs``, as grammars."""
+"""Compiles ``response_format`` and vLLM's ``structured_outputs`` to grammars."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import llguidance
 from pydantic_core import from_json
 
 from tpjax.server.error_responses import bad_request
-from tpjax.server.grammars.compiler import GrammarCompiler, TokenGrammar, only
-from tpjax.server.grammars.response_grammar import form_schema
+from tpjax.server.grammars.compiler import GrammarCompiler, TokenGrammar, grammar_of_schema
+from tpjax.server.grammars.response_grammar import format_schema
+from tpjax.server.json_types import Json
 from tpjax.server.protocol import ResponseFormat, Sampling, StructuredOutputs
 
 _KINDS = ("json_", "json_object", "regex", "choice", "grammar")
 
 
 async def grammars(compiler: GrammarCompiler | None, body: Sampling, count: int) -> list[TokenGrammar]:
-    """Grammars of the shape a body asks for, one for each of ``count`` choices; none where it asks for none.
+    """Returns the grammars that a request asks for, one for each of ``count`` choices; an empty list if none.
 
     Raises:
-        ApiError: 400; a schema, expression or grammar is not usable, or two are given.
+        ApiError: 400, a schema, expression or grammar is not usable, or two are given.
     """
     form, structure = body.response_format, body.structure
     shaped = form is not None and form.type != "text"
@@ -30,26 +30,26 @@ async def grammars(compiler: GrammarCompiler | None, body: Sampling, count: int)
         raise bad_request(f"{param}: structural_tag is not supported: use a grammar", param)
     if len(kinds) > 1 or (kinds and shaped):
         given = [name.rstrip("_") for name in kinds] + ["response_format"] * shaped
-        raise bad_request(f"{param}: {' and '.join(given)} cannot both shape the answer: give one", param)
+        raise bad_request(f"{param}: {' and '.join(given)} cannot both shape the response: give one", param)
     if not kinds and not shaped:
         return []
     if compiler is None:
-        raise bad_request("the model has no tokenizer: its answers can have no shape", param)
+        raise bad_request("the model has no tokenizer: its responses cannot be constrained", param)
     if structure is not None and kinds:
         return await _structured(compiler, structure, kinds[0], param, count)
     assert form is not None
-    return await response_format(compiler, form, count)
+    return await _response_format(compiler, form, count)
 
 
-async def response_format(compiler: GrammarCompiler, form: ResponseFormat, count: int) -> list[TokenGrammar]:
-    """Grammars of a ``response_format`` that is not plain text.
+async def _response_format(compiler: GrammarCompiler, form: ResponseFormat, count: int) -> list[TokenGrammar]:
+    """Returns the grammars of a ``response_format`` that is not plain text.
 
     Raises:
-        ApiError: 400; the schema is not usable.
+        ApiError: 400, the schema is not usable.
     """
-    schema = form_schema(form)
+    schema = format_schema(form)
     assert schema is not None
-    return await compiler.compile(only, [schema], "response_format", count)
+    return await compiler.compile(grammar_of_schema, [schema], "response_format", count)
 
 
 async def _structured(
@@ -58,7 +58,8 @@ async def _structured(
     if kind in ("json_", "json_object"):
         schema = {"type": "object"} if kind == "json_object" else _schema(asked.json_, param)
         space = "" if asked.disable_any_whitespace else asked.whitespace_pattern
-        return await compiler.schema(schema, param, count, whitespace=space)
+        closed = asked.disable_additional_properties
+        return await compiler.schema(schema, param, count, whitespace=space, closed=closed)
     if kind == "regex":
         grammar = llguidance.LLMatcher.grammar_from_regex(asked.regex or "")
         return await compiler.grammar(grammar, param, count)
@@ -68,11 +69,11 @@ async def _structured(
     return await compiler.lark(await compiler.to_lark(asked.grammar or "", param), param, count)
 
 
-def _schema(given: Any, param: str) -> Any:
-    """A schema, which may have come as text."""
+def _schema(given: Json, param: str) -> Json:
+    """Returns a schema, decoded if it came as text."""
     if isinstance(given, str):
         try:
-            # as strict as with the body: no NaN, no lone surrogate, no ten thousand brackets
+            # as strict as for the body: no NaN, no lone surrogates, no ten thousand nested brackets
             given = from_json(given, allow_inf_nan=False)
         except ValueError as error:
             raise bad_request(f"{param}: json is not valid JSON: {error}"[:500], param) from error

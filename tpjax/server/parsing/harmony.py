@@ -1,8 +1,8 @@
-"""Harmony, the format of gpt-oss: an answer is several messages, each on a channel.
+"""Parses Harmony, the format of gpt-oss: a response is several messages, each on a channel.
 
 ``<|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...<|return|>``: the
-analysis is reasoning, ``final`` is the answer, as are remarks on ``commentary``; a message there with a
-recipient (``to=functions.NAME``) is a call.
+analysis is reasoning; ``final`` and remarks on ``commentary`` are the text; a message with a recipient
+(``to=functions.NAME``) is a tool call.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tpjax.server.parsing.tool_call_parser import ToolCallParser
 START, END, MESSAGE, CHANNEL = "<|start|>", "<|end|>", "<|message|>", "<|channel|>"
 CONSTRAIN, RETURN, CALL = "<|constrain|>", "<|return|>", "<|call|>"
 MARKS = (START, END, MESSAGE, CHANNEL, CONSTRAIN, RETURN, CALL)
-STOPS = (RETURN, CALL)  # an answer ends with either
+STOPS = (RETURN, CALL)  # a response ends with either
 
 _ENDS = (END, RETURN, CALL, START)
 _RECIPIENT = re.compile(r"\bto=(?:functions\.)?([a-zA-Z0-9_.-]+)")
@@ -24,16 +24,16 @@ _CHANNEL = re.compile(r"<\|channel\|>\s*([a-z]+)")
 
 
 class HarmonyParser(ToolCallParser):
-    """Tells reasoning, text and calls apart."""
+    """Separates reasoning, text and tool calls."""
 
     def read(self) -> Parsing[None]:
-        """One message after the other."""
-        thought = False  # there has been reasoning
+        """Reads one message after the other."""
+        reasoned = False  # there has been reasoning
         while (yield from self.more()):
             yield from self.accept(START)
             yield from self.accept("assistant")
             if (yield from self.follows(CHANNEL, " to=", "to=", MESSAGE)) is None:
-                yield from self.until((*_ENDS, CHANNEL), self._text_piece)  # a model that forgot all this
+                yield from self.until((*_ENDS, CHANNEL), self._text_piece)  # text outside the format
                 continue
             header: list[str] = []
             back = self._at
@@ -46,23 +46,23 @@ class HarmonyParser(ToolCallParser):
             if recipient and (yield from self.attempt(self._call(recipient[1]))):
                 continue
             if channel and channel[1] == "analysis":
-                if thought:
-                    self.give(ParsedDelta("\n", reasoning=True))
-                thought = True
+                if reasoned:
+                    self.emit(ParsedDelta("\n", reasoning=True))
+                reasoned = True
                 yield from self.until(
-                    _ENDS, trimmed(lambda text: self.give(ParsedDelta(text, reasoning=True)))
+                    _ENDS, trimmed(lambda text: self.emit(ParsedDelta(text, reasoning=True)))
                 )
             else:
                 yield from self.until(_ENDS, self._text_piece)
-        self.give(ParsedDelta(self._blank))
+        self.emit(ParsedDelta(self._blank))
 
     def _call(self, name: str) -> Parsing[None]:
         yield from self.spaces()
         if (yield from self.follows("{")):
             yield from self._opened()
-            self.begin(name)
-            yield from self.until(_ENDS, trimmed(self.argue))
+            self.begin_call(name)
+            yield from self.until(_ENDS, trimmed(self.append_arguments))
         elif (yield from self.accept(*_ENDS)) or not (yield from self.more()):
-            self.whole(name, {})  # nothing to say is no arguments
+            self.complete_call(name, {})  # an empty message has no arguments
         else:
             raise Malformed

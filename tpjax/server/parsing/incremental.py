@@ -1,8 +1,8 @@
-"""Reads an answer while it is written: what parsers of tool calls and of reasoning are made of.
+"""Incremental parsing of a response while it is generated: the base of the reasoning and tool-call parsers.
 
-A parser is a generator over one text. It says what it wants next (`yield from self.until(...)`), is left
-waiting where the text has not come that far, and goes on when it has. It decides nothing that more text could
-change, so what it gives does not depend on where the text was cut.
+A parser is a generator over one text. It asks for what it expects next (`yield from self.until(...)`), pauses
+at the end of the text so far, and resumes when there is more. It decides nothing that more text could change,
+so its output does not depend on how the text was split into deltas.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
-Parsing = Generator[None, None, T]  # yields where it needs more text
+Parsing = Generator[None, None, T]  # yields when it needs more text
 
 
 @dataclass(frozen=True)
 class ParsedDelta:
-    """A part of an answer: text, reasoning, or a part of a call.
+    """A part of a response: text, reasoning, or a part of a tool call.
 
     Attributes:
-        text: of the answer or the reasoning; or of the call's arguments.
-        call: number of the call; ``None`` for text.
-        name: the function's, with the first piece of a call.
-        reasoning: it is what the model thinks before it answers.
+        text: text of the response, of the reasoning, or of the call's arguments.
+        call: number of the call; ``None`` for text and reasoning.
+        name: name of the function, in the first part of a call.
+        reasoning: the text is reasoning.
     """
 
     text: str
@@ -35,59 +35,59 @@ class ParsedDelta:
 
 
 class Malformed(Exception):
-    """The text is not what it began as."""
+    """The text turned out not to be what a parser attempted to read."""
 
 
-class Reader:
-    """A parser of one answer; subclasses say how in :meth:`read`."""
+class IncrementalParser:
+    """A parser of one response; subclasses implement :meth:`read`."""
 
     def __init__(self) -> None:
         self._text = ""
-        self._at = 0  # what is before it has been read
-        self._back: int | None = None  # where to go back to, should it turn out malformed
+        self._at = 0  # position of the next character to read
+        self._back: int | None = None  # position to return to if an attempt is malformed
         self._ended = False
-        self._out: list[ParsedDelta] = []
+        self._output: list[ParsedDelta] = []
         self._reading: Generator[None, None, None] | None = None
 
     def push(self, text: str) -> list[ParsedDelta]:
-        """Takes more of the answer; returns what is now certain."""
+        """Adds text of the response; returns what is now certain."""
         self._text += text
         if text or self._ended:
             self._reading = self._reading or self.read()
             next(self._reading, None)
-        if self._back is None and self._at > 4096:  # lets go of what has been read
+        if self._back is None and self._at > 4096:  # drops the text that has been read
             self._text, self._at = self._text[self._at :], 0
-        return self._given()
+        return self._merged_output()
 
     def flush(self) -> list[ParsedDelta]:
-        """Ends the answer; returns what was held back."""
+        """Ends the response; returns what was held back."""
         self._ended = True
         return self.push("")
 
     def read(self) -> Parsing[None]:
-        """Reads the whole answer."""
+        """Reads the whole response."""
         raise NotImplementedError
 
-    def give(self, piece: ParsedDelta) -> None:
-        """Adds to the parsed answer."""
-        self._out.append(piece)
+    def emit(self, part: ParsedDelta) -> None:
+        """Adds a part to the output."""
+        self._output.append(part)
 
-    def _given(self) -> list[ParsedDelta]:
-        """What was given, neighbours of a kind joined."""
+    def _merged_output(self) -> list[ParsedDelta]:
+        """Returns the output, adjacent parts of a kind joined, and clears it."""
         pieces: list[ParsedDelta] = []
-        for piece in self._out:
+        for piece in self._output:
             last = pieces[-1] if pieces else None
             if last and piece.name is None and (last.call, last.reasoning) == (piece.call, piece.reasoning):
                 pieces[-1] = ParsedDelta(last.text + piece.text, last.call, last.name, last.reasoning)
             else:
                 pieces.append(piece)
-        self._out = []
+        self._output = []
         return [piece for piece in pieces if piece.text or piece.name is not None]
 
     # --- steps
 
     def more(self) -> Parsing[bool]:
-        """Waits for text that has not been read; False at the end of the answer."""
+        """Waits for unread text; returns False at the end of the response."""
         while self._at == len(self._text):
             if self._ended:
                 return False
@@ -95,7 +95,7 @@ class Reader:
         return True
 
     def follows(self, *literals: str) -> Parsing[str | None]:
-        """Which of some literals comes next, the longest where several do; reads nothing."""
+        """Returns the longest of some literals that comes next, without reading it."""
         while True:
             rest = self._text[self._at : self._at + max(map(len, literals))]
             undecided = any(len(rest) < len(one) and one.startswith(rest) for one in literals)
@@ -104,7 +104,7 @@ class Reader:
             yield
 
     def accept(self, *literals: str) -> Parsing[bool]:
-        """Reads one of some literals if it comes next."""
+        """Reads one of some literals if it comes next; returns whether it did."""
         found = yield from self.follows(*literals)
         self._at += len(found or "")
         return found is not None
@@ -124,7 +124,7 @@ class Reader:
             self._at += 1
 
     def run(self, pattern: re.Pattern[str], emit: Callable[[str], None] | None = None) -> Parsing[str]:
-        """Reads as many characters as a pattern of single characters (``[...]+``) takes."""
+        """Reads as many characters as a pattern of single characters (``[...]+``) matches."""
         parts = []
         while (yield from self.more()) and (match := pattern.match(self._text, self._at)):
             self._at = match.end()
@@ -134,18 +134,18 @@ class Reader:
         return "".join(parts)
 
     def until(self, marks: Sequence[str], emit: Callable[[str], None]) -> Parsing[str | None]:
-        """Reads up to and with the first of some marks; what comes before it is handed on as it comes.
+        """Reads up to and including the first of some marks; passes the text before it to ``emit``.
 
         Returns:
-            The mark, the longest where several begin at one place; ``None`` at the end of the answer.
+            The mark, the longest if several start at one position; ``None`` at the end of the response.
         """
         first = re.compile("|".join(sorted({re.escape(mark[0]) for mark in marks})))
         while (yield from self.more()):
             match = first.search(self._text, self._at)
-            cut = match.start() if match else len(self._text)
-            if cut > self._at:
-                emit(self._text[self._at : cut])
-                self._at = cut
+            end = match.start() if match else len(self._text)
+            if end > self._at:
+                emit(self._text[self._at : end])
+                self._at = end
             elif mark := (yield from self.follows(*marks)):
                 self._at += len(mark)
                 return mark
@@ -155,10 +155,11 @@ class Reader:
         return None
 
     def attempt(self, reading: Parsing[None]) -> Parsing[bool]:
-        """Tries to read something.
+        """Runs a parser that may fail.
 
         Returns:
-            False where it is malformed: then nothing of it has been read, unless it was committed to before.
+            False if the text is malformed; the position is then where it was, unless :meth:`commit` was
+            called.
         """
         self._back = self._at
         try:
@@ -175,16 +176,16 @@ class Reader:
         return back
 
     def commit(self) -> None:
-        """What is being attempted is it, even if it goes on badly."""
+        """Commits the current attempt: it keeps what it has read even if the rest is malformed."""
         self._back = None
 
     # --- JSON
 
     def json_string(self) -> Parsing[str]:
-        """Reads a string of JSON.
+        """Reads a JSON string.
 
         Raises:
-            Malformed: it is none.
+            Malformed: no valid string comes next.
         """
         yield from self.expect('"')
         parts = ['"']
@@ -197,7 +198,7 @@ class Reader:
             parts.append(char)
             if char == '"':
                 break
-            if not (yield from self.more()):  # what a backslash hides is the next character
+            if not (yield from self.more()):  # the character after a backslash
                 raise Malformed
             parts.append(self._text[self._at])
             self._at += 1
@@ -208,7 +209,7 @@ class Reader:
         return value
 
     def json_value(self, emit: Callable[[str], None]) -> Parsing[None]:
-        """Reads any value of JSON, and hands it on as it comes; of what is broken, all that is balanced.
+        """Reads any JSON value and passes it to ``emit``; of an invalid value, all that is balanced.
 
         Raises:
             Malformed: no value comes next.

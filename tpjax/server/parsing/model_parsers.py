@@ -1,18 +1,19 @@
-"""How each kind of model writes its calls: tags, special tokens, fences, bare objects."""
+"""Tool-call parsers of the models' formats: tags, special tokens, fences, bare objects."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from tpjax.server.json_types import Json, JsonObject
 from tpjax.server.parsing.incremental import Malformed, Parsing
 from tpjax.server.parsing.tool_call_parser import NAME, ToolCallParser
 
 
 class TaggedParser(ToolCallParser):
-    """``<tool_call>`` and what models put there.
+    """Parses calls between ``<tool_call>`` tags.
 
     An object (Qwen, Hermes), ``<function=NAME>`` (Qwen3-Coder), or ``NAME`` and ``<arg_key>`` (GLM).
     """
@@ -48,10 +49,10 @@ class TaggedParser(ToolCallParser):
         yield from self._pairs(name, "<arg_key>", "</arg_key>", "</arg_value>", "<arg_key>", "</tool_call>")
 
     def _pairs(self, name: str, opens: str, closes: str, *ends: str) -> Parsing[None]:
-        """Reads a call's parameters, and gives each out as it is complete."""
+        """Reads a call's parameters; emits each when it is complete."""
         if not name or (yield from self.follows(opens, *ends[1:])) is None:
             raise Malformed
-        self.begin(name)
+        self.begin_call(name)
         separator = "{"
         while (yield from self.accept(opens)):
             key: list[str] = []
@@ -60,24 +61,24 @@ class TaggedParser(ToolCallParser):
             yield from self.accept("<arg_value>")
             text: list[str] = []
             if (yield from self.until((ends[0],), text.append)) is None:
-                return  # cut off: the arguments stay open, as they would in JSON
+                return  # truncated: the arguments stay open, as JSON would
             pair = (
                 "".join(key).strip(),
                 self.typed(name, "".join(key).strip(), "".join(text).removesuffix("\n")),
             )
             written = [json.dumps(one, ensure_ascii=False) for one in pair]
-            self.argue(separator + ": ".join(written))
+            self.append_arguments(separator + ": ".join(written))
             separator = ", "
             yield from self.spaces()
-        self.argue("{}" if separator == "{" else "}")
+        self.append_arguments("{}" if separator == "{" else "}")
 
     def spaces_before_value(self) -> Parsing[None]:
-        """Reads the one line's end between a key and its value."""
+        """Reads the line break between a key and its value."""
         yield from self.accept("\n")
 
 
 class LlamaParser(ToolCallParser):
-    """Llama 3.x: bare objects with ``;`` between, or after ``<|python_tag|>`` these or ``tool.call(...)``."""
+    """Parses Llama 3's calls: bare objects with ``;`` between, or anything after ``<|python_tag|>``."""
 
     marks: ClassVar[tuple[str, ...]] = ("<|python_tag|>", "{")
 
@@ -95,7 +96,7 @@ class LlamaParser(ToolCallParser):
 
 
 class MistralParser(ToolCallParser):
-    """``[TOOL_CALLS]``: an array of objects, or from its eleventh tokenizer on ``NAME[ARGS]{...}``."""
+    """Parses Mistral's calls: an array of objects, or ``NAME[ARGS]{...}`` from tokenizer version 11 on."""
 
     marks: ClassVar[tuple[str, ...]] = ("[TOOL_CALLS]",)
 
@@ -116,7 +117,7 @@ class MistralParser(ToolCallParser):
 
 
 class DeepSeekParser(ToolCallParser):
-    """DeepSeek V3 and R1 (``function<sep>NAME`` and a fence of JSON) and V3.1 (``NAME<sep>{...}``)."""
+    """Parses DeepSeek's calls: V3, R1 ``function<sep>NAME`` and fenced JSON, V3.1 ``NAME<sep>{...}``."""
 
     marks: ClassVar[tuple[str, ...]] = ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>")
     tails: ClassVar[tuple[str, ...]] = ("<｜tool▁calls▁end｜>", "<｜tool▁call▁end｜>")
@@ -141,7 +142,7 @@ class DeepSeekParser(ToolCallParser):
 
 
 class KimiParser(ToolCallParser):
-    """Kimi K2: ``functions.NAME:0`` between special tokens."""
+    """Parses Kimi K2's calls: ``functions.NAME:0`` between special tokens."""
 
     marks: ClassVar[tuple[str, ...]] = ("<|tool_calls_section_begin|>", "<|tool_call_begin|>")
     tails: ClassVar[tuple[str, ...]] = ("<|tool_calls_section_end|>", "<|tool_call_end|>")
@@ -163,7 +164,7 @@ class KimiParser(ToolCallParser):
 
 
 class JsonArrayParser(ToolCallParser):
-    """An array of objects between tokens: Granite, Phi-4-mini, Command R, Jamba."""
+    """Parses an array of objects between tokens: Granite, Phi-4-mini, Command R, Jamba."""
 
     marks: ClassVar[tuple[str, ...]] = ("<|tool_call|>", "<tool_call>", "<|START_ACTION|>", "<tool_calls>")
     tails: ClassVar[tuple[str, ...]] = ("<|/tool_call|>", "</tool_call>", "<|END_ACTION|>", "</tool_calls>")
@@ -175,10 +176,11 @@ class JsonArrayParser(ToolCallParser):
 
 
 class GemmaParser(ToolCallParser):
-    """Gemma: its templates know no tools, so the ways its documentation and its training show.
+    """Parses Gemma's calls, in every form that its documentation and its training show.
 
-    Fences of ``tool_code`` or JSON, a bare object, Python calls in brackets; what this server asks for
-    (``<tool_call>``); FunctionGemma's and Gemma 4's own tokens.
+    Its templates do not describe tools. The forms are fences of ``tool_code`` or JSON, a bare object, Python
+    calls in brackets, the tags that this server's instructions ask for (``<tool_call>``), and the special
+    tokens of FunctionGemma and Gemma 4.
     """
 
     marks: ClassVar[tuple[str, ...]] = (
@@ -189,7 +191,7 @@ class GemmaParser(ToolCallParser):
     def call(self, mark: str) -> Parsing[None]:
         """Reads one call or more."""
         if mark in ("<start_function_call>", "<|tool_call>"):
-            yield from self._own("<end_function_call>" if mark == self.marks[6] else "<tool_call|>")
+            yield from self._native("<end_function_call>" if mark == self.marks[6] else "<tool_call|>")
         elif mark == "```tool_code":
             yield from self.python("```", known=True)
         elif mark in ("{", "["):
@@ -212,7 +214,7 @@ class GemmaParser(ToolCallParser):
         self._at = back
         return found
 
-    def _own(self, end: str) -> Parsing[None]:
+    def _native(self, end: str) -> Parsing[None]:
         """Reads ``call:NAME{key:value,...}``."""
         yield from self.expect("call:")
         name = yield from self.run(NAME)
@@ -220,14 +222,14 @@ class GemmaParser(ToolCallParser):
             raise Malformed
         parts: list[str] = []
         yield from self.until((end,), parts.append)
-        self.whole(name, gemma_arguments("".join(parts)))
+        self.complete_call(name, gemma_arguments("".join(parts)))
 
 
-def gemma_arguments(text: str) -> dict[str, Any]:
-    """Gemma's own notation of an object: bare keys, strings between ``<escape>`` or ``<|"|>``.
+def gemma_arguments(text: str) -> JsonObject:
+    """Decodes Gemma's notation of an object: bare keys, strings between ``<escape>`` or ``<|"|>``.
 
     Raises:
-        Malformed: it is none.
+        Malformed: the text is not an object in this notation.
     """
     strings: list[str] = []
 
@@ -238,7 +240,7 @@ def gemma_arguments(text: str) -> dict[str, Any]:
     plain = re.sub(r'(<escape>|<\|"\|>)(.*?)\1', keep, text, flags=re.DOTALL)
     plain = re.sub(r"([{,]\s*)([A-Za-z_][\w.-]*)\s*:", r'\1"\2":', plain)
     try:
-        value: dict[str, Any] = _restored(json.loads(plain), strings)
+        value: JsonObject = _restored(json.loads(plain), strings)
         json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError) as error:
         raise Malformed from error
@@ -247,7 +249,7 @@ def gemma_arguments(text: str) -> dict[str, Any]:
     return value
 
 
-def _restored(value: Any, strings: Sequence[str]) -> Any:
+def _restored(value: Json, strings: Sequence[str]) -> Json:
     if isinstance(value, str) and value.startswith("\0"):
         return strings[int(value[1:])]
     if isinstance(value, dict):
@@ -256,7 +258,7 @@ def _restored(value: Any, strings: Sequence[str]) -> Any:
 
 
 class PythonicParser(TaggedParser):
-    """Calls in Python between tokens (LFM2), or what this server asks for."""
+    """Parses Python calls between tokens (LFM2), or the tags that this server's instructions ask for."""
 
     marks: ClassVar[tuple[str, ...]] = ("<|tool_call_start|>", *TaggedParser.marks)
     tails: ClassVar[tuple[str, ...]] = ("<|tool_call_end|>", *TaggedParser.tails)

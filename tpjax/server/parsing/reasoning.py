@@ -1,20 +1,20 @@
-"""What a model thinks before it answers, told from the answer."""
+"""Separates the reasoning of a model from its answer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tpjax.server.parsing.incremental import ParsedDelta, Parsing, Reader
+from tpjax.server.parsing.incremental import IncrementalParser, ParsedDelta, Parsing
 
 
 @dataclass(frozen=True)
 class ReasoningFormat:
-    """The marks a model puts round its reasoning.
+    """The marks round a model's reasoning.
 
     Attributes:
-        opens: before it; a template may have written it already.
-        closes: after it.
+        opens: mark before it; the chat template may have written it already.
+        closes: mark after it.
     """
 
     opens: str
@@ -22,11 +22,11 @@ class ReasoningFormat:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """What has to be visible in the text."""
+        """Special tokens that have to be visible in the text."""
         return (self.opens.removesuffix("thought\n"), self.closes)
 
 
-# By what stands in a template, the more particular first.
+# Found by the closing mark in a template's source, the more specific first.
 _FORMATS = (
     ReasoningFormat("[THINK]", "[/THINK]"),  # Magistral, Ministral
     ReasoningFormat("<|START_THINKING|>", "<|END_THINKING|>"),  # Command R7B, Command A
@@ -37,16 +37,16 @@ _FORMATS = (
 
 
 def reasoning_format(source: str) -> ReasoningFormat | None:
-    """How a model reasons whose chat template this is; ``None`` where the template knows nothing of it."""
+    """Returns the reasoning format of a chat template; ``None`` if its source has no closing mark."""
     return next((one for one in _FORMATS if one.closes in source), None)
 
 
-class ReasoningParser(Reader):
-    """Tells reasoning from what follows it; white space round either is neither's.
+class ReasoningParser(IncrementalParser):
+    """Separates reasoning from the rest; drops the white space round the reasoning.
 
     Args:
         form: the marks.
-        inside: the prompt ends inside the reasoning: only its end is still to come.
+        inside: the prompt ends inside the reasoning, so only the closing mark is to come.
     """
 
     def __init__(self, form: ReasoningFormat, *, inside: bool) -> None:
@@ -55,25 +55,25 @@ class ReasoningParser(Reader):
         self._inside = inside
 
     def read(self) -> Parsing[None]:
-        """Reasoning, if there is any, and the rest."""
+        """Reads the reasoning, if there is any, and the rest."""
         start = self._at
         yield from self.spaces()
         if (yield from self.accept(self._form.opens)) or self._inside:
-            emit = trimmed(lambda text: self.give(ParsedDelta(text, reasoning=True)))
+            emit = trimmed(lambda text: self.emit(ParsedDelta(text, reasoning=True)))
             yield from self.until((self._form.closes,), emit)
             yield from self.spaces()
         else:
             self._at = start
         while (yield from self.more()):
-            self.give(ParsedDelta(self._text[self._at :]))
+            self.emit(ParsedDelta(self._text[self._at :]))
             self._at = len(self._text)
 
 
 def trimmed(emit: Callable[[str], None]) -> Callable[[str], None]:
-    """Hands text on without the white space at its beginning and its end."""
+    """Returns a function that passes text to ``emit`` without leading and trailing white space."""
     begun, held = False, ""
 
-    def take(text: str) -> None:
+    def push(text: str) -> None:
         nonlocal begun, held
         text = held + text
         if not begun:
@@ -84,4 +84,4 @@ def trimmed(emit: Callable[[str], None]) -> Callable[[str], None]:
         if kept:
             emit(kept)
 
-    return take
+    return push

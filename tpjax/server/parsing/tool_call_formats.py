@@ -1,12 +1,21 @@
-"""Which way a model writes its tool calls: chosen by its chat template, which was trained with it."""
+"""Tool-call formats: how a model writes tool calls, detected from its chat template.
+
+To add a format: add a ``ToolCallFormat`` and a row to ``_SIGNS`` at the end, and, if no existing parser reads
+it, a parser to ``model_parsers.py``.
+
+Some models write calls in a syntax that no :class:`CallSyntax` describes: Qwen3-Coder, GLM, Mistral with call
+ids, Kimi K2, Command, LFM2, Gemma 4 and FunctionGemma (``own_syntax``). A grammar holds them to ``syntax``
+only if a call is required. With ``tool_choice`` "auto" their calls are not constrained, and a tool's
+``strict`` is not enforced; a warning in the log says so, once per format.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from tpjax.server.json_types import JsonObject
 from tpjax.server.parsing import harmony
 from tpjax.server.parsing.model_parsers import (
     DeepSeekParser,
@@ -20,14 +29,14 @@ from tpjax.server.parsing.model_parsers import (
 )
 from tpjax.server.parsing.tool_call_parser import ToolCallParser
 
-Calls = Sequence[tuple[str, dict[str, Any]]]  # names and arguments
+Calls = Sequence[tuple[str, JsonObject]]  # names and arguments
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What stands round the names and arguments of calls; ``~`` is white space that may be there.
+class CallSyntax:
+    """The text round the names and arguments of calls; ``~`` is optional white space.
 
-    A call is ``head NAME middle ARGUMENTS tail``; all of them are ``opens call (between call)* closes``.
+    A call is ``head NAME middle ARGUMENTS tail``; all calls are ``opens call (between call)* closes``.
     """
 
     opens: str
@@ -40,43 +49,44 @@ class Shape:
 
 @dataclass(frozen=True)
 class ToolCallFormat:
-    """One way to write calls.
+    """One format of tool calls.
 
     Attributes:
-        name: of the format.
-        reader: tells calls from text.
-        shape: what a grammar holds an answer to that has to be a call.
-        free: an answer that may be a call is not held to the shape: the model's own is another.
+        name: name of the format.
+        parser: separates calls from text.
+        syntax: syntax of a response in which a grammar requires a call.
+        own_syntax: the model was trained with another syntax, so a response that may be a call is not held to
+            ``syntax``.
         marks: special tokens that have to be visible in the text.
-        stops: tokens that end an answer, besides the model's own.
-        instructions: for a template that does not describe tools.
-        spell: calls as text, for a template that has no place for them.
+        stops: tokens that end a response, besides the model's EOS.
+        instructions: added to the prompt if the template does not describe tools.
+        render: writes calls as text, for a template that does not render them.
     """
 
     name: str
-    reader: type[ToolCallParser]
-    shape: Shape
-    free: bool = False
+    parser: type[ToolCallParser]
+    syntax: CallSyntax
+    own_syntax: bool = False
     marks: tuple[str, ...] = ()
     stops: tuple[str, ...] = ()
     instructions: str = ""
-    spell: Callable[[Calls], str] = lambda calls: spell_hermes(calls)
+    render: Callable[[Calls], str] = lambda calls: render_hermes(calls)
 
 
-def spell_hermes(calls: Calls) -> str:
-    """Calls between ``<tool_call>`` tags."""
+def render_hermes(calls: Calls) -> str:
+    """Returns calls between ``<tool_call>`` tags."""
     return "\n".join(f"<tool_call>\n{_object(*call)}\n</tool_call>" for call in calls)
 
 
-def _object(name: str, arguments: dict[str, Any]) -> str:
+def _object(name: str, arguments: JsonObject) -> str:
     return json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
 
 
-def _spell_listed(calls: Calls) -> str:
+def _render_array(calls: Calls) -> str:
     return f"<|tool_call|>[{', '.join(_object(*call) for call in calls)}]"
 
 
-def _spell_python(calls: Calls) -> str:
+def _render_python(calls: Calls) -> str:
     written = (
         f"{name}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})" for name, arguments in calls
     )
@@ -94,12 +104,12 @@ ARGUMENTS_OBJECT
 ```<｜tool▁call▁end｜><｜tool▁calls▁end｜>"""
 
 _MEMBERS = '{~"name":~"', '",~"arguments":~', "~}"
-_HERMES = Shape("<tool_call>~", _MEMBERS[0], _MEMBERS[1], "~}~</tool_call>", "~<tool_call>~")
-_DEEPSEEK = Shape(
+_HERMES = CallSyntax("<tool_call>~", _MEMBERS[0], _MEMBERS[1], "~}~</tool_call>", "~<tool_call>~")
+_DEEPSEEK = CallSyntax(
     "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>", "function<｜tool▁sep｜>", "\n```json\n",
     "\n```<｜tool▁call▁end｜>", "~<｜tool▁call▁begin｜>", "<｜tool▁calls▁end｜>",
 )  # fmt: skip
-_DEEPSEEK_3_1 = Shape(
+_DEEPSEEK_3_1 = CallSyntax(
     "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>", "", "<｜tool▁sep｜>",
     "<｜tool▁call▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁calls▁end｜>",
 )  # fmt: skip
@@ -118,21 +128,21 @@ _GLM = ToolCallFormat(
 _LLAMA = ToolCallFormat(
     "llama3",
     LlamaParser,
-    Shape("", '{"name":~"', '",~"parameters":~', "~}", ";~"),
+    CallSyntax("", '{"name":~"', '",~"parameters":~', "~}", ";~"),
     marks=("<|python_tag|>",),
     stops=("<|eom_id|>", "<|eot_id|>"),
 )
 _MISTRAL_MARKS = ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
 _MISTRAL = ToolCallFormat(
-    "mistral", MistralParser, Shape("[TOOL_CALLS]~[~", *_MEMBERS, "~,~", "~]"), marks=_MISTRAL_MARKS
+    "mistral", MistralParser, CallSyntax("[TOOL_CALLS]~[~", *_MEMBERS, "~,~", "~]"), marks=_MISTRAL_MARKS
 )
 _MISTRAL_11 = ToolCallFormat(
     "mistral-v11",
     MistralParser,
-    Shape("[TOOL_CALLS]", "", "[ARGS]", "", "[TOOL_CALLS]"),
+    CallSyntax("[TOOL_CALLS]", "", "[ARGS]", "", "[TOOL_CALLS]"),
     marks=_MISTRAL_MARKS,
 )
-_MISTRAL_IDS = ToolCallFormat("mistral-ids", MistralParser, _MISTRAL_11.shape, True, marks=_MISTRAL_MARKS)
+_MISTRAL_IDS = ToolCallFormat("mistral-ids", MistralParser, _MISTRAL_11.syntax, True, marks=_MISTRAL_MARKS)
 _DEEPSEEK_MARKS = (*DeepSeekParser.marks, *DeepSeekParser.tails, "<｜tool▁sep｜>")
 _DEEPSEEK_V3 = ToolCallFormat(
     "deepseek-v3", DeepSeekParser, _DEEPSEEK, marks=_DEEPSEEK_MARKS, instructions=_TOKENS
@@ -143,32 +153,36 @@ _DEEPSEEK_V3_1 = ToolCallFormat(
 _KIMI = ToolCallFormat(
     "kimi-k2",
     KimiParser,
-    Shape(
+    CallSyntax(
         "<|tool_calls_section_begin|><|tool_call_begin|>", "functions.", ":0<|tool_call_argument_begin|>",
         "<|tool_call_end|>", "<|tool_call_begin|>", "<|tool_calls_section_end|>",
     ),
-    True,  # calls are numbered
+    True,  # numbers its calls
     (*KimiParser.marks, *KimiParser.tails, KimiParser.sep),
 )  # fmt: skip
 
 
-def _listed(name: str, opens: str, closes: str, **more: Any) -> ToolCallFormat:
-    shape = Shape(f"{opens}~[~", *_MEMBERS, "~,~", f"~]{closes}")
+def _array(
+    name: str, opens: str, closes: str, render: Callable[[Calls], str] = render_hermes
+) -> ToolCallFormat:
+    syntax = CallSyntax(f"{opens}~[~", *_MEMBERS, "~,~", f"~]{closes}")
     return ToolCallFormat(
-        name, JsonArrayParser, shape, marks=(*JsonArrayParser.marks, *JsonArrayParser.tails), **more
+        name, JsonArrayParser, syntax, marks=(*JsonArrayParser.marks, *JsonArrayParser.tails), render=render
     )
 
 
-_GRANITE = _listed("granite", "<|tool_call|>", "", spell=_spell_listed)
-_PHI = _listed("phi4", "<|tool_call|>", "<|/tool_call|>", spell=_spell_listed)
+_GRANITE = _array("granite", "<|tool_call|>", "", render=_render_array)
+_PHI = _array("phi4", "<|tool_call|>", "<|/tool_call|>", render=_render_array)
 _COMMAND = ToolCallFormat(
     "command",
     JsonArrayParser,
-    Shape("<|START_ACTION|>~[~", '{~"tool_name":~"', '",~"parameters":~', "~}", "~,~", "~]<|END_ACTION|>"),
-    True,  # it numbers its calls
+    CallSyntax(
+        "<|START_ACTION|>~[~", '{~"tool_name":~"', '",~"parameters":~', "~}", "~,~", "~]<|END_ACTION|>"
+    ),
+    True,  # numbers its calls
     _GRANITE.marks,
 )
-_JAMBA = _listed("jamba", "<tool_calls>", "</tool_calls>")
+_JAMBA = _array("jamba", "<tool_calls>", "</tool_calls>")
 _PYTHON = ToolCallFormat(
     "pythonic",
     PythonicParser,
@@ -177,7 +191,7 @@ _PYTHON = ToolCallFormat(
     PythonicParser.marks + PythonicParser.tails,
     (),
     _TAGS,
-    _spell_python,
+    _render_python,
 )
 _GEMMA = ToolCallFormat("gemma", GemmaParser, _HERMES, instructions=_TAGS)
 _GEMMA_TOKENS = ToolCallFormat(
@@ -192,7 +206,8 @@ HARMONY = ToolCallFormat(
     "harmony", harmony.HarmonyParser, _HERMES, marks=harmony.MARKS, stops=harmony.STOPS
 )  # its syntax is not one of these: see grammars/response_grammar.py
 
-# What stands in a template that writes calls so, the more particular first; all the texts of a row have to.
+# Texts in the source of a template -> its format. The first row counts whose texts are all in the source, so
+# the more specific rows come first.
 _SIGNS: tuple[tuple[tuple[str, ...], ToolCallFormat], ...] = (
     (("<|channel|>", "<|message|>", "commentary"), HARMONY),
     (("<｜tool▁calls▁begin｜>", "```json"), _DEEPSEEK_V3),
@@ -218,5 +233,5 @@ _SIGNS: tuple[tuple[tuple[str, ...], ToolCallFormat], ...] = (
 
 
 def tool_call_format(source: str) -> ToolCallFormat:
-    """How a model writes calls whose chat template this is; Hermes's tags where it does not say."""
+    """Returns the format of a chat template, from its source; Hermes's tags if no row matches."""
     return next((form for signs, form in _SIGNS if all(sign in source for sign in signs)), HERMES)

@@ -1,23 +1,23 @@
-"""Tool calls as the API has them."""
+"""Tool calls as messages and deltas of the OpenAI API."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from typing import Any
 
+from tpjax.server.json_types import JsonObject
 from tpjax.server.parsing.incremental import ParsedDelta
 
 
 def call_id() -> str:
-    """A new id for a call."""
+    """Returns a new id for a call."""
     return f"call_{uuid.uuid4().hex[:24]}"
 
 
-def whole_calls(pieces: Sequence[ParsedDelta]) -> list[dict[str, Any]]:
-    """The calls of an answer."""
-    calls: list[dict[str, Any]] = []
-    for piece in pieces:
+def tool_calls(parts: Sequence[ParsedDelta]) -> list[JsonObject]:
+    """Returns the tool calls of a response."""
+    calls: list[JsonObject] = []
+    for piece in parts:
         if piece.call is None:
             continue
         if piece.name is not None:
@@ -27,13 +27,13 @@ def whole_calls(pieces: Sequence[ParsedDelta]) -> list[dict[str, Any]]:
     return calls
 
 
-def delta(piece: ParsedDelta) -> dict[str, Any]:
-    """A piece of an answer as a chunk has it: a call's name and id come once, with its first."""
+def delta(piece: ParsedDelta) -> JsonObject:
+    """Returns a part of a response as a chunk's delta; the first part of a call has its name and id."""
     if piece.reasoning:
         return {"reasoning": piece.text, "reasoning_content": piece.text}  # vLLM's new name and its old
     if piece.call is None:
         return {"content": piece.text}
-    call: dict[str, Any] = {"index": piece.call, "function": {"arguments": piece.text}}
+    call: JsonObject = {"index": piece.call, "function": {"arguments": piece.text}}
     if piece.name is not None:
         call |= {"id": call_id(), "type": "function"}
         call["function"]["name"] = piece.name

@@ -1,7 +1,7 @@
-"""Tool calls in the text of an answer, as models write them: JSON, tags, special tokens, Python.
+"""The base of the tool-call parsers: JSON objects, Python calls, and text between tags.
 
-A call is given out when its name is certain and its arguments have begun; they follow as they come. What
-begins like a call and is none stays text.
+A call is emitted when its name is certain and its arguments have started; they follow as they come. Text that
+starts like a call and turns out not to be one stays text.
 """
 
 from __future__ import annotations
@@ -10,40 +10,43 @@ import ast
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from tpjax.server.parsing.incremental import Malformed, ParsedDelta, Parsing, Reader
+from tpjax.server.json_types import Json, JsonObject
+from tpjax.server.parsing.incremental import IncrementalParser, Malformed, ParsedDelta, Parsing
 
 NAME = re.compile(r"[a-zA-Z0-9_.-]+")
 _NAMES, _ARGUMENTS = ("name", "tool_name"), ("arguments", "parameters")
-_MOST_PYTHON = 64 << 10  # characters of calls in Python
-_BESIDE = ("id", "type", "tool_call_id", "index")  # what models write beside them
+_MAX_PYTHON_CHARS = 64 << 10
+_OTHER_KEYS = ("id", "type", "tool_call_id", "index")  # other keys that models write
 
-Schemas = Mapping[str, Mapping[str, Any]]
+Schemas = Mapping[str, Mapping[str, Json]]
 
 
-class ToolCallParser(Reader):
-    """Tells text from calls.
+class ToolCallParser(IncrementalParser):
+    """Separates text from tool calls.
 
     Args:
-        tools: schemas of the parameters, by name of the tool; for formats whose values are untyped text.
+        tools: tool name -> schema of its parameters, for formats whose values are untyped text.
 
     Attributes:
-        calls: how many there have been.
+        calls: number of calls so far.
+        marks: texts that may each start one call or more.
+        tails: texts that may follow a call and are dropped.
     """
 
-    marks: ClassVar[tuple[str, ...]] = ()  # each may begin a call, or several
-    tails: ClassVar[tuple[str, ...]] = ()  # what may come after one, and is no text
+    marks: ClassVar[tuple[str, ...]] = ()
+    tails: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, tools: Schemas | None = None) -> None:
         super().__init__()
         self.calls = 0
         self._tools = dict(tools or {})
-        self._blank = ""  # white space before any text: text only if no call follows
+        self._blank = ""  # white space before any text; it is text only if no call follows
         self._begun = False
 
     def read(self) -> Parsing[None]:
-        """Text and calls, in any order."""
+        """Reads text and calls, in any order."""
         while mark := (yield from self.until(self.marks, self._text_piece)):
             if not (yield from self.attempt(self.call(mark))):
                 self._text_piece(mark)
@@ -52,47 +55,47 @@ class ToolCallParser(Reader):
                 yield from self.spaces()
                 if not self.tails or not (yield from self.accept(*self.tails)):
                     break
-        self.give(ParsedDelta(self._blank))
+        self.emit(ParsedDelta(self._blank))
 
     def call(self, mark: str) -> Parsing[None]:
         """Reads what follows a mark: one call or more.
 
         Raises:
-            Malformed: it is none.
+            Malformed: no call follows.
         """
         raise NotImplementedError
 
-    def begin(self, name: str) -> None:
-        """A call has begun."""
+    def begin_call(self, name: str) -> None:
+        """Emits the start of a call."""
         self.commit()
         self.calls += 1
         self._blank, self._begun = "", True
-        self.give(ParsedDelta("", self.calls - 1, name))
+        self.emit(ParsedDelta("", self.calls - 1, name))
 
-    def argue(self, text: str) -> None:
-        """Adds to the arguments of the call that has begun."""
-        self.give(ParsedDelta(text, self.calls - 1))
+    def append_arguments(self, text: str) -> None:
+        """Emits text of the current call's arguments."""
+        self.emit(ParsedDelta(text, self.calls - 1))
 
-    def whole(self, name: str, arguments: Any) -> None:
-        """A call, all at once."""
-        self.begin(name)
-        self.argue(json.dumps(arguments, ensure_ascii=False))
+    def complete_call(self, name: str, arguments: JsonObject) -> None:
+        """Emits a whole call."""
+        self.begin_call(name)
+        self.append_arguments(json.dumps(arguments, ensure_ascii=False))
 
     def _text_piece(self, text: str) -> None:
         if not self._begun and not text.strip():
             self._blank += text
             return
-        self.give(ParsedDelta(self._blank + text))
+        self.emit(ParsedDelta(self._blank + text))
         self._blank, self._begun = "", True
 
     # --- JSON
 
     def objects(self, *between: str, known: bool = False) -> Parsing[None]:
-        """Reads an object or an array of them, or several with something between them.
+        """Reads an object, an array of objects, or several objects with separators.
 
         Args:
-            between: what may be between them, besides white space.
-            known: only tools that there are; text that is JSON might be anything.
+            between: separators, besides white space and commas.
+            known: accept only names of offered tools, since other JSON may be text.
         """
         listed = yield from self.accept("[")
         yield from self.spaces()
@@ -117,11 +120,11 @@ class ToolCallParser(Reader):
         if self.calls == started:
             if name is None or (known and arguments is None):
                 raise Malformed
-            self.begin(name)
-            self.argue("{}" if arguments is None else arguments)
+            self.begin_call(name)
+            self.append_arguments("{}" if arguments is None else arguments)
 
     def _members(self, known: bool, outer: bool = False) -> Parsing[tuple[str | None, str | None]]:
-        """The members of a call's object; given out at once where the name comes before the arguments."""
+        """Reads the members of a call's object; emits the call at once if its name comes first."""
         name: str | None = None
         arguments: str | None = None
         yield from self.expect("{")
@@ -139,7 +142,7 @@ class ToolCallParser(Reader):
                 arguments = yield from self.arguments(name)
             elif key == "function" and outer and (yield from self.follows("{")):
                 name, arguments = yield from self._members(known, outer=True)
-            elif known and key not in _BESIDE:
+            elif known and key not in _OTHER_KEYS:
                 raise Malformed
             else:
                 yield from self.json_value(lambda _: None)
@@ -151,7 +154,7 @@ class ToolCallParser(Reader):
         return name, arguments
 
     def arguments(self, name: str | None) -> Parsing[str | None]:
-        """Reads the arguments of a call: an object, or one in a string; begins the call if it has a name."""
+        """Reads a call's arguments, an object or one in a string; starts the call if its name is known."""
         if (yield from self.follows('"')):
             text = yield from self.json_string()
             if not _is_object(text):
@@ -159,8 +162,8 @@ class ToolCallParser(Reader):
         elif (yield from self.follows("{")):
             yield from self._opened()
             if name is not None:
-                self.begin(name)
-                yield from self.json_value(self.argue)
+                self.begin_call(name)
+                yield from self.json_value(self.append_arguments)
                 return None
             parts: list[str] = []
             yield from self.json_value(parts.append)
@@ -169,13 +172,13 @@ class ToolCallParser(Reader):
             yield from self.expect("null")
             text = "{}"
         if name is not None:
-            self.begin(name)
-            self.argue(text)
+            self.begin_call(name)
+            self.append_arguments(text)
             return None
         return text
 
     def _opened(self) -> Parsing[None]:
-        """Makes sure that an object of JSON opens here, and not another language's; reads nothing."""
+        """Checks, without reading, that a JSON object starts here, and not an object of another language."""
         back = self._at
         self._at += 1
         yield from self.spaces()
@@ -187,7 +190,7 @@ class ToolCallParser(Reader):
     # --- Python
 
     def python(self, *ends: str, known: bool = False) -> Parsing[None]:
-        """Reads ``[f(a=1), g()]`` or ``f(a=1)``, up to one of some ends or its own."""
+        """Reads ``[f(a=1), g()]`` or ``f(a=1)``, up to one of some end marks or the closing bracket."""
         parts: list[str] = []
         if ends:
             if (yield from self.until(ends, parts.append)) is None and known:
@@ -195,10 +198,10 @@ class ToolCallParser(Reader):
         else:
             yield from self._balanced(parts)
         for name, arguments in self._python_calls("".join(parts).strip(), known):
-            self.whole(name, arguments)
+            self.complete_call(name, arguments)
 
     def _balanced(self, parts: list[str]) -> Parsing[None]:
-        """Reads up to where the brackets are closed."""
+        """Reads up to the bracket that closes the first one."""
         depth, quote = 0, ""
         while True:
             if not (yield from self.more()):
@@ -220,8 +223,8 @@ class ToolCallParser(Reader):
                 if depth == 0:
                     return
 
-    def _python_calls(self, text: str, known: bool) -> list[tuple[str, dict[str, Any]]]:
-        if len(text) > _MOST_PYTHON:
+    def _python_calls(self, text: str, known: bool) -> list[tuple[str, JsonObject]]:
+        if len(text) > _MAX_PYTHON_CHARS:
             raise Malformed
         try:
             nodes = ast.parse(text).body
@@ -236,9 +239,9 @@ class ToolCallParser(Reader):
             raise Malformed
         return found
 
-    def _python_call(self, node: ast.expr | None, known: bool) -> tuple[str, dict[str, Any]]:
+    def _python_call(self, node: ast.expr | None, known: bool) -> tuple[str, JsonObject]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
-            node = node.args[0] if len(node.args) == 1 else None  # Gemma's way to show a result
+            node = node.args[0] if len(node.args) == 1 else None  # Gemma prints the result of a call
         if not isinstance(node, ast.Call):
             raise Malformed
         name = _dotted(node.func).removesuffix(".call")
@@ -257,8 +260,8 @@ class ToolCallParser(Reader):
 
     # --- text between tags
 
-    def typed(self, name: str, key: str, text: str) -> Any:
-        """A value that was written as bare text, by what the tool's schema says of it."""
+    def typed(self, name: str, key: str, text: str) -> Json:
+        """Converts a value written as bare text to the type in the tool's schema."""
         properties = self._tools.get(name, {}).get("properties")
         schema = properties.get(key) if isinstance(properties, dict) else None
         kinds = _kinds(schema) if isinstance(schema, dict) else ["string"]
@@ -272,8 +275,8 @@ class ToolCallParser(Reader):
         return value
 
 
-def _kinds(schema: Mapping[str, Any]) -> list[str]:
-    """The types that a schema names, its alternatives' too."""
+def _kinds(schema: Mapping[str, Json]) -> list[str]:
+    """Returns the types that a schema names, including those of its alternatives."""
     kind = schema.get("type")
     kinds = [one for one in (kind if isinstance(kind, list) else [kind]) if isinstance(one, str)]
     for key in ("anyOf", "oneOf"):
@@ -295,7 +298,7 @@ def _dotted(node: ast.expr) -> str:
     return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else ""
 
 
-def _literal(node: ast.expr) -> Any:
+def _literal(node: ast.expr) -> Json:
     if isinstance(node, ast.Name) and node.id in ("true", "false", "null"):
         return {"true": True, "false": False, "null": None}[node.id]
     return ast.literal_eval(node)

@@ -55,7 +55,9 @@ class ChatResponse:
             None if not tools else {one.function.name: one.function.parameters or {} for one in tools}
         )
         # structured_outputs constrain the response from its first token: there is no reasoning before it
-        self._inside = body.structure is None and form.inside_reasoning(llm.tokenizer, requests[0].prompt_token_ids)
+        self._inside = body.structure is None and form.inside_reasoning(
+            llm.tokenizer, requests[0].prompt_token_ids
+        )
         self._body = body
         self._format = form
         self._show = token_text(llm.tokenizer, body.return_tokens_as_token_ids)

@@ -31,7 +31,7 @@ def decoder(experts: int, per_token: int, tp: int, batch: int) -> Callable[[], f
     import jax.numpy as jnp
     from flax import nnx
 
-    from tpjax.config import ModelConfig, MoEConfig, RopeConfig
+    from tpjax.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig, NormConfig
     from tpjax.mesh import make_mesh
     from tpjax.model import Decoder
     from tpjax.runtime.limits import Limits
@@ -43,16 +43,8 @@ def decoder(experts: int, per_token: int, tp: int, batch: int) -> Callable[[], f
         model_type="mixtral",
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
-        intermediate_size=EXPERT_WIDTH,
         num_layers=LAYERS,
-        num_heads=8,
-        num_kv_heads=8,
-        head_dim=64,
         max_position_embeddings=256,
-        norm_eps=1e-5,
-        rope=RopeConfig(),
-        layer_types=("full_attention",) * LAYERS,
-        query_scale=0.125,
         moe=MoEConfig(
             num_experts=experts,
             experts_per_token=per_token,
@@ -60,6 +52,15 @@ def decoder(experts: int, per_token: int, tp: int, batch: int) -> Callable[[], f
             sparse_layers=(True,) * LAYERS,
             norm_topk_prob=True,
         ),
+        attention=AttentionConfig(
+            num_heads=8,
+            num_kv_heads=8,
+            head_dim=64,
+            query_scale=0.125,
+            layer_types=("full_attention",) * LAYERS,
+        ),
+        mlp=MLPConfig(intermediate_size=EXPERT_WIDTH),
+        norm=NormConfig(eps=1e-5),
     )
     mesh = make_mesh(tp)
     with jax.set_mesh(mesh):

@@ -9,6 +9,7 @@ have no successor: a model is a `ModelConfig` (`planning.published`), counted by
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -58,17 +59,6 @@ MODULES = {
     "tpjax.tokenizer": "tpjax.text.tokenizer",
 }
 
-# module as it was first -> its names that have moved to another module since
-MOVED = {
-    "tpjax.runner": {
-        "Limits": "tpjax.runtime.limits",
-        "NO_TOKEN": "tpjax.runtime.rows",
-        "Residual": "tpjax.config",
-        "Row": "tpjax.runtime.rows",
-        "resolve_dtype": "tpjax.runtime.limits",
-    },
-}
-
 # old identifier -> new identifier
 NAMES = {
     "ColumnLinear": "Linear",
@@ -87,6 +77,7 @@ NAMES = {
     "expert_sharding": "expert_parallel",
     "blocks._blank": "blocks._free_list",
     "head.launched": "head.dispatched_tokens",
+    "RopeConfig": "RopeParameters",
     "length_class": "rope_scaling_key",
     "num_slots": "num_head_slots",
     "losses": "state_resets",
@@ -133,7 +124,55 @@ NAMES = {
     "form_schema": "format_schema",
 }
 
-# module -> {name that moved out of it: where to}; a name too common for NAMES keeps its old one as an alias
+# group of ModelConfig -> its class, {name of a field before it was grouped: its name in the group}
+CONFIG_GROUPS = {
+    "attention": (
+        "AttentionConfig",
+        {
+            "num_heads": "num_heads",
+            "num_kv_heads": "num_kv_heads",
+            "head_dim": "head_dim",
+            "query_scale": "query_scale",
+            "attn_softcap": "softcap",
+            "attention_bias": "bias",
+            "attention_out_bias": "out_bias",
+            "qk_norm": "qk_norm",
+            "attention_sinks": "sinks",
+            "layer_types": "layer_types",
+            "sliding_window": "sliding_window",
+            "latent": "latent",
+        },
+    ),
+    "rope": (
+        "RopeConfig",
+        {"rope": "full", "rope_sliding": "sliding", "rope_layers": "layers", "rotary_dim": "rotary_dim"},
+    ),
+    "mlp": (
+        "MLPConfig",
+        {
+            "intermediate_size": "intermediate_size",
+            "gated_mlp": "gated",
+            "activation": "activation",
+            "mlp_bias": "bias",
+        },
+    ),
+    "norm": ("NormConfig", {"norm": "kind", "norm_eps": "eps", "norm_bias": "bias", "norm_offset": "offset"}),
+}
+ROPE_PARAMETERS = (
+    *("theta", "kind", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    *(
+        "divisors",
+        "long_divisors",
+        "beta_fast",
+        "beta_slow",
+        "truncate",
+        "attention_factor",
+        "follows_length",
+    ),
+)
+
+# module, by its name of today -> {name that moved out of it: where to}; a name too common for NAMES keeps its
+# old one as an alias
 MOVED = {
     "tpjax.server.middleware": {"JsonLines": "tpjax.server.json_logging"},
     "tpjax.families.fields": {
@@ -157,6 +196,13 @@ MOVED = {
         "Traffic": "tpjax.planning.workload",
         "Workload": "tpjax.planning.workload",
         "busiest": "tpjax.planning.cost_model",
+    },
+    "tpjax.runtime.runner": {
+        "Limits": "tpjax.runtime.limits",
+        "NO_TOKEN": "tpjax.runtime.rows",
+        "Residual": "tpjax.config",
+        "Row": "tpjax.runtime.rows",
+        "resolve_dtype": "tpjax.runtime.limits",
     },
     "tpjax.text.tokenizer": {
         "IncrementalDetokenizer": "tpjax.text.detokenizer",
@@ -185,13 +231,6 @@ def _moved(match: re.Match[str]) -> str:
 
 def renamed(source: str) -> str:
     """The source with today's names."""
-    for old, moved in MOVED.items():
-        source = re.sub(
-            rf"^(\s*)from {re.escape(old)} import ([\w, ]+)$",
-            lambda match, old=old, moved=moved: split_import(match, old, moved),
-            source,
-            flags=re.MULTILINE,
-        )
     for old, new in MODULES.items():
         parent, _, name = old.rpartition(".")
         new_parent, _, new_name = new.rpartition(".")
@@ -212,15 +251,60 @@ def renamed(source: str) -> str:
     for old, new in PATTERNS.items():
         source = re.sub(old, new, source)
     names = "|".join(NAMES)
-    return re.sub(rf"\b({names})\b", lambda match: NAMES[match[1]], source)
+    source = re.sub(rf"\b({names})\b", lambda match: NAMES[match[1]], source)
+    return _grouped_constructors(_grouped_fields(source))
 
 
-def split_import(match: re.Match[str], module: str, moved: dict[str, str]) -> str:
-    """An import of names from a module as an import from each module that they are in now."""
-    names: dict[str, list[str]] = {}
-    for name in match[2].split(", "):
-        names.setdefault(moved.get(name, module), []).append(name)
-    return "\n".join(f"{match[1]}from {home} import {', '.join(some)}" for home, some in names.items())
+def _grouped_fields(source: str) -> str:
+    """``config.num_heads`` as ``config.attention.num_heads``, whatever ends in ``config``."""
+    homes = {"rope_of": "rope.parameters_of", "window_of": "attention.window_of"}
+    homes |= {"rope_scaling_key": "rope.scaling_key"}
+    for group, (_, fields) in CONFIG_GROUPS.items():
+        homes |= {old: f"{group}.{new}" for old, new in fields.items()}
+    parameters = "|".join(ROPE_PARAMETERS)
+    source = re.sub(rf"(\w*config)\.rope(_sliding)?\.({parameters})\b", _rope_parameter, source)
+    for name in ("rope", "norm"):  # groups by the name of a field that they hold now
+        del homes[name]
+    names = "|".join(homes)
+    return re.sub(rf"(\w*config)\.({names})\b", lambda match: f"{match[1]}.{homes[match[2]]}", source)
+
+
+def _rope_parameter(match: re.Match[str]) -> str:
+    return f"{match[1]}.rope.{'sliding' if match[2] else 'full'}.{match[3]}"
+
+
+def _grouped_constructors(source: str) -> str:
+    """Calls of ``ModelConfig`` with the groups built from the fields they own."""
+    if "ModelConfig(" not in source:
+        return source
+    used, encoded = set(), source.encode()
+    starts = [0]
+    for line in encoded.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+
+    def span(node: ast.expr) -> slice:
+        assert node.end_lineno is not None and node.end_col_offset is not None
+        return slice(
+            starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+        )
+
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    for call in sorted(calls, key=lambda node: -node.lineno):
+        old = {keyword.arg: encoded[span(keyword.value)].decode() for keyword in call.keywords}
+        if getattr(call.func, "id", None) != "ModelConfig" or None in old or "attention" in old:
+            continue
+        arguments = []
+        for group, (kind, fields) in CONFIG_GROUPS.items():
+            if inside := [f"{new}={old.pop(name)}" for name, new in fields.items() if name in old]:
+                arguments.append(f"{group}={kind}({', '.join(inside)})")
+                used.add(kind)
+        arguments = [f"{name}={value}" for name, value in old.items()] + arguments
+        where = span(call)
+        encoded = (
+            encoded[: where.start] + f"ModelConfig({', '.join(arguments)})".encode() + encoded[where.stop :]
+        )
+    imports = f"from tpjax.config import {', '.join(sorted(used))}\n" if used else ""
+    return re.sub(r"^(?=from tpjax\.config import )", imports, encoded.decode(), count=1, flags=re.MULTILINE)
 
 
 def main() -> int:

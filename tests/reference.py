@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tpjax.config import ModelConfig, MoEConfig, RopeConfig
+from tpjax.config import ModelConfig, MoEConfig, RopeParameters
 
 Weights = Mapping[str, np.ndarray]
 
@@ -42,7 +42,7 @@ def decoder_layer(config: ModelConfig, weights: Weights, x: np.ndarray, number: 
         return norm(config, below(weights, f"{name}_layernorm"), x)
 
     def attend(x: np.ndarray) -> np.ndarray:
-        return (latent_attention if config.latent else attention)(
+        return (latent_attention if config.attention.latent else attention)(
             config, below(weights, "self_attn"), x, number
         )
 
@@ -73,19 +73,19 @@ def linear(weights: Weights, x: np.ndarray) -> np.ndarray:
 
 def norm(config: ModelConfig, weights: Weights, x: np.ndarray) -> np.ndarray:
     """Norms the last axis, with a weight and maybe a bias."""
-    return normalised(config, x) * (config.norm_offset + weights["weight"]) + weights.get("bias", 0.0)
+    return normalised(config, x) * (config.norm.offset + weights["weight"]) + weights.get("bias", 0.0)
 
 
 def normalised(config: ModelConfig, x: np.ndarray) -> np.ndarray:
     """Divides by the root mean square of the last axis, in a layer norm after taking off the mean."""
-    if config.norm == "layer":
+    if config.norm.kind == "layer":
         x = x - x.mean(axis=-1, keepdims=True)
-    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.norm_eps)
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.norm.eps)
 
 
 def mlp(config: ModelConfig, weights: Weights, x: np.ndarray) -> np.ndarray:
     """The feed-forward network, gated or not."""
-    if config.gated_mlp:
+    if config.mlp.gated:
         return gated_mlp(config, weights, x)
     return linear(below(weights, "down_proj"), activated(config, linear(below(weights, "up_proj"), x)))
 
@@ -96,7 +96,7 @@ def gated_mlp(config: ModelConfig, weights: Weights, x: np.ndarray) -> np.ndarra
 
 
 def activated(config: ModelConfig, x: np.ndarray) -> np.ndarray:
-    match config.activation:
+    match config.mlp.activation:
         case "silu":
             return x * sigmoid(x)
         case "relu":
@@ -159,21 +159,22 @@ def expert_mlp(config: ModelConfig, weights: Weights, x: np.ndarray) -> np.ndarr
 def attention(config: ModelConfig, weights: Weights, x: np.ndarray, number: int) -> np.ndarray:
     """Causal self-attention with keys and values shared by groups of query heads."""
     q, k, v = (
-        linear(below(weights, f"{name}_proj"), x).reshape(len(x), -1, config.head_dim) for name in "qkv"
+        linear(below(weights, f"{name}_proj"), x).reshape(len(x), -1, config.attention.head_dim)
+        for name in "qkv"
     )
     q = normed_heads(config, below(weights, "q_norm"), q)
     k = normed_heads(config, below(weights, "k_norm"), k)
     if config.rotates(number):
-        rope, turning = config.rope_of(config.layer_types[number]), config.rotated_dim
+        rope, turning = config.rope.parameters_of(config.attention.layer_types[number]), config.rotated_dim
         q, k = (np.concatenate([rotate(y[..., :turning], rope), y[..., turning:]], axis=-1) for y in (q, k))
-    per_group = config.num_heads // config.num_kv_heads
+    per_group = config.attention.num_heads // config.attention.num_kv_heads
     mixed = mix(config, q, np.repeat(k, per_group, axis=1), np.repeat(v, per_group, axis=1), number)
     return linear(below(weights, "o_proj"), mixed)
 
 
 def normed_heads(config: ModelConfig, weights: Weights, x: np.ndarray) -> np.ndarray:
     """Queries or keys [S, heads, h] after their norm."""
-    match config.qk_norm:
+    match config.attention.qk_norm:
         case "none":
             return x
         case "head":
@@ -187,34 +188,40 @@ def normed_heads(config: ModelConfig, weights: Weights, x: np.ndarray) -> np.nda
 
 def latent_attention(config: ModelConfig, weights: Weights, x: np.ndarray, number: int) -> np.ndarray:
     """Causal self-attention whose keys and values are projections of one latent per token."""
-    assert config.latent is not None
-    length, rank, rope = len(x), config.latent.kv_lora_rank, config.rope_of(config.layer_types[number])
-    fixed = config.head_dim - config.rotated_dim
-    latent_norms = replace(config, norm_eps=1e-6)
+    assert config.attention.latent is not None
+    length, rank, rope = (
+        len(x),
+        config.attention.latent.kv_lora_rank,
+        config.rope.parameters_of(config.attention.layer_types[number]),
+    )
+    fixed = config.attention.head_dim - config.rotated_dim
+    latent_norms = replace(config, norm=replace(config.norm, eps=1e-6))
 
     def project(name: str, x: np.ndarray) -> np.ndarray:
         return linear(below(weights, name), x)
 
-    if config.latent.q_lora_rank is None:
+    if config.attention.latent.q_lora_rank is None:
         q = project("q_proj", x)
     else:
         q_latent = norm(latent_norms, below(weights, "q_a_layernorm"), project("q_a_proj", x))
         q = project("q_b_proj", q_latent)
-    q = q.reshape(length, config.num_heads, -1)
+    q = q.reshape(length, config.attention.num_heads, -1)
     latent, shared = np.split(project("kv_a_proj_with_mqa", x), [rank], axis=-1)
     kv = project("kv_b_proj", norm(latent_norms, below(weights, "kv_a_layernorm"), latent))
-    k, v = np.split(kv.reshape(length, config.num_heads, -1), [fixed], axis=-1)
-    shared = np.repeat(rotate(shared[:, None], rope), config.num_heads, axis=1)
+    k, v = np.split(kv.reshape(length, config.attention.num_heads, -1), [fixed], axis=-1)
+    shared = np.repeat(rotate(shared[:, None], rope), config.attention.num_heads, axis=1)
     q = np.concatenate([q[..., :fixed], rotate(q[..., fixed:], rope)], axis=-1)
     return project("o_proj", mix(config, q, np.concatenate([k, shared], axis=-1), v, number))
 
 
 def mix(config: ModelConfig, q: np.ndarray, k: np.ndarray, v: np.ndarray, number: int) -> np.ndarray:
     """The values [S, H, h] that each query sees, weighed; one head after the other, side by side."""
-    visible = mask(len(q), config.window_of(config.layer_types[number]))
+    visible = mask(len(q), config.attention.window_of(config.attention.layer_types[number]))
     heads = []
-    for head in range(config.num_heads):
-        scores = soft_capped(q[:, head] @ k[:, head].T * config.query_scale, config.attn_softcap)
+    for head in range(config.attention.num_heads):
+        scores = soft_capped(
+            q[:, head] @ k[:, head].T * config.attention.query_scale, config.attention.softcap
+        )
         heads.append(softmax(np.where(visible, scores, -np.inf)) @ v[:, head])
     return np.concatenate(heads, axis=-1)
 
@@ -230,7 +237,7 @@ def softmax(scores: np.ndarray) -> np.ndarray:
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def rotate(x: np.ndarray, rope: RopeConfig) -> np.ndarray:
+def rotate(x: np.ndarray, rope: RopeParameters) -> np.ndarray:
     """Turns each pair (i, i + h/2) of the heads [S, heads, h] by its angle at each position."""
     length, _, dim = x.shape
     frequencies = np.array([rope_frequency(rope, pair, dim, length) for pair in range(dim // 2)])
@@ -240,7 +247,7 @@ def rotate(x: np.ndarray, rope: RopeConfig) -> np.ndarray:
     return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
 
 
-def rope_frequency(rope: RopeConfig, pair: int, dim: int, length: int) -> float:
+def rope_frequency(rope: RopeParameters, pair: int, dim: int, length: int) -> float:
     """Radians per position of a pair of dimensions, in a sequence of that length."""
     frequency, original = rope.theta ** (-2 * pair / dim), rope.original_max_position_embeddings
     match rope.kind:
@@ -268,7 +275,7 @@ def rope_frequency(rope: RopeConfig, pair: int, dim: int, length: int) -> float:
     return kept * frequency + (1 - kept) * frequency / rope.factor
 
 
-def pair_that_turns(rope: RopeConfig, dim: int, turns: float) -> float:
+def pair_that_turns(rope: RopeParameters, dim: int, turns: float) -> float:
     """Which pair turns so often over the original context, as a fraction between two pairs."""
     frequency = 2 * math.pi * turns / rope.original_max_position_embeddings
     return -dim * math.log(frequency) / (2 * math.log(rope.theta))

@@ -25,7 +25,18 @@ from hypothesis import strategies as st
 from tpjax.cache import BatchMetadata, allocate
 from tpjax.checkpoints.load import CanonicalSource, Checkpoint, abstract_decoder, load_decoder, parameters
 from tpjax.checkpoints.source import TensorInfo
-from tpjax.config import Activation, Block, LatentConfig, ModelConfig, MoEConfig, RopeConfig
+from tpjax.config import (
+    Activation,
+    AttentionConfig,
+    Block,
+    LatentConfig,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    NormConfig,
+    RopeConfig,
+    RopeParameters,
+)
 from tpjax.families.tensor_names import WeightMap
 from tpjax.mesh import make_mesh
 
@@ -55,7 +66,7 @@ def random_weights(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     for name, shape in canonical_shapes(config, 1).items():
         values = rng.normal(size=shape)
         if len(shape) == 1:
-            weights[name] = 0.3 * values + (1 - config.norm_offset if "norm" in name else 0)
+            weights[name] = 0.3 * values + (1 - config.norm.offset if "norm" in name else 0)
         else:
             weights[name] = values / math.sqrt(shape[-1])
     return {name: w.astype(np.float32) for name, w in weights.items()}
@@ -105,12 +116,12 @@ def sizes(most: int, least: int = 1) -> st.SearchStrategy[int]:
 
 
 @st.composite
-def ropes(draw: st.DrawFn, pairs: int) -> RopeConfig:
+def ropes(draw: st.DrawFn, pairs: int) -> RopeParameters:
     """A rotary embedding of so many pairs; its original context is shorter than the test's or longer."""
     kind = draw(st.sampled_from(("default", "linear", "dynamic", "llama3", "yarn", "longrope")))
     theta, factor = draw(st.sampled_from((50.0, 10_000.0))), draw(st.sampled_from((2.0, 8.0)))
     divisors = st.lists(st.sampled_from((1.0, 1.5, 4.0)), min_size=pairs, max_size=pairs).map(tuple)
-    return RopeConfig(
+    return RopeParameters(
         theta=theta,
         kind=kind,
         factor=factor,
@@ -125,35 +136,39 @@ def ropes(draw: st.DrawFn, pairs: int) -> RopeConfig:
 
 
 @st.composite
-def latents(draw: st.DrawFn) -> dict[str, Any]:
+def latents(draw: st.DrawFn) -> dict[str, dict[str, Any]]:
     """Latent attention; a key's two parts and the value's may all differ in width."""
-    heads, turning = draw(sizes(7)), 2 * draw(sizes(3))
-    return {
+    heads, rotary_dim = draw(sizes(7)), 2 * draw(sizes(3))
+    attention = {
         "num_heads": heads,
         "num_kv_heads": heads,
-        "head_dim": turning + draw(sizes(6)),
-        "rotary_dim": turning,
+        "head_dim": rotary_dim + draw(sizes(6)),
         "latent": LatentConfig(
             q_lora_rank=draw(st.none() | sizes(9)),
             kv_lora_rank=draw(sizes(9)),
             v_head_dim=draw(sizes(7)),
         ),
     }
+    return {"attention": attention, "rope": {"rotary_dim": rotary_dim}, "model": {}}
 
 
 @st.composite
-def grouped_queries(draw: st.DrawFn, layers: int, norm: str) -> dict[str, Any]:
+def grouped_queries(draw: st.DrawFn, layers: int, norm: str) -> dict[str, dict[str, Any]]:
     """Keys and values per head, or group of heads."""
     kv_heads, pairs = draw(sizes(5)), draw(sizes(4))
     qk_norms = ("none", "head", "each_head", *(["projection"] if norm == "rms" else []))
     return {
-        "num_heads": kv_heads * draw(sizes(5)),
-        "num_kv_heads": kv_heads,
-        "head_dim": 2 * pairs,
-        "rotary_dim": draw(st.none() | sizes(pairs).map(lambda turning: 2 * turning)),
-        "rope_layers": draw(st.none() | st.tuples(*[st.booleans()] * layers)),
-        "position_embedding": draw(st.sampled_from(("rope", "rope", "learned"))),
-        "qk_norm": draw(st.sampled_from(qk_norms)),
+        "attention": {
+            "num_heads": kv_heads * draw(sizes(5)),
+            "num_kv_heads": kv_heads,
+            "head_dim": 2 * pairs,
+            "qk_norm": draw(st.sampled_from(qk_norms)),
+        },
+        "rope": {
+            "rotary_dim": draw(st.none() | sizes(pairs).map(lambda rotating: 2 * rotating)),
+            "layers": draw(st.none() | st.tuples(*[st.booleans()] * layers)),
+        },
+        "model": {"position_embedding": draw(st.sampled_from(("rope", "rope", "learned")))},
     }
 
 
@@ -188,39 +203,45 @@ def mixtures(draw: st.DrawFn, layers: int) -> MoEConfig:
 def architectures(draw: st.DrawFn) -> ModelConfig:
     """A decoder of one or two layers, all sizes small and unrelated."""
     layers, norm = draw(sizes(2)), draw(st.sampled_from(("rms", "rms", "layer")))
-    heads = draw(grouped_queries(layers, norm) | latents())
-    pairs = (heads["rotary_dim"] or heads["head_dim"]) // 2
+    drawn = draw(grouped_queries(layers, norm) | latents())
+    pairs = (drawn["rope"]["rotary_dim"] or drawn["attention"]["head_dim"]) // 2
     kinds = st.sampled_from(("full_attention", "sliding_attention"))
     return ModelConfig(
         model_type="llama",
         vocab_size=draw(sizes(40, 3)),
         hidden_size=draw(sizes(24, 4)),
-        intermediate_size=draw(sizes(24)),
         num_layers=layers,
         max_position_embeddings=64,
-        norm=norm,
-        norm_eps=draw(st.sampled_from((1e-5, 1e-2))),
-        norm_bias=draw(st.booleans()),
-        norm_offset=draw(st.sampled_from((0.0, 1.0))),
         block=draw(st.sampled_from(get_args(Block))),
-        rope=draw(ropes(pairs)),
-        rope_sliding=draw(st.none() | ropes(pairs)),
-        layer_types=tuple(draw(st.lists(kinds, min_size=layers, max_size=layers))),
-        sliding_window=draw(sizes(LENGTH)),
-        query_scale=draw(st.sampled_from((0.3, 1.0))),
-        attn_softcap=draw(st.none() | st.just(2.0)),
-        attention_bias=draw(st.booleans()),
-        attention_out_bias=draw(st.booleans()),
-        gated_mlp=draw(st.booleans()),
-        activation=draw(st.sampled_from(get_args(Activation))),
-        mlp_bias=draw(st.booleans()),
         moe=draw(st.none() | mixtures(layers)),
         tie_word_embeddings=draw(st.booleans()),
         embedding_scale=draw(st.sampled_from((1.0, 3.0))),
         residual_scale=draw(st.sampled_from((1.0, 0.4))),
         logit_scale=draw(st.sampled_from((1.0, 0.2))),
         logit_softcap=draw(st.none() | st.just(1.5)),
-        **heads,
+        **drawn["model"],
+        attention=AttentionConfig(
+            **drawn["attention"],
+            query_scale=draw(st.sampled_from((0.3, 1.0))),
+            layer_types=tuple(draw(st.lists(kinds, min_size=layers, max_size=layers))),
+            sliding_window=draw(sizes(LENGTH)),
+            softcap=draw(st.none() | st.just(2.0)),
+            bias=draw(st.booleans()),
+            out_bias=draw(st.booleans()),
+        ),
+        rope=RopeConfig(full=draw(ropes(pairs)), sliding=draw(st.none() | ropes(pairs)), **drawn["rope"]),
+        mlp=MLPConfig(
+            intermediate_size=draw(sizes(24)),
+            gated=draw(st.booleans()),
+            activation=draw(st.sampled_from(get_args(Activation))),
+            bias=draw(st.booleans()),
+        ),
+        norm=NormConfig(
+            kind=norm,
+            eps=draw(st.sampled_from((1e-5, 1e-2))),
+            bias=draw(st.booleans()),
+            offset=draw(st.sampled_from((0.0, 1.0))),
+        ),
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import GOLDENS
 
-from tpjax.config import RopeConfig
+from tpjax.config import RopeParameters
 from tpjax.errors import ConfigError
 from tpjax.families.config_reader import Fields
 from tpjax.families.registry import FAMILIES, config_from_hf
@@ -98,7 +98,7 @@ def test_inside_a_rope_scaling(caplog: pytest.LogCaptureFixture) -> None:
         with pytest.raises(ConfigError, match=f"rope_scaling: {name}=2"):
             config_from_hf(raw | {"rope_scaling": {**scaling, name: 2}})
     yarn = {"rope_type": "yarn", "factor": 4.0, "attn_factor": 1.0, "extrapolation_factor": 1}
-    assert config_from_hf(raw | {"rope_scaling": yarn}).rope.kind == "yarn"
+    assert config_from_hf(raw | {"rope_scaling": yarn}).rope.full.kind == "yarn"
 
 
 def test_a_quantisation_that_is_switched_off() -> None:
@@ -243,7 +243,7 @@ def test_rope_is_what_transformers_makes_of_it(model_type: str) -> None:
     for case, fields in ROPES.items():
         config = config_from_hf({**raw, **fields})
         for kind, (frequencies, scale) in rotary_embeddings({**raw, **fields}).items():
-            rope = config.rope_of(kind)
+            rope = config.rope.parameters_of(kind)
             assert rope.attention_factor == pytest.approx(scale), case
             found = inverse_frequencies(rope, config.rotated_dim)
             np.testing.assert_allclose(found, frequencies, rtol=1e-5, err_msg=f"{model_type}, {case}")
@@ -284,7 +284,7 @@ def test_rope_of_gemma3(case: str) -> None:
     found = module.Gemma3RotaryEmbedding(theirs)
     for kind in ("full_attention", "sliding_attention"):
         np.testing.assert_allclose(
-            inverse_frequencies(config.rope_of(kind), config.rotated_dim),
+            inverse_frequencies(config.rope.parameters_of(kind), config.rotated_dim),
             getattr(found, f"{kind}_inv_freq").numpy(),
             rtol=1e-5,
         )
@@ -353,4 +353,4 @@ def test_numbers_beyond_all_floats(name: str, value: Any) -> None:
 
 def test_rope_config_of_a_huge_integer() -> None:
     with pytest.raises(ConfigError, match="rope factor="):
-        RopeConfig(kind="linear", factor=10**400)
+        RopeParameters(kind="linear", factor=10**400)

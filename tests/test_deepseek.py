@@ -19,7 +19,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint
-from tpjax.config import LatentConfig, MoEConfig, RopeConfig
+from tpjax.config import LatentConfig, MoEConfig, RopeParameters
 from tpjax.errors import CheckpointError, ConfigError
 from tpjax.families.registry import FAMILIES, config_from_hf
 from tpjax.mesh import make_mesh
@@ -90,8 +90,13 @@ PUBLISHED: dict[str, Any] = {
 
 def test_published_configuration() -> None:
     config = config_from_hf(PUBLISHED)
-    assert (config.num_heads, config.num_kv_heads, config.head_dim, config.rotary_dim) == (128, 128, 192, 64)
-    assert config.latent == LatentConfig(q_lora_rank=1536, kv_lora_rank=512, v_head_dim=128)
+    assert (
+        config.attention.num_heads,
+        config.attention.num_kv_heads,
+        config.attention.head_dim,
+        config.rope.rotary_dim,
+    ) == (128, 128, 192, 64)
+    assert config.attention.latent == LatentConfig(q_lora_rank=1536, kv_lora_rank=512, v_head_dim=128)
     assert config.moe == MoEConfig(
         num_experts=256,
         experts_per_token=8,
@@ -105,15 +110,15 @@ def test_published_configuration() -> None:
         correction_bias=True,
         shared_width=2048,
     )
-    assert config.rope == RopeConfig(
+    assert config.rope.full == RopeParameters(
         theta=10_000.0, kind="yarn", factor=40, original_max_position_embeddings=4096
     )
-    assert config.query_scale == pytest.approx(192**-0.5 * (0.1 * math.log(40) + 1) ** 2)
+    assert config.attention.query_scale == pytest.approx(192**-0.5 * (0.1 * math.log(40) + 1) ** 2)
 
 
 def test_scale_without_yarn() -> None:
     plain = {name: value for name, value in PUBLISHED.items() if name != "rope_scaling"}
-    assert config_from_hf(plain).query_scale == pytest.approx(192**-0.5)
+    assert config_from_hf(plain).attention.query_scale == pytest.approx(192**-0.5)
 
 
 @pytest.mark.parametrize(
@@ -144,9 +149,10 @@ def test_bad_sizes() -> None:
 def test_pairs_become_halves() -> None:
     """Two heads of one row that does not rotate and six that do."""
     config = config_from_hf(PUBLISHED)
-    assert config.latent is not None
-    latent = replace(config.latent, kv_lora_rank=2)
-    small = replace(config, num_heads=2, num_kv_heads=2, head_dim=7, rotary_dim=6, latent=latent)
+    assert config.attention.latent is not None
+    latent = replace(config.attention.latent, kv_lora_rank=2)
+    attention = replace(config.attention, num_heads=2, num_kv_heads=2, head_dim=7, latent=latent)
+    small = replace(config, attention=attention, rope=replace(config.rope, rotary_dim=6))
     modules = FAMILIES["deepseek_v3"].names(small).modules
     queries, latents = modules["self_attn.q_b_proj"].rows, modules["self_attn.kv_a_proj_with_mqa"].rows
     assert queries is not None and latents is not None

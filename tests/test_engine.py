@@ -37,12 +37,16 @@ def next_token(tokens: Sequence[int], seed: int, counted: Sequence[int] = (), al
     return random.Random(repr((list(tokens), seed, sorted(counted)))).choice(choices)
 
 
-class FakeConfig:
-    """Like a model whose rotary embedding changes where a sequence may get beyond 20 tokens."""
+class FakeRope:
+    """Like a rotary embedding that changes if a sequence may get beyond 20 tokens."""
 
     @staticmethod
-    def rope_scaling_key(max_length: int) -> tuple[int, ...]:
+    def scaling_key(max_length: int) -> tuple[int, ...]:
         return (int(max_length > 20),)
+
+
+class FakeConfig:
+    rope = FakeRope()
 
 
 class FakeRunner:
@@ -111,7 +115,7 @@ class FakeRunner:
         return token
 
     def turn(self, row: Row) -> int:
-        return 1000 * self.config.rope_scaling_key(row.max_length)[0]  # keys of the other class are no keys
+        return 1000 * self.config.rope.scaling_key(row.max_length)[0]  # keys of the other class are no keys
 
     @staticmethod
     def sampled(tokens: Any) -> Sampled:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tpjax.config import ModelConfig, RopeConfig
+from tpjax.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig
 from tpjax.hardware import HARDWARE
 from tpjax.inspect.collectives import find_collectives
 from tpjax.inspect.estimate import Estimate, estimate
@@ -17,17 +17,18 @@ CONFIG = ModelConfig(
     model_type="llama",
     vocab_size=1024,
     hidden_size=512,
-    intermediate_size=1024,
     num_layers=2,
-    num_heads=8,
-    num_kv_heads=8,
-    head_dim=64,
     max_position_embeddings=2048,
-    norm_eps=1e-5,
-    rope=RopeConfig(),
-    layer_types=("sliding_attention", "full_attention"),
-    sliding_window=128,
-    query_scale=0.125,
+    attention=AttentionConfig(
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=64,
+        query_scale=0.125,
+        layer_types=("sliding_attention", "full_attention"),
+        sliding_window=128,
+    ),
+    mlp=MLPConfig(intermediate_size=1024),
+    norm=NormConfig(eps=1e-5),
 )
 LOOPS = "\n".join(
     f"""
@@ -116,7 +117,8 @@ def test_parts() -> None:
 
 def test_bounds() -> None:
     """Weights and cache read once at full bandwidth, products at the peak rate."""
-    found = estimated(replace(CONFIG, layer_types=("full_attention",) * 2, sliding_window=None))
+    attention = replace(CONFIG.attention, layer_types=("full_attention",) * 2, sliding_window=None)
+    found = estimated(replace(CONFIG, attention=attention))
     layer = (4 * 512 * 512 + 3 * 512 * 1024) // 8
     cache = 2 * 2 * 300 * 2 * 64 * 2  # sequences, layers, tokens, keys and values, their width, bytes
     weights = 2 * (2 * layer + 1024 * 512 // 8)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import GOLDENS
 
-from tpjax.config import ModelConfig, RopeConfig
+from tpjax.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig, RopeConfig, RopeParameters
 from tpjax.errors import ConfigError
 from tpjax.families.config_reader import Fields
 from tpjax.families.quantization import Quantization, quantization_of
@@ -70,16 +70,18 @@ LLAMA = ModelConfig(
     model_type="llama",
     vocab_size=128256,
     hidden_size=4096,
-    intermediate_size=14336,
     num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
     max_position_embeddings=131072,
-    norm_eps=1e-5,
-    rope=RopeConfig(500000.0, "llama3", 8.0, 1.0, 4.0, 8192),
-    layer_types=("full_attention",) * 32,
-    query_scale=128**-0.5,
+    attention=AttentionConfig(
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        query_scale=128**-0.5,
+        layer_types=("full_attention",) * 32,
+    ),
+    rope=RopeConfig(full=RopeParameters(500000.0, "llama3", 8.0, 1.0, 4.0, 8192)),
+    mlp=MLPConfig(intermediate_size=14336),
+    norm=NormConfig(eps=1e-5),
 )
 
 MISTRAL_4: dict[str, Any] = {
@@ -166,22 +168,26 @@ def test_llama_defaults() -> None:
         "vocab_size",
     )
     config = config_from_hf({name: LLAMA_4[name] for name in needed})
-    assert (config.num_kv_heads, config.head_dim, config.max_position_embeddings) == (32, 128, 2048)
-    assert (config.norm_eps, config.rope) == (1e-6, RopeConfig(theta=10_000.0))
-    assert (config.tie_word_embeddings, config.attention_bias, config.mlp_bias) == (False, False, False)
+    assert (config.attention.num_kv_heads, config.attention.head_dim, config.max_position_embeddings) == (
+        32,
+        128,
+        2048,
+    )
+    assert (config.norm.eps, config.rope.full) == (1e-6, RopeParameters(theta=10_000.0))
+    assert (config.tie_word_embeddings, config.attention.bias, config.mlp.bias) == (False, False, False)
 
 
 def test_llama_biases_and_tying() -> None:
     config = config_from_hf(
         {**LLAMA_4, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
     )
-    assert (config.attention_bias, config.attention_out_bias, config.mlp_bias) == (True, True, True)
+    assert (config.attention.bias, config.attention.out_bias, config.mlp.bias) == (True, True, True)
     assert config.tie_word_embeddings is True
 
 
 def test_old_spelling_of_linear_scaling() -> None:
     config = config_from_hf({**LLAMA_4, "rope_scaling": {"type": "linear", "factor": 4.0}})
-    assert config.rope == RopeConfig(theta=500000.0, kind="linear", factor=4.0)
+    assert config.rope.full == RopeParameters(theta=500000.0, kind="linear", factor=4.0)
 
 
 def test_theta_beside_rope_parameters() -> None:
@@ -195,47 +201,56 @@ def test_theta_beside_rope_parameters() -> None:
 @pytest.mark.parametrize("raw", (MISTRAL_4, MISTRAL_5))
 def test_mistral_window(raw: Mapping[str, Any]) -> None:
     number = config_from_hf(raw)
-    assert (number.sliding_window, set(number.layer_types)) == (4096, {"sliding_attention"})
+    assert (number.attention.sliding_window, set(number.attention.layer_types)) == (
+        4096,
+        {"sliding_attention"},
+    )
     null = config_from_hf({**raw, "sliding_window": None})
-    assert (null.sliding_window, set(null.layer_types)) == (None, {"full_attention"})
+    assert (null.attention.sliding_window, set(null.attention.layer_types)) == (None, {"full_attention"})
     absent = config_from_hf({k: v for k, v in raw.items() if k != "sliding_window"})
     assert absent == number  # transformers' default is 4096
-    assert config_from_hf({**raw, "sliding_window": 8}).window_of("sliding_attention") == 8
+    assert config_from_hf({**raw, "sliding_window": 8}).attention.window_of("sliding_attention") == 8
 
 
 def test_mistral() -> None:
     assert config_from_hf(MISTRAL_4) == config_from_hf(MISTRAL_5)
     nemo = config_from_hf({**MISTRAL_5, "hidden_size": 5120, "head_dim": 128})
-    assert (nemo.head_dim, nemo.query_scale) == (128, 128**-0.5)  # not 5120 / 32
+    assert (nemo.attention.head_dim, nemo.attention.query_scale) == (128, 128**-0.5)  # not 5120 / 32
 
 
 def test_gemma3() -> None:
     old, new = config_from_hf(GEMMA_4), config_from_hf(GEMMA_5)
     assert old == new
-    assert new.layer_types == tuple(GEMMA_TYPES)
-    assert new.rope == RopeConfig(theta=1e6, kind="linear", factor=8.0)
-    assert new.rope_sliding == RopeConfig(theta=1e4)  # scaling is for the global layers alone
-    assert (new.sliding_window, new.head_dim, new.query_scale) == (1024, 256, 1 / 16)
+    assert new.attention.layer_types == tuple(GEMMA_TYPES)
+    assert new.rope.full == RopeParameters(theta=1e6, kind="linear", factor=8.0)
+    assert new.rope.sliding == RopeParameters(theta=1e4)  # scaling is for the global layers alone
+    assert (new.attention.sliding_window, new.attention.head_dim, new.attention.query_scale) == (
+        1024,
+        256,
+        1 / 16,
+    )
     assert new.embedding_scale == 2560**0.5
-    assert (new.qk_norm, new.block, new.norm_offset) == ("head", "sandwich", 1.0)
-    assert (new.activation, new.tie_word_embeddings) == ("gelu_tanh", True)
+    assert (new.attention.qk_norm, new.block, new.norm.offset) == ("head", "sandwich", 1.0)
+    assert (new.mlp.activation, new.tie_word_embeddings) == ("gelu_tanh", True)
 
 
 @pytest.mark.parametrize("name", ("sliding_window_pattern", "_sliding_window_pattern"))
 def test_gemma3_pattern(name: str) -> None:
     raw = {k: v for k, v in GEMMA_4.items() if k != "sliding_window_pattern"}
-    kinds = config_from_hf({**raw, name: 3}).layer_types
+    kinds = config_from_hf({**raw, name: 3}).attention.layer_types
     assert [layer for layer, kind in enumerate(kinds) if kind == "full_attention"] == list(range(2, 34, 3))
-    assert config_from_hf(raw).layer_types == tuple(GEMMA_TYPES)  # six by default
+    assert config_from_hf(raw).attention.layer_types == tuple(GEMMA_TYPES)  # six by default
 
 
 def test_gemma3_layer_types_win() -> None:
     types = ["full_attention"] * 33 + ["sliding_attention"]
-    assert config_from_hf({**GEMMA_4, "layer_types": types}).layer_types == tuple(types)
+    assert config_from_hf({**GEMMA_4, "layer_types": types}).attention.layer_types == tuple(types)
 
 
 def test_gemma3_query_scalar() -> None:
-    assert config_from_hf({**GEMMA_4, "query_pre_attn_scalar": 168}).query_scale == pytest.approx(168**-0.5)
+    assert config_from_hf({**GEMMA_4, "query_pre_attn_scalar": 168}).attention.query_scale == pytest.approx(
+        168**-0.5
+    )
 
 
 def refusal(raw: Any) -> str:
@@ -535,17 +550,15 @@ def test_gguf_llama() -> None:
         model_type="llama",
         vocab_size=49152,
         hidden_size=576,
-        intermediate_size=1536,
         num_layers=30,
-        num_heads=9,
-        num_kv_heads=3,
-        head_dim=64,
         max_position_embeddings=8192,
-        norm_eps=1e-5,
-        rope=RopeConfig(theta=100000.0),
-        layer_types=("full_attention",) * 30,
         tie_word_embeddings=True,
-        query_scale=1 / 8,
+        attention=AttentionConfig(
+            num_heads=9, num_kv_heads=3, head_dim=64, query_scale=1 / 8, layer_types=("full_attention",) * 30
+        ),
+        rope=RopeConfig(full=RopeParameters(theta=100000.0)),
+        mlp=MLPConfig(intermediate_size=1536),
+        norm=NormConfig(eps=1e-5),
     )
 
 
@@ -553,21 +566,21 @@ def test_gguf_llama_defaults() -> None:
     config = config_from_gguf(
         view(GGUF_LLAMA, rope__freq_base=..., rope__dimension_count=..., attention__head_count_kv=...)
     )
-    assert (config.rope.theta, config.num_kv_heads) == (10_000.0, 9)
+    assert (config.rope.full.theta, config.attention.num_kv_heads) == (10_000.0, 9)
 
 
 def test_gguf_tells_tying_and_biases_from_its_tensors() -> None:
     names = ("output.weight", "blk.0.attn_q.bias", "blk.0.attn_output.bias", "blk.0.ffn_up.bias")
     config = config_from_gguf(view(GGUF_LLAMA, tensors={**EMBEDDING, **dict.fromkeys(names, (1,))}))
     assert not config.tie_word_embeddings
-    assert config.attention_bias and config.attention_out_bias and config.mlp_bias
+    assert config.attention.bias and config.attention.out_bias and config.mlp.bias
     only_q = config_from_gguf(view(GGUF_LLAMA, tensors={**EMBEDDING, "blk.0.attn_q.bias": (1,)}))
-    assert (only_q.attention_bias, only_q.attention_out_bias, only_q.mlp_bias) == (True, False, False)
+    assert (only_q.attention.bias, only_q.attention.out_bias, only_q.mlp.bias) == (True, False, False)
 
 
 def test_gguf_rope_divisors() -> None:
     divisors = tuple(1.0 + i / 4 for i in range(32))
-    assert config_from_gguf(view(GGUF_LLAMA, divisors=divisors)).rope == RopeConfig(
+    assert config_from_gguf(view(GGUF_LLAMA, divisors=divisors)).rope.full == RopeParameters(
         100000.0, divisors=divisors
     )
 
@@ -575,9 +588,9 @@ def test_gguf_rope_divisors() -> None:
 @pytest.mark.parametrize("metadata", (GGUF_LLAMA, GGUF_GEMMA), ids=("llama", "gemma3"))
 def test_gguf_linear_scaling(metadata: Mapping[str, Any]) -> None:
     config = config_from_gguf(view(metadata, rope__scaling__type="linear", rope__scaling__factor=8.0))
-    assert (config.rope.kind, config.rope.factor) == ("linear", 8.0)
-    if config.rope_sliding is not None:
-        assert config.rope_sliding == RopeConfig(theta=10_000.0)
+    assert (config.rope.full.kind, config.rope.full.factor) == ("linear", 8.0)
+    if config.rope.sliding is not None:
+        assert config.rope.sliding == RopeParameters(theta=10_000.0)
     assert "llama.rope.scaling.factor" in gguf_refusal(view(GGUF_LLAMA, rope__scaling__type="linear"))
 
 
@@ -591,9 +604,9 @@ def test_gguf_yarn(metadata: Mapping[str, Any]) -> None:
             rope__scaling__original_context_length=4096,
         )
     )
-    assert (config.rope.kind, config.rope.factor) == ("yarn", 8.0)
-    assert config.rope.original_max_position_embeddings == 4096
-    assert config.rope.attention_factor == pytest.approx(0.1 * math.log(8) + 1)
+    assert (config.rope.full.kind, config.rope.full.factor) == ("yarn", 8.0)
+    assert config.rope.full.original_max_position_embeddings == 4096
+    assert config.rope.full.attention_factor == pytest.approx(0.1 * math.log(8) + 1)
 
 
 @pytest.mark.parametrize("metadata", (GGUF_LLAMA, GGUF_GEMMA), ids=("llama", "gemma3"))
@@ -615,13 +628,25 @@ def test_gguf_partial_rope() -> None:
 def test_gguf_gemma3() -> None:
     config = config_from_gguf(view(GGUF_GEMMA, tensors={"token_embd.weight": (262144, 640)}))
     assert (config.model_type, config.vocab_size) == ("gemma3_text", 262144)
-    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 1, 256)
-    assert [i for i, kind in enumerate(config.layer_types) if kind == "full_attention"] == [5, 11, 17]
-    assert (config.rope, config.rope_sliding) == (RopeConfig(theta=1e6), RopeConfig(theta=1e4))
-    assert (config.sliding_window, config.query_scale, config.norm_offset) == (512, 1 / 16, 1.0)
+    assert (config.attention.num_heads, config.attention.num_kv_heads, config.attention.head_dim) == (
+        4,
+        1,
+        256,
+    )
+    assert [i for i, kind in enumerate(config.attention.layer_types) if kind == "full_attention"] == [
+        5,
+        11,
+        17,
+    ]
+    assert (config.rope.full, config.rope.sliding) == (RopeParameters(theta=1e6), RopeParameters(theta=1e4))
+    assert (config.attention.sliding_window, config.attention.query_scale, config.norm.offset) == (
+        512,
+        1 / 16,
+        1.0,
+    )
     assert config.embedding_scale == 640**0.5
-    assert (config.tie_word_embeddings, config.qk_norm, config.block) == (True, "head", "sandwich")
-    assert config.activation == "gelu_tanh"
+    assert (config.tie_word_embeddings, config.attention.qk_norm, config.block) == (True, "head", "sandwich")
+    assert config.mlp.activation == "gelu_tanh"
 
 
 def test_gguf_gemma3_27b() -> None:
@@ -630,8 +655,8 @@ def test_gguf_gemma3_27b() -> None:
         view(GGUF_GEMMA, embedding_length=5376, block_count=62, attention__head_count=32,
              attention__head_count_kv=16, attention__key_length=128)
     )  # fmt: skip
-    assert config.query_scale == pytest.approx(168**-0.5)
-    assert config.head_dim == 128
+    assert config.attention.query_scale == pytest.approx(168**-0.5)
+    assert config.attention.head_dim == 128
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from tpjax.cache import page_bytes_per_device
 from tpjax.checkpoints.load import abstract_decoder, parameters
-from tpjax.config import ModelConfig, RopeConfig
+from tpjax.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig
 from tpjax.errors import ConfigError
 from tpjax.mesh import make_mesh
 from tpjax.runtime import memory as memory_module
@@ -25,16 +25,13 @@ CONFIG = ModelConfig(
     model_type="llama",
     vocab_size=32_000,
     hidden_size=512,
-    intermediate_size=1536,
     num_layers=2,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=64,
     max_position_embeddings=4096,
-    norm_eps=1e-5,
-    rope=RopeConfig(),
-    layer_types=("full_attention",) * 2,
-    query_scale=0.125,
+    attention=AttentionConfig(
+        num_heads=8, num_kv_heads=4, head_dim=64, query_scale=0.125, layer_types=("full_attention",) * 2
+    ),
+    mlp=MLPConfig(intermediate_size=1536),
+    norm=NormConfig(eps=1e-5),
 )
 PAGE = page_bytes_per_device(CONFIG, 1, 128, F32)  # 2 · 2 layers · 4 heads · 128 · 64 · 4 bytes
 WORK = workspace_bytes(CONFIG, 1, F32, 4)
@@ -124,7 +121,8 @@ def test_accelerators_say_what_they_have(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_rows_of_a_tpu_are_of_128_numbers() -> None:
     """Heads of 64 take twice the room there, and the cache has half the pages."""
     assert page_bytes_per_device(CONFIG, 1, 128, F32, "tpu") == 2 * PAGE
-    assert page_bytes_per_device(replace(CONFIG, head_dim=256), 1, 128, F32, "tpu") == 4 * PAGE
+    wide = replace(CONFIG, attention=replace(CONFIG.attention, head_dim=256))
+    assert page_bytes_per_device(wide, 1, 128, F32, "tpu") == 4 * PAGE
     free = workspace_bytes(CONFIG, 1, F32, 64) + 64 * PAGE
     options: dict[str, Any] = {"weight_bytes": 0, "max_model_len": None, "max_slots": 64}
     for platform, pages in (("gpu", 64), ("tpu", 32)):

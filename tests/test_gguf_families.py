@@ -53,7 +53,7 @@ def convert(name: str, path: Path) -> Path:
         rope = raw["rope_parameters"]
         writer.add_rope_dimension_count(config.rotated_dim)
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-        writer.add_rope_scaling_attn_factors(config.rope.attention_factor)
+        writer.add_rope_scaling_attn_factors(config.rope.full.attention_factor)
         for length in ("long", "short"):
             factors = np.array(rope[f"{length}_factor"], np.float32)
             writer.add_tensor(f"rope_factors_{length}.weight", factors)
@@ -78,8 +78,8 @@ def as_gguf_has_it(config: ModelConfig) -> ModelConfig:
     if config.model_type == "qwen2":
         differences = {"layer_types": ("full_attention",) * config.num_layers, "sliding_window": None}
     if config.model_type == "gemma2":
-        differences = {"query_scale": config.head_dim**-0.5}
-    return replace(config, **differences)
+        differences = {"query_scale": config.attention.head_dim**-0.5}
+    return replace(config, attention=replace(config.attention, **differences))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -87,20 +87,20 @@ def test_a_converted_golden_is_the_same_model(name: str, tmp_path: Path) -> None
     original = open_checkpoint(GOLDENS / name)
     found = open_checkpoint(convert(name, tmp_path / "tiny.gguf"))
     expected = as_gguf_has_it(original.config)
-    assert found.config.norm_eps == pytest.approx(expected.norm_eps)  # GGUF keeps float32
+    assert found.config.norm.eps == pytest.approx(expected.norm.eps)  # GGUF keeps float32
     rope = found.config.rope
-    assert replace(found.config, norm_eps=expected.norm_eps, rope=expected.rope) == expected
+    assert replace(found.config, norm=expected.norm, rope=expected.rope) == expected
     for field in ("theta", "kind", "original_max_position_embeddings"):
-        assert getattr(rope, field) == getattr(expected.rope, field), field
-    assert rope.attention_factor == pytest.approx(expected.rope.attention_factor)
+        assert getattr(rope.full, field) == getattr(expected.rope.full, field), field
+    assert rope.full.attention_factor == pytest.approx(expected.rope.full.attention_factor)
     for field in ("divisors", "long_divisors"):
-        assert getattr(rope, field) == pytest.approx(getattr(expected.rope, field)), field
+        assert getattr(rope.full, field) == pytest.approx(getattr(expected.rope.full, field)), field
     modules = ["embed_tokens", "norm"] + ["lm_head"] * (not expected.tie_word_embeddings)
     for layer in range(expected.num_layers):
         parts = [f"self_attn.{part}_proj" for part in "qkvo"]
         parts += [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
         parts += ["input_layernorm", "post_attention_layernorm"]
-        if expected.qk_norm == "head":
+        if expected.attention.qk_norm == "head":
             parts += ["self_attn.q_norm", "self_attn.k_norm"]
         if expected.block == "sandwich":
             parts += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
@@ -110,7 +110,7 @@ def test_a_converted_golden_is_the_same_model(name: str, tmp_path: Path) -> None
         index = everything[:1] if module.endswith("norm") else everything
         ours, theirs = (c.source.read(f"{module}.weight", index) for c in (original, found))
         np.testing.assert_allclose(theirs, ours, rtol=0, atol=3e-7, err_msg=module)
-    if expected.attention_bias:
+    if expected.attention.bias:
         for part in "qkv":
             bias = f"layers.1.self_attn.{part}_proj.bias"
             values = [c.source.read(bias, everything[:1]) for c in (original, found)]

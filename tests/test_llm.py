@@ -196,7 +196,9 @@ def test_closing_gives_the_memory_back() -> None:
         (one,) = llm.generate([[3, 4, 5]], max_tokens=4, ignore_eos=True)
         assert len(one.token_ids) == 4
         weights = bytes_of(llm.runner.weights)
-        cache = 2 * llm.config.num_layers * llm.runner.limits.num_pages * 128 * llm.config.head_dim * 4
+        cache = (
+            2 * llm.config.num_layers * llm.runner.limits.num_pages * 128 * llm.config.attention.head_dim * 4
+        )
         assert weights > 0 and bytes_of(jax.live_arrays()) >= before + weights + cache
         state, programs = llm.runner.state, llm.runner.programs
     assert bytes_of(jax.live_arrays()) <= before

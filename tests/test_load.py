@@ -408,4 +408,9 @@ def test_read_config_needs_no_weights(tmp_path: Path) -> None:
     file.write_text(json.dumps(CONFIG))
     config = read_config(tmp_path)
     assert config == read_config(file)
-    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (LAYERS, H, K, HEAD)
+    assert (
+        config.num_layers,
+        config.attention.num_heads,
+        config.attention.num_kv_heads,
+        config.attention.head_dim,
+    ) == (LAYERS, H, K, HEAD)

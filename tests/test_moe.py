@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from tpjax.checkpoints.load import abstract_decoder, parameters
-from tpjax.config import ModelConfig, MoEConfig, RopeConfig
+from tpjax.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig, NormConfig
 from tpjax.errors import ConfigError
 from tpjax.inspect.collectives import find_collectives
 from tpjax.inspect.explain import explain_model
@@ -55,25 +55,24 @@ DEEPSEEK = replace(
 KINDS = {"plain": PLAIN, "qwen2": QWEN2, "gpt_oss": GPT_OSS, "deepseek": DEEPSEEK}
 
 
-def model_config(moe: MoEConfig, **more: Any) -> ModelConfig:
-    sizes = {
-        "vocab_size": 40,
-        "hidden_size": D,
-        "intermediate_size": 30,
-        "num_layers": len(moe.sparse_layers),
-        "num_heads": 3,
-        "num_kv_heads": 1,
-        "head_dim": 8,
-        "max_position_embeddings": 256,
-    }
+def model_config(moe: MoEConfig) -> ModelConfig:
+    layers = len(moe.sparse_layers)
     return ModelConfig(
         model_type="test",
-        **{**sizes, **more},
-        norm_eps=1e-5,
-        rope=RopeConfig(),
-        layer_types=("full_attention",) * len(moe.sparse_layers),
-        query_scale=1.0,
+        vocab_size=40,
+        hidden_size=D,
+        num_layers=layers,
+        max_position_embeddings=256,
+        attention=AttentionConfig(
+            num_heads=3,
+            num_kv_heads=1,
+            head_dim=8,
+            query_scale=1.0,
+            layer_types=("full_attention",) * layers,
+        ),
+        mlp=MLPConfig(intermediate_size=30),
         moe=moe,
+        norm=NormConfig(eps=1e-5),
     )
 
 
@@ -328,7 +327,7 @@ def test_collective_budget(tp: int, kind: str) -> None:
         ),
         (
             {"scoring": "sigmoid", "num_groups": 4},
-            "num_groups=4 does not cut num_experts=6 into equal groups of 2 or more",
+            "num_groups=4 does not split num_experts=6 into equal groups of 2 or more",
         ),
         (
             {"scoring": "sigmoid", "num_groups": 3, "experts_per_token": 3},

@@ -189,19 +189,23 @@ def test_published_mixture(name: str) -> None:
 
 def test_published_attention() -> None:
     mixtral, qwen2, qwen3, gpt_oss = (config_from_hf(raw) for raw, _ in MIXTURES.values())
-    assert mixtral.rope.theta == 1e6
-    assert {c.model_type: c.attention_bias for c in (mixtral, qwen2, qwen3, gpt_oss)} == {
+    assert mixtral.rope.full.theta == 1e6
+    assert {c.model_type: c.attention.bias for c in (mixtral, qwen2, qwen3, gpt_oss)} == {
         "mixtral": False,
         "qwen2_moe": True,
         "qwen3_moe": False,
         "gpt_oss": True,
     }
-    assert qwen3.qk_norm == "head"
+    assert qwen3.attention.qk_norm == "head"
     for config in (mixtral, qwen2, qwen3):
-        assert set(config.layer_types) == {"full_attention"} and not config.attention_sinks
-    assert gpt_oss.layer_types == ("sliding_attention", "full_attention") * 12
-    assert gpt_oss.attention_sinks and gpt_oss.attention_out_bias
-    assert (gpt_oss.rope.kind, gpt_oss.rope.theta, gpt_oss.rope.truncate) == ("yarn", 150_000.0, False)
+        assert set(config.attention.layer_types) == {"full_attention"} and not config.attention.sinks
+    assert gpt_oss.attention.layer_types == ("sliding_attention", "full_attention") * 12
+    assert gpt_oss.attention.sinks and gpt_oss.attention.out_bias
+    assert (gpt_oss.rope.full.kind, gpt_oss.rope.full.theta, gpt_oss.rope.full.truncate) == (
+        "yarn",
+        150_000.0,
+        False,
+    )
 
 
 def with_fields(raw: dict[str, Any], **fields: Any) -> ModelConfig:
@@ -214,13 +218,13 @@ def test_which_layers_are_sparse() -> None:
 
 
 def test_windows() -> None:
-    assert with_fields(MIXTRAL, sliding_window=99).window_of("sliding_attention") == 99
-    assert set(with_fields(MIXTRAL, sliding_window=99).layer_types) == {"sliding_attention"}
-    assert set(with_fields(QWEN3, use_sliding_window=True, sliding_window=5).layer_types) == {
+    assert with_fields(MIXTRAL, sliding_window=99).attention.window_of("sliding_attention") == 99
+    assert set(with_fields(MIXTRAL, sliding_window=99).attention.layer_types) == {"sliding_attention"}
+    assert set(with_fields(QWEN3, use_sliding_window=True, sliding_window=5).attention.layer_types) == {
         "sliding_attention"
     }
     config = with_fields(QWEN2, num_hidden_layers=4, max_window_layers=3, use_sliding_window=True)
-    assert config.layer_types == ("sliding_attention", "full_attention") * 2
+    assert config.attention.layer_types == ("sliding_attention", "full_attention") * 2
 
 
 @pytest.mark.parametrize(
@@ -305,13 +309,13 @@ def qwen3moe_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope.theta)
+    writer.add_feed_forward_length(config.mlp.intermediate_size)
+    writer.add_head_count(config.attention.num_heads)
+    writer.add_head_count_kv(config.attention.num_kv_heads)
+    writer.add_key_length(config.attention.head_dim)
+    writer.add_value_length(config.attention.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm.eps)
+    writer.add_rope_freq_base(config.rope.full.theta)
     writer.add_expert_count(config.moe.num_experts)
     writer.add_expert_used_count(config.moe.experts_per_token)
     writer.add_expert_feed_forward_length(config.moe.expert_width)
@@ -341,8 +345,8 @@ def qwen3moe_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("tp", (2, 4))
 def test_gguf_holds_the_same_model(qwen3moe_gguf: Path, tp: int) -> None:
     original, config = (open_checkpoint(path).config for path in (GOLDENS / "qwen3_moe", qwen3moe_gguf))
-    assert config.norm_eps == pytest.approx(original.norm_eps)  # GGUF metadata is float32
-    assert replace(config, norm_eps=original.norm_eps) == original
+    assert config.norm.eps == pytest.approx(original.norm.eps)  # GGUF metadata is float32
+    assert replace(config, norm=original.norm) == original
     expected, found = loaded(GOLDENS / "qwen3_moe", tp), loaded(qwen3moe_gguf, tp)
     assert found.keys() == expected.keys()
     for key, values in expected.items():

@@ -104,7 +104,7 @@ def test_what_is_wrong_is_named(llama: Path, tmp_path: Path) -> None:
             open_checkpoint(tmp_path)
 
     refused("no weights/")
-    refused("format 2; this tpjax reads 1", format=2)
+    refused("format 3; this tpjax reads 1 and 2", format=3)
     refused("both have colour", colour="blue")
     (tmp_path / "model_config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not a configuration"):
@@ -113,6 +113,36 @@ def test_what_is_wrong_is_named(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "weights").mkdir()
     with pytest.raises(CheckpointError, match="Orbax cannot read it"):
         open_checkpoint(tmp_path)
+
+
+def test_format_1_is_read(llama: Path, tmp_path: Path) -> None:
+    """One object for all fields, under the names they had before they were grouped."""
+    raw = json.loads((llama / "model_config.json").read_text())
+    attention, rope, mlp, norm = (raw.pop(group) for group in ("attention", "rope", "mlp", "norm"))
+    old_names = {"softcap": "attn_softcap", "bias": "attention_bias", "out_bias": "attention_out_bias"}
+    old_names |= {"sinks": "attention_sinks"}
+    raw |= {"format": 1, "gated_mlp": mlp["gated"], "activation": mlp["activation"], "mlp_bias": mlp["bias"]}
+    raw |= {"intermediate_size": mlp["intermediate_size"], "rotary_dim": rope["rotary_dim"]}
+    raw |= {"rope": rope["full"], "rope_sliding": rope["sliding"], "rope_layers": rope["layers"]}
+    raw |= {"norm": norm["kind"], **{f"norm_{name}": norm[name] for name in ("eps", "bias", "offset")}}
+    raw |= {old_names.get(name, name): value for name, value in attention.items()}
+    (tmp_path / "model_config.json").write_text(json.dumps(raw))
+    assert read_config(tmp_path) == read_config(llama)
+
+
+def test_format_1_is_read(llama: Path, tmp_path: Path) -> None:
+    """One object for all fields, under the names they had before they were grouped."""
+    raw = json.loads((llama / "model_config.json").read_text())
+    attention, rope, mlp, norm = (raw.pop(group) for group in ("attention", "rope", "mlp", "norm"))
+    old_names = {"softcap": "attn_softcap", "bias": "attention_bias", "out_bias": "attention_out_bias"}
+    old_names |= {"sinks": "attention_sinks"}
+    raw |= {"format": 1, "gated_mlp": mlp["gated"], "activation": mlp["activation"], "mlp_bias": mlp["bias"]}
+    raw |= {"intermediate_size": mlp["intermediate_size"], "rotary_dim": rope["rotary_dim"]}
+    raw |= {"rope": rope["full"], "rope_sliding": rope["sliding"], "rope_layers": rope["layers"]}
+    raw |= {"norm": norm["kind"], **{f"norm_{name}": norm[name] for name in ("eps", "bias", "offset")}}
+    raw |= {old_names.get(name, name): value for name, value in attention.items()}
+    (tmp_path / "model_config.json").write_text(json.dumps(raw))
+    assert read_config(tmp_path) == read_config(llama)
 
 
 def test_nothing_half_written_is_left(tmp_path: Path) -> None:
@@ -169,7 +199,7 @@ def test_a_flipped_bit_anywhere_is_refused_by_name(copy: Path, keep_times: bool)
 
 def test_configuration_alone_is_checked_too(copy: Path) -> None:
     path = copy / "model_config.json"
-    path.write_text(path.read_text().replace('"norm_eps": ', '"norm_eps": 1'))
+    path.write_text(path.read_text().replace('"eps": ', '"eps": 1'))
     with pytest.raises(CheckpointError, match=r"model_config\.json: damaged or edited"):
         read_config(copy)
 

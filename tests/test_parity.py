@@ -18,7 +18,7 @@ from stepwise import Stepwise
 
 from tpjax import LLM, SamplingParams
 from tpjax.checkpoints.load import open_checkpoint
-from tpjax.config import RopeConfig
+from tpjax.config import RopeConfig, RopeParameters
 from tpjax.sharding import SEQUENCE_PARALLEL
 
 TINY = sorted(golden.parent.name for golden in GOLDENS.glob("*/golden.npz"))
@@ -106,14 +106,15 @@ def test_parity_with_transformers(name: str) -> None:
 def test_longrope_shares_no_pages_across_the_switch() -> None:
     """A prompt's pages, rotated for a short sequence, are not found again by one that gets long."""
     config = open_checkpoint(GOLDENS / "phi3").config
-    assert [config.rope_scaling_key(max_length) for max_length in (2, 32, 33, 300)] == [
+    assert [config.rope.scaling_key(max_length) for max_length in (2, 32, 33, 300)] == [
         (0,),
         (0,),
         (1,),
         (1,),
     ]
-    grows = replace(config, rope=RopeConfig(kind="dynamic", original_max_position_embeddings=32, factor=4.0))
-    assert [grows.rope_scaling_key(max_length) for max_length in (2, 32, 33, 34)] == [
+    dynamic = RopeParameters(kind="dynamic", original_max_position_embeddings=32, factor=4.0)
+    grows = replace(config, rope=RopeConfig(full=dynamic))
+    assert [grows.rope.scaling_key(max_length) for max_length in (2, 32, 33, 34)] == [
         (0,),
         (0,),
         (33,),

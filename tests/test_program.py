@@ -16,7 +16,7 @@ from conftest import GOLDENS
 
 from tpjax import LLM, SamplingParams
 from tpjax.checkpoints.load import abstract_decoder, read_config
-from tpjax.config import ModelConfig, RopeConfig, SequenceParallel
+from tpjax.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig, SequenceParallel
 from tpjax.inspect.budget import collective_budget
 from tpjax.inspect.collectives import find_collectives
 from tpjax.mesh import make_mesh
@@ -29,17 +29,14 @@ CONFIG = ModelConfig(
     model_type="llama",
     vocab_size=1000,
     hidden_size=96,
-    intermediate_size=200,
     num_layers=3,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=32,
     max_position_embeddings=2048,
-    norm_eps=1e-5,
-    rope=RopeConfig(),
-    layer_types=("full_attention",) * 3,
     tie_word_embeddings=True,
-    query_scale=32**-0.5,
+    attention=AttentionConfig(
+        num_heads=9, num_kv_heads=3, head_dim=32, query_scale=32**-0.5, layer_types=("full_attention",) * 3
+    ),
+    mlp=MLPConfig(intermediate_size=200),
+    norm=NormConfig(eps=1e-5),
 )
 LIMITS = Limits(max_slots=4, max_model_len=2048, num_pages=65)
 

@@ -15,9 +15,12 @@ from tpjax.planning.published import find_config, is_published, published_config
 
 
 def test_what_is_no_size() -> None:
-    assert published_config("llama-3.1-8b").rope.kind == "llama3"
-    assert published_config("gemma-2-27b").query_scale == 144**-0.5
-    assert published_config("gemma-3-12b").layer_types[4:6] == ("sliding_attention", "full_attention")
+    assert published_config("llama-3.1-8b").rope.full.kind == "llama3"
+    assert published_config("gemma-2-27b").attention.query_scale == 144**-0.5
+    assert published_config("gemma-3-12b").attention.layer_types[4:6] == (
+        "sliding_attention",
+        "full_attention",
+    )
     assert published_config("mixtral-8x22b").longest_context == 65_536
     assert published_config("deepseek-v3").moe is not None
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tpjax.config import RopeConfig
+from tpjax.config import RopeParameters
 from tpjax.families.config_reader import Fields
 from tpjax.families.rope_variants import rope_from
 from tpjax.layers.rope import Rotation, inverse_frequencies, rotate, rotation
@@ -20,7 +20,7 @@ def plain(theta: float, head_dim: int) -> list[float]:
     return [theta ** (-2 * (i - 1) / head_dim) for i in range(1, head_dim // 2 + 1)]
 
 
-def meta_apply_scaling(freqs: list[float], rope: RopeConfig) -> list[float]:
+def meta_apply_scaling(freqs: list[float], rope: RopeParameters) -> list[float]:
     """``apply_scaling`` of Meta's llama-models reference code, its constants taken from the configuration."""
     old_context_len = rope.original_max_position_embeddings
     low_freq_wavelen = old_context_len / rope.low_freq_factor
@@ -43,31 +43,31 @@ def meta_apply_scaling(freqs: list[float], rope: RopeConfig) -> list[float]:
 @pytest.mark.parametrize("theta", (10_000.0, 500_000.0, 1e6))
 @pytest.mark.parametrize("head_dim", (2, 64, 128, 256))
 def test_default(theta: float, head_dim: int) -> None:
-    found = inverse_frequencies(RopeConfig(theta=theta), head_dim)
+    found = inverse_frequencies(RopeParameters(theta=theta), head_dim)
     assert found.dtype == np.float32 and found.shape == (head_dim // 2,)
     np.testing.assert_allclose(found, plain(theta, head_dim), rtol=1e-6)
 
 
 def test_known_values() -> None:
     """Every eighth of head_dim 64 at base 10,000 is a power of ten to the half."""
-    found = inverse_frequencies(RopeConfig(), 64)
+    found = inverse_frequencies(RopeParameters(), 64)
     np.testing.assert_allclose(found[::8], [1, 10**-1, 10**-2, 10**-3], rtol=1e-6)
 
 
 def test_linear() -> None:
-    found = inverse_frequencies(RopeConfig(theta=1e6, kind="linear", factor=8.0), 256)
+    found = inverse_frequencies(RopeParameters(theta=1e6, kind="linear", factor=8.0), 256)
     np.testing.assert_allclose(found, np.array(plain(1e6, 256)) / 8, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("head_dim", "rope"),
     (
-        (128, RopeConfig(500_000.0, "llama3", 8.0, 1.0, 4.0, 8192)),  # Llama 3.1
-        (64, RopeConfig(500_000.0, "llama3", 32.0, 1.0, 4.0, 8192)),  # Llama 3.2 1B
-        (32, RopeConfig(10_000.0, "llama3", 4.0, 2.0, 8.0, 64)),
+        (128, RopeParameters(500_000.0, "llama3", 8.0, 1.0, 4.0, 8192)),  # Llama 3.1
+        (64, RopeParameters(500_000.0, "llama3", 32.0, 1.0, 4.0, 8192)),  # Llama 3.2 1B
+        (32, RopeParameters(10_000.0, "llama3", 4.0, 2.0, 8.0, 64)),
     ),
 )
-def test_llama3(head_dim: int, rope: RopeConfig) -> None:
+def test_llama3(head_dim: int, rope: RopeParameters) -> None:
     before = plain(rope.theta, head_dim)
     expected = meta_apply_scaling(before, rope)
     np.testing.assert_allclose(inverse_frequencies(rope, head_dim), expected, rtol=1e-6)
@@ -84,7 +84,7 @@ def test_llama3_mid_band_by_hand() -> None:
     assert 8192 / 4 < wavelength < 8192
     smooth = (8192 / wavelength - 1) / 3
     expected = frequency * (smooth + (1 - smooth) / 8)
-    found = inverse_frequencies(RopeConfig(500_000.0, "llama3", 8.0, 1.0, 4.0, 8192), 128)[30]
+    found = inverse_frequencies(RopeParameters(500_000.0, "llama3", 8.0, 1.0, 4.0, 8192), 128)[30]
     assert found == pytest.approx(expected, rel=1e-6)
     assert found == pytest.approx(0.00137189, rel=1e-4)
 
@@ -170,7 +170,7 @@ def test_each_sequence_goes_by_its_own_length() -> None:
 
 def test_part_of_a_head_rotates() -> None:
     x = np.random.default_rng(3).normal(size=(2, 4, 3, 10)).astype(np.float32)
-    by = rotation(RopeConfig(), 6, SEQUENCE_PARALLEL)
+    by = rotation(RopeParameters(), 6, SEQUENCE_PARALLEL)
     out = np.asarray(rotate(jnp.asarray(x), by))
     np.testing.assert_array_equal(out[..., 6:], x[..., 6:])
     np.testing.assert_array_equal(out[..., :6], rotate(jnp.asarray(x[..., :6]), by))
@@ -178,16 +178,16 @@ def test_part_of_a_head_rotates() -> None:
 
 def test_divisors() -> None:
     divisors = tuple(1.0 + i for i in range(16))
-    found = inverse_frequencies(RopeConfig(theta=500_000.0, divisors=divisors), 32)
+    found = inverse_frequencies(RopeParameters(theta=500_000.0, divisors=divisors), 32)
     np.testing.assert_allclose(found, np.array(plain(500_000.0, 32)) / divisors, rtol=1e-6)
 
 
 def test_gguf_divisors_give_llama3() -> None:
     """llama.cpp's ``rope_freqs.weight`` holds plain / scaled: both forms of one model are the same."""
-    scaled = RopeConfig(500_000.0, "llama3", 32.0, 1.0, 4.0, 8192)
+    scaled = RopeParameters(500_000.0, "llama3", 32.0, 1.0, 4.0, 8192)
     before = plain(500_000.0, 64)
     divisors = tuple(np.float32(np.array(before) / np.array(meta_apply_scaling(before, scaled))).tolist())
-    from_gguf = inverse_frequencies(RopeConfig(theta=500_000.0, divisors=divisors), 64)
+    from_gguf = inverse_frequencies(RopeParameters(theta=500_000.0, divisors=divisors), 64)
     np.testing.assert_allclose(from_gguf, inverse_frequencies(scaled, 64), rtol=1e-6)
 
 
@@ -195,7 +195,7 @@ SEQUENCE_PARALLEL = jnp.array([[0, 1, 7, 500], [3, 3, 1000, 2]])
 
 
 def test_rotation_is_cos_and_sin_of_the_angles() -> None:
-    by = rotation(RopeConfig(), 8, SEQUENCE_PARALLEL)
+    by = rotation(RopeParameters(), 8, SEQUENCE_PARALLEL)
     angles = np.asarray(SEQUENCE_PARALLEL)[..., None] * np.array(plain(10_000.0, 8))
     assert by.cos.shape == by.sin.shape == (2, 4, 4)
     assert by.cos.dtype == by.sin.dtype == jnp.float32
@@ -206,7 +206,7 @@ def test_rotation_is_cos_and_sin_of_the_angles() -> None:
 def test_rotate_turns_halves_as_complex_numbers() -> None:
     """Pairs are (i, i + h / 2), as in Hugging Face checkpoints, each turned by its own angle."""
     x = np.random.default_rng(0).normal(size=(2, 4, 3, 8)).astype(np.float32)
-    out = np.asarray(rotate(jnp.asarray(x), rotation(RopeConfig(), 8, SEQUENCE_PARALLEL)))
+    out = np.asarray(rotate(jnp.asarray(x), rotation(RopeParameters(), 8, SEQUENCE_PARALLEL)))
     turn = np.exp(1j * np.asarray(SEQUENCE_PARALLEL)[..., None, None] * np.array(plain(10_000.0, 8)))
     turned = (x[..., :4] + 1j * x[..., 4:]) * turn
     np.testing.assert_allclose(out, np.concatenate([turned.real, turned.imag], axis=-1), atol=2e-4)
@@ -214,7 +214,7 @@ def test_rotate_turns_halves_as_complex_numbers() -> None:
 
 def test_rotate_keeps_norms_and_position_zero() -> None:
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 4, 3, 2, 8)).astype(np.float32))  # two head axes
-    out = rotate(x, rotation(RopeConfig(), 8, SEQUENCE_PARALLEL))
+    out = rotate(x, rotation(RopeParameters(), 8, SEQUENCE_PARALLEL))
     assert out.shape == x.shape
     np.testing.assert_allclose(jnp.linalg.norm(out, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
     np.testing.assert_array_equal(out[0, 0], x[0, 0])
@@ -223,10 +223,14 @@ def test_rotate_keeps_norms_and_position_zero() -> None:
 
 @pytest.mark.parametrize(
     "rope",
-    (RopeConfig(), RopeConfig(kind="linear", factor=4.0), RopeConfig(500_000.0, "llama3", 8.0, 1.0, 4.0, 32)),
+    (
+        RopeParameters(),
+        RopeParameters(kind="linear", factor=4.0),
+        RopeParameters(500_000.0, "llama3", 8.0, 1.0, 4.0, 32),
+    ),
     ids=("default", "linear", "llama3"),
 )
-def test_products_depend_on_relative_positions_alone(rope: RopeConfig) -> None:
+def test_products_depend_on_relative_positions_alone(rope: RopeParameters) -> None:
     rng = np.random.default_rng(2)
     query, key = (jnp.asarray(rng.normal(size=(1, 1, 1, 16)).astype(np.float32)) for _ in range(2))
 

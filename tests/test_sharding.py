@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpjax.checkpoints.load import abstract_decoder, parameters
-from tpjax.config import ModelConfig, RopeConfig
+from tpjax.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig
 from tpjax.errors import ConfigError
 from tpjax.mesh import make_mesh
 from tpjax.sharding import (
@@ -328,19 +328,19 @@ CONFIG = ModelConfig(
     model_type="llama",
     vocab_size=50,
     hidden_size=12,
-    intermediate_size=20,
     num_layers=2,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=4,
     max_position_embeddings=64,
-    norm_eps=1e-5,
-    rope=RopeConfig(),
-    layer_types=("full_attention",) * 2,
-    query_scale=0.5,
-    attention_bias=True,
-    attention_out_bias=True,
-    mlp_bias=True,
+    attention=AttentionConfig(
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=4,
+        query_scale=0.5,
+        layer_types=("full_attention",) * 2,
+        bias=True,
+        out_bias=True,
+    ),
+    mlp=MLPConfig(intermediate_size=20, bias=True),
+    norm=NormConfig(eps=1e-5),
 )
 CANONICAL = {
     "embed_tokens.weight": (50, 12),

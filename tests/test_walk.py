@@ -134,7 +134,7 @@ def generate(llm: LLM, steps: int, lengths: Sequence[int], tokens: Sequence[int]
 def test_a_padded_batch_keeps_its_windows(counts: Counts, steps: int) -> None:
     """Three rows in a batch of four, far apart in contexts of up to three pages, under windows of 7 keys."""
     llm = LLM(GOLDENS / "mistral", tp=1, max_model_len=512, max_slots=4)
-    assert set(map(llm.config.window_of, llm.config.layer_types)) == {7}
+    assert set(map(llm.config.attention.window_of, llm.config.attention.layer_types)) == {7}
     read = generate(llm, steps, (300, 40, 200), (40, 40, 40), counts)
     assert read <= llm.config.num_layers * 40  # one page a layer and step; no window crosses a page's border
 

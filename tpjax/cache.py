@@ -128,11 +128,11 @@ class CacheLayout:
 
 def cache_layout(config: ModelConfig, tp: int, num_pages: int, page_size: int) -> CacheLayout:
     """What the cache of each layer is made of."""
-    if config.latent is not None:
-        width = config.latent.kv_lora_rank + config.rotated_dim
+    if config.attention.latent is not None:
+        width = config.attention.latent.kv_lora_rank + config.rotated_dim
         return CacheLayout(LatentCache, 1, (num_pages, 1, page_size, width), REPLICATED)
     heads = head_plan(config, tp).num_head_slots
-    return CacheLayout(LayerCache, 2, (num_pages, heads, page_size, config.head_dim), PAGES)
+    return CacheLayout(LayerCache, 2, (num_pages, heads, page_size, config.attention.head_dim), PAGES)
 
 
 def page_bytes_per_device(

@@ -43,17 +43,21 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: ModelConfig, plan: HeadPlan, dtype: jnp.dtype, *, sparse: bool) -> None:
         def norm(name: str) -> Norm:
-            return Norm(name, config.hidden_size, config, dtype)
+            return Norm(name, config.hidden_size, config.norm, dtype)
 
         if config.block != "post":
             self.input_layernorm = norm("input_layernorm")
         # each takes the kind of cache that ``cache_layout`` gives it
-        self.self_attn: Any = (LatentAttention if config.latent else Attention)(config, plan, dtype)
+        self.self_attn: Any = (LatentAttention if config.attention.latent else Attention)(config, plan, dtype)
         if config.block != "parallel":
             self.post_attention_layernorm = norm("post_attention_layernorm")
         if config.block == "sandwich":
             self.pre_feedforward_layernorm = norm("pre_feedforward_layernorm")
-        self.mlp = MoE(config, plan.tp, dtype) if sparse else MLP(config, plan.tp, dtype)
+        self.mlp = (
+            MoE(config, plan.tp, dtype)
+            if sparse
+            else MLP(config.mlp, config.hidden_size, plan.tp, dtype, partial_sums=config.parallel)
+        )
         if config.block in ("sandwich", "post"):
             self.post_feedforward_layernorm = norm("post_feedforward_layernorm")
         self.block = config.block
@@ -114,7 +118,7 @@ class Decoder(nnx.Module):
         self.layers = nnx.List(
             [DecoderLayer(config, plan, dtype, sparse=sparse) for sparse in config.sparse_layers]
         )
-        self.norm = Norm("norm", config.hidden_size, config, dtype)
+        self.norm = Norm("norm", config.hidden_size, config.norm, dtype)
         self.lm_head = (
             None
             if config.tie_word_embeddings
@@ -144,14 +148,16 @@ class Decoder(nnx.Module):
             x = x + self.embed_positions(at.positions)
         else:
             rotations = {
-                kind: rotation(config.rope_of(kind), config.rotated_dim, at.positions, at.max_length)
-                for kind in dict.fromkeys(config.layer_types)
+                kind: rotation(
+                    config.rope.parameters_of(kind), config.rotated_dim, at.positions, at.max_length
+                )
+                for kind in dict.fromkeys(config.attention.layer_types)
             }
         written = []
         for i, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
-            kind = config.layer_types[i]
+            kind = config.attention.layer_types[i]
             turn = rotations[kind] if config.rotates(i) else None
-            x, layer_cache = layer(x, turn, layer_cache, at, config.window_of(kind), residual)
+            x, layer_cache = layer(x, turn, layer_cache, at, config.attention.window_of(kind), residual)
             written.append(layer_cache)
         return self.norm(x), tuple(written)
 

@@ -54,8 +54,12 @@ def check_sizes(
         )
     needed, stored = _least_weights(config), sum(prod(info.shape) for info in tensors.values())
     if needed > _LARGER * stored:
-        names = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "head_dim", "vocab_size")
-        sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names)
+        attention = config.attention
+        sizes = (
+            f"num_layers={config.num_layers}, hidden_size={config.hidden_size}, "
+            f"intermediate_size={config.mlp.intermediate_size}, num_heads={attention.num_heads}, "
+            f"head_dim={attention.head_dim}, vocab_size={config.vocab_size}"
+        )
         experts = "" if config.moe is None else f", num_experts={config.moe.num_experts}"
         raise CheckpointError(
             f"{where}: a model of {sizes}{experts} has at least {needed} weights, the files hold {stored}"
@@ -64,14 +68,16 @@ def check_sizes(
 
 def _least_weights(config: ModelConfig) -> int:
     """Weights of the largest matrices: a model has more."""
-    d, per_mlp = config.hidden_size, 2 + config.gated_mlp
-    heads = 0 if config.latent else 2 * (config.num_heads + config.num_kv_heads) * config.head_dim * d
+    d, per_mlp, attention = config.hidden_size, 2 + config.mlp.gated, config.attention
+    heads = (
+        0 if attention.latent else 2 * (attention.num_heads + attention.num_kv_heads) * attention.head_dim * d
+    )
     total = config.vocab_size * d + config.num_layers * heads
     for sparse in config.sparse_layers:
         if sparse and config.moe is not None:
             total += config.moe.num_experts * 3 * d * config.moe.expert_width
         else:
-            total += per_mlp * d * config.intermediate_size
+            total += per_mlp * d * config.mlp.intermediate_size
     return total
 
 

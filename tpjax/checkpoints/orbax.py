@@ -9,7 +9,6 @@ files are. `MANIFEST.sha256` has the digest of each: Orbax has no checksums of i
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import shutil
@@ -17,21 +16,20 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any
 
 import numpy as np
 
-from tpjax.checkpoints import digests
+from tpjax.checkpoints import config_file, digests
+from tpjax.checkpoints.config_file import CONFIG_FILE
 from tpjax.checkpoints.hub import cache_dir
 from tpjax.checkpoints.source import TensorInfo, lookup, to_box
 from tpjax.config import ModelConfig
-from tpjax.errors import CheckpointError, ConfigError
+from tpjax.errors import CheckpointError
 
-CONFIG, WEIGHTS, VOCABULARY = "model_config.json", "weights", "tokenizer.gguf"
-_FORMAT = 1
+WEIGHTS, VOCABULARY = "weights", "tokenizer.gguf"
 # Small enough that a device's slice is read without its neighbours', large enough for few seeks.
 _CHUNK_BYTES = 4 << 20
 # Chunks that two devices' slices share are read once.
@@ -53,7 +51,6 @@ TOKENIZER_FILES = (
 _WRITE_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 class OrbaxCheckpoint:
@@ -75,7 +72,7 @@ class OrbaxCheckpoint:
         self.directory = directory
         self._weights = (directory / WEIGHTS).absolute()
         if not self._weights.is_dir():
-            raise CheckpointError(f"{directory}: has {CONFIG} and no {WEIGHTS}/")
+            raise CheckpointError(f"{directory}: has {CONFIG_FILE} and no {WEIGHTS}/")
         with _reported(self._weights):
             found = ocp.PyTreeCheckpointer().metadata(self._weights).item_metadata
             stored = {
@@ -105,29 +102,19 @@ class OrbaxCheckpoint:
 
 def is_orbax(path: Path) -> bool:
     """Whether a directory is one that :func:`write` made."""
-    return (path / CONFIG).is_file()
+    return (path / CONFIG_FILE).is_file()
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The architecture in an Orbax directory.
+    """Reads the architecture of an Orbax directory, after a check of its digest.
 
     Raises:
         CheckpointError: it is no JSON, of another format, or lacks a field or has one too many.
         ConfigError: a value is not possible.
     """
-    file = path / CONFIG
     if listed := digests.read_manifest(path):
-        digests.check(path, {name: listed[name] for name in listed if name == CONFIG}, _memory())
-    try:
-        raw = json.loads(file.read_text())
-        version = raw.pop("format")
-        if version != _FORMAT:
-            raise CheckpointError(f"{file}: is of format {version!r}; this tpjax reads {_FORMAT}")
-        return _decoded(ModelConfig, raw)
-    except (OSError, ValueError, RecursionError, TypeError, AttributeError, KeyError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise CheckpointError(f"{file}: is not a configuration of tpjax: {error!r}") from error
+        digests.check(path, {name: listed[name] for name in listed if name == CONFIG_FILE}, _memory())
+    return config_file.read_config(path / CONFIG_FILE)
 
 
 def check_files(directory: Path) -> None:
@@ -229,7 +216,7 @@ def write(directory: Path, config: ModelConfig, tensors: Mapping[str, np.ndarray
     """
     import orbax.checkpoint as ocp
 
-    (directory / CONFIG).write_text(json.dumps({"format": _FORMAT, **asdict(config)}, indent=1) + "\n")
+    config_file.write_config(directory, config)
     chunks = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in tensors}
     with _write_errors(directory), ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save((directory / WEIGHTS).absolute(), dict(tensors), save_args=chunks)
@@ -261,21 +248,6 @@ def _write_errors(directory: Path) -> Iterator[None]:
         sys.unraisablehook = hook
     finally:
         absl.setLevel(level)
-
-
-def _decoded(kind: type[T], raw: dict[str, Any]) -> T:
-    """A configuration from JSON: objects where its fields are configurations too, tuples for arrays."""
-    hints = get_type_hints(kind)
-    declared = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    if wrong := sorted(declared ^ set(raw)):
-        raise CheckpointError(f"{kind.__name__} and the file do not both have {', '.join(wrong)}")
-    values: dict[str, Any] = {}
-    for name, value in raw.items():
-        nested = next((part for part in (hints[name], *get_args(hints[name])) if is_dataclass(part)), None)
-        if isinstance(value, dict) and nested is not None:
-            value = _decoded(nested, value)  # type: ignore[arg-type]
-        values[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**values)
 
 
 @contextmanager

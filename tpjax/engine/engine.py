@@ -109,7 +109,7 @@ class Engine:
             EngineError: the engine is closed.
         """
         self.check_open()
-        request.rope_scaling_key = self.runner.config.rope_scaling_key(request.max_length)
+        request.rope_scaling_key = self.runner.config.rope.scaling_key(request.max_length)
         self.scheduler.add(request)
 
     def cancel(self, request: Request) -> None:

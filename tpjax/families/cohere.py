@@ -4,28 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from tpjax.config import ModelConfig
-from tpjax.families.config_reader import Fields, full_attention_every, layer_types_of
+from tpjax.config import ModelConfig, RopeConfig
+from tpjax.families.config_reader import Fields, attention_biases, full_attention_every, layer_types_of
 from tpjax.families.family import Family
 from tpjax.families.llama import llama_like
 from tpjax.families.rope_variants import rope_of
 from tpjax.families.tensor_names import WeightMap, interleaved
 
 
-def _parallel(fields: Fields, **differences: Any) -> ModelConfig:
+def _parallel(fields: Fields, *, attention: dict[str, Any], **model: Any) -> ModelConfig:
     """What both generations share: attention and MLP side by side, layer norms, a scale on the logits."""
-    bias = fields.boolean("attention_bias", False)
     return llama_like(
         fields,
         context=8192,
-        norm="layer",
-        norm_eps=fields.number("layer_norm_eps", 1e-5),
+        attention={**attention, **attention_biases(fields)},
+        norm={"kind": "layer", "eps": fields.number("layer_norm_eps", 1e-5)},
         block="parallel",
         tie_word_embeddings=fields.boolean("tie_word_embeddings", True),
         logit_scale=fields.number("logit_scale", 0.0625),
-        attention_bias=bias,
-        attention_out_bias=bias,
-        **differences,
+        **model,
     )
 
 
@@ -34,8 +31,8 @@ def _cohere(fields: Fields) -> ModelConfig:
     return _parallel(
         fields,
         model_type="cohere",
-        rope=rope_of(fields, context, 500_000.0),
-        qk_norm="each_head" if fields.boolean("use_qk_norm", False) else "none",
+        attention={"qk_norm": "each_head" if fields.boolean("use_qk_norm", False) else "none"},
+        rope=RopeConfig(full=rope_of(fields, context, 500_000.0)),
     )
 
 
@@ -54,21 +51,24 @@ def _cohere2(fields: Fields) -> ModelConfig:
     for name, supported in described.items():
         fields.require(name, *supported)
     types = layer_types_of(fields, full_attention_every(pattern, fields.integer("num_hidden_layers")))
+    context = fields.integer("max_position_embeddings", 8192)
     return _parallel(
         fields,
         model_type="cohere2",
-        layer_types=types,
-        rope_layers=tuple(kind == "sliding_attention" for kind in types),
-        sliding_window=fields.integer("sliding_window", 4096),
+        attention={"layer_types": types, "sliding_window": fields.integer("sliding_window", 4096)},
+        rope=RopeConfig(
+            full=rope_of(fields, context), layers=tuple(kind == "sliding_attention" for kind in types)
+        ),
     )
 
 
 def _names(config: ModelConfig) -> WeightMap:
-    heads = {"q": config.num_heads, "k": config.num_kv_heads}
+    attention = config.attention
+    heads = {"q": attention.num_heads, "k": attention.num_kv_heads}
     return WeightMap(
         {
             f"self_attn.{name}_{part}": interleaved(
-                f"self_attn.{name}_{part}", count, config.head_dim, by_head=part == "norm"
+                f"self_attn.{name}_{part}", count, attention.head_dim, by_head=part == "norm"
             )
             for name, count in heads.items()
             for part in ("proj", "norm")

@@ -174,9 +174,15 @@ def full_attention_in_all_layers(layers: int) -> tuple[LayerType, ...]:
 
 
 def window_in_all_layers(window: int | None, num_layers: int) -> dict[str, Any]:
-    """Returns the settings of a model whose layers all have the same window, in tokens, or none."""
+    """Returns settings of ``AttentionConfig`` if all layers have the same window, in tokens, or none."""
     kind: LayerType = "full_attention" if window is None else "sliding_attention"
     return {"sliding_window": window, "layer_types": (kind,) * num_layers}
+
+
+def attention_biases(fields: Fields, default: bool = False) -> dict[str, bool]:
+    """Reads ``attention_bias`` as settings of ``AttentionConfig``: biases of q, k, v and of ``o_proj``."""
+    bias = fields.boolean("attention_bias", default)
+    return {"bias": bias, "out_bias": bias}
 
 
 def num_experts_of(fields: Fields) -> int:

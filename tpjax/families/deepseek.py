@@ -6,23 +6,23 @@ import math
 
 import numpy as np
 
-from tpjax.config import LatentConfig, ModelConfig, MoEConfig, check_size
-from tpjax.families.config_reader import Fields
+from tpjax.config import LatentConfig, ModelConfig, MoEConfig, RopeConfig, check_size
+from tpjax.families.config_reader import Fields, attention_biases
 from tpjax.families.family import Family
 from tpjax.families.llama import llama_like
-from tpjax.families.rope_variants import rope_section
+from tpjax.families.rope_variants import rope_of, rope_section
 from tpjax.families.tensor_names import TensorMapping, WeightMap
 
 
 def _deepseek_v3(fields: Fields) -> ModelConfig:
     heads, layers = fields.integer("num_attention_heads"), fields.integer("num_hidden_layers")
-    turning, fixed = fields.integer("qk_rope_head_dim", 64), fields.integer("qk_nope_head_dim", 128)
-    for name, size in (("qk_rope_head_dim", turning), ("qk_nope_head_dim", fixed)):
+    rotating, plain = fields.integer("qk_rope_head_dim", 64), fields.integer("qk_nope_head_dim", 128)
+    for name, size in (("qk_rope_head_dim", rotating), ("qk_nope_head_dim", plain)):
         check_size(name, size)
     # said once more in newer files; the code published with the weights has no choice in the others
     supported = {
-        "head_dim": turning,
-        "qk_head_dim": turning + fixed,
+        "head_dim": rotating,
+        "qk_head_dim": rotating + plain,
         "num_key_value_heads": heads,
         "rope_interleave": True,
         "moe_layer_freq": 1,
@@ -33,21 +33,24 @@ def _deepseek_v3(fields: Fields) -> ModelConfig:
         fields.require(name, value)
     # devices, losses of the training, layers that predict further tokens: nothing of the next token's logits
     fields.read.update({"ep_size", "aux_loss_alpha", "seq_aux", "num_nextn_predict_layers", "num_mtp_layers"})
-    bias = fields.boolean("attention_bias", False)
+    latent = LatentConfig(
+        q_lora_rank=fields.nullable("q_lora_rank", 1536),
+        kv_lora_rank=fields.integer("kv_lora_rank", 512),
+        v_head_dim=fields.integer("v_head_dim", 128),
+    )
     return llama_like(
         fields,
         context=4096,
-        default_head_dim=turning + fixed,
+        default_head_dim=rotating + plain,
         model_type="deepseek_v3",
-        head_dim=turning + fixed,
-        rotary_dim=turning,
-        query_scale=(turning + fixed) ** -0.5 * _attention_scale(fields) ** 2,
-        attention_bias=bias,
-        attention_out_bias=bias,
-        latent=LatentConfig(
-            q_lora_rank=fields.nullable("q_lora_rank", 1536),
-            kv_lora_rank=fields.integer("kv_lora_rank", 512),
-            v_head_dim=fields.integer("v_head_dim", 128),
+        attention={
+            "head_dim": rotating + plain,
+            "query_scale": (rotating + plain) ** -0.5 * _attention_scale(fields) ** 2,
+            "latent": latent,
+            **attention_biases(fields),
+        },
+        rope=RopeConfig(
+            full=rope_of(fields, fields.integer("max_position_embeddings", 4096)), rotary_dim=rotating
         ),
         moe=_moe(fields, layers),
     )
@@ -78,12 +81,13 @@ def _attention_scale(fields: Fields) -> float:
 
 
 def _names(config: ModelConfig) -> WeightMap:
-    assert config.latent is not None
-    fixed, rank = config.head_dim - config.rotated_dim, config.latent.kv_lora_rank
-    queries = "q_proj" if config.latent.q_lora_rank is None else "q_b_proj"
+    attention, latent = config.attention, config.attention.latent
+    assert latent is not None
+    plain, rank = attention.head_dim - config.rotated_dim, latent.kv_lora_rank
+    queries = "q_proj" if latent.q_lora_rank is None else "q_b_proj"
     return WeightMap(
         modules={
-            f"self_attn.{queries}": _pairs_last(f"self_attn.{queries}", config.num_heads, fixed, config),
+            f"self_attn.{queries}": _pairs_last(f"self_attn.{queries}", attention.num_heads, plain, config),
             "self_attn.kv_a_proj_with_mqa": _pairs_last("self_attn.kv_a_proj_with_mqa", 1, rank, config),
             **{
                 f"mlp.shared_expert.{name}_proj": TensorMapping(f"mlp.shared_experts.{name}_proj")

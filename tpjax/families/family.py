@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from tpjax.config import ModelConfig
-from tpjax.families.config_reader import Fields
+from tpjax.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig, RopeConfig
+from tpjax.families.config_reader import Fields, full_attention_in_all_layers
 from tpjax.families.gguf_metadata import GGUFView
 from tpjax.families.tensor_names import TensorMapping, WeightMap
 
@@ -50,3 +51,44 @@ class Family:
     config: Callable[[Fields], ModelConfig]
     names: Callable[[ModelConfig], WeightMap] = lambda config: WeightMap()
     gguf: tuple[GGUFArchitecture, ...] = ()
+
+
+def model_config(
+    sizes: Mapping[str, Any],
+    *,
+    attention: Mapping[str, Any],
+    rope: RopeConfig,
+    mlp: Mapping[str, Any],
+    norm: Mapping[str, Any],
+    **model: Any,
+) -> ModelConfig:
+    """Builds a configuration from sizes and, group by group, what else the family sets.
+
+    Args:
+        sizes: of the whole model, by their names in ``ModelConfig`` and its groups.
+        attention: fields of ``AttentionConfig``. Unless they are given, ``query_scale`` is the inverse square
+            root of ``head_dim`` and every layer has full attention.
+        rope: the rotary embedding.
+        mlp: fields of ``MLPConfig``.
+        norm: fields of ``NormConfig``.
+        **model: other fields of ``ModelConfig``.
+
+    Raises:
+        ConfigError: the fields contradict each other.
+    """
+
+    def own(*names: str) -> dict[str, Any]:
+        return {name: sizes[name] for name in names}
+
+    usual = {
+        "query_scale": sizes["head_dim"] ** -0.5,
+        "layer_types": full_attention_in_all_layers(sizes["num_layers"]),
+    }
+    return ModelConfig(
+        **own("vocab_size", "hidden_size", "num_layers", "max_position_embeddings"),
+        attention=AttentionConfig(**{**own("num_heads", "num_kv_heads", "head_dim"), **usual, **attention}),
+        rope=rope,
+        mlp=MLPConfig(**own("intermediate_size"), **mlp),
+        norm=NormConfig(**norm),
+        **model,
+    )

@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tpjax.config import ModelConfig, RopeConfig, check_positive
+from tpjax.config import Activation, ModelConfig, RopeConfig, RopeParameters, check_positive
 from tpjax.errors import ConfigError
 from tpjax.families.config_reader import (
     Fields,
     activation_of,
+    attention_biases,
     full_attention_every,
-    full_attention_in_all_layers,
     layer_types_of,
     sizes_of,
 )
-from tpjax.families.family import Family, GGUFArchitecture
+from tpjax.families.family import Family, GGUFArchitecture, model_config
 from tpjax.families.gguf_metadata import GGUFView, gguf_sizes
 from tpjax.families.llama import GGUF_LAYER
 from tpjax.families.rope_variants import gguf_rope, rope_from, rope_of
@@ -24,25 +24,30 @@ from tpjax.families.tensor_names import TensorMapping, WeightMap
 
 
 def _gemma(
-    sizes: dict[str, Any], *, eps: float, tied: bool, query_scalar: float, **differences: Any
+    sizes: dict[str, Any],
+    *,
+    eps: float,
+    tied: bool,
+    query_scalar: float,
+    attention: dict[str, Any],
+    rope: RopeConfig,
+    activation: Activation = "gelu_tanh",
+    **model: Any,
 ) -> ModelConfig:
-    """What all of Gemma shares."""
-    return ModelConfig(
-        **{
-            **sizes,
-            "norm_eps": eps,
-            "norm_offset": 1.0,
-            "tie_word_embeddings": tied,
-            "activation": "gelu_tanh",
-            "embedding_scale": sizes["hidden_size"] ** 0.5,
-            "query_scale": query_scalar**-0.5,
-            **differences,
-        }
+    """Builds what all of Gemma shares; the rest is as in ``model_config``."""
+    return model_config(
+        sizes,
+        attention={"query_scale": query_scalar**-0.5, **attention},
+        rope=rope,
+        mlp={"activation": activation},
+        norm={"eps": eps, "offset": 1.0},
+        tie_word_embeddings=tied,
+        embedding_scale=sizes["hidden_size"] ** 0.5,
+        **model,
     )
 
 
 def _shared(fields: Fields, sizes: dict[str, Any], activation: str) -> dict[str, Any]:
-    bias = fields.boolean("attention_bias", False)
     scalar = sizes["head_dim"]
     if activation == "hidden_activation":
         scalar = fields.number("query_pre_attn_scalar", 256)
@@ -52,8 +57,6 @@ def _shared(fields: Fields, sizes: dict[str, Any], activation: str) -> dict[str,
         "tied": fields.boolean("tie_word_embeddings", True),
         "query_scalar": scalar,
         "activation": activation_of(fields, activation, "gelu_pytorch_tanh"),
-        "attention_bias": bias,
-        "attention_out_bias": bias,
     }
 
 
@@ -66,8 +69,8 @@ def _gemma1(fields: Fields) -> ModelConfig:
     return _gemma(
         sizes,
         model_type="gemma",
-        rope=rope_of(fields, sizes["max_position_embeddings"]),
-        layer_types=full_attention_in_all_layers(sizes["num_layers"]),
+        attention=attention_biases(fields),
+        rope=RopeConfig(full=rope_of(fields, sizes["max_position_embeddings"])),
         **shared,
     )
 
@@ -78,11 +81,14 @@ def _gemma2(fields: Fields) -> ModelConfig:
     return _gemma(
         sizes,
         model_type="gemma2",
-        rope=rope_of(fields, sizes["max_position_embeddings"]),
-        layer_types=layer_types_of(fields, full_attention_every(2, sizes["num_layers"])),
-        sliding_window=fields.integer("sliding_window", 4096),
+        attention={
+            "softcap": fields.nullable("attn_logit_softcapping", 50.0),
+            "layer_types": layer_types_of(fields, full_attention_every(2, sizes["num_layers"])),
+            "sliding_window": fields.integer("sliding_window", 4096),
+            **attention_biases(fields),
+        },
+        rope=RopeConfig(full=rope_of(fields, sizes["max_position_embeddings"])),
         block="sandwich",
-        attn_softcap=fields.nullable("attn_logit_softcapping", 50.0),
         logit_softcap=fields.nullable("final_logit_softcapping", 30.0),
         **_shared(fields, sizes, "hidden_activation"),
     )
@@ -105,13 +111,17 @@ def _gemma3_text(fields: Fields) -> ModelConfig:
     return _gemma(
         sizes,
         model_type="gemma3_text",
-        rope=rope_from(full, theta, context),
-        rope_sliding=rope_from(sliding, local_theta, context),
-        layer_types=layer_types_of(fields, full_attention_every(pattern, sizes["num_layers"])),
-        sliding_window=fields.integer("sliding_window", 4096),
+        attention={
+            "softcap": fields.get("attn_logit_softcapping", None),
+            "qk_norm": "head",
+            "layer_types": layer_types_of(fields, full_attention_every(pattern, sizes["num_layers"])),
+            "sliding_window": fields.integer("sliding_window", 4096),
+            **attention_biases(fields),
+        },
+        rope=RopeConfig(
+            full=rope_from(full, theta, context), sliding=rope_from(sliding, local_theta, context)
+        ),
         block="sandwich",
-        qk_norm="head",
-        attn_softcap=fields.get("attn_logit_softcapping", None),
         logit_softcap=fields.get("final_logit_softcapping", None),
         **_shared(fields, sizes, "hidden_activation"),
     )
@@ -180,11 +190,13 @@ def _gguf_gemma2(view: GGUFView) -> ModelConfig:
         eps=view.get("attention.layer_norm_rms_epsilon"),
         tied=view.tied,
         query_scalar=_gguf_query_scalar(sizes, 46),
-        rope=gguf_rope(view, 10_000.0),
-        layer_types=full_attention_every(2, sizes["num_layers"]),
-        sliding_window=view.get("attention.sliding_window", 4096),
+        attention={
+            "softcap": view.get("attn_logit_softcapping", 50.0),
+            "layer_types": full_attention_every(2, sizes["num_layers"]),
+            "sliding_window": view.get("attention.sliding_window", 4096),
+        },
+        rope=RopeConfig(full=gguf_rope(view, 10_000.0)),
         block="sandwich",
-        attn_softcap=view.get("attn_logit_softcapping", 50.0),
         logit_softcap=view.get("final_logit_softcapping", 30.0),
     )
 
@@ -197,12 +209,13 @@ def _gguf_gemma3(view: GGUFView) -> ModelConfig:
         eps=view.get("attention.layer_norm_rms_epsilon"),
         tied=view.tied,
         query_scalar=_gguf_query_scalar(sizes, 62),
-        rope=gguf_rope(view, 1_000_000.0),
-        rope_sliding=RopeConfig(theta=10_000.0),
-        layer_types=full_attention_every(6, sizes["num_layers"]),
-        sliding_window=view.get("attention.sliding_window"),
+        attention={
+            "qk_norm": "head",
+            "layer_types": full_attention_every(6, sizes["num_layers"]),
+            "sliding_window": view.get("attention.sliding_window"),
+        },
+        rope=RopeConfig(full=gguf_rope(view, 1_000_000.0), sliding=RopeParameters(theta=10_000.0)),
         block="sandwich",
-        qk_norm="head",
     )
 
 

@@ -9,17 +9,18 @@ from tpjax.errors import ConfigError
 from tpjax.families.config_reader import (
     Fields,
     activation_of,
+    attention_biases,
     checked_sizes,
-    full_attention_in_all_layers,
     sizes_of,
     window_in_all_layers,
 )
-from tpjax.families.family import Family
+from tpjax.families.family import Family, model_config
 from tpjax.families.llama import llama_like
 from tpjax.families.rope_variants import partial_rope_of
 from tpjax.families.tensor_names import TensorMapping, WeightMap, fused_qkv_by_head, slices
 
-_GPT: dict[str, Any] = {"norm": "layer", "norm_bias": True, "gated_mlp": False}
+_NORM: dict[str, Any] = {"kind": "layer", "bias": True}
+_BIASES = {"bias": True, "out_bias": True}
 
 
 def _gpt2(fields: Fields) -> ModelConfig:
@@ -30,27 +31,27 @@ def _gpt2(fields: Fields) -> ModelConfig:
     if hidden % heads:
         raise ConfigError(f"{fields.where}: n_head={heads} is not a divisor of n_embd={hidden}")
     layers, head_dim = fields.integer("n_layer", 12), hidden // heads
-    return ModelConfig(
+    sizes = {
+        "vocab_size": fields.integer("vocab_size", 50_257),
+        "hidden_size": hidden,
+        "intermediate_size": fields.integer("n_inner", 4 * hidden),
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": positions,
+    }
+    query_scale = head_dim**-0.5 if fields.boolean("scale_attn_weights", True) else 1.0
+    activation = activation_of(fields, "activation_function", "gelu_new")
+    return model_config(
+        sizes,
         model_type="gpt2",
-        vocab_size=fields.integer("vocab_size", 50_257),
-        hidden_size=hidden,
-        intermediate_size=fields.integer("n_inner", 4 * hidden),
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=head_dim,
-        max_position_embeddings=positions,
-        norm_eps=fields.number("layer_norm_epsilon", 1e-5),
-        position_embedding="learned",
+        attention={"query_scale": query_scale, **_BIASES},
         rope=RopeConfig(),
-        layer_types=full_attention_in_all_layers(layers),
-        query_scale=head_dim**-0.5 if fields.boolean("scale_attn_weights", True) else 1.0,
-        attention_bias=True,
-        attention_out_bias=True,
-        activation=activation_of(fields, "activation_function", "gelu_new"),
-        mlp_bias=True,
+        mlp={"gated": False, "activation": activation, "bias": True},
+        norm={**_NORM, "eps": fields.number("layer_norm_epsilon", 1e-5)},
+        position_embedding="learned",
         tie_word_embeddings=fields.boolean("tie_word_embeddings", True),
-        **_GPT,
     )
 
 
@@ -80,24 +81,20 @@ def _gpt_neox(fields: Fields) -> ModelConfig:
     sizes = sizes_of(fields)
     theta, share = fields.number("rotary_emb_base", 10_000.0), fields.number("rotary_pct", 0.25)
     rope, share = partial_rope_of(fields, sizes["max_position_embeddings"], theta, share)
-    bias = fields.boolean("attention_bias", True)
     return llama_like(
         fields,
         model_type="gpt_neox",
-        norm_eps=fields.number("layer_norm_eps", 1e-5),
+        attention=attention_biases(fields, default=True),
+        rope=RopeConfig(full=rope, rotary_dim=int(sizes["head_dim"] * share)),
+        mlp={"gated": False, "activation": activation_of(fields, "hidden_act", "gelu"), "bias": True},
+        norm={**_NORM, "eps": fields.number("layer_norm_eps", 1e-5)},
         block="parallel_two_norms" if fields.boolean("use_parallel_residual", True) else "pre",
-        rope=rope,
-        rotary_dim=int(sizes["head_dim"] * share),
-        attention_bias=bias,
-        attention_out_bias=bias,
-        activation=activation_of(fields, "hidden_act", "gelu"),
-        mlp_bias=True,
-        **_GPT,
     )
 
 
 def _gpt_neox_names(config: ModelConfig) -> WeightMap:
-    q, k, v = fused_qkv_by_head("attention.query_key_value", config.num_heads, config.head_dim)
+    attention = config.attention
+    q, k, v = fused_qkv_by_head("attention.query_key_value", attention.num_heads, attention.head_dim)
     return WeightMap(
         {
             "embed_tokens": TensorMapping("embed_in"),
@@ -128,18 +125,16 @@ def _starcoder2(fields: Fields) -> ModelConfig:
     for name, supported in described.items():
         fields.require(name, *supported)
     bias, window = fields.boolean("use_bias", True), fields.integer("sliding_window", None)
+    windows = window_in_all_layers(window, fields.integer("num_hidden_layers"))
+    activation = activation_of(fields, "hidden_act", "gelu_pytorch_tanh")
     return llama_like(
         fields,
         context=4096,
         model_type="starcoder2",
-        norm_eps=fields.number("norm_epsilon", 1e-5),
-        **window_in_all_layers(window, fields.integer("num_hidden_layers")),
-        attention_bias=bias,
-        attention_out_bias=bias,
-        activation=activation_of(fields, "hidden_act", "gelu_pytorch_tanh"),
-        mlp_bias=bias,
+        attention={**windows, "bias": bias, "out_bias": bias},
+        mlp={"gated": False, "activation": activation, "bias": bias},
+        norm={**_NORM, "eps": fields.number("norm_epsilon", 1e-5)},
         tie_word_embeddings=fields.boolean("tie_word_embeddings", True),
-        **_GPT,
     )
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from tpjax.config import LayerType, ModelConfig, MoEConfig
-from tpjax.families.config_reader import Fields, layer_types_of, num_experts_of
+from tpjax.config import LayerType, ModelConfig, MoEConfig, RopeConfig
+from tpjax.families.config_reader import Fields, attention_biases, layer_types_of, num_experts_of
 from tpjax.families.family import Family
 from tpjax.families.llama import llama_like
 from tpjax.families.rope_variants import rope_of
@@ -26,8 +26,9 @@ _GPT_OSS_ROPE = {
 def _gpt_oss(fields: Fields) -> ModelConfig:
     fields.require("hidden_act", "silu")
     fields.read |= {"initial_context_length"}  # the rope's original context, once more
-    layers, bias = fields.integer("num_hidden_layers"), fields.boolean("attention_bias", True)
-    context, per_token = 131_072, fields.integer("num_experts_per_tok", 4)
+    layers, per_token = fields.integer("num_hidden_layers"), fields.integer("num_experts_per_tok", 4)
+    context = fields.integer("max_position_embeddings", 131_072)
+    rope = rope_of(fields, context, 150_000.0, default=_GPT_OSS_ROPE)
     fields.require("experts_per_token", per_token)
     default: tuple[LayerType, ...] = tuple(
         "full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)
@@ -37,15 +38,14 @@ def _gpt_oss(fields: Fields) -> ModelConfig:
         model_type="gpt_oss",
         context=context,
         default_head_dim=64,
-        norm_eps=fields.number("rms_norm_eps", 1e-5),
-        rope=rope_of(
-            fields, fields.integer("max_position_embeddings", context), 150_000.0, default=_GPT_OSS_ROPE
-        ),
-        layer_types=layer_types_of(fields, default),
-        sliding_window=fields.integer("sliding_window", 128),
-        attention_bias=bias,
-        attention_out_bias=bias,
-        attention_sinks=True,
+        attention={
+            "sinks": True,
+            "layer_types": layer_types_of(fields, default),
+            "sliding_window": fields.integer("sliding_window", 128),
+            **attention_biases(fields, default=True),
+        },
+        rope=RopeConfig(full=rope),
+        norm={"eps": fields.number("rms_norm_eps", 1e-5)},
         moe=MoEConfig(
             num_experts=num_experts_of(fields),
             experts_per_token=per_token,

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from tpjax.config import ModelConfig, brief
+from tpjax.config import ModelConfig, RopeConfig, brief
 from tpjax.errors import ConfigError
 from tpjax.families.config_reader import (
     Fields,
     activation_of,
-    full_attention_in_all_layers,
+    attention_biases,
     layer_types_of,
     sizes_of,
     window_in_all_layers,
 )
-from tpjax.families.family import Family, GGUFArchitecture
+from tpjax.families.family import Family, GGUFArchitecture, model_config
 from tpjax.families.gguf_metadata import GGUFView, gguf_sizes
 from tpjax.families.rope_variants import gguf_rope, rope_of
 from tpjax.families.tensor_names import TensorMapping, interleaved
@@ -34,45 +34,58 @@ GGUF_LAYER = {
 
 
 def llama_like(
-    fields: Fields, *, context: int = 2048, default_head_dim: int | None = None, **differences: Any
+    fields: Fields,
+    *,
+    context: int = 2048,
+    default_head_dim: int | None = None,
+    attention: Mapping[str, Any] | None = None,
+    rope: RopeConfig | None = None,
+    mlp: Mapping[str, Any] | None = None,
+    norm: Mapping[str, Any] | None = None,
+    **model: Any,
 ) -> ModelConfig:
-    """What most families share with Llama, by Llama's field names.
+    """Reads what most families share with Llama, by Llama's field names, unless the family has set it.
 
     Args:
-        fields: of the configuration.
-        context: ``max_position_embeddings`` where the configuration leaves it out.
-        default_head_dim: ``head_dim`` likewise; ``None``: what the heads share of the hidden size.
-        **differences: fields of ``ModelConfig`` that the family sets otherwise.
+        fields: fields of ``config.json``.
+        context: default of ``max_position_embeddings``, tokens.
+        default_head_dim: default of ``head_dim``; ``None``: ``hidden_size`` over the number of heads.
+        attention: fields of ``AttentionConfig`` that the family sets.
+        rope: the rotary embedding; ``None``: as Llama's.
+        mlp: fields of ``MLPConfig`` that the family sets.
+        norm: fields of ``NormConfig`` that the family sets.
+        **model: other fields of ``ModelConfig`` that the family sets.
+
+    Raises:
+        ConfigError: a field is missing, malformed or contradicts another.
     """
     sizes = sizes_of(fields, context=context, head_dim=default_head_dim)
-    shared: dict[str, Callable[[], Any]] = {
-        "norm_eps": lambda: fields.number("rms_norm_eps", 1e-6),
-        "rope": lambda: rope_of(fields, sizes["max_position_embeddings"]),
-        "layer_types": lambda: full_attention_in_all_layers(sizes["num_layers"]),
-        "tie_word_embeddings": lambda: fields.boolean("tie_word_embeddings", False),
-        "activation": lambda: activation_of(fields, "hidden_act", "silu"),
-        "query_scale": lambda: sizes["head_dim"] ** -0.5,
-    }
-    read = {name: of() for name, of in shared.items() if name not in differences}
-    return ModelConfig(**{**sizes, **read, **differences})
+    mlp, norm = dict(mlp or {}), dict(norm or {})
+    # a field counts as known only if its family reads it: what is set already must not be read here
+    if "eps" not in norm:
+        norm["eps"] = fields.number("rms_norm_eps", 1e-6)
+    if rope is None:
+        rope = RopeConfig(full=rope_of(fields, sizes["max_position_embeddings"]))
+    if "tie_word_embeddings" not in model:
+        model["tie_word_embeddings"] = fields.boolean("tie_word_embeddings", False)
+    if "activation" not in mlp:
+        mlp["activation"] = activation_of(fields, "hidden_act", "silu")
+    return model_config(sizes, attention=attention or {}, rope=rope, mlp=mlp, norm=norm, **model)
 
 
-def _biases(fields: Fields) -> dict[str, bool]:
-    bias = fields.boolean("attention_bias", False)
-    return {"attention_bias": bias, "attention_out_bias": bias}
+def _mlp_bias(fields: Fields) -> dict[str, bool]:
+    return {"bias": fields.boolean("mlp_bias", False)}
 
 
 def _llama(fields: Fields) -> ModelConfig:
     fields.require("rope_interleaved", False)
-    return llama_like(
-        fields, model_type="llama", mlp_bias=fields.boolean("mlp_bias", False), **_biases(fields)
-    )
+    return llama_like(fields, model_type="llama", attention=attention_biases(fields), mlp=_mlp_bias(fields))
 
 
 def _mistral(fields: Fields) -> ModelConfig:
     window = fields.nullable("sliding_window", 4096)  # null means no window, absent the default
     windows = window_in_all_layers(window, fields.integer("num_hidden_layers"))
-    return llama_like(fields, model_type="mistral", **windows)
+    return llama_like(fields, model_type="mistral", attention=windows)
 
 
 def _granite(fields: Fields) -> ModelConfig:
@@ -81,11 +94,10 @@ def _granite(fields: Fields) -> ModelConfig:
         fields,
         model_type="granite",
         embedding_scale=fields.number("embedding_multiplier", 1.0),
-        query_scale=fields.number("attention_multiplier", 1.0),
+        attention={"query_scale": fields.number("attention_multiplier", 1.0), **attention_biases(fields)},
         residual_scale=fields.number("residual_multiplier", 1.0),
         logit_scale=1 / scaling if scaling else 0.0,
-        mlp_bias=fields.boolean("mlp_bias", False),
-        **_biases(fields),
+        mlp=_mlp_bias(fields),
     )
 
 
@@ -93,10 +105,9 @@ def _olmo2(fields: Fields) -> ModelConfig:
     return llama_like(
         fields,
         model_type="olmo2",
-        norm_eps=fields.number("rms_norm_eps", 1e-5),
+        attention={"qk_norm": "projection", **attention_biases(fields)},
+        norm={"eps": fields.number("rms_norm_eps", 1e-5)},
         block="post",
-        qk_norm="projection",
-        **_biases(fields),
     )
 
 
@@ -118,13 +129,32 @@ def _smollm3(fields: Fields) -> ModelConfig:
         fields,
         model_type="smollm3",
         context=32_768,
-        rope=rope_of(fields, context, 2_000_000.0),
-        rope_layers=tuple(bool(flag) for flag in rotate),
-        layer_types=types,
-        sliding_window=window,
+        attention={"layer_types": types, "sliding_window": window, **attention_biases(fields)},
+        rope=RopeConfig(
+            full=rope_of(fields, context, 2_000_000.0), layers=tuple(bool(flag) for flag in rotate)
+        ),
+        mlp=_mlp_bias(fields),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", True),
-        mlp_bias=fields.boolean("mlp_bias", False),
-        **_biases(fields),
+    )
+
+
+def gguf_llama_like(
+    view: GGUFView,
+    *,
+    attention: Mapping[str, Any],
+    rope: RopeConfig | None = None,
+    mlp: Mapping[str, Any] | None = None,
+    **model: Any,
+) -> ModelConfig:
+    """Reads what most GGUF architectures share with Llama; the rest is set as in :func:`llama_like`."""
+    return model_config(
+        gguf_sizes(view),
+        attention=attention,
+        rope=rope or RopeConfig(full=gguf_rope(view, 10_000.0)),
+        mlp=mlp or {},
+        norm={"eps": view.get("attention.layer_norm_rms_epsilon")},
+        tie_word_embeddings=view.tied,
+        **model,
     )
 
 
@@ -137,25 +167,23 @@ def _gguf_llama(view: GGUFView) -> ModelConfig:
             f"GGUF rope.dimension_count={view.get('rope.dimension_count')} differs from "
             f"head_dim={sizes['head_dim']}: partial rotary embeddings are not supported"
         )
-    return ModelConfig(
+    return gguf_llama_like(
+        view,
         model_type="llama",
-        **sizes,
-        norm_eps=view.get("attention.layer_norm_rms_epsilon"),
-        rope=gguf_rope(view, 10_000.0),
-        layer_types=full_attention_in_all_layers(sizes["num_layers"]),
-        tie_word_embeddings=view.tied,
-        query_scale=sizes["head_dim"] ** -0.5,
-        attention_bias="blk.0.attn_q.bias" in view.tensor_shapes,
-        attention_out_bias="blk.0.attn_output.bias" in view.tensor_shapes,
-        mlp_bias="blk.0.ffn_up.bias" in view.tensor_shapes,
+        attention={
+            "bias": "blk.0.attn_q.bias" in view.tensor_shapes,
+            "out_bias": "blk.0.attn_output.bias" in view.tensor_shapes,
+        },
+        mlp={"bias": "blk.0.ffn_up.bias" in view.tensor_shapes},
     )
 
 
 def _gguf_llama_modules(config: ModelConfig) -> Mapping[str, TensorMapping]:
+    attention = config.attention
     return {
         **GGUF_LAYER,
-        "self_attn.q_proj": interleaved("attn_q", config.num_heads, config.head_dim),
-        "self_attn.k_proj": interleaved("attn_k", config.num_kv_heads, config.head_dim),
+        "self_attn.q_proj": interleaved("attn_q", attention.num_heads, attention.head_dim),
+        "self_attn.k_proj": interleaved("attn_k", attention.num_kv_heads, attention.head_dim),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tpjax.config import ModelConfig, MoEConfig
+from tpjax.config import ModelConfig, MoEConfig, RopeConfig
 from tpjax.families.config_reader import Fields, window_in_all_layers
 from tpjax.families.family import Family
 from tpjax.families.llama import llama_like
@@ -16,8 +16,11 @@ def _mixtral(fields: Fields) -> ModelConfig:
         fields,
         model_type="mixtral",
         context=context,
-        norm_eps=fields.number("rms_norm_eps", 1e-5),
-        rope=rope_of(fields, fields.integer("max_position_embeddings", context), 1_000_000.0),
+        attention=window_in_all_layers(fields.nullable("sliding_window", None), layers),
+        rope=RopeConfig(
+            full=rope_of(fields, fields.integer("max_position_embeddings", context), 1_000_000.0)
+        ),
+        norm={"eps": fields.number("rms_norm_eps", 1e-5)},
         moe=MoEConfig(
             num_experts=fields.integer("num_local_experts", 8),
             experts_per_token=fields.integer("num_experts_per_tok", 2),
@@ -25,7 +28,6 @@ def _mixtral(fields: Fields) -> ModelConfig:
             sparse_layers=(True,) * layers,
             norm_topk_prob=True,
         ),
-        **window_in_all_layers(fields.nullable("sliding_window", None), layers),
     )
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tpjax.config import ModelConfig, RopeConfig
+from tpjax.config import ModelConfig, RopeConfig, RopeParameters
 from tpjax.families.config_reader import Fields, sizes_of, window_in_all_layers
 from tpjax.families.family import Family, GGUFArchitecture
 from tpjax.families.gguf_metadata import GGUFView, gguf_sizes
-from tpjax.families.llama import GGUF_LAYER, llama_like
+from tpjax.families.llama import GGUF_LAYER, gguf_llama_like, llama_like
 from tpjax.families.rope_variants import gguf_rope, longrope_attention_factor, partial_rope_of
 from tpjax.families.tensor_names import TensorMapping, WeightMap, slices
 
@@ -22,17 +22,17 @@ def _phi3(fields: Fields) -> ModelConfig:
         fields,
         context=4096,
         model_type="phi3",
-        norm_eps=fields.number("rms_norm_eps", 1e-5),
-        rope=rope,
-        rotary_dim=int(sizes["head_dim"] * share),
-        **window_in_all_layers(fields.integer("sliding_window", None) or None, sizes["num_layers"]),
+        rope=RopeConfig(full=rope, rotary_dim=int(sizes["head_dim"] * share)),
+        norm={"eps": fields.number("rms_norm_eps", 1e-5)},
+        attention=window_in_all_layers(fields.integer("sliding_window", None) or None, sizes["num_layers"]),
     )
 
 
 def _fused(config: ModelConfig, qkv: str, gate_up: str) -> dict[str, TensorMapping]:
-    kv = config.num_kv_heads * config.head_dim
-    q, k, v = slices(qkv, (config.num_heads * config.head_dim, kv, kv))
-    gate, up = slices(gate_up, (config.intermediate_size,) * 2)
+    attention = config.attention
+    kv = attention.num_kv_heads * attention.head_dim
+    q, k, v = slices(qkv, (attention.num_heads * attention.head_dim, kv, kv))
+    gate, up = slices(gate_up, (config.mlp.intermediate_size,) * 2)
     return {
         "self_attn.q_proj": q,
         "self_attn.k_proj": k,
@@ -52,7 +52,7 @@ def _gguf_phi3(view: GGUFView) -> ModelConfig:
     if view.rope_long_divisors is not None:
         original = view.get("rope.scaling.original_context_length")
         stretch = sizes["max_position_embeddings"] / original
-        rope = RopeConfig(
+        rope = RopeParameters(
             theta=rope.theta,
             kind="longrope",
             original_max_position_embeddings=original,
@@ -62,15 +62,11 @@ def _gguf_phi3(view: GGUFView) -> ModelConfig:
                 view.get("rope.scaling.attn_factor", None), stretch, original
             ),
         )
-    return ModelConfig(
+    return gguf_llama_like(
+        view,
         model_type="phi3",
-        **sizes,
-        norm_eps=view.get("attention.layer_norm_rms_epsilon"),
-        rope=rope,
-        rotary_dim=view.get("rope.dimension_count", sizes["head_dim"]),
-        tie_word_embeddings=view.tied,
-        query_scale=sizes["head_dim"] ** -0.5,
-        **window_in_all_layers(view.get("attention.sliding_window", 0) or None, sizes["num_layers"]),
+        attention=window_in_all_layers(view.get("attention.sliding_window", 0) or None, sizes["num_layers"]),
+        rope=RopeConfig(full=rope, rotary_dim=view.get("rope.dimension_count", sizes["head_dim"])),
     )
 
 

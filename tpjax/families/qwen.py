@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tpjax.config import LayerType, ModelConfig
-from tpjax.families.config_reader import Fields, full_attention_in_all_layers, layer_types_of
+from tpjax.families.config_reader import Fields, attention_biases, layer_types_of
 from tpjax.families.family import Family, GGUFArchitecture
-from tpjax.families.gguf_metadata import GGUFView, gguf_sizes
-from tpjax.families.llama import GGUF_LAYER, llama_like
-from tpjax.families.rope_variants import gguf_rope
+from tpjax.families.gguf_metadata import GGUFView
+from tpjax.families.llama import GGUF_LAYER, gguf_llama_like, llama_like
 from tpjax.families.tensor_names import TensorMapping
 
 
 def windows_of(fields: Fields) -> dict[str, Any]:
-    """Layer types and window: the first ``max_window_layers`` layers see everything, if any has a window."""
+    """Reads layer types and window: the first ``max_window_layers`` layers see everything, if any has one."""
     layers = fields.integer("num_hidden_layers")
     window = fields.nullable("sliding_window", 4096)
     first = fields.integer("max_window_layers", 28)
@@ -30,36 +30,25 @@ def windows_of(fields: Fields) -> dict[str, Any]:
 
 def _qwen2(fields: Fields) -> ModelConfig:
     fields.require("use_mrope", False)
-    return llama_like(fields, model_type="qwen2", context=32_768, attention_bias=True, **windows_of(fields))
+    return llama_like(
+        fields, model_type="qwen2", context=32_768, attention={"bias": True, **windows_of(fields)}
+    )
 
 
 def _qwen3(fields: Fields) -> ModelConfig:
-    bias = fields.boolean("attention_bias", False)
     return llama_like(
         fields,
         model_type="qwen3",
         context=32_768,
         default_head_dim=128,
-        qk_norm="head",
-        attention_bias=bias,
-        attention_out_bias=bias,
-        **windows_of(fields),
+        attention={"qk_norm": "head", **attention_biases(fields), **windows_of(fields)},
     )
 
 
-def gguf_qwen(view: GGUFView, **differences: Any) -> ModelConfig:
-    """What Qwen's GGUF architectures have in common, and fields of ``ModelConfig`` that one sets itself."""
-    sizes = gguf_sizes(view)
-    return ModelConfig(
-        **sizes,
-        norm_eps=view.get("attention.layer_norm_rms_epsilon"),
-        rope=gguf_rope(view, 10_000.0),
-        layer_types=full_attention_in_all_layers(sizes["num_layers"]),
-        tie_word_embeddings=view.tied,
-        query_scale=sizes["head_dim"] ** -0.5,
-        attention_bias="blk.0.attn_q.bias" in view.tensor_shapes,
-        **differences,
-    )
+def gguf_qwen(view: GGUFView, *, attention: Mapping[str, Any] | None = None, **model: Any) -> ModelConfig:
+    """Reads what Qwen's GGUF architectures share; the family sets the rest as in ``llama_like``."""
+    bias = "blk.0.attn_q.bias" in view.tensor_shapes
+    return gguf_llama_like(view, attention={"bias": bias, **(attention or {})}, **model)
 
 
 GGUF_QK_NORMS = {
@@ -85,7 +74,7 @@ FAMILIES = (
         gguf=(
             GGUFArchitecture(
                 "qwen3",
-                lambda view: gguf_qwen(view, model_type="qwen3", qk_norm="head"),
+                lambda view: gguf_qwen(view, model_type="qwen3", attention={"qk_norm": "head"}),
                 lambda config: {**GGUF_LAYER, **GGUF_QK_NORMS},
             ),
         ),

@@ -7,7 +7,13 @@ from typing import Any
 
 from tpjax.config import LayerType, ModelConfig, MoEConfig, brief, check_size
 from tpjax.errors import ConfigError
-from tpjax.families.config_reader import Fields, layer_types_of, num_experts_of, window_in_all_layers
+from tpjax.families.config_reader import (
+    Fields,
+    attention_biases,
+    layer_types_of,
+    num_experts_of,
+    window_in_all_layers,
+)
 from tpjax.families.family import Family, GGUFArchitecture
 from tpjax.families.gguf_metadata import GGUFView, gguf_sizes
 from tpjax.families.llama import GGUF_LAYER, llama_like
@@ -44,9 +50,11 @@ def _qwen2_moe(fields: Fields) -> ModelConfig:
         fields,
         model_type="qwen2_moe",
         context=32_768,
-        attention_bias=fields.boolean("qkv_bias", True),
-        layer_types=layer_types_of(fields, default),
-        sliding_window=window if windowed else None,
+        attention={
+            "bias": fields.boolean("qkv_bias", True),
+            "layer_types": layer_types_of(fields, default),
+            "sliding_window": window if windowed else None,
+        },
         moe=_qwen_moe(
             fields, shared_width=fields.integer("shared_expert_intermediate_size"), shared_gate=True
         ),
@@ -54,11 +62,10 @@ def _qwen2_moe(fields: Fields) -> ModelConfig:
 
 
 def _qwen3_moe(fields: Fields) -> ModelConfig:
-    bias = fields.boolean("attention_bias", False)
     fields.read |= {"max_window_layers"}  # every layer has the window, or none
     if not fields.boolean("use_sliding_window", False):
         fields.read |= {"sliding_window"}
-        windows = {}
+        windows: dict[str, Any] = {}
     else:
         window, layers = fields.nullable("sliding_window", None), fields.integer("num_hidden_layers")
         windows = window_in_all_layers(window, layers)
@@ -66,11 +73,8 @@ def _qwen3_moe(fields: Fields) -> ModelConfig:
         fields,
         model_type="qwen3_moe",
         context=32_768,
-        qk_norm="head",
-        attention_bias=bias,
-        attention_out_bias=bias,
+        attention={"qk_norm": "head", **attention_biases(fields), **windows},
         moe=_qwen_moe(fields),
-        **windows,
     )
 
 
@@ -78,7 +82,7 @@ def _gguf_qwen3moe(view: GGUFView) -> ModelConfig:
     return gguf_qwen(
         view,
         model_type="qwen3_moe",
-        qk_norm="head",
+        attention={"qk_norm": "head"},
         moe=MoEConfig(
             num_experts=view.get("expert_count"),
             experts_per_token=view.get("expert_used_count"),

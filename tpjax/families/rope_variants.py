@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpjax.config import (
-    RopeConfig,
     RopeKind,
+    RopeParameters,
     brief,
     check_choice,
     check_positive,
@@ -35,7 +35,7 @@ def rope_of(
     context: int,
     default_theta: float = 10_000.0,
     default: Mapping[str, Any] | None = None,
-) -> RopeConfig:
+) -> RopeParameters:
     """The rotary embedding of a family whose heads rotate whole; see :func:`partial_rope_of`."""
     rope, share = partial_rope_of(fields, context, default_theta, default=default)
     if share != 1:
@@ -49,7 +49,7 @@ def partial_rope_of(
     default_theta: float = 10_000.0,
     default_share: float = 1.0,
     default: Mapping[str, Any] | None = None,
-) -> tuple[RopeConfig, float]:
+) -> tuple[RopeParameters, float]:
     """The rotary embedding, and the share of a head's dimensions that rotate.
 
     From ``rope_parameters`` (transformers 5), or ``rope_theta``, ``partial_rotary_factor`` and
@@ -84,7 +84,7 @@ def rope_section(fields: Fields) -> Fields:
     return old if old.raw else new
 
 
-def rope_from(parameters: Fields, theta: float, context: int, original: int | None = None) -> RopeConfig:
+def rope_from(parameters: Fields, theta: float, context: int, original: int | None = None) -> RopeParameters:
     """A rotary embedding from its object of parameters.
 
     Args:
@@ -133,7 +133,7 @@ def rope_from(parameters: Fields, theta: float, context: int, original: int | No
             ),
         }
     parameters.finish(numeric=ROPE_NUMERIC)
-    return RopeConfig(**values)
+    return RopeParameters(**values)
 
 
 def _yarn_attention_factor(parameters: Fields) -> float:
@@ -158,20 +158,20 @@ def longrope_attention_factor(given: float | None, factor: float, original: int)
     return math.sqrt(1 + math.log(factor) / math.log(original))
 
 
-def gguf_rope(view: GGUFView, default_theta: float) -> RopeConfig:
+def gguf_rope(view: GGUFView, default_theta: float) -> RopeParameters:
     """The rotary embedding of a GGUF file's metadata."""
     theta = view.get("rope.freq_base", default_theta)
     check_positive("rope.freq_base", theta)
     kind = view.get("rope.scaling.type", "none")
     if kind == "none":
-        return RopeConfig(theta=theta, divisors=view.rope_divisors)
+        return RopeParameters(theta=theta, divisors=view.rope_divisors)
     if kind == "linear":
-        return RopeConfig(theta=theta, kind="linear", factor=float(view.get("rope.scaling.factor")))
+        return RopeParameters(theta=theta, kind="linear", factor=float(view.get("rope.scaling.factor")))
     if kind == "yarn":
         # llama.cpp multiplies what it is given by its own term, which converters divide out before
         factor = float(view.get("rope.scaling.factor"))
         given = float(view.get("rope.scaling.attn_factor", view.get("rope.scaling.yarn_attn_factor", 1.0)))
-        return RopeConfig(
+        return RopeParameters(
             theta=theta,
             kind="yarn",
             factor=factor,

@@ -43,7 +43,7 @@ def collective_budget(
     """
     if tp == 1:
         return {**measured(()), "rule": "tp=1: none"}
-    layers, norms = config.num_layers, config.qk_norm == "projection"
+    layers, norms = config.num_layers, config.attention.qk_norm == "projection"
     sums = 1 if config.parallel else 2
     token_bytes = config.hidden_size * itemsize
     reduces, reduced = norms * layers, tokens * norms * layers * 2 * 4

@@ -116,7 +116,9 @@ def estimate(
     devices_per_chip = topology.devices_per_chip
     bandwidth = chip.bandwidth_bytes_s / devices_per_chip
     clock = chip.flops / (2 * _MACS_A_CYCLE[chip.name])
-    pages = [_pages(context, config.window_of(kind), page_size) for kind in config.layer_types]
+    pages = [
+        _pages(context, config.attention.window_of(kind), page_size) for kind in config.attention.layer_types
+    ]
     cycles, page_cycles, traffic, kernels = 0, 0, 0, 0
     for one in module.executed(pages, caches):
         if one.conditional or one.fused:

@@ -193,10 +193,10 @@ def _cache(runner: Runner) -> dict[str, Any]:
     platform = mesh.devices.flat[0].platform
     page_bytes = page_bytes_per_device(config, mesh.size, limits.page_size, runner.dtype, platform)
     layout = tensor_layout("latents", cache.shape)
-    if config.latent is None:
+    if config.attention.latent is None:
         stored = enumerate(head_plan(config, mesh.size).stored_kv_heads)
         heads = tuple(Segment("heads", head, 1, place) for place, head in stored if head is not None)
-        layout = WeightLayout(cache.shape, 1, heads, (("heads", config.num_kv_heads),))
+        layout = WeightLayout(cache.shape, 1, heads, (("heads", config.attention.num_kv_heads),))
     sharding, buffers = NamedSharding(mesh, cache.spec), cache.count * config.num_layers
     return {
         "spec": _spec(cache.spec),
@@ -216,7 +216,7 @@ def _cache(runner: Runner) -> dict[str, Any]:
 
 def _heads(config: ModelConfig, tp: int) -> dict[str, Any]:
     plan = head_plan(config, tp)
-    if config.latent is None:
+    if config.attention.latent is None:
         cache_padding = plan.kv_padding
         summary = (
             f"heads: {plan.num_heads} query and {plan.num_kv_heads} KV heads of the checkpoint are computed "

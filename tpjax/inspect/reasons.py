@@ -49,7 +49,7 @@ def cache_reason(config: ModelConfig, tp: int) -> str:
     """Says why the key-value cache is sharded or replicated."""
     if tp == 1:
         return "one device holds everything"
-    if config.latent is not None:
+    if config.attention.latent is not None:
         return "every head reads the full latent: every device keeps it"
     plan = head_plan(config, tp)
     heads = plan.stored_kv_heads
@@ -141,7 +141,7 @@ def _head_places(plan: HeadPlan, content: Content) -> list[str]:
 def _padding(parameter: Parameter, owner: Any, parent: Any, config: ModelConfig) -> str:
     for module in (owner, parent):
         if isinstance(module, LatentAttention | KeyValueProjection):
-            return f"padded: {config.num_heads} heads → {module.num_heads}"
+            return f"padded: {config.attention.num_heads} heads → {module.num_heads}"
     layout = parameter.layout
     one = layout.one if isinstance(layout, StackedLayout) else layout
     _, size = one.sizes[0]

@@ -42,29 +42,29 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, plan: HeadPlan, dtype: jnp.dtype) -> None:
-        hidden, head_dim = config.hidden_size, config.head_dim
+        hidden, head_dim = config.hidden_size, config.attention.head_dim
         self.qkv_proj = Linear(
             qkv_layout(plan, head_dim, hidden),
-            qkv_layout(plan, head_dim, None) if config.attention_bias else None,
+            qkv_layout(plan, head_dim, None) if config.attention.bias else None,
             COLUMN,
             dtype,
         )
         self.o_proj = RowLinear(
             o_proj_layout(plan, head_dim, hidden),
-            tensor_layout("o_proj.bias", (hidden,)) if config.attention_out_bias else None,
+            tensor_layout("o_proj.bias", (hidden,)) if config.attention.out_bias else None,
             dtype,
             partial_sums=plan.tp if config.parallel else None,
         )
         self.q_norm: Norm | HeadScale
         self.k_norm: Norm | HeadScale
-        if config.qk_norm == "head":
-            self.q_norm = Norm("q_norm", head_dim, config, dtype)
-            self.k_norm = Norm("k_norm", head_dim, config, dtype)
-        elif config.qk_norm != "none":
+        if config.attention.qk_norm == "head":
+            self.q_norm = Norm("q_norm", head_dim, config.norm, dtype)
+            self.k_norm = Norm("k_norm", head_dim, config.norm, dtype)
+        elif config.attention.qk_norm != "none":
             self.q_norm = HeadScale(query_heads_layout("q_norm.weight", plan, head_dim), dtype)
             self.k_norm = HeadScale(key_heads_layout("k_norm.weight", plan, head_dim), dtype)
         sinks = query_heads_layout("self_attn.sinks", plan, 1)
-        self.sinks = parameter(sinks, BIAS, jnp.dtype(jnp.float32)) if config.attention_sinks else None
+        self.sinks = parameter(sinks, BIAS, jnp.dtype(jnp.float32)) if config.attention.sinks else None
         self.config = config
         self.plan = plan
 
@@ -89,9 +89,9 @@ class Attention(nnx.Module):
             value,
             cache,
             metadata,
-            scale=self.config.query_scale,
+            scale=self.config.attention.query_scale,
             window=window,
-            softcap=self.config.attn_softcap,
+            softcap=self.config.attention.softcap,
             sinks=None if self.sinks is None else self.sinks[...].reshape(head_shape),
         )
         return self.o_proj(output.reshape(*x.shape[:2], -1)), cache
@@ -101,16 +101,17 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B S K G h"], Float[Array, "B S K h"], Float[Array, "B S K h"]]:
         """Projects to queries, keys and values; normalises queries and keys."""
         config, plan, group = self.config, self.plan, self.plan.group_size
-        qkv = self.qkv_proj(x).reshape(*x.shape[:2], plan.num_head_slots, group + 2, config.head_dim)
+        head_dim = config.attention.head_dim
+        qkv = self.qkv_proj(x).reshape(*x.shape[:2], plan.num_head_slots, group + 2, head_dim)
         qkv = constrain(qkv, HEADS)
         query, key, value = qkv[..., :group, :], qkv[..., group, :], qkv[..., group + 1, :]
-        if config.qk_norm == "head":
+        if config.attention.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
-        elif config.qk_norm == "each_head":
-            query = self.q_norm(normalised(query, config)).astype(x.dtype)
-            key = self.k_norm(normalised(key, config)).astype(x.dtype)
-        elif config.qk_norm == "projection":
-            by_query, by_key = _inverse_rms(qkv, plan, config.norm_eps)
+        elif config.attention.qk_norm == "each_head":
+            query = self.q_norm(normalised(query, config.norm)).astype(x.dtype)
+            key = self.k_norm(normalised(key, config.norm)).astype(x.dtype)
+        elif config.attention.qk_norm == "projection":
+            by_query, by_key = _inverse_rms(qkv, plan, config.norm.eps)
             query, key = query.astype(jnp.float32), key.astype(jnp.float32)
             query = self.q_norm(query * by_query[..., None, None, None]).astype(x.dtype)
             key = self.k_norm(key * by_key[..., None, None]).astype(x.dtype)

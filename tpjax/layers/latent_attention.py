@@ -49,23 +49,23 @@ class LatentAttention(nnx.Module):
     """Replicated projections into latents; column-parallel queries; row-parallel output."""
 
     def __init__(self, config: ModelConfig, plan: HeadPlan, dtype: jnp.dtype) -> None:
-        assert config.latent is not None
-        latent, hidden = config.latent, config.hidden_size
+        attention, latent, hidden = config.attention, config.attention.latent, config.hidden_size
+        assert latent is not None
         q_rank = latent.q_lora_rank or 0
         latents = {"q_a_proj": q_rank} if q_rank else {}
         latents["kv_a_proj_with_mqa"] = latent.kv_lora_rank + config.rotated_dim
         self.a_proj = Linear(
             concatenated_layout(latents, hidden),
-            concatenated_layout(latents, None) if config.attention_bias else None,
+            concatenated_layout(latents, None) if attention.bias else None,
             REPLICATED,
             dtype,
         )
-        norms = replace(config, norm_eps=_LATENT_NORM_EPS)
+        norms = replace(config.norm, eps=_LATENT_NORM_EPS)
         self.q_a_layernorm = Norm("q_a_layernorm", q_rank, norms, dtype) if q_rank else None
         self.kv_a_layernorm = Norm("kv_a_layernorm", latent.kv_lora_rank, norms, dtype)
         queries = "q_b_proj.weight" if q_rank else "q_proj.weight"
         self.q_proj = Linear(
-            query_heads_layout(queries, plan, config.head_dim, in_features=q_rank or hidden),
+            query_heads_layout(queries, plan, attention.head_dim, in_features=q_rank or hidden),
             None,
             COLUMN,
             dtype,
@@ -73,7 +73,7 @@ class LatentAttention(nnx.Module):
         self.kv_b_proj = KeyValueProjection(config, plan, dtype)
         self.o_proj = RowLinear(
             o_proj_layout(plan, latent.v_head_dim, hidden),
-            tensor_layout("o_proj.bias", (hidden,)) if config.attention_out_bias else None,
+            tensor_layout("o_proj.bias", (hidden,)) if attention.out_bias else None,
             dtype,
         )
         self.num_heads = plan.num_padded_heads
@@ -94,9 +94,9 @@ class LatentAttention(nnx.Module):
         x = constrain(x, REPLICATED)  # all-gather over tp where the residual is cut over positions
         queries, latent, key_turn = jnp.split(self.a_proj(x), [q_rank, q_rank + rank], -1)
         queries = x if self.q_a_layernorm is None else self.q_a_layernorm(queries)
-        query = self.q_proj(queries).reshape(*x.shape[:2], self.num_heads, 1, config.head_dim)
+        query = self.q_proj(queries).reshape(*x.shape[:2], self.num_heads, 1, config.attention.head_dim)
         query = constrain(query, HEADS)
-        query, query_turn = jnp.split(query, [config.head_dim - config.rotated_dim], -1)
+        query, query_turn = jnp.split(query, [config.attention.head_dim - config.rotated_dim], -1)
         query_turn, key_turn = rotate(query_turn, rotation), rotate(key_turn, rotation)
         latents = jnp.concatenate([self.kv_a_layernorm(latent), key_turn], -1)[:, :, None]
         cache = cache.write(latents, at)
@@ -110,7 +110,14 @@ class LatentAttention(nnx.Module):
         key, value = (part.swapaxes(1, 2) for part in view.compute(latents.swapaxes(1, 2)))
         query = jnp.concatenate([query, query_turn], -1)
         mixed = paged_attention(
-            query, key, value, view, at, scale=config.query_scale, window=window, softcap=config.attn_softcap
+            query,
+            key,
+            value,
+            view,
+            at,
+            scale=config.attention.query_scale,
+            window=window,
+            softcap=config.attention.softcap,
         )
         if absorbed:
             mixed = self.kv_b_proj.values_of(mixed)
@@ -125,9 +132,10 @@ class KeyValueProjection(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, plan: HeadPlan, dtype: jnp.dtype) -> None:
-        assert config.latent is not None
-        self.rank = config.latent.kv_lora_rank
-        key_dim, value_dim = config.head_dim - config.rotated_dim, config.latent.v_head_dim
+        latent = config.attention.latent
+        assert latent is not None
+        self.rank = latent.kv_lora_rank
+        key_dim, value_dim = config.attention.head_dim - config.rotated_dim, latent.v_head_dim
 
         def declare(start: int, size: int) -> nnx.Param:
             layout = latent_head_layout(

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from tpjax.activations import activate
-from tpjax.config import ModelConfig
+from tpjax.config import MLPConfig
 from tpjax.layers.linear import Linear, RowLinear
 from tpjax.mesh import AXIS
 from tpjax.sharding import COLUMN, REPLICATED, constrain, gate_up_layout, pad_to_multiple, tensor_layout
@@ -20,29 +20,38 @@ class MLP(nnx.Module):
     ``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` where the MLP has no gate. The fused product's
     outputs lie device by device: [tp, 2, F / tp], so that a device's slice holds the gate and the up of the
     same features.
+
+    Args:
+        config: width, activation, gate and biases.
+        hidden: D.
+        tp: devices.
+        dtype: dtype of weights and activations.
+        partial_sums: whether the output has a device axis, to be reduced together with other partial sums.
     """
 
-    def __init__(self, config: ModelConfig, tp: int, dtype: jnp.dtype) -> None:
-        hidden, width = config.hidden_size, config.intermediate_size
-        modules = ("gate_proj", "up_proj") if config.gated_mlp else ("up_proj",)
+    def __init__(
+        self, config: MLPConfig, hidden: int, tp: int, dtype: jnp.dtype, *, partial_sums: bool
+    ) -> None:
+        width = config.intermediate_size
+        modules = ("gate_proj", "up_proj") if config.gated else ("up_proj",)
         projection = Linear(
             gate_up_layout(modules, width, tp, hidden),
-            gate_up_layout(modules, width, tp, None) if config.mlp_bias else None,
+            gate_up_layout(modules, width, tp, None) if config.bias else None,
             COLUMN,
             dtype,
         )
-        if config.gated_mlp:
+        if config.gated:
             self.gate_up_proj = projection
         else:
             self.up_proj = projection
         self.down_proj = RowLinear(
             tensor_layout("down_proj.weight", (hidden, width), padded=pad_to_multiple(width, tp), axis=1),
-            tensor_layout("down_proj.bias", (hidden,)) if config.mlp_bias else None,
+            tensor_layout("down_proj.bias", (hidden,)) if config.bias else None,
             dtype,
-            partial_sums=tp if config.parallel else None,
+            partial_sums=tp if partial_sums else None,
         )
         self.activation = config.activation
-        self.gated = config.gated_mlp
+        self.gated = config.gated
         self.tp = tp
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "*shares B S D"]:

@@ -71,12 +71,12 @@ class Scores(nnx.Module):
     Args:
         name: canonical name, relative to the parent module.
         count: outputs.
-        config: gives D.
+        hidden: D.
         bias: whether there is one.
     """
 
-    def __init__(self, name: str, count: int, config: ModelConfig, *, bias: bool = False) -> None:
-        weight = tensor_layout(f"{name}.weight", (count, config.hidden_size))
+    def __init__(self, name: str, count: int, hidden: int, *, bias: bool = False) -> None:
+        weight = tensor_layout(f"{name}.weight", (count, hidden))
         self.weight = parameter(weight, REPLICATED, jnp.dtype(jnp.float32))
         self.bias = _float32_vector(f"{name}.bias", count) if bias else None
 
@@ -91,9 +91,8 @@ class Scores(nnx.Module):
 class Router(Scores):
     """Picks each token's experts. Replicated: every device picks the same, and nothing moves."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        moe = moe_of(config)
-        super().__init__("gate", moe.num_experts, config, bias=moe.router_bias)
+    def __init__(self, moe: MoEConfig, hidden: int) -> None:
+        super().__init__("gate", moe.num_experts, hidden, bias=moe.router_bias)
         name = "gate.e_score_correction_bias"
         self.correction_bias = _float32_vector(name, moe.num_experts) if moe.correction_bias else None
         self.moe = moe
@@ -128,7 +127,7 @@ class Experts(nnx.Module):
         name: canonical name of one of them, relative to the parent module; ``{}`` is its number.
         count: experts of the stack.
         width: F.
-        config: the rest of the architecture.
+        hidden: D.
         tp: devices.
         cut: whole ``experts`` go to each device, or a share of every expert's ``width``.
         bias: the projections have biases.
@@ -140,14 +139,14 @@ class Experts(nnx.Module):
         name: str,
         count: int,
         width: int,
-        config: ModelConfig,
+        hidden: int,
         tp: int,
         cut: ExpertAxis,
         dtype: jnp.dtype,
         *,
         bias: bool = False,
     ) -> None:
-        hidden, parts = config.hidden_size, tp if cut == "width" else 1
+        parts = tp if cut == "width" else 1
         gate_up = (f"{name}.gate_proj", f"{name}.up_proj")
 
         def stack(layout: WeightLayout, spec: P) -> nnx.Param:
@@ -189,13 +188,13 @@ class MoE(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, tp: int, dtype: jnp.dtype) -> None:
-        moe = moe_of(config)
-        self.gate = Router(config)
+        moe, hidden = moe_of(config), config.hidden_size
+        self.gate = Router(moe, hidden)
         self.experts = Experts(
             "experts.{}",
             moe.num_experts,
             moe.expert_width,
-            config,
+            hidden,
             tp,
             moe.sharded_axis(tp),
             dtype,
@@ -203,11 +202,11 @@ class MoE(nnx.Module):
         )
         # a stack of one: its width is cut, so that its share joins the all-reduce of the others
         self.shared_expert = (
-            Experts("shared_expert", 1, moe.shared_width, config, tp, "width", dtype)
+            Experts("shared_expert", 1, moe.shared_width, hidden, tp, "width", dtype)
             if moe.shared_width
             else None
         )
-        self.shared_expert_gate = Scores("shared_expert_gate", 1, config) if moe.shared_gate else None
+        self.shared_expert_gate = Scores("shared_expert_gate", 1, hidden) if moe.shared_gate else None
         self.config = config
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "*shares B S D"]:
@@ -363,7 +362,7 @@ def _glu(gate_up: Float[Array, "T F2"], config: ModelConfig) -> Float[Array, "T 
     moe = moe_of(config)
     gate, up = jnp.split(gate_up, 2, axis=-1)
     if moe.swiglu_limit is None:
-        return activate(gate, config.activation) * up
+        return activate(gate, config.mlp.activation) * up
     gate = jnp.minimum(gate, moe.swiglu_limit)
     up = jnp.clip(up, -moe.swiglu_limit, moe.swiglu_limit)
     return (up + 1) * gate * jax.nn.sigmoid(gate * moe.swiglu_alpha)

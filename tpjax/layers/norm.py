@@ -10,17 +10,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tpjax.config import ModelConfig
+from tpjax.config import NormConfig
 from tpjax.layers.linear import parameter
 from tpjax.sharding import BIAS, REPLICATED, WeightLayout, tensor_layout
 
 
-def normalised(x: Float[Array, "*batch size"], config: ModelConfig) -> Float[Array, "*batch size"]:
+def normalised(x: Float[Array, "*batch size"], config: NormConfig) -> Float[Array, "*batch size"]:
     """The last axis with a root mean square of 1, and a mean of 0 where the norm is a layer norm; float32."""
     x = x.astype(jnp.float32)
-    if config.norm == "layer":
+    if config.kind == "layer":
         x = x - jnp.mean(x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + config.norm_eps)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + config.eps)
 
 
 class Norm(nnx.Module):
@@ -29,21 +29,21 @@ class Norm(nnx.Module):
     Args:
         name: canonical name of the module, relative to its parent.
         size: length of the last axis.
-        config: gives the kind of norm, epsilon, offset, and whether there is a bias.
+        config: kind of norm, epsilon, offset, and whether there is a bias.
         dtype: of weight and bias.
     """
 
-    def __init__(self, name: str, size: int, config: ModelConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, name: str, size: int, config: NormConfig, dtype: jnp.dtype) -> None:
         def declare(kind: str) -> nnx.Param:
             return parameter(tensor_layout(f"{name}.{kind}", (size,)), REPLICATED, dtype)
 
         self.weight = declare("weight")
-        self.bias = declare("bias") if config.norm_bias else None
+        self.bias = declare("bias") if config.bias else None
         self.config = config
 
     def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
         """Norms the last axis."""
-        weight = self.weight[...].astype(jnp.float32) + self.config.norm_offset
+        weight = self.weight[...].astype(jnp.float32) + self.config.offset
         y = normalised(x, self.config) * weight
         return (y if self.bias is None else y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tpjax.config import RopeConfig
+from tpjax.config import RopeParameters
 
 
 class Rotation(NamedTuple):
@@ -20,7 +20,7 @@ class Rotation(NamedTuple):
     sin: Float[Array, "B S half"]
 
 
-def inverse_frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
+def inverse_frequencies(rope: RopeParameters, dim: int) -> np.ndarray:
     """Radians per position of each pair of ``dim`` dimensions, float32 [dim / 2].
 
     Of short sequences, where they go by the length: see :func:`frequencies_by_length`. ``llama3`` follows the
@@ -45,7 +45,7 @@ def inverse_frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
     return frequencies.astype(np.float32)
 
 
-def _yarn_ramp(rope: RopeConfig, dim: int) -> tuple[float, float]:
+def _yarn_ramp(rope: RopeParameters, dim: int) -> tuple[float, float]:
     """The pairs between which YaRN goes from keeping frequencies to dividing them by the factor."""
 
     def pair(turns: float) -> float:
@@ -60,7 +60,9 @@ def _yarn_ramp(rope: RopeConfig, dim: int) -> tuple[float, float]:
     return low, high if high != low else high + 0.001  # as the published code avoids dividing by zero
 
 
-def frequencies_by_length(rope: RopeConfig, dim: int, max_length: Int[Array, " B"]) -> Float[Array, "B half"]:
+def frequencies_by_length(
+    rope: RopeParameters, dim: int, max_length: Int[Array, " B"]
+) -> Float[Array, "B half"]:
     """Radians per position for sequences that will get that long, where frequencies go by the length.
 
     ``dynamic``: the base grows by ``(factor * L / original - factor + 1) ** (dim / (dim - 2))`` for lengths
@@ -79,7 +81,7 @@ def frequencies_by_length(rope: RopeConfig, dim: int, max_length: Int[Array, " B
 
 
 def rotation(
-    rope: RopeConfig, dim: int, positions: Int[Array, "B S"], max_length: Int[Array, " B"] | None = None
+    rope: RopeParameters, dim: int, positions: Int[Array, "B S"], max_length: Int[Array, " B"] | None = None
 ) -> Rotation:
     """The rotation of each position. One per kind of layer and step, shared by its layers.
 

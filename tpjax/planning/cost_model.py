@@ -133,7 +133,7 @@ class CostModel:
     def attention(self, sequences: int, tokens: int, context: float) -> Cost:
         """Computes the cost of attention in all layers, projections included."""
         config, window_layers = self.config, self.counts.window_layers
-        window = min(context, config.sliding_window) if config.sliding_window else context
+        window = min(context, config.attention.sliding_window) if config.attention.sliding_window else context
         cost = self._product(self.held.attention, tokens)
         cost += self._cache(sequences, tokens, window) * window_layers
         return cost + self._cache(sequences, tokens, context) * (config.num_layers - window_layers)
@@ -232,7 +232,9 @@ class CostModel:
         weights = (held.layer_matrices + held.head) * workload.weight_bytes
         weights += (held.vectors + held.embedding) * itemsize
         rows = max(batch, CHUNK_SIZES[-1])
-        widest = max(2 * config.intermediate_size, 4 * config.num_heads * config.head_dim)
+        widest = max(
+            2 * config.mlp.intermediate_size, 4 * config.attention.num_heads * config.attention.head_dim
+        )
         width = math.ceil(widest / self.tp) + 4 * config.hidden_size
         workspace = rows * width * itemsize + 8 * batch * math.ceil(config.vocab_size / self.tp)
         return MemoryUse(weights, batch * self.sequence_bytes(context), workspace)

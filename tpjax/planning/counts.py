@@ -81,8 +81,8 @@ class Counts:
     @property
     def window_layers(self) -> int:
         """Number of layers with sliding-window attention."""
-        sliding = self.config.layer_types.count("sliding_attention")
-        return sliding if self.config.sliding_window else 0
+        sliding = self.config.attention.layer_types.count("sliding_attention")
+        return sliding if self.config.attention.sliding_window else 0
 
     def on_device(self, tp: int, expert_axis: ExpertAxis = "width") -> Elements:
         """Counts the weight elements on one of ``tp`` devices.
@@ -104,11 +104,11 @@ class Counts:
     def attention_flops(self, tp: int) -> int:
         """Counts the FLOPs of one query position with one key and value: one layer, all heads of a device."""
         config = self.config
-        if config.latent is not None:  # scores and weighted sums in the latent space
-            dims = 2 * config.latent.kv_lora_rank + config.rotated_dim
-            return 2 * math.ceil(config.num_heads / tp) * dims
+        if config.attention.latent is not None:  # scores and weighted sums in the latent space
+            dims = 2 * config.attention.latent.kv_lora_rank + config.rotated_dim
+            return 2 * math.ceil(config.attention.num_heads / tp) * dims
         plan = head_plan(config, tp)
-        return 4 * plan.head_slots_per_device * plan.group_size * config.head_dim
+        return 4 * plan.head_slots_per_device * plan.group_size * config.attention.head_dim
 
 
 @lru_cache(maxsize=256)
@@ -131,8 +131,10 @@ def _layers_of(config: ModelConfig, kinds: tuple[bool, ...]) -> ModelConfig:
     return replace(
         config,
         num_layers=len(chosen),
-        layer_types=tuple(config.layer_types[i] for i in chosen),
-        rope_layers=config.rope_layers and tuple(config.rope_layers[i] for i in chosen),
+        attention=replace(
+            config.attention, layer_types=tuple(config.attention.layer_types[i] for i in chosen)
+        ),
+        rope=replace(config.rope, layers=config.rope.layers and tuple(config.rope.layers[i] for i in chosen)),
         moe=config.moe and replace(config.moe, sparse_layers=kinds),
     )
 

@@ -111,8 +111,8 @@ def workspace_bytes(config: ModelConfig, tp: int, dtype: jnp.dtype, max_slots: i
     logits, of which the search for a threshold compares fifteen candidates at once.
     """
     plan = head_plan(config, tp)
-    qkv = plan.num_head_slots * (plan.group_size + 2) * config.head_dim
-    gate_up = 2 * pad_to_multiple(config.intermediate_size, tp)
+    qkv = plan.num_head_slots * (plan.group_size + 2) * config.attention.head_dim
+    gate_up = 2 * pad_to_multiple(config.mlp.intermediate_size, tp)
     itemsize = max(jnp.dtype(dtype).itemsize, 2)
     prefill = CHUNK_SIZES[-1] * itemsize * (8 * config.hidden_size + 5 * (qkv + gate_up) // tp)
     logits = pad_to_multiple(config.vocab_size, tp) // tp * 4

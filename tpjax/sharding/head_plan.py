@@ -114,5 +114,7 @@ def head_plan(config: ModelConfig, tp: int) -> HeadPlan:
 
     With latent attention every query head has a key and a value of its own, expanded from the latent.
     """
-    kv_heads = config.num_kv_heads if config.latent is None else config.num_heads
-    return HeadPlan(config.num_heads, kv_heads, tp)
+    kv_heads = (
+        config.attention.num_kv_heads if config.attention.latent is None else config.attention.num_heads
+    )
+    return HeadPlan(config.attention.num_heads, kv_heads, tp)

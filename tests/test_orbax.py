@@ -130,21 +130,6 @@ def test_format_1_is_read(llama: Path, tmp_path: Path) -> None:
     assert read_config(tmp_path) == read_config(llama)
 
 
-def test_format_1_is_read(llama: Path, tmp_path: Path) -> None:
-    """One object for all fields, under the names they had before they were grouped."""
-    raw = json.loads((llama / "model_config.json").read_text())
-    attention, rope, mlp, norm = (raw.pop(group) for group in ("attention", "rope", "mlp", "norm"))
-    old_names = {"softcap": "attn_softcap", "bias": "attention_bias", "out_bias": "attention_out_bias"}
-    old_names |= {"sinks": "attention_sinks"}
-    raw |= {"format": 1, "gated_mlp": mlp["gated"], "activation": mlp["activation"], "mlp_bias": mlp["bias"]}
-    raw |= {"intermediate_size": mlp["intermediate_size"], "rotary_dim": rope["rotary_dim"]}
-    raw |= {"rope": rope["full"], "rope_sliding": rope["sliding"], "rope_layers": rope["layers"]}
-    raw |= {"norm": norm["kind"], **{f"norm_{name}": norm[name] for name in ("eps", "bias", "offset")}}
-    raw |= {old_names.get(name, name): value for name, value in attention.items()}
-    (tmp_path / "model_config.json").write_text(json.dumps(raw))
-    assert read_config(tmp_path) == read_config(llama)
-
-
 def test_nothing_half_written_is_left(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError):

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import shlex
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
+from serving import WAIT_S
 
 import tpjax
 from tpjax.cli import app as cli
@@ -46,3 +54,80 @@ def test_every_command_shown_is_one(command: str) -> None:
 
 def test_commands_are_shown() -> None:
     assert len(COMMANDS) >= 3
+
+
+# --- every block runs --------------------------------------------------------------------------------------
+
+TRANSCRIPTS = runpy.run_path(str(ROOT / "scripts" / "readme_transcripts.py"))
+BLOCKS = TRANSCRIPTS["blocks"](README)
+PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+LANGUAGES = set(re.findall(r"^```(\w+)$", README, re.MULTILINE))
+
+
+def environment() -> dict[str, str]:
+    """A shell's, without the devices that this process fakes."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
+    return {**kept, "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", BLOCKS, ids=[next(block.commands())[0][:50] for block in BLOCKS])
+def test_transcripts_are_what_the_commands_print(block: Any) -> None:
+    """``python scripts/readme_transcripts.py`` writes them."""
+    if not block.runs_here:
+        pytest.skip(f"needs {block.needs}: pip install -e '.[aot-tpu]'")
+    assert TRANSCRIPTS["comparable"](block.run()) == TRANSCRIPTS["comparable"](block.text)
+
+
+@pytest.mark.slow
+def test_the_example_in_python_runs(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PYTHON[0]],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=540,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answer, first, second, *story = done.stdout.splitlines()
+    assert f"print(answer.text)  # {answer}\n" in PYTHON[0]
+    assert first.startswith(" Paris") and second and story
+
+
+@pytest.mark.slow
+def test_the_server_s_example_runs(tmp_path: Path) -> None:
+    """The command, on a port of its own, and the client."""
+    (command,) = re.findall(r"^tpjax (serve [^#\n]+)", README, re.MULTILINE)
+    assert "--port" not in command and "127.0.0.1:8000" in PYTHON[1]
+    arguments = [sys.executable, "-m", "tpjax", *command.split(), "--port", "8731"]
+    server = subprocess.Popen(arguments, cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 6 * WAIT_S
+        while not _ready("http://127.0.0.1:8731/ready"):
+            assert server.poll() is None and time.monotonic() < until
+            time.sleep(0.5)
+        client = PYTHON[1].replace("127.0.0.1:8000", "127.0.0.1:8731")
+        done = subprocess.run([sys.executable, "-c", client], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert f"print(answer.choices[0].message.content)  # {done.stdout}" in f"{PYTHON[1]}"
+    finally:
+        server.terminate()
+        server.wait(WAIT_S)
+
+
+def _ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=WAIT_S) as answer:
+            return bool(answer.status == 200)
+    except urllib.error.URLError:
+        return False
+
+
+def test_no_block_is_left_out() -> None:
+    """bash blocks are what CI and a newcomer run: the quickstart and installations."""
+    assert {"bash", "console", "python"} == LANGUAGES and len(PYTHON) == 2
+    shell = "".join(re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
+    commands = {line.partition("#")[0].strip() for line in shell.splitlines()}
+    assert commands == {
+        "git clone URL tpjax && cd tpjax",
+        "scripts/quickstart",
+        'pip install -e ".[serve]" openai',
+        "tpjax serve smollm2-135m --tp 4",
+    }

@@ -5,7 +5,7 @@
     python scripts/readme_transcripts.py plan       # the blocks that contain "plan"
     python scripts/readme_transcripts.py --check    # only name what differs, with exit status 1
 
-A block of the language ``console`` holds commands, ``$ ...``, and what they print in 100 columns. A last ``…``
+A block of the language ``console`` holds commands, ``$ ...``, and what they print. A last ``…``
 leaves out the rest. ``<!-- needs: MODULE -->`` before a block: it runs if that Python module can be imported.
 Figures of time and speed, and line numbers of sources, differ from run to run: see :func:`comparable`.
 """

@@ -61,10 +61,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session", autouse=True)
 def strict_jax(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Dtypes never widen silently, and no program comes from an earlier run's cache."""
+    """Dtypes never widen silently; a program compiled once in this run and process is found again."""
     jax.config.update("jax_numpy_dtype_promotion", "strict")
+    # of each process its own: two that write one entry at once could read half of it
     jax.config.update("jax_compilation_cache_dir", os.fspath(tmp_path_factory.mktemp("xla")))
-    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     yield
 
 

@@ -215,6 +215,7 @@ def test_interrupting_generate_is_quiet(places: dict[str, Any]) -> None:
     assert (process.returncode, err) == (130, "")
 
 
+@pytest.mark.slow
 def test_chat(places: dict[str, Any], llm: LLM) -> None:
     out, err = tpjax("chat", places, "hi\n/reset\nhi\n/exit\n")
     messages = [{"role": "system", "content": "brief"}, {"role": "user", "content": "hi"}]
@@ -243,6 +244,7 @@ def serving(places: dict[str, Any]) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
+@pytest.mark.slow
 def test_serve_and_bench_serve(places: dict[str, Any], tmp_path: Path, llm: LLM) -> None:
     places["keys"] = tmp_path / "keys"
     places["keys"].write_text("second\n")
@@ -285,6 +287,7 @@ def test_batch(places: dict[str, Any], tmp_path: Path, llm: LLM) -> None:
     assert "1 answered, 0 failed" in err
 
 
+@pytest.mark.slow
 def test_bench(places: dict[str, Any]) -> None:
     out, err = tpjax("bench", places)
     data = json.loads(out)
@@ -319,6 +322,7 @@ def test_plan_measures(places: dict[str, Any]) -> None:
     assert "tp=2" in out and "measuring this machine at tp=2" in err
 
 
+@pytest.mark.slow
 def test_explain(places: dict[str, Any], tmp_path: Path) -> None:
     out, _ = tpjax("explain", places)
     report = json.loads(out)
@@ -356,6 +360,7 @@ def test_pull(places: dict[str, Any], smollm2_gguf: Path) -> None:
     assert out == f"{smollm2_gguf}\n"
 
 
+@pytest.mark.slow
 def test_models_and_doctor(places: dict[str, Any]) -> None:
     out, _ = tpjax("models", places)
     facts = json.loads(out)

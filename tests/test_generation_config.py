@@ -159,6 +159,7 @@ def test_the_server_asks_the_model(llm: LLM, greedy: list[int]) -> None:
         assert client.post("/v1/completions", json=more).json()["usage"]["completion_tokens"] == 20
 
 
+@pytest.mark.slow
 def test_the_command_asks_the_model(directory: Path, llm: LLM, greedy: list[int]) -> None:
     command = [sys.executable, "-m", "tpjax.cli", "generate", PROMPT, "--model", str(directory), "--tp", "1"]
     command += ["--max-tokens", "12", "--ignore-eos", "--seed", "3"]
@@ -245,6 +246,7 @@ def test_min_tokens_changes_no_other_draw(plain: LLM) -> None:
     assert with_it.token_ids == without.token_ids and len(with_it.token_ids) == 20
 
 
+@pytest.mark.slow
 def test_min_tokens_outlives_preemption(tmp_path: Path, plain: LLM) -> None:
     """Pages run out and the request starts over: its slot is told again."""
     params = SamplingParams(max_tokens=300, min_tokens=290, temperature=0, logit_bias={EOS: 100.0})

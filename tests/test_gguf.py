@@ -263,6 +263,7 @@ def test_a_vocabulary_of_262144_tokens_opens_quickly(tmp_path: Path) -> None:
 # Real files
 
 
+@pytest.mark.slow
 def test_real_file_agrees_with_the_reference_reader(smollm2_gguf: Path) -> None:
     file, reference = GGUFFile(smollm2_gguf), GGUFReader(smollm2_gguf)
     expected = {

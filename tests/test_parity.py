@@ -143,7 +143,7 @@ def test_parity_smollm2(tp: int, smollm2_gguf: Path) -> None:
     check_real("smollm2-135m", smollm2_gguf, tp)
 
 
-@pytest.mark.parametrize("tp", (slow(1), 3, slow(4)))
+@pytest.mark.parametrize("tp", (slow(1), slow(3), slow(4)))
 def test_parity_gemma3(tp: int, gemma3_gguf: Path) -> None:
     check_real("gemma3-270m", gemma3_gguf, tp)
 
@@ -200,7 +200,7 @@ def test_cached_decode_equals_full_forward(tiny: Callable[[int], LLM], tp: int) 
     assert logits[len(prompt) - 1 : -1].argmax(axis=1).tolist() == completion.token_ids
 
 
-@pytest.mark.parametrize("tp", (1, 4))
+@pytest.mark.parametrize("tp", (slow(1), 4))
 def test_batch_of_mixed_lengths_equals_one_by_one(tiny: Callable[[int], LLM], tp: int) -> None:
     """More prompts than slots, greedy and sampled in one batch."""
     llm = tiny(tp)
@@ -216,6 +216,7 @@ def test_batch_of_mixed_lengths_equals_one_by_one(tiny: Callable[[int], LLM], tp
     assert [len(c.token_ids) for c in together] == [p.max_tokens for p in params]
 
 
+@pytest.mark.slow
 def test_same_draws_at_every_tp(tiny: Callable[[int], LLM]) -> None:
     prompt = list(range(3, 30))
     params = [

@@ -172,7 +172,7 @@ def backend_compiles() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize("tp", (1, 4))
+@pytest.mark.parametrize("tp", (1, pytest.param(4, marks=pytest.mark.slow)))
 def test_nothing_compiles_after_warm_up(tp: int) -> None:
     llm = LLM(GOLDENS / "llama", tp=tp, max_model_len=512, max_slots=3)
     with backend_compiles() as events:

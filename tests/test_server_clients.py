@@ -158,6 +158,7 @@ def test_the_page_in_a_browser(server: Running, tmp_path: Path) -> None:
 # --- the benchmark
 
 
+@pytest.mark.slow
 def test_bench_serve(server: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = ["--plot", str(tmp_path / "rates.png"), "--output", str(tmp_path / "rates.json")]
     sizes = ["--num-prompts", "6", "--input-len", "20", "--output-len", "8", "--range-ratio", "0.5"]

@@ -396,6 +396,7 @@ def test_keys(directory: Path) -> None:
         assert http.get("/", auth=("anyone", "first")).status_code == 200
 
 
+@pytest.mark.slow
 def test_loading_draining_and_a_model_that_does_not_load(directory: Path) -> None:
     go = threading.Event()
 
@@ -428,6 +429,7 @@ def test_loading_draining_and_a_model_that_does_not_load(directory: Path) -> Non
         assert isinstance(one.service.error, CheckpointError)
 
 
+@pytest.mark.slow
 def test_a_drain_has_a_limit(directory: Path) -> None:
     with running(lambda: load_tiny(directory, tp=1), drain_s=0.0) as one, one.client() as http:
         with http.stream("POST", COMPLETIONS, json={**LONG, "stream": True}) as response:
@@ -458,6 +460,7 @@ def wait_for(process: subprocess.Popen[str], pattern: str) -> str:
     raise AssertionError(f"{pattern} never came")
 
 
+@pytest.mark.slow
 def test_signals_and_a_taken_port(directory: Path) -> None:
     with serve(directory, "--served-model-name", "m") as process:
         url = wait_for(process, r"(http://\S+)")

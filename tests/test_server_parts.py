@@ -224,6 +224,7 @@ def test_chat_needs_a_template(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == (f"tpjax: error: {golden} has no chat template: try `tpjax generate`\n")
 
 
+@pytest.mark.slow
 def test_the_chat_subcommand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -173,7 +173,7 @@ def test_gguf_ids_and_text_equal_the_goldens(name, request):
         assert tokenizer.decode(ids, skip_special_tokens=False) == decoded, text
 
 
-@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+@pytest.mark.parametrize("name", ["smollm2", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_gguf_ids_equal_transformers_on_mixed_texts(name, request):
     pytest.importorskip("transformers", reason="pip install -e '.[parity]'")
     path = request.getfixturevalue(f"{name}_gguf")

@@ -130,6 +130,7 @@ def generate(llm: LLM, steps: int, lengths: Sequence[int], tokens: Sequence[int]
     return read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", (1, 4))
 def test_a_padded_batch_keeps_its_windows(counts: Counts, steps: int) -> None:
     """Three rows in a batch of four, far apart in contexts of up to three pages, under windows of 7 keys."""
@@ -139,7 +140,7 @@ def test_a_padded_batch_keeps_its_windows(counts: Counts, steps: int) -> None:
     assert read <= llm.config.num_layers * 40  # one page a layer and step; no window crosses a page's border
 
 
-@pytest.mark.parametrize("name", ("llama", "deepseek_v3"))
+@pytest.mark.parametrize("name", ("llama", pytest.param("deepseek_v3", marks=pytest.mark.slow)))
 def test_a_row_that_has_ended_is_not_walked(counts: Counts, name: str) -> None:
     """The long one gets three tokens only; after it, one page a layer and step is all."""
     llm = LLM(GOLDENS / name, tp=1, max_model_len=512, max_slots=2)

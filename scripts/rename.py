@@ -71,7 +71,9 @@ NAMES = {
     "Placement": "BatchMetadata",
     "Residual": "SequenceParallel",
     "ReplicatedLinear": "Linear",
+    "Rotation": "RotaryEmbedding",
     "SHARES": "PARTIAL_SUMS",
+    "Scores": "GateProjection",
     "Stored": "TensorMapping",
     "add_up": "reduce_partials",
     "expert_sharding": "expert_parallel",
@@ -93,6 +95,7 @@ NAMES = {
     "slots_per_device": "head_slots_per_device",
     "scheduler._slots": "scheduler._free_slots",
     "thirds_of_heads": "fused_qkv_by_head",
+    "values_of": "project_values",
     "with_expert_sharding": "with_expert_parallel",
     "Traffic": "Workload",
     "narrow_compute": "low_precision_compute",
@@ -204,6 +207,16 @@ MOVED = {
         "Row": "tpjax.runtime.rows",
         "resolve_dtype": "tpjax.runtime.limits",
     },
+    "tpjax.layers.attention": {
+        "paged_attention": "tpjax.attention",
+        "reference_attention": "tpjax.attention.reference",
+        "soft_capped": "tpjax.activations",
+    },
+    "tpjax.layers.mlp": {"activate": "tpjax.activations"},
+    "tpjax.layers.rope": {
+        "rotate": "tpjax.layers.rope: apply_rotary as rotate",
+        "rotation": "tpjax.layers.rope: rotary_embedding as rotation",
+    },
     "tpjax.text.tokenizer": {
         "IncrementalDetokenizer": "tpjax.text.detokenizer",
         "load_tokenizer": "tpjax.text.loading",
@@ -213,6 +226,9 @@ MOVED = {
 
 # attributes whose names are too common to be replaced wherever they stand
 PATTERNS = {
+    r"\bfrom tpjax\.layers import attention$": "from tpjax.attention import xla as attention",
+    r"\bplan\.slots\b": "plan.head_slots",
+    r"\bsegment\.at\b": "segment.offset",
     r"\.reader\((?=\s*(?:tools|None)\b)": ".parser(",
     r"\b(\w+)\.calls, \1\.reasoning\b": r"\1.tool_calls, \1.reasoning",
     r"\bstate\.pools\.templates\b": "state.shared.chat_prompts",

@@ -1,4 +1,4 @@
-"""What a model computes, written once more for clarity: NumPy, float64, one sequence, everything at once.
+"""The model in plain NumPy: float64, one sequence, all positions at once.
 
 No paging, no cache, no fused or padded weights, no devices. The names are those of a Hugging Face checkpoint
 without ``model.``, a linear layer is [out, in], and the letters are those of ``tpjax/model.py``.
@@ -18,7 +18,7 @@ Weights = Mapping[str, np.ndarray]
 
 
 def logits(config: ModelConfig, weights: Weights, tokens: np.ndarray) -> np.ndarray:
-    """Scores [S, V] of the token after each of ``tokens`` [S], a sequence that gets no longer."""
+    """Computes the logits [S, V] after each of ``tokens`` [S], a sequence that does not grow further."""
     embeddings = weights["embed_tokens.weight"].astype(np.float64)
     x = embeddings[tokens] * config.embedding_scale
     if config.position_embedding == "learned":
@@ -31,12 +31,12 @@ def logits(config: ModelConfig, weights: Weights, tokens: np.ndarray) -> np.ndar
 
 
 def below(weights: Weights, prefix: str) -> Weights:
-    """The weights of one module, under the names they have there."""
+    """Returns the weights of one module, named relative to it."""
     return {name[len(prefix) + 1 :]: w for name, w in weights.items() if name.startswith(f"{prefix}.")}
 
 
 def decoder_layer(config: ModelConfig, weights: Weights, x: np.ndarray, number: int) -> np.ndarray:
-    """The residual [S, D] after a layer."""
+    """Returns the residual [S, D] after a layer."""
 
     def normed(name: str, x: np.ndarray) -> np.ndarray:
         return norm(config, below(weights, f"{name}_layernorm"), x)
@@ -67,24 +67,24 @@ def decoder_layer(config: ModelConfig, weights: Weights, x: np.ndarray, number: 
 
 
 def linear(weights: Weights, x: np.ndarray) -> np.ndarray:
-    """``x @ W.T + b``, where there is a bias."""
+    """Computes ``x @ W.T + b``; the bias is optional."""
     return x @ weights["weight"].T + weights.get("bias", 0.0)
 
 
 def norm(config: ModelConfig, weights: Weights, x: np.ndarray) -> np.ndarray:
-    """Norms the last axis, with a weight and maybe a bias."""
+    """Normalises the last axis, with a weight and an optional bias."""
     return normalised(config, x) * (config.norm.offset + weights["weight"]) + weights.get("bias", 0.0)
 
 
 def normalised(config: ModelConfig, x: np.ndarray) -> np.ndarray:
-    """Divides by the root mean square of the last axis, in a layer norm after taking off the mean."""
+    """Divides by the root mean square of the last axis; a layer norm first subtracts the mean."""
     if config.norm.kind == "layer":
         x = x - x.mean(axis=-1, keepdims=True)
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.norm.eps)
 
 
 def mlp(config: ModelConfig, weights: Weights, x: np.ndarray) -> np.ndarray:
-    """The feed-forward network, gated or not."""
+    """Computes the MLP, with or without a gate."""
     if config.mlp.gated:
         return gated_mlp(config, weights, x)
     return linear(below(weights, "down_proj"), activated(config, linear(below(weights, "up_proj"), x)))
@@ -116,7 +116,7 @@ def soft_capped(x: np.ndarray, cap: float | None) -> np.ndarray:
 
 
 def mixture(config: ModelConfig, weights: Weights, x: np.ndarray) -> np.ndarray:
-    """The experts of each token [D], weighed, and the one that computes every token."""
+    """Computes the weighted sum of the experts of each token, and adds the shared expert."""
     moe = config.moe
     assert moe is not None
     out = np.zeros_like(x)
@@ -132,21 +132,21 @@ def mixture(config: ModelConfig, weights: Weights, x: np.ndarray) -> np.ndarray:
 
 
 def route(moe: MoEConfig, weights: Weights, token: np.ndarray) -> dict[int, float]:
-    """A token's experts and what their outputs are multiplied by."""
+    """Returns the experts of a token and the weights of their outputs."""
     scores = (softmax if moe.scoring == "softmax" else sigmoid)(linear(weights, token))
-    chances = scores + weights.get("e_score_correction_bias", 0.0)
+    routing_scores = scores + weights.get("e_score_correction_bias", 0.0)
     per_group = moe.num_experts // moe.num_groups
     groups = [range(start, start + per_group) for start in range(0, moe.num_experts, per_group)]
     if moe.num_groups > 1:
-        groups.sort(key=lambda group: sum(sorted(chances[group])[-2:]))
+        groups.sort(key=lambda group: sum(sorted(routing_scores[group])[-2:]))
     allowed = [expert for group in groups[-moe.groups_per_token :] for expert in group]
-    chosen = sorted(allowed, key=lambda expert: chances[expert])[-moe.experts_per_token :]
+    chosen = sorted(allowed, key=lambda expert: routing_scores[expert])[-moe.experts_per_token :]
     total = scores[chosen].sum() if moe.norm_topk_prob else 1.0
     return {expert: moe.routed_scale * scores[expert] / total for expert in chosen}
 
 
 def expert_mlp(config: ModelConfig, weights: Weights, x: np.ndarray) -> np.ndarray:
-    """One expert: a gated MLP, or gpt-oss's clamped one."""
+    """Computes one expert: a gated MLP, or the clamped one of gpt-oss."""
     moe = config.moe
     assert moe is not None
     if moe.swiglu_limit is None:
@@ -157,7 +157,7 @@ def expert_mlp(config: ModelConfig, weights: Weights, x: np.ndarray) -> np.ndarr
 
 
 def attention(config: ModelConfig, weights: Weights, x: np.ndarray, number: int) -> np.ndarray:
-    """Causal self-attention with keys and values shared by groups of query heads."""
+    """Computes causal self-attention; groups of query heads share keys and values."""
     q, k, v = (
         linear(below(weights, f"{name}_proj"), x).reshape(len(x), -1, config.attention.head_dim)
         for name in "qkv"
@@ -165,15 +165,15 @@ def attention(config: ModelConfig, weights: Weights, x: np.ndarray, number: int)
     q = normed_heads(config, below(weights, "q_norm"), q)
     k = normed_heads(config, below(weights, "k_norm"), k)
     if config.rotates(number):
-        rope, turning = config.rope.parameters_of(config.attention.layer_types[number]), config.rotated_dim
-        q, k = (np.concatenate([rotate(y[..., :turning], rope), y[..., turning:]], axis=-1) for y in (q, k))
+        rope, dim = config.rope.parameters_of(config.attention.layer_types[number]), config.rotated_dim
+        q, k = (np.concatenate([rotate(y[..., :dim], rope), y[..., dim:]], axis=-1) for y in (q, k))
     per_group = config.attention.num_heads // config.attention.num_kv_heads
-    mixed = mix(config, q, np.repeat(k, per_group, axis=1), np.repeat(v, per_group, axis=1), number)
-    return linear(below(weights, "o_proj"), mixed)
+    k, v = (np.repeat(y, per_group, axis=1) for y in (k, v))
+    return linear(below(weights, "o_proj"), attend(config, q, k, v, number))
 
 
 def normed_heads(config: ModelConfig, weights: Weights, x: np.ndarray) -> np.ndarray:
-    """Queries or keys [S, heads, h] after their norm."""
+    """Normalises queries or keys [S, heads, h]."""
     match config.attention.qk_norm:
         case "none":
             return x
@@ -187,14 +187,14 @@ def normed_heads(config: ModelConfig, weights: Weights, x: np.ndarray) -> np.nda
 
 
 def latent_attention(config: ModelConfig, weights: Weights, x: np.ndarray, number: int) -> np.ndarray:
-    """Causal self-attention whose keys and values are projections of one latent per token."""
+    """Computes causal self-attention; keys and values are projections of one latent per token."""
     assert config.attention.latent is not None
     length, rank, rope = (
         len(x),
         config.attention.latent.kv_lora_rank,
         config.rope.parameters_of(config.attention.layer_types[number]),
     )
-    fixed = config.attention.head_dim - config.rotated_dim
+    not_rotated = config.attention.head_dim - config.rotated_dim
     latent_norms = replace(config, norm=replace(config.norm, eps=1e-6))
 
     def project(name: str, x: np.ndarray) -> np.ndarray:
@@ -206,16 +206,16 @@ def latent_attention(config: ModelConfig, weights: Weights, x: np.ndarray, numbe
         q_latent = norm(latent_norms, below(weights, "q_a_layernorm"), project("q_a_proj", x))
         q = project("q_b_proj", q_latent)
     q = q.reshape(length, config.attention.num_heads, -1)
-    latent, shared = np.split(project("kv_a_proj_with_mqa", x), [rank], axis=-1)
+    latent, rotary_key = np.split(project("kv_a_proj_with_mqa", x), [rank], axis=-1)
     kv = project("kv_b_proj", norm(latent_norms, below(weights, "kv_a_layernorm"), latent))
-    k, v = np.split(kv.reshape(length, config.attention.num_heads, -1), [fixed], axis=-1)
-    shared = np.repeat(rotate(shared[:, None], rope), config.attention.num_heads, axis=1)
-    q = np.concatenate([q[..., :fixed], rotate(q[..., fixed:], rope)], axis=-1)
-    return project("o_proj", mix(config, q, np.concatenate([k, shared], axis=-1), v, number))
+    k, v = np.split(kv.reshape(length, config.attention.num_heads, -1), [not_rotated], axis=-1)
+    rotary_key = np.repeat(rotate(rotary_key[:, None], rope), config.attention.num_heads, axis=1)
+    q = np.concatenate([q[..., :not_rotated], rotate(q[..., not_rotated:], rope)], axis=-1)
+    return project("o_proj", attend(config, q, np.concatenate([k, rotary_key], axis=-1), v, number))
 
 
-def mix(config: ModelConfig, q: np.ndarray, k: np.ndarray, v: np.ndarray, number: int) -> np.ndarray:
-    """The values [S, H, h] that each query sees, weighed; one head after the other, side by side."""
+def attend(config: ModelConfig, q: np.ndarray, k: np.ndarray, v: np.ndarray, number: int) -> np.ndarray:
+    """Computes the attention output [S, H * h], one head after the other."""
     visible = mask(len(q), config.attention.window_of(config.attention.layer_types[number]))
     heads = []
     for head in range(config.attention.num_heads):
@@ -227,7 +227,7 @@ def mix(config: ModelConfig, q: np.ndarray, k: np.ndarray, v: np.ndarray, number
 
 
 def mask(length: int, window: int | None) -> np.ndarray:
-    """Whether the query of a row sees the key of a column, [S, S]."""
+    """Returns whether the query of a row sees the key of a column, [S, S]."""
     distance = np.arange(length)[:, None] - np.arange(length)[None]
     return (distance >= 0) & (distance < (window or length))
 
@@ -238,7 +238,7 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def rotate(x: np.ndarray, rope: RopeParameters) -> np.ndarray:
-    """Turns each pair (i, i + h/2) of the heads [S, heads, h] by its angle at each position."""
+    """Rotates each pair (i, i + h/2) of the heads [S, heads, h] by its angle at each position."""
     length, _, dim = x.shape
     frequencies = np.array([rope_frequency(rope, pair, dim, length) for pair in range(dim // 2)])
     angles = np.arange(length)[:, None, None] * frequencies
@@ -248,7 +248,7 @@ def rotate(x: np.ndarray, rope: RopeParameters) -> np.ndarray:
 
 
 def rope_frequency(rope: RopeParameters, pair: int, dim: int, length: int) -> float:
-    """Radians per position of a pair of dimensions, in a sequence of that length."""
+    """Returns the radians per position of a pair of dimensions in a sequence of ``length`` tokens."""
     frequency, original = rope.theta ** (-2 * pair / dim), rope.original_max_position_embeddings
     match rope.kind:
         case "default":
@@ -263,10 +263,10 @@ def rope_frequency(rope: RopeParameters, pair: int, dim: int, length: int) -> fl
             assert divisors is not None
             return frequency / divisors[pair]
         case "llama3":
-            turns = original * frequency / (2 * math.pi)
-            kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+            rotations = original * frequency / (2 * math.pi)
+            kept = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         case "yarn":
-            first, last = (pair_that_turns(rope, dim, turns) for turns in (rope.beta_fast, rope.beta_slow))
+            first, last = (pair_of_rotations(rope, dim, n) for n in (rope.beta_fast, rope.beta_slow))
             if rope.truncate:
                 first, last = math.floor(first), math.ceil(last)
             first, last = max(first, 0), min(last, dim - 1)
@@ -275,7 +275,7 @@ def rope_frequency(rope: RopeParameters, pair: int, dim: int, length: int) -> fl
     return kept * frequency + (1 - kept) * frequency / rope.factor
 
 
-def pair_that_turns(rope: RopeParameters, dim: int, turns: float) -> float:
-    """Which pair turns so often over the original context, as a fraction between two pairs."""
-    frequency = 2 * math.pi * turns / rope.original_max_position_embeddings
+def pair_of_rotations(rope: RopeParameters, dim: int, rotations: float) -> float:
+    """Returns the pair, interpolated, that completes ``rotations`` over the original context."""
+    frequency = 2 * math.pi * rotations / rope.original_max_position_embeddings
     return -dim * math.log(frequency) / (2 * math.log(rope.theta))

@@ -21,11 +21,11 @@ class Stepwise:
     """A model over ``tp`` devices and its cache, without sampling, which takes longest to compile.
 
     Args:
-        name: of the golden.
+        name: name of the golden.
         tp: devices.
-        max_length: tokens the sequence will get to.
+        max_length: longest length of the sequence, tokens.
         residual: layout of the residual.
-        dtype: of weights and cache.
+        dtype: dtype of weights and cache.
     """
 
     PAGE = 64
@@ -40,11 +40,11 @@ class Stepwise:
     ) -> None:
         checkpoint = open_checkpoint(GOLDENS / name)
         self.mesh, self.vocab_size = make_mesh(tp), checkpoint.config.vocab_size
-        of, pages = jnp.dtype(dtype), -(-max_length // self.PAGE)
-        model = abstract_decoder(checkpoint.config, self.mesh, of)
+        kind, pages = jnp.dtype(dtype), -(-max_length // self.PAGE)
+        model = abstract_decoder(checkpoint.config, self.mesh, kind)
         model = load_decoder(checkpoint, model, self.mesh, progress=False)
         self.cache = allocate(
-            checkpoint.config, self.mesh, num_pages=pages + 1, page_size=self.PAGE, dtype=of
+            checkpoint.config, self.mesh, num_pages=pages + 1, page_size=self.PAGE, dtype=kind
         )
         self.length = 0
         graph, self.weights = nnx.split(model)
@@ -63,7 +63,7 @@ class Stepwise:
         self.forward = forward
 
     def __call__(self, tokens: list[int]) -> np.ndarray:
-        """Logits after each token: a chunk from the start, padded to a page; or one token."""
+        """Returns the logits after each token: of a first chunk, padded to a page, or of one token."""
         size = 1 if len(tokens) == 1 else self.PAGE
         padded = np.zeros((1, size), np.int32)
         padded[0, : len(tokens)] = tokens

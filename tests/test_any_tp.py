@@ -1,7 +1,6 @@
-"""Random architectures at a random tp: the numbers of tp=1, and of the plain reference.
+"""Random architectures at a random tp, against tp=1 and against the reference in NumPy.
 
-Nothing here divides anything, except by chance: heads, widths and vocabularies are sampled freely, and so
-is the number of devices.
+Heads, widths, vocabularies and the number of devices are sampled independently: few sizes divide each other.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class Arrays:
 
 
 def random_weights(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
-    """Of a size that keeps activations near 1; norms near 1, but never at it, where they would not show."""
+    """Returns weights that keep activations near 1; norms near 1, but not 1, at which they have no effect."""
     rng = np.random.default_rng(seed)
     weights = {}
     for name, shape in canonical_shapes(config, 1).items():
@@ -73,7 +72,7 @@ def random_weights(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
 
 
 def canonical_shapes(config: ModelConfig, tp: int) -> dict[str, tuple[int, ...]]:
-    """What the model asks of a checkpoint."""
+    """Returns the shapes of the canonical tensors that the model needs."""
     mesh = make_mesh(tp)
     return {
         parameter.canonical(source): shape
@@ -85,7 +84,7 @@ def canonical_shapes(config: ModelConfig, tp: int) -> dict[str, tuple[int, ...]]
 def decoder_logits(
     config: ModelConfig, weights: Mapping[str, np.ndarray], tokens: np.ndarray, tp: int
 ) -> np.ndarray:
-    """Scores [S, V] over the paged cache, through every kind of call that serving makes."""
+    """Computes the logits [S, V] over the paged cache, through every kind of call that serving makes."""
     mesh = make_mesh(tp)
     checkpoint = Checkpoint(Path("random"), config, CanonicalSource(Arrays(weights), WeightMap(), config))
     graph, state = nnx.split(
@@ -100,8 +99,8 @@ def decoder_logits(
         model = nnx.merge(graph, state)
         hidden = []
         for first, last in CHUNKS:
-            at = BatchMetadata(table, jnp.arange(first, last, dtype=jnp.int32)[None], max_length)
-            x, cache = model(tokens[None, first:last], cache, at)
+            metadata = BatchMetadata(table, jnp.arange(first, last, dtype=jnp.int32)[None], max_length)
+            x, cache = model(tokens[None, first:last], cache, metadata)
             hidden.append(x[0])
         return model.logits(jnp.concatenate(hidden))
 
@@ -117,7 +116,7 @@ def sizes(most: int, least: int = 1) -> st.SearchStrategy[int]:
 
 @st.composite
 def ropes(draw: st.DrawFn, pairs: int) -> RopeParameters:
-    """A rotary embedding of so many pairs; its original context is shorter than the test's or longer."""
+    """Draws a rotary embedding; its original context is shorter or longer than the test's sequence."""
     kind = draw(st.sampled_from(("default", "linear", "dynamic", "llama3", "yarn", "longrope")))
     theta, factor = draw(st.sampled_from((50.0, 10_000.0))), draw(st.sampled_from((2.0, 8.0)))
     divisors = st.lists(st.sampled_from((1.0, 1.5, 4.0)), min_size=pairs, max_size=pairs).map(tuple)
@@ -137,7 +136,7 @@ def ropes(draw: st.DrawFn, pairs: int) -> RopeParameters:
 
 @st.composite
 def latents(draw: st.DrawFn) -> dict[str, dict[str, Any]]:
-    """Latent attention; a key's two parts and the value's may all differ in width."""
+    """Draws latent attention; the two parts of a key and the value may all differ in width."""
     heads, rotary_dim = draw(sizes(7)), 2 * draw(sizes(3))
     attention = {
         "num_heads": heads,
@@ -154,7 +153,7 @@ def latents(draw: st.DrawFn) -> dict[str, dict[str, Any]]:
 
 @st.composite
 def grouped_queries(draw: st.DrawFn, layers: int, norm: str) -> dict[str, dict[str, Any]]:
-    """Keys and values per head, or group of heads."""
+    """Draws keys and values per head, or per group of heads."""
     kv_heads, pairs = draw(sizes(5)), draw(sizes(4))
     qk_norms = ("none", "head", "each_head", *(["projection"] if norm == "rms" else []))
     return {
@@ -165,7 +164,7 @@ def grouped_queries(draw: st.DrawFn, layers: int, norm: str) -> dict[str, dict[s
             "qk_norm": draw(st.sampled_from(qk_norms)),
         },
         "rope": {
-            "rotary_dim": draw(st.none() | sizes(pairs).map(lambda rotating: 2 * rotating)),
+            "rotary_dim": draw(st.none() | sizes(pairs).map(lambda rotated_pairs: 2 * rotated_pairs)),
             "layers": draw(st.none() | st.tuples(*[st.booleans()] * layers)),
         },
         "model": {"position_embedding": draw(st.sampled_from(("rope", "rope", "learned")))},
@@ -174,7 +173,7 @@ def grouped_queries(draw: st.DrawFn, layers: int, norm: str) -> dict[str, dict[s
 
 @st.composite
 def mixtures(draw: st.DrawFn, layers: int) -> MoEConfig:
-    """Experts of which a token takes some; with groups, from some of the groups."""
+    """Draws a mixture of experts, with or without groups of experts."""
     scoring = draw(st.sampled_from(("softmax", "sigmoid")))
     groups = draw(sizes(3)) if scoring == "sigmoid" else 1
     per_group, groups_per_token = draw(sizes(4, 2)), draw(sizes(groups))
@@ -201,7 +200,7 @@ def mixtures(draw: st.DrawFn, layers: int) -> MoEConfig:
 
 @st.composite
 def architectures(draw: st.DrawFn) -> ModelConfig:
-    """A decoder of one or two layers, all sizes small and unrelated."""
+    """Draws a decoder of one or two layers with small, unrelated sizes."""
     layers, norm = draw(sizes(2)), draw(st.sampled_from(("rms", "rms", "layer")))
     drawn = draw(grouped_queries(layers, norm) | latents())
     pairs = (drawn["rope"]["rotary_dim"] or drawn["attention"]["head_dim"]) // 2

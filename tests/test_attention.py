@@ -1,4 +1,4 @@
-"""Paged attention against its definition, and what the cache's writes touch."""
+"""Paged attention against the reference, and which cache entries a write changes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ write = jax.jit(LayerCache.write)
 
 
 def tables(rng: np.random.Generator, batch: int, used: list[int]) -> np.ndarray:
-    """Pages in random order, none shared; entries past a sequence's own point anywhere, the null page too."""
+    """Assigns pages in random order, none shared; entries past the end of a sequence are arbitrary."""
     order = rng.permutation(np.arange(1, PAGES_IN_ALL))
     table = rng.integers(0, PAGES_IN_ALL, (batch, BLOCKS))
     for row in range(batch):
@@ -40,7 +40,7 @@ def tables(rng: np.random.Generator, batch: int, used: list[int]) -> np.ndarray:
 def case(
     rng: np.random.Generator, positions: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, LayerCache, LayerCache, BatchMetadata]:
-    """Queries, dense keys and values, the same in pages twice over with different garbage around them."""
+    """Returns queries, dense keys and values, and two caches that hold them among different garbage."""
     batch, length = positions.shape
     contexts = positions.max(axis=1) + 1
     table = tables(rng, batch, [-(-int(n) // PAGE) for n in contexts])
@@ -54,13 +54,13 @@ def case(
             for at in range(context):
                 filled_pages[:, table[row, at // PAGE], :, at % PAGE] = dense[:, row, at]
         caches.append(LayerCache(jnp.asarray(filled_pages[0]), jnp.asarray(filled_pages[1])))
-    at = BatchMetadata(jnp.asarray(table), jnp.asarray(positions, jnp.int32))
-    return query, dense[0], dense[1], caches[0], caches[1], at
+    metadata = BatchMetadata(jnp.asarray(table), jnp.asarray(positions, jnp.int32))
+    return query, dense[0], dense[1], caches[0], caches[1], metadata
 
 
-def own(dense: np.ndarray, at: BatchMetadata) -> np.ndarray:
-    """The keys or values of the tokens themselves."""
-    return np.take_along_axis(dense, np.asarray(at.positions)[:, :, None, None], axis=1)
+def own(dense: np.ndarray, metadata: BatchMetadata) -> np.ndarray:
+    """Returns the keys or values of the batch's own tokens."""
+    return np.take_along_axis(dense, np.asarray(metadata.positions)[:, :, None, None], axis=1)
 
 
 def attend(
@@ -68,31 +68,33 @@ def attend(
     keys: np.ndarray,
     values: np.ndarray,
     cache: LayerCache,
-    at: BatchMetadata,
+    metadata: BatchMetadata,
     window: int | None,
 ) -> jax.Array:
-    return paged(query, own(keys, at), own(values, at), cache, at, scale=SCALE, window=window)
+    return paged(
+        query, own(keys, metadata), own(values, metadata), cache, metadata, scale=SCALE, window=window
+    )
 
 
 def random_positions(rng: np.random.Generator, batch: int, length: int, trial: int) -> np.ndarray:
-    """Of single tokens anywhere; of chunks that start together on a page's border."""
+    """Draws positions: single tokens anywhere; chunks that start together at a page boundary."""
     if length == 1:
         last = rng.integers(0, BLOCKS * PAGE, batch)
-        borders = (0, PAGE - 1, PAGE, 2 * PAGE - 1, BLOCKS * PAGE - 1)
-        last[0] = borders[trial % len(borders)]  # contexts that end on a page's border are in every batch
+        boundaries = (0, PAGE - 1, PAGE, 2 * PAGE - 1, BLOCKS * PAGE - 1)
+        last[0] = boundaries[trial % len(boundaries)]  # every batch has a context up to a boundary
         return last[:, None]
     first = rng.integers(0, BLOCKS - -(-length // PAGE) + 1) * PAGE
     return first + np.tile(np.arange(length), (batch, 1))
 
 
 def check(case_: tuple[Any, ...], window: int | None) -> None:
-    query, keys, values, cache, other, at = case_
-    expected = refer(query, keys, values, at.positions, scale=SCALE, window=window)
-    found = attend(query, keys, values, cache, at, window)
+    query, keys, values, cache, other, metadata = case_
+    expected = refer(query, keys, values, metadata.positions, scale=SCALE, window=window)
+    found = attend(query, keys, values, cache, metadata, window)
     assert found.dtype == jnp.float32 and found.shape == query.shape
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    # to the last bit: what is beyond a context, in other pages or in no page, is never read
-    np.testing.assert_array_equal(found, attend(query, keys, values, other, at, window))
+    # bitwise: nothing beyond a context is read, neither from other pages nor from the rest of its last one
+    np.testing.assert_array_equal(found, attend(query, keys, values, other, metadata, window))
 
 
 @pytest.mark.parametrize("window", (None, 3, 17))
@@ -107,12 +109,21 @@ def test_paged_attention_equals_the_reference(batch: int, length: int, window: i
 def test_sinks(length: int) -> None:
     """A key without a value in every softmax: against the definition, and worked out for the first token."""
     rng = np.random.default_rng(length)
-    query, keys, values, cache, _, at = case(rng, random_positions(rng, 2, length, 0))
+    query, keys, values, cache, _, metadata = case(rng, random_positions(rng, 2, length, 0))
     sinks = jnp.asarray(rng.normal(size=(HEADS_KV, GROUP)) * 3, jnp.float32)
-    expected = refer(query, keys, values, at.positions, scale=SCALE, window=None, sinks=sinks)
-    found = paged(query, own(keys, at), own(values, at), cache, at, scale=SCALE, window=None, sinks=sinks)
+    expected = refer(query, keys, values, metadata.positions, scale=SCALE, window=None, sinks=sinks)
+    found = paged(
+        query,
+        own(keys, metadata),
+        own(values, metadata),
+        cache,
+        metadata,
+        scale=SCALE,
+        window=None,
+        sinks=sinks,
+    )
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    first = int(at.positions[0, 0])
+    first = int(metadata.positions[0, 0])
     scores = np.einsum("kgh,tkh->kgt", query[0, 0], keys[0, : first + 1]) * SCALE
     weights = np.exp(scores) / (np.exp(scores).sum(-1, keepdims=True) + np.exp(sinks)[..., None])
     np.testing.assert_allclose(
@@ -132,11 +143,11 @@ def test_chunks_of_a_batch_may_start_at_different_pages(window: int | None) -> N
 def test_chunks_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch, block: int, window: int | None) -> None:
     """A long chunk attends to itself block by block; here the blocks are small instead."""
     rng = np.random.default_rng((block, window or 0))
-    query, keys, values, cache, _, at = case(rng, np.arange(16) + np.full((2, 1), 8))
+    query, keys, values, cache, _, metadata = case(rng, np.arange(16) + np.full((2, 1), 8))
     monkeypatch.setattr(xla, "_QUERY_BLOCK", block)
-    arguments = (query, own(keys, at), own(values, at), cache, at)
+    arguments = (query, own(keys, metadata), own(values, metadata), cache, metadata)
     found = jax.jit(functools.partial(paged_attention, scale=SCALE, window=window))(*arguments)
-    expected = refer(query, keys, values, at.positions, scale=SCALE, window=window)
+    expected = refer(query, keys, values, metadata.positions, scale=SCALE, window=window)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -157,10 +168,10 @@ def test_reference_attention_by_hand() -> None:
 def test_one_token_at_a_time_equals_a_chunk(window: int | None) -> None:
     rng = np.random.default_rng(5)
     positions = np.array([[8 + i for i in range(16)]])
-    query, keys, values, cache, _, at = case(rng, positions)
-    together = attend(query, keys, values, cache, at, window)
+    query, keys, values, cache, _, metadata = case(rng, positions)
+    together = attend(query, keys, values, cache, metadata, window)
     for i in range(16):
-        one = BatchMetadata(at.block_tables, at.positions[:, i : i + 1])
+        one = BatchMetadata(metadata.block_tables, metadata.positions[:, i : i + 1])
         alone = attend(query[:, i : i + 1], keys, values, cache, one, window)
         np.testing.assert_allclose(alone[:, 0], together[:, i], atol=1e-6)
 
@@ -168,15 +179,17 @@ def test_one_token_at_a_time_equals_a_chunk(window: int | None) -> None:
 def test_large_scores_do_not_overflow() -> None:
     """The online softmax subtracts the running maximum: rising scores force it to rescale."""
     rng = np.random.default_rng(6)
-    query, keys, values, _, _, at = case(rng, np.array([[BLOCKS * PAGE - 1]]))
+    query, keys, values, _, _, metadata = case(rng, np.array([[BLOCKS * PAGE - 1]]))
     keys = keys * 300 * np.linspace(0, 1, BLOCKS * PAGE, dtype=np.float32)[:, None, None]
     cache = LayerCache(*(jnp.zeros((PAGES_IN_ALL, HEADS_KV, PAGE, HEAD_DIM)) for _ in range(2)))
     pages = [np.array(part) for part in (cache.keys, cache.values)]
     for part, dense in zip(pages, (keys, values), strict=True):
         for position in range(BLOCKS * PAGE):
-            part[np.asarray(at.block_tables)[0, position // PAGE], :, position % PAGE] = dense[0, position]
-    found = attend(query, keys, values, LayerCache(*map(jnp.asarray, pages)), at, None)
-    expected = refer(query, keys, values, at.positions, scale=SCALE, window=None)
+            part[np.asarray(metadata.block_tables)[0, position // PAGE], :, position % PAGE] = dense[
+                0, position
+            ]
+    found = attend(query, keys, values, LayerCache(*map(jnp.asarray, pages)), metadata, None)
+    expected = refer(query, keys, values, metadata.positions, scale=SCALE, window=None)
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -253,7 +266,7 @@ def test_chunk_writes(batch: int, length: int) -> None:
         np.testing.assert_array_equal(written.values[1:], values[1:])
 
 
-# --- cut over devices --------------------------------------------------------------------------------------
+# --- sharded over devices ----------------------------------------------------------------------------------
 
 
 def write_and_attend(
@@ -261,23 +274,23 @@ def write_and_attend(
     query: jax.Array,
     keys: jax.Array,
     values: jax.Array,
-    at: BatchMetadata,
+    metadata: BatchMetadata,
     window: int | None,
 ) -> tuple[jax.Array, LayerCache]:
-    cache = cache.write(keys, values, at)
-    return paged_attention(query, keys, values, cache, at, scale=SCALE, window=window), cache
+    cache = cache.write(keys, values, metadata)
+    return paged_attention(query, keys, values, cache, metadata, scale=SCALE, window=window), cache
 
 
 @pytest.mark.parametrize(("length", "window"), ((1, None), (16, 17)))
-def test_cut_over_three_devices_is_the_same(length: int, window: int | None) -> None:
+def test_sharded_over_three_devices_is_the_same(length: int, window: int | None) -> None:
     rng = np.random.default_rng(length)
-    query, _, _, cache, _, at = case(rng, random_positions(rng, 2, length, 1))
+    query, _, _, cache, _, metadata = case(rng, random_positions(rng, 2, length, 1))
     keys, values = new(rng, 2, length)
     step = jax.jit(functools.partial(write_and_attend, window=window))
-    expected, expected_cache = step(cache, query, keys, values, at)
+    expected, expected_cache = step(cache, query, keys, values, metadata)
 
     mesh: Mesh = make_mesh(3)
-    cut = LayerCache(
+    sharded = LayerCache(
         *(jax.device_put(part, NamedSharding(mesh, PAGES)) for part in (cache.keys, cache.values))
     )
     on_mesh = jax.device_put(query, NamedSharding(mesh, HEADS))
@@ -285,8 +298,8 @@ def test_cut_over_three_devices_is_the_same(length: int, window: int | None) -> 
         jax.device_put(part, NamedSharding(mesh, jax.P(None, None, "tp", None))) for part in (keys, values)
     ]
     with jax.set_mesh(mesh):
-        program = step.lower(cut, on_mesh, *new_on_mesh, at).compile()
-        found, found_cache = program(cut, on_mesh, *new_on_mesh, at)
+        program = step.lower(sharded, on_mesh, *new_on_mesh, metadata).compile()
+        found, found_cache = program(sharded, on_mesh, *new_on_mesh, metadata)
     np.testing.assert_allclose(found, expected, atol=1e-6)
     for name in ("keys", "values"):
         part = getattr(found_cache, name)

@@ -28,10 +28,9 @@ from tpjax.inspect.explain import explain
 from tpjax.layers.latent_attention import KeyValueProjection
 from tpjax.mesh import make_mesh
 from tpjax.runtime.runner import Runner
-from tpjax.sharding import head_plan
 
 F32 = jnp.dtype("float32")
-HEADS, FIXED, TURNING, RANK, VALUE = 9, 16, 8, 40, 24
+HEADS, NOPE, ROPE, RANK, VALUE = 9, 16, 8, 40, 24
 
 # Large enough that a weight- or cache-sized buffer cannot be mistaken for an activation.
 CONFIG = ModelConfig(
@@ -44,12 +43,12 @@ CONFIG = ModelConfig(
     attention=AttentionConfig(
         num_heads=HEADS,
         num_kv_heads=HEADS,
-        head_dim=FIXED + TURNING,
+        head_dim=NOPE + ROPE,
         query_scale=0.2,
         layer_types=("full_attention",) * 2,
         latent=LatentConfig(q_lora_rank=56, kv_lora_rank=RANK, v_head_dim=VALUE),
     ),
-    rope=RopeConfig(rotary_dim=TURNING),
+    rope=RopeConfig(rotary_dim=ROPE),
     mlp=MLPConfig(intermediate_size=200),
     norm=NormConfig(eps=1e-5),
 )
@@ -62,23 +61,24 @@ def random(*shape: int, seed: int) -> np.ndarray:
 def test_absorbed_equals_expanded() -> None:
     """Attention to expanded keys and values, and to the latents themselves with absorbed projections."""
     with jax.set_mesh(make_mesh(1)):
-        project = KeyValueProjection(CONFIG, head_plan(CONFIG, 1), F32)
-    nnx.update(project, jax.tree.map(lambda w: random(*w.shape, seed=w.shape[0]), nnx.state(project)))
-    latents, query = random(2, 1, 7, RANK + TURNING, seed=1), random(2, 3, HEADS, 1, FIXED + TURNING, seed=2)
+        project = KeyValueProjection(CONFIG, HEADS, F32)
+    state = nnx.state(project)
+    nnx.update(project, jax.tree.map(lambda w: jnp.asarray(random(*w.shape, seed=w.shape[0])), state))
+    latents, query = random(2, 1, 7, RANK + ROPE, seed=1), random(2, 3, HEADS, 1, NOPE + ROPE, seed=2)
     latents, query = jnp.asarray(latents), jnp.asarray(query)
     positions = jnp.array([[4, 5, 6], [0, 1, 2]])
 
     keys, values = project.expand(latents)
-    assert keys.shape == (2, HEADS, 7, FIXED + TURNING) and values.shape == (2, HEADS, 7, VALUE)
+    assert keys.shape == (2, HEADS, 7, NOPE + ROPE) and values.shape == (2, HEADS, 7, VALUE)
     naive = reference_attention(
         query, keys.swapaxes(1, 2), values.swapaxes(1, 2), positions, scale=0.2, window=None
     )
-    absorbed = jnp.concatenate([project.absorb(query[..., :FIXED]), query[..., FIXED:]], axis=-1)
+    absorbed = jnp.concatenate([project.absorb(query[..., :NOPE]), query[..., NOPE:]], axis=-1)
     every_head = np.repeat(latents.swapaxes(1, 2), HEADS, axis=2)
-    mixed = reference_attention(
+    weighted = reference_attention(
         absorbed, every_head, every_head[..., :RANK], positions, scale=0.2, window=None
     )
-    np.testing.assert_allclose(project.values_of(mixed), naive, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(project.project_values(weighted), naive, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module", params=(1, 4))
@@ -117,8 +117,8 @@ def test_decode_copies_neither_weights_nor_cache(decode: tuple[int, Runner, jax.
 @pytest.mark.parametrize("tp", (1, 4, 16))
 def test_cache_does_not_grow_with_heads(tp: int) -> None:
     layout = cache_layout(CONFIG, tp, 5, 128)
-    assert (layout.layer, layout.count, layout.shape) == (LatentCache, 1, (5, 1, 128, RANK + TURNING))
-    assert page_bytes_per_device(CONFIG, tp, 128, F32) == 2 * 128 * (RANK + TURNING) * 4
+    assert (layout.layer, layout.count, layout.shape) == (LatentCache, 1, (5, 1, 128, RANK + ROPE))
+    assert page_bytes_per_device(CONFIG, tp, 128, F32) == 2 * 128 * (RANK + ROPE) * 4
 
 
 @pytest.mark.parametrize("tp", (1, 4))
@@ -127,7 +127,7 @@ def test_padding_is_what_heads_add(tp: int) -> None:
     mesh = make_mesh(tp)
     layouts = {p.name: p.layout for p in parameters(abstract_decoder(CONFIG, mesh, F32), mesh)}
     extra = 0 if tp == 1 else 3
-    assert layouts["layers.0.self_attn.kv_b_proj.key"].padding == extra * FIXED * RANK
+    assert layouts["layers.0.self_attn.kv_b_proj.key"].padding == extra * NOPE * RANK
     assert layouts["layers.0.self_attn.kv_b_proj.value"].padding == extra * VALUE * RANK
     assert layouts["layers.0.self_attn.o_proj.weight"].padding == extra * VALUE * 96
     assert layouts["layers.0.self_attn.a_proj.weight"].padding == 0
@@ -139,7 +139,7 @@ def test_explain(decode: tuple[int, Runner, jax.stages.Compiled]) -> None:
     assert (report.heads["padded_heads"], report.heads["kv_padding"]) == ((9, 0) if tp == 1 else (12, 3))
     assert "one latent per token" in report.heads["summary"]
     assert (report.cache["spec"], report.cache["buffers"]) == ("replicated", CONFIG.num_layers)
-    assert report.cache["bytes_per_token_per_device"] == CONFIG.num_layers * (RANK + TURNING) * 4
+    assert report.cache["bytes_per_token_per_device"] == CONFIG.num_layers * (RANK + ROPE) * 4
 
 
 def test_bad_sizes() -> None:

@@ -1,4 +1,4 @@
-"""Mixtures of experts: routing and sums against plain NumPy, both ways of cutting, what a step moves."""
+"""Mixtures of experts against plain NumPy, with expert parallelism on and off; collectives of a step."""
 
 from __future__ import annotations
 
@@ -92,12 +92,12 @@ def plain_route(moe: MoEConfig, w: dict[str, np.ndarray], token: np.ndarray) -> 
     """The weight of each chosen expert."""
     logits = w["gate.weight"] @ token + w.get("gate.bias", 0.0)
     scores = softmax(logits) if moe.scoring == "softmax" else sigmoid(logits)
-    chances = scores + w.get("gate.e_score_correction_bias", 0.0)
+    routing_scores = scores + w.get("gate.e_score_correction_bias", 0.0)
     if moe.num_groups > 1:
-        groups = chances.reshape(moe.num_groups, -1)
+        groups = routing_scores.reshape(moe.num_groups, -1)
         worth = np.sort(groups, axis=1)[:, -2:].sum(axis=1)
-        groups[np.argsort(-worth)[moe.groups_per_token :]] = -np.inf  # a view of the chances
-    chosen = np.argsort(-chances)[: moe.experts_per_token]
+        groups[np.argsort(-worth)[moe.groups_per_token :]] = -np.inf  # a view of routing_scores
+    chosen = np.argsort(-routing_scores)[: moe.experts_per_token]
     total = scores[chosen].sum() if moe.norm_topk_prob else 1.0
     return {int(e): float(scores[e] / total * moe.routed_scale) for e in chosen}
 
@@ -184,8 +184,8 @@ def test_layer_equals_plain_numpy(kind: str, tp: int, sharding: Any) -> None:
     assert np.abs(layer(x) - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-def test_router_weighs_as_transformers_does() -> None:
-    """Scores worked out on paper: a softmax over all that is not normalised again keeps its size."""
+def test_router_weights_are_those_of_transformers() -> None:
+    """Scores worked out by hand: a softmax over all that is not normalised again keeps its size."""
     weights = {"gate.weight": np.zeros((E, D))}
     weights["gate.weight"][:, 0] = np.log([1, 2, 4, 8, 16, 1])
     token = np.eye(D)[0]
@@ -222,15 +222,15 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("rows_of", ROWS.values(), ids=ROWS)
-def test_grouped_products_equal_one_expert_at_a_time(stack: ExpertWeights, rows_of: list[int]) -> None:
+@pytest.mark.parametrize("group_sizes", ROWS.values(), ids=ROWS)
+def test_grouped_products_equal_one_expert_at_a_time(stack: ExpertWeights, group_sizes: list[int]) -> None:
     config = model_config(GPT_OSS)
     x = jnp.asarray(np.random.default_rng(3).normal(size=(16, D)), jnp.float32)
-    owners = np.repeat(np.arange(E), rows_of)
+    owners = np.repeat(np.arange(E), group_sizes)
     expected = [
         gated_expert(row[None], stack.of(jnp.int32(e)), config)[0] for row, e in zip(x, owners, strict=False)
     ]
-    counts = jnp.asarray(rows_of, jnp.int32)
+    counts = jnp.asarray(group_sizes, jnp.int32)
     for out in (
         tiled_experts(x, counts, stack, config=config, tile=4),
         ragged_experts(x, counts, stack, config=config),
@@ -348,7 +348,7 @@ def test_wrong_configuration(wrong: dict[str, Any], message: str) -> None:
     assert str(error.value) == message
 
 
-def test_whole_experts_need_a_tp_that_divides_them() -> None:
+def test_expert_parallel_needs_a_tp_that_divides_the_experts() -> None:
     with pytest.raises(ConfigError) as error:
         replace(PLAIN, expert_parallel="on").sharded_axis(4)
     assert str(error.value) == (

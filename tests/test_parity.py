@@ -63,8 +63,8 @@ def test_parity_with_goldens(name: str, tp: int) -> None:
 
 @pytest.mark.parametrize("tp", (slow(2), 3, slow(8)))
 @pytest.mark.parametrize("name", ("qwen3", "gemma3", "cohere", "gpt2", "gpt_oss", "deepseek_v3"))
-def test_parity_with_the_residual_cut_over_positions(name: str, tp: int) -> None:
-    """Also where tp does not divide the chunk, 64 positions."""
+def test_parity_with_sequence_parallelism(name: str, tp: int) -> None:
+    """Also if tp does not divide the chunk, 64 positions."""
     golden = np.load(GOLDENS / name / "golden.npz")
     model = Stepwise(name, tp, max_length=len(golden["prompt"]) + STEPS, residual=SEQUENCE_PARALLEL)
     assert relative_error(model(golden["prompt"].tolist()), golden["logits"]) <= TOLERANCE
@@ -72,7 +72,7 @@ def test_parity_with_the_residual_cut_over_positions(name: str, tp: int) -> None
 
 @pytest.mark.parametrize("name", ("cohere", "deepseek_v3", "gemma3", "gpt2", "gpt_oss", "mixtral", "phi3"))
 def test_parity_of_the_engine(name: str) -> None:
-    """The same through everything that serves, where families differ in what the runner passes or keeps."""
+    """The same through the engine, for families that differ in what the runner passes or keeps."""
     golden = np.load(GOLDENS / name / "golden.npz")
     llm = LLM(GOLDENS / name, tp=3, max_model_len=128, max_slots=1)
     (completion,) = llm.generate([golden["prompt"].tolist()], GREEDY)
@@ -104,7 +104,7 @@ def test_parity_with_transformers(name: str) -> None:
 
 
 def test_longrope_shares_no_pages_across_the_switch() -> None:
-    """A prompt's pages, rotated for a short sequence, are not found again by one that gets long."""
+    """Cached pages with the rotary embedding of a short sequence are not reused by a long one."""
     config = open_checkpoint(GOLDENS / "phi3").config
     assert [config.rope.scaling_key(max_length) for max_length in (2, 32, 33, 300)] == [
         (0,),
@@ -194,7 +194,7 @@ def tiny() -> Callable[[int], LLM]:
 def test_cached_decode_equals_full_forward(tiny: Callable[[int], LLM], tp: int) -> None:
     """Each greedy token is the arg-max of the teacher-forced logits of everything before it."""
     llm = tiny(tp)
-    prompt = np.random.default_rng(3).integers(0, 131, 130).tolist()  # its decode crosses a page border
+    prompt = np.random.default_rng(3).integers(0, 131, 130).tolist()  # its decode crosses a page boundary
     (completion,) = llm.generate([prompt], GREEDY)
     logits = llm.logits(prompt + completion.token_ids)
     assert logits[len(prompt) - 1 : -1].argmax(axis=1).tolist() == completion.token_ids
@@ -217,7 +217,7 @@ def test_batch_of_mixed_lengths_equals_one_by_one(tiny: Callable[[int], LLM], tp
 
 
 @pytest.mark.slow
-def test_same_draws_at_every_tp(tiny: Callable[[int], LLM]) -> None:
+def test_same_sampled_tokens_at_every_tp(tiny: Callable[[int], LLM]) -> None:
     prompt = list(range(3, 30))
     params = [
         SamplingParams(max_tokens=24, temperature=1.0, seed=seed, ignore_eos=True, **extra)

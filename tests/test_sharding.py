@@ -1,4 +1,4 @@
-"""The head plan for any model and tp, and the layouts that put stored weights together."""
+"""The head plan for any model and tp, and the layouts of stored weights."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ def test_padding(plan: HeadPlan) -> None:
 @QUICK
 @given(plans())
 def test_no_uniform_arrangement_costs_less(plan: HeadPlan) -> None:
-    """Against every (places per slot, slots per device) that holds all heads."""
+    """Against every (query heads per head slot, head slots per device) that holds all heads."""
     per_group = plan.num_heads // plan.num_kv_heads
     best = min(
-        (slots * (2 * size + 2), slots)  # q and o per place, k and v per slot; then the cache
+        (slots * (2 * size + 2), slots)  # q and o per query head, k and v per head slot; then the cache
         for size in range(1, per_group + 1)
         for slots in range(1, plan.num_heads + 1)
         if slots * plan.tp >= plan.num_kv_heads * math.ceil(per_group / size)
@@ -122,14 +122,14 @@ PINNED = {
 
 @pytest.mark.parametrize("model", PINNED)
 def test_pinned_paddings(model: str) -> None:
-    (heads, kv_heads), query_places, slots = PINNED[model]
+    (heads, kv_heads), padded_heads, head_slots = PINNED[model]
     plans = [HeadPlan(heads, kv_heads, tp) for tp in range(2, 17)]
-    assert tuple(plan.num_padded_heads for plan in plans) == query_places
-    assert tuple(plan.num_head_slots for plan in plans) == slots
+    assert tuple(plan.num_padded_heads for plan in plans) == padded_heads
+    assert tuple(plan.num_head_slots for plan in plans) == head_slots
 
 
-def test_slots_of_smollm2_at_two() -> None:
-    """Worked by hand: three groups of three over four slots."""
+def test_head_slots_of_smollm2_at_two() -> None:
+    """Worked out by hand: three groups of three over four head slots."""
     plan = HeadPlan(9, 3, 2)
     assert plan.head_slots == (
         (0, (0, 1, 2)),
@@ -139,8 +139,8 @@ def test_slots_of_smollm2_at_two() -> None:
     )
 
 
-def test_slots_of_qwen_at_three() -> None:
-    """One KV head in several slots: its seven queries are split."""
+def test_head_slots_of_qwen_at_three() -> None:
+    """One KV head in several head slots: its seven queries are split."""
     plan = HeadPlan(7, 1, 3)
     assert plan.head_slots == ((0, (0, 1, 2)), (0, (3, 4, 5)), (0, (6, None, None)))
     assert plan.query_padding == pytest.approx(2 / 7)
@@ -172,7 +172,7 @@ def test_pad_to_multiple(size: int, of: int, expected: int) -> None:
 
 
 class Source:
-    """Canonical tensors in memory, which counts what is read of them."""
+    """Canonical tensors in memory; counts the elements read."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         rng = np.random.default_rng(0)
@@ -190,7 +190,7 @@ class Source:
 
 
 def assemble(layout: WeightLayout, source: Source) -> np.ndarray:
-    """The stored array, element by element from the layout's own words."""
+    """Builds the stored array element by element, straight from the segments."""
     out = np.zeros(layout.shape, np.float32)
     moved = np.moveaxis(out, layout.axis, 0)
     for segment in layout.segments:
@@ -245,9 +245,9 @@ def test_any_slice_is_the_slice_of_the_whole(
     source.elements = 0
     part = layout.read(source.read, tuple(index), np.dtype(np.float32))
     np.testing.assert_array_equal(part, expected[tuple(index)])
-    cut = index[layout.axis]
+    along = index[layout.axis]
     filled = sum(
-        len(range(max(s.offset, cut.start), min(s.offset + s.size, cut.stop))) for s in layout.segments
+        len(range(max(s.offset, along.start), min(s.offset + s.size, along.stop))) for s in layout.segments
     )
     assert source.elements == filled * stored  # not one element beyond what the slice holds
 
@@ -275,15 +275,15 @@ def test_segments_do_not_overlap_and_padding_is_zero(plan: HeadPlan) -> None:
 @settings(QUICK, max_examples=40)
 @given(small_plans())
 def test_attention_through_the_layouts_is_attention(plan: HeadPlan) -> None:
-    """x @ qkv, then o over the slots, equals the canonical products head by head."""
+    """x @ qkv, then o over the head slots, equals the canonical products head by head."""
     fused, out = qkv(plan), output(plan)
     source = Source({**fused.canonical_shapes(), **out.canonical_shapes()})
     per_group = plan.num_heads // plan.num_kv_heads
     x = np.random.default_rng(1).normal(size=HIDDEN).astype(np.float32)
-    places = (x @ read_all(fused, source)).reshape(plan.num_head_slots, plan.group_size + 2, HEAD_DIM)
+    head_slots = (x @ read_all(fused, source)).reshape(plan.num_head_slots, plan.group_size + 2, HEAD_DIM)
     # any function of a query and its own key and value will do in place of a softmax
-    mixed = places[:, :-2] * places[:, -2:-1] + places[:, -1:]
-    result = read_all(out, source) @ mixed.reshape(-1)
+    outputs = head_slots[:, :-2] * head_slots[:, -2:-1] + head_slots[:, -1:]
+    result = read_all(out, source) @ outputs.reshape(-1)
 
     q, k, v = (
         (source.tensors[f"{name}_proj.weight"] @ x).reshape(-1, HEAD_DIM).repeat(repeats, axis=0)

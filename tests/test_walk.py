@@ -1,6 +1,6 @@
-"""How many cache pages attention reads: what contexts and windows of the rows that exist ask for, no more.
+"""How many cache pages attention reads: no more than the contexts and windows of the batch's rows need.
 
-Counted where pages are read, in the programs as they run.
+Counted by callbacks in the compiled programs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PAGE, BLOCKS = 8, 6
 
 
 class Counts:
-    """Pages read and tokens written by programs compiled while it is in place, all layers together."""
+    """Counts the pages read and tokens written by programs compiled while it is installed, in all layers."""
 
     def __init__(self) -> None:
         self._counter: Counter[str] = Counter()
@@ -36,8 +36,8 @@ class Counts:
     def note(self, what: str) -> None:
         jax.debug.callback(lambda: self._counter.update([what]))
 
-    def take(self) -> tuple[int, int]:
-        """Reads and writes since it was last asked."""
+    def reset(self) -> tuple[int, int]:
+        """Returns reads and writes since the last call."""
         jax.effects_barrier()
         counts = self._counter["read"], self._counter["write"]
         self._counter.clear()
@@ -63,7 +63,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counts]:
 
 
 def pages(first: int, last: int) -> int:
-    """Pages that hold the keys at ``first`` to ``last``."""
+    """Returns the number of pages that hold the keys at ``first`` to ``last``."""
     return len({at // PAGE for at in range(max(first, 0), last + 1)})
 
 
@@ -79,33 +79,33 @@ def pages(first: int, last: int) -> int:
     ),
 )
 def test_a_decode_step(counts: Counts, positions: list[int], window: int | None) -> None:
-    """As many as its longest row needs, wherever the others are."""
+    """The walk takes as many iterations as its longest row needs, wherever the others are."""
     rows = len(positions)
     table = np.arange(rows * BLOCKS, dtype=np.int32).reshape(rows, BLOCKS) + 1
     table[[at == 0 for at in positions]] = NULL_PAGE
     cache = LayerCache(*(jnp.zeros((rows * BLOCKS + 1, 1, PAGE, 2)) for _ in range(2)))
     new = jnp.zeros((rows, 1, 1, 2))
-    at = BatchMetadata(jnp.asarray(table), jnp.asarray(positions, jnp.int32)[:, None])
+    metadata = BatchMetadata(jnp.asarray(table), jnp.asarray(positions, jnp.int32)[:, None])
     attend = jax.jit(functools.partial(paged_attention, scale=1.0, window=window))
-    attend(new[:, :, :, None], new, new, cache, at).block_until_ready()
-    reach = BLOCKS * PAGE if window is None else window
-    assert counts.take()[0] == max(pages(at - reach + 1, at) for at in positions)
+    attend(new[:, :, :, None], new, new, cache, metadata).block_until_ready()
+    visible = BLOCKS * PAGE if window is None else window
+    assert counts.reset()[0] == max(pages(at - visible + 1, at) for at in positions)
 
 
 @pytest.mark.parametrize("window", (None, 2, 5, 12))
 @pytest.mark.parametrize(("first", "length"), ((0, 16), (8, 8), (24, 16), (36, 4)))
 def test_a_chunk(counts: Counts, first: int, length: int, window: int | None) -> None:
-    """The pages before it that its first query reaches; its own keys, padding included, are no pages."""
+    """The pages before it that its first query sees; its own keys, padding included, are no pages."""
     cache = LayerCache(*(jnp.zeros((BLOCKS + 1, 1, PAGE, 2)) for _ in range(2)))
     new = jnp.zeros((1, length, 1, 2))
-    at = BatchMetadata(
+    metadata = BatchMetadata(
         jnp.arange(1, BLOCKS + 1, dtype=jnp.int32)[None],
         jnp.arange(first, first + length, dtype=jnp.int32)[None],
     )
     attend = jax.jit(functools.partial(paged_attention, scale=1.0, window=window))
-    attend(new[:, :, :, None], new, new, cache, at).block_until_ready()
-    reach = BLOCKS * PAGE if window is None else window
-    assert counts.take()[0] == pages(first - reach + 1, first - 1)
+    attend(new[:, :, :, None], new, new, cache, metadata).block_until_ready()
+    visible = BLOCKS * PAGE if window is None else window
+    assert counts.reset()[0] == pages(first - visible + 1, first - 1)
 
 
 def generate(llm: LLM, steps: int, lengths: Sequence[int], tokens: Sequence[int], counts: Counts) -> int:
@@ -120,12 +120,12 @@ def generate(llm: LLM, steps: int, lengths: Sequence[int], tokens: Sequence[int]
         engine.add(request)
     while not all(request.output_token_ids for request in requests):
         engine.step()
-    counts.take()
+    counts.reset()
     left = [count - len(request.output_token_ids) for request, count in zip(requests, tokens, strict=True)]
     while engine.busy:
         engine.step()
     assert [len(request.output_token_ids) for request in requests] == list(tokens)
-    read, written = counts.take()
+    read, written = counts.reset()
     assert written >= llm.config.num_layers * (max(left) - 2 * steps)  # but for what was in flight
     return read
 
@@ -137,7 +137,7 @@ def test_a_padded_batch_keeps_its_windows(counts: Counts, steps: int) -> None:
     llm = LLM(GOLDENS / "mistral", tp=1, max_model_len=512, max_slots=4)
     assert set(map(llm.config.attention.window_of, llm.config.attention.layer_types)) == {7}
     read = generate(llm, steps, (300, 40, 200), (40, 40, 40), counts)
-    assert read <= llm.config.num_layers * 40  # one page a layer and step; no window crosses a page's border
+    assert read <= llm.config.num_layers * 40  # one page a layer and step; no window crosses a page boundary
 
 
 @pytest.mark.parametrize("name", ("llama", pytest.param("deepseek_v3", marks=pytest.mark.slow)))

@@ -1,9 +1,9 @@
 """The paged key-value cache (Kwon et al. 2023, https://arxiv.org/abs/2309.06180).
 
-Each layer keeps one buffer of keys and one of values, [pages, K, page_size, h], cut along K. With latent
-attention it keeps one buffer of latents, [pages, 1, page_size, r], on every device: all heads read all of it.
-Which page holds which positions of which sequence is said by block tables, which are arguments of every call
-and not state. Page 0 is never given to a sequence: rows and positions that do not exist write there.
+Each layer keeps one buffer of keys and one of values, [pages, K, page_size, h], sharded along K. With latent
+attention it keeps one replicated buffer of latents, [pages, 1, page_size, r]: all heads read all of it. Block
+tables say which page holds which positions of which sequence; they are arguments of every call, not state.
+Page 0 is never assigned to a sequence: padding rows and padding positions write to it.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from jaxtyping import Array, Float, Int
 from tpjax.config import ModelConfig
 from tpjax.sharding import PAGES, REPLICATED, head_plan, pad_to_multiple
 
-_LANES = {"tpu": 128}  # a row of a buffer takes a multiple of so many numbers there
+_LANES = {"tpu": 128}  # rows of a buffer are padded to a multiple of this many elements
 NULL_PAGE = 0
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BatchMetadata:
-    """Where a batch of tokens sits: its sequences' pages and each token's position.
+    """Block tables and positions of a batch.
 
     Attributes:
-        block_tables: page of each block of positions, per sequence.
-        positions: of each token. In a chunk of several tokens they are consecutive; a chunk shorter than a
-            page does not cross into the next, a longer one begins at a page.
-        max_length: tokens each sequence may get to, which the frequencies of some rotary embeddings go by.
+        block_tables: page of each block of positions of each sequence.
+        positions: position of each token. The positions of a chunk are consecutive. A chunk shorter than a
+            page does not cross a page boundary; a longer one begins at a boundary.
+        max_length: longest length each sequence may reach, tokens. The frequencies of some rotary embeddings
+            depend on it.
     """
 
     block_tables: Int[Array, "B blocks"]
@@ -45,7 +46,7 @@ class BatchMetadata:
 
 @runtime_checkable  # tests check types at run time
 class Pages(Protocol):
-    """What attention walks: the keys and values of cached positions, a page at a time."""
+    """Keys and values of cached positions, read page by page."""
 
     @property
     def page_size(self) -> int:
@@ -55,14 +56,14 @@ class Pages(Protocol):
     def read(
         self, pages: Int[Array, " B"]
     ) -> tuple[Float[Array, "B K page_size h"], Float[Array, "B K page_size v"]]:
-        """Keys and values of one page of each sequence; K may be 1, for all heads alike."""
+        """Reads the keys and values of one page of each sequence. K may be 1: all heads share them."""
         ...
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer's keys and values."""
+    """The keys and values of one layer."""
 
     keys: Float[Array, "pages K page_size h"]
     values: Float[Array, "pages K page_size h"]
@@ -73,22 +74,22 @@ class LayerCache:
         return self.keys.shape[2]
 
     def write(
-        self, keys: Float[Array, "B S K h"], values: Float[Array, "B S K h"], at: BatchMetadata
+        self, keys: Float[Array, "B S K h"], values: Float[Array, "B S K h"], metadata: BatchMetadata
     ) -> LayerCache:
-        """Stores new keys and values at their positions."""
-        return LayerCache(_write(self.keys, keys, at), _write(self.values, values, at))
+        """Returns the cache with new keys and values stored at their positions."""
+        return LayerCache(_write(self.keys, keys, metadata), _write(self.values, values, metadata))
 
     def read(
         self, pages: Int[Array, " B"]
     ) -> tuple[Float[Array, "B K page_size h"], Float[Array, "B K page_size h"]]:
-        """Keys and values of one page of each sequence."""
+        """Reads the keys and values of one page of each sequence."""
         return _read(self.keys, pages), _read(self.values, pages)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LatentCache:
-    """One layer's latents, and beside each the part of its key that rotates."""
+    """The latents of one layer, each followed by the rotary part of its key."""
 
     latents: Float[Array, "pages 1 page_size r"]
 
@@ -97,12 +98,12 @@ class LatentCache:
         """Positions per page."""
         return self.latents.shape[2]
 
-    def write(self, latents: Float[Array, "B S 1 r"], at: BatchMetadata) -> LatentCache:
-        """Stores new latents at their positions."""
-        return LatentCache(_write(self.latents, latents, at))
+    def write(self, latents: Float[Array, "B S 1 r"], metadata: BatchMetadata) -> LatentCache:
+        """Returns the cache with new latents stored at their positions."""
+        return LatentCache(_write(self.latents, latents, metadata))
 
     def read(self, pages: Int[Array, " B"]) -> Float[Array, "B 1 page_size r"]:
-        """Latents of one page of each sequence."""
+        """Reads the latents of one page of each sequence."""
         return _read(self.latents, pages)
 
 
@@ -111,13 +112,13 @@ PagedKVCache = tuple[LayerCache | LatentCache, ...]
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """The buffers of each layer.
+    """The buffers of each layer, all of the same shape.
 
     Attributes:
-        layer: what holds them.
-        count: how many; all are alike.
-        shape: of each.
-        spec: how each is cut.
+        layer: class that holds them.
+        count: buffers per layer.
+        shape: shape of a buffer.
+        spec: sharding of a buffer.
     """
 
     layer: type[LayerCache] | type[LatentCache]
@@ -127,7 +128,7 @@ class CacheLayout:
 
 
 def cache_layout(config: ModelConfig, tp: int, num_pages: int, page_size: int) -> CacheLayout:
-    """What the cache of each layer is made of."""
+    """Returns the layout of the cache of each layer."""
     if config.attention.latent is not None:
         width = config.attention.latent.kv_lora_rank + config.rotated_dim
         return CacheLayout(LatentCache, 1, (num_pages, 1, page_size, width), REPLICATED)
@@ -138,7 +139,7 @@ def cache_layout(config: ModelConfig, tp: int, num_pages: int, page_size: int) -
 def page_bytes_per_device(
     config: ModelConfig, tp: int, page_size: int, dtype: jnp.dtype, platform: str = "cpu"
 ) -> int:
-    """Bytes one page takes on each device of a platform, all layers together."""
+    """Returns the bytes that one page takes on each device of a platform, all layers together."""
     layout = cache_layout(config, tp, 1, page_size)
     devices = tp if layout.spec == PAGES else 1
     *rows, width = layout.shape
@@ -149,7 +150,7 @@ def page_bytes_per_device(
 def allocate(
     config: ModelConfig, mesh: Mesh, *, num_pages: int, page_size: int, dtype: jnp.dtype
 ) -> PagedKVCache:
-    """A cache of zeros; each device allocates only its own part."""
+    """Allocates a cache of zeros; each device allocates its own shard only."""
     layout = cache_layout(config, mesh.size, num_pages, page_size)
     zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=_format(mesh, layout))
     return tuple(
@@ -161,17 +162,17 @@ def allocate(
 def abstract(
     config: ModelConfig, mesh: Mesh, *, num_pages: int, page_size: int, dtype: jnp.dtype
 ) -> PagedKVCache:
-    """The shapes, dtypes and shardings of :func:`allocate`, without the memory."""
+    """Returns the shapes, dtypes and shardings of :func:`allocate`, without the memory."""
     layout = cache_layout(config, mesh.size, num_pages, page_size)
     buffer: Any = jax.ShapeDtypeStruct(layout.shape, dtype, sharding=_format(mesh, layout))
     return tuple(layout.layer(*[buffer] * layout.count) for _ in range(config.num_layers))
 
 
 def _format(mesh: Mesh, layout: CacheLayout) -> Format | NamedSharding:
-    """Where a buffer lies and, on a TPU, in which order.
+    """Returns the sharding of a buffer and, on a TPU, its memory layout.
 
-    Rows of fewer than 128 numbers would lie with positions last there, and every step would turn the whole
-    cache round to write to it.
+    A TPU would store rows of fewer than 128 elements with positions last, and every step would transpose the
+    whole cache to write to it.
     """
     sharding = NamedSharding(mesh, layout.spec)
     if mesh.devices.flat[0].platform not in _LANES:
@@ -186,33 +187,33 @@ def _read(
 
 
 def _write(
-    buffer: Float[Array, "pages K page_size h"], new: Float[Array, "B S K h"], at: BatchMetadata
+    buffer: Float[Array, "pages K page_size h"], new: Float[Array, "B S K h"], metadata: BatchMetadata
 ) -> Float[Array, "pages K page_size h"]:
-    return (_write_token if new.shape[1] == 1 else _write_chunk)(buffer, new, at)
+    return (_write_token if new.shape[1] == 1 else _write_chunk)(buffer, new, metadata)
 
 
 def _write_token(
-    pages: Float[Array, "pages K page_size h"], new: Float[Array, "B 1 K h"], at: BatchMetadata
+    pages: Float[Array, "pages K page_size h"], new: Float[Array, "B 1 K h"], metadata: BatchMetadata
 ) -> Float[Array, "pages K page_size h"]:
-    block, offset = jnp.divmod(at.positions[:, 0], pages.shape[2])
-    page = jnp.take_along_axis(at.block_tables, block[:, None], axis=1, mode="clip")[:, 0]
+    block, offset = jnp.divmod(metadata.positions[:, 0], pages.shape[2])
+    page = jnp.take_along_axis(metadata.block_tables, block[:, None], axis=1, mode="clip")[:, 0]
     return pages.at[page, :, offset].set(new[:, 0], mode="promise_in_bounds")
 
 
 def _write_chunk(
-    pages: Float[Array, "pages K page_size h"], new: Float[Array, "B S K h"], at: BatchMetadata
+    pages: Float[Array, "pages K page_size h"], new: Float[Array, "B S K h"], metadata: BatchMetadata
 ) -> Float[Array, "pages K page_size h"]:
-    # A chunk is a part of one page, or whole pages: one slice update each, no scatter by token.
+    # a chunk is a part of one page, or whole pages: one slice update each, no scatter by token
     batch, length = new.shape[:2]
     page_size = pages.shape[2]
     new = new.swapaxes(1, 2)
-    first, offset = jnp.divmod(at.positions[:, 0], page_size)
-    blocks = at.block_tables.shape[1]
+    first, offset = jnp.divmod(metadata.positions[:, 0], page_size)
+    tables, blocks = metadata.block_tables, metadata.block_tables.shape[1]
     for row in range(batch):
         for block in range(0, length, page_size):
             index = first[row] + block // page_size
-            # past the table's end there is no page: that is padding, and goes to the null page
-            page = jnp.where(index < blocks, at.block_tables[row, jnp.minimum(index, blocks - 1)], NULL_PAGE)
+            # positions past the end of the block table are padding: they go to the null page
+            page = jnp.where(index < blocks, tables[row, jnp.minimum(index, blocks - 1)], NULL_PAGE)
             part = new[row : row + 1, :, block : block + page_size]
             pages = jax.lax.dynamic_update_slice(
                 pages, part, (page, 0, offset[row] if length < page_size else 0, 0)

@@ -24,10 +24,10 @@ _COUNT_PATTERN = re.compile(rf"{_COUNT_FLAG}=(\d+)")
 # jax 0.10.2 runs all faked devices on one thread pool, sized by the number of cores. Each device can hold two
 # of its threads while it waits for the others in a collective; with fewer threads than that the last device
 # finds none, the collective never completes, and XLA aborts after 40 s. NPROC sets the size. Measured on two
-# cores, 4,000 asynchronous steps: 2 threads a device always finish, 2 a device less one always hang. More
-# threads than that cost time, since every product is then cut into more pieces.
+# cores, 4,000 asynchronous steps: with 2 threads per device all finish, with one thread fewer all hang. More
+# threads cost time, since every product is then split into more pieces.
 _POOL_THREADS_PER_DEVICE = 2
-_MOST_FAKED = 64  # each takes memory and threads: many more and JAX does not come up
+_MAX_FAKED = 64  # each takes memory and threads: with many more JAX does not start
 
 
 def make_mesh(tp: int | None = None) -> jax.sharding.Mesh:
@@ -58,8 +58,8 @@ def fake_devices(count: int) -> None:
         DeviceError: if JAX has already started with fewer devices, or ``count`` is over 64.
     """
     _check_tp(count)
-    if count > _MOST_FAKED:
-        raise DeviceError(f"tp={count} is over {_MOST_FAKED}, the most devices a CPU can stand for")
+    if count > _MAX_FAKED:
+        raise DeviceError(f"tp={count} is over {_MAX_FAKED}, the most devices that a CPU can fake")
     if _backend_started():
         import jax
 
@@ -75,7 +75,7 @@ def fake_devices(count: int) -> None:
 
 
 def ensure_devices(tp: int) -> None:
-    """Sees to it that ``tp`` devices exist: fakes them, with a line on stderr, if the only device is a CPU.
+    """Makes sure that ``tp`` devices exist: fakes them, with a line on stderr, if the only device is a CPU.
 
     Raises:
         DeviceError: if there are too few devices and they cannot be faked.
@@ -106,7 +106,7 @@ def guard_rendezvous() -> None:
 
 
 def _faked() -> int:
-    """Devices ``XLA_FLAGS`` asks for; of repeated flags the last counts, as in XLA."""
+    """Returns the devices that ``XLA_FLAGS`` asks for; if the flag is repeated, the last one counts."""
     counts = _COUNT_PATTERN.findall(os.environ.get("XLA_FLAGS", ""))
     return int(counts[-1]) if counts else 1
 

@@ -1,4 +1,4 @@
-"""The whole architecture on one screen.
+"""The architecture on one screen.
 
 Dimension letters, here and everywhere: B batch, S positions, D hidden, H query heads, K KV heads (head slots
 of the ``HeadPlan``), G query heads per KV head, h head_dim, F MLP width, V vocabulary;
@@ -7,8 +7,9 @@ E experts, k experts a token, N tokens.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
@@ -16,19 +17,42 @@ from jaxtyping import Array, Float, Int
 
 from tpjax.activations import soft_capped
 from tpjax.cache import BatchMetadata, LatentCache, LayerCache, PagedKVCache
-from tpjax.config import LayerType, ModelConfig
+from tpjax.config import Block, LayerType, ModelConfig
 from tpjax.layers.attention import Attention
 from tpjax.layers.latent_attention import LatentAttention
 from tpjax.layers.linear import Embedding, PositionEmbedding
 from tpjax.layers.mlp import MLP
 from tpjax.layers.moe import MoE
 from tpjax.layers.norm import Norm
-from tpjax.layers.rope import Rotation, rotation
+from tpjax.layers.rope import RotaryEmbedding, rotary_embedding
 from tpjax.sharding import LOGITS, REPLICATED, HeadPlan, constrain, head_plan, reduce_partials
 
 
+class BlockNorms(NamedTuple):
+    """Names of the norms before and after attention and MLP; ``None``: there is no norm."""
+
+    attention_input: str | None
+    attention_output: str | None
+    mlp_input: str | None
+    mlp_output: str | None
+
+
+BLOCK_NORMS: dict[Block, BlockNorms] = {
+    "pre": BlockNorms("input_layernorm", None, "post_attention_layernorm", None),
+    "post": BlockNorms(None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "sandwich": BlockNorms(
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    "parallel": BlockNorms("input_layernorm", None, "input_layernorm", None),
+    "parallel_two_norms": BlockNorms("input_layernorm", None, "post_attention_layernorm", None),
+}
+
+
 class DecoderLayer(nnx.Module):
-    """Attention and MLP, each added to the residual; ``config.block`` says where the layer norms.
+    """Attention and MLP, each added to the residual; ``BLOCK_NORMS`` says where the norms are.
 
     The residual is replicated, or sharded over positions (``sharding.SEQUENCE_PARALLEL``). With sequence
     parallelism, norms and sums compute 1/tp of the rows, and each all-reduce becomes an all-gather before
@@ -38,64 +62,54 @@ class DecoderLayer(nnx.Module):
         config: the architecture.
         plan: the head plan.
         dtype: dtype of weights and activations.
-        sparse: a mixture of experts stands in for the MLP.
+        sparse: the layer has a mixture of experts in place of the MLP.
     """
 
     def __init__(self, config: ModelConfig, plan: HeadPlan, dtype: jnp.dtype, *, sparse: bool) -> None:
-        def norm(name: str) -> Norm:
-            return Norm(name, config.hidden_size, config.norm, dtype)
-
-        if config.block != "post":
-            self.input_layernorm = norm("input_layernorm")
         # each takes the kind of cache that ``cache_layout`` gives it
         self.self_attn: Any = (LatentAttention if config.attention.latent else Attention)(config, plan, dtype)
-        if config.block != "parallel":
-            self.post_attention_layernorm = norm("post_attention_layernorm")
-        if config.block == "sandwich":
-            self.pre_feedforward_layernorm = norm("pre_feedforward_layernorm")
         self.mlp = (
             MoE(config, plan.tp, dtype)
             if sparse
             else MLP(config.mlp, config.hidden_size, plan.tp, dtype, partial_sums=config.parallel)
         )
-        if config.block in ("sandwich", "post"):
-            self.post_feedforward_layernorm = norm("post_feedforward_layernorm")
-        self.block = config.block
-        self.scale = config.residual_scale
+        for name in filter(None, BLOCK_NORMS[config.block]):
+            setattr(self, name, Norm(name, config.hidden_size, config.norm, dtype))
+        self.config = config
 
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        rotation: Rotation | None,
+        rotary: RotaryEmbedding | None,
         cache: LayerCache | LatentCache,
-        at: BatchMetadata,
+        metadata: BatchMetadata,
         window: int | None,
         residual: PartitionSpec,
     ) -> tuple[Float[Array, "B S D"], LayerCache | LatentCache]:
-        """The residual after this layer, in the layout ``residual``, and the layer's cache."""
-        normed = x if self.block == "post" else self.input_layernorm(x)
-        mixed, cache = self.self_attn(normed, rotation, cache, at, window)
-        if self.block in ("parallel", "parallel_two_norms"):
-            read = normed if self.block == "parallel" else self.post_attention_layernorm(x)
-            mixed = reduce_partials(mixed + self.mlp(read), residual)  # all-reduce over tp, one for both
-            return self._add(x, mixed), cache
-        mixed = constrain(mixed, residual)  # all-reduce or reduce-scatter over tp
-        match self.block:
-            case "pre":
-                x = self._add(x, mixed)
-                mixed = constrain(self.mlp(self.post_attention_layernorm(x)), residual)  # likewise
-            case "sandwich":
-                x = self._add(x, self.post_attention_layernorm(mixed))
-                mixed = constrain(self.mlp(self.pre_feedforward_layernorm(x)), residual)  # likewise
-                mixed = self.post_feedforward_layernorm(mixed)
-            case "post":
-                x = self._add(x, self.post_attention_layernorm(mixed))
-                mixed = constrain(self.mlp(x), residual)  # likewise
-                mixed = self.post_feedforward_layernorm(mixed)
-        return self._add(x, mixed), cache
+        """Returns the residual after this layer, in the layout ``residual``, and the cache of the layer."""
+        norms = BLOCK_NORMS[self.config.block]
+        normed = self._normed(norms.attention_input, x)
+        with jax.named_scope("attention"):
+            y, cache = self.self_attn(normed, rotary, cache, metadata, window)
+        if self.config.parallel:
+            if norms.mlp_input != norms.attention_input:
+                normed = self._normed(norms.mlp_input, x)
+            with jax.named_scope("mlp"):
+                y = y + self.mlp(normed)
+            return self._add(x, reduce_partials(y, residual)), cache  # one all-reduce over tp for both
+        y = constrain(y, residual)  # all-reduce or reduce-scatter over tp
+        x = self._add(x, self._normed(norms.attention_output, y))
+        normed = self._normed(norms.mlp_input, x)
+        with jax.named_scope("mlp"):
+            y = constrain(self.mlp(normed), residual)  # all-reduce or reduce-scatter over tp
+        return self._add(x, self._normed(norms.mlp_output, y)), cache
 
-    def _add(self, x: Float[Array, "B S D"], mixed: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        return x + mixed if self.scale == 1 else x + mixed * jnp.asarray(self.scale, x.dtype)
+    def _normed(self, name: str | None, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        return x if name is None else getattr(self, name)(x)
+
+    def _add(self, x: Float[Array, "B S D"], y: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        scale = self.config.residual_scale
+        return x + y if scale == 1 else x + y * jnp.asarray(scale, x.dtype)
 
 
 class Decoder(nnx.Module):
@@ -104,7 +118,7 @@ class Decoder(nnx.Module):
     Args:
         config: the architecture.
         tp: devices of the mesh; decides padding and the order of heads.
-        dtype: of weights and activations.
+        dtype: dtype of weights and activations.
     """
 
     def __init__(self, config: ModelConfig, tp: int, dtype: jnp.dtype) -> None:
@@ -129,43 +143,63 @@ class Decoder(nnx.Module):
         self,
         tokens: Int[Array, "B S"],
         cache: PagedKVCache,
-        at: BatchMetadata,
+        metadata: BatchMetadata,
         residual: PartitionSpec = REPLICATED,
     ) -> tuple[Float[Array, "B S D"], PagedKVCache]:
-        """Final hidden states of the tokens, and the cache with their keys and values.
+        """Returns the final hidden states of the tokens, and the cache with their keys and values.
 
         Args:
-            tokens: of a step or a chunk.
-            cache: of all layers.
-            at: where the tokens sit.
-            residual: layout of the residual, and of what comes out: ``REPLICATED`` or ``SEQUENCE_PARALLEL``.
+            tokens: token ids of a decode step or a prompt chunk.
+            cache: the cache of each layer.
+            metadata: block tables and positions of the batch.
+            residual: layout of the residual and of the result: ``REPLICATED`` or ``SEQUENCE_PARALLEL``.
         """
         config = self.config
-        x = constrain(self.embed_tokens(tokens), REPLICATED)  # all-reduce over tp
-        x = constrain(x, residual) * jnp.asarray(config.embedding_scale, x.dtype)
-        rotations: dict[LayerType, Rotation] = {}
-        if config.position_embedding == "learned":
-            x = x + self.embed_positions(at.positions)
-        else:
-            rotations = {
-                kind: rotation(
-                    config.rope.parameters_of(kind), config.rotated_dim, at.positions, at.max_length
+        x = self._embed(tokens, metadata, residual)
+        rotary = self._rotary_embeddings(metadata)
+        caches = []
+        for i, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
+            kind = config.attention.layer_types[i]
+            layer_rotary = rotary[kind] if config.rotates(i) else None
+            with jax.named_scope(f"layer_{i}"):
+                x, layer_cache = layer(
+                    x, layer_rotary, layer_cache, metadata, config.attention.window_of(kind), residual
+                )
+            caches.append(layer_cache)
+        return self.norm(x), tuple(caches)
+
+    def _embed(
+        self, tokens: Int[Array, "B S"], metadata: BatchMetadata, residual: PartitionSpec
+    ) -> Float[Array, "B S D"]:
+        with jax.named_scope("embed"):
+            x = constrain(self.embed_tokens(tokens), REPLICATED)  # all-reduce over tp
+            x = constrain(x, residual) * jnp.asarray(self.config.embedding_scale, x.dtype)
+            if self.config.position_embedding == "learned":
+                x = x + self.embed_positions(metadata.positions)
+            return x
+
+    def _rotary_embeddings(self, metadata: BatchMetadata) -> dict[LayerType, RotaryEmbedding]:
+        """Computes the rotary embedding of each type of layer."""
+        config = self.config
+        if config.position_embedding != "rope":
+            return {}
+        with jax.named_scope("rotary_embedding"):
+            return {
+                kind: rotary_embedding(
+                    config.rope.parameters_of(kind),
+                    config.rotated_dim,
+                    metadata.positions,
+                    metadata.max_length,
                 )
                 for kind in dict.fromkeys(config.attention.layer_types)
             }
-        written = []
-        for i, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
-            kind = config.attention.layer_types[i]
-            turn = rotations[kind] if config.rotates(i) else None
-            x, layer_cache = layer(x, turn, layer_cache, at, config.attention.window_of(kind), residual)
-            written.append(layer_cache)
-        return self.norm(x), tuple(written)
 
     def logits(self, hidden: Float[Array, "N D"]) -> Float[Array, "N V"]:
-        """Scores of the padded vocabulary, float32, cut along V; padding scores minus infinity."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        hidden = constrain(hidden, REPLICATED)  # all-gather over tp where positions are cut
-        scores = constrain(head.attend(hidden), LOGITS)  # stays sharded: no collective
-        scores = soft_capped(scores * self.config.logit_scale, self.config.logit_softcap)
-        token = jnp.arange(scores.shape[-1])
-        return jnp.where(token < self.config.vocab_size, scores, -jnp.inf)
+        """Returns the logits of the padded vocabulary, float32, sharded along V; padding gets -inf."""
+        with jax.named_scope("logits"):
+            head = self.embed_tokens if self.lm_head is None else self.lm_head
+            hidden = constrain(hidden, REPLICATED)  # all-gather over tp with sequence parallelism
+            logits = constrain(head.attend(hidden), LOGITS)  # stays sharded: no collective
+            logits = soft_capped(logits * self.config.logit_scale, self.config.logit_softcap)
+            token = jnp.arange(logits.shape[-1])
+            return jnp.where(token < self.config.vocab_size, logits, -jnp.inf)

@@ -21,6 +21,14 @@ _MASKED = -1e30  # finite, so that a page with no visible key gives no NaN
 _QUERY_BLOCK = 128  # queries of a chunk that share one set of visible keys
 
 
+class _Scoring(NamedTuple):
+    """How query-key products become scores; see :func:`paged_attention`."""
+
+    scale: float
+    softcap: float | None
+    window: int | None
+
+
 class _OnlineSoftmax(NamedTuple):
     """The running softmax of rows of queries over the keys seen so far.
 
@@ -50,16 +58,15 @@ class _OnlineSoftmax(NamedTuple):
         keys: Float[Array, " B #K T h"],
         values: Float[Array, " B #K T v"],
         visible: Bool[Array, "B 1 rows T"],
-        scale: float,
-        softcap: float | None,
+        scoring: _Scoring,
     ) -> _OnlineSoftmax:
         """Accumulates a block of keys and values into the running softmax.
 
         A row that has seen no key and sees none in this block accumulates weights of 1. They vanish with the
         first key it sees, and every row sees its own key in the end.
         """
-        scores = jnp.einsum("bkqh,bkth->bkqt", query, keys, preferred_element_type=jnp.float32) * scale
-        scores = jnp.where(visible, soft_capped(scores, softcap), _MASKED)
+        scores = jnp.einsum("bkqh,bkth->bkqt", query, keys, preferred_element_type=jnp.float32)
+        scores = jnp.where(visible, soft_capped(scores * scoring.scale, scoring.softcap), _MASKED)
         max_score = jnp.maximum(self.max_score, scores.max(axis=-1, keepdims=True))
         weights, rescale = jnp.exp(scores - max_score), jnp.exp(self.max_score - max_score)
         weighted = jnp.einsum(
@@ -116,32 +123,44 @@ def paged_attention(
         The attention output in the query's dtype; softmax and sums are float32.
     """
     batch, length, heads, group, head_dim = query.shape
+    scoring = _Scoring(scale, softcap, window)
     rows = query.swapaxes(1, 2).reshape(batch, heads, length * group, head_dim)
     row_positions = jnp.repeat(metadata.positions, group, axis=1)[:, None, :, None]
-    # one token finds its own key in the cache; a chunk takes its own keys from its arguments, below
+    # one token finds its own key in the cache; a chunk takes its own keys from its arguments
     stop = metadata.positions[:, 0] + (1 if length == 1 else 0)
-    softmax = _walk(rows, row_positions, cache, metadata, stop, scale, window, softcap, value.shape[-1])
+    softmax = _walk(rows, row_positions, cache, metadata, stop, scoring, value.shape[-1])
     if length > 1:
         keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
-        blocks = []
-        for start in range(0, length, _QUERY_BLOCK):
-            end = min(start + _QUERY_BLOCK, length)
-            seen = slice(0 if window is None else max(0, start - window + 1), end)
-            block = slice(start * group, end * group)
-            visible = visible_keys(
-                row_positions[:, :, block], metadata.positions[:, None, None, seen], window
-            )
-            part = _OnlineSoftmax(*(x[:, :, block] for x in softmax))
-            blocks.append(
-                part.accumulate(
-                    rows[:, :, block], keys[:, :, seen], values[:, :, seen], visible, scale, softcap
-                )
-            )
-        softmax = _OnlineSoftmax(*(jnp.concatenate(parts, axis=2) for parts in zip(*blocks, strict=True)))
+        softmax = _attend_to_chunk(softmax, rows, row_positions, keys, values, metadata.positions, scoring)
     if sinks is not None:
         softmax = softmax.accumulate_sink(jnp.tile(sinks, (1, length))[None, :, :, None])
     output = (softmax.weighted_values / softmax.normaliser).astype(query.dtype)
     return output.reshape(batch, heads, length, group, -1).swapaxes(1, 2)
+
+
+def _attend_to_chunk(
+    softmax: _OnlineSoftmax,
+    rows: Float[Array, "B K rows h"],
+    row_positions: Int[Array, "B 1 rows 1"],
+    keys: Float[Array, " B #K S h"],
+    values: Float[Array, " B #K S v"],
+    positions: Int[Array, "B S"],
+    scoring: _Scoring,
+) -> _OnlineSoftmax:
+    """Attends to the keys of the chunk itself, one block of queries at a time."""
+    length, window = keys.shape[2], scoring.window
+    group = rows.shape[2] // length
+    blocks = []
+    for start in range(0, length, _QUERY_BLOCK):
+        end = min(start + _QUERY_BLOCK, length)
+        seen = slice(0 if window is None else max(0, start - window + 1), end)
+        block = slice(start * group, end * group)
+        visible = visible_keys(row_positions[:, :, block], positions[:, None, None, seen], window)
+        part = _OnlineSoftmax(*(x[:, :, block] for x in softmax))
+        blocks.append(
+            part.accumulate(rows[:, :, block], keys[:, :, seen], values[:, :, seen], visible, scoring)
+        )
+    return _OnlineSoftmax(*(jnp.concatenate(parts, axis=2) for parts in zip(*blocks, strict=True)))
 
 
 def _walk(
@@ -150,9 +169,7 @@ def _walk(
     cache: Pages,
     metadata: BatchMetadata,
     stop: Int[Array, " B"],
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    scoring: _Scoring,
     value_dim: int,
 ) -> _OnlineSoftmax:
     """Attends to the cached positions before ``stop``, each sequence from the first page in its window.
@@ -160,7 +177,7 @@ def _walk(
     Sequences walk side by side, each over its own pages: one iteration reads one page of every sequence.
     Sequences at distant positions, and padding rows (at position 0), do not lengthen each other's walk.
     """
-    page_size = cache.page_size
+    page_size, window = cache.page_size, scoring.window
     first, tables = jnp.zeros_like(stop), metadata.block_tables
     if window is not None:
         first = jnp.maximum(metadata.positions[:, 0] - (window - 1), 0) // page_size
@@ -177,7 +194,8 @@ def _walk(
         visible = visible_keys(row_positions, positions, window) & written
         # what an earlier user left behind may not be a number, and 0 times that is not 0
         values = jnp.where(written.swapaxes(2, 3), values, 0)
-        return softmax.accumulate(rows, keys, values, visible, scale, softcap)
+        return softmax.accumulate(rows, keys, values, visible, scoring)
 
     num_pages = jnp.max(-(-stop // page_size) - first)
-    return jax.lax.fori_loop(0, num_pages, page, _OnlineSoftmax.empty(rows, value_dim))
+    with jax.named_scope("page_walk"):
+        return jax.lax.fori_loop(0, num_pages, page, _OnlineSoftmax.empty(rows, value_dim))

@@ -9,7 +9,7 @@ from tpjax.config import ModelConfig, MoEConfig
 from tpjax.layers.attention import Attention
 from tpjax.layers.latent_attention import KeyValueProjection, LatentAttention
 from tpjax.layers.linear import Embedding, Linear, PositionEmbedding, RowLinear
-from tpjax.layers.moe import Experts, Router, Scores
+from tpjax.layers.moe import ExpertStack, GateProjection, Router
 from tpjax.layers.norm import HeadScale, Norm
 from tpjax.mesh import AXIS
 from tpjax.model import Decoder
@@ -102,15 +102,15 @@ def _placement(parameter: Parameter, owner: Any, parent: Any, model: Decoder, tp
             return "each device expands the latent for its own heads, and nothing moves"
         case Router():
             return "small: every device picks the same experts, and nothing moves"
-        case Scores():
+        case GateProjection():
             return "small: every device computes the same weight, and nothing moves"
-        case Experts():
+        case ExpertStack():
             return _expert_placement(parameter, owner, parent.experts, model.config, tp)
     return "replicated" if parameter.sharding.is_fully_replicated else "sharded"
 
 
 def _expert_placement(
-    parameter: Parameter, owner: Experts, routed: Experts, config: ModelConfig, tp: int
+    parameter: Parameter, owner: ExpertStack, routed: ExpertStack, config: ModelConfig, tp: int
 ) -> str:
     spec = tuple(parameter.sharding.spec)
     if AXIS not in spec:

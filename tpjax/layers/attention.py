@@ -13,7 +13,7 @@ from tpjax.cache import BatchMetadata, LayerCache
 from tpjax.config import ModelConfig
 from tpjax.layers.linear import Linear, RowLinear, parameter
 from tpjax.layers.norm import HeadScale, Norm, normalised
-from tpjax.layers.rope import Rotation, rotate
+from tpjax.layers.rope import RotaryEmbedding, apply_rotary
 from tpjax.sharding import (
     BIAS,
     COLUMN,
@@ -71,7 +71,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        rotation: Rotation | None,
+        rotary: RotaryEmbedding | None,
         cache: LayerCache,
         metadata: BatchMetadata,
         window: int | None,
@@ -79,9 +79,10 @@ class Attention(nnx.Module):
         """Returns each device's partial sum over heads, and the cache with the new keys and values."""
         x = constrain(x, REPLICATED)  # all-gather over tp with sequence parallelism
         query, key, value = self._queries_keys_values(x)
-        if rotation is not None:
-            query, key = rotate(query, rotation), rotate(key, rotation)
-        cache = cache.write(key, value, metadata)
+        if rotary is not None:
+            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+        with jax.named_scope("cache_write"):
+            cache = cache.write(key, value, metadata)
         head_shape = self.plan.num_head_slots, self.plan.group_size
         output = paged_attention(
             query,

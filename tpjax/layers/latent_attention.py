@@ -1,14 +1,14 @@
 """Multi-head latent attention over a cache of latents (DeepSeek-V2, section 2.1).
 
-A token's latent [r] gives every head's value, and its key but for the part that rotates, which all heads
-share (https://arxiv.org/abs/2405.04434). The same product is computed in two ways. One token at a time,
-projections are absorbed: ``q · (W c) = (W^T q) · c``, so that queries meet the cached latents as they are,
-and what is read of the cache does not grow with the number of heads. A chunk computes the keys and values of
-each page it walks: a projection per key, but the products of its many queries are then as wide as a head, not
-as a latent.
+The values of all heads are projections of a token's latent [r], and so are their keys, except for the part
+with a rotary embedding, which all heads share (https://arxiv.org/abs/2405.04434). The same products are
+computed in two ways. For one token, projections are absorbed: ``q · (W c) = (W^T q) · c``. Queries are
+multiplied with the cached latents directly, and the bytes read of the cache do not grow with the number of
+heads. A chunk computes the keys and values of each page it walks: a projection per key, but the products of
+its many queries are then as wide as a head, not as a latent.
 
-Heads are cut over tp. The latents are the same on every device, since every head reads all of them. So are
-the small projections into latents: cutting those would add a gather to the two all-reduces of a layer.
+Heads are sharded over tp. The latents are replicated, since every head reads all of them. So are the small
+projections into latents: sharding those would add an all-gather to the two all-reduces of a layer.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -25,7 +26,7 @@ from tpjax.cache import BatchMetadata, LatentCache
 from tpjax.config import ModelConfig
 from tpjax.layers.linear import Linear, RowLinear, dot, parameter
 from tpjax.layers.norm import Norm
-from tpjax.layers.rope import Rotation, rotate
+from tpjax.layers.rope import RotaryEmbedding, apply_rotary
 from tpjax.sharding import (
     COLUMN,
     HEAD_ROWS,
@@ -34,19 +35,25 @@ from tpjax.sharding import (
     HeadPlan,
     concatenated_layout,
     constrain,
-    latent_head_layout,
+    latent_heads_layout,
     o_proj_layout,
     query_heads_layout,
     tensor_layout,
 )
 
-_LATENT_NORM_EPS = 1e-6  # of both latents' norms in the published code, whatever the configuration says
+_LATENT_NORM_EPS = 1e-6  # the published code fixes it for both latents, whatever the configuration says
 
 KeysValues = tuple[Float[Array, "B K T h"], Float[Array, "B K T v"]]
 
 
 class LatentAttention(nnx.Module):
-    """Replicated projections into latents; column-parallel queries; row-parallel output."""
+    """Replicated projections into latents; column-parallel queries; row-parallel output.
+
+    Args:
+        config: the architecture; ``config.attention.latent`` is set.
+        plan: the head plan.
+        dtype: dtype of weights and activations.
+    """
 
     def __init__(self, config: ModelConfig, plan: HeadPlan, dtype: jnp.dtype) -> None:
         attention, latent, hidden = config.attention, config.attention.latent, config.hidden_size
@@ -70,7 +77,7 @@ class LatentAttention(nnx.Module):
             COLUMN,
             dtype,
         )
-        self.kv_b_proj = KeyValueProjection(config, plan, dtype)
+        self.kv_b_proj = KeyValueProjection(config, plan.num_padded_heads, dtype)
         self.o_proj = RowLinear(
             o_proj_layout(plan, latent.v_head_dim, hidden),
             tensor_layout("o_proj.bias", (hidden,)) if attention.out_bias else None,
@@ -83,23 +90,24 @@ class LatentAttention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        rotation: Rotation,
+        rotary: RotaryEmbedding,
         cache: LatentCache,
-        at: BatchMetadata,
+        metadata: BatchMetadata,
         window: int | None,
-    ) -> tuple[Float[Array, "*shares B S D"], LatentCache]:
-        """Each device's share of the sum over heads, and the cache with the new latents."""
+    ) -> tuple[Float[Array, "*tp B S D"], LatentCache]:
+        """Returns each device's partial sum over heads, and the cache with the new latents."""
         config, rank = self.config, self.latent.kv_lora_rank
         q_rank = self.latent.q_lora_rank or 0
-        x = constrain(x, REPLICATED)  # all-gather over tp where the residual is cut over positions
-        queries, latent, key_turn = jnp.split(self.a_proj(x), [q_rank, q_rank + rank], -1)
+        x = constrain(x, REPLICATED)  # all-gather over tp with sequence parallelism
+        queries, latent, rotary_key = jnp.split(self.a_proj(x), [q_rank, q_rank + rank], -1)
         queries = x if self.q_a_layernorm is None else self.q_a_layernorm(queries)
         query = self.q_proj(queries).reshape(*x.shape[:2], self.num_heads, 1, config.attention.head_dim)
         query = constrain(query, HEADS)
-        query, query_turn = jnp.split(query, [config.attention.head_dim - config.rotated_dim], -1)
-        query_turn, key_turn = rotate(query_turn, rotation), rotate(key_turn, rotation)
-        latents = jnp.concatenate([self.kv_a_layernorm(latent), key_turn], -1)[:, :, None]
-        cache = cache.write(latents, at)
+        query, rotary_query = jnp.split(query, [config.attention.head_dim - config.rotated_dim], -1)
+        rotary_query, rotary_key = apply_rotary(rotary_query, rotary), apply_rotary(rotary_key, rotary)
+        latents = jnp.concatenate([self.kv_a_layernorm(latent), rotary_key], -1)[:, :, None]
+        with jax.named_scope("cache_write"):
+            cache = cache.write(latents, metadata)
 
         absorbed = x.shape[1] == 1
         if absorbed:
@@ -108,60 +116,71 @@ class LatentAttention(nnx.Module):
         else:
             view = _View(cache, self.kv_b_proj.expand)
         key, value = (part.swapaxes(1, 2) for part in view.compute(latents.swapaxes(1, 2)))
-        query = jnp.concatenate([query, query_turn], -1)
-        mixed = paged_attention(
+        query = jnp.concatenate([query, rotary_query], -1)
+        output = paged_attention(
             query,
             key,
             value,
             view,
-            at,
+            metadata,
             scale=config.attention.query_scale,
             window=window,
             softcap=config.attention.softcap,
         )
         if absorbed:
-            mixed = self.kv_b_proj.values_of(mixed)
-        return self.o_proj(mixed.reshape(*x.shape[:2], -1)), cache
+            output = self.kv_b_proj.project_values(output)
+        return self.o_proj(output.reshape(*x.shape[:2], -1)), cache
 
 
 class KeyValueProjection(nnx.Module):
-    """From a latent to the keys and values of all heads.
+    """Projects latents to the keys and values of all heads.
 
-    The checkpoint holds one matrix, head by head the key's rows and the value's. Here the two are apart: one
-    token needs each in another product, and a slice of a weight would be copied at every step.
+    The checkpoint holds one matrix with the rows of each head's key and then of its value. Here keys and
+    values are stored apart: a single token needs them in two different products, and a slice of a weight
+    would be copied at every step.
+
+    Args:
+        config: the architecture; ``config.attention.latent`` is set.
+        num_heads: heads over all devices, padding included.
+        dtype: dtype of the weights.
     """
 
-    def __init__(self, config: ModelConfig, plan: HeadPlan, dtype: jnp.dtype) -> None:
-        latent = config.attention.latent
+    def __init__(self, config: ModelConfig, num_heads: int, dtype: jnp.dtype) -> None:
+        attention, latent = config.attention, config.attention.latent
         assert latent is not None
         self.rank = latent.kv_lora_rank
-        key_dim, value_dim = config.attention.head_dim - config.rotated_dim, latent.v_head_dim
+        key_dim, value_dim = attention.head_dim - config.rotated_dim, latent.v_head_dim
 
         def declare(start: int, size: int) -> nnx.Param:
-            layout = latent_head_layout(
-                "kv_b_proj.weight", plan, start=start, size=size, per_head=key_dim + value_dim, rank=self.rank
+            layout = latent_heads_layout(
+                "kv_b_proj.weight",
+                attention.num_heads,
+                num_heads,
+                rows=range(start, start + size),
+                per_head=key_dim + value_dim,
+                rank=self.rank,
             )
             return parameter(layout, HEAD_ROWS, dtype)
 
         self.key = declare(0, key_dim)
         self.value = declare(key_dim, value_dim)
-        self.num_heads = plan.num_padded_heads
+        self.num_heads = num_heads
 
     def absorb(self, query: Float[Array, "B S K 1 n"]) -> Float[Array, "B S K 1 r"]:
-        """What a query multiplies a latent with, to get its product with the latent's key."""
+        """Projects queries so that their product with a latent is the query's product with its key."""
         return self._dot(query, self.key, "bskgn,knr->bskgr")
 
-    def values_of(self, mixed: Float[Array, "B S K 1 r"]) -> Float[Array, "B S K 1 v"]:
-        """Each head's value of a mix of latents."""
-        return self._dot(mixed, self.value, "bskgr,kvr->bskgv")
+    def project_values(self, latents: Float[Array, "B S K 1 r"]) -> Float[Array, "B S K 1 v"]:
+        """Projects each head's weighted sum of latents to its weighted sum of values."""
+        return self._dot(latents, self.value, "bskgr,kvr->bskgv")
 
     def expand(self, latents: Float[Array, "B 1 T r"]) -> KeysValues:
-        """Each head's keys, with the part that rotates, and values."""
-        latent, turned = jnp.split(latents, [self.rank], -1)
+        """Computes the keys of each head, rotary part included, and its values."""
+        latent, rotary_key = jnp.split(latents, [self.rank], -1)
         keys = self._dot(latent[:, 0], self.key, "btr,knr->bktn")
         values = self._dot(latent[:, 0], self.value, "btr,kvr->bktv")
-        turned = jnp.broadcast_to(turned, (*keys.shape[:3], turned.shape[-1]))
-        return jnp.concatenate([keys, turned], -1), values
+        rotary_key = jnp.broadcast_to(rotary_key, (*keys.shape[:3], rotary_key.shape[-1]))
+        return jnp.concatenate([keys, rotary_key], -1), values
 
     def _dot(self, x: Float[Array, "*x"], weight: nnx.Param, subscripts: str) -> Float[Array, "*out"]:
         return dot(x, weight[...].reshape(self.num_heads, -1, self.rank), subscripts)
@@ -169,7 +188,7 @@ class KeyValueProjection(nnx.Module):
 
 @dataclass(frozen=True)
 class _View:
-    """Cached latents as the keys and values that :func:`paged_attention` walks."""
+    """Presents cached latents to :func:`paged_attention` as pages of keys and values."""
 
     cache: LatentCache
     compute: Callable[[Float[Array, "B 1 T r"]], KeysValues]

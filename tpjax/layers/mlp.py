@@ -1,4 +1,4 @@
-"""The MLP, gated (Shazeer 2020, https://arxiv.org/abs/2002.05202) or not."""
+"""The MLP, with a gate (Shazeer 2020, https://arxiv.org/abs/2002.05202) or without."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from tpjax.sharding import COLUMN, REPLICATED, constrain, gate_up_layout, pad_to
 class MLP(nnx.Module):
     """Column-parallel gate and up, fused; row-parallel down. F is zero-padded to a multiple of tp.
 
-    ``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` where the MLP has no gate. The fused product's
-    outputs lie device by device: [tp, 2, F / tp], so that a device's slice holds the gate and the up of the
-    same features.
+    ``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` if the MLP has no gate. The outputs of the fused
+    product are ordered by device, [tp, 2, F / tp]: each device holds gate and up of the same features.
 
     Args:
         config: width, activation, gate and biases.
         hidden: D.
         tp: devices.
         dtype: dtype of weights and activations.
-        partial_sums: whether the output has a device axis, to be reduced together with other partial sums.
+        partial_sums: returns partial sums for the caller to reduce together with others.
     """
 
     def __init__(
@@ -54,10 +53,10 @@ class MLP(nnx.Module):
         self.gated = config.gated
         self.tp = tp
 
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "*shares B S D"]:
-        """Each device's share of the sum over F; the caller adds the shares up."""
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "*tp B S D"]:
+        """Returns each device's partial sum over F; the caller reduces them."""
         batch = x.shape[:-1]
-        x = constrain(x, REPLICATED)  # all-gather over tp where the residual is cut over positions
+        x = constrain(x, REPLICATED)  # all-gather over tp with sequence parallelism
         if self.gated:
             gate_up = self.gate_up_proj(x).reshape(*batch, self.tp, 2, -1)
             gate_up = constrain(gate_up, P(None, None, AXIS, None, None))

@@ -1,7 +1,7 @@
 """Mixture of experts: a router picks k experts for each token, and only their weights are read.
 
-Nothing is dropped and nothing approximated: assignments of tokens to experts are sorted by expert, each run
-of rows goes through its expert, and the results are weighed and summed. ``reference_experts`` is the
+No token is dropped and nothing is approximated. Assignments of tokens to experts are sorted by expert, each
+expert computes its run of rows, and the results are weighted and summed. ``reference_experts`` is the
 definition that the grouped products are held to.
 """
 
@@ -24,29 +24,33 @@ from tpjax.mesh import AXIS
 from tpjax.sharding import (
     PARTIAL_SUMS,
     REPLICATED,
-    Segment,
     StackedLayout,
     WeightLayout,
     constrain,
+    down_layout,
     gate_up_layout,
-    pad_to_multiple,
     tensor_layout,
 )
 
-# Rows that go through an expert at once: enough to pay for reading its weights, few enough that an expert's
+# Rows that an expert computes at once: enough to amortise reading its weights, few enough that an expert's
 # last tile, which is rarely full, wastes little.
 _TILE_ROWS = 64
 
 
 class Routing(NamedTuple):
-    """Who computes a token: its experts, and what their outputs are multiplied by, float32."""
+    """The experts of each token.
+
+    Attributes:
+        experts: index of each expert.
+        weights: multiplies the output of each expert, float32.
+    """
 
     experts: Int[Array, "N k"]
     weights: Float[Array, "N k"]
 
 
 class ExpertWeights(NamedTuple):
-    """Weights of a stack of experts, or of one of them: then without the first axis. F2 is twice F."""
+    """Arrays of a stack of experts, or of one of them: then without the first axis. F2 is twice F."""
 
     gate_up: Float[Array, "E D F2"]
     down: Float[Array, "E F2//2 D"]
@@ -54,25 +58,25 @@ class ExpertWeights(NamedTuple):
     down_bias: Float[Array, "E D"] | None
 
     def of(self, expert: Int[Array, ""]) -> ExpertWeights:
-        """One expert's weights."""
+        """Returns the weights of one expert."""
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, expert, keepdims=False), self)
 
 
-# One spec per field of ExpertWeights; of width, the bias that comes after the sum over F is not cut.
+# One spec per field of ExpertWeights. The bias that is added after the sum over F has no axis to shard.
 _SPECS: dict[ExpertAxis, tuple[P, P, P, P]] = {
     "experts": (P(AXIS, None, None), P(AXIS, None, None), P(AXIS, None), P(AXIS, None)),
     "width": (P(None, None, AXIS), P(None, AXIS, None), P(None, AXIS), P(None, None)),
 }
 
 
-class Scores(nnx.Module):
-    """A small projection computed whole on every device, in float32: a rounded score picks another expert.
+class GateProjection(nnx.Module):
+    """A small replicated projection in float32: a rounded score would pick another expert.
 
     Args:
         name: canonical name, relative to the parent module.
         count: outputs.
         hidden: D.
-        bias: whether there is one.
+        bias: the projection has a bias.
     """
 
     def __init__(self, name: str, count: int, hidden: int, *, bias: bool = False) -> None:
@@ -81,15 +85,15 @@ class Scores(nnx.Module):
         self.bias = _float32_vector(f"{name}.bias", count) if bias else None
 
     def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N count"]:
-        """The scores of each token, float32."""
+        """Computes the scores of each token, float32."""
         # a TPU would multiply in bfloat16
         highest = jax.lax.Precision.HIGHEST
         scores = dot(x.astype(jnp.float32), self.weight[...], "nd,ed->ne", precision=highest)
         return scores if self.bias is None else scores + self.bias[...]
 
 
-class Router(Scores):
-    """Picks each token's experts. Replicated: every device picks the same, and nothing moves."""
+class Router(GateProjection):
+    """Picks the experts of each token. Replicated: every device picks the same, without a collective."""
 
     def __init__(self, moe: MoEConfig, hidden: int) -> None:
         super().__init__("gate", moe.num_experts, hidden, bias=moe.router_bias)
@@ -98,40 +102,40 @@ class Router(Scores):
         self.moe = moe
 
     def route(self, x: Float[Array, "N D"]) -> Routing:
-        """The k experts of each token, the most likely first, and their weights."""
+        """Returns the k experts of each token, the highest routing score first, and their weights."""
         moe = self.moe
         logits = self(x)
         scores = jax.nn.softmax(logits) if moe.scoring == "softmax" else jax.nn.sigmoid(logits)
-        chances = scores if self.correction_bias is None else scores + self.correction_bias[...]
+        routing_scores = scores if self.correction_bias is None else scores + self.correction_bias[...]
         if moe.num_groups > 1:
-            chances = jnp.where(self._in_best_groups(chances), chances, -jnp.inf)
-        _, experts = jax.lax.top_k(chances, moe.experts_per_token)
+            routing_scores = jnp.where(self._in_best_groups(routing_scores), routing_scores, -jnp.inf)
+        _, experts = jax.lax.top_k(routing_scores, moe.experts_per_token)
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         if moe.norm_topk_prob:
             # sigmoids may all be 0; the constant is DeepSeek's
             weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
         return Routing(experts, weights * moe.routed_scale)
 
-    def _in_best_groups(self, chances: Float[Array, "N E"]) -> Bool[Array, "N E"]:
-        grouped = chances.reshape(chances.shape[0], self.moe.num_groups, -1)
+    def _in_best_groups(self, routing_scores: Float[Array, "N E"]) -> Bool[Array, "N E"]:
+        grouped = routing_scores.reshape(routing_scores.shape[0], self.moe.num_groups, -1)
         best_two, _ = jax.lax.top_k(grouped, 2)
         _, groups = jax.lax.top_k(best_two.sum(axis=-1), self.moe.groups_per_token)
         kept = jnp.any(groups[:, :, None] == jnp.arange(self.moe.num_groups), axis=1)
         return jnp.repeat(kept, grouped.shape[-1], axis=1)
 
 
-class Experts(nnx.Module):
-    """The weights of a stack of gated MLPs. Gate and up are fused as in ``MLP``; F is zero-padded.
+class ExpertStack(nnx.Module):
+    """The parameters of a stack of gated MLPs. Gate and up are fused as in ``MLP``; F is zero-padded.
 
     Args:
-        name: canonical name of one of them, relative to the parent module; ``{}`` is its number.
+        name: canonical name of one expert, relative to the parent module; ``{}`` stands for its index.
         count: experts of the stack.
         width: F.
         hidden: D.
         tp: devices.
-        cut: whole ``experts`` go to each device, or a share of every expert's ``width``.
+        sharded_axis: what is sharded: the ``experts``, or the ``width`` F of each.
         bias: the projections have biases.
-        dtype: of the weights.
+        dtype: dtype of the weights.
     """
 
     def __init__(
@@ -141,29 +145,27 @@ class Experts(nnx.Module):
         width: int,
         hidden: int,
         tp: int,
-        cut: ExpertAxis,
+        sharded_axis: ExpertAxis,
         dtype: jnp.dtype,
         *,
         bias: bool = False,
     ) -> None:
-        parts = tp if cut == "width" else 1
+        parts = tp if sharded_axis == "width" else 1
         gate_up = (f"{name}.gate_proj", f"{name}.up_proj")
 
         def stack(layout: WeightLayout, spec: P) -> nnx.Param:
             return parameter(StackedLayout(layout, count), spec, dtype)
 
-        specs, down = _SPECS[cut], f"{name}.down_proj"
-        rows = (Segment(f"{down}.weight", 0, width, 0),), ((f"{down}.weight", width),)
-        stored = (pad_to_multiple(width, parts), hidden)
+        specs, down = _SPECS[sharded_axis], f"{name}.down_proj"
         gate_up_bias = gate_up_layout(gate_up, width, parts, None)
         self.gate_up_proj = stack(gate_up_layout(gate_up, width, parts, hidden), specs[0])
-        self.down_proj = stack(WeightLayout(stored, 0, *rows, transposed=True), specs[1])
+        self.down_proj = stack(down_layout(f"{down}.weight", width, parts, hidden), specs[1])
         self.gate_up_bias = stack(gate_up_bias, specs[2]) if bias else None
         self.down_bias = stack(tensor_layout(f"{down}.bias", (hidden,)), specs[3]) if bias else None
-        self.cut = cut
+        self.sharded_axis = sharded_axis
 
     def weights(self) -> ExpertWeights:
-        """The arrays."""
+        """Returns the arrays."""
         return ExpertWeights(
             self.gate_up_proj[...],
             self.down_proj[...],
@@ -172,25 +174,25 @@ class Experts(nnx.Module):
         )
 
     def specs(self) -> Any:
-        """How :meth:`weights` are cut: an ``ExpertWeights`` of specs."""
-        pairs: Any = zip(self.weights(), _SPECS[self.cut], strict=True)
+        """Returns the specs of :meth:`weights`: an ``ExpertWeights`` of specs."""
+        pairs: Any = zip(self.weights(), _SPECS[self.sharded_axis], strict=True)
         specs: Any = (None if array is None else spec for array, spec in pairs)
         return ExpertWeights(*specs)
 
 
 class MoE(nnx.Module):
-    """Routed experts and, in some families, one that computes every token.
+    """Routed experts and, in some families, a shared expert that computes every token.
 
     Args:
         config: the architecture; ``config.moe`` is set.
         tp: devices.
-        dtype: of the experts' weights; the router is float32.
+        dtype: dtype of the experts' weights; the router is float32.
     """
 
     def __init__(self, config: ModelConfig, tp: int, dtype: jnp.dtype) -> None:
         moe, hidden = moe_of(config), config.hidden_size
         self.gate = Router(moe, hidden)
-        self.experts = Experts(
+        self.experts = ExpertStack(
             "experts.{}",
             moe.num_experts,
             moe.expert_width,
@@ -200,26 +202,27 @@ class MoE(nnx.Module):
             dtype,
             bias=moe.expert_bias,
         )
-        # a stack of one: its width is cut, so that its share joins the all-reduce of the others
+        # a stack of one, sharded along its width: its partial sums join the all-reduce of the routed experts
         self.shared_expert = (
-            Experts("shared_expert", 1, moe.shared_width, hidden, tp, "width", dtype)
+            ExpertStack("shared_expert", 1, moe.shared_width, hidden, tp, "width", dtype)
             if moe.shared_width
             else None
         )
-        self.shared_expert_gate = Scores("shared_expert_gate", 1, hidden) if moe.shared_gate else None
+        self.shared_expert_gate = GateProjection("shared_expert_gate", 1, hidden) if moe.shared_gate else None
         self.config = config
 
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "*shares B S D"]:
-        """Each device's share of the sum of each token's experts; the caller adds the shares up."""
-        x = constrain(x, REPLICATED)  # all-gather over tp where the residual is cut over positions
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "*tp B S D"]:
+        """Returns each device's partial sum over the experts of each token; the caller reduces them."""
+        x = constrain(x, REPLICATED)  # all-gather over tp with sequence parallelism
         tokens = x.reshape(-1, x.shape[-1])
-        routing = self.gate.route(tokens)
+        with jax.named_scope("router"):
+            routing = self.gate.route(tokens)
         shared = None if self.shared_expert is None else self.shared_expert.weights()
         shared_weight = jnp.ones((tokens.shape[0], 1), jnp.float32)
         if self.shared_expert_gate is not None:
             shared_weight = jax.nn.sigmoid(self.shared_expert_gate(tokens))
-        shares = jax.shard_map(
-            self._share,
+        partial_sums = jax.shard_map(
+            self._partial_sum,
             in_specs=(
                 REPLICATED,
                 REPLICATED,
@@ -230,11 +233,11 @@ class MoE(nnx.Module):
             out_specs=PARTIAL_SUMS,
             check_vma=False,
         )(tokens, routing, self.experts.weights(), shared_weight, shared)
-        shares = shares.reshape(-1, *x.shape)
-        # a parallel block adds attention's shares before it sums them
-        return shares if self.config.parallel else jax.lax.reduce_sum(shares, (0,))
+        partial_sums = partial_sums.reshape(-1, *x.shape)
+        # a parallel block adds the partial sums of attention before it reduces them
+        return partial_sums if self.config.parallel else jax.lax.reduce_sum(partial_sums, (0,))
 
-    def _share(
+    def _partial_sum(
         self,
         x: Float[Array, "N D"],
         routing: Routing,
@@ -242,22 +245,24 @@ class MoE(nnx.Module):
         shared_weight: Float[Array, "N 1"],
         shared: ExpertWeights | None,
     ) -> Float[Array, "1 N D"]:
-        """On one device: its experts, or its share of each expert."""
+        """Computes on one device its experts, or its part of the width of each expert."""
         device = jax.lax.axis_index(AXIS)
-        if self.experts.cut == "experts":
+        if self.experts.sharded_axis == "experts":
             local = experts.gate_up.shape[0]
             routing = routing._replace(experts=routing.experts - device * local)
-        elif experts.down_bias is not None:  # what is not cut must be counted once
+        elif experts.down_bias is not None:  # replicated: added on one device only
             experts = experts._replace(down_bias=jnp.where(device == 0, experts.down_bias, 0))
-        share = routed_experts(x, routing, experts, self.config)
+        with jax.named_scope("experts"):
+            total = routed_experts(x, routing, experts, self.config)
         if shared is not None:
-            one = jax.tree.map(lambda stack: stack[0], shared)
-            share = share + shared_weight * gated_expert(x, one, self.config).astype(jnp.float32)
-        return share.astype(x.dtype)[None]
+            with jax.named_scope("shared_expert"):
+                one = jax.tree.map(lambda stack: stack[0], shared)
+                total = total + shared_weight * gated_expert(x, one, self.config).astype(jnp.float32)
+        return total.astype(x.dtype)[None]
 
 
 def gated_expert(x: Float[Array, "T D"], expert: ExpertWeights, config: ModelConfig) -> Float[Array, "T D"]:
-    """What one expert makes of some rows."""
+    """Computes one expert on some rows."""
     gate_up = dot(x, expert.gate_up, "td,df->tf")
     if expert.gate_up_bias is not None:
         gate_up = gate_up + expert.gate_up_bias
@@ -268,63 +273,63 @@ def gated_expert(x: Float[Array, "T D"], expert: ExpertWeights, config: ModelCon
 def routed_experts(
     x: Float[Array, "N D"], routing: Routing, experts: ExpertWeights, config: ModelConfig
 ) -> Float[Array, "N D"]:
-    """The weighed sum of what each token's experts make of it, float32.
+    """Computes the weighted sum of the outputs of each token's experts, float32.
 
     Args:
         x: tokens.
-        routing: experts numbered from this stack's first; numbers outside of the stack are another device's.
+        routing: experts, counted from the first of this stack; those outside of it are on other devices.
         experts: the stack.
-        config: gives the activation.
+        config: the architecture.
     """
-    tokens, chosen = routing.experts.shape
+    tokens, per_token = routing.experts.shape
     count = experts.gate_up.shape[0]
-    mine = (routing.experts >= 0) & (routing.experts < count)
-    assigned = jnp.where(mine, routing.experts, count).reshape(-1)
-    order = jnp.argsort(assigned)  # another device's come last
-    rows_of = jnp.zeros(count, jnp.int32).at[assigned].add(1, mode="drop")
-    sorted_rows = x[order // chosen]
+    local = (routing.experts >= 0) & (routing.experts < count)
+    assigned = jnp.where(local, routing.experts, count).reshape(-1)
+    order = jnp.argsort(assigned)  # experts of other devices come last
+    group_sizes = jnp.zeros(count, jnp.int32).at[assigned].add(1, mode="drop")
+    sorted_rows = x[order // per_token]
     # a grouped product is one instruction on TPU and GPU; XLA's CPU backend computes it for every expert
     out = jax.lax.platform_dependent(
         sorted_rows,
-        rows_of,
+        group_sizes,
         experts,
         cpu=partial(tiled_experts, config=config, tile=min(tokens, _TILE_ROWS)),
         default=partial(ragged_experts, config=config),
     )
-    place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
-    back = out[place].reshape(tokens, chosen, -1).astype(jnp.float32)
-    back = jnp.where(mine[..., None], back, 0)  # rows of another device were not computed
-    return jnp.einsum("nk,nkd->nd", routing.weights, back, precision=jax.lax.Precision.HIGHEST)
+    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+    outputs = out[inverse].reshape(tokens, per_token, -1).astype(jnp.float32)
+    outputs = jnp.where(local[..., None], outputs, 0)  # rows of other devices were not computed
+    return jnp.einsum("nk,nkd->nd", routing.weights, outputs, precision=jax.lax.Precision.HIGHEST)
 
 
 def tiled_experts(
     x: Float[Array, "M D"],
-    rows_of: Int[Array, " E"],
+    group_sizes: Int[Array, " E"],
     experts: ExpertWeights,
     *,
     config: ModelConfig,
     tile: int,
 ) -> Float[Array, "M D"]:
-    """Each run of rows through its expert, in a loop over tiles of rows.
+    """Computes each expert on its run of rows, in a loop over tiles of rows.
 
-    The loop runs over the tiles there are: an expert that has no rows costs nothing.
+    An expert without rows has no tile and costs nothing.
 
     Args:
         x: rows sorted by expert.
-        rows_of: rows of each expert; further rows of ``x`` are left undefined.
+        group_sizes: rows of each expert; the outputs of further rows of ``x`` are undefined.
         experts: the stack.
-        config: gives the activation.
+        config: the architecture.
         tile: rows of a tile.
     """
-    tiles_of = -(-rows_of // tile)
-    last_tiles, last_rows = jnp.cumsum(tiles_of), jnp.cumsum(rows_of)
+    num_tiles = -(-group_sizes // tile)
+    last_tiles, last_rows = jnp.cumsum(num_tiles), jnp.cumsum(group_sizes)
 
     def one_tile(i: Int[Array, ""], out: Float[Array, "M D"]) -> Float[Array, "M D"]:
         expert = jnp.searchsorted(last_tiles, i, side="right")
-        before = last_tiles[expert] - tiles_of[expert]
-        start = last_rows[expert] - rows_of[expert] + (i - before) * tile
+        before = last_tiles[expert] - num_tiles[expert]
+        start = last_rows[expert] - group_sizes[expert] + (i - before) * tile
         rows = jax.lax.dynamic_slice_in_dim(padded, start, tile)
-        # rows beyond the expert's own are the next one's, which overwrites them
+        # rows beyond this expert's are the next expert's, which overwrites them
         return jax.lax.dynamic_update_slice_in_dim(
             out, gated_expert(rows, experts.of(expert), config), start, axis=0
         )
@@ -334,28 +339,28 @@ def tiled_experts(
 
 
 def ragged_experts(
-    x: Float[Array, "M D"], rows_of: Int[Array, " E"], experts: ExpertWeights, *, config: ModelConfig
+    x: Float[Array, "M D"], group_sizes: Int[Array, " E"], experts: ExpertWeights, *, config: ModelConfig
 ) -> Float[Array, "M D"]:
-    """What :func:`tiled_experts` computes, as two grouped products."""
-    expert = jnp.repeat(jnp.arange(rows_of.size), rows_of, total_repeat_length=x.shape[0])
-    gate_up = grouped_dot(x, experts.gate_up, rows_of)
+    """Computes what :func:`tiled_experts` computes, as two grouped products."""
+    expert = jnp.repeat(jnp.arange(group_sizes.size), group_sizes, total_repeat_length=x.shape[0])
+    gate_up = grouped_dot(x, experts.gate_up, group_sizes)
     if experts.gate_up_bias is not None:
         gate_up = gate_up + experts.gate_up_bias[expert]
-    out = grouped_dot(_glu(gate_up, config), experts.down, rows_of)
+    out = grouped_dot(_glu(gate_up, config), experts.down, group_sizes)
     return out if experts.down_bias is None else out + experts.down_bias[expert]
 
 
 def reference_experts(
     x: Float[Array, "N D"], routing: Routing, experts: ExpertWeights, config: ModelConfig
 ) -> Float[Array, "N D"]:
-    """What :func:`routed_experts` computes, written as the definition: every expert, most of them times 0."""
-    every = jax.vmap(lambda expert: gated_expert(x, expert, config))(experts)
+    """Computes :func:`routed_experts` as defined: every expert on every token, most of them weighted by 0."""
+    outputs = jax.vmap(lambda expert: gated_expert(x, expert, config))(experts)
     count = experts.gate_up.shape[0]
     weights = jnp.zeros((x.shape[0], count), jnp.float32)
     for choice in range(routing.experts.shape[1]):
         chosen = routing.experts[:, choice, None] == jnp.arange(count)
         weights = weights + jnp.where(chosen, routing.weights[:, choice, None], 0)
-    return jnp.einsum("ne,end->nd", weights, every.astype(jnp.float32))
+    return jnp.einsum("ne,end->nd", weights, outputs.astype(jnp.float32))
 
 
 def _glu(gate_up: Float[Array, "T F2"], config: ModelConfig) -> Float[Array, "T F2//2"]:
@@ -373,7 +378,11 @@ def _float32_vector(name: str, size: int) -> nnx.Param:
 
 
 def moe_of(config: ModelConfig) -> MoEConfig:
-    """The mixture's part of a configuration that has one."""
+    """Returns the configuration of the experts.
+
+    Raises:
+        ConfigError: the model has no experts.
+    """
     if config.moe is None:
         raise ConfigError(f"{config.model_type} has no mixture of experts: moe=None")
     return config.moe

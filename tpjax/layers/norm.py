@@ -1,6 +1,6 @@
 """Norms: root mean square (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467) and layer norm.
 
-The latter after Ba, Kiros and Hinton 2016, https://arxiv.org/abs/1607.06450. Both compute in float32.
+Layer norm: Ba, Kiros and Hinton 2016, https://arxiv.org/abs/1607.06450. Both compute in float32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tpjax.sharding import BIAS, REPLICATED, WeightLayout, tensor_layout
 
 
 def normalised(x: Float[Array, "*batch size"], config: NormConfig) -> Float[Array, "*batch size"]:
-    """The last axis with a root mean square of 1, and a mean of 0 where the norm is a layer norm; float32."""
+    """Scales the last axis to a root mean square of 1, in float32; a layer norm first subtracts its mean."""
     x = x.astype(jnp.float32)
     if config.kind == "layer":
         x = x - jnp.mean(x, axis=-1, keepdims=True)
@@ -30,7 +30,7 @@ class Norm(nnx.Module):
         name: canonical name of the module, relative to its parent.
         size: length of the last axis.
         config: kind of norm, epsilon, offset, and whether there is a bias.
-        dtype: of weight and bias.
+        dtype: dtype of weight and bias.
     """
 
     def __init__(self, name: str, size: int, config: NormConfig, dtype: jnp.dtype) -> None:
@@ -39,21 +39,23 @@ class Norm(nnx.Module):
 
         self.weight = declare("weight")
         self.bias = declare("bias") if config.bias else None
+        self.name = name
         self.config = config
 
     def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
-        """Norms the last axis."""
-        weight = self.weight[...].astype(jnp.float32) + self.config.offset
-        y = normalised(x, self.config) * weight
-        return (y if self.bias is None else y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        """Normalises the last axis."""
+        with jax.named_scope(self.name):
+            weight = self.weight[...].astype(jnp.float32) + self.config.offset
+            y = normalised(x, self.config) * weight
+            return (y if self.bias is None else y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class HeadScale(nnx.Module):
-    """The weight of a norm of queries or keys whose heads have weights of their own, cut as the heads are.
+    """The weight of a norm of queries or keys with a separate weight per head, sharded over heads.
 
     Args:
-        layout: of the weight, place by place.
-        dtype: of the weight.
+        layout: layout of the weight, in the order of the head slots.
+        dtype: dtype of the weight.
     """
 
     def __init__(self, layout: WeightLayout, dtype: jnp.dtype) -> None:

@@ -13,27 +13,27 @@ from jaxtyping import Array, Float, Int
 from tpjax.config import RopeParameters
 
 
-class Rotation(NamedTuple):
-    """Cosine and sine of every position's angles, float32, times the attention factor."""
+class RotaryEmbedding(NamedTuple):
+    """Cosines and sines of the angles at each position, times the attention factor; float32."""
 
     cos: Float[Array, "B S half"]
     sin: Float[Array, "B S half"]
 
 
 def inverse_frequencies(rope: RopeParameters, dim: int) -> np.ndarray:
-    """Radians per position of each pair of ``dim`` dimensions, float32 [dim / 2].
+    """Computes the radians per position of each pair of ``dim`` dimensions, float32 [dim / 2].
 
-    Of short sequences, where they go by the length: see :func:`frequencies_by_length`. ``llama3`` follows the
-    Llama 3.1 reference code: wavelengths longer than original / low_freq_factor are stretched by ``factor``,
-    shorter than original / high_freq_factor kept, linearly mixed between. ``yarn`` does so between two pairs
-    (section 3.2 of its paper).
+    If frequencies depend on the sequence length, these are the ones of short sequences: see
+    :func:`frequencies_by_length`. ``llama3`` follows the Llama 3.1 reference code: wavelengths over
+    original / low_freq_factor are multiplied by ``factor``, those under original / high_freq_factor are kept,
+    and those between are interpolated. ``yarn`` interpolates between two pairs (section 3.2 of its paper).
     """
     frequencies = 1.0 / (rope.theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim))
     if rope.kind == "linear":
         frequencies /= rope.factor
     elif rope.kind == "llama3":
-        turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
-        kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        rotations = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
+        kept = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         kept = np.clip(kept, 0.0, 1.0)
         frequencies *= kept + (1 - kept) / rope.factor
     elif rope.kind == "yarn":
@@ -46,12 +46,12 @@ def inverse_frequencies(rope: RopeParameters, dim: int) -> np.ndarray:
 
 
 def _yarn_ramp(rope: RopeParameters, dim: int) -> tuple[float, float]:
-    """The pairs between which YaRN goes from keeping frequencies to dividing them by the factor."""
+    """Returns the pairs between which YaRN goes from keeping frequencies to dividing them by the factor."""
 
-    def pair(turns: float) -> float:
-        """The pair that turns so often over the original context."""
+    def pair(rotations: float) -> float:
+        """Returns the pair that completes this many rotations over the original context."""
         length = rope.original_max_position_embeddings
-        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = pair(rope.beta_fast), pair(rope.beta_slow)
     if rope.truncate:
@@ -63,10 +63,15 @@ def _yarn_ramp(rope: RopeParameters, dim: int) -> tuple[float, float]:
 def frequencies_by_length(
     rope: RopeParameters, dim: int, max_length: Int[Array, " B"]
 ) -> Float[Array, "B half"]:
-    """Radians per position for sequences that will get that long, where frequencies go by the length.
+    """Computes the radians per position of embeddings whose frequencies depend on the sequence length.
 
     ``dynamic``: the base grows by ``(factor * L / original - factor + 1) ** (dim / (dim - 2))`` for lengths
-    L beyond the original. ``longrope``: the long divisors take the place of the short ones beyond it.
+    L beyond the original. ``longrope``: the long divisors replace the short ones beyond it.
+
+    Args:
+        rope: the embedding.
+        dim: dimensions of a head that rotate.
+        max_length: longest length each sequence may reach, tokens.
     """
     short = jnp.asarray(inverse_frequencies(rope, dim))
     original = rope.original_max_position_embeddings
@@ -80,34 +85,34 @@ def frequencies_by_length(
     return short * growth[:, None] ** -exponents
 
 
-def rotation(
+def rotary_embedding(
     rope: RopeParameters, dim: int, positions: Int[Array, "B S"], max_length: Int[Array, " B"] | None = None
-) -> Rotation:
-    """The rotation of each position. One per kind of layer and step, shared by its layers.
+) -> RotaryEmbedding:
+    """Computes the rotary embedding of each position, once per step for all layers of a type.
 
     Args:
         rope: the embedding.
         dim: dimensions of a head that rotate.
-        positions: of each token.
-        max_length: tokens each sequence may get to; needed where the frequencies go by the length.
+        positions: position of each token.
+        max_length: longest length each sequence may reach, tokens; needed if frequencies depend on it.
     """
-    at = positions.astype(jnp.float32)[..., None]
+    steps = positions.astype(jnp.float32)[..., None]
     if rope.follows_length:
-        assert max_length is not None, f"rope {rope.kind!r} needs the lengths that sequences may get to"
-        angles = at * frequencies_by_length(rope, dim, max_length)[:, None, :]
+        assert max_length is not None, f"rope {rope.kind!r} needs the maximum length of each sequence"
+        angles = steps * frequencies_by_length(rope, dim, max_length)[:, None, :]
     else:
-        angles = at * inverse_frequencies(rope, dim)
-    return Rotation(jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor)
+        angles = steps * inverse_frequencies(rope, dim)
+    return RotaryEmbedding(jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor)
 
 
-def rotate(x: Float[Array, "B S *heads h"], by: Rotation) -> Float[Array, "B S *heads h"]:
-    """Rotates pairs (i, i + half) of the last axis by their position's angles, in float32.
+def apply_rotary(x: Float[Array, "B S *heads h"], rotary: RotaryEmbedding) -> Float[Array, "B S *heads h"]:
+    """Rotates pairs (i, i + half) of the last axis by the angles of their position, in float32.
 
-    Dimensions beyond the rotation's two halves pass unchanged.
+    Dimensions beyond the two halves stay unchanged.
     """
-    cos, sin = (jnp.expand_dims(part, range(2, x.ndim - 1)) for part in by)
+    cos, sin = (jnp.expand_dims(part, range(2, x.ndim - 1)) for part in rotary)
     half = cos.shape[-1]
     low, high, rest = jnp.split(x, [half, 2 * half], axis=-1)
     low, high = low.astype(jnp.float32), high.astype(jnp.float32)
-    turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
-    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+    rotated = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated

@@ -70,24 +70,22 @@ def _head_segments(source: str, heads: Sequence[int | None], head_dim: int, star
     ]
 
 
-def latent_head_layout(
-    source: str, plan: HeadPlan, *, start: int, size: int, per_head: int, rank: int
+def latent_heads_layout(
+    name: str, heads: int, padded_heads: int, *, rows: range, per_head: int, rank: int
 ) -> WeightLayout:
-    """Returns the layout [heads * size, rank] of some rows of each head of a projection from a latent.
+    """Returns the layout [padded_heads * rows, rank] of some rows of each head of a projection from a latent.
 
     Args:
-        source: the canonical tensor, [H * per_head, rank].
-        plan: the head plan.
-        start: first of the rows within a head.
-        size: rows of each head.
+        name: the canonical tensor, [heads * per_head, rank].
+        heads: heads of the checkpoint.
+        padded_heads: heads over all devices, padding included.
+        rows: rows of each head.
         per_head: rows of a head in the canonical tensor.
         rank: width of the latent.
     """
-    segments = tuple(
-        Segment(source, head * per_head + start, size, head * size) for head in range(plan.num_heads)
-    )
-    sizes = ((source, plan.num_heads * per_head),)
-    return WeightLayout((plan.num_padded_heads * size, rank), 0, segments, sizes)
+    size = len(rows)
+    segments = tuple(Segment(name, head * per_head + rows.start, size, head * size) for head in range(heads))
+    return WeightLayout((padded_heads * size, rank), 0, segments, ((name, heads * per_head),))
 
 
 def concatenated_layout(sizes: dict[str, int], in_features: int | None) -> WeightLayout:
@@ -126,3 +124,16 @@ def gate_up_layout(modules: Sequence[str], width: int, tp: int, in_features: int
     return column_layout(
         len(names) * shard * tp, segments, dict.fromkeys(names, width), in_features=in_features
     )
+
+
+def down_layout(name: str, width: int, tp: int, out_features: int) -> WeightLayout:
+    """Returns the layout [F, out] of an expert's down projection, in the order that a grouped product takes.
+
+    Args:
+        name: the canonical tensor, [out, F].
+        width: F; padded with zeros to a multiple of ``tp``.
+        tp: devices that F is sharded over.
+        out_features: outputs.
+    """
+    shape, segment = (pad_to_multiple(width, tp), out_features), Segment(name, 0, width, 0)
+    return WeightLayout(shape, 0, (segment,), ((name, width),), transposed=True)

@@ -16,6 +16,7 @@ from tpjax.checkpoints import hub
 from tpjax.cli import app as cli
 from tpjax.cli import console
 from tpjax.inspect import doctor
+from tpjax.inspect.accelerators import has_nvidia_gpu, has_tpu
 
 SUBCOMMANDS = (
     *("generate", "chat", "serve", "batch", "models", "pull", "convert", "explain", "plan", "bench"),
@@ -146,6 +147,9 @@ def test_help_starts_neither_jax_nor_anything_else_heavy():
             ["pull", ".", "--verify"],
             "--verify knows the digests of built-in aliases (smollm2-135m, gemma3-270m)",
         ),
+        (["generate", "x", "nope", "--profile", __file__], f"{__file__}: File exists"),
+        (["generate", "x", "nope", "--profile", f"{__file__}/x"], f"{__file__}/x: Not a directory"),
+        (["bench", "serve", "--output", "/nowhere/x"], "/nowhere/x: No such file or directory"),
         (["explain"], "give either MODEL or --config FILE"),
         (["explain", "smollm2-135m", "--config", "x.json"], "give either MODEL or --config FILE"),
         (["frobnicate"], "No such command 'frobnicate'. (see `tpjax --help`)"),
@@ -185,6 +189,37 @@ def test_a_reader_that_leaves_is_no_error():
         ["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=300
     )
     assert (done.stdout, done.stderr) == ("status 141\n", "")
+
+
+def test_a_full_disk_is_one_line():
+    program = f"{sys.executable} -m tpjax.cli models > /dev/full"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", program], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stderr) == (2, "tpjax: error: the output: No space left on device\n")
+
+
+def test_a_measurement_that_cannot_be_kept_is_not_begun(monkeypatch, capsys):
+    monkeypatch.setenv("TPJAX_CACHE", f"{__file__}/cache")
+    assert status("plan", "llama-3-8b", "--measure", "--tp", "1") == 2
+    assert capsys.readouterr().err == f"tpjax: error: {__file__}/cache: Not a directory\n"
+
+
+@pytest.mark.skipif(has_nvidia_gpu() or has_tpu(), reason="the plugin of a chip that is there starts")
+def test_plugins_for_chips_that_are_not_there_do_not_start(tmp_path):
+    plugin = tmp_path / "jax_plugins/xla_cuda12"
+    plugin.mkdir(parents=True)
+    (plugin / "__init__.py").write_text("def initialize():\n    raise RuntimeError('no CUDA')\n")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("XLA", "JAX"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "tpjax.cli", "explain", str(LLAMA), "--tp", "2"],
+        env={**kept, "PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path)))},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stderr) == (0, "tpjax: the only device is a CPU: faking 2 devices\n")
 
 
 # --- subcommands -------------------------------------------------------------------------------------------
@@ -275,6 +310,12 @@ def test_doctor_counts_cached_models(tmp_path, monkeypatch):
         "bytes": alias.size_bytes + len(digest),
         "models": ["smollm2-135m"],
     }
+
+
+def test_doctor_warns_of_a_cache_folder_that_cannot_be_made(monkeypatch):
+    monkeypatch.setenv("TPJAX_CACHE", f"{__file__}/cache")
+    problem = f"cache folder {__file__}/cache cannot be made: {__file__} is not a directory"
+    assert problem in doctor.examine()["warnings"]
 
 
 @pytest.mark.parametrize(

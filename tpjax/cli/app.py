@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
 import textwrap
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -30,8 +32,10 @@ from tpjax.cli import (
     serve,
 )
 from tpjax.errors import EngineError, TpjaxError
+from tpjax.inspect.accelerators import leave_out_absent
 from tpjax.old_spellings import translate_arguments
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 EXIT_INTERNAL = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
@@ -63,6 +67,8 @@ class _Subcommand(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Runs it. Typer would end a broken pipe itself, with a status that shells do not use."""
+        # before any subcommand imports JAX
+        leave_out_absent(compilers=ctx.params.get("topology") is not None)
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
@@ -129,6 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments after ``tpjax``; ``None``: those of this process.
     """
+    if argv is None:
+        warnings.showwarning = _show_warning
     words, renamed = translate_arguments(sys.argv[1:] if argv is None else argv)
     for message in renamed:
         print(f"tpjax: warning: {message}", file=sys.stderr)
@@ -138,8 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
     except _ReaderLeft:
-        # The reader has gone (`tpjax generate ... | head -1`): discard the last flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()  # the reader has gone: `tpjax generate ... | head -1`
         return EXIT_BROKEN_PIPE
     except TyperException as error:
         return _usage_error(error)
@@ -148,6 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TpjaxError as error:
         return _fail(str(error), EXIT_BAD_INPUT, debug)
     except OSError as error:
+        if error.errno in _DISK_FULL:
+            _discard_stdout()
+            return _fail(f"{error.filename or 'the output'}: {error.strerror}", EXIT_BAD_INPUT, debug)
         if error.filename is None:
             return _fail(f"{type(error).__name__}: {error}", EXIT_INTERNAL, debug)
         return _fail(f"{error.filename}: {error.strerror}", EXIT_BAD_INPUT, debug)
@@ -155,6 +165,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "" if debug else " (a bug, or the machine's; --debug shows where)"
         return _fail(f"{type(error).__name__}: {error}{hint}", EXIT_INTERNAL, debug)
     return status if isinstance(status, int) else 0
+
+
+def _show_warning(message: Warning | str, *place: Any, **_: Any) -> None:
+    """Prints a warning of a library as one line."""
+    print(f"tpjax: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _usage_error(error: Any) -> int:
@@ -166,6 +181,11 @@ def _usage_error(error: Any) -> int:
         print(f"tpjax: error: {message} (see `{command} --help`)", file=sys.stderr)
         return EXIT_BAD_INPUT
     return 0
+
+
+def _discard_stdout() -> None:
+    """Lets the last flush of the interpreter go nowhere: it would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, status: int, debug: bool) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tpjax.cli.console import note, read_text
+from tpjax.cli.console import check_writable, note, read_text
 from tpjax.cli.loading import chosen_model, ensure, load
 from tpjax.cli.options import GenerationConfig, Model, ModelOption, Sharding, option, positive_int, takes
 from tpjax.errors import ConfigError, RequestError
@@ -61,6 +61,7 @@ def run(
     name = chosen_model(model, model_option)
     requests = read_requests(input_file)
     answered = read_answered(output_file)
+    check_writable(output_file)
     waiting = [request for request in requests if request["custom_id"] not in answered]
     note(f"{len(requests)} requests, {len(requests) - len(waiting)} of them answered before")
     if not waiting:
@@ -71,7 +72,11 @@ def run(
         return load(name, sharding, max_slots=max_slots, generation_config=generation_config)
 
     service = Service(loaded, Path(name).name, max_queue=_AHEAD * max_slots)
-    failed = asyncio.run(_answer(service, create_app(service), waiting, output_file, _AHEAD * max_slots))
+    answers = _answer(service, create_app(service), waiting, output_file, _AHEAD * max_slots)
+    try:
+        failed = asyncio.run(answers)
+    except OSError as error:
+        raise RequestError(f"{error.filename or output_file}: {error.strerror or error}") from error
     note(f"{len(waiting) - failed} answered, {failed} failed: {output_file}")
 
 
@@ -111,7 +116,7 @@ def read_answered(file: Path) -> set[str]:
     Raises:
         RequestError: the file is not the output of a batch.
     """
-    if not file.exists():
+    if not file.is_file():
         return set()
     text = read_text(file)
     complete_lines = text[: text.rfind("\n") + 1]
@@ -149,9 +154,12 @@ async def _answer(
                     file.flush()
                     advance()
 
-                async with asyncio.TaskGroup() as tasks:
-                    for request in requests:
-                        tasks.create_task(one(request))
+                try:
+                    async with asyncio.TaskGroup() as tasks:
+                        for request in requests:
+                            tasks.create_task(one(request))
+                except ExceptionGroup as errors:
+                    raise errors.exceptions[0] from errors
     return failed
 
 

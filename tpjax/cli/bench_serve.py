@@ -85,8 +85,10 @@ def run(
 ) -> None:
     """Measure a running server: latencies, throughput, goodput over request rates."""
     from tpjax.cli import serving_benchmark as benchmark
-    from tpjax.cli.console import write_text
+    from tpjax.cli.console import check_writable, write_text
 
+    if output is not None:
+        check_writable(output)
     if plot is not None:
         from tpjax.planning.plots import check_plot
 

@@ -46,6 +46,18 @@ def read_text(file: Path) -> str:
         raise RequestError(f"{file}: {error.strerror or error}") from error
 
 
+def check_writable(file: Path) -> None:
+    """Checks that a file can be written, before the work whose results it is for.
+
+    Raises:
+        RequestError: it cannot be written.
+    """
+    try:
+        file.open("a").close()
+    except OSError as error:
+        raise RequestError(f"{file}: {error.strerror or error}") from error
+
+
 def write_text(file: Path, text: str) -> None:
     """Writes a file.
 

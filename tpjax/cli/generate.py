@@ -78,6 +78,8 @@ def run(
     if token_ids:
         entries = [(_as_token_ids(entry), one) for entry, one in entries]
     name = chosen_model(model, model_option)
+    if profile is not None:
+        profile.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     llm = load(name, sharding, generation_config=generation_config)
     note_defaults(llm)

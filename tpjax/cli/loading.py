@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpjax.cli.console import note
@@ -32,7 +34,27 @@ def load(model: str, sharding: Sharding, **options: Any) -> LLM:
     ensure(model, sharding.tp)
     from tpjax.llm import LLM
 
+    _check_compilation_cache()
     return LLM(model, **asdict(sharding), **options)
+
+
+def _check_compilation_cache() -> None:
+    """Turns the compilation cache off if its folder cannot be written: JAX would warn of each program."""
+    import jax
+
+    from tpjax.checkpoints.hub import cache_dir
+
+    folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_dir() / "xla")
+    if "://" in str(folder):
+        return  # not on this machine
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(folder, os.W_OK | os.X_OK) else "no permission to write"
+    except OSError as error:
+        reason = error.strerror
+    if reason is not None:
+        note(f"compiled programs are not cached: {folder}: {reason}")
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def note_defaults(llm: LLM) -> None:

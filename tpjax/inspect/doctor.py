@@ -7,12 +7,14 @@ import importlib.util
 import os
 import platform
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpjax._version import __version__
 from tpjax.checkpoints import hub
+from tpjax.inspect import accelerators
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -43,6 +45,7 @@ _SECRETS = re.compile(r"TOKEN|SECRET|PASSWORD|KEY")
 _CREDENTIALS = re.compile(r"//[^/@\s]+@")  # in an address: //user:password@host
 _FAKED = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 _LITTLE_MEMORY_BYTES = 2 << 30
+_LITTLE_DISK_BYTES = 1 << 30
 
 
 def examine() -> dict[str, Any]:
@@ -149,6 +152,8 @@ def _devices() -> dict[str, Any]:
 def _environment() -> dict[str, str]:
     """Returns the variables that JAX, XLA, Hugging Face and tpjax read, without secrets."""
     chosen = sorted(name for name in os.environ if _SETTINGS.fullmatch(name))
+    if accelerators.chosen_platforms is not None:
+        chosen.remove("JAX_PLATFORMS")  # the user did not set it
     return {
         name: "(set)" if _SECRETS.search(name) else _CREDENTIALS.sub("//***@", os.environ[name])
         for name in chosen
@@ -187,6 +192,24 @@ def _caches() -> list[dict[str, Any]]:
         }
         for name, path in folders
     ]
+
+
+def _cache_problems() -> list[str]:
+    """Warns of cache folders that cannot be written, or have little room."""
+    from huggingface_hub import constants
+
+    elsewhere = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    folders = [hub.cache_dir(), Path(constants.HF_HUB_CACHE), *([Path(elsewhere)] if elsewhere else [])]
+    problems = []
+    for folder in folders:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        if not there.is_dir():
+            problems.append(f"cache folder {folder} cannot be made: {there} is not a directory")
+        elif not os.access(there, os.W_OK | os.X_OK):
+            problems.append(f"cache folder {folder} cannot be written: no permission for {there}")
+        elif (free := shutil.disk_usage(there).free) < _LITTLE_DISK_BYTES:
+            problems.append(f"cache folder {folder}: only {_size(free)} are free on its disk")
+    return problems
 
 
 def _topologies() -> dict[str, str | None]:
@@ -237,7 +260,7 @@ def _warnings(packages: dict[str, Any], devices: dict[str, Any], memory: dict[st
     available = memory["available_bytes"]
     if available is not None and available < _LITTLE_MEMORY_BYTES:
         warnings.append(f"only {_size(available)} of memory are available")
-    return warnings
+    return warnings + _cache_problems()
 
 
 def _deadlock(jax_version: str | None) -> str | None:
@@ -261,8 +284,8 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _unused_accelerators() -> list[str]:
     """Warns of accelerators that JAX does not use, nearly always because an extra is missing."""
     warnings = []
-    if os.path.exists("/dev/nvidiactl"):
+    if accelerators.has_nvidia_gpu():
         warnings.append("there is an NVIDIA GPU, but JAX runs on the CPU: pip install 'tpjax[cuda]'")
-    if os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"):
+    if accelerators.has_tpu():
         warnings.append("there is a TPU, but JAX runs on the CPU: pip install 'tpjax[tpu]'")
     return warnings

@@ -64,9 +64,12 @@ def measured_hardware(tp: int, *, fresh: bool = False, rounds: int | None = None
     file = cache_dir() / "measured.json"
     figures = _read(file).get(_key(tp))
     if fresh or figures is None:
+        cached = (rounds or _ROUNDS) >= _ROUNDS
+        if cached:
+            file.parent.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
         print(f"tpjax: measuring this machine at tp={tp}, once", file=sys.stderr)
         figures = _measure_apart(tp, rounds)
-        if (rounds or _ROUNDS) >= _ROUNDS:
+        if cached:
             keep(file, tp, figures)
     return hardware_from(figures)
 

@@ -176,7 +176,7 @@ def does_not_fit(plan: Plan) -> str:
         smaller = replace(workload, dtype="int8", cache_dtype="auto")
         if make_plan(counts, hardware, plan.chips, plan.tp, smaller).fits:
             would.append("--dtype int8")
-    for more in (2**power for power in range(13)):
+    for more in (2**power for power in range(13) if not hardware.shared):
         if more > plan.tp and make_plan(counts, hardware, more, more, workload).fits:
             would.append(f"tp={more}")
             break

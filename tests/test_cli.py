@@ -3,8 +3,10 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -189,6 +191,24 @@ def test_a_reader_that_leaves_is_no_error():
         ["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=300
     )
     assert (done.stdout, done.stderr) == ("status 141\n", "")
+
+
+def test_interrupting_a_compilation_ends_at_once():
+    """A thread in XLA does not stop, as one that sleeps does not."""
+    program = (
+        "import time; from tpjax.cli.compiling import wait_for\n"
+        "print('begun', flush=True); wait_for(lambda: time.sleep(300), 'compiling')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", program], env=environment, **pipes) as process:
+        assert process.stdout.readline() == "begun\n"
+        time.sleep(1)  # it waits now
+        process.send_signal(signal.SIGINT)
+        start = time.perf_counter()
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "")
+    assert time.perf_counter() - start < 2
 
 
 def test_a_full_disk_is_one_line():

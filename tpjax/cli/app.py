@@ -31,6 +31,7 @@ from tpjax.cli import (
     pull,
     serve,
 )
+from tpjax.cli.console import EXIT_INTERRUPTED
 from tpjax.errors import EngineError, TpjaxError
 from tpjax.inspect.accelerators import leave_out_absent
 from tpjax.old_spellings import translate_arguments
@@ -38,7 +39,6 @@ from tpjax.old_spellings import translate_arguments
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 EXIT_INTERNAL = 1
 EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 # name on the command line -> module

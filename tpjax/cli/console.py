@@ -9,6 +9,8 @@ from typing import Any
 
 from tpjax.errors import RequestError
 
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+
 
 def note(text: str) -> None:
     """Prints a remark to stderr."""

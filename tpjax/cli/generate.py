@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tpjax.cli.compiling import compile_for
 from tpjax.cli.console import note, read_text
 from tpjax.cli.loading import chosen_model, load, note_defaults
 from tpjax.cli.options import GenerationConfig, ModelOption, Sampling, Sharding, takes
@@ -96,9 +97,7 @@ def run(
 
 
 def _stream(llm: LLM, prompt: Prompt, params: SamplingParams, figures: Figures, *, as_ids: bool) -> None:
-    start = time.perf_counter()
-    llm.prepare(prompt, params)  # tokens/s does not include compilation
-    figures.compile_s = time.perf_counter() - start
+    figures.compile_s = compile_for(llm, prompt, params)  # tokens/s does not include it
     print_stream(llm.stream(prompt, params), figures, as_ids=as_ids or llm.tokenizer is None)
 
 

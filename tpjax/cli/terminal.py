@@ -8,9 +8,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tpjax.cli.compiling import compile_for
 from tpjax.errors import RequestError
 from tpjax.sampling_params import SamplingParams
 
@@ -48,6 +50,7 @@ class Chat:
         params: sampling parameters; ``max_tokens`` is limited to the room in the context.
         system: the system message.
         write: writes text as it comes.
+        prepare: compiles what a prompt needs, before it is answered.
 
     Attributes:
         params: sampling parameters, which ``/set`` changes.
@@ -55,10 +58,16 @@ class Chat:
     """
 
     def __init__(
-        self, llm: LLM, params: SamplingParams, system: str | None, write: Callable[[str], object]
+        self,
+        llm: LLM,
+        params: SamplingParams,
+        system: str | None,
+        write: Callable[[str], object],
+        prepare: Callable[[list[int], SamplingParams], object] = lambda prompt, params: None,
     ) -> None:
         self._llm = llm
         self._write = write
+        self._prepare = prepare
         self.params = params
         self._begin(system)
 
@@ -131,6 +140,7 @@ class Chat:
             )
             return
         params = dataclasses.replace(self.params, max_tokens=min(self.params.max_tokens, room))
+        self._prepare(prompt, params)
         parts = []
         stream = self._llm.stream(prompt, params)
         with _interruptible() as interrupted:
@@ -155,7 +165,7 @@ def chat(llm: LLM, params: SamplingParams, system: str | None) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    conversation = Chat(llm, params, system, write)
+    conversation = Chat(llm, params, system, write, partial(compile_for, llm))
     while True:
         try:
             if not conversation.say(input("> ")):

@@ -318,7 +318,7 @@ KEPT = """
   ROOT %slice = f32[16,32]{1,0} dynamic-slice(%param_0, %first, %zero), dynamic_slice_sizes={16,32}
 }
 
-%whole (param_0.1: f32[64,32]) -> f32[64,32] {
+%full (param_0.1: f32[64,32]) -> f32[64,32] {
   %param_0.1 = f32[64,32]{1,0} parameter(0)
   ROOT %tanh = f32[64,32]{1,0} tanh(%param_0.1)
 }
@@ -351,9 +351,9 @@ def test_all_reduce_whose_part_is_kept(reader: str) -> None:
     "reader",
     (
         "%part = f32[16,32]{1,0} fusion(%sum, %step), kind=kLoop, calls=%kept",  # the same rows everywhere
-        "%all = f32[64,32]{1,0} fusion(%sum), kind=kLoop, calls=%whole",
+        "%all = f32[64,32]{1,0} fusion(%sum), kind=kLoop, calls=%full",
         """%part = f32[16,32]{1,0} fusion(%sum, %device), kind=kLoop, calls=%kept
-  %all = f32[64,32]{1,0} fusion(%sum), kind=kLoop, calls=%whole""",
+  %all = f32[64,32]{1,0} fusion(%sum), kind=kLoop, calls=%full""",
         "%row = f32[1,32]{1,0} dynamic-slice(%sum, %device, %device), dynamic_slice_sizes={1,32}",
     ),
 )
@@ -364,7 +364,7 @@ def test_all_reduce_of_which_more_is_read(reader: str) -> None:
 
 
 def test_live_part_kept() -> None:
-    """Rows that are summed and cut: no whole sum stays on any device."""
+    """Rows that are summed and sharded: no full sum stays on any device."""
     mesh = make_mesh(4)
 
     def product(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -165,8 +165,8 @@ def test_generate(places: dict[str, Any], llm: LLM) -> None:
         stop=("zebra", "quagga"), stop_token_ids=(3,), ignore_eos=True, repetition_penalty=1.1,
         presence_penalty=0.2, frequency_penalty=0.1, logit_bias={7: 1.5, 9: -2.0},
     )  # fmt: skip
-    (whole,) = llm.generate([PROMPT], params)
-    assert out == whole.text + "\n" and len(whole.token_ids) > 1
+    (completion,) = llm.generate([PROMPT], params)
+    assert out == completion.text + "\n" and len(completion.token_ids) > 1
     lines = err.splitlines()
     assert lines[0] == "tpjax: the only device is a CPU: faking 2 devices"
     pattern = (
@@ -184,25 +184,25 @@ def test_generate_many_as_json(places: dict[str, Any], llm: LLM, tmp_path: Path)
     first, second = map(json.loads, out.splitlines())
     greedy = SamplingParams(max_tokens=4, temperature=0, logprobs=2)
     prompt = llm.chat_prompt([{"role": "user", "content": PROMPT}])
-    (whole,) = llm.generate([prompt], greedy)
-    assert (first["token_ids"], first["text"]) == (whole.token_ids, whole.text)
-    assert len(first["logprobs"]) == len(whole.token_ids) and len(second["token_ids"]) == 2
+    (completion,) = llm.generate([prompt], greedy)
+    assert (first["token_ids"], first["text"]) == (completion.token_ids, completion.text)
+    assert len(first["logprobs"]) == len(completion.token_ids) and len(second["token_ids"]) == 2
     assert "2 prompts" in err and list((tmp_path / "profile").rglob("*.pb"))
 
 
 @pytest.mark.slow
 def test_generate_from_stdin(places: dict[str, Any], llm: LLM) -> None:
     out, _ = tpjax("generate ids", places, "5, 6 7\n")
-    (whole,) = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
-    assert out.split() == [str(token) for token in whole.token_ids]
+    (completion,) = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
+    assert out.split() == [str(token) for token in completion.token_ids]
 
 
 @pytest.mark.slow
 def test_generate_a_message(places: dict[str, Any], llm: LLM) -> None:
     out, _ = tpjax("generate chat", places)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
-    (whole,) = llm.generate([llm.chat_prompt(messages)], SamplingParams(max_tokens=4, temperature=0))
-    assert out == whole.text + "\n"
+    (completion,) = llm.generate([llm.chat_prompt(messages)], SamplingParams(max_tokens=4, temperature=0))
+    assert out == completion.text + "\n"
 
 
 @pytest.mark.slow
@@ -223,8 +223,8 @@ def test_chat(places: dict[str, Any], llm: LLM) -> None:
         max_tokens=6, min_tokens=1, temperature=0, stop=("zebra",), stop_token_ids=(3,), ignore_eos=True,
         repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1, logit_bias={7: 1.0},
     )  # fmt: skip
-    (whole,) = llm.generate([llm.chat_prompt(messages)], params)
-    assert whole.text and out.count(whole.text) == 2  # the conversation was forgotten in between
+    (completion,) = llm.generate([llm.chat_prompt(messages)], params)
+    assert completion.text and out.count(completion.text) == 2  # the conversation was forgotten in between
     assert f"{places['model']} at tp=2; /help shows the commands" in err
 
 
@@ -256,8 +256,8 @@ def test_serve_and_bench_serve(places: dict[str, Any], tmp_path: Path, llm: LLM)
         )
         with urllib.request.urlopen(request, timeout=2 * WAIT_S) as answer:
             text = json.load(answer)["choices"][0]["text"]
-        (whole,) = llm.generate([PROMPT], SamplingParams(max_tokens=5, temperature=0))
-        assert text == whole.text
+        (completion,) = llm.generate([PROMPT], SamplingParams(max_tokens=5, temperature=0))
+        assert text == completion.text
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(f"{places['url']}/metrics", timeout=2 * WAIT_S)
         out, _ = tpjax("bench serve", places)
@@ -281,9 +281,9 @@ def test_batch(places: dict[str, Any], tmp_path: Path, llm: LLM) -> None:
     places["requests"].write_text(json.dumps(line) + "\n")
     _, err = tpjax("batch", places)
     (answer,) = map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines())
-    (whole,) = llm.generate([PROMPT], SamplingParams(max_tokens=5, temperature=0))
+    (completion,) = llm.generate([PROMPT], SamplingParams(max_tokens=5, temperature=0))
     assert answer["custom_id"] == "a" and answer["response"]["status_code"] == 200
-    assert answer["response"]["body"]["choices"][0]["text"] == whole.text
+    assert answer["response"]["body"]["choices"][0]["text"] == completion.text
     assert "1 answered, 0 failed" in err
 
 
@@ -338,7 +338,7 @@ def test_explain_a_configuration(places: dict[str, Any]) -> None:
 
 
 def test_explain_for_chips_that_do_not_exist(places: dict[str, Any]) -> None:
-    """What needs no compiler of theirs: tests/test_topology.py has the rest."""
+    """The part that needs no TPU or GPU compiler: tests/test_topology.py has the rest."""
     out, err = tpjax("explain topology", places, status=2)
     assert out == "" and len(err.splitlines()) == 1 and "v5e:99x99" in err
 
@@ -350,8 +350,10 @@ def test_convert_and_generate(places: dict[str, Any], tmp_path: Path) -> None:
     places["model"] = tmp_path / "orbax"
     out, _ = tpjax("generate ids", places, "5 6 7")
     converted = LLM(tmp_path / "orbax", tp=1, max_model_len=64, max_slots=1)
-    (whole,) = converted.generate([[5, 6, 7]], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
-    assert out.split() == [str(token) for token in whole.token_ids]
+    (completion,) = converted.generate(
+        [[5, 6, 7]], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    )
+    assert out.split() == [str(token) for token in completion.token_ids]
 
 
 def test_pull(places: dict[str, Any], smollm2_gguf: Path) -> None:

@@ -123,8 +123,8 @@ def test_contents_are_what_is_read(heads: int, kv_heads: int, tp: int) -> None:
     starts = dict(zip(sizes, np.cumsum([1, *sizes.values()]) * 3, strict=False))
 
     def read(source: str, index: tuple[slice, ...]) -> np.ndarray:
-        whole = starts[source] + np.arange(sizes[source] * 3).reshape(sizes[source], 3)
-        return whole[index]
+        full = starts[source] + np.arange(sizes[source] * 3).reshape(sizes[source], 3)
+        return full[index]
 
     seen: set[int] = set()
     for device in range(tp):

@@ -77,7 +77,7 @@ def test_recorded_decode_copies() -> None:
 
 
 def test_write_backs() -> None:
-    """Written whole, whether from a TPU's own memory or by a fusion; not in place, and not copied."""
+    """Written in full, whether from the on-chip memory of a TPU or by a fusion; not in place, and not copied."""
     hlo = """HloModule m, is_scheduled=true
 
 %in_place (p: bf16[9,128,64], n: bf16[1,128,64], i: s32[]) -> bf16[9,128,64] {
@@ -87,7 +87,7 @@ def test_write_backs() -> None:
   ROOT %u = bf16[9,128,64]{2,1,0} dynamic-update-slice(%p, %n, %i, %i, %i)
 }
 
-%whole (q: bf16[9,128,64]) -> bf16[9,128,64] {
+%full (q: bf16[9,128,64]) -> bf16[9,128,64] {
   %q = bf16[9,128,64]{2,1,0} parameter(0)
   ROOT %m = bf16[9,128,64]{2,1,0} multiply(%q, %q)
 }
@@ -99,7 +99,7 @@ ENTRY %main (cache: bf16[9,128,64], new: bf16[1,128,64], at: s32[]) -> bf16[9,12
   %near = (bf16[9,128,64]{2,1,0:S(1)}, bf16[9,128,64]{2,1,0}, u32[]{:S(2)}) copy-start(%cache)
   %back = (bf16[9,128,64]{2,1,0}, bf16[9,128,64]{2,1,0:S(1)}, u32[]{:S(2)}) copy-start(%near)
   %updated = bf16[9,128,64]{2,1,0} fusion(%cache, %new, %at), kind=kLoop, calls=%in_place
-  %squared = bf16[9,128,64]{2,1,0} fusion(%cache), kind=kLoop, calls=%whole
+  %squared = bf16[9,128,64]{2,1,0} fusion(%cache), kind=kLoop, calls=%full
   %copied = bf16[9,128,64]{2,1,0} copy(%cache)
 }
 """

@@ -127,8 +127,8 @@ class TopologyReport:
             "temporaries": lambda p: human_bytes(p.temporary_bytes),
             "all of it": lambda p: f"{human_bytes(p.needed_bytes)}, {'fits' if p.fits else 'does not fit'}",
             "cache buffers updated in place": lambda p: f"{p.aliased_cache_buffers} of {p.cache_buffers}",
-            "whole-cache copies": lambda p: str(p.cache_copies),
-            "whole-cache write-backs": lambda p: str(p.cache_write_backs),
+            "full-cache copies": lambda p: str(p.cache_copies),
+            "full-cache write-backs": lambda p: str(p.cache_write_backs),
             "weight copies": lambda p: f"{p.weight_copies} ({human_bytes(p.weight_copy_bytes)})",
             "compiled in": lambda p: f"{p.compile_s:.1f} s",
         }

@@ -22,7 +22,7 @@ class BenchReport:
     Attributes:
         plan: the prediction.
         decode_ms: measured milliseconds of a decode step at the context of the plan, the best of all rounds.
-        prefill_ms: measured milliseconds to prefill the prompt of the plan, likewise.
+        prefill_ms: measured milliseconds to prefill the prompt of the plan, the best of all rounds.
     """
 
     plan: Plan

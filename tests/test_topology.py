@@ -77,7 +77,7 @@ def test_recorded_decode_copies() -> None:
 
 
 def test_write_backs() -> None:
-    """Written in full, whether from the on-chip memory of a TPU or by a fusion; not in place, and not copied."""
+    """Written in full, from the on-chip memory of a TPU or by a fusion; not in place, and not copied."""
     hlo = """HloModule m, is_scheduled=true
 
 %in_place (p: bf16[9,128,64], n: bf16[1,128,64], i: s32[]) -> bf16[9,128,64] {

@@ -352,8 +352,6 @@ def test_convert_and_generate(places: dict[str, Any], tmp_path: Path) -> None:
     converted = LLM(tmp_path / "orbax", tp=1, max_model_len=64, max_slots=1)
     greedy = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
     (completion,) = converted.generate([[5, 6, 7]], greedy)
-        [[5, 6, 7]], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
-    )
     assert out.split() == [str(token) for token in completion.token_ids]
 
 

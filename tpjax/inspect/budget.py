@@ -8,7 +8,7 @@ from typing import Any
 from tpjax.config import ModelConfig
 from tpjax.inspect.collectives import Collective
 
-KINDS = ("all-reduce", "reduce-scatter", "all-gather")
+BUDGETED_KINDS = ("all-reduce", "reduce-scatter", "all-gather")
 
 
 def collective_budget(
@@ -38,8 +38,8 @@ def collective_budget(
         sequence_parallel: whether the residual is sharded over positions.
 
     Returns:
-        The number of each of ``KINDS`` and of others, the bytes of their results on one device, and the rule
-        in words.
+        The number of each of ``BUDGETED_KINDS`` and of others, the bytes of their results on one device, and
+        the rule in words.
     """
     if tp == 1:
         return {**measured(()), "rule": "tp=1: none"}
@@ -72,10 +72,10 @@ def measured(collectives: Iterable[Collective]) -> dict[str, int]:
     """Counts the unconditional collectives of a compiled program, in the form of the budget."""
     figures = {}
     always = [one for one in collectives if not one.conditional and one.group_size != 1]
-    for kind in KINDS:
+    for kind in BUDGETED_KINDS:
         same_kind = [one for one in always if one.kind == kind]
         name = kind.replace("-", "_")
         figures[f"{name}s"] = sum(one.count for one in same_kind)
         figures[f"{name}_bytes"] = sum(one.count * one.bytes for one in same_kind)
-    figures["others"] = sum(one.count for one in always if one.kind not in KINDS)
+    figures["others"] = sum(one.count for one in always if one.kind not in BUDGETED_KINDS)
     return figures

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tpjax._version import __version__
 from tpjax.checkpoints import hub
 from tpjax.inspect import accelerators
+from tpjax.inspect.packages import installed_version
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -50,7 +50,7 @@ _LITTLE_DISK_BYTES = 1 << 30
 
 def examine() -> dict[str, Any]:
     """Returns everything ``tpjax doctor`` shows as plain data; starts JAX. Sizes are in bytes."""
-    packages = {name: _version(name) for name in _PACKAGES}
+    packages = {name: installed_version(name) for name in _PACKAGES}
     devices = _devices()
     memory = _memory()
     return {
@@ -120,13 +120,6 @@ def _size(count: int | None) -> str:
             return f"{count:.3g} {unit}" if unit != "bytes" else f"{count} bytes"
         count /= 1000  # type: ignore[assignment]
     return f"{count:.3g} TB"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _devices() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tpjax.inspect.budget import KINDS, measured
+from tpjax.inspect.budget import BUDGETED_KINDS, measured
 from tpjax.inspect.collectives import Collective
 from tpjax.planning.plain_table import plain_table
 from tpjax.runtime.memory import human_bytes
@@ -69,7 +69,7 @@ def source_text(source: str) -> str:
 
 def _sums(figures: dict[str, Any]) -> str:
     parts = []
-    for kind in KINDS:
+    for kind in BUDGETED_KINDS:
         name = kind.replace("-", "_")
         if count := figures[f"{name}s"]:
             parts.append(f"{count} {kind}{'s' * (count != 1)} ({human_bytes(figures[f'{name}_bytes'])})")

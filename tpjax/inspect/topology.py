@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh
 
 from tpjax.errors import ConfigError
 from tpjax.hardware import HARDWARE, SHORT_NAMES, Hardware
+from tpjax.inspect.packages import installed_version
 from tpjax.mesh import AXIS
 
 TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # axes of the chip grid
@@ -173,7 +174,7 @@ def extra_problem(kind: str) -> str | None:
     if kind == "tpu":
         wanted = _wanted_libtpu()
         install = f"pip install 'libtpu{'==' + wanted if wanted else ''}'"
-        found = _version("libtpu")
+        found = installed_version("libtpu")
         if found is None:
             return f"compiling TPU programs needs libtpu: {install}"
         also = _ALSO_FITS.get(jax.__version__, ())
@@ -185,12 +186,12 @@ def extra_problem(kind: str) -> str | None:
         "nvidia-cuda-nvcc-cu12"
     )
     for package in ("jax-cuda12-plugin", "jax-cuda12-pjrt"):
-        found = _version(package)
+        found = installed_version(package)
         if found is None:
             return f"compiling GPU programs needs {package}: {install}"
         if found != jax.__version__:
             return f"{package} {found} does not fit jax {jax.__version__}: {install}"
-    if _version("nvidia-cuda-nvcc-cu12") is None:
+    if installed_version("nvidia-cuda-nvcc-cu12") is None:
         return f"compiling GPU programs needs ptxas, of nvidia-cuda-nvcc-cu12: {install}"
     return None
 
@@ -213,10 +214,3 @@ def _wanted_libtpu() -> str | None:
         if found := re.match(r"libtpu\s*==\s*([\d.*]+)", requirement):
             return found[1]
     return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -445,7 +445,7 @@ def test_copies_of_which_none_is_listed_must_be_equal(tmp_path: Path) -> None:
     checkpoint = SafetensorsCheckpoint(tmp_path)
     assert checkpoint.unlisted == {"same", "other"}
     np.testing.assert_array_equal(checkpoint.read("same", (slice(1, 3),)), same[1:3])
-    with refused(two, "'other' is also in m1.safetensors", "the index says of neither"):
+    with refused(two, "'other' is also in m1.safetensors", "the index names neither"):
         checkpoint.read("other")
 
 

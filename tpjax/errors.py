@@ -18,11 +18,11 @@ class CheckpointError(TpjaxError):
 
 
 class DeviceError(TpjaxError, RuntimeError):
-    """The devices JAX sees cannot carry the requested mesh."""
+    """The devices that JAX sees cannot form the requested mesh."""
 
 
 class DownloadError(TpjaxError):
-    """A model could not be fetched, or what arrived is not what was asked for."""
+    """A model could not be downloaded, or the download is not the expected file."""
 
 
 class RequestError(TpjaxError, ValueError):
@@ -30,7 +30,7 @@ class RequestError(TpjaxError, ValueError):
 
 
 class EngineError(TpjaxError, RuntimeError):
-    """Work on the devices failed: what was asked is not done, and what they held of requests is gone."""
+    """Work on the devices failed: it is not done, and the state of its requests on them is lost."""
 
 
 class ContextLengthError(RequestError):

@@ -1,7 +1,7 @@
-"""Where a configuration and a checkpoint's tensors agree: sizes first, then names and shapes, then ties.
+"""Compares a configuration with a checkpoint's tensors: sizes first, then names and shapes, then ties.
 
 The rule for tensors is that for fields (`tpjax.families.unread`): what a model needs must be there in the
-right shape; what could change a number if it were used is refused; anything else is named and passed over.
+right shape; what could change a number if it were used is rejected; anything else is named and ignored.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _MOST_NAMES_SHOWN = 8
 def check_sizes(
     where: Path, config: ModelConfig, tensors: Mapping[str, TensorInfo], layer: re.Pattern[str]
 ) -> None:
-    """Holds the configuration's sizes against the files', before anything is built from them.
+    """Compares the configuration's sizes with the files', before anything is built from them.
 
     Args:
         where: the checkpoint.
         config: the architecture.
-        tensors: of the files.
+        tensors: the stored tensors.
         layer: matches the beginning of the name of a layer's tensor; its group is the layer's number.
 
     Raises:
@@ -67,7 +67,7 @@ def check_sizes(
 
 
 def _least_weights(config: ModelConfig) -> int:
-    """Weights of the largest matrices: a model has more."""
+    """Returns the number of weights in the largest matrices, a lower bound of the model's."""
     d, per_mlp, attention = config.hidden_size, 2 + config.mlp.gated, config.attention
     heads = (
         0 if attention.latent else 2 * (attention.num_heads + attention.num_kv_heads) * attention.head_dim * d
@@ -81,25 +81,28 @@ def _least_weights(config: ModelConfig) -> int:
     return total
 
 
-def refused_and_passed(
+def rejected_and_ignored(
     unexpected: Iterable[str],
     needed: Collection[str],
     prefixes: Iterable[str],
     layers: str,
     unlisted: Collection[str] = (),
 ) -> tuple[list[str], list[str]]:
-    """Which tensors that the model does not need could change a number if it used them, and which could not.
+    """Splits tensors that the model does not need by whether they could change a number if it used them.
 
-    The former are those inside a decoder layer (there may be more layers, norms, biases or experts than the
-    configuration says) and those of a module that the model has (a bias of its ``lm_head``). One that an
-    index does not list belongs to no model, whatever its name.
+    Tensors that could are those inside a decoder layer (there may be more layers, norms, biases or experts
+    than the configuration says) and those of a module that the model has (a bias of its ``lm_head``). A
+    tensor that an index does not list belongs to no model, whatever its name.
 
     Args:
-        unexpected: names of the tensors.
-        needed: names of those that the model needs.
-        prefixes: what may stand before a name.
-        layers: the list of layers.
+        unexpected: names of tensors that the model does not need.
+        needed: names of tensors that the model needs.
+        prefixes: possible prefixes of a name.
+        layers: name of the list of layers.
         unlisted: names that the checkpoint's index does not list.
+
+    Returns:
+        Names of tensors to reject, and of tensors to ignore.
     """
     longest_first = sorted(prefixes, key=len, reverse=True)
 
@@ -108,25 +111,25 @@ def refused_and_passed(
         return re.sub(r"\d+", "N", name[len(prefix) :].rpartition(".")[0])
 
     modules = {module(name) for name in needed} | {"lm_head"}
-    refused: list[str] = []
-    passed: list[str] = []
+    rejected: list[str] = []
+    ignored: list[str] = []
     for name in unexpected:
         counts = name not in unlisted and (module(name) in modules or module(name).startswith(f"{layers}.N."))
-        (refused if counts else passed).append(name)
-    return refused, passed
+        (rejected if counts else ignored).append(name)
+    return rejected, ignored
 
 
-def warn_of(where: Path, passed: list[str]) -> None:
-    """Names the tensors that are passed over."""
-    if passed:
-        more = len(passed) - _MOST_NAMES_SHOWN
+def warn_of(where: Path, ignored: list[str]) -> None:
+    """Logs a warning that names the tensors that are ignored."""
+    if ignored:
+        more = len(ignored) - _MOST_NAMES_SHOWN
         rest = f" and {more} more" if more > 0 else ""
-        names = ", ".join(map(shown, passed[:_MOST_NAMES_SHOWN]))
-        log.warning("%s: passed over, as the model has no use for it: %s%s", where, names, rest)
+        names = ", ".join(map(shown, ignored[:_MOST_NAMES_SHOWN]))
+        log.warning("%s: ignored, as the model has no use for it: %s%s", where, names, rest)
 
 
 def are_equal(source: TensorSource, one: str, other: str) -> bool:
-    """Whether two stored tensors have the same values: read block by block, up to the first difference."""
+    """Returns whether two stored tensors have the same values; reads them up to the first difference."""
     first, second = source.tensors[one], source.tensors[other]
     if first.shape != second.shape or not first.shape:
         return False

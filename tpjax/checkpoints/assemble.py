@@ -1,7 +1,7 @@
-"""Puts the devices' parts of stored parameters together from canonical tensors, on all cores.
+"""Assembles the devices' slices of parameters from canonical tensors, on all cores.
 
-A tensor is read in blocks of a few megabytes, each of them once, whichever devices want some of it; a thread
-takes a block from the file to all its places while it is in the processor's cache.
+A tensor is read in blocks of a few megabytes, each once for all devices that need a part of it; a thread
+copies a block from the file to all its places while it is in the processor's cache.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from tpjax.checkpoints.blocks import copy_into
 from tpjax.sharding import Layout
 
 _BLOCK_BYTES = 4 << 20
-_BLOCK_ROWS = 128  # blocks have a multiple of so many rows, as heads and quantised blocks have
+_BLOCK_ROWS = 128  # blocks have a multiple of this many rows, as heads and quantised blocks do
 _MOST_THREADS = 16  # a few of them use all of a machine's memory bandwidth
-# Of parameters that are being filled. One more may be begun while as much waits.
+# Bytes of the parameters being filled, above which no further one is begun.
 _IN_FLIGHT_BYTES = 128 << 20
 
 T = TypeVar("T")
@@ -33,27 +33,27 @@ class Canonical(Protocol):
     """Tensors by canonical names."""
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A box of a tensor."""
+        """Reads a box of a tensor."""
         ...
 
     def itemsize(self, name: str) -> int:
-        """Bytes of an element, as ``read`` gives it."""
+        """Returns the bytes of an element in what ``read`` returns."""
         ...
 
     def outer_axis(self, name: str) -> int:
-        """The axis along which a tensor is stored slice after slice."""
+        """Returns the axis along which a tensor is stored slice after slice."""
         ...
 
 
 @dataclass(frozen=True)
 class Order(Generic[T]):
-    """A parameter that is to be filled.
+    """A parameter to be filled.
 
     Attributes:
-        what: whose it is; passed through.
-        layout: of the stored parameter.
-        parts: the arrays to fill, by the part of the stored parameter each one is.
-        canonical: canonical name of a source of the layout.
+        what: identifies the parameter; passed through.
+        layout: layout of the parameter.
+        parts: the arrays to fill, by their bounds (start, stop) along each axis of the parameter.
+        canonical: returns the canonical name of a source of the layout.
     """
 
     what: T
@@ -63,18 +63,18 @@ class Order(Generic[T]):
 
     @property
     def nbytes(self) -> int:
-        """Of all parts."""
+        """Bytes of all parts."""
         return sum(part.nbytes for part in self.parts.values())
 
 
 @dataclass(frozen=True)
 class Block:
-    """A box of a canonical tensor, read at once.
+    """A box of a canonical tensor that is read in one call.
 
     Attributes:
-        name: of the tensor.
-        box: read from it.
-        places: which part of what is read goes where.
+        name: name of the tensor.
+        box: the box.
+        places: pairs of a part of the box and the array that it is copied to.
     """
 
     name: str
@@ -89,10 +89,10 @@ class Block:
 
 
 def fill(orders: Iterable[Order[T]], source: Canonical) -> Iterator[Order[T]]:
-    """Fills parameters by and by, and hands each on once it is whole, in the order given.
+    """Fills parameters and yields each once it is complete, in the given order.
 
-    ``orders`` is asked for the next one only when there is room for it: at most 128 MiB are being filled
-    besides the largest parameter.
+    The next of ``orders`` is taken only when there is room for it: at most 128 MiB are being filled besides
+    the largest parameter.
     """
     threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
     waiting: deque[tuple[Order[T], list[Future[None]]]] = deque()
@@ -107,7 +107,7 @@ def fill(orders: Iterable[Order[T]], source: Canonical) -> Iterator[Order[T]]:
             while waiting:
                 yield _finished(*waiting.popleft())
         finally:
-            pool.shutdown(cancel_futures=True)  # what is left, where something failed
+            pool.shutdown(cancel_futures=True)  # blocks that are left if one has failed
 
 
 def _finished(order: Order[T], futures: list[Future[None]]) -> Order[T]:
@@ -117,7 +117,7 @@ def _finished(order: Order[T], futures: list[Future[None]]) -> Order[T]:
 
 
 def blocks(order: Order[T], source: Canonical) -> Iterator[Block]:
-    """Cuts what a parameter is made of into blocks."""
+    """Splits the sources of a parameter into blocks."""
     wanted: dict[str, list[_Place]] = {}
     for bounds, part in order.parts.items():
         for piece in order.layout.pieces(tuple(slice(*bound) for bound in bounds)):
@@ -143,10 +143,10 @@ def _blocks_of(name: str, places: Sequence[_Place], source: Canonical) -> Iterat
         if not here:
             continue
         span = [
-            slice(min(cut.start for cut in cuts), max(cut.stop for cut in cuts))
-            for cuts in zip(*(place.box for place in here), strict=True)
+            slice(min(one.start for one in slices), max(one.stop for one in slices))
+            for slices in zip(*(place.box for place in here), strict=True)
         ]
-        across = prod(cut.stop - cut.start for at, cut in enumerate(span) if at != axis)
+        across = prod(one.stop - one.start for at, one in enumerate(span) if at != axis)
         rows = max(1, _BLOCK_BYTES // max(1, across * source.itemsize(name)))
         rows = rows // _BLOCK_ROWS * _BLOCK_ROWS or rows
         for first in range(low, high, rows):
@@ -155,7 +155,7 @@ def _blocks_of(name: str, places: Sequence[_Place], source: Canonical) -> Iterat
 
 
 def _shared(place: _Place, box: Sequence[slice]) -> tuple[tuple[slice, ...], np.ndarray]:
-    """What a place takes of a box: which part of it, and where that goes."""
+    """Returns the part of a box that a place needs, and the array that it is copied to."""
     common = [
         (max(mine.start, read.start), min(mine.stop, read.stop))
         for mine, read in zip(place.box, box, strict=True)

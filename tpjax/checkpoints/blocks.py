@@ -1,4 +1,4 @@
-"""Copies a block of a tensor to its place: turned round, cast to another dtype, or as it is.
+"""Copies a block of a tensor to its place: transposed, cast to another dtype, or as it is.
 
 Each is done a few megabytes at a time, so that what was just read is still in the processor's cache, and
 without holding Python's global lock, so that threads share the work.
@@ -19,14 +19,14 @@ _BITS: dict[int, np.dtype] = {
     4: np.dtype(np.uint32),
     8: np.dtype(np.uint64),
 }
-# Below it, numpy is done before JAX has looked at its arguments.
+# Below this size, numpy is faster than the overhead of a call of JAX.
 _LEAST_BYTES = 32 * 1024
 _TILE = (32, 512)  # rows, columns: the best of those tried, for items of two bytes
 _ALIGNMENT = 64  # bytes; JAX's CPU backend takes an array so aligned as it is, and copies any other
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype, *, zeros: bool = False) -> np.ndarray:
-    """A new array that JAX's CPU backend can use without a copy; ``zeros``: filled with them."""
+    """Allocates an array that JAX's CPU backend can use without a copy; ``zeros``: filled with zeros."""
     count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     memory = (np.zeros if zeros else np.empty)(count + _ALIGNMENT, np.uint8)
     first = -memory.ctypes.data % _ALIGNMENT
@@ -34,9 +34,9 @@ def empty(shape: tuple[int, ...], dtype: np.dtype, *, zeros: bool = False) -> np
 
 
 def copy_into(target: np.ndarray, values: np.ndarray) -> None:
-    """``target[...] = values``, for any order in memory of the two and any floating-point dtypes."""
+    """Assigns ``target[...] = values``, for any memory order of the two and any floating-point dtypes."""
     if values.dtype.itemsize > target.dtype.itemsize:
-        values = values.astype(target.dtype)  # narrow first: fewer bytes to move
+        values = values.astype(target.dtype)  # cast first: fewer bytes to move
     if target.ndim == 2 and _is_column_major(target):
         target, values = target.T, values.T
     if values.ndim == 2 and _is_column_major(values):
@@ -53,18 +53,18 @@ def copy_into(target: np.ndarray, values: np.ndarray) -> None:
 
 
 def transpose(values: np.ndarray) -> np.ndarray:
-    """A contiguous copy of the transpose of a matrix.
+    """Returns a contiguous copy of the transpose of a matrix.
 
-    JAX's host runtime turns matrices round with vector instructions while it puts them on a CPU device: at
-    7 GB/s where the matrix is in the cache, and numpy at 1.
+    JAX's host runtime transposes matrices with vector instructions while it puts them on a CPU device: at
+    7 GB/s if the matrix is in the cache; numpy reaches 1 GB/s.
     """
     bits = _BITS.get(values.dtype.itemsize)
     device = _cpu()
     if values.nbytes < _LEAST_BYTES or bits is None or bits.itemsize > 4:
         return np.ascontiguousarray(values.T)
     words = np.ascontiguousarray(values).view(bits)
-    turned = _by_tiles(words) if device is None else np.asarray(jax.device_put(words.T, device))
-    return turned.view(values.dtype)
+    transposed = _by_tiles(words) if device is None else np.asarray(jax.device_put(words.T, device))
+    return transposed.view(values.dtype)
 
 
 def _by_tiles(values: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Any checkpoint to an Orbax directory."""
+"""Converts any checkpoint to an Orbax directory."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from tpjax.mesh import make_mesh
 
 
 def convert(path: Path, target: Path, dtype: jnp.dtype | None = None) -> None:
-    """Writes a checkpoint as an Orbax directory, which appears whole or not at all.
+    """Writes a checkpoint as an Orbax directory, which appears complete or not at all.
 
-    The weights pass through the host's memory together: it needs about their size.
+    All weights are in host memory at once: it needs about their size.
 
     Args:
         path: a Hugging Face directory, a GGUF file or an Orbax directory.
         target: a directory that does not exist yet.
-        dtype: of the weights; ``None``: as they are stored, quantised ones in what they dequantise to.
+        dtype: dtype of the weights; ``None``: as they are stored; quantised ones are dequantised.
 
     Raises:
-        CheckpointError: the checkpoint is not whole, or ``target`` exists or cannot be written.
+        CheckpointError: the checkpoint is incomplete, or ``target`` exists or cannot be written.
         ConfigError: its architecture is not supported.
     """
     checkpoint = open_checkpoint(path)
@@ -52,7 +52,7 @@ def convert(path: Path, target: Path, dtype: jnp.dtype | None = None) -> None:
 
 
 def write_vocabulary(file: GGUFFile, target: Path) -> None:
-    """A GGUF file of the tokenizer's metadata alone."""
+    """Writes a GGUF file of the tokenizer's metadata alone."""
     from gguf import GGUFValueType, GGUFWriter
 
     kinds = {bool: GGUFValueType.BOOL, int: GGUFValueType.INT32, float: GGUFValueType.FLOAT32}

@@ -1,7 +1,7 @@
-"""SHA-256 of files: a directory's manifest, and which files were checked and have not changed since.
+"""SHA-256 of files: a directory's manifest, and a record of files that were checked and have not changed.
 
-A manifest is what `sha256sum` prints, so that `sha256sum -c` checks it too. A file that was found right is
-remembered in the cache folder by its size, times and inode: it is read again only after one of them changed.
+A manifest has the format of `sha256sum`, so that `sha256sum -c` checks it too. A file whose digest was right
+is recorded in the cache folder by its size, times and inode: it is read again only after one has changed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _Identity: TypeAlias = list[int]
 
 
 def sha256(path: Path) -> str:
-    """Digest of a file, in hexadecimal."""
+    """Returns the digest of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -45,7 +45,7 @@ def write_manifest(directory: Path) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, str] | None:
-    """The digest of each file a directory was written with; ``None``: it was written without a manifest.
+    """Returns the digest of each file that a directory was written with; ``None``: it has no manifest.
 
     Raises:
         CheckpointError: a byte of the manifest is not as it was written.
@@ -67,12 +67,12 @@ def read_manifest(directory: Path) -> dict[str, str] | None:
 
 
 def check(directory: Path, wanted: Mapping[str, str], memory: Path) -> None:
-    """Sees to it that files are what they were.
+    """Compares files with their digests.
 
     Args:
-        directory: where they are.
-        wanted: the digest of each one.
-        memory: a folder for what was found; where it cannot be written, files are read each time.
+        directory: directory of the files.
+        wanted: the digest of each file.
+        memory: a folder for the records; if it cannot be written, files are read each time.
 
     Raises:
         CheckpointError: files are missing or differ; the message names them.
@@ -85,7 +85,7 @@ def check(directory: Path, wanted: Mapping[str, str], memory: Path) -> None:
 
 
 def matches(path: Path, digest: str, memory: Path) -> bool:
-    """Whether a file has a digest. It is read only where it changed since that was last found.
+    """Returns whether a file has a digest. It is read only if it has changed since that was last recorded.
 
     Raises:
         OSError: it is missing or cannot be read.

@@ -15,9 +15,9 @@ FILE = "generation_config.json"
 
 
 def sampling_defaults(path: Path, source: str | os.PathLike[str] = "auto") -> dict[str, float]:
-    """The sampling parameters that apply where a request gives none, by their names in ``SamplingParams``.
+    """Returns the default sampling parameters of a checkpoint, by their names in ``SamplingParams``.
 
-    As in vLLM, ``do_sample`` is not read: where neither a request nor the file gives a temperature, it is 1.
+    As in vLLM, ``do_sample`` is not read: if neither a request nor the file sets a temperature, it is 1.
     The file's limits on lengths are not read either.
 
     Args:
@@ -39,21 +39,21 @@ def sampling_defaults(path: Path, source: str | os.PathLike[str] = "auto") -> di
                 f"generation_config={os.fspath(source)!r} is not auto, none, or a file: no {file}"
             )
     raw = read_object(file)
-    given = {name: raw[name] for name in NEUTRAL if raw.get(name) is not None}
-    top_k = given.get("top_k")
+    defaults = {name: raw[name] for name in NEUTRAL if raw.get(name) is not None}
+    top_k = defaults.get("top_k")
     if isinstance(top_k, float) and top_k.is_integer():  # some write 50.0
-        given["top_k"] = int(top_k)
-    elif top_k == -1:  # vLLM's way to say all
-        given["top_k"] = 0
+        defaults["top_k"] = int(top_k)
+    elif top_k == -1:  # all tokens, in vLLM
+        defaults["top_k"] = 0
     try:
-        SamplingParams(**given)
+        SamplingParams(**defaults)
     except RequestError as error:
-        raise CheckpointError(f"{file}: {error}; generation_config='none' passes over it") from error
-    return given
+        raise CheckpointError(f"{file}: {error}; generation_config='none' ignores it") from error
+    return defaults
 
 
 def eos_ids(directory: Path) -> frozenset[int]:
-    """The tokens that end a text: those of generation_config.json where it names any, else config.json's."""
+    """Returns the tokens that end a text: those of generation_config.json, or else of config.json."""
     config = read_object(directory / "config.json")
     text_config = config.get("text_config")
     candidates = (
@@ -73,10 +73,10 @@ def _ids(config: dict[str, Any], file: Path) -> Iterator[int]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is no file.
+    """Returns the JSON object in a file; an empty one if there is no file.
 
     Raises:
-        CheckpointError: it is something else.
+        CheckpointError: the file is not valid JSON, or holds another value.
     """
     if not path.is_file():
         return {}

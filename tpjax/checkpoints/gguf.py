@@ -44,7 +44,7 @@ _MAX_AXES = 4
 # Values in all metadata arrays together; gemma 3's vocabulary of 262,144 tokens takes about 800,000.
 MAX_METADATA_VALUES = 4 * 1024 * 1024
 # Elements dequantised at once. gguf.quants makes several temporaries of this size: at 128k elements they
-# stay in the cache and are reused by malloc, 2 to 4 times as fast as whole tensors.
+# stay in the cache and are reused by malloc, 2 to 4 times as fast as full tensors.
 _CHUNK_ELEMENTS = 128 * 1024
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
@@ -72,7 +72,7 @@ class _Tensor(NamedTuple):
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the whole tensor in the file."""
+        """Bytes of the tensor in the file."""
         return prod(self.info.shape[:-1]) * self.row_bytes
 
 
@@ -104,7 +104,7 @@ class GGUFFile:
         self.tensors: Mapping[str, TensorInfo] = {name: t.info for name, t in self._tensors.items()}
 
     def quantization(self, name: str) -> str:
-        """The ggml name of the tensor's stored type, such as `"Q4_K"` or `"F32"`."""
+        """Returns the ggml name of the tensor's stored type, such as `"Q4_K"` or `"F32"`."""
         lookup(self.tensors, name, self.path)
         return self._tensors[name].kind.name
 
@@ -122,7 +122,7 @@ class GGUFFile:
         if out.size == 0:
             return out
         *lead, (first, last) = box
-        # The last axis counted in blocks: whole blocks are read, then cropped to the columns asked for.
+        # The last axis counted in blocks: full blocks are read, then cropped to the selected columns.
         blocks = (*lead, (first // block_size, -(-last // block_size)))
         raw_shape = (*info.shape[:-1], tensor.row_bytes)
         file, _ = open_regular(self.path)
@@ -143,14 +143,14 @@ class GGUFFile:
 def _dequantize(raw: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     """Dequantises uint8 `[..., bytes]` to float32 `[..., elements]`."""
     # As one long row: gguf.quants loops in Python over groups of 16 rows.
-    with np.errstate(all="ignore"):  # infinite scales are the file's own affair
+    with np.errstate(all="ignore"):  # a file may have infinite scales
         return dequantize(raw.reshape(1, -1), kind).reshape(*raw.shape[:-1], -1)
 
 
 class _Header:
     """Parses and checks everything before the tensors' bytes.
 
-    Each count and length is held against the bytes that are left before anything is allocated for it.
+    Each count and length is compared with the bytes that are left before anything is allocated for it.
     """
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
@@ -210,7 +210,7 @@ class _Header:
         return self._strings(1, what)[0]
 
     def _strings(self, count: int, what: str) -> list[str]:
-        """Reads `count` strings: this loop is what opening a file with a large vocabulary costs."""
+        """Reads `count` strings. This loop takes most of the time to open a file with a large vocabulary."""
         data, at, end = self._data, self._at, len(self._data)
         result = []
         for _ in range(count):
@@ -284,7 +284,7 @@ class _Header:
         return _Tensor(TensorInfo(shape, np.dtype(np.float32)), kind, start)
 
     def _place_tensors(self) -> None:
-        """Turns starts into file offsets, and checks that tensors are aligned, apart and inside the file."""
+        """Converts starts to file offsets, and checks that tensors are aligned, apart and inside the file."""
         alignment = self.metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise self._error(f"general.alignment is {alignment!a:.40}, not a power of two")

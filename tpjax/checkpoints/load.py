@@ -1,4 +1,4 @@
-"""From a checkpoint on disk to a sharded model: every device receives only its slice."""
+"""Loads a checkpoint into a sharded model: every device receives only its slice."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ _OUT_FIRST = {"tpu"}  # platforms that keep a weight stored [in, out] as [out, i
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: nothing but names, shapes and the configuration has been read.
+    """An opened checkpoint: only names, shapes and the configuration have been read.
 
     Attributes:
         path: the directory or file.
         config: the architecture.
-        source: its tensors, under canonical names.
+        source: the tensors, by canonical names.
     """
 
     path: Path
@@ -62,7 +62,7 @@ class Checkpoint:
     source: CanonicalSource
 
     def with_expert_parallel(self, expert_parallel: ExpertParallel) -> Checkpoint:
-        """The same checkpoint, its experts cut as :meth:`ModelConfig.with_expert_parallel` has it."""
+        """Returns the same checkpoint with :meth:`ModelConfig.with_expert_parallel` applied."""
         return replace(self, config=self.config.with_expert_parallel(expert_parallel))
 
 
@@ -105,7 +105,7 @@ def _opened(
     names: WeightMap,
     unlisted: frozenset[str] = frozenset(),
 ) -> Checkpoint:
-    """The checkpoint, tied as its tensors are: a head that is stored counts where it is not the embedding."""
+    """Builds the checkpoint; a stored head that differs from the embedding unties them."""
     source = CanonicalSource(files, names, config, unlisted)
     agreement.check_sizes(path, config, files.tensors, source.layer)
     if config.tie_word_embeddings and source.has_other_head():
@@ -120,7 +120,7 @@ def _opened(
 def read_config(path: Path) -> ModelConfig:
     """Reads the architecture alone: from a directory, a ``config.json``, or a GGUF file.
 
-    Where weights lie beside it that cannot be opened, the configuration is all that counts.
+    If there are weights beside it that cannot be opened, the configuration alone counts.
     """
     if orbax.is_orbax(path):
         return orbax.read_config(path)
@@ -137,7 +137,7 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def _read_json(path: Path) -> Any:
-    """The decoded ``config.json`` of a directory, or that file itself."""
+    """Returns the decoded ``config.json`` of a directory, or of a file."""
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     file = path / "config.json" if path.is_dir() else path
@@ -162,7 +162,7 @@ def _read_json(path: Path) -> Any:
 
 
 def abstract_decoder(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> Decoder:
-    """The model with shapes, dtypes and shardings, and no memory behind them."""
+    """Returns the model with shapes, dtypes and shardings, without memory."""
     with jax.set_mesh(mesh):  # a parameter that declares a sharding needs a mesh, even without memory
         model = nnx.eval_shape(lambda: Decoder(config, mesh.size, dtype))
     return _with_values(
@@ -182,9 +182,9 @@ class Parameter:
 
     Attributes:
         path: attribute names from the model's root.
-        layout: what it is made of.
-        sharding: where its slices go.
-        dtype: stored.
+        layout: the canonical tensors it is made of.
+        sharding: the devices of its slices.
+        dtype: dtype on the devices.
     """
 
     path: tuple[Any, ...]
@@ -199,12 +199,12 @@ class Parameter:
 
     @property
     def format(self) -> Format | NamedSharding:
-        """The sharding and, on a TPU, the order in memory of weights that are stored transposed.
+        """The sharding and, on a TPU, the memory layout of weights that are stored transposed.
 
-        A TPU keeps those as the checkpoint has them, [out, in]. That is how it reads them for the few rows of
-        a decode step; it would turn each of them round at every step otherwise: two layers of Llama-3-8B and
-        the head take an estimated 0.41 ms on v5e:2x4, not 0.57. On a CPU, products of 2 to 32 rows are 10 to
-        40% slower that way.
+        A TPU keeps those as the checkpoint has them, [out, in], the layout in which it reads them for the few
+        rows of a decode step. Otherwise every step would have a relayout of each: two layers of Llama-3-8B
+        and the head take an estimated 0.41 ms on v5e:2x4, not 0.57. On a CPU, products of 2 to 32 rows are
+        10 to 40% slower with that layout.
         """
         return Format(MemoryLayout((1, 0)), self.sharding) if self.out_first else self.sharding
 
@@ -220,12 +220,12 @@ class Parameter:
         return math.prod(self.sharding.shard_shape(self.layout.shape)) * np.dtype(self.dtype).itemsize
 
     def canonical(self, source: str) -> str:
-        """Canonical name of one of the layout's sources: they are relative to the owner's parent."""
+        """Returns the canonical name of a source of the layout, which is relative to the owner's parent."""
         return ".".join(map(str, (*self.path[:-2], source)))
 
 
 def parameters(model: Decoder, mesh: Mesh) -> list[Parameter]:
-    """Every parameter the model declares, in the order of its state's leaves."""
+    """Returns every parameter that the model declares, in the order of its state's leaves."""
     state = nnx.state(model, nnx.Param)
     shardings = dict(nnx.to_flat_state(nnx.get_named_sharding(state, mesh)))
     return [
@@ -237,14 +237,14 @@ def parameters(model: Decoder, mesh: Mesh) -> list[Parameter]:
 def load_decoder(checkpoint: Checkpoint, model: Decoder, mesh: Mesh, *, progress: bool = True) -> Decoder:
     """Reads the weights onto the mesh.
 
-    Each device gets its slice alone; besides the slices, the host holds the parameters that are being put
-    together, 128 MiB and one more at most.
+    Each device gets only its slice. Besides the slices, the host holds the parameters that are being
+    assembled: at most 128 MiB and one more.
 
     Args:
         checkpoint: from :func:`open_checkpoint`.
         model: from :func:`abstract_decoder`, for the same mesh; it gets the weights.
         mesh: ``("tp",)``.
-        progress: show a bar on stderr where that is a terminal.
+        progress: show a progress bar on stderr if that is a terminal.
 
     Raises:
         CheckpointError: configuration and weights disagree; the message lists every difference.
@@ -268,10 +268,10 @@ def _with_values(model: Decoder, values: Mapping[tuple[Any, ...], Any]) -> Decod
 
 
 def check_tensors(checkpoint: Checkpoint, declared: Iterable[Parameter]) -> None:
-    """Compares what the model needs with what the checkpoint has, all differences at once.
+    """Compares the tensors that the model needs with those of the checkpoint.
 
     Raises:
-        CheckpointError: with one line per missing, unexpected or misshapen tensor.
+        CheckpointError: they differ; one line per missing, unexpected or mismatched tensor.
     """
     needed = {}
     for parameter in declared:
@@ -285,10 +285,10 @@ def check_tensors(checkpoint: Checkpoint, declared: Iterable[Parameter]) -> None
         for name, shape in needed.items()
         if name in present and present[name].shape != shape
     ]
-    refused, passed = checkpoint.source.judge([name for name in present if name not in needed], needed)
-    problems += [f"unexpected  {name} {list(present[name].shape)}" for name in refused]
+    rejected, ignored = checkpoint.source.classify([name for name in present if name not in needed], needed)
+    problems += [f"unexpected  {name} {list(present[name].shape)}" for name in rejected]
     if not problems:
-        agreement.warn_of(checkpoint.path, passed)
+        agreement.warn_of(checkpoint.path, ignored)
     else:
         more = len(problems) - _MOST_ROWS_SHOWN
         shown = problems[:_MOST_ROWS_SHOWN] + ([f"… and {more} more"] if more > 0 else [])
@@ -299,7 +299,7 @@ def check_tensors(checkpoint: Checkpoint, declared: Iterable[Parameter]) -> None
 
 
 def _order(parameter: Parameter) -> Order[Parameter]:
-    """The parts of a parameter that devices of this process hold; equal ones are one array."""
+    """Allocates the slices of a parameter on this process's devices; replicas share one array."""
     parts = {}
     dtype = np.dtype(parameter.dtype)
     for index in parameter.sharding.addressable_devices_indices_map(parameter.layout.shape).values():
@@ -315,16 +315,16 @@ def _order(parameter: Parameter) -> Order[Parameter]:
 
 
 def _array(parameter: Parameter, parts: Mapping[tuple[tuple[int, int], ...], np.ndarray]) -> jax.Array:
-    """The filled parts as one array over the devices; a CPU device takes its part without a copy."""
+    """Returns the filled parts as one array over the devices; a CPU device uses its part without a copy."""
     shape, sharding = parameter.layout.shape, parameter.sharding
     if not parameter.out_first:
         return jax.make_array_from_callback(
             shape, sharding, lambda index: parts[_bounds(index, shape)]
         ).block_until_ready()
-    # The devices get [out, in], and call it [in, out]: no byte moves.
-    turned = NamedSharding(sharding.mesh, P(*reversed((*sharding.spec, None)[:2])))
+    # The devices receive [out, in]; the transpose to [in, out] changes only the layout: no byte moves.
+    transposed = NamedSharding(sharding.mesh, P(*reversed((*sharding.spec, None)[:2])))
     stored = jax.make_array_from_callback(
-        shape[::-1], turned, lambda index: parts[_bounds(index and index[::-1], shape)].T
+        shape[::-1], transposed, lambda index: parts[_bounds(index and index[::-1], shape)].T
     )
     return jax.jit(jnp.transpose, out_shardings=parameter.format)(stored).block_until_ready()
 
@@ -347,12 +347,12 @@ def _bar(show: bool) -> Progress:
 
 
 class CanonicalSource:
-    """A checkpoint's tensors under canonical names, as the model's layouts ask for them.
+    """A checkpoint's tensors by canonical names.
 
     Args:
         files: the tensors as they are stored.
-        names: what the checkpoint calls them.
-        config: the architecture. Where it ties embedding and head and only the head is stored, that is both.
+        names: the weight map.
+        config: the architecture. If it ties embedding and head and only the head is stored, that is both.
         unlisted: names of tensors that the checkpoint's index does not list.
 
     Attributes:
@@ -394,33 +394,35 @@ class CanonicalSource:
         }
 
     def locate(self, name: str) -> TensorMapping:
-        """Where the checkpoint keeps a tensor."""
+        """Returns the place of a tensor in the checkpoint."""
         return self._names.locate(self._embedding if name == _ENDS[0] else name, self._prefix)
 
     def has_other_head(self) -> bool:
-        """Whether embedding and head are both stored and differ; reads them as far as they are equal."""
+        """Returns whether embedding and head are both stored and differ; reads up to the first difference."""
         own, head = (self._names.locate(name, self._prefix).name for name in _ENDS)
         both = own in self._files.tensors and head in self._files.tensors
         return both and not agreement.are_equal(self._files, own, head)
 
-    def judge(self, unexpected: list[str], needed: Collection[str]) -> tuple[list[str], list[str]]:
-        """Tensors the model does not need: those to refuse and those to pass over."""
+    def classify(self, unexpected: list[str], needed: Collection[str]) -> tuple[list[str], list[str]]:
+        """Splits tensors that the model does not need into those to reject and those to ignore."""
         prefixes = {part for pair in (*self._names.prefixes, ("", "")) for part in pair}
-        return agreement.refused_and_passed(unexpected, needed, prefixes, self._names.layers, self._unlisted)
+        return agreement.rejected_and_ignored(
+            unexpected, needed, prefixes, self._names.layers, self._unlisted
+        )
 
     def itemsize(self, name: str) -> int:
-        """Bytes of an element, as :meth:`read` gives it."""
+        """Returns the bytes of an element in what :meth:`read` returns."""
         return self._files.tensors[self.locate(name).name].dtype.itemsize
 
     def outer_axis(self, name: str) -> int:
-        """The axis along which the file has a tensor slice after slice; boxes cut there are read fastest."""
+        """Returns the axis along which a tensor is stored slice after slice: such slices are read fastest."""
         at = self.locate(name)
         stored = self._files.tensors[at.name]
         axes = len(stored.shape) - (at.place is not None)
         return int(axes == 2 and at.heads is None and at.transposed != stored.columns_first)
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A slice of a tensor; no more of the file is read than it spans there."""
+        """Reads a slice of a tensor, and no more of the file than it spans there."""
         at = self.locate(name)
         if at.heads is not None:
             values = self._files.read(at.name).reshape(-1)

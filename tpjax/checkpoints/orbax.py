@@ -1,4 +1,4 @@
-"""Orbax directories: what any other checkpoint becomes once it has been read, under canonical names.
+"""Orbax directories: the weights of any other checkpoint under canonical names.
 
 ``tpjax convert`` writes one: `model_config.json` (the architecture), `weights/` (an Orbax pytree of
 canonical, unpadded tensors, so that what was converted once loads at every tp) and the tokenizer's own files.
@@ -32,7 +32,7 @@ from tpjax.errors import CheckpointError
 WEIGHTS, VOCABULARY = "weights", "tokenizer.gguf"
 # Small enough that a device's slice is read without its neighbours', large enough for few seeks.
 _CHUNK_BYTES = 4 << 20
-# Chunks that two devices' slices share are read once.
+# A chunk that the slices of two devices need is read once.
 _CACHE_BYTES = 64 << 20
 
 # What a tokenizer is read from; the model's config.json may name its end-of-text tokens.
@@ -101,7 +101,7 @@ class OrbaxCheckpoint:
 
 
 def is_orbax(path: Path) -> bool:
-    """Whether a directory is one that :func:`write` made."""
+    """Returns whether :func:`write` made a directory."""
     return (path / CONFIG_FILE).is_file()
 
 
@@ -118,10 +118,10 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def check_files(directory: Path) -> None:
-    """Holds every file of an Orbax directory against its manifest, where it has one.
+    """Compares every file of an Orbax directory with its manifest, if it has one.
 
-    A file is read once per change of it. Files that the manifest does not list change no weight; those that
-    tpjax reads all the same get a warning.
+    A file is read again only after it has changed. Files that the manifest does not list change no weight; a
+    warning names those that tpjax reads nevertheless.
 
     Raises:
         CheckpointError: a file is missing or is not what was written; the message names it.
@@ -146,21 +146,21 @@ def _memory() -> Path:
 
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """A folder beside ``target`` that takes its name when the block ends well, and goes when it does not.
+    """Yields a folder beside ``target``, which is renamed to it if the block succeeds and is removed if not.
 
-    Whoever writes ``target`` holds a lock beside it, so that two do not; the system lets go of it when a
-    process is killed, and the next one clears away what that one left.
+    A lock beside ``target`` keeps two processes from writing it. The system releases the lock of a process
+    that is killed, and the next one removes what that one left.
 
     Raises:
         CheckpointError: ``target`` exists, another process is writing it, or nothing can be written there.
     """
     try:
-        _refuse_existing(target)
+        _check_absent(target)
         if os.path.lexists(target.parent) and not target.parent.is_dir():
             raise CheckpointError(f"{target}: cannot be written: {target.parent} is not a directory")
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target):
-            _refuse_existing(target)
+            _check_absent(target)
             partial = target.with_name(f".{target.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
             try:
@@ -174,7 +174,7 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 
 def _remove(partial: Path) -> None:
-    """Removes a folder, though threads of Orbax's whose write failed may put files there for a moment."""
+    """Removes a folder, though threads of Orbax whose write failed may create files there for a moment."""
     for _ in range(50):
         if not partial.exists():
             return
@@ -182,7 +182,7 @@ def _remove(partial: Path) -> None:
         time.sleep(0.1)
 
 
-def _refuse_existing(target: Path) -> None:
+def _check_absent(target: Path) -> None:
     if os.path.lexists(target):
         raise CheckpointError(f"{target} exists: name a directory that does not")
 
@@ -196,13 +196,13 @@ def _locked(target: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        if not path.exists():  # it is not that somebody has it: there is no such place
+        if not path.exists():  # nobody holds the lock: the file could not be created
             raise CheckpointError(f"{target}: cannot be written: {path.parent} takes no files") from None
         raise CheckpointError(f"{target} is being written by another process") from None
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: whoever has opened it sees that it is gone
+        path.unlink(missing_ok=True)  # before the release: a process that has opened it sees that it is gone
         lock.release()
 
 
@@ -224,7 +224,7 @@ def write(directory: Path, config: ModelConfig, tensors: Mapping[str, np.ndarray
 
 @contextmanager
 def _write_errors(directory: Path) -> Iterator[None]:
-    """Turns what Orbax raises, logs and prints where a file cannot be written into an ``OSError``."""
+    """Converts what Orbax raises, logs and prints if a file cannot be written to an ``OSError``."""
     absl, hook = logging.getLogger("absl"), sys.unraisablehook
     level = absl.level
     absl.setLevel(logging.CRITICAL)  # it logs the traceback of each of its threads
@@ -240,7 +240,7 @@ def _write_errors(directory: Path) -> Iterator[None]:
         # The hook stays: tensorstore prints one such error for each of its writes that ends only now; and
         # asyncio logs the same failure once more for each write that nobody waits for any longer.
         logging.getLogger("asyncio").addFilter(lambda record: str(directory) not in record.getMessage())
-        # It gives the system's reason somewhere in a longer text, whose form changes from version to version.
+        # The system's reason is somewhere in a longer text, whose form changes from version to version.
         reasons = (os.strerror(code) for code in _WRITE_ERRORS)
         said = next((text for text in reasons if text in str(error)), " ".join(str(error).split())[:200])
         raise OSError(0, said, str(directory)) from error

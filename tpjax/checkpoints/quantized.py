@@ -1,7 +1,7 @@
-"""Quantised safetensors weights as the float tensors they stand for, dequantised box by box as they are read.
+"""Dequantises safetensors weights box by box as they are read.
 
 The arithmetic is exact: every product of a stored value and its scale is computed in float32, where a
-power-of-two scale loses nothing. A device's slice reads only the blocks and the scales it needs.
+power-of-two scale loses nothing. For a device's slice only the blocks and scales that it needs are read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tpjax.families.quantization import Quantization
 _F32 = np.dtype(np.float32)
 _BYTES = np.arange(256, dtype=np.uint8)
 _E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-# Values by byte: looking them up runs at 540 million a second, ml_dtypes' conversion at 170.
+# Values by byte: the look-up converts 540 million values a second, ml_dtypes 170 million.
 _E4M3_VALUES = _BYTES.view(_E4M3).astype(_F32)
 _SCALE_DTYPES = tuple(map(np.dtype, (_F32, ml_dtypes.bfloat16, ml_dtypes.float8_e8m0fnu)))
 
@@ -31,12 +31,12 @@ _FP4_PAIRS = np.stack([_FP4_VALUES[_BYTES & 15], _FP4_VALUES[_BYTES >> 4]], axis
 
 
 def dequantized(source: TensorSource, quantization: Quantization, where: Path) -> TensorSource:
-    """The checkpoint with its quantised tensors as float32 ones of the shape they stand for.
+    """Returns the checkpoint's tensors with quantised ones as float32 of their logical shape.
 
     Args:
         source: the tensors as they are stored.
-        quantization: how.
-        where: what errors call the checkpoint.
+        quantization: how they are quantised.
+        where: path of the checkpoint in error messages.
 
     Raises:
         CheckpointError: values and scales do not fit, or one of the two is missing.
@@ -49,7 +49,7 @@ def dequantized(source: TensorSource, quantization: Quantization, where: Path) -
 class _BlockScaledSource:
     """Each float8 tensor ``N`` is multiplied, block by block, by the tensor ``N_scale_inv``.
 
-    Blocks run along the last two axes; those at the lower and right edge may be cut short.
+    Blocks run along the last two axes; those at the lower and right edge may be smaller.
     """
 
     def __init__(self, source: TensorSource, block: tuple[int, int], where: Path) -> None:
@@ -107,7 +107,7 @@ class _BlockScaledSource:
         scales = self._source.read(self._scales[name], tuple(grid)).astype(_F32)
         scales = scales[..., np.arange(*columns) // width - first_column]
         for block in range(scales.shape[-2]):
-            # one row of blocks at a time: the scales spread over a whole tensor would double the memory
+            # one row of blocks at a time: scales broadcast to the full tensor would double the memory
             start, stop = (max(0, (first_row + block + side) * height - rows[0]) for side in (0, 1))
             values[..., start:stop, :] *= scales[..., block : block + 1, :]
         return values

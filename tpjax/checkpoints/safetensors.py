@@ -67,15 +67,15 @@ class _Entry(NamedTuple):
 class SafetensorsCheckpoint:
     """A directory with `model.safetensors`, or `model.safetensors.index.json` and its shards.
 
-    Where both exist the single file is read, as transformers does. Only headers are read at first. Of a
-    tensor that several shards have, the one in the shard that the index names counts. Where it names none of
-    them, they must be equal to be read. Whatever else index and shards disagree on is named in a warning:
-    what the model needs and no shard has is missed by whoever asks for it.
+    If both exist, the single file is read, as in transformers. Only headers are read at first. If several
+    shards have a tensor, the one in the shard that the index names counts; if it names none of them, they
+    must be equal to be read. Other disagreements of index and shards are named in a warning: a tensor that
+    the model needs and no shard has is reported when it is asked for.
 
     Attributes:
         directory: the checkpoint's directory.
-        tensors: every tensor of every shard, those that the index does not list among them.
-        unlisted: names of those.
+        tensors: every tensor of every shard, listed in the index or not.
+        unlisted: names of tensors that the index does not list.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -86,8 +86,8 @@ class SafetensorsCheckpoint:
         """
         self.directory = Path(directory)
         self._entries: dict[str, _Entry] = {}
-        self._copies: dict[str, _Entry] = {}  # of which the index does not say which one counts
-        self._stale: list[str] = []  # of which it does
+        self._copies: dict[str, _Entry] = {}  # tensors in two shards, neither named by the index
+        self._stale: list[str] = []  # tensors in two shards, one of them named by the index
         index = _read_index(self.directory)
         for shard in [_SINGLE] if index is None else sorted(set(index.values())):
             self._add(_read_header(self.directory / shard), index or {})
@@ -106,7 +106,7 @@ class SafetensorsCheckpoint:
         ):
             raise CheckpointError(
                 f"{entry.path}: tensor {shown(name)} is also in {other.path.name}, with other values, "
-                "and the index says of neither that it counts"
+                "and the index names neither"
             )
         return values
 
@@ -121,11 +121,11 @@ class SafetensorsCheckpoint:
             else:
                 self._stale.append(name)
                 self._copies.pop(name, None)
-            if listed != first.path.name:  # the last one where none is listed, as in transformers
+            if listed != first.path.name:  # the last one if none is listed, as in transformers
                 self._entries[name] = entry
 
     def _compare_with(self, index: Mapping[str, str]) -> None:
-        """Names in a warning what the index says otherwise than the shards."""
+        """Logs a warning that names where the index and the shards disagree."""
         where = self.directory / _INDEX
         absent = [name for name in index if name not in self._entries]
         if absent:
@@ -150,7 +150,7 @@ def _read_entry(entry: _Entry, index: tuple[slice, ...] | None) -> np.ndarray:
 
 
 def has_weights(directory: Path) -> bool:
-    """Whether a directory has what :class:`SafetensorsCheckpoint` reads."""
+    """Returns whether a directory has what :class:`SafetensorsCheckpoint` reads."""
     return any(os.path.exists(directory / name) for name in (_SINGLE, _INDEX))
 
 
@@ -189,7 +189,7 @@ def _check_shard_name(name: str, shard: Any, path: Path) -> None:
 
 
 def _explain_absence(directory: Path) -> str:
-    """Says what a directory without safetensors weights holds instead."""
+    """Returns an error that says what a directory without safetensors weights holds instead."""
     if not directory.is_dir():
         return f"{directory}: not a directory" if directory.exists() else f"{directory}: does not exist"
     strays = sorted(path.name for path in directory.glob("*.safetensors"))
@@ -282,7 +282,7 @@ def _check_coverage(spans: list[tuple[int, int, str]], start: int, size: int, pa
 
 
 def _check_with_library(path: Path) -> None:
-    """A second opinion, from the implementation that everyone else loads with. Reads no tensor."""
+    """Checks the header again with the reference implementation; reads no tensor."""
     try:
         with safe_open(path, framework="numpy"):
             pass

@@ -1,8 +1,8 @@
-"""What every checkpoint reader offers, and the byte-level reading they share.
+"""The interface of checkpoint readers, and the byte-level reading that they share.
 
 A reader lists its tensors at once and reads any box of one of them on demand. Files are read with
 `seek` and `readinto`, never left memory-mapped: a mapped page counts as resident memory until it is
-unmapped, so a mapped checkpoint ends up in memory whole. This module knows nothing of file formats.
+unmapped, so that all of a mapped checkpoint ends up in memory. This module knows nothing of file formats.
 """
 
 import stat
@@ -32,8 +32,8 @@ class TensorInfo:
     """Shape and dtype of a stored tensor.
 
     Attributes:
-        shape: as numpy and torch see it: `[out, in]` for a linear layer.
-        dtype: what `TensorSource.read` returns, which for a quantised tensor is float32.
+        shape: shape in numpy and torch: `[out, in]` for a linear layer.
+        dtype: dtype of what `TensorSource.read` returns: float32 for a quantised tensor.
         columns_first: the last axis of a matrix is stored slice after slice, not the one before it.
     """
 
@@ -51,11 +51,11 @@ class TensorSource(Protocol):
         ...
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """Reads one tensor, or the box of it that `index` cuts out.
+        """Reads one tensor, or the box of it that `index` selects.
 
         Args:
             name: a key of `tensors`.
-            index: slices of step 1, one per leading axis; axes left out, like None, are read whole.
+            index: slices of step 1, one per leading axis; axes left out, and None, are read in full.
 
         Returns:
             A new contiguous array, equal to `full[index]`, of the dtype that `tensors` gives.
@@ -127,20 +127,20 @@ def to_box(shape: tuple[int, ...], index: tuple[slice, ...] | None) -> Box:
     index = () if index is None else index
     if len(index) > len(shape):
         raise IndexError(f"{len(index)} slices for a tensor of {len(shape)} axes")
-    if any(cut.step not in (None, 1) for cut in index):
+    if any(part.step not in (None, 1) for part in index):
         raise IndexError(f"only slices of step 1 can be read, got {index}")
-    whole = (slice(None),) * (len(shape) - len(index))
-    resolved = (cut.indices(size)[:2] for cut, size in zip(index + whole, shape, strict=True))
+    rest = (slice(None),) * (len(shape) - len(index))
+    resolved = (part.indices(size)[:2] for part, size in zip(index + rest, shape, strict=True))
     return tuple((start, max(start, stop)) for start, stop in resolved)
 
 
 def extents(box: Box) -> tuple[int, ...]:
-    """The shape of a box."""
+    """Returns the shape of a box."""
     return tuple(stop - start for start, stop in box)
 
 
 def split_box(box: Box, limit: int) -> Iterator[Box]:
-    """Cuts a box, in row-major order, into boxes of at most `limit` elements."""
+    """Splits a box, in row-major order, into boxes of at most `limit` elements."""
     if not box:
         yield box
         return
@@ -169,47 +169,48 @@ def read_box(
     out = np.empty(extents(box), dtype)
     if out.size == 0:
         return out
-    # Up to the last axis that is cut, each index is a run of its own; from there on bytes are contiguous.
-    cut = max((axis for axis, size in enumerate(shape) if out.shape[axis] != size), default=0)
-    pitch = prod(shape[cut:]) * dtype.itemsize
-    gap = pitch - prod(out.shape[cut:]) * dtype.itemsize
-    if cut == 0 or gap >= _SEEK_GAP_BYTES or pitch > _BUFFER_BYTES:
-        _read_runs(file, path, offset, shape, box, cut, out)
+    # Up to the last axis that is not read in full, each index is a run of its own; after it, bytes follow
+    # each other.
+    axis = max((i for i, size in enumerate(shape) if out.shape[i] != size), default=0)
+    pitch = prod(shape[axis:]) * dtype.itemsize
+    gap = pitch - prod(out.shape[axis:]) * dtype.itemsize
+    if axis == 0 or gap >= _SEEK_GAP_BYTES or pitch > _BUFFER_BYTES:
+        _read_runs(file, path, offset, shape, box, axis, out)
     else:
-        _read_through(file, path, offset, shape, box, cut, out)
+        _read_through(file, path, offset, shape, box, axis, out)
     return out
 
 
 def _read_runs(
-    file: FileIO, path: Path, offset: int, shape: tuple[int, ...], box: Box, cut: int, out: np.ndarray
+    file: FileIO, path: Path, offset: int, shape: tuple[int, ...], box: Box, axis: int, out: np.ndarray
 ) -> None:
-    """Seeks to each run of `out[i, j, ...]`, one index per axis before `cut`, and reads it in place."""
+    """Seeks to each run of `out[i, j, ...]`, one index per axis before `axis`, and reads it in place."""
     starts = tuple(start for start, _ in box)
-    skip = starts[cut] * prod(shape[cut + 1 :]) if shape else 0
-    for at in np.ndindex(out.shape[:cut]):
-        first = _flat(starts[:cut], at, shape[:cut]) * prod(shape[cut:]) + skip
+    skip = starts[axis] * prod(shape[axis + 1 :]) if shape else 0
+    for at in np.ndindex(out.shape[:axis]):
+        first = _flat(starts[:axis], at, shape[:axis]) * prod(shape[axis:]) + skip
         read_exactly(file, offset + first * out.itemsize, out[(*at, ...)], path)
 
 
 def _read_through(
-    file: FileIO, path: Path, offset: int, shape: tuple[int, ...], box: Box, cut: int, out: np.ndarray
+    file: FileIO, path: Path, offset: int, shape: tuple[int, ...], box: Box, axis: int, out: np.ndarray
 ) -> None:
-    """Reads whole rows of the axis before `cut` through a small buffer and keeps the columns asked for."""
+    """Reads full rows of the axis before `axis` through a small buffer and keeps the selected columns."""
     starts = tuple(start for start, _ in box)
-    pitch = prod(shape[cut:])
-    rows = min(out.shape[cut - 1], max(1, _BUFFER_BYTES // (pitch * out.itemsize)))
-    buffer = np.empty((rows, *shape[cut:]), out.dtype)
-    for at in np.ndindex(out.shape[: cut - 1]):
-        for row in range(0, out.shape[cut - 1], rows):
+    pitch = prod(shape[axis:])
+    rows = min(out.shape[axis - 1], max(1, _BUFFER_BYTES // (pitch * out.itemsize)))
+    buffer = np.empty((rows, *shape[axis:]), out.dtype)
+    for at in np.ndindex(out.shape[: axis - 1]):
+        for row in range(0, out.shape[axis - 1], rows):
             target = out[at][row : row + rows]
-            first = _flat(starts[:cut], (*at, row), shape[:cut]) * pitch
+            first = _flat(starts[:axis], (*at, row), shape[:axis]) * pitch
             filled = buffer[: len(target)]
             read_exactly(file, offset + first * out.itemsize, filled, path)
-            target[...] = filled[:, slice(*box[cut])]
+            target[...] = filled[:, slice(*box[axis])]
 
 
 def _flat(starts: tuple[int, ...], at: tuple[int, ...], shape: tuple[int, ...]) -> int:
-    """The row-major position in an array of `shape` of the element `at` places beyond `starts`."""
+    """Returns the row-major position, in an array of `shape`, of the element at `starts + at`."""
     position = 0
     for start, i, size in zip(starts, at, shape, strict=True):
         position = position * size + start + i

@@ -13,7 +13,7 @@ from tpjax.families.tensor_names import WeightMap, interleaved
 
 
 def _parallel(fields: Fields, *, attention: dict[str, Any], **model: Any) -> ModelConfig:
-    """What both generations share: attention and MLP side by side, layer norms, a scale on the logits."""
+    """Reads what both generations share: parallel blocks, layer norms, a scale on the logits."""
     return llama_like(
         fields,
         context=8192,
@@ -38,7 +38,7 @@ def _cohere(fields: Fields) -> ModelConfig:
 
 def _cohere2(fields: Fields) -> ModelConfig:
     pattern = fields.integer("sliding_window_pattern", 4)
-    # Command R7B's file describes itself in these words too; transformers reads none of them
+    # Command R7B's file has these fields too; transformers reads none of them
     described: dict[str, tuple[Any, ...]] = {
         "layer_switch": (pattern,),
         "order_of_interleaved_layers": ("local_attn_first",),

@@ -22,7 +22,7 @@ from tpjax.families.unread import IGNORED_FIELDS, NUMERIC, check_unread
 
 REQUIRED: Any = object()
 
-# Fields that count what a Python object is made for, before anything else is known of the model.
+# Limits of fields that count Python objects to be made (layers, heads, experts).
 _COUNTS = {
     **dict.fromkeys(("num_hidden_layers", "n_layer"), MAX_LAYERS),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head"), MAX_HEADS),
@@ -38,8 +38,8 @@ class Fields:
 
     Attributes:
         raw: the decoded JSON object.
-        where: what the errors call it.
-        read: names that have been asked for.
+        where: its name in error messages.
+        read: names of the fields that have been read.
     """
 
     raw: Mapping[str, Any]
@@ -47,7 +47,11 @@ class Fields:
     read: set[str] = field(default_factory=set)
 
     def get(self, name: str, default: Any = REQUIRED) -> Any:
-        """The field, or ``default`` where it is absent; ``null`` counts as absent if there is a default."""
+        """Returns a field, or ``default`` if it is absent; ``null`` counts as absent if there is a default.
+
+        Raises:
+            ConfigError: the field is absent and has no default.
+        """
         self.read.add(name)
         value = self.raw.get(name)
         if value is None and name not in self.raw and default is REQUIRED:
@@ -55,7 +59,7 @@ class Fields:
         return default if value is None and default is not REQUIRED else value
 
     def integer(self, name: str, default: Any = REQUIRED) -> Any:
-        """Like :meth:`get`, for a whole number."""
+        """Returns a whole number, with :meth:`get`'s defaults."""
         value = self.get(name, default)
         if value is not default and (isinstance(value, bool) or not isinstance(value, int)):
             raise ConfigError(f"{self.where}: {name}={brief(value)} is not a whole number")
@@ -67,7 +71,7 @@ class Fields:
         return value
 
     def number(self, name: str, default: Any = REQUIRED) -> Any:
-        """Like :meth:`get`, for a number."""
+        """Returns a number, with :meth:`get`'s defaults."""
         value = self.get(name, default)
         if value is not default and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ConfigError(f"{self.where}: {name}={brief(value)} is not a number")
@@ -76,14 +80,14 @@ class Fields:
         return value
 
     def section(self, name: str) -> Fields:
-        """An object's fields; none where it is absent."""
+        """Returns the fields of a nested object; none if it is absent."""
         value = self.get(name, {})
         if not isinstance(value, Mapping):
             raise ConfigError(f"{self.where}: {name}={brief(value)} is not an object")
         return Fields(value, f"{self.where}: {name}")
 
     def numbers(self, name: str) -> tuple[float, ...]:
-        """A list of numbers."""
+        """Returns a list of numbers."""
         value = self.get(name)
         if not isinstance(value, list | tuple) or any(
             isinstance(x, bool) or not isinstance(x, int | float) or abs(x) >= 2**63 for x in value
@@ -92,26 +96,26 @@ class Fields:
         return tuple(float(x) for x in value)
 
     def nullable(self, name: str, default: Any) -> Any:
-        """The field, ``None`` where it is ``null``, ``default`` where it is absent."""
+        """Returns a field: ``None`` if it is ``null``, ``default`` if it is absent."""
         self.read.add(name)
         return self.raw.get(name, default)
 
     def require(self, name: str, *supported: Any) -> None:
-        """Refuses a field unless it is absent or has a supported value."""
+        """Raises a ``ConfigError`` unless a field is absent or has a supported value."""
         value = self.get(name, None)
         if value is not None and value not in supported:
             raise ConfigError(f"{self.where}: {name}={brief(value)} is not supported")
 
-    def finish(self, inert: frozenset[str] = IGNORED_FIELDS, numeric: frozenset[str] = NUMERIC) -> None:
-        """Settles what nobody has read, by the rule of :mod:`tpjax.families.unread`.
+    def finish(self, ignored: frozenset[str] = IGNORED_FIELDS, numeric: frozenset[str] = NUMERIC) -> None:
+        """Checks the fields that nobody has read, by the rule of :mod:`tpjax.families.unread`.
 
         Raises:
             ConfigError: a field could change what the model computes.
         """
-        check_unread(self.where, {k: v for k, v in self.raw.items() if k not in self.read}, inert, numeric)
+        check_unread(self.where, {k: v for k, v in self.raw.items() if k not in self.read}, ignored, numeric)
 
     def boolean(self, name: str, default: Any = REQUIRED) -> Any:
-        """Like :meth:`get`, for true or false."""
+        """Returns true or false, with :meth:`get`'s defaults."""
         value = self.get(name, default)
         if value is not default and not isinstance(value, bool):
             raise ConfigError(f"{self.where}: {name}={brief(value)} is not true or false")
@@ -119,12 +123,18 @@ class Fields:
 
 
 def sizes_of(fields: Fields, *, context: int = 2048, head_dim: int | None = None) -> dict[str, Any]:
-    """The sizes every family names alike.
+    """Reads the sizes that have the same name in every family.
 
     Args:
-        fields: of the configuration.
-        context: ``max_position_embeddings`` where the configuration leaves it out.
-        head_dim: likewise; ``None``: what the heads share of the hidden size.
+        fields: fields of ``config.json``.
+        context: default of ``max_position_embeddings``, tokens.
+        head_dim: default of ``head_dim``; ``None``: ``hidden_size`` over the number of heads.
+
+    Returns:
+        Sizes by their names in ``ModelConfig`` and its groups.
+
+    Raises:
+        ConfigError: a size is missing, malformed or out of range.
     """
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     head_dim = fields.integer("head_dim", head_dim)
@@ -147,14 +157,14 @@ def sizes_of(fields: Fields, *, context: int = 2048, head_dim: int | None = None
 
 
 def checked_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
-    """The sizes, before anything is derived from them."""
+    """Returns the sizes after a check of each, before anything is derived from them."""
     for name, value in sizes.items():
         check_size(name, value, SIZES.get(name, MAX_INTEGER))
     return sizes
 
 
 def layer_types_of(fields: Fields, default: Sequence[LayerType]) -> tuple[LayerType, ...]:
-    """``layer_types``, or what an older file's other fields make of it."""
+    """Reads ``layer_types``; ``default`` is what the other fields of an older file amount to."""
     types = fields.get("layer_types", default)
     if not isinstance(types, list | tuple):
         raise ConfigError(f"{fields.where}: layer_types={brief(types)} is not a list")
@@ -162,13 +172,13 @@ def layer_types_of(fields: Fields, default: Sequence[LayerType]) -> tuple[LayerT
 
 
 def full_attention_every(pattern: int, layers: int) -> tuple[LayerType, ...]:
-    """Sliding layers with a full one every ``pattern``."""
+    """Returns layer types: every ``pattern``-th layer has full attention, the others a sliding window."""
     check_size("sliding_window_pattern", pattern)
     return tuple("full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers))
 
 
 def full_attention_in_all_layers(layers: int) -> tuple[LayerType, ...]:
-    """Full attention in every layer."""
+    """Returns layer types: full attention in every layer."""
     kind: LayerType = "full_attention"
     return (kind,) * layers
 
@@ -195,7 +205,7 @@ def num_experts_of(fields: Fields) -> int:
 
 
 def activation_of(fields: Fields, name: str, default: str) -> Any:
-    """The activation function a field names."""
+    """Reads the name of an activation function."""
     known = {
         "silu": "silu",
         "swish": "silu",

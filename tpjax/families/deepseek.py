@@ -19,7 +19,7 @@ def _deepseek_v3(fields: Fields) -> ModelConfig:
     rotating, plain = fields.integer("qk_rope_head_dim", 64), fields.integer("qk_nope_head_dim", 128)
     for name, size in (("qk_rope_head_dim", rotating), ("qk_nope_head_dim", plain)):
         check_size(name, size)
-    # said once more in newer files; the code published with the weights has no choice in the others
+    # the first four repeat others in newer files; the published code supports one value of the rest
     supported = {
         "head_dim": rotating,
         "qk_head_dim": rotating + plain,
@@ -31,7 +31,7 @@ def _deepseek_v3(fields: Fields) -> ModelConfig:
     }
     for name, value in supported.items():
         fields.require(name, value)
-    # devices, losses of the training, layers that predict further tokens: nothing of the next token's logits
+    # number of devices, training losses, layers that predict further tokens: without effect on the logits
     fields.read.update({"ep_size", "aux_loss_alpha", "seq_aux", "num_nextn_predict_layers", "num_mtp_layers"})
     latent = LatentConfig(
         q_lora_rank=fields.nullable("q_lora_rank", 1536),
@@ -74,7 +74,7 @@ def _moe(fields: Fields, layers: int) -> MoEConfig:
 
 
 def _attention_scale(fields: Fields) -> float:
-    """What YaRN multiplies whole queries and keys by, not only the parts that rotate."""
+    """Returns the factor by which YaRN multiplies all dimensions of queries and keys, rotated or not."""
     rope = rope_section(fields)
     coefficient, factor = rope.number("mscale_all_dim", 0), rope.number("factor", 1)
     return 0.1 * coefficient * math.log(factor) + 1.0 if coefficient and factor > 1 else 1.0
@@ -100,7 +100,7 @@ def _names(config: ModelConfig) -> WeightMap:
 
 
 def _pairs_last(name: str, heads: int, before: int, config: ModelConfig) -> TensorMapping:
-    """Heads whose last rows rotate in pairs (2i, 2i + 1), read in the order (i, i + half)."""
+    """Returns the place of heads whose last rows are stored for rotary pairs (2i, 2i + 1)."""
     pairs = np.arange(config.rotated_dim).reshape(-1, 2)
     order = np.concatenate([np.arange(before), before + pairs.T.reshape(-1)])
     rows = (np.arange(heads)[:, None] * order.size + order).reshape(-1)

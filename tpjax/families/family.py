@@ -14,12 +14,12 @@ from tpjax.families.tensor_names import TensorMapping, WeightMap
 
 @dataclass(frozen=True)
 class GGUFArchitecture:
-    """A GGUF architecture of a family.
+    """A GGUF architecture that holds a family.
 
     Attributes:
         name: value of ``general.architecture``.
-        config: metadata, tensor names and the vocabulary's size, to the configuration.
-        modules: what the file calls a layer's modules, as in :class:`WeightMap`.
+        config: builds the configuration from the file's metadata and tensor shapes.
+        modules: the places of a layer's modules in the file, as in :class:`WeightMap`.
     """
 
     name: str
@@ -27,7 +27,7 @@ class GGUFArchitecture:
     modules: Callable[[ModelConfig], Mapping[str, TensorMapping]]
 
     def names(self, config: ModelConfig) -> WeightMap:
-        """What the file calls the model's tensors."""
+        """Returns the weight map of the file."""
         top = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
         stored = {**{name: TensorMapping(gguf) for name, gguf in top.items()}, **self.modules(config)}
         ignored = (r"rope_(freqs|factors_long|factors_short)\.weight",)
@@ -39,10 +39,10 @@ class Family:
     """One ``model_type``.
 
     Attributes:
-        model_type: as ``config.json`` has it.
+        model_type: value of ``model_type`` in ``config.json``.
         examples: models of this family, for the README's table.
-        config: reads ``config.json``.
-        names: what a checkpoint calls the model's tensors.
+        config: builds the configuration from ``config.json``.
+        names: builds the weight map of a safetensors checkpoint.
         gguf: the GGUF architectures that hold this family.
     """
 
@@ -65,7 +65,7 @@ def model_config(
     """Builds a configuration from sizes and, group by group, what else the family sets.
 
     Args:
-        sizes: of the whole model, by their names in ``ModelConfig`` and its groups.
+        sizes: sizes by their names in ``ModelConfig`` and its groups.
         attention: fields of ``AttentionConfig``. Unless they are given, ``query_scale`` is the inverse square
             root of ``head_dim`` and every layer has full attention.
         rope: the rotary embedding.

@@ -34,7 +34,7 @@ def _gemma(
     activation: Activation = "gelu_tanh",
     **model: Any,
 ) -> ModelConfig:
-    """Builds what all of Gemma shares; the rest is as in ``model_config``."""
+    """Builds what all Gemma models share; the rest is as in ``model_config``."""
     return model_config(
         sizes,
         attention={"query_scale": query_scalar**-0.5, **attention},
@@ -128,16 +128,16 @@ def _gemma3_text(fields: Fields) -> ModelConfig:
 
 
 def _with_scaling(full: Fields, scaling: Fields) -> Fields:
-    """The rotary embedding of full-attention layers: an older file's ``rope_scaling`` goes on top."""
+    """Returns the parameters of full-attention layers, updated with an older file's ``rope_scaling``."""
     if not scaling.raw:
         return full
     if "type" in scaling.raw and "rope_type" not in scaling.raw:
-        scaling.require("type", "default")  # the others are scaled by transformers 4 and passed over by 5
+        scaling.require("type", "default")  # transformers 4 applies the others, 5 ignores them
     return Fields({**full.raw, **scaling.raw}, scaling.where)
 
 
 def _gemma3(fields: Fields) -> ModelConfig:
-    """The text half: what belongs to images is neither read nor loaded."""
+    """Reads the text half; the fields and weights for images are ignored."""
     fields.read.update({"vision_config", "mm_tokens_per_image"})
     fields.read.update(
         {f"{name}_token_{kind}" for name in ("boi", "eoi", "image") for kind in ("id", "index")}
@@ -148,7 +148,7 @@ def _gemma3(fields: Fields) -> ModelConfig:
     text.require("model_type", "gemma3_text")
     # the first files leave out of the text part what is at its default, sizes included
     sizes = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262_208}
-    tied = fields.boolean("tie_word_embeddings", True)  # of the whole, whatever the part says: it has no head
+    tied = fields.boolean("tie_word_embeddings", True)  # the outer field counts: the text part has no head
     filled = Fields({**sizes, **text.raw, "tie_word_embeddings": tied}, text.where)
     config = replace(_gemma3_text(filled), model_type="gemma3")
     filled.finish()
@@ -178,7 +178,7 @@ def _gguf_modules(config: ModelConfig) -> Mapping[str, TensorMapping]:
 
 
 def _gguf_query_scalar(sizes: dict[str, Any], largest: int) -> float:
-    """What llama.cpp knows by the depth of the one model (27B) whose queries are not scaled by head_dim."""
+    """Returns the query scalar: llama.cpp recognises 27B, which does not scale by head_dim, by its depth."""
     return sizes["hidden_size"] / sizes["num_heads"] if sizes["num_layers"] == largest else sizes["head_dim"]
 
 

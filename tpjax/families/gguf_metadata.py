@@ -12,12 +12,12 @@ from tpjax.families.config_reader import REQUIRED, checked_sizes
 
 @dataclass(frozen=True)
 class GGUFView:
-    """What a GGUF file says of itself, apart from the weights.
+    """The description of a model in a GGUF file, without the weights.
 
     Attributes:
         architecture: prefix of its metadata keys.
-        metadata: all keys.
-        tensor_shapes: per GGUF tensor name, in [out, in] order.
+        metadata: all metadata, by key.
+        tensor_shapes: shapes by GGUF tensor name, in [out, in] order.
         rope_divisors: the tensor ``rope_freqs.weight``, or ``rope_factors_short.weight``, if there is one.
         rope_long_divisors: the tensor ``rope_factors_long.weight``, if there is one.
     """
@@ -29,7 +29,11 @@ class GGUFView:
     rope_long_divisors: tuple[float, ...] | None = None
 
     def get(self, name: str, default: Any = REQUIRED) -> Any:
-        """The architecture's value of that name."""
+        """Returns the architecture's metadata of a name, or ``default`` if there is none.
+
+        Raises:
+            ConfigError: there is neither.
+        """
         key = f"{self.architecture}.{name}"
         value = self.metadata.get(key, default)
         if value is REQUIRED:
@@ -50,7 +54,11 @@ class GGUFView:
 
 
 def gguf_sizes(view: GGUFView) -> dict[str, Any]:
-    """The sizes every GGUF architecture names alike."""
+    """Reads the sizes that have the same name in every GGUF architecture.
+
+    Returns:
+        Sizes by their names in ``ModelConfig`` and its groups.
+    """
     hidden, heads = view.get("embedding_length"), view.get("attention.head_count")
     checked_sizes({"hidden_size": hidden, "num_heads": heads})
     return checked_sizes(

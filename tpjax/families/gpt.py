@@ -1,4 +1,4 @@
-"""GPT-2, GPT-NeoX and StarCoder2: layer norms with biases and MLPs without a gate."""
+"""GPT-2, GPT-NeoX and StarCoder2: layer norms with biases, MLPs without a gate."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ def _gpt2_names(config: ModelConfig) -> WeightMap:
 
 def _gpt_neox(fields: Fields) -> ModelConfig:
     sizes = sizes_of(fields)
-    theta, share = fields.number("rotary_emb_base", 10_000.0), fields.number("rotary_pct", 0.25)
-    rope, share = partial_rope_of(fields, sizes["max_position_embeddings"], theta, share)
+    theta, default = fields.number("rotary_emb_base", 10_000.0), fields.number("rotary_pct", 0.25)
+    rope, fraction = partial_rope_of(fields, sizes["max_position_embeddings"], theta, default)
     return llama_like(
         fields,
         model_type="gpt_neox",
         attention=attention_biases(fields, default=True),
-        rope=RopeConfig(full=rope, rotary_dim=int(sizes["head_dim"] * share)),
+        rope=RopeConfig(full=rope, rotary_dim=int(sizes["head_dim"] * fraction)),
         mlp={"gated": False, "activation": activation_of(fields, "hidden_act", "gelu"), "bias": True},
         norm={**_NORM, "eps": fields.number("layer_norm_eps", 1e-5)},
         block="parallel_two_norms" if fields.boolean("use_parallel_residual", True) else "pre",
@@ -113,7 +113,7 @@ def _gpt_neox_names(config: ModelConfig) -> WeightMap:
 
 
 def _starcoder2(fields: Fields) -> ModelConfig:
-    # its files describe themselves in these words too; transformers reads none of them
+    # its files have these fields too; transformers reads none of them
     described: dict[str, tuple[Any, ...]] = {
         "activation_function": ("gelu", "gelu_pytorch_tanh"),
         "attention_softmax_in_fp32": (True,),

@@ -25,7 +25,7 @@ _GPT_OSS_ROPE = {
 
 def _gpt_oss(fields: Fields) -> ModelConfig:
     fields.require("hidden_act", "silu")
-    fields.read |= {"initial_context_length"}  # the rope's original context, once more
+    fields.read |= {"initial_context_length"}  # repeats the original context of the RoPE scaling
     layers, per_token = fields.integer("num_hidden_layers"), fields.integer("num_experts_per_tok", 4)
     context = fields.integer("max_position_embeddings", 131_072)
     rope = rope_of(fields, context, 150_000.0, default=_GPT_OSS_ROPE)
@@ -61,7 +61,7 @@ def _gpt_oss(fields: Fields) -> ModelConfig:
 
 
 def _gpt_oss_names(config: ModelConfig) -> WeightMap:
-    """Experts stacked, [in, out], gate and up in turns."""
+    """Returns the weight map: experts are stacked as [in, out], with rows of gate and up alternating."""
     assert config.moe is not None
     count, width = config.moe.num_experts, config.moe.expert_width
     fused = {"gate_proj": np.arange(0, 2 * width, 2), "up_proj": np.arange(1, 2 * width, 2)}

@@ -114,7 +114,7 @@ def _olmo2(fields: Fields) -> ModelConfig:
 def _smollm3(fields: Fields) -> ModelConfig:
     layers = fields.integer("num_hidden_layers")
     interval = fields.integer("no_rope_layer_interval", 4)
-    rotate = fields.get("no_rope_layers", None)  # 1 where a layer rotates, its name notwithstanding
+    rotate = fields.get("no_rope_layers", None)  # 1 if a layer rotates, in spite of the name
     if rotate is None:
         rotate = [(layer + 1) % interval != 0 for layer in range(layers)]
     if not isinstance(rotate, list | tuple) or any(flag not in (0, 1) for flag in rotate):

@@ -17,12 +17,12 @@ def _phi3(fields: Fields) -> ModelConfig:
     for name in ("full_attn_mod", "interpolate_factor"):
         fields.require(name, 1)  # in Phi-4's files; transformers does not read them
     sizes = sizes_of(fields, context=4096)
-    rope, share = partial_rope_of(fields, sizes["max_position_embeddings"])
+    rope, fraction = partial_rope_of(fields, sizes["max_position_embeddings"])
     return llama_like(
         fields,
         context=4096,
         model_type="phi3",
-        rope=RopeConfig(full=rope, rotary_dim=int(sizes["head_dim"] * share)),
+        rope=RopeConfig(full=rope, rotary_dim=int(sizes["head_dim"] * fraction)),
         norm={"eps": fields.number("rms_norm_eps", 1e-5)},
         attention=window_in_all_layers(fields.integer("sliding_window", None) or None, sizes["num_layers"]),
     )

@@ -1,4 +1,4 @@
-"""How ``config.json`` says the weights are stored, where they are not plain floats."""
+"""Reads how a checkpoint's weights are quantised from ``config.json``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BITSANDBYTES_SWITCHES = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_loa
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a checkpoint's weights are quantised. They are dequantised at load: the model never knows.
+    """How a checkpoint's weights are quantised. They are dequantised while they are loaded.
 
     Attributes:
         method: ``fp8`` (float8 e4m3 with a scale per block: DeepSeek-V3 report, section 3.3) or ``mxfp4``
@@ -35,7 +35,7 @@ class Quantization:
 
 
 def quantization_of(fields: Fields) -> Quantization | None:
-    """Reads ``quantization_config``; ``None`` where there is none.
+    """Reads ``quantization_config``; returns ``None`` if there is none.
 
     Raises:
         ConfigError: the method, or a setting that changes what the bytes mean, is not supported.
@@ -54,7 +54,7 @@ def quantization_of(fields: Fields) -> Quantization | None:
             f"{settings.where}: quant_method={brief(method)} is not supported; "
             f"supported are {', '.join(METHODS)}"
         )
-    # a static scheme keeps scales of the activations as well; the others say what a stored byte means
+    # a static scheme has scales of the activations too; the others define what a stored byte means
     for name, known in (("activation_scheme", "dynamic"), ("fmt", "e4m3"), ("expert_dtype", "fp8")):
         value = settings.get(name, known)
         if value != known:

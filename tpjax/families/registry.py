@@ -39,7 +39,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         )
     fields = Fields(raw)
     config = FAMILIES[model_type].config(fields)
-    quantization_of(fields)  # for its refusals: a configuration alone tells what cannot be loaded
+    quantization_of(fields)  # for its errors: a configuration alone shows what cannot be loaded
     fields.finish()
     return config
 
@@ -54,10 +54,10 @@ def config_from_gguf(view: GGUFView) -> ModelConfig:
 
 
 def gguf_architecture(name: str) -> GGUFArchitecture:
-    """The architecture of that name.
+    """Returns the GGUF architecture of a name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: it is not supported.
     """
     known = {gguf.name: gguf for family in FAMILIES.values() for gguf in family.gguf}
     if name not in known:

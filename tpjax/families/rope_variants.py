@@ -36,10 +36,14 @@ def rope_of(
     default_theta: float = 10_000.0,
     default: Mapping[str, Any] | None = None,
 ) -> RopeParameters:
-    """The rotary embedding of a family whose heads rotate whole; see :func:`partial_rope_of`."""
-    rope, share = partial_rope_of(fields, context, default_theta, default=default)
-    if share != 1:
-        raise ConfigError(f"{fields.where}: partial_rotary_factor={share} is not supported")
+    """Reads the rotary embedding of a family that rotates all dimensions of a head.
+
+    Raises:
+        ConfigError: the configuration rotates a part of them; otherwise as :func:`partial_rope_of`.
+    """
+    rope, fraction = partial_rope_of(fields, context, default_theta, default=default)
+    if fraction != 1:
+        raise ConfigError(f"{fields.where}: partial_rotary_factor={fraction} is not supported")
     return rope
 
 
@@ -47,36 +51,39 @@ def partial_rope_of(
     fields: Fields,
     context: int,
     default_theta: float = 10_000.0,
-    default_share: float = 1.0,
+    default_fraction: float = 1.0,
     default: Mapping[str, Any] | None = None,
 ) -> tuple[RopeParameters, float]:
-    """The rotary embedding, and the share of a head's dimensions that rotate.
+    """Reads the rotary embedding, and the fraction of a head's dimensions that rotate.
 
     From ``rope_parameters`` (transformers 5), or ``rope_theta``, ``partial_rotary_factor`` and
-    ``rope_scaling`` (4). Where a file has both objects, the older one is all that counts, as in transformers.
+    ``rope_scaling`` (4). If a file has both objects, only the older one counts, as in transformers.
 
     Args:
-        fields: of the configuration.
-        context: ``max_position_embeddings``.
-        default_theta: where the configuration leaves it out.
-        default_share: likewise.
-        default: the object of a family that has a scaling where the configuration has no object.
+        fields: fields of ``config.json``.
+        context: ``max_position_embeddings``, tokens.
+        default_theta: default of ``rope_theta``.
+        default_fraction: default of ``partial_rotary_factor``.
+        default: the scaling of a family that has one by default.
+
+    Raises:
+        ConfigError: a parameter is missing, malformed or not supported.
     """
     parameters = rope_section(fields)
     if default is not None and not parameters.raw:
         parameters = Fields(default, parameters.where)
     theta = parameters.number("rope_theta", fields.number("rope_theta", default_theta))
-    share = fields.number("partial_rotary_factor", default_share)
-    share = parameters.number("partial_rotary_factor", share)
+    fraction = fields.number("partial_rotary_factor", default_fraction)
+    fraction = parameters.number("partial_rotary_factor", fraction)
     # Phi-3 keeps it beside the parameters
     original = fields.integer("original_max_position_embeddings", None)
-    return rope_from(parameters, theta, context, original), share
+    return rope_from(parameters, theta, context, original), fraction
 
 
 def rope_section(fields: Fields) -> Fields:
-    """The object that describes the rotary embedding; none where there is none.
+    """Returns the object that describes the rotary embedding; an empty one if there is none.
 
-    transformers 5 takes ``rope_scaling`` where a file has both, whole: not even the base of the other counts.
+    If a file has both, transformers 5 uses ``rope_scaling`` alone: not even the base of the other counts.
     """
     new, old = fields.section("rope_parameters"), fields.section("rope_scaling")
     if new.raw and old.raw and new.raw != old.raw:
@@ -85,13 +92,16 @@ def rope_section(fields: Fields) -> Fields:
 
 
 def rope_from(parameters: Fields, theta: float, context: int, original: int | None = None) -> RopeParameters:
-    """A rotary embedding from its object of parameters.
+    """Builds a rotary embedding from its object of parameters.
 
     Args:
         parameters: the object.
         theta: base.
-        context: ``max_position_embeddings``.
-        original: context of the pre-training, where the configuration has it beside the parameters.
+        context: ``max_position_embeddings``, tokens.
+        original: context of the pre-training, tokens, if the configuration has it beside the object.
+
+    Raises:
+        ConfigError: a parameter is missing, malformed or not supported.
     """
     parameters.read.update({"rope_theta", "partial_rotary_factor", "type"})
     kind = parameters.get("rope_type", parameters.get("type", "default"))
@@ -137,7 +147,7 @@ def rope_from(parameters: Fields, theta: float, context: int, original: int | No
 
 
 def _yarn_attention_factor(parameters: Fields) -> float:
-    """Section 3.4 of the YaRN paper; DeepSeek gives the coefficients of two such terms."""
+    """Returns the factor of section 3.4 of the YaRN paper; DeepSeek has the coefficients of two terms."""
 
     def term(coefficient: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * coefficient * math.log(factor) + 1.0
@@ -152,14 +162,18 @@ def _yarn_attention_factor(parameters: Fields) -> float:
 
 
 def longrope_attention_factor(given: float | None, factor: float, original: int) -> float:
-    """Section 3.3 of the LongRoPE paper, unless the configuration gives it."""
+    """Returns the factor of section 3.3 of the LongRoPE paper, unless the configuration sets it."""
     if given is not None or factor <= 1:
         return 1.0 if given is None else given
     return math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def gguf_rope(view: GGUFView, default_theta: float) -> RopeParameters:
-    """The rotary embedding of a GGUF file's metadata."""
+    """Reads the rotary embedding from the metadata of a GGUF file.
+
+    Raises:
+        ConfigError: the scaling is not supported.
+    """
     theta = view.get("rope.freq_base", default_theta)
     check_positive("rope.freq_base", theta)
     kind = view.get("rope.scaling.type", "none")
@@ -168,7 +182,7 @@ def gguf_rope(view: GGUFView, default_theta: float) -> RopeParameters:
     if kind == "linear":
         return RopeParameters(theta=theta, kind="linear", factor=float(view.get("rope.scaling.factor")))
     if kind == "yarn":
-        # llama.cpp multiplies what it is given by its own term, which converters divide out before
+        # llama.cpp multiplies the stored factor by its own term, which converters have divided out
         factor = float(view.get("rope.scaling.factor"))
         given = float(view.get("rope.scaling.attn_factor", view.get("rope.scaling.yarn_attn_factor", 1.0)))
         return RopeParameters(

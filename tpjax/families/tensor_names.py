@@ -1,4 +1,4 @@
-"""What checkpoints call a model's tensors, and how they lay them out.
+"""Names and layouts of tensors in checkpoints.
 
 Canonical names and layouts are those of Hugging Face's Llama, without the ``model.`` prefix. A family whose
 checkpoints differ describes the differences as a :class:`WeightMap`.
@@ -17,17 +17,17 @@ EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True, eq=False)
 class TensorMapping:
-    """Where a checkpoint keeps a tensor.
+    """The place of a tensor in a checkpoint.
 
     Attributes:
-        name: of the module or tensor in the checkpoint.
-        rows: for each of our rows, which stored row it is; ``None``: the same.
-        size: stored rows, where ``rows`` is given.
-        transposed: stored as [in, out].
-        heads: stored as [heads, head_dim], while ours has one axis; ``None``: not.
-        offset: stored values have this much added.
-        place: stored in a stack of like tensors, at this place of its first axis; ``None``: not.
-        count: tensors of that stack.
+        name: name of the module or tensor in the checkpoint.
+        rows: the stored row of each canonical row; ``None``: the same.
+        size: number of stored rows, if ``rows`` is set.
+        transposed: whether it is stored as [in, out].
+        heads: stored as [heads, head_dim], while the canonical tensor has one axis; ``None``: not.
+        offset: stored values have this number added.
+        place: index in a stack of tensors along the first stored axis; ``None``: it is not in a stack.
+        count: number of tensors in that stack.
     """
 
     name: str
@@ -39,25 +39,26 @@ class TensorMapping:
     place: int | None = None
     count: int = 0
 
-    def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
-        """The stored tensor's shape, from ours."""
+    def shape(self, canonical: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of the stored tensor, from the canonical one."""
         if self.heads is not None:
-            return (self.heads, ours[0] // self.heads)
-        stored = ours if self.rows is None else (self.size, *ours[1:])
+            return (self.heads, canonical[0] // self.heads)
+        stored = canonical if self.rows is None else (self.size, *canonical[1:])
         stored = stored[::-1] if self.transposed else stored
         return stored if self.place is None else (self.count, *stored)
 
 
 @dataclass(frozen=True)
 class WeightMap:
-    """What a checkpoint calls the model's tensors; whatever is not mentioned has its canonical name.
+    """Maps canonical tensor names to a checkpoint's; a module that is not in it has its canonical name.
 
     Attributes:
-        modules: where a module's tensors are kept, by canonical name, without ``layers.N.``; or a single
-            tensor, by its whole name.
-        layers: the list of layers.
-        prefixes: what stands before the model's tensors, and before ``lm_head``; the first pair that fits.
-        ignored: patterns of tensor names that may be in a checkpoint and are not needed.
+        modules: the place of each module's tensors, by its canonical name without ``layers.N.``; or of a
+            single tensor, by the name of module and tensor.
+        layers: name of the list of layers.
+        prefixes: pairs of the prefix of all tensors but ``lm_head``, and of ``lm_head``; the first pair that
+            fits a checkpoint is used.
+        ignored: patterns of tensor names that a checkpoint may have and the model does not need.
     """
 
     modules: Mapping[str, TensorMapping] = field(default_factory=dict)
@@ -66,7 +67,7 @@ class WeightMap:
     ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
 
     def locate(self, canonical: str, prefix: tuple[str, str] = ("", "")) -> TensorMapping:
-        """The stored tensor of a canonical name, ``layers.0.mlp.up_proj.weight`` say."""
+        """Returns the place of a canonical name, for example ``layers.0.mlp.up_proj.weight``."""
         parts = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.(\w+)", canonical)
         assert parts is not None, canonical
         layer, module, kind = parts.groups()
@@ -79,7 +80,7 @@ class WeightMap:
 
 
 def slices(name: str, sizes: Sequence[int], *, transposed: bool = False) -> list[TensorMapping]:
-    """Tensors of so many rows that are stored one after another as one."""
+    """Returns the places of tensors that are stored one after another as one; ``sizes`` are their rows."""
     starts = np.cumsum([0, *sizes])
     return [
         TensorMapping(name, np.arange(start, start + size), int(starts[-1]), transposed)
@@ -88,12 +89,12 @@ def slices(name: str, sizes: Sequence[int], *, transposed: bool = False) -> list
 
 
 def fused_qkv_by_head(name: str, heads: int, head_dim: int) -> list[TensorMapping]:
-    """Query, key and value, stored head by head: the first head's query, key and value, then the second's."""
+    """Returns the places of q, k and v stored head by head: those of the first head, then of the second."""
     rows = np.arange(heads * 3 * head_dim).reshape(heads, 3, head_dim)
     return [TensorMapping(name, rows[:, part].reshape(-1), rows.size) for part in range(3)]
 
 
 def interleaved(name: str, heads: int, head_dim: int, *, by_head: bool = False) -> TensorMapping:
-    """Rows of queries or keys made for rotary pairs (2i, 2i + 1), read in the order (i, i + head_dim / 2)."""
+    """Returns the place of queries or keys stored for rotary pairs (2i, 2i + 1), not (i, i + half)."""
     rows = np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
     return TensorMapping(name, rows, rows.size, heads=heads if by_head else None)

@@ -1,19 +1,19 @@
-"""What becomes of a field of ``config.json`` that the family's reader did not ask for.
+"""Checks the fields of ``config.json`` that the family's reader did not read.
 
 The rule: *strict where it changes a number, lenient where it cannot.*
 
-* A field in :data:`IGNORED_FIELDS` says nothing of what the model computes from tokens to logits: training,
-  labels, formats, how some other program runs it. It is passed over in silence: most files have some.
+* A field in :data:`IGNORED_FIELDS` has no effect on what the model computes from tokens to logits: training,
+  labels, formats, how some other program runs it. It is ignored in silence: most files have some.
 * A field in :data:`NUMERIC` is one that some implementation computes logits with, of this family or another.
-  Our reader did not ask for it, so it is refused by name: loading would give other numbers than its author
-  got. The names are those that the text decoders of transformers 5.23 read from their configuration (a test
-  derives those of every family here again: ``tests/test_config_fields.py``), what older files call the same
-  things, and what vLLM, MLX and the code published with weights add.
-* Any other field is one that nobody reads for inference: private marks, somebody's notes, generation
+  Our reader did not read it, so it is rejected by name: the model would compute other numbers than its
+  author got. The names are those that the text decoders of transformers 5.23 read from their configuration
+  (``tests/test_config_fields.py`` derives those of every family here again), their names in older files, and
+  what vLLM, MLX and the code published with weights add.
+* Any other field is one that no implementation reads for inference: private marks, notes, generation
   settings. A warning names it, and loading goes on.
 
-Whatever says nothing (``null``, ``false``, empty) is passed over in all three cases. The same rule holds
-inside a RoPE scaling and a quantisation, with the names that mean something there.
+A field that is ``null``, ``false`` or empty is ignored in all three cases. The same rule holds inside a RoPE
+scaling and a quantisation, with the names that have an effect there.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ ROPE_NUMERIC = _names(
     "short_mscale"
 )
 
-# Inside a quantisation: what any method says of how stored bytes become numbers.
+# Inside a quantisation: what defines how stored bytes become numbers, in any method.
 QUANTIZATION_NUMERIC = _names(
     """
     activation_scale_ub activation_scheme axis bits block_size channel_scale config_for_layers
@@ -138,35 +138,35 @@ QUANTIZATION_NUMERIC = _names(
 def check_unread(
     where: str,
     unread: Mapping[str, Any],
-    inert: frozenset[str] = IGNORED_FIELDS,
+    ignored: frozenset[str] = IGNORED_FIELDS,
     numeric: frozenset[str] = NUMERIC,
 ) -> None:
-    """Refuses, names in a warning, or passes over the fields that nobody read.
+    """Rejects, names in a warning, or ignores the fields that no reader asked for.
 
     Args:
-        where: what the messages call the object.
+        where: name of the object in messages.
         unread: name -> value.
-        inert: names passed over in silence.
-        numeric: names refused.
+        ignored: names that are ignored in silence.
+        numeric: names that are rejected.
 
     Raises:
-        ConfigError: a field is there that could change what the model computes.
+        ConfigError: a field could change what the model computes.
     """
-    said = {name: value for name, value in unread.items() if name not in inert and not says_nothing(value)}
-    for name, value in said.items():
+    left = {name: value for name, value in unread.items() if name not in ignored and not is_empty(value)}
+    for name, value in left.items():
         if name in numeric:
             raise ConfigError(f"{where}: {name}={brief(value)} is not supported")
-    if said:
-        more = len(said) - _MOST_NAMES_SHOWN
-        names = [name if name.isidentifier() else brief(name) for name in list(said)[:_MOST_NAMES_SHOWN]]
+    if left:
+        more = len(left) - _MOST_NAMES_SHOWN
+        names = [name if name.isidentifier() else brief(name) for name in list(left)[:_MOST_NAMES_SHOWN]]
         log.warning(
-            "%s: passed over, as nothing reads it for inference: %s%s",
+            "%s: ignored, as nothing reads it for inference: %s%s",
             where,
             ", ".join(names),
             f" and {more} more" if more > 0 else "",
         )
 
 
-def says_nothing(value: Any) -> bool:
-    """Whether a field has been left empty: ``null``, ``false``, ``{}``, ``[]`` or ``""``."""
+def is_empty(value: Any) -> bool:
+    """Returns whether a field is ``null``, ``false``, ``{}``, ``[]`` or ``""``."""
     return value is None or value is False or value in ({}, [], "")

@@ -190,7 +190,7 @@ def tiny_models() -> dict[str, transformers.PretrainedConfig]:
 
 
 def tiny_mixtures() -> dict[str, transformers.PretrainedConfig]:
-    """Mixtures of experts: 6 experts are cut whole at tp=1, 2, 3 and 6, by their width at others."""
+    """Mixtures of experts: 6 experts are sharded by expert at tp=1, 2, 3 and 6, by width at others."""
     common = {
         "vocab_size": 131,
         "hidden_size": 48,
@@ -341,7 +341,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", help="tiny models to make; all of them where none is named")
+    parser.add_argument("names", nargs="*", help="tiny models to make; all if none is named")
     parser.add_argument("--real", action="store_true", help="also the built-in aliases")
     parser.add_argument("--bfloat16", action="store_true", help="only how far bfloat16 is from what there is")
     arguments = parser.parse_args()

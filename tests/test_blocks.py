@@ -26,13 +26,13 @@ def random(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_copy_is_assignment(shape: tuple[int, int]) -> None:
     orders = ("C", "F")
-    for stored, wanted, ours, theirs in itertools.product(DTYPES, DTYPES, orders, orders):
-        values = np.asarray(random(shape, stored), order=ours)
-        target = np.full((shape[0] + 2, shape[1] + 3), 7, wanted, order=theirs)
+    for stored, wanted, order, target_order in itertools.product(DTYPES, DTYPES, orders, orders):
+        values = np.asarray(random(shape, stored), order=order)
+        target = np.full((shape[0] + 2, shape[1] + 3), 7, wanted, order=target_order)
         expected = target.copy(order="K")
         expected[1:-1, 2:-1] = values
         blocks.copy_into(target[1:-1, 2:-1], values)
-        assert target.tobytes() == expected.tobytes(), (stored, wanted, ours, theirs)
+        assert target.tobytes() == expected.tobytes(), (stored, wanted, order, target_order)
 
 
 def test_vectors_and_empty_blocks() -> None:

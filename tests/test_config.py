@@ -46,7 +46,7 @@ def one_field(path: str, value: Any) -> dict[str, Any]:
     return {group: {name: value}} if group else {name: value}
 
 
-def refusal(**changed: Any) -> str:
+def error_message(**changed: Any) -> str:
     with pytest.raises(ConfigError) as error:
         config(**changed)
     assert "\n" not in str(error.value)
@@ -69,16 +69,16 @@ SIZES = (
 @pytest.mark.parametrize("path", SIZES)
 def test_sizes_are_whole_numbers(path: str, value: Any) -> None:
     name = path.rpartition(".")[2]
-    assert refusal(**one_field(path, value)) == f"{name}={value!r} is not a whole number, 1 or more"
+    assert error_message(**one_field(path, value)) == f"{name}={value!r} is not a whole number, 1 or more"
 
 
 def test_kv_heads_divide_heads() -> None:
-    message = refusal(attention={"num_heads": 10, "num_kv_heads": 4})
+    message = error_message(attention={"num_heads": 10, "num_kv_heads": 4})
     assert message == "num_kv_heads=4 is not a divisor of num_heads=10"
 
 
 def test_head_dim_is_even() -> None:
-    assert "head_dim=7" in refusal(attention={"head_dim": 7})
+    assert "head_dim=7" in error_message(attention={"head_dim": 7})
 
 
 @pytest.mark.parametrize("value", (0.0, -1.0, math.nan, math.inf, "1e-5", None, 1j))
@@ -93,22 +93,22 @@ def test_head_dim_is_even() -> None:
     ),
 )
 def test_scales_are_positive(path: str, name: str, value: Any) -> None:
-    assert refusal(**one_field(path, value)) == f"{name}={value!r} is not a positive number"
+    assert error_message(**one_field(path, value)) == f"{name}={value!r} is not a positive number"
 
 
 def test_one_layer_type_a_layer() -> None:
-    message = refusal(attention={"layer_types": ("full_attention",) * 4})
+    message = error_message(attention={"layer_types": ("full_attention",) * 4})
     assert message == "layer_types has 4 entries, but num_layers=3"
 
 
 def test_unknown_layer_type() -> None:
-    message = refusal(attention={"layer_types": ("full_attention", "mamba", "full_attention")})
+    message = error_message(attention={"layer_types": ("full_attention", "mamba", "full_attention")})
     assert message == "layer type='mamba' is not supported: use full_attention or sliding_attention"
 
 
 @pytest.mark.parametrize("window", (None, 0, -3, 2.5, "16", True))
 def test_sliding_layers_need_a_window(window: Any) -> None:
-    assert refusal(attention={"sliding_window": window}).startswith(f"sliding_window={window!r}")
+    assert error_message(attention={"sliding_window": window}).startswith(f"sliding_window={window!r}")
 
 
 def test_window_is_not_needed_without_sliding_layers() -> None:
@@ -127,11 +127,11 @@ def test_window_is_not_needed_without_sliding_layers() -> None:
     ),
 )
 def test_unknown_choice(path: str, name: str) -> None:
-    assert refusal(**one_field(path, "selu")).startswith(f"{name}='selu' is not supported: use ")
+    assert error_message(**one_field(path, "selu")).startswith(f"{name}='selu' is not supported: use ")
 
 
 def test_known_choices_are_listed() -> None:
-    assert refusal(mlp={"activation": "selu"}).endswith("use silu, gelu, gelu_tanh or relu")
+    assert error_message(mlp={"activation": "selu"}).endswith("use silu, gelu, gelu_tanh or relu")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_known_choices_are_listed() -> None:
 )
 @pytest.mark.parametrize("value", (0, -30.0, math.inf, "30"))
 def test_caps_are_positive(path: str, name: str, value: Any) -> None:
-    assert refusal(**one_field(path, value)) == f"{name}={value!r} is not a positive number"
+    assert error_message(**one_field(path, value)) == f"{name}={value!r} is not a positive number"
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_caps_are_positive(path: str, name: str, value: Any) -> None:
     ),
 )
 def test_what_rotates_is_consistent(changed: dict[str, Any], message: str) -> None:
-    assert refusal(**changed) == message
+    assert error_message(**changed) == message
 
 
 def test_head_dim_may_be_odd_without_rotation() -> None:
@@ -181,7 +181,7 @@ def test_configurations_are_frozen_and_hashable() -> None:
     assert one == config() != config(attention={"num_kv_heads": 3})
 
 
-def rope_refusal(**fields: Any) -> str:
+def rope_error(**fields: Any) -> str:
     with pytest.raises(ConfigError) as error:
         RopeParameters(**fields)
     return str(error.value)
@@ -189,29 +189,29 @@ def rope_refusal(**fields: Any) -> str:
 
 @pytest.mark.parametrize("kind", ("spiral", "", None))
 def test_unknown_rope(kind: Any) -> None:
-    assert rope_refusal(kind=kind) == (
+    assert rope_error(kind=kind) == (
         f"rope_type={kind!r} is not supported: use default, linear, dynamic, llama3, yarn or longrope"
     )
 
 
 def test_longrope_needs_both_lists() -> None:
-    assert "short and long factors" in rope_refusal(kind="longrope", divisors=(1.0,))
+    assert "short and long factors" in rope_error(kind="longrope", divisors=(1.0,))
 
 
 @pytest.mark.parametrize("value", (0.0, -8.0, math.nan, math.inf, "8", None))
 @pytest.mark.parametrize("name", ("theta", "factor", "low_freq_factor", "high_freq_factor"))
 def test_rope_numbers_are_positive(name: str, value: Any) -> None:
-    message = rope_refusal(kind="llama3", **{name: value})
+    message = rope_error(kind="llama3", **{name: value})
     assert f"rope {name}=" in message and str(value) in message and "is not a positive number" in message
 
 
 @pytest.mark.parametrize("value", (0, -1, "8192", None))
 def test_rope_original_context_is_positive(value: Any) -> None:
-    message = rope_refusal(kind="llama3", factor=8.0, original_max_position_embeddings=value)
+    message = rope_error(kind="llama3", factor=8.0, original_max_position_embeddings=value)
     assert "original_max_position_embeddings" in message and str(value) in message
 
 
 @pytest.mark.parametrize(("low", "high"), ((4.0, 4.0), (5.0, 4.0)))
 def test_rope_band_has_a_width(low: float, high: float) -> None:
-    message = rope_refusal(kind="llama3", low_freq_factor=low, high_freq_factor=high)
+    message = rope_error(kind="llama3", low_freq_factor=low, high_freq_factor=high)
     assert message == f"rope low_freq_factor={low} is not below high_freq_factor={high}"

@@ -61,7 +61,7 @@ HARMLESS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_what_changes_no_number_is_named_and_passed_over(
+def test_what_changes_no_number_is_named_and_ignored(
     model_type: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     raw = BY_TYPE[model_type]
@@ -79,7 +79,7 @@ def test_what_changes_no_number_is_named_and_passed_over(
             assert all(line.isprintable() for line in lines)
 
 
-def test_a_long_list_of_names_is_cut(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_long_list_of_names_is_shortened(caplog: pytest.LogCaptureFixture) -> None:
     config_from_hf({**BY_TYPE["llama"], **{f"note_{i}": i for i in range(1, 100)}})
     (line,) = (record.getMessage() for record in caplog.records)
     assert "note_20 and 79 more" in line and "note_21" not in line
@@ -160,14 +160,13 @@ NOT_OF_NUMBERS = {
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_no_field_that_its_code_reads_is_passed_over(model_type: str) -> None:
+def test_no_field_that_its_code_reads_is_ignored(model_type: str) -> None:
     import_module = importlib.import_module
     modules = [modeling(model_type)]
     modules += [import_module(f"transformers.{name}") for name in ("masking_utils", "modeling_rope_utils")]
-    theirs = {name for module in modules for name in fields_read(inspect.getsource(module))}
-    assert len(theirs) > 20
-    ours = read_by_us(model_type)
-    assert sorted(theirs - ours - NUMERIC - IGNORED_FIELDS - NOT_OF_NUMBERS) == []
+    read_there = {name for module in modules for name in fields_read(inspect.getsource(module))}
+    assert len(read_there) > 20
+    assert sorted(read_there - read_by_us(model_type) - NUMERIC - IGNORED_FIELDS - NOT_OF_NUMBERS) == []
 
 
 def read_by_us(model_type: str) -> set[str]:
@@ -176,7 +175,7 @@ def read_by_us(model_type: str) -> set[str]:
     return fields.read
 
 
-def test_what_one_family_reads_is_refused_in_the_others() -> None:
+def test_what_one_family_reads_is_rejected_in_the_others() -> None:
     images = {"vision_config", "mm_tokens_per_image"} | {
         f"{name}_token_{kind}" for name in ("boi", "eoi", "image") for kind in ("id", "index")
     }
@@ -280,8 +279,7 @@ def test_rope_of_gemma3(case: str) -> None:
     raw |= GEMMA3_ROPES[case]
     module, config = modeling("gemma3_text"), config_from_hf(raw)
     transformers = importlib.import_module("transformers")
-    theirs = transformers.Gemma3TextConfig(**copy.deepcopy(raw))
-    found = module.Gemma3RotaryEmbedding(theirs)
+    found = module.Gemma3RotaryEmbedding(transformers.Gemma3TextConfig(**copy.deepcopy(raw)))
     for kind in ("full_attention", "sliding_attention"):
         np.testing.assert_allclose(
             inverse_frequencies(config.rope.parameters_of(kind), config.rotated_dim),
@@ -290,7 +288,7 @@ def test_rope_of_gemma3(case: str) -> None:
         )
 
 
-def test_gemma3_scaled_by_one_transformers_and_not_by_the_other_is_refused() -> None:
+def test_gemma3_scaled_by_one_transformers_and_not_by_the_other_is_rejected() -> None:
     raw = {name: value for name, value in BY_TYPE["gemma3_text"].items() if name not in OF_ROPE}
     with pytest.raises(ConfigError, match="rope_scaling: type='linear' is not supported"):
         config_from_hf(raw | {"rope_scaling": {"type": "linear", "factor": 8.0}})
@@ -310,7 +308,7 @@ ABSURD = (10**7, 10**9, 2**31, 2**63, 10**400, 0, -1, -(10**400), 1e400, float("
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_no_size_hangs_or_crashes(model_type: str) -> None:
-    """Each ends in a configuration or a refusal of one short line, and 10**9 in no memory to speak of."""
+    """Each ends in a configuration or an error of one short line, and 10**9 allocates little memory."""
     raw = BY_TYPE[model_type]
     expected = config_from_hf(raw)
     for name in sorted(COUNTS & set(raw)):

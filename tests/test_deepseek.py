@@ -178,7 +178,7 @@ def loaded(path: Path, tp: int) -> dict[Any, jax.Array]:
 
 
 def test_float8_is_what_it_stands_for(tmp_path: Path) -> None:
-    """Every projection in blocks of 16 x 12, which cut heads and experts anywhere."""
+    """Every projection in blocks of 16 x 12, which do not align with heads and experts."""
     plain = load_file(GOLDENS / "deepseek_v3" / "model.safetensors")
     stored, values = dict(plain), dict(plain)
     for name in (name for name in plain if "_proj" in name):
@@ -197,7 +197,7 @@ def test_float8_is_what_it_stands_for(tmp_path: Path) -> None:
 
 
 def test_layers_beyond_the_last(tmp_path: Path) -> None:
-    """Published checkpoints have one more, which predicts a token further ahead; no other is passed over."""
+    """Published checkpoints have one more, which predicts a token further ahead; no other is ignored."""
     plain = load_file(GOLDENS / "deepseek_v3" / "model.safetensors")
     extra = {"model.layers.3.eh_proj.weight": np.zeros((36, 72), np.float32)}
     open_and_load = loaded(copied(tmp_path / "mtp", {**plain, **extra}), 1)

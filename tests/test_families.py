@@ -253,7 +253,7 @@ def test_gemma3_query_scalar() -> None:
     )
 
 
-def refusal(raw: Any) -> str:
+def error_message(raw: Any) -> str:
     with pytest.raises(ConfigError) as error:
         config_from_hf(raw)
     assert "\n" not in str(error.value)
@@ -262,18 +262,18 @@ def refusal(raw: Any) -> str:
 
 @pytest.mark.parametrize("model_type", ("bert", "", None, "LLAMA", 5))
 def test_unsupported_model_type_lists_the_supported(model_type: Any) -> None:
-    message = refusal({**LLAMA_4, "model_type": model_type})
+    message = error_message({**LLAMA_4, "model_type": model_type})
     assert message == (f"model_type={model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
     assert {"llama", "mistral", "gemma3_text"} <= set(FAMILIES)
 
 
 def test_missing_model_type() -> None:
-    assert refusal({}).startswith("model_type=None is not supported")
+    assert error_message({}).startswith("model_type=None is not supported")
 
 
 @pytest.mark.parametrize("raw", ([], None, "llama", 5))
 def test_not_an_object(raw: Any) -> None:
-    assert refusal(raw) == f"config.json holds a {type(raw).__name__}, not an object"
+    assert error_message(raw) == f"config.json holds a {type(raw).__name__}, not an object"
 
 
 UNSUPPORTED: dict[str, Any] = {
@@ -290,7 +290,7 @@ UNSUPPORTED: dict[str, Any] = {
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_fields_that_would_change_the_model(name: str, raw: Mapping[str, Any]) -> None:
     value = UNSUPPORTED[name]
-    assert refusal({**raw, name: value}) == f"config.json: {name}={value!r} is not supported"
+    assert error_message({**raw, name: value}) == f"config.json: {name}={value!r} is not supported"
     expected = config_from_hf({k: v for k, v in raw.items() if k != name})
     assert config_from_hf({**raw, name: None}) == expected
 
@@ -310,8 +310,8 @@ def test_fields_that_would_change_the_model(name: str, raw: Mapping[str, Any]) -
     ),
 )  # fmt: skip
 def test_quantization_that_cannot_be_read(settings: dict[str, Any], message: str) -> None:
-    refused = refusal({**LLAMA_4, "quantization_config": settings})
-    assert refused.startswith(f"config.json: quantization_config: {message}")
+    error = error_message({**LLAMA_4, "quantization_config": settings})
+    assert error.startswith(f"config.json: quantization_config: {message}")
 
 
 @pytest.mark.parametrize("settings", (None, {}, {"quant_method": "mxfp4"}, {"quant_method": "fp8"}))
@@ -340,7 +340,7 @@ NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
 @pytest.mark.parametrize("name", NEEDED)
 @pytest.mark.parametrize("raw", (LLAMA_4, MISTRAL_4, GEMMA_4), ids=("llama", "mistral", "gemma3"))
 def test_missing_field(raw: Mapping[str, Any], name: str) -> None:
-    message = refusal({k: v for k, v in raw.items() if k != name})
+    message = error_message({k: v for k, v in raw.items() if k != name})
     assert message == f"config.json: field {name!r} is missing"
 
 
@@ -359,7 +359,7 @@ WRONG_TYPES: dict[str, tuple[Any, ...]] = {
 
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in WRONG_TYPES.items() for v in values])
 def test_field_of_the_wrong_type(name: str, value: Any) -> None:
-    assert refusal({**LLAMA_4, name: value}).startswith(f"config.json: {name}={value!r} is not ")
+    assert error_message({**LLAMA_4, name: value}).startswith(f"config.json: {name}={value!r} is not ")
 
 
 def label(value: Any) -> str:
@@ -411,12 +411,12 @@ def label(value: Any) -> str:
     ids=label,
 )  # fmt: skip
 def test_bad_value(raw: Mapping[str, Any], change: dict[str, Any], named: tuple[str, ...]) -> None:
-    message = refusal({**raw, **change})
+    message = error_message({**raw, **change})
     for part in named:
         assert part in message
 
 
-# --- no field is passed over ------------------------------------------------------------------------------
+# --- no field is ignored ----------------------------------------------------------------------------------
 
 
 def perturbed(value: Any) -> list[Any]:
@@ -451,7 +451,7 @@ OF_IMAGES = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_field_counts(name: str) -> None:
-    """Whatever is changed in a family's ``config.json`` changes the model, or is refused, or is inert."""
+    """Whatever is changed in a family's ``config.json`` changes the model, or is rejected, or is ignored."""
     raw = json.loads((GOLDENS / name / "config.json").read_text())
     expected = config_from_hf(raw)
     silent = []
@@ -476,7 +476,7 @@ def without_effect(raw: Mapping[str, Any], field: str, other: Any) -> bool:
             without_effect(inside, name, other[name]) for name in inside if inside[name] != other[name]
         )
     if field == "tie_word_embeddings":
-        return raw["model_type"] == "gemma3_text"  # as a part: the whole says it
+        return raw["model_type"] == "gemma3_text"  # as the text part: the outer file has it
     if field == "sliding_window":
         return "sliding_attention" not in raw.get("layer_types", ())
     if field in ("max_window_layers", "use_sliding_window", "_sliding_window_pattern"):

@@ -93,7 +93,7 @@ def small_file(path: Path) -> Path:
 
 
 @contextmanager
-def refused(path: Path, *words: str) -> Iterator[None]:
+def rejects(path: Path, *words: str) -> Iterator[None]:
     """Expects a `CheckpointError` within a CPU second and a megabyte: a line with the file and the words."""
     tracemalloc.start()
     start = time.thread_time()
@@ -402,7 +402,7 @@ def test_bad_file_is_refused(tmp_path: Path, case: str) -> None:
     content, words = BAD_FILES[case]
     path = tmp_path / "a.gguf"
     path.write_bytes(content)
-    with refused(path, *words):
+    with rejects(path, *words):
         GGUFFile(path)
 
 
@@ -411,31 +411,31 @@ def test_arrays_beyond_the_bound_are_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(build((pair("k", ARRAY, array(U8, count)),)))
     os.truncate(path, 2 * count)
-    with refused(path, "'k'", str(count), str(reader.MAX_METADATA_VALUES)):
+    with rejects(path, "'k'", str(count), str(reader.MAX_METADATA_VALUES)):
         GGUFFile(path)
 
 
 def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
-    with refused(tmp_path / "absent.gguf", "No such file"):
+    with rejects(tmp_path / "absent.gguf", "No such file"):
         GGUFFile(tmp_path / "absent.gguf")
-    with refused(tmp_path, "not a regular file"):
+    with rejects(tmp_path, "not a regular file"):
         GGUFFile(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    with refused(tmp_path / "pipe", "not a regular file"):
+    with rejects(tmp_path / "pipe", "not a regular file"):
         GGUFFile(tmp_path / "pipe")
 
 
 def test_reading_what_is_not_there_is_refused(tmp_path: Path) -> None:
     path = small_file(tmp_path / "a.gguf")
     file = GGUFFile(path)
-    with refused(path, "no tensor 'absent' among its 3 tensors"):
+    with rejects(path, "no tensor 'absent' among its 3 tensors"):
         file.read("absent")
-    with refused(path, "no tensor 'absent'"):
+    with rejects(path, "no tensor 'absent'"):
         file.quantization("absent")
     with pytest.raises(IndexError, match="2 slices for a tensor of 1 axes"):
         file.read("norm", (slice(None), slice(None)))
     os.truncate(path, path.stat().st_size - 64)
-    with refused(path, "ended at byte", "runs to"):
+    with rejects(path, "ended at byte", "runs to"):
         file.read("Q4_0")
 
 

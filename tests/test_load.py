@@ -105,7 +105,7 @@ SLOTS: dict[int, list[tuple[int | None, list[int | None]]]] = {
 
 
 def expected(tp: int, weights: Mapping[str, np.ndarray] = TENSORS) -> dict[str, np.ndarray]:
-    """Every stored parameter as a whole, from the canonical tensors."""
+    """Every stored parameter in full, from the canonical tensors."""
 
     def padded(x: np.ndarray, axis: int) -> np.ndarray:
         missing = -x.shape[axis] % tp
@@ -158,15 +158,15 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("tp", (1, 3, 8))
 def test_each_device_holds_its_slice(plain: Path, tp: int) -> None:
-    arrays, whole = load(plain, tp), expected(tp)
-    assert arrays.keys() == whole.keys()
+    arrays, full = load(plain, tp), expected(tp)
+    assert arrays.keys() == full.keys()
     for name, array in arrays.items():
-        assert array.dtype == np.float32 and array.shape == whole[name].shape
+        assert array.dtype == np.float32 and array.shape == full[name].shape
         axis = CUT_AXIS.get(name.split(".")[-2])
         assert len(array.addressable_shards) == tp
-        shares = [whole[name]] * tp if axis is None else np.split(whole[name], tp, axis=axis)
+        shards = [full[name]] * tp if axis is None else np.split(full[name], tp, axis=axis)
         for shard in array.addressable_shards:
-            np.testing.assert_array_equal(np.asarray(shard.data), shares[shard.device.id], err_msg=name)
+            np.testing.assert_array_equal(np.asarray(shard.data), shards[shard.device.id], err_msg=name)
 
 
 def test_order_in_memory(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,10 +206,10 @@ def test_bare_backbone(plain: Path, tmp_path: Path) -> None:
     """``AutoModel.save_pretrained`` leaves the prefix out, and has no head."""
     bare = {name.removeprefix("model."): x for name, x in TENSORS.items() if name != "lm_head.weight"}
     arrays = load(save(tmp_path / "bare", bare, tie_word_embeddings=True), 3)
-    whole = expected(3)
-    assert arrays.keys() == whole.keys() - {"lm_head.weight"}
+    full = expected(3)
+    assert arrays.keys() == full.keys() - {"lm_head.weight"}
     for name, array in arrays.items():
-        np.testing.assert_array_equal(array, whole[name])
+        np.testing.assert_array_equal(array, full[name])
 
 
 def test_rotary_buffers_of_old_checkpoints_are_ignored(tmp_path: Path) -> None:
@@ -221,12 +221,12 @@ def test_rotary_buffers_of_old_checkpoints_are_ignored(tmp_path: Path) -> None:
 def test_bfloat16_checkpoint_to_float32_and_back(tmp_path: Path) -> None:
     half = {name: x.astype(ml_dtypes.bfloat16) for name, x in TENSORS.items()}
     path = save(tmp_path / "half", half)
-    whole = expected(3, {name: x.astype(np.float32) for name, x in half.items()})
+    full = expected(3, {name: x.astype(np.float32) for name, x in half.items()})
     wide, narrow = load(path, 3), load(path, 3, jnp.dtype("bfloat16"))
-    for name in whole:
+    for name in full:
         assert (wide[name].dtype, narrow[name].dtype) == (jnp.float32, jnp.bfloat16)
-        np.testing.assert_array_equal(wide[name], whole[name])
-        np.testing.assert_array_equal(np.asarray(narrow[name]).astype(np.float32), whole[name])
+        np.testing.assert_array_equal(wide[name], full[name])
+        np.testing.assert_array_equal(np.asarray(narrow[name]).astype(np.float32), full[name])
 
 
 def test_float8_checkpoint_loads_as_what_it_stands_for(tmp_path: Path) -> None:
@@ -241,10 +241,10 @@ def test_float8_checkpoint_loads_as_what_it_stands_for(tmp_path: Path) -> None:
         values[name] = weight.astype(np.float32) * spread
     settings = {"quant_method": "fp8", "weight_block_size": [4, 3]}
     arrays = load(save(tmp_path / "float8", stored, quantization_config=settings), 3)
-    whole = expected(3, values)
-    assert arrays.keys() == whole.keys()
+    full = expected(3, values)
+    assert arrays.keys() == full.keys()
     for name, array in arrays.items():
-        np.testing.assert_array_equal(array, whole[name], err_msg=name)
+        np.testing.assert_array_equal(array, full[name], err_msg=name)
 
 
 class Counting:
@@ -299,10 +299,10 @@ def test_abstract_model_holds_no_memory(plain: Path) -> None:
     assert shapes == {name: (x.shape, F32) for name, x in expected(3).items()}
 
 
-# --- refusals ----------------------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------------------------
 
 
-def refusal(path: Path, kind: type[Exception] = CheckpointError) -> str:
+def error_message(path: Path, kind: type[Exception] = CheckpointError) -> str:
     with pytest.raises(kind) as error:
         load(path, 1)
     return str(error.value)
@@ -317,7 +317,7 @@ def test_every_difference_in_one_message(tmp_path: Path) -> None:
     wrong["model.layers.2.mlp.up_proj.weight"] = np.ones((F, D), np.float32)
     wrong["model.layers.0.self_attn.q_proj.bias"] = np.ones(H * HEAD, np.float32)
     path = save(tmp_path / "wrong", wrong)
-    lines = refusal(path).splitlines()
+    lines = error_message(path).splitlines()
     assert lines[0] == f"{path}: configuration and weights disagree on 6 tensors:"
     assert sorted(line.strip() for line in lines[1:]) == sorted(
         (
@@ -334,7 +334,7 @@ def test_every_difference_in_one_message(tmp_path: Path) -> None:
 
 def test_a_long_list_is_cut(tmp_path: Path) -> None:
     extra = {f"model.layers.0.extra.{i}": np.ones(1, np.float32) for i in range(40)}
-    lines = refusal(save(tmp_path / "extra", TENSORS | extra)).splitlines()
+    lines = error_message(save(tmp_path / "extra", TENSORS | extra)).splitlines()
     assert lines[0].endswith("disagree on 40 tensors:")
     assert len(lines) == 1 + 20 + 1
     assert lines[-1].strip() == "… and 20 more"
@@ -342,7 +342,7 @@ def test_a_long_list_is_cut(tmp_path: Path) -> None:
 
 def test_the_wrong_configuration(tmp_path: Path) -> None:
     """A deeper model than the file: what is missing is named, with its shape."""
-    message = refusal(save(tmp_path / "deeper", TENSORS, num_hidden_layers=3))
+    message = error_message(save(tmp_path / "deeper", TENSORS, num_hidden_layers=3))
     assert "missing     model.layers.2.self_attn.q_proj.weight [24, 10]" in message
     assert "disagree on 9 tensors" in message
 
@@ -350,29 +350,29 @@ def test_the_wrong_configuration(tmp_path: Path) -> None:
 def test_two_tensors_for_one_name(tmp_path: Path) -> None:
     """With and without the prefix: taking either silently would be a guess."""
     both = TENSORS | {"norm.weight": np.zeros(D, np.float32)}
-    assert "norm.weight" in refusal(save(tmp_path / "both", both))
+    assert "norm.weight" in error_message(save(tmp_path / "both", both))
 
 
 def test_missing_path(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "nowhere") == f"{tmp_path / 'nowhere'} does not exist"
+    assert error_message(tmp_path / "nowhere") == f"{tmp_path / 'nowhere'} does not exist"
 
 
 def test_not_a_model_file(tmp_path: Path) -> None:
     file = tmp_path / "weights.bin"
     file.write_bytes(b"x")
-    assert refusal(file) == f"{file} is neither a directory nor a .gguf file"
+    assert error_message(file) == f"{file} is neither a directory nor a .gguf file"
 
 
 def test_no_config(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "model.safetensors")
-    assert refusal(tmp_path) == f"{tmp_path} has no config.json"
+    assert error_message(tmp_path) == f"{tmp_path} has no config.json"
 
 
 @pytest.mark.parametrize("text", ("", "{", '{"model_type": "llama",}', "[" * 100_000, "\udcff"))
 def test_broken_config(tmp_path: Path, text: str) -> None:
     path = save(tmp_path / "broken", TENSORS)
     (path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    message = refusal(path)
+    message = error_message(path)
     assert message.startswith(f"{path / 'config.json'} is not valid JSON: ")
     assert "\n" not in message
 
@@ -381,11 +381,11 @@ def test_broken_config(tmp_path: Path, text: str) -> None:
 def test_config_that_is_no_object(tmp_path: Path, text: str) -> None:
     path = save(tmp_path / "list", TENSORS)
     (path / "config.json").write_text(text)
-    assert "not an object" in refusal(path, ConfigError)
+    assert "not an object" in error_message(path, ConfigError)
 
 
 def test_unsupported_model_type(tmp_path: Path) -> None:
-    message = refusal(save(tmp_path / "bert", TENSORS, model_type="bert"), ConfigError)
+    message = error_message(save(tmp_path / "bert", TENSORS, model_type="bert"), ConfigError)
     assert message.startswith("model_type='bert' is not supported; supported are llama, ")
 
 
@@ -393,13 +393,13 @@ def test_unsupported_model_type(tmp_path: Path) -> None:
 def test_only_pickles(tmp_path: Path, name: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'false'\ntR.")  # a pickle that would run a command
-    message = refusal(tmp_path)
+    message = error_message(tmp_path)
     assert name in message and "never opened" in message and "save_pretrained" in message
 
 
 def test_no_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    message = refusal(tmp_path)
+    message = error_message(tmp_path)
     assert "no weights" in message and "model.safetensors.index.json" in message
 
 

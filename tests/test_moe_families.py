@@ -1,4 +1,4 @@
-"""Mixtures as they are published: their configurations, and their tensors one by one, stacked, in turns."""
+"""Mixtures as they are published: their configurations, and their tensors alone, stacked or interleaved."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def loaded(path: Path, tp: int) -> dict[tuple[Any, ...], np.ndarray]:
 
 
 def test_gpt_oss_experts_are_told_apart() -> None:
-    """Gate and up lie in turns in the checkpoint, side by side on the device."""
+    """Rows of gate and up alternate in the checkpoint, and are side by side on the device."""
     files = SafetensorsCheckpoint(GOLDENS / "gpt_oss")
     stored = files.read("model.layers.1.mlp.experts.gate_up_proj")
     bias = files.read("model.layers.1.mlp.experts.gate_up_proj_bias")
@@ -273,12 +273,12 @@ def test_gpt_oss_experts_are_told_apart() -> None:
 def test_each_device_reads_its_experts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a stack, one expert at a time; over all devices, none more often than its two halves need."""
     read: list[tuple[int, int]] = []
-    whole = SafetensorsCheckpoint.read
+    read = SafetensorsCheckpoint.read
 
     def spy(self: Any, name: str, index: Any = None) -> np.ndarray:
         if name == "model.layers.0.mlp.experts.gate_up_proj":
             read.append((index[0].start, index[0].stop))
-        return whole(self, name, index)
+        return read(self, name, index)
 
     monkeypatch.setattr(SafetensorsCheckpoint, "read", spy)
     loaded(GOLDENS / "gpt_oss", tp=3)

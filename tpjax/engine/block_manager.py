@@ -47,11 +47,9 @@ class BlockManager:
         self.changes = 0
         self.page_size = page_size
         self.capacity = num_pages - 1
-        self._free_list: list[int] = []  # unused pages without known content
+        self._free_list: list[int] = []  # unused pages that are not cached
         self._users: dict[int, int] = {}  # page in use -> number of its users
-        self._evictable: OrderedDict[int, None] = (
-            OrderedDict()
-        )  # unused pages with known content, oldest first
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # unused cached pages, oldest first
         self._key_of: dict[int, PageKey] = {}
         self._page_of: dict[PageKey, int] = {}
         self.clear()

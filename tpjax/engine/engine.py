@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tpjax.config import ModelConfig
 from tpjax.engine.block_manager import BlockManager
+from tpjax.engine.masks import pack_mask, without
 from tpjax.engine.request import Request, TokenLogprobs
 from tpjax.engine.scheduler import Decode, Prefill, Scheduler
 from tpjax.errors import EngineError
@@ -263,7 +263,7 @@ class Engine:
                 request.barred_ids,
             )
         if work.first and request.grammar is None and request.below_min_tokens:
-            runner.set_masks({_slot(request): _without(_all_of(self.runner.config), request.stop_ids)})
+            runner.set_masks({_slot(request): without(pack_mask(runner.config.vocab_size), request.stop_ids)})
         # the token after an inner chunk is known: what is sampled there is not used
         params = request.params if work.final else _GREEDY
         if work.final:
@@ -369,20 +369,8 @@ def _mask(request: Request) -> np.ndarray:
     """Returns what a grammar allows next, without stop tokens before ``min_tokens`` if anything is left."""
     assert request.grammar is not None
     allowed = np.asarray(request.grammar.mask())
-    longer = _without(allowed, request.stop_ids) if request.below_min_tokens else allowed
+    longer = without(allowed, request.stop_ids) if request.below_min_tokens else allowed
     return longer if longer.any() else allowed
-
-
-def _all_of(config: ModelConfig) -> np.ndarray:
-    """Returns a mask that allows every token."""
-    return np.full(-(-config.vocab_size // 32), 0xFFFFFFFF, np.uint32)
-
-
-def _without(mask: np.ndarray, token_ids: Sequence[int]) -> np.ndarray:
-    """Returns a mask, uint32 [ceil(V / 32)], with the bits of these tokens cleared."""
-    mask, bits = mask.copy(), np.array([token for token in token_ids if token < 32 * len(mask)], np.uint32)
-    np.bitwise_and.at(mask, bits // 32, ~(np.uint32(1) << bits % 32))
-    return mask
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
+from tpjax.engine.masks import pack_mask, without
 from tpjax.engine.request import Grammar
 
 
@@ -39,7 +40,7 @@ class TokenFilter:
     ) -> None:
         self.finished = False
         self._grammar = grammar
-        self._words = _packed(vocab_size, allowed, barred)
+        self._always = pack_mask(vocab_size, allowed, barred)
         self._endings: dict[int, list[tuple[tuple[int, ...], int]]] = defaultdict(list)
         for *prefix, last in sequences:
             self._endings[prefix[-1]].append((tuple(prefix), last))
@@ -73,13 +74,12 @@ class TokenFilter:
 
     def _next(self) -> np.ndarray:
         """Computes the mask of the next token."""
-        words = self._words.copy()
+        mask = self._always
         if self._grammar is not None:
-            words &= self._grammar.mask()
-        for prefix, last in self._endings.get(self._recent[-1], ()) if self._recent else ():
-            if tuple(self._recent[-len(prefix) :]) == prefix:
-                words[last // 32] &= ~np.uint32(1 << last % 32)
-        return words
+            mask = mask & self._grammar.mask()
+        endings = self._endings.get(self._recent[-1], ()) if self._recent else ()
+        barred = [last for prefix, last in endings if tuple(self._recent[-len(prefix) :]) == prefix]
+        return without(mask, barred)
 
 
 def word_sequences(
@@ -102,12 +102,3 @@ def word_sequences(
             forms.append(spaced)
         found |= {form: None for form in forms if form and max(form) < vocab_size}
     return list(found)
-
-
-def _packed(vocab_size: int, allowed: Sequence[int] | None, barred: Sequence[int]) -> np.ndarray:
-    """Returns the mask of the allowed tokens that are not barred."""
-    bits = np.zeros(-(-vocab_size // 32) * 32, np.bool_)
-    bits[:vocab_size] = allowed is None
-    bits[list(allowed or ())] = True
-    bits[list(barred)] = False
-    return np.packbits(bits, bitorder="little").view(np.uint32)

@@ -26,6 +26,7 @@ from tpjax.runtime import steps
 from tpjax.runtime.limits import Limits
 from tpjax.runtime.rows import PackedRows
 from tpjax.runtime.state import DeviceState
+from tpjax.sampling import mask_words
 from tpjax.sharding import LOGITS, REPLICATED, SEQUENCE_PARALLEL
 
 log = logging.getLogger(__name__)
@@ -219,7 +220,7 @@ class Programs:
                 history = (np.zeros((1, *shape), dtype) for dtype in (np.bool_, np.int32, np.float32))
                 return Program(steps.set_history, (np.int32(0), *history), ())
             case "set_masks":
-                words = np.zeros((batch, -(-self._config.vocab_size // 32)), np.uint32)
+                words = np.zeros((batch, mask_words(self._config.vocab_size)), np.uint32)
                 return Program(steps.set_masks, (np.zeros(batch, np.int32), words), ())
 
     def residual_spec(self, length: int) -> PartitionSpec:

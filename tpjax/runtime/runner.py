@@ -17,7 +17,7 @@ from tpjax.runtime.limits import Limits
 from tpjax.runtime.programs import Kind, ModelGraph, Programs, ProgramSpec
 from tpjax.runtime.rows import PackedRows, Row
 from tpjax.runtime.state import DeviceState
-from tpjax.sampling import Sampled
+from tpjax.sampling import Sampled, mask_words
 from tpjax.sampling_params import SamplingParams
 from tpjax.sharding import pad_to_multiple
 
@@ -169,7 +169,7 @@ class Runner:
         """
         spec = ProgramSpec("set_masks", self.limits.max_slots)
         slots = np.full(spec.batch, self.limits.max_slots, np.int32)  # the spare slot
-        words = np.zeros((spec.batch, -(-self.config.vocab_size // 32)), np.uint32)
+        words = np.zeros((spec.batch, mask_words(self.config.vocab_size)), np.uint32)
         for row, (slot, mask) in enumerate(masks.items()):
             slots[row], words[row] = slot, mask
         self._dispatch(spec, slots, words)

@@ -1,4 +1,4 @@
-"""Masks of tokens: uint32 [ceil(V / 32)], of which bit ``i`` of word ``w`` allows token ``32 * w + i``. No jax."""
+"""Masks of tokens, uint32 [ceil(V / 32)]: bit ``i`` of word ``w`` allows token ``32 * w + i``. No jax."""
 
 from __future__ import annotations
 

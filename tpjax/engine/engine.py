@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -252,31 +252,15 @@ class Engine:
         return dispatched
 
     def _prefill(self, work: Prefill) -> _InFlight:
-        """Dispatches a prompt chunk, and before a request's first one what its slot has to know."""
+        """Dispatches a prompt chunk."""
         request, runner = work.request, self.runner
-        if work.first and request.params.needs_history:
-            runner.set_history(
-                _slot(request),
-                request.prompt_token_ids,
-                request.output_token_ids,
-                request.params,
-                request.barred_ids,
-            )
-        if work.first and request.grammar is None and request.below_min_tokens:
-            runner.set_masks({_slot(request): without(pack_mask(runner.config.vocab_size), request.stop_ids)})
-        # the token after an inner chunk is known: what is sampled there is not used
-        params = request.params if work.final else _GREEDY
+        if work.first:
+            self._set_up_slot(request)
+        row = _row(request, work.start)
         if work.final:
             self._set_masks([request])
-        row = Row(
-            slot=_slot(request),
-            position=work.start,
-            pages=request.pages,
-            params=params,
-            seed=request.seed,
-            masked_until=_masked_until(request) if work.final else 0,
-            max_length=request.max_length,
-        )
+        else:  # the next token is known: what is sampled is not used
+            row = replace(row, params=_GREEDY, masked_until=0)
         token_ids = request.prefill_token_ids[work.start : work.stop]
         outputs_to = [request] if work.final else []
         if request.params.prompt_logprobs is None or request.output_token_ids:
@@ -288,21 +272,22 @@ class Engine:
     def _decode(self, work: Decode) -> _InFlight:
         """Dispatches decode steps."""
         self._set_masks(work.requests)
-        rows = [
-            Row(
-                slot=_slot(request),
-                position=request.next_position,
-                pages=request.pages,
-                params=request.params,
-                seed=request.seed,
-                remaining=request.remaining,
-                stop_ids=request.stop_ids,
-                masked_until=_masked_until(request),
-                max_length=request.max_length,
-            )
-            for request in work.requests
-        ]
+        rows = [_row(one, one.next_position) for one in work.requests]
         return _InFlight(work.requests, self.runner.decode(rows, work.steps))
+
+    def _set_up_slot(self, request: Request) -> None:
+        """Uploads a request's history and, if no grammar sets its mask, the tokens before ``min_tokens``."""
+        if request.params.needs_history:
+            self.runner.set_history(
+                _slot(request),
+                request.prompt_token_ids,
+                request.output_token_ids,
+                request.params,
+                request.barred_ids,
+            )
+        if request.grammar is None and request.below_min_tokens:
+            mask = without(pack_mask(self.runner.config.vocab_size), request.stop_ids)
+            self.runner.set_masks({_slot(request): mask})
 
     def _set_masks(self, requests: list[Request]) -> None:
         """Uploads the tokens that the requests' grammars allow next."""
@@ -338,6 +323,21 @@ class Engine:
 
 _GREEDY = SamplingParams(temperature=0)
 _ALWAYS = 2**31 - 1  # past every position
+
+
+def _row(request: Request, position: int) -> Row:
+    """Returns a request's row of a dispatch that begins at ``position``."""
+    return Row(
+        slot=_slot(request),
+        position=position,
+        pages=request.pages,
+        params=request.params,
+        seed=request.seed,
+        remaining=request.remaining,
+        stop_ids=request.stop_ids,
+        masked_until=_masked_until(request),
+        max_length=request.max_length,
+    )
 
 
 def _append(request: Request, token: int) -> bool:

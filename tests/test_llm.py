@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -186,8 +187,9 @@ def test_bad_keywords(tiny: LLM, arguments: dict[str, Any], message: str) -> Non
 
 
 def bytes_of(arrays: Iterable[jax.Array]) -> int:
-    """Bytes on all devices."""
-    return sum(shard.data.nbytes for array in arrays for shard in array.addressable_shards)
+    """Bytes on all devices. By the shardings: a shard's ``data`` would be one more array."""
+    shards = ((array.sharding.shard_shape(array.shape), array) for array in arrays)
+    return sum(len(a.sharding.device_set) * math.prod(shape) * a.dtype.itemsize for shape, a in shards)
 
 
 def test_closing_gives_the_memory_back() -> None:
@@ -274,6 +276,15 @@ def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_read(
     monkeypatch.setattr("tpjax.llm.load_decoder", read)
     with pytest.raises(ConfigError, match=r"the model does not fit: at tp=2 .* and has 1000 B"):
         LLM(GOLDENS / "llama", tp=2)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
+def test_half_precision_on_a_cpu_is_said_to_be_slow(dtype: str, caplog: pytest.LogCaptureFixture) -> None:
+    LLM(GOLDENS / "llama", tp=1, dtype=dtype, max_model_len=64, max_slots=1)
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warned == [
+        f"dtype={dtype} is slow on a CPU: SmolLM2-135M takes 4 times as long per token as in float32"
+    ] * (dtype != "float32")
 
 
 def test_pickles_are_refused(tmp_path: Path) -> None:

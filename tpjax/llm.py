@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Time per token in 16 bits over float32: SmolLM2-135M at tp=1 on 2 cores (AMD EPYC, shared with other work),
-# 64 tokens from position 100 in dispatches of 4 steps, contenders in turns. Medians of 7 rounds: bfloat16 4.08
-# (3.35 to 4.46), float16 4.09 (3.16 to 5.04). Prefill of 256 tokens: 1.78 and 2.06.
+# 64 tokens from position 100 in dispatches of 4 steps, contenders in turns. Medians of 7 rounds: bfloat16
+# 4.08 (3.35 to 4.46), float16 4.09 (3.16 to 5.04). Prefill of 256 tokens: 1.78 and 2.06.
 _CPU_HALF_PRECISION_SLOWDOWN = 4
 
 

@@ -80,6 +80,51 @@ class SamplingRows:
             )
         return cls(floats, ints)
 
+    @property
+    def temperature(self) -> Float[Leaf, "B 1"]:
+        """Divides the logits; 0: greedy."""
+        return self.floats[:, 0, None]
+
+    @property
+    def top_p(self) -> Float[Leaf, "B 1"]:
+        """Probability of the tokens to keep; 1: all."""
+        return self.floats[:, 1, None]
+
+    @property
+    def min_p(self) -> Float[Leaf, "B 1"]:
+        """Fraction of the likeliest token's probability; 0: all tokens are kept."""
+        return self.floats[:, 2, None]
+
+    @property
+    def penalties(self) -> tuple[Float[Leaf, "B 1"], Float[Leaf, "B 1"], Float[Leaf, "B 1"]]:
+        """Repetition, presence and frequency penalty."""
+        return self.floats[:, 3, None], self.floats[:, 4, None], self.floats[:, 5, None]
+
+    @property
+    def top_k(self) -> Int[Leaf, " B"]:
+        """Number of tokens to keep; 0: all."""
+        return self.ints[:, 0]
+
+    @property
+    def seeds(self) -> Int[Leaf, "B 2"]:
+        """Upper and lower 32 bits of the seeds."""
+        return self.ints[:, 1:3]
+
+    @property
+    def uses_history(self) -> Bool[Leaf, " B"]:
+        """Whether penalties, biases or counts apply."""
+        return self.ints[:, 3] != 0
+
+    @property
+    def wants_logprobs(self) -> Bool[Leaf, " B"]:
+        """Whether log-probabilities are returned."""
+        return self.ints[:, 4] != 0
+
+    @property
+    def masked_until(self) -> Int[Leaf, " B"]:
+        """Position before which the slot's mask applies."""
+        return self.ints[:, 5]
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -183,21 +228,20 @@ def _sample_shard(
 
     What only some requests need is in conditionals on the whole batch: it costs nothing if none does.
     """
-    temperature, uses_history = rows.floats[:, 0, None], rows.ints[:, 3] != 0
-    tokens = _token_ids(logits)
+    tokens, uses_history = _token_ids(logits), rows.uses_history
     scores = jax.lax.cond(
         jnp.any(uses_history), lambda: _penalise(logits, rows, history, slots), lambda: logits
     )
-    masked = positions < rows.ints[:, 5]
+    masked = positions < rows.masked_until
     scores = jax.lax.cond(
         jnp.any(masked), lambda: _mask(scores, masked, history.allowed[slots]), lambda: scores
     )
     scores = jax.lax.cond(
-        jnp.any(temperature > 0), lambda: _perturb(scores, rows, positions, tokens), lambda: scores
+        jnp.any(rows.temperature > 0), lambda: _perturb(scores, rows, positions, tokens), lambda: scores
     )
     sampled = _winner(scores, tokens)
     logprobs = jax.lax.cond(
-        jnp.any(rows.ints[:, 4] != 0),
+        jnp.any(rows.wants_logprobs),
         lambda: _logprobs(logits, tokens, sampled),
         lambda: _no_logprobs(sampled),
     )
@@ -219,7 +263,7 @@ def _penalise(
     logits: Float[Array, "B shard"], rows: SamplingRows, history: History, slots: Int[Array, " B"]
 ) -> Float[Array, "B shard"]:
     """Applies penalties and biases to the rows that have any."""
-    repetition, presence, frequency = (rows.floats[:, i, None] for i in range(3, 6))
+    repetition, presence, frequency = rows.penalties
     counts = history.counts[slots]
     repeated = history.in_prompt[slots] | (counts > 0)
     scores = jnp.where(repeated, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
@@ -227,7 +271,7 @@ def _penalise(
     bias = history.bias[slots]
     # clipped: a possible token stays possible, whatever overflows, and padding stays impossible
     scores = jnp.where(jnp.isneginf(bias), -jnp.inf, jnp.clip(scores + bias, -_MAX, _MAX))
-    return jnp.where((rows.ints[:, 3, None] != 0) & (logits > -jnp.inf), scores, logits)
+    return jnp.where(rows.uses_history[:, None] & (logits > -jnp.inf), scores, logits)
 
 
 @jax.named_scope("mask")
@@ -249,8 +293,7 @@ def _perturb(
 
     The arg-max of the result is a sample from the distribution that is left.
     """
-    temperature, top_p, min_p = (rows.floats[:, i, None] for i in range(3))
-    top_k = rows.ints[:, 0]
+    temperature, top_k, top_p = rows.temperature, rows.top_k, rows.top_p
     # the likeliest token is at 0 whatever the temperature: nothing overflows, and noise keeps its digits
     relative = _relative_to(scores, jax.lax.pmax(scores.max(axis=-1, keepdims=True), AXIS))
     scaled_logits = relative / jnp.where(temperature > 0, jnp.maximum(temperature, _TINY), 1.0)
@@ -268,11 +311,11 @@ def _perturb(
         )
         floor = jnp.maximum(floor, top_p_floor)
     with jax.named_scope("min_p"):
-        floor = jnp.maximum(floor, jnp.log(min_p))
+        floor = jnp.maximum(floor, jnp.log(rows.min_p))
     with jax.named_scope("gumbel"):
         # masked after the noise too: a token without probability must not win whatever the noise is
         kept = (scaled_logits >= floor) & (scores > -jnp.inf)
-        noise = _gumbel(rows.ints[:, 1:3], positions, tokens)
+        noise = _gumbel(rows.seeds, positions, tokens)
         perturbed_logits = jnp.where(kept, scaled_logits + noise, -jnp.inf)
         # a NaN is below every threshold, but has to win, so that it reaches the caller
         return jnp.where((temperature > 0) & ~jnp.isnan(scores), perturbed_logits, scores)

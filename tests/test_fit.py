@@ -1,4 +1,4 @@
-"""What fits is known before a weight is read: tpjax/memory.py."""
+"""What fits is known before a weight is read: tpjax/runtime/memory.py."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_refusal_has_the_sizes_and_what_would_fit(monkeypatch: pytest.MonkeyPatc
         limits(100 * MIB + WORK + 11 * PAGE, max_model_len=4000)
     assert str(error.value) == (
         "the model does not fit: at tp=1 in float32 each device needs 100 MiB for weights, "
-        f"{memory_module.human_bytes(WORK)} to compute in and 16.5 MiB to cache max_model_len=4000, "
+        f"{memory_module.human_bytes(WORK)} for temporaries and 16.5 MiB to cache max_model_len=4000, "
         f"together {memory_module.human_bytes(100 * MIB + WORK + 33 * PAGE)}, and has "
         f"{memory_module.human_bytes(100 * MIB + WORK + 11 * PAGE)}; "
         "what would fit: max_model_len=1280 or dtype=bfloat16"

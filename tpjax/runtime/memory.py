@@ -165,7 +165,7 @@ def _does_not_fit(
     advice = f"what would fit: {' or '.join(ways)}" if ways else "nothing smaller fits"
     return (
         f"the model does not fit: at tp={tp} in {jnp.dtype(dtype).name} each device needs "
-        f"{human_bytes(need.weights)} for weights, {human_bytes(need.workspace)} to compute in and "
+        f"{human_bytes(need.weights)} for weights, {human_bytes(need.workspace)} for temporaries and "
         f"{human_bytes(need.cache)} to cache {length}, together {human_bytes(need.total)}, and has "
         f"{human_bytes(memory.free)}; {advice}"
     )

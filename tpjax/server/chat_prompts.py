@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from tpjax.server.chat_format import ChatFormat
@@ -17,8 +18,11 @@ from tpjax.text.chat_template import RENDER, WHAT
 from tpjax.text.tokenizer import Tokenizer
 
 _MAX_FORMATS = 64  # chat formats kept: requests may bring templates
-# Rendering takes a millisecond, and a tenth of a second for megabytes.
-QUICK_RENDERERS, SLOW_RENDERERS, QUICK_LIMIT_S = 2, 2, 0.5
+# Rendering takes a millisecond, and a tenth of a second for megabytes. With more processes a conversation
+# waits less behind others whose template does not end: each of those holds one for QUICK_LIMIT_S. They start
+# on demand.
+QUICK_RENDERERS = max(2, min(8, (os.cpu_count() or 2) // 2))
+SLOW_RENDERERS, QUICK_LIMIT_S = 2, 0.5
 
 # Template variables that have a field of their own in a request.
 _RENDERING = {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"}

@@ -17,6 +17,7 @@ from tpjax.server.protocol import DetokenizeBody, TokenizeBody
 from tpjax.server.responses import json_of, token_text
 from tpjax.server.service import Service
 from tpjax.text.tokenizer import Tokenizer
+from tpjax.text.tokenizer_files import ROLES
 
 # As in vLLM's model cards, for clients that read it.
 _PERMISSION = {
@@ -105,10 +106,9 @@ class AppState:
         """Returns the tokenizer's settings under the names of Hugging Face's ``tokenizer_config.json``."""
         tokenizer, llm = self.tokenizer, self.service.llm
         before, after = tokenizer.edges
-        roles = ("bos_token", "eos_token", "unk_token", "pad_token")
         return {
             "tokenizer_class": "TpjaxTokenizer",
-            **{role: tokenizer.chat_templates.variables.get(role) for role in roles},
+            **{role: tokenizer.chat_templates.variables.get(role) for role in ROLES},
             "add_bos_token": before > 0,
             "add_eos_token": after > 0,
             "model_max_length": llm.max_model_len,

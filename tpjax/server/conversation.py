@@ -13,10 +13,8 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 
-from pydantic_core import from_json
-
 from tpjax.server.error_responses import bad_request
-from tpjax.server.json_types import JsonObject
+from tpjax.server.json_types import JsonObject, strict_json
 from tpjax.server.parsing.tool_call_formats import ToolCallFormat
 from tpjax.server.protocol import Message, Tool
 from tpjax.server.template_traits import Traits, reasoning_fields
@@ -108,8 +106,7 @@ def _texts(content: str | list[JsonObject] | None, position: int) -> tuple[list[
 
 def _arguments(text: str, position: int) -> JsonObject:
     try:
-        # as strict as for the body: no NaN, no lone surrogates, no ten thousand nested brackets
-        arguments = from_json(text or "{}", allow_inf_nan=False)
+        arguments = strict_json(text or "{}")
     except ValueError:
         arguments = None
     if not isinstance(arguments, dict):

@@ -8,11 +8,11 @@ from typing import Any
 from fastapi import Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, GetCoreSchemaHandler
-from pydantic_core import CoreSchema, from_json
+from pydantic_core import CoreSchema
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from tpjax.server.json_types import Json
+from tpjax.server.json_types import Json, strict_json
 
 # Most objects, lists and field names of a body. Each takes the event loop a microsecond or more to validate,
 # and each may be an error; 4 MB hold over a million. Numbers and strings cost little.
@@ -41,7 +41,7 @@ class StrictJsonRequest(Request):
             if (count := parts(raw)) > MAX_PARTS:
                 raise HTTPException(400, f"the body has {count} objects, lists and fields, over {MAX_PARTS}")
             try:
-                self._json = from_json(raw, allow_inf_nan=False)
+                self._json = strict_json(raw)
             except ValueError as error:
                 raise HTTPException(400, f"the body is not valid JSON: {error}") from error
         return self._json

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 
 import llguidance
-from pydantic_core import from_json
 
 from tpjax.server.error_responses import bad_request
 from tpjax.server.grammars.compiler import GrammarCompiler, TokenGrammar, grammar_of_schema
 from tpjax.server.grammars.response_grammar import format_schema
-from tpjax.server.json_types import Json
+from tpjax.server.json_types import Json, strict_json
 from tpjax.server.protocol import ResponseFormat, Sampling, StructuredOutputs
 
 _KINDS = ("json_", "json_object", "regex", "choice", "grammar")
@@ -73,8 +72,7 @@ def _schema(given: Json, param: str) -> Json:
     """Returns a schema, decoded if it came as text."""
     if isinstance(given, str):
         try:
-            # as strict as for the body: no NaN, no lone surrogates, no ten thousand nested brackets
-            given = from_json(given, allow_inf_nan=False)
+            given = strict_json(given)
         except ValueError as error:
             raise bad_request(f"{param}: json is not valid JSON: {error}"[:500], param) from error
     if not isinstance(given, dict | bool):

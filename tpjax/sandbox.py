@@ -45,7 +45,7 @@ _SINGLE = {f"{name}_NUM_THREADS": "1" for name in ("RAYON", "OMP", "OPENBLAS")} 
 
 
 class TimeLimitError(RequestError):
-    """A job took longer than it may."""
+    """A job exceeded its time limit."""
 
 
 class Worker:
@@ -152,7 +152,7 @@ class Worker:
 
 
 class Sandbox:
-    """One worker for all threads of this process, replaced when it ends."""
+    """Runs functions in one worker for all threads of this process; replaces the worker when it ends."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

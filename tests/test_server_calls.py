@@ -293,7 +293,7 @@ MALFORMED = {
 }  # fmt: skip
 
 
-def reader(kind: str, *, inside: bool = False, tools: Any = TOOLS) -> ResponseParser:
+def parser(kind: str, *, inside: bool = False, tools: Any = TOOLS) -> ResponseParser:
     source = SOURCES[kind]
     found = ChatFormat(Traits(), tool_call_format(source), reasoning_format(source), {}).parser(
         tools, inside=inside
@@ -304,7 +304,7 @@ def reader(kind: str, *, inside: bool = False, tools: Any = TOOLS) -> ResponsePa
 
 def read(parts: list[str], kind: str, **options: Any) -> tuple[str, str, list[tuple[str, str]]]:
     """What an answer says; a call's name has to come before its arguments, and calls in their order."""
-    one = reader(kind, **options)
+    one = parser(kind, **options)
     pieces = [piece for part in parts for piece in one.push(part)] + one.flush()
     calls: list[list[str]] = []
     for piece in pieces:
@@ -355,7 +355,7 @@ def test_what_is_no_call_stays_text(kind: str, answer: str) -> None:
 
 
 def test_arguments_come_as_they_are_written() -> None:
-    one = reader("hermes")
+    one = parser("hermes")
     assert one.push('<tool_call>\n{"name": "get_weather", "argu') == []
     (head,) = one.push('ments": {"city": "Pa')
     assert (head.name, head.call, head.text) == ("get_weather", 0, '{"city": "Pa')

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tpjax.cli.compiling import compile_for
+from tpjax.cli.compiling import compile_for, wait_for
 from tpjax.cli.console import note, read_text
 from tpjax.cli.loading import chosen_model, load, note_defaults
 from tpjax.cli.options import GenerationConfig, ModelOption, Sampling, Sharding, takes
@@ -110,7 +110,10 @@ def _all(
     as_ids: bool,
 ) -> None:
     start = time.perf_counter()
-    completions = llm.generate([prompt for prompt, _ in requests], [params for _, params in requests])
+    prompts, params = [prompt for prompt, _ in requests], [one for _, one in requests]
+    completions: list[Completion] = []
+    what = f"compiling and generating, {len(requests)} prompts"
+    wait_for(lambda: completions.extend(llm.generate(prompts, params)), what)
     seconds = time.perf_counter() - start
     figures.tokens = sum(len(one.token_ids) for one in completions)
     figures.tokens_per_s = figures.tokens / seconds

@@ -7,6 +7,7 @@ from typing import Any
 
 from tpjax.cli.console import show
 from tpjax.cli.options import Json
+from tpjax.errors import ConfigError
 
 EXAMPLES = """
   tpjax models
@@ -43,6 +44,8 @@ def _cached_repositories() -> list[str]:
         return sorted(repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == "model")
     except CacheNotFound:
         return []
+    except ValueError as error:  # its folder is a file
+        raise ConfigError(str(error).split(". ")[0]) from error
 
 
 def _tables(facts: dict[str, Any]) -> Any:

@@ -9,12 +9,11 @@ from rich.console import Console
 from tpjax.cli import console
 from tpjax.errors import DeviceError
 from tpjax.mesh import make_mesh
-from tpjax.planning import measure
+from tpjax.planning import measure, step_benchmark
 from tpjax.planning.counts import Counts
 from tpjax.planning.plan import make_plan, recommend
 from tpjax.planning.published import published_config
 from tpjax.planning.report import PlanReport
-from tpjax.planning.step_benchmark import longest, measure_steps
 from tpjax.planning.workload import Workload
 
 TINY = {
@@ -127,13 +126,13 @@ def test_bench_sets_measured_next_to_predicted(small, capsys):
     runner = measure._zeros_runner(make_mesh(2), 1)
     hardware, counts = measure.hardware_from(FIGURES), Counts("toy", runner.config)
     plan = make_plan(counts, hardware, 2, 2, Workload(1, 64, 32, "float32"))
-    report = measure_steps(runner, plan, rounds=1)
+    report = step_benchmark.run(runner, plan, rounds=1)
     data = report.to_dict()
     assert (data["model"], data["tp"], data["context"], data["prompt_len"]) == ("toy", 2, 64, 32)
     assert data["decode"]["measured_ms"] > 0 and data["prefill"]["measured_ms"] > 0
     assert data["decode"]["predicted_ms"] == pytest.approx(plan.decode.total * 1e3)
     assert data["prefill"]["predicted_ms"] == pytest.approx(plan.prefill.total * 1e3)
-    assert longest(plan.workload) == 64 + 64
+    assert step_benchmark.longest(plan.workload) == 64 + 64
     console.show(report)
     table = capsys.readouterr().out
     assert "toy at tp=2 on abacus, float32" in table and "predicted / measured" in table

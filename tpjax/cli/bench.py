@@ -38,15 +38,15 @@ def run(
 ) -> None:
     """Measure decode and prefill here, in float32, next to what plan predicts."""
     from tpjax.checkpoints import hub
+    from tpjax.planning import step_benchmark
     from tpjax.planning.counts import Counts
     from tpjax.planning.measure import measured_hardware
     from tpjax.planning.plan import make_plan
-    from tpjax.planning.step_benchmark import longest, measure_steps
 
     name = chosen_model(model, model_option)
     hub.resolve(name)  # before anything is measured: a misspelt name is reported at once
     hardware = measured_hardware(tp, rounds=rounds)  # in a process of its own, before this one starts JAX
     workload = Workload(1, context, prompt_len or min(context, LONGEST_DEFAULT_PROMPT), "float32")
-    llm = load(name, Sharding(tp=tp, dtype="float32", max_model_len=longest(workload)))
+    llm = load(name, Sharding(tp=tp, dtype="float32", max_model_len=step_benchmark.longest(workload)))
     plan = make_plan(Counts(name, llm.config), hardware, tp, tp, workload)
-    show_report(measure_steps(llm.runner, plan, rounds), as_json=as_json)
+    show_report(step_benchmark.run(llm.runner, plan, rounds), as_json=as_json)

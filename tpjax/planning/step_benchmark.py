@@ -68,7 +68,7 @@ def longest(workload: Workload) -> int:
     return max(workload.context + _DECODE_TOKENS, workload.prompt_len)
 
 
-def measure_steps(runner: Any, plan: Plan, rounds: int | None = None) -> BenchReport:
+def run(runner: Any, plan: Plan, rounds: int | None = None) -> BenchReport:
     """Times a runner at the context and prompt of a plan, with one sequence.
 
     Args:

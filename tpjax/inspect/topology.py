@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh
 
 from tpjax.errors import ConfigError
 from tpjax.hardware import HARDWARE, SHORT_NAMES, Hardware
+from tpjax.inspect.accelerators import has_tpu
 from tpjax.inspect.packages import installed_version
 from tpjax.mesh import AXIS
 
@@ -27,6 +28,14 @@ _POD = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}
 # further libtpu versions that were tried and work, by jax version
 _ALSO_FITS = {"0.12.0.1": ("0.0.51",)}
 _CORES_PER_DEVICE = {"v4": {"chip_config_name": "megacore"}}  # else libtpu shows v4's two cores apart
+# Without a TPU, libtpu need not ask the metadata server of the cloud, and complains of what it then does not
+# know of this machine. Programs are the same whatever these say.
+_WITHOUT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
 _DEVICES_PER_CHIP = {"tpu7x": 2}
 
 
@@ -118,9 +127,10 @@ class Topology:
 
     def _tpus(self) -> list[jax.Device]:
         check_extra("tpu")
-        # there is no TPU here: libtpu need not ask the metadata server of the cloud
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor lock it against other processes
+        if not has_tpu():
+            for name, value in _WITHOUT_TPU.items():
+                os.environ.setdefault(name, value)
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no lock against other processes
         options: dict[str, Any] = dict(_CORES_PER_DEVICE.get(self.hardware.name, {}))
         if math.prod(self.grid) % 4 or any(length % 2 for length in self.grid[:2]):
             # a host has 2x2 chips unless told otherwise: let one host have all of them

@@ -36,7 +36,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 
-# (importer, imported): the package's own face. It names what it exports lazily, hence from below nobody.
+# (importer, imported): the package's public names. It names what it exports lazily, hence from below nobody.
 ALLOWED = {
     ("__init__", "_version"),
     ("__init__", "errors"),

@@ -28,21 +28,21 @@ class Matrix:
         name: written under it.
         rows: of elements.
         columns: of elements.
-        cut: ``columns`` or ``rows`` over the devices; ``None``: not cut.
+        sharded: ``columns`` or ``rows`` over the devices; ``None``: not cut.
         owner: the device that has all of it; ``None``: all devices have it, or what ``cut`` says.
     """
 
     name: str
     rows: int
     columns: int
-    cut: str | None = None
+    sharded: str | None = None
     owner: int | None = None
 
     def device(self, row: int, column: int, devices: int) -> int | None:
         """The device that has an element; ``None``: all of them."""
-        if self.cut == "columns":
+        if self.sharded == "columns":
             return column * devices // self.columns
-        return row * devices // self.rows if self.cut == "rows" else self.owner
+        return row * devices // self.rows if self.sharded == "rows" else self.owner
 
 
 def draw(*parts: Matrix | str, devices: int = 4, title: str = "") -> None:

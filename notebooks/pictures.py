@@ -28,8 +28,8 @@ class Matrix:
         name: written under it.
         rows: of elements.
         columns: of elements.
-        sharded: ``columns`` or ``rows`` over the devices; ``None``: not cut.
-        owner: the device that has all of it; ``None``: all devices have it, or what ``cut`` says.
+        sharded: ``columns`` or ``rows`` over the devices; ``None``: not sharded.
+        owner: the device that has all of it; ``None``: all devices have it, or what ``sharded`` says.
     """
 
     name: str

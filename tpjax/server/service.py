@@ -301,7 +301,8 @@ class Service:
             if place is None:
                 continue  # cancelled after its dispatch
             stream, index = place
-            if error := getattr(request.grammar, "error", None):
+            error = getattr(request.grammar, "error", None)
+            if error and request.finish_reason != "length":
                 request.finish_reason, request.error = "error", error
             delta = stream.generations[index].advance(tokens)
             if delta.finish_reason is not None:

@@ -226,7 +226,7 @@ def silent_index():
 
 
 def children(pid: int) -> list[int]:
-    """Processes started by any thread of another one, and theirs."""
+    """Lists the processes started by any thread of a process, and their descendants."""
     with contextlib.suppress(OSError):
         tasks = Path(f"/proc/{pid}/task").iterdir()
         own = [int(child) for task in tasks for child in (task / "children").read_text().split()]

@@ -20,7 +20,7 @@ E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 Box = tuple[slice, ...]
 
 
-class Memory:
+class ArraySource:
     """Tensors in memory, and the shapes read of each."""
 
     def __init__(self, **arrays: np.ndarray) -> None:
@@ -80,7 +80,7 @@ def fp8_arrays(shape: tuple[int, ...] = (10, 8), seed: int = 0) -> tuple[np.ndar
 def test_every_float8_byte() -> None:
     """On a 16 x 16 tensor with one block, whose scale is 1."""
     weight = np.arange(256, dtype=np.uint8).reshape(16, 16).view(E4M3)
-    source = Memory(weight=weight, weight_scale_inv=np.ones((1, 1), np.float32))
+    source = ArraySource(weight=weight, weight_scale_inv=np.ones((1, 1), np.float32))
     got = dequantized(source, Quantization("fp8"), WHERE).read("weight")
     np.testing.assert_array_equal(got.ravel(), [e4m3_by_hand(byte) for byte in range(256)])
 
@@ -93,7 +93,7 @@ def test_float8_blocks(shape: tuple[int, ...]) -> None:
     for at in np.ndindex(shape):
         block = (*at[:-2], at[-2] // 4, at[-1] // 3)
         expected[at] = np.float32(weight[at]) * scale[block]
-    source = dequantized(Memory(weight=weight, weight_scale_inv=scale), FP8, WHERE)
+    source = dequantized(ArraySource(weight=weight, weight_scale_inv=scale), FP8, WHERE)
     read_every_box(source, "weight", expected)
 
 
@@ -101,14 +101,14 @@ def test_float8_blocks(shape: tuple[int, ...]) -> None:
 def test_float8_scales_of_other_dtypes(kind: type) -> None:
     weight, scale = fp8_arrays()
     scale = np.exp2(np.round(np.log2(scale))).astype(np.float32)  # powers of two: exact in both
-    wide = dequantized(Memory(weight=weight, weight_scale_inv=scale), FP8, WHERE)
-    narrow = dequantized(Memory(weight=weight, weight_scale_inv=scale.astype(kind)), FP8, WHERE)
+    wide = dequantized(ArraySource(weight=weight, weight_scale_inv=scale), FP8, WHERE)
+    narrow = dequantized(ArraySource(weight=weight, weight_scale_inv=scale.astype(kind)), FP8, WHERE)
     np.testing.assert_array_equal(narrow.read("weight"), wide.read("weight"))
 
 
 def test_float8_slices_read_their_scales_only() -> None:
     weight, scale = fp8_arrays()
-    memory = Memory(weight=weight, weight_scale_inv=scale)
+    memory = ArraySource(weight=weight, weight_scale_inv=scale)
     dequantized(memory, FP8, WHERE).read("weight", (slice(5, 9), slice(3, 6)))
     assert memory.shapes == {"weight": (4, 3), "weight_scale_inv": (2, 1)}
 
@@ -116,7 +116,7 @@ def test_float8_slices_read_their_scales_only() -> None:
 def test_float8_beside_plain_tensors() -> None:
     weight, scale = fp8_arrays()
     norm = np.arange(3, dtype=ml_dtypes.bfloat16)
-    source = dequantized(Memory(norm=norm, weight=weight, weight_scale_inv=scale), FP8, WHERE)
+    source = dequantized(ArraySource(norm=norm, weight=weight, weight_scale_inv=scale), FP8, WHERE)
     assert list(source.tensors) == ["norm", "weight"]
     assert source.tensors["norm"].dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(source.read("norm", (slice(1, 3),)), norm[1:3])
@@ -124,7 +124,7 @@ def test_float8_beside_plain_tensors() -> None:
 
 def fp8_refusal(**arrays: np.ndarray) -> str:
     with pytest.raises(CheckpointError) as error:
-        dequantized(Memory(**arrays), FP8, WHERE)
+        dequantized(ArraySource(**arrays), FP8, WHERE)
     return str(error.value)
 
 
@@ -176,7 +176,7 @@ def test_mxfp4_values() -> None:
         byte = int(blocks[expert, row, group, place // 2])
         code = byte >> 4 if place % 2 else byte & 15  # the even places are the low halves
         expected[expert, column, row] = fp4_by_hand(code) * 2.0 ** (int(scales[expert, row, group]) - 127)
-    source = dequantized(Memory(down_blocks=blocks, down_scales=scales), MXFP4, WHERE)
+    source = dequantized(ArraySource(down_blocks=blocks, down_scales=scales), MXFP4, WHERE)
     assert list(source.tensors) == ["down"]
     read_every_box(source, "down", expected)
 
@@ -184,7 +184,9 @@ def test_mxfp4_values() -> None:
 def test_mxfp4_codes_are_those_of_ml_dtypes() -> None:
     codes = np.arange(16, dtype=np.uint8)
     blocks = (codes | (codes << 4)).reshape(1, 1, 1, 16)
-    source = dequantized(Memory(w_blocks=blocks, w_scales=np.full((1, 1, 1), 128, np.uint8)), MXFP4, WHERE)
+    source = dequantized(
+        ArraySource(w_blocks=blocks, w_scales=np.full((1, 1, 1), 128, np.uint8)), MXFP4, WHERE
+    )
     values = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32)
     np.testing.assert_array_equal(source.read("w")[0, :, 0], 2 * np.repeat(values, 2))
 
@@ -196,13 +198,13 @@ def test_mxfp4_is_what_transformers_reads() -> None:
     expected = mxfp4.convert_moe_packed_tensors(
         torch.tensor(blocks), torch.tensor(scales), dtype=torch.float32
     )
-    source = dequantized(Memory(w_blocks=blocks, w_scales=scales), MXFP4, WHERE)
+    source = dequantized(ArraySource(w_blocks=blocks, w_scales=scales), MXFP4, WHERE)
     np.testing.assert_array_equal(source.read("w"), expected.numpy())
 
 
 def test_mxfp4_slices_read_their_groups_only() -> None:
     blocks, scales = mxfp4_arrays()
-    memory = Memory(w_blocks=blocks, w_scales=scales)
+    memory = ArraySource(w_blocks=blocks, w_scales=scales)
     dequantized(memory, MXFP4, WHERE).read("w", (slice(1, 2), slice(33, 40), slice(0, 3)))
     assert memory.shapes == {"w_blocks": (1, 3, 1, 16), "w_scales": (1, 3, 1)}
 
@@ -210,7 +212,7 @@ def test_mxfp4_slices_read_their_groups_only() -> None:
 def test_mxfp4_beside_plain_tensors() -> None:
     blocks, scales = mxfp4_arrays()
     bias = np.arange(6, dtype=np.float32)
-    source = dequantized(Memory(bias=bias, w_blocks=blocks, w_scales=scales), MXFP4, WHERE)
+    source = dequantized(ArraySource(bias=bias, w_blocks=blocks, w_scales=scales), MXFP4, WHERE)
     assert set(source.tensors) == {"bias", "w"}
     np.testing.assert_array_equal(source.read("bias", (slice(2, 4),)), bias[2:4])
 
@@ -230,11 +232,11 @@ def test_mxfp4_misfits(change: dict[str, np.ndarray | None], message: str) -> No
     blocks, scales = mxfp4_arrays()
     arrays = {"w_blocks": blocks, "w_scales": scales, **change}
     with pytest.raises(CheckpointError, match=re.escape(message)) as error:
-        dequantized(Memory(**{k: v for k, v in arrays.items() if v is not None}), MXFP4, WHERE)
+        dequantized(ArraySource(**{k: v for k, v in arrays.items() if v is not None}), MXFP4, WHERE)
     assert str(error.value).startswith("somewhere: tensor ")
 
 
 def test_unknown_tensor() -> None:
     for quantization in (FP8, MXFP4):
         with pytest.raises(CheckpointError, match="no tensor 'x' among its 0 tensors"):
-            dequantized(Memory(), quantization, WHERE).read("x")
+            dequantized(ArraySource(), quantization, WHERE).read("x")

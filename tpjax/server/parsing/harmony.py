@@ -54,7 +54,7 @@ class HarmonyParser(ToolCallParser):
                 )
             else:
                 yield from self.until(_ENDS, self._text_piece)
-        self.emit(ParsedDelta(self._blank))
+        self.emit(ParsedDelta(self._pending_space))
 
     def _call(self, name: str) -> Parsing[None]:
         yield from self.spaces()

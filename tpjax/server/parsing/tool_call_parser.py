@@ -42,7 +42,7 @@ class ToolCallParser(IncrementalParser):
         super().__init__()
         self.calls = 0
         self._tools = dict(tools or {})
-        self._blank = ""  # white space before any text; it is text only if no call follows
+        self._pending_space = ""  # white space before any text; it is text only if no call follows
         self._begun = False
 
     def read(self) -> Parsing[None]:
@@ -55,7 +55,7 @@ class ToolCallParser(IncrementalParser):
                 yield from self.spaces()
                 if not self.tails or not (yield from self.accept(*self.tails)):
                     break
-        self.emit(ParsedDelta(self._blank))
+        self.emit(ParsedDelta(self._pending_space))
 
     def call(self, mark: str) -> Parsing[None]:
         """Reads what follows a mark: one call or more.
@@ -69,7 +69,7 @@ class ToolCallParser(IncrementalParser):
         """Emits the start of a call."""
         self.commit()
         self.calls += 1
-        self._blank, self._begun = "", True
+        self._pending_space, self._begun = "", True
         self.emit(ParsedDelta("", self.calls - 1, name))
 
     def append_arguments(self, text: str) -> None:
@@ -83,10 +83,10 @@ class ToolCallParser(IncrementalParser):
 
     def _text_piece(self, text: str) -> None:
         if not self._begun and not text.strip():
-            self._blank += text
+            self._pending_space += text
             return
-        self.emit(ParsedDelta(self._blank + text))
-        self._blank, self._begun = "", True
+        self.emit(ParsedDelta(self._pending_space + text))
+        self._pending_space, self._begun = "", True
 
     # --- JSON
 

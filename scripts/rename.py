@@ -211,11 +211,18 @@ MOVED = {
         "paged_attention": "tpjax.attention",
         "reference_attention": "tpjax.attention.reference",
         "soft_capped": "tpjax.activations",
+        "_head_segments": "tpjax.sharding.projections: head_segments as _head_segments",
+        "_qkv_segments": "tpjax.sharding.projections: qkv_segments as _qkv_segments",
     },
     "tpjax.layers.mlp": {"activate": "tpjax.activations"},
     "tpjax.layers.rope": {
         "rotate": "tpjax.layers.rope: apply_rotary as rotate",
         "rotation": "tpjax.layers.rope: rotary_embedding as rotation",
+    },
+    "tpjax.sharding": {
+        "columns": "tpjax.sharding: column_layout as columns",
+        "rows": "tpjax.sharding: row_layout as rows",
+        "whole": "tpjax.sharding: tensor_layout as whole",
     },
     "tpjax.text.tokenizer": {
         "IncrementalDetokenizer": "tpjax.text.detokenizer",
@@ -227,8 +234,10 @@ MOVED = {
 # attributes whose names are too common to be replaced wherever they stand
 PATTERNS = {
     r"\bfrom tpjax\.layers import attention$": "from tpjax.attention import xla as attention",
+    r"(?m)^from tpjax\.layers\.attention import _query_places\n": "",
+    r"\b_query_places\(plan\)": "plan.stored_query_heads",
     r"\bplan\.slots\b": "plan.head_slots",
-    r"\bsegment\.at\b": "segment.offset",
+    r"\b(segment|s)\.at\b": r"\1.offset",
     r"\.reader\((?=\s*(?:tools|None)\b)": ".parser(",
     r"\b(\w+)\.calls, \1\.reasoning\b": r"\1.tool_calls, \1.reasoning",
     r"\bstate\.pools\.templates\b": "state.shared.chat_prompts",

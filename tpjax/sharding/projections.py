@@ -16,24 +16,34 @@ def qkv_layout(plan: HeadPlan, head_dim: int, in_features: int | None) -> Weight
         head_dim: elements of a head.
         in_features: inputs of the weight; ``None``: the layout of the biases.
     """
-    kind = "bias" if in_features is None else "weight"
+    segments, sizes = qkv_segments(plan, head_dim, "bias" if in_features is None else "weight")
+    width = plan.num_head_slots * (plan.group_size + 2) * head_dim
+    return column_layout(width, segments, sizes, in_features=in_features)
+
+
+def qkv_segments(plan: HeadPlan, head_dim: int, kind: str) -> tuple[list[Segment], dict[str, int]]:
+    """Returns the segments of fused q, k and v, and the outputs of each canonical tensor.
+
+    Args:
+        plan: the head plan.
+        head_dim: elements of a head.
+        kind: ``weight`` or ``bias``.
+    """
     q, k, v = (f"{name}_proj.{kind}" for name in "qkv")
     segments = []
     for head_slot, (kv_head, heads) in enumerate(plan.head_slots):
         start = head_slot * (plan.group_size + 2) * head_dim
-        segments += _head_segments(q, heads, head_dim, start)
+        segments += head_segments(q, heads, head_dim, start)
         for part, name in enumerate((k, v)):
-            segments += _head_segments(name, [kv_head], head_dim, start + (plan.group_size + part) * head_dim)
+            segments += head_segments(name, [kv_head], head_dim, start + (plan.group_size + part) * head_dim)
     kv_width = plan.num_kv_heads * head_dim
-    sizes = {q: plan.num_heads * head_dim, k: kv_width, v: kv_width}
-    width = plan.num_head_slots * (plan.group_size + 2) * head_dim
-    return column_layout(width, segments, sizes, in_features=in_features)
+    return segments, {q: plan.num_heads * head_dim, k: kv_width, v: kv_width}
 
 
 def o_proj_layout(plan: HeadPlan, head_dim: int, out_features: int) -> WeightLayout:
     """Returns the layout of the output projection, whose inputs are the query heads of each head slot."""
     name, heads = "o_proj.weight", plan.stored_query_heads
-    segments, sizes = _head_segments(name, heads, head_dim), {name: plan.num_heads * head_dim}
+    segments, sizes = head_segments(name, heads, head_dim), {name: plan.num_heads * head_dim}
     return row_layout(len(heads) * head_dim, segments, sizes, out_features=out_features)
 
 
@@ -57,12 +67,12 @@ def key_heads_layout(name: str, plan: HeadPlan, size: int) -> WeightLayout:
 def _heads_layout(
     name: str, heads: Sequence[int | None], count: int, size: int, in_features: int | None
 ) -> WeightLayout:
-    segments = _head_segments(name, heads, size)
+    segments = head_segments(name, heads, size)
     return column_layout(len(heads) * size, segments, {name: count * size}, in_features=in_features)
 
 
-def _head_segments(source: str, heads: Sequence[int | None], head_dim: int, start: int = 0) -> list[Segment]:
-    """Stores one head after the other from ``start`` on; ``None`` leaves zeros."""
+def head_segments(source: str, heads: Sequence[int | None], head_dim: int, start: int = 0) -> list[Segment]:
+    """Returns segments that store one head after the other from ``start`` on; ``None`` leaves zeros."""
     return [
         Segment(source, head * head_dim, head_dim, start + index * head_dim)
         for index, head in enumerate(heads)

@@ -215,6 +215,15 @@ MOVED = {
         "_qkv_segments": "tpjax.sharding.projections: qkv_segments as _qkv_segments",
     },
     "tpjax.layers.mlp": {"activate": "tpjax.activations"},
+    "tpjax.layers.moe": {
+        "ExpertWeights": "tpjax.layers.experts",
+        "Routing": "tpjax.layers.experts",
+        "gated_expert": "tpjax.layers.experts",
+        "ragged_experts": "tpjax.layers.experts",
+        "reference_experts": "tpjax.layers.experts",
+        "routed_experts": "tpjax.layers.experts",
+        "tiled_experts": "tpjax.layers.experts",
+    },
     "tpjax.layers.rope": {
         "rotate": "tpjax.layers.rope: apply_rotary as rotate",
         "rotation": "tpjax.layers.rope: rotary_embedding as rotation",

@@ -19,9 +19,8 @@ from tpjax.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig, Nor
 from tpjax.errors import ConfigError
 from tpjax.inspect.collectives import find_collectives
 from tpjax.inspect.explain import explain_model
-from tpjax.layers.moe import (
+from tpjax.layers.experts import (
     ExpertWeights,
-    MoE,
     Routing,
     gated_expert,
     ragged_experts,
@@ -29,6 +28,7 @@ from tpjax.layers.moe import (
     routed_experts,
     tiled_experts,
 )
+from tpjax.layers.moe import MoE
 from tpjax.mesh import make_mesh
 from tpjax.runtime.limits import Limits
 from tpjax.runtime.runner import Runner

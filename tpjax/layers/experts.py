@@ -1,0 +1,172 @@
+"""The computation of routed experts: rows sorted by expert, and grouped products.
+
+No token is dropped and nothing is approximated. Assignments of tokens to experts are sorted by expert, each
+expert computes its run of rows, and the results are weighted and summed. ``reference_experts`` is the
+definition that the grouped products are held to.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tpjax.activations import activate
+from tpjax.config import ModelConfig, MoEConfig
+from tpjax.errors import ConfigError
+from tpjax.layers.linear import dot, grouped_dot
+
+# Rows that an expert computes at once: enough to amortise reading its weights, few enough that an expert's
+# last tile, which is rarely full, wastes little.
+_TILE_ROWS = 64
+
+
+class Routing(NamedTuple):
+    """The experts of each token.
+
+    Attributes:
+        experts: index of each expert.
+        weights: multiplies the output of each expert, float32.
+    """
+
+    experts: Int[Array, "N k"]
+    weights: Float[Array, "N k"]
+
+
+class ExpertWeights(NamedTuple):
+    """Arrays of a stack of experts, or of one of them: then without the first axis. F2 is twice F."""
+
+    gate_up: Float[Array, "E D F2"]
+    down: Float[Array, "E F2//2 D"]
+    gate_up_bias: Float[Array, "E F2"] | None
+    down_bias: Float[Array, "E D"] | None
+
+    def of(self, expert: Int[Array, ""]) -> ExpertWeights:
+        """Returns the weights of one expert."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, expert, keepdims=False), self)
+
+
+def gated_expert(x: Float[Array, "T D"], expert: ExpertWeights, config: ModelConfig) -> Float[Array, "T D"]:
+    """Computes one expert on some rows."""
+    gate_up = dot(x, expert.gate_up, "td,df->tf")
+    if expert.gate_up_bias is not None:
+        gate_up = gate_up + expert.gate_up_bias
+    out = dot(_glu(gate_up, config), expert.down, "tf,fd->td")
+    return out if expert.down_bias is None else out + expert.down_bias
+
+
+def routed_experts(
+    x: Float[Array, "N D"], routing: Routing, experts: ExpertWeights, config: ModelConfig
+) -> Float[Array, "N D"]:
+    """Computes the weighted sum of the outputs of each token's experts, float32.
+
+    Args:
+        x: tokens.
+        routing: experts, counted from the first of this stack; those outside of it are on other devices.
+        experts: the stack.
+        config: the architecture.
+    """
+    tokens, per_token = routing.experts.shape
+    count = experts.gate_up.shape[0]
+    local = (routing.experts >= 0) & (routing.experts < count)
+    assigned = jnp.where(local, routing.experts, count).reshape(-1)
+    order = jnp.argsort(assigned)  # experts of other devices come last
+    group_sizes = jnp.zeros(count, jnp.int32).at[assigned].add(1, mode="drop")
+    sorted_rows = x[order // per_token]
+    # a grouped product is one instruction on TPU and GPU; XLA's CPU backend computes it for every expert
+    out = jax.lax.platform_dependent(
+        sorted_rows,
+        group_sizes,
+        experts,
+        cpu=partial(tiled_experts, config=config, tile=min(tokens, _TILE_ROWS)),
+        default=partial(ragged_experts, config=config),
+    )
+    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+    outputs = out[inverse].reshape(tokens, per_token, -1).astype(jnp.float32)
+    outputs = jnp.where(local[..., None], outputs, 0)  # rows of other devices were not computed
+    return jnp.einsum("nk,nkd->nd", routing.weights, outputs, precision=jax.lax.Precision.HIGHEST)
+
+
+def tiled_experts(
+    x: Float[Array, "M D"],
+    group_sizes: Int[Array, " E"],
+    experts: ExpertWeights,
+    *,
+    config: ModelConfig,
+    tile: int,
+) -> Float[Array, "M D"]:
+    """Computes each expert on its run of rows, in a loop over tiles of rows.
+
+    An expert without rows has no tile and costs nothing.
+
+    Args:
+        x: rows sorted by expert.
+        group_sizes: rows of each expert; the outputs of further rows of ``x`` are undefined.
+        experts: the stack.
+        config: the architecture.
+        tile: rows of a tile.
+    """
+    num_tiles = -(-group_sizes // tile)
+    last_tiles, last_rows = jnp.cumsum(num_tiles), jnp.cumsum(group_sizes)
+
+    def one_tile(i: Int[Array, ""], out: Float[Array, "M D"]) -> Float[Array, "M D"]:
+        expert = jnp.searchsorted(last_tiles, i, side="right")
+        before = last_tiles[expert] - num_tiles[expert]
+        start = last_rows[expert] - group_sizes[expert] + (i - before) * tile
+        rows = jax.lax.dynamic_slice_in_dim(padded, start, tile)
+        # rows beyond this expert's are the next expert's, which overwrites them
+        return jax.lax.dynamic_update_slice_in_dim(
+            out, gated_expert(rows, experts.of(expert), config), start, axis=0
+        )
+
+    padded = jnp.pad(x, ((0, tile), (0, 0)))
+    return jax.lax.fori_loop(0, last_tiles[-1], one_tile, jnp.zeros_like(padded))[: x.shape[0]]
+
+
+def ragged_experts(
+    x: Float[Array, "M D"], group_sizes: Int[Array, " E"], experts: ExpertWeights, *, config: ModelConfig
+) -> Float[Array, "M D"]:
+    """Computes what :func:`tiled_experts` computes, as two grouped products."""
+    expert = jnp.repeat(jnp.arange(group_sizes.size), group_sizes, total_repeat_length=x.shape[0])
+    gate_up = grouped_dot(x, experts.gate_up, group_sizes)
+    if experts.gate_up_bias is not None:
+        gate_up = gate_up + experts.gate_up_bias[expert]
+    out = grouped_dot(_glu(gate_up, config), experts.down, group_sizes)
+    return out if experts.down_bias is None else out + experts.down_bias[expert]
+
+
+def reference_experts(
+    x: Float[Array, "N D"], routing: Routing, experts: ExpertWeights, config: ModelConfig
+) -> Float[Array, "N D"]:
+    """Computes :func:`routed_experts` as defined: every expert on every token, most of them weighted by 0."""
+    outputs = jax.vmap(lambda expert: gated_expert(x, expert, config))(experts)
+    count = experts.gate_up.shape[0]
+    weights = jnp.zeros((x.shape[0], count), jnp.float32)
+    for choice in range(routing.experts.shape[1]):
+        chosen = routing.experts[:, choice, None] == jnp.arange(count)
+        weights = weights + jnp.where(chosen, routing.weights[:, choice, None], 0)
+    return jnp.einsum("ne,end->nd", weights, outputs.astype(jnp.float32))
+
+
+def _glu(gate_up: Float[Array, "T F2"], config: ModelConfig) -> Float[Array, "T F2//2"]:
+    moe = moe_of(config)
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    if moe.swiglu_limit is None:
+        return activate(gate, config.mlp.activation) * up
+    gate = jnp.minimum(gate, moe.swiglu_limit)
+    up = jnp.clip(up, -moe.swiglu_limit, moe.swiglu_limit)
+    return (up + 1) * gate * jax.nn.sigmoid(gate * moe.swiglu_alpha)
+
+
+def moe_of(config: ModelConfig) -> MoEConfig:
+    """Returns the configuration of the experts.
+
+    Raises:
+        ConfigError: the model has no experts.
+    """
+    if config.moe is None:
+        raise ConfigError(f"{config.model_type} has no mixture of experts: moe=None")
+    return config.moe

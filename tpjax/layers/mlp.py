@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from tpjax.activations import activate
 from tpjax.config import MLPConfig
 from tpjax.layers.linear import Linear, RowLinear
-from tpjax.mesh import AXIS
-from tpjax.sharding import COLUMN, REPLICATED, constrain, gate_up_layout, pad_to_multiple, tensor_layout
+from tpjax.sharding import (
+    COLUMN,
+    GATE_UP,
+    REPLICATED,
+    constrain,
+    gate_up_layout,
+    pad_to_multiple,
+    tensor_layout,
+)
 
 
 class MLP(nnx.Module):
@@ -59,7 +65,7 @@ class MLP(nnx.Module):
         x = constrain(x, REPLICATED)  # all-gather over tp with sequence parallelism
         if self.gated:
             gate_up = self.gate_up_proj(x).reshape(*batch, self.tp, 2, -1)
-            gate_up = constrain(gate_up, P(None, None, AXIS, None, None))
+            gate_up = constrain(gate_up, GATE_UP)
             inner = activate(gate_up[..., 0, :], self.activation) * gate_up[..., 1, :]
         else:
             inner = activate(self.up_proj(x), self.activation)

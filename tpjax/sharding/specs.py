@@ -25,6 +25,7 @@ PARTIAL_SUMS = P(AXIS)  # [tp, ...]: one partial sum per device
 SEQUENCE_PARALLEL = P(None, AXIS, None)  # [B, S, D]: a residual of which each device holds some positions
 LOGITS = P(None, AXIS)  # [B, V]
 HEADS = P(None, None, AXIS, None, None)  # [B, S, K, queries per group, h]
+GATE_UP = P(None, None, AXIS, None, None)  # [B, S, tp, 2, F / tp]
 PAGES = P(None, AXIS, None, None)  # [pages, K, page_size, h]
 
 

@@ -108,8 +108,8 @@ def test_a_converted_golden_is_the_same_model(name: str, tmp_path: Path) -> None
     everything = (slice(None), slice(None))
     for module in modules:
         index = everything[:1] if module.endswith("norm") else everything
-        expected, read = (c.source.read(f"{module}.weight", index) for c in (original, found))
-        np.testing.assert_allclose(read, expected, rtol=0, atol=3e-7, err_msg=module)
+        before, after = (c.source.read(f"{module}.weight", index) for c in (original, found))
+        np.testing.assert_allclose(after, before, rtol=0, atol=3e-7, err_msg=module)
     if expected.attention.bias:
         for part in "qkv":
             bias = f"layers.1.self_attn.{part}_proj.bias"

@@ -273,12 +273,12 @@ def test_gpt_oss_experts_are_told_apart() -> None:
 def test_each_device_reads_its_experts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a stack, one expert at a time; over all devices, none more often than its two halves need."""
     read: list[tuple[int, int]] = []
-    read = SafetensorsCheckpoint.read
+    original = SafetensorsCheckpoint.read
 
     def spy(self: Any, name: str, index: Any = None) -> np.ndarray:
         if name == "model.layers.0.mlp.experts.gate_up_proj":
             read.append((index[0].start, index[0].stop))
-        return read(self, name, index)
+        return original(self, name, index)
 
     monkeypatch.setattr(SafetensorsCheckpoint, "read", spy)
     loaded(GOLDENS / "gpt_oss", tp=3)

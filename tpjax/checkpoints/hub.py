@@ -405,7 +405,7 @@ def _hub_errors(repo: str, file: str) -> Iterator[None]:
         raise DownloadError(f"{repo} has no file {file}") from error
     except (
         Exception
-    ) as error:  # the HTTP client's exceptions share no base class with those of huggingface_hub
+    ) as error:  # of the HTTP client: no base class in common with the others
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DownloadError(f"{what}: cannot be fetched from Hugging Face: {reason}") from error
 

@@ -403,9 +403,7 @@ def _hub_errors(repo: str, file: str) -> Iterator[None]:
         ) from error
     except errors.EntryNotFoundError as error:
         raise DownloadError(f"{repo} has no file {file}") from error
-    except (
-        Exception
-    ) as error:  # of the HTTP client: no base class in common with the others
+    except Exception as error:  # of the HTTP client: no base class in common with the others
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DownloadError(f"{what}: cannot be fetched from Hugging Face: {reason}") from error
 

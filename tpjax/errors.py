@@ -1,6 +1,6 @@
 """The exceptions tpjax raises on bad input.
 
-Every message names the thing and, where two numbers disagree, both numbers. The command line prints
+Every message names the thing and, if two numbers disagree, both numbers. The command line prints
 the message on one line and exits with status 2; nothing half-written is left behind.
 """
 

@@ -155,7 +155,7 @@ def has_weights(directory: Path) -> bool:
 
 
 def _read_index(directory: Path) -> dict[str, str] | None:
-    """Returns the index's map from tensor to shard, or None where `model.safetensors` is to be read."""
+    """Returns the index's map from tensor to shard, or None if `model.safetensors` is to be read."""
     if os.path.exists(directory / _SINGLE):  # unlike Path.exists, never raises
         return None
     path = directory / _INDEX
@@ -199,7 +199,7 @@ def _explain_absence(directory: Path) -> str:
     if pickles:
         return (
             f"{directory}: has only pickle weights ({pickles[0]}), which can run code and are never opened; "
-            "convert to safetensors where you trust them, with transformers: "
+            "convert to safetensors if you trust them, with transformers: "
             "AutoModelForCausalLM.from_pretrained(SOURCE).save_pretrained(TARGET)"
         )
     return f"{directory}: has no weights: neither {_SINGLE} nor {_INDEX}"

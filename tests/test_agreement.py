@@ -256,7 +256,10 @@ def test_an_orbax_directory_of_absurd_sizes(tmp_path: Path) -> None:
         ("hidden_size", 10**9),
         ("vocab_size", 10**6),
     ):
-        file.write_text(json.dumps({**raw, name: value}))
+        changed = {**raw, name: value}
+        if name in raw["attention"]:
+            changed = {**raw, "attention": {**raw["attention"], name: value}}
+        file.write_text(json.dumps(changed))
         with pytest.raises((ConfigError, CheckpointError), match=f"{name}={value}"):
             open_checkpoint(tmp_path / "orbax")
 

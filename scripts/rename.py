@@ -242,7 +242,7 @@ MOVED = {
 
 # attributes whose names are too common to be replaced wherever they stand
 PATTERNS = {
-    r"\bfrom tpjax\.layers import attention$": "from tpjax.attention import xla as attention",
+    r"(?m)^from tpjax\.layers import attention$": "from tpjax.attention import xla as attention",
     r"(?m)^from tpjax\.layers\.attention import _query_places\n": "",
     r"\b_query_places\(plan\)": "plan.stored_query_heads",
     r"\bplan\.slots\b": "plan.head_slots",

@@ -27,6 +27,9 @@ README = Path(__file__).parent.parent / "README.md"
 COLUMNS = 100
 _BLOCK = re.compile(r"(?:<!-- needs: (?P<needs>\w+) -->\n)?```console\n(?P<text>.*?)```\n", re.DOTALL)
 _REST = "…"
+_LOG = re.compile(
+    r"WARNING: All log messages before absl|[IWE]\d{4} "
+)  # of compilers, for their developers
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ def _shown(command: str, printed: str) -> str:
             timeout=900,
         )
     lines = [line.rstrip() for line in done.stdout.rstrip("\n").splitlines()]
+    lines = [line for line in lines if not _LOG.match(line)]
     lines = [re.sub(r"\b(\w+\.py):\d+", r"\1:…", line) for line in lines]
     kept = printed.rstrip("\n").splitlines()
     if kept and kept[-1].strip() == _REST:

@@ -27,9 +27,7 @@ README = Path(__file__).parent.parent / "README.md"
 COLUMNS = 100
 _BLOCK = re.compile(r"(?:<!-- needs: (?P<needs>\w+) -->\n)?```console\n(?P<text>.*?)```\n", re.DOTALL)
 _REST = "…"
-_LOG = re.compile(
-    r"WARNING: All log messages before absl|[IWE]\d{4} "
-)  # of compilers, for their developers
+_LOG = re.compile(r"WARNING: All log messages before absl|[IWE]\d{4} ")  # of compilers, for their developers
 
 
 @dataclass(frozen=True)

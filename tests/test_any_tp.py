@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from tpjax.cache import BatchMetadata, allocate
@@ -244,6 +244,33 @@ def architectures(draw: st.DrawFn) -> ModelConfig:
     )
 
 
+# no family has a parallel block of latent attention and experts: both give partial sums, reduced once
+PARALLEL_LATENT = ModelConfig(
+    model_type="llama",
+    vocab_size=12,
+    hidden_size=8,
+    num_layers=1,
+    max_position_embeddings=64,
+    block="parallel",
+    tie_word_embeddings=False,
+    attention=AttentionConfig(
+        num_heads=3,
+        num_kv_heads=3,
+        head_dim=6,
+        query_scale=0.3,
+        out_bias=True,
+        layer_types=("full_attention",),
+        latent=LatentConfig(q_lora_rank=None, kv_lora_rank=8, v_head_dim=1),
+    ),
+    rope=RopeConfig(rotary_dim=2),
+    mlp=MLPConfig(intermediate_size=24),
+    moe=MoEConfig(
+        num_experts=4, experts_per_token=2, expert_width=3, sparse_layers=(True,), norm_topk_prob=False
+    ),
+    norm=NormConfig(eps=1e-5),
+)
+
+
 @pytest.mark.slow
 @settings(
     max_examples=EXAMPLES,
@@ -253,6 +280,7 @@ def architectures(draw: st.DrawFn) -> ModelConfig:
     phases=[Phase.explicit, Phase.generate],  # each example compiles: shrinking one takes many minutes
 )
 @given(config=architectures(), tp=sizes(16, 2), seed=sizes(2**16))
+@example(config=PARALLEL_LATENT, tp=3, seed=1)
 def test_any_architecture_at_any_tp(config: ModelConfig, tp: int, seed: int) -> None:
     weights = random_weights(config, seed)
     assert canonical_shapes(config, tp) == {name: w.shape for name, w in weights.items()}

@@ -12,7 +12,7 @@ import pkgutil
 import sys
 from types import ModuleType
 
-_NVIDIA = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")
+_NVIDIA = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/nvmap")  # the last two: WSL, Jetson
 _TPU = ("/dev/accel0", "/dev/vfio/0")
 _GOOGLE_PCI_VENDOR = "0x1ae0"
 _PLATFORMS = "JAX_PLATFORMS"

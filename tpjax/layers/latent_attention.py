@@ -82,6 +82,7 @@ class LatentAttention(nnx.Module):
             o_proj_layout(plan, latent.v_head_dim, hidden),
             tensor_layout("o_proj.bias", (hidden,)) if attention.out_bias else None,
             dtype,
+            partial_sums=plan.tp if config.parallel else None,
         )
         self.num_heads = plan.num_padded_heads
         self.config = config

@@ -10,9 +10,13 @@ have no successor: a model is a `ModelConfig` (`planning.published`), counted by
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "tpjax"
 
 # old module -> new module
 MODULES = {
@@ -22,6 +26,7 @@ MODULES = {
     "tpjax.engine.text": "tpjax.text.stream",
     "tpjax.families": "tpjax.families.registry",
     "tpjax.inspect.bench": "tpjax.planning.step_benchmark",
+    "tpjax.planning.bench": "tpjax.planning.step_benchmark",
     "tpjax.inspect.hardware": "tpjax.hardware",
     "tpjax.inspect.interconnect": "tpjax.interconnect",
     "tpjax.inspect.measure": "tpjax.planning.measure",
@@ -80,7 +85,7 @@ NAMES = {
     "blocks._blank": "blocks._free_list",
     "head.launched": "head.dispatched_tokens",
     "RopeConfig": "RopeParameters",
-    "length_class": "rope_scaling_key",
+    "length_class": "scaling_key",
     "num_slots": "num_head_slots",
     "losses": "state_resets",
     "most_tokens": "max_length",
@@ -127,6 +132,9 @@ NAMES = {
     "form_schema": "format_schema",
 }
 
+# of these names: replaced only in sources that import them or read attributes of that name
+COMMON_WORDS = ("Budget", "Memory", "POSITIONS", "SHARES", "Scores", "Share", "Stored", "Wanted", "losses")
+
 # group of ModelConfig -> its class, {name of a field before it was grouped: its name in the group}
 CONFIG_GROUPS = {
     "attention": (
@@ -161,18 +169,57 @@ CONFIG_GROUPS = {
     ),
     "norm": ("NormConfig", {"norm": "kind", "norm_eps": "eps", "norm_bias": "bias", "norm_offset": "offset"}),
 }
-ROPE_PARAMETERS = (
-    *("theta", "kind", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    *(
-        "divisors",
-        "long_divisors",
-        "beta_fast",
-        "beta_slow",
-        "truncate",
-        "attention_factor",
-        "follows_length",
-    ),
+# a group's name that was a field's: the fields of the group
+GROUP_FIELDS = {
+    "rope": ("full", "sliding", "layers", "rotary_dim", "parameters_of", "scaling_key"),
+    "norm": ("kind", "eps", "bias", "offset"),
+}
+# functions whose result is a ModelConfig
+MAKE_CONFIGS = (
+    *("config", "config_from_gguf", "config_from_hf", "model_config", "published_config"),
+    *("with_expert_parallel", "with_expert_sharding", "ModelConfig"),
 )
+
+# keyword argument of public functions -> its name of today, and {old value: new value}
+OPTIONS = {
+    "expert_sharding": ("expert_parallel", {"experts": "on", "width": "off"}),
+    "residual": ("sequence_parallel", {"positions": "on", "replicated": "off"}),
+}
+
+# for fields whose names stand in dictionaries
+HELPERS = """
+
+def _in_groups(config, fields):
+    import dataclasses
+
+    import tpjax.config as kinds
+
+    for group, (kind, names) in {groups}.items():
+        inside = {{new: fields.pop(old) for old, new in names.items() if old in fields}}
+        if config is None:
+            fields[group] = getattr(kinds, kind)(**inside)
+        elif inside:
+            fields[group] = dataclasses.replace(getattr(config, group), **inside)
+    return fields
+
+
+def _model_config(**fields):
+    from tpjax.config import ModelConfig
+
+    return ModelConfig(**_in_groups(None, fields))
+
+
+def _replace_fields(config, **fields):
+    import dataclasses
+
+    from tpjax.config import ModelConfig
+
+    if isinstance(config, ModelConfig):
+        fields = _in_groups(config, fields)
+    return dataclasses.replace(config, **fields)
+
+
+"""
 
 # module, by its name of today -> {name that moved out of it: where to}; a name too common for NAMES keeps its
 # old one as an alias
@@ -193,6 +240,7 @@ MOVED = {
         "whole_copies": "tpjax.inspect.copies: copied_arrays as whole_copies",
         "write_backs": "tpjax.inspect.copies",
     },
+    "tpjax.planning": {"bench": "tpjax.planning: step_benchmark as bench"},
     "tpjax.planning.plan": {
         "Cost": "tpjax.planning.cost_model",
         "CostModel": "tpjax.planning.cost_model",
@@ -250,6 +298,25 @@ PATTERNS = {
     r"\.reader\((?=\s*(?:tools|None)\b)": ".parser(",
     r"\b(\w+)\.calls, \1\.reasoning\b": r"\1.tool_calls, \1.reasoning",
     r"\bstate\.pools\.templates\b": "state.shared.chat_prompts",
+    r"\brow\.reach\b": "row.max_length",
+    r"\.model\.cut\b": ".model.expert_axis",
+    r"\)\.cut\((?=\d)": ").sharded_axis(",
+    r"@staticmethod\n    def length_class\(": (
+        "@property\n    def rope(self):\n        return self\n\n    @staticmethod\n    def scaling_key("
+    ),
+    # values of options
+    r"--expert-sharding([ =]|\", \")width\b": r"--expert-parallel\1off",
+    r"--expert-sharding([ =]|\", \")experts\b": r"--expert-parallel\1on",
+    r"--expert-sharding\b": "--expert-parallel",
+    r"\bwith_expert_sharding\(\"width\"\)": 'with_expert_parallel("off")',
+    r"\bexpert_sharding(\": \"|=')width\b": r"expert_parallel\1off",
+    r"\bexpert_sharding(\": \"|=')experts\b": r"expert_parallel\1on",
+    r"\buse auto, experts or width\b": "use auto, on or off",
+    r"\buse auto or width\b": "use auto or off",
+    r"\bresidual(\": \"|=')": r"sequence_parallel\1",
+    r"\buse auto, replicated or\b": "use auto, on or",
+    r"\brunner\(\"positions\"\)": 'runner("on")',
+    r"\brunner\(\"replicated\"\)": 'runner("off")',
 }
 
 
@@ -261,6 +328,27 @@ def _moved(match: re.Match[str]) -> str:
         home, _, alias = MOVED[module].get(name, module).partition(": ")
         homes.setdefault(home, []).append(alias or name)
     return "\n".join(f"{indent}from {home} import {', '.join(homes[home])}" for home in sorted(homes))
+
+
+def _is_used(name: str, source: str) -> bool:
+    """Returns whether a source imports a name, or reads an attribute of that name."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and any(alias.name == name for alias in node.names):
+            return True
+        if isinstance(node, ast.Attribute) and node.attr == name:
+            return True
+    return False
+
+
+def _module_pattern(old: str) -> str:
+    """Returns a pattern for a module's old name; what a folder of that name holds today is no match."""
+    folder = PACKAGE.joinpath(*old.split(".")[1:])
+    if not folder.is_dir():
+        return rf"\b{re.escape(old)}\b"
+    inside = {file.stem for file in folder.iterdir()} - {"__init__", "__pycache__"}
+    inside |= {module.removeprefix(f"{old}.") for module in MOVED if module.startswith(f"{old}.")}
+    names = "|".join(sorted(inside))
+    return rf"(?<!-m )(?<!-m\", \")\b{re.escape(old)}\b(?!\.(?:{names})\b| import (?:{names})\b)"
 
 
 def renamed(source: str) -> str:
@@ -275,57 +363,170 @@ def renamed(source: str) -> str:
             source,
             flags=re.MULTILINE,
         )
-    longest_first = sorted(MODULES, key=len, reverse=True)
-    # a module that was a file and is a folder now keeps the names of what is in the folder
-    known = "|".join(re.escape(old) for old in longest_first)
-    source = re.sub(rf"\b({known})\b(?!\.(?:app|registry)\b)", lambda match: MODULES[match[1]], source)
+    for old in sorted(MODULES, key=len, reverse=True):
+        source = re.sub(_module_pattern(old), MODULES[old], source)
     modules = "|".join(map(re.escape, MOVED))
     statement = rf"^([ ]*)from ({modules}) import (\([^)]*\)|[\w, ]+)$"
     source = re.sub(statement, _moved, source, flags=re.MULTILINE)
     for old, new in PATTERNS.items():
         source = re.sub(old, new, source)
-    names = "|".join(NAMES)
+    source = _grouped_fields(_renamed_options(source))
+    names = "|".join(old for old in NAMES if old not in COMMON_WORDS or _is_used(old, source))
     source = re.sub(rf"\b({names})\b", lambda match: NAMES[match[1]], source)
-    return _grouped_constructors(_grouped_fields(source))
+    return _with_helpers(_grouped_constructors(source))
+
+
+@dataclass
+class _Edits:
+    """Replacements of parts of a source, by what its syntax tree says of their places."""
+
+    source: bytes
+    spans: dict[tuple[int, int], str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.starts = [0, *itertools.accumulate(map(len, self.source.splitlines(keepends=True)))]
+
+    def span(self, node: ast.expr | ast.keyword) -> tuple[int, int]:
+        """Returns the offsets of the first byte of a node and of the one after it."""
+        assert node.end_lineno is not None and node.end_col_offset is not None
+        return (
+            self.starts[node.lineno - 1] + node.col_offset,
+            self.starts[node.end_lineno - 1] + node.end_col_offset,
+        )
+
+    def text(self, node: ast.expr) -> str:
+        """Returns a node as it stands in the source."""
+        return self.source[slice(*self.span(node))].decode()
+
+    def applied(self) -> str:
+        """Returns the source with all replacements."""
+        result = self.source
+        for (first, end), text in sorted(self.spans.items(), reverse=True):
+            result = result[:first] + text.encode() + result[end:]
+        return result.decode()
+
+
+def _called(node: ast.expr) -> str:
+    """Returns the name of the function that a node calls."""
+    function = node.func if isinstance(node, ast.Call) else None
+    return getattr(function, "id", getattr(function, "attr", ""))
+
+
+def _is_config(node: ast.expr, names: set[str]) -> bool:
+    """Returns whether a node is a ``ModelConfig``: by its name, or by the function that returns it."""
+    match node:
+        case ast.Name(id=name):
+            return name in names or name.lower().endswith("config")
+        case ast.Attribute(attr=name):
+            return name.lower().endswith("config")
+        case ast.Call(args=[first, *_]) if _called(node) == "replace":
+            return _is_config(first, names)
+        case ast.Call():
+            return _called(node) in MAKE_CONFIGS or _called(node) in names
+    return False
+
+
+def _configs_of(scope: ast.AST, known: set[str]) -> set[str]:
+    """Returns the variables to which a scope assigns a ``ModelConfig``, and the parameters that are one."""
+    found = set(known)
+    for node in ast.walk(scope):
+        if isinstance(node, ast.arg) and "ModelConfig" in ast.unparse(node.annotation or ast.Constant("")):
+            found.add(node.arg)
+        match node:
+            case ast.For(target=ast.Name(id=name), iter=ast.Tuple(elts=[first, *_])):
+                found |= {name} if _is_config(first, found) else set()
+            case ast.comprehension(target=ast.Name(id=name), iter=ast.Tuple(elts=[first, *_])):
+                found |= {name} if _is_config(first, found) else set()
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                pairs = [(target, node.value)]
+                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                    pairs = list(zip(target.elts, node.value.elts, strict=False))
+                elif isinstance(target, ast.Tuple) and isinstance(node.value, ast.GeneratorExp):
+                    pairs = [(element, node.value.elt) for element in target.elts]
+                found |= {
+                    name.id
+                    for name, value in pairs
+                    if isinstance(name, ast.Name) and _is_config(value, found)
+                }
+    return found
 
 
 def _grouped_fields(source: str) -> str:
-    """``config.num_heads`` as ``config.attention.num_heads``, whatever ends in ``config``."""
+    """``config.num_heads`` as ``config.attention.num_heads``, and the fields given to ``replace`` grouped."""
+    edits, tree = _Edits(source.encode()), ast.parse(source)
     homes = {"rope_of": "rope.parameters_of", "window_of": "attention.window_of"}
-    homes |= {"rope_scaling_key": "rope.scaling_key"}
+    homes |= {"length_class": "rope.scaling_key"}
     for group, (_, fields) in CONFIG_GROUPS.items():
         homes |= {old: f"{group}.{new}" for old, new in fields.items()}
-    parameters = "|".join(ROPE_PARAMETERS)
-    source = re.sub(rf"(\w*config)\.rope(_sliding)?\.({parameters})\b", _rope_parameter, source)
-    for name in ("rope", "norm"):  # groups by the name of a field that they hold now
-        del homes[name]
-    names = "|".join(homes)
-    return re.sub(rf"(\w*config)\.({names})\b", lambda match: f"{match[1]}.{homes[match[2]]}", source)
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    others = ast.Module([node for node in tree.body if node not in functions], [])
+    makers = {node.name for node in functions if node.returns and ast.unparse(node.returns) == "ModelConfig"}
+    everywhere = _configs_of(others, makers)
+    grouped = {
+        id(node.value): node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+    }  # an attribute -> the one read of it
+    for scope in (*functions, others):
+        names = _configs_of(scope, everywhere)
+        for node in ast.walk(scope):
+            if (
+                isinstance(node, ast.Attribute)
+                and node.attr in homes
+                and _is_config(node.value, names)
+                and grouped.get(id(node)) not in GROUP_FIELDS.get(node.attr, ())
+            ):
+                _, end = edits.span(node)
+                edits.spans[end - len(node.attr), end] = homes[node.attr]
+            if isinstance(node, ast.Call) and _called(node) == "replace" and node.args:
+                given = {keyword.arg for keyword in node.keywords}
+                if given & (homes.keys() - GROUP_FIELDS.keys() | {None}) or (
+                    given & homes.keys() and _is_config(node.args[0], names)
+                ):
+                    edits.spans[edits.span(node.func)] = "_replace_fields"
+    return edits.applied()
 
 
-def _rope_parameter(match: re.Match[str]) -> str:
-    return f"{match[1]}.rope.{'sliding' if match[2] else 'full'}.{match[3]}"
+def _renamed_options(source: str) -> str:
+    """The keyword arguments of :data:`OPTIONS`, names and values, in calls of what comes from tpjax."""
+    edits, tree = _Edits(source.encode()), ast.parse(source)
+    imported = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("tpjax", "dataclasses"))
+        for alias in node.names
+    }
+    for call in ast.walk(tree):
+        if not isinstance(call, ast.Call) or _called(call) not in imported:
+            continue
+        for keyword in call.keywords:
+            if keyword.arg not in OPTIONS:
+                continue
+            new, values = OPTIONS[keyword.arg]
+            start, _ = edits.span(keyword)
+            edits.spans[start, start + len(keyword.arg)] = new
+            constants = [node for node in ast.walk(keyword.value) if isinstance(node, ast.Constant)]
+            for constant in constants:
+                if constant.value in values:
+                    edits.spans[edits.span(constant)] = repr(values[constant.value])
+            if not constants:
+                text = edits.text(keyword.value)
+                edits.spans[edits.span(keyword.value)] = f"{values}.get({text}, {text})"
+    return edits.applied()
 
 
 def _grouped_constructors(source: str) -> str:
     """Calls of ``ModelConfig`` with the groups built from the fields they own."""
     if "ModelConfig(" not in source:
         return source
-    used, encoded = set(), source.encode()
-    starts = [0]
-    for line in encoded.splitlines(keepends=True):
-        starts.append(starts[-1] + len(line))
-
-    def span(node: ast.expr) -> slice:
-        assert node.end_lineno is not None and node.end_col_offset is not None
-        return slice(
-            starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
-        )
-
-    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    for call in sorted(calls, key=lambda node: -node.lineno):
-        old = {keyword.arg: encoded[span(keyword.value)].decode() for keyword in call.keywords}
-        if getattr(call.func, "id", None) != "ModelConfig" or None in old or "attention" in old:
+    used: set[str] = set()
+    edits = _Edits(source.encode())
+    for call in ast.walk(ast.parse(source)):
+        if not isinstance(call, ast.Call) or getattr(call.func, "id", None) != "ModelConfig":
+            continue
+        old = {keyword.arg: edits.text(keyword.value) for keyword in call.keywords}
+        if None in old:
+            edits.spans[edits.span(call.func)] = "_model_config"
+        if None in old or "attention" in old:
             continue
         arguments = []
         for group, (kind, fields) in CONFIG_GROUPS.items():
@@ -333,12 +534,20 @@ def _grouped_constructors(source: str) -> str:
                 arguments.append(f"{group}={kind}({', '.join(inside)})")
                 used.add(kind)
         arguments = [f"{name}={value}" for name, value in old.items()] + arguments
-        where = span(call)
-        encoded = (
-            encoded[: where.start] + f"ModelConfig({', '.join(arguments)})".encode() + encoded[where.stop :]
-        )
+        edits.spans[edits.span(call)] = f"ModelConfig({', '.join(arguments)})"
     imports = f"from tpjax.config import {', '.join(sorted(used))}\n" if used else ""
-    return re.sub(r"^(?=from tpjax\.config import )", imports, encoded.decode(), count=1, flags=re.MULTILINE)
+    return re.sub(r"^(?=from tpjax\.config import )", imports, edits.applied(), count=1, flags=re.MULTILINE)
+
+
+def _with_helpers(source: str) -> str:
+    """The source with the functions it calls for fields that are known only when it runs."""
+    if "_replace_fields(" not in source and "_model_config(" not in source:
+        return source
+    body = ast.parse(source).body
+    imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+    lines = source.splitlines(keepends=True)
+    after = imports[-1].end_lineno
+    return "".join([*lines[:after], HELPERS.format(groups=CONFIG_GROUPS), *lines[after:]])
 
 
 def main() -> int:

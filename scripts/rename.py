@@ -3,8 +3,29 @@
 
     python scripts/rename.py my_program.py tests/        # in place; folders are searched for .py files
 
+Run it once on a source: `RopeConfig`, for one, is `RopeParameters` today, and another class has that name.
 What moved and what is called otherwise is in the tables below. `Shape`, `Latent` and `Experts` of `inspect`
 have no successor: a model is a `ModelConfig` (`planning.published`), counted by `planning.counts.Counts`.
+
+The tests of commit 956abda, from before the renaming, run on today's package:
+
+    mkdir old && git archive 956abda tests | tar x -C old && cp pyproject.toml old
+    for name in tpjax scripts notebooks *.md LICENSE constraints.txt; do ln -s $PWD/$name old; done
+    python scripts/rename.py old/tests
+    cd old && PYTHONPATH=$PWD python -m pytest -q -p no:cacheprovider
+
+Without the slow ones they are 4058 tests in 66 files; all files import. Of the 3721 in the 60 files that were
+run so, in whole or in part, 3389 passed, 283 were skipped and 49 failed:
+
+    21  test_layering: the old list of modules and their ranks, which lacks the new ones
+    14  reworded texts: test_explain 10, test_moe 2, test_fit 1, test_safetensors 1
+     9  removed: Counts.active_parameters (test_counts 6), WorkerPool.running and `with` a reservation
+        (test_hostile 2), runner.DTYPES (test_cli 1)
+     4  keys in JSON: model_config.json is of format 2 (test_orbax 2), experts["sharded_by"] (test_moe 2)
+     1  test_latent_attention: the signature of layers.linear.dot, checked in tests, rejects NumPy weights
+
+Not run: test_bfloat16, test_notebooks, test_parity, test_readme, test_server_clients, test_server_faults,
+43 of test_server_api, 63 of test_agreement.
 """
 
 from __future__ import annotations
@@ -26,7 +47,6 @@ MODULES = {
     "tpjax.engine.text": "tpjax.text.stream",
     "tpjax.families": "tpjax.families.registry",
     "tpjax.inspect.bench": "tpjax.planning.step_benchmark",
-    "tpjax.planning.bench": "tpjax.planning.step_benchmark",
     "tpjax.inspect.hardware": "tpjax.hardware",
     "tpjax.inspect.interconnect": "tpjax.interconnect",
     "tpjax.inspect.measure": "tpjax.planning.measure",
@@ -37,6 +57,7 @@ MODULES = {
     "tpjax.inspect.strategies": "tpjax.planning.strategies",
     "tpjax.mappings": "tpjax.families",
     "tpjax.memory": "tpjax.runtime.memory",
+    "tpjax.planning.bench": "tpjax.planning.step_benchmark",
     "tpjax.runner": "tpjax.runtime.runner",
     "tpjax.server.answer_grammar": "tpjax.server.grammars.response_grammar",
     "tpjax.server.answers": "tpjax.server.responses",
@@ -524,9 +545,10 @@ def _grouped_constructors(source: str) -> str:
         if not isinstance(call, ast.Call) or getattr(call.func, "id", None) != "ModelConfig":
             continue
         old = {keyword.arg: edits.text(keyword.value) for keyword in call.keywords}
+        if "attention" in old:
+            continue
         if None in old:
             edits.spans[edits.span(call.func)] = "_model_config"
-        if None in old or "attention" in old:
             continue
         arguments = []
         for group, (kind, fields) in CONFIG_GROUPS.items():

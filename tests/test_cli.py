@@ -447,7 +447,7 @@ def test_explain_of_a_configuration_alone(how: tuple[str, ...], tmp_path: Path) 
     out = tpjax("explain", *model, "--tp", "8", "--max-model-len", "1024", "--json")
     assert out.returncode == 0, out.stderr
     report = json.loads(out.stdout)
-    assert (report["heads"]["padded_heads"], report["heads"]["kv_slots"]) == (32, 8)
+    assert (report["heads"]["padded_heads"], report["heads"]["kv_head_slots"]) == (32, 8)
     rows = {row["name"]: row for row in report["tensors"]}
     assert rows["layers.*.self_attn.qkv_proj.weight"]["shape"] == [3584, (32 + 2 * 8) * 128]
     assert rows["layers.*.mlp.down_proj.weight"]["shard_shape"] == [3584, 18944 // 8]

@@ -236,7 +236,7 @@ def _heads(config: ModelConfig, tp: int) -> dict[str, Any]:
         "num_heads": plan.num_heads,
         "num_kv_heads": plan.num_kv_heads,
         "padded_heads": plan.num_padded_heads,
-        "kv_slots": plan.num_head_slots,
+        "kv_head_slots": plan.num_head_slots,
         "group_size": plan.group_size,
         "query_padding": plan.query_padding,
         "kv_padding": cache_padding,

@@ -49,8 +49,8 @@ def wait_for(call: Callable[[], None], what: str) -> None:
 
     thread = threading.Thread(target=run, daemon=True)
     start = time.perf_counter()
-    thread.start()
     try:
+        thread.start()
         thread.join(_UNSEEN_S)
         if thread.is_alive():
             with Console(stderr=True).status(what) as status:

@@ -49,6 +49,17 @@ def test_generate_and_stream_agree(llm: LLM) -> None:
     assert len(deltas) > 3  # it did stream
 
 
+def test_chat_takes_sampling_parameters_and_variables_of_the_template(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    (short,) = llm.chat(messages, max_tokens=3, temperature=0)
+    (same,) = llm.generate([llm.chat_prompt(messages)], greedy(3))
+    assert short.token_ids == same.token_ids and len(short.token_ids) == 3
+    (open_,) = llm.chat(messages, max_tokens=1, add_generation_prompt=False)
+    assert len(open_.prompt_token_ids) < len(short.prompt_token_ids)
+    with pytest.raises(RequestError, match="max_tokens"):
+        llm.chat(messages, greedy(3), max_tokens=4)
+
+
 def test_end_of_text_ends_and_is_not_text(llm: LLM) -> None:
     (ended,) = llm.generate(PROMPT, greedy(64))
     assert ended.finish_reason == "stop"

@@ -86,9 +86,9 @@ def test_the_example_in_python_runs(tmp_path: Path) -> None:
         cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=540,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    answer, first, second, *story = done.stdout.splitlines()
+    answer, first, *others = done.stdout.splitlines()
     assert f"print(answer.text)  # {answer}\n" in PYTHON[0]
-    assert first.startswith(" Paris") and second and story
+    assert first.startswith(" Paris") and len("".join(others)) > 200
 
 
 @pytest.mark.slow

@@ -269,7 +269,8 @@ class LLM:
         Args:
             messages: one conversation, a list of objects with ``role`` and ``content``; or a list of those.
             params: as in :meth:`generate`.
-            **options: variables of the chat template: ``tools``, and whatever else it reads.
+            **options: fields of ``SamplingParams`` in place of ``params``, as in :meth:`generate`; all others
+                are variables of the chat template: ``tools``, and whatever else it reads.
 
         Returns:
             One completion per conversation.
@@ -278,7 +279,10 @@ class LLM:
             RequestError: the model has no chat template, or the template rejects the messages.
         """
         several = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        return self.generate([self.chat_prompt(one, **options) for one in several], params)  # type: ignore[arg-type]
+        names = SamplingParams.__dataclass_fields__.keys() & options.keys()
+        fields = {name: options.pop(name) for name in names}
+        prompts = [self.chat_prompt(one, **options) for one in several]  # type: ignore[arg-type]
+        return self.generate(prompts, params, **fields)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Returns the token ids of a conversation, ready to be answered.

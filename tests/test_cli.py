@@ -197,7 +197,8 @@ def test_a_reader_that_leaves_is_no_error():
 def test_interrupting_a_compilation_ends_at_once():
     """A thread in XLA does not stop, as one that sleeps does not."""
     program = (
-        "import time; from tpjax.cli.compiling import wait_for\n"
+        "import signal, time; from tpjax.cli.compiling import wait_for\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs ignore it
         "wait_for(lambda: (print('begun', flush=True), time.sleep(600)), 'compiling')"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

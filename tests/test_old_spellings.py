@@ -37,6 +37,7 @@ def test_command_line_options_work_with_a_warning(capsys: pytest.CaptureFixture[
     )
     assert words == ["a", "--expert-parallel", "on", "--expert-parallel", "off", "b"]
     assert len(messages) == 2
+    assert translate_arguments(["--residual", "on"]) == (["--residual", "on"], [])  # of Python alone
     assert main(["explain", str(GOLDENS / "mixtral"), "--json", "--expert-sharding", "rows"]) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("tpjax: warning: --expert-sharding rows is now --expert-parallel rows; ")

@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -72,6 +73,7 @@ def environment() -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS, ids=[next(block.commands())[0][:50] for block in BLOCKS])
+@pytest.mark.usefixtures("smollm2_gguf")  # fetched before: no transcript shows that
 def test_transcripts_are_what_the_commands_print(block: Any) -> None:
     """``python scripts/readme_transcripts.py`` writes them."""
     if not block.runs_here:
@@ -96,14 +98,17 @@ def test_the_server_s_example_runs(tmp_path: Path) -> None:
     """The command, on a port of its own, and the client."""
     (command,) = re.findall(r"^tpjax (serve [^#\n]+)", README, re.MULTILINE)
     assert "--port" not in command and "127.0.0.1:8000" in PYTHON[1]
-    arguments = [sys.executable, "-m", "tpjax", *command.split(), "--port", "8731"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = [sys.executable, "-m", "tpjax", *command.split(), "--port", str(port)]
     server = subprocess.Popen(arguments, cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL)
     try:
         until = time.monotonic() + 6 * WAIT_S
-        while not _ready("http://127.0.0.1:8731/ready"):
+        while not _ready(f"http://127.0.0.1:{port}/ready"):
             assert server.poll() is None and time.monotonic() < until
             time.sleep(0.5)
-        client = PYTHON[1].replace("127.0.0.1:8000", "127.0.0.1:8731")
+        client = PYTHON[1].replace("127.0.0.1:8000", f"127.0.0.1:{port}")
         done = subprocess.run([sys.executable, "-c", client], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert f"print(answer.choices[0].message.content)  # {done.stdout}" in f"{PYTHON[1]}"

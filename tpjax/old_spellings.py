@@ -16,6 +16,8 @@ KEYWORDS: dict[str, tuple[str, dict[str, str]]] = {
     "residual": ("sequence_parallel", {"positions": "on", "replicated": "off"}),
 }
 
+_OPTIONS = ("expert_sharding",)  # those that the command line had
+
 
 def accepts_old_spellings(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """Decorates a public function: it takes the keywords of :data:`KEYWORDS` under both names."""
@@ -38,16 +40,17 @@ def accepts_old_spellings(function: Callable[_Arguments, _Result]) -> Callable[_
 
 
 def translate_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Command-line arguments with the options' present names and values, and a line for each one changed."""
+    """Returns arguments with the options' present names and values, and a message for each one changed."""
     translated, messages = [], []
     remaining = list(words)
     while remaining:
         word = remaining.pop(0)
         option, equals, value = word.partition("=")
-        new, values = KEYWORDS.get(option[2:].replace("-", "_"), ("", {})) if option[:2] == "--" else ("", {})
-        if not new:
+        old = option[2:].replace("-", "_")
+        if option[:2] != "--" or old not in _OPTIONS:
             translated.append(word)
             continue
+        new, values = KEYWORDS[old]
         value = value if equals or not remaining else remaining.pop(0)
         option_now, value_now = f"--{new.replace('_', '-')}", values.get(value, value)
         translated += [option_now, value_now]

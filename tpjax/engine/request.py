@@ -163,12 +163,11 @@ class Request:
         complete = self.grammar is not None and self.grammar.finished
         # a grammar that cannot go on is no error at the last token, after which nothing has to follow
         stuck = complete and getattr(self.grammar, "error", None) is not None
-        if token in self.stop_ids or (complete and not stuck):
+        at_limit = len(self.output_token_ids) >= self.params.max_tokens
+        if token in self.stop_ids or (complete and not (stuck and at_limit)):
             self.finish_reason = "stop"
-        elif len(self.output_token_ids) >= self.params.max_tokens:
+        elif at_limit:
             self.finish_reason = "length"
-        elif stuck:
-            self.finish_reason = "stop"  # whoever reads the grammar's error fails the request
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Returns tokens ``start`` to ``stop`` of prompt and output together."""

@@ -15,7 +15,7 @@ import pytest
 
 from tpjax.inspect.collectives import find_collectives
 from tpjax.mesh import make_mesh
-from tpjax.sampling import NAN_TOKEN, History, Sampled, SamplingRows, sample
+from tpjax.sampling import ALL_MASKED_TOKEN, NAN_TOKEN, History, Sampled, SamplingRows, sample
 from tpjax.sampling_params import SamplingParams
 from tpjax.sharding import pad_to_multiple
 
@@ -26,7 +26,7 @@ GREEDY = SamplingParams(temperature=0)
 
 
 @functools.cache
-def program(tp: int, rows: int = ROWS) -> Callable[..., tuple[Sampled, History]]:
+def program(tp: int, rows: int = ROWS, greedy: bool = False) -> Callable[..., tuple[Sampled, History]]:
     mesh = make_mesh(tp)
     padded = pad_to_multiple(V, tp)
     history = History.abstract(rows, padded, mesh)
@@ -39,7 +39,7 @@ def program(tp: int, rows: int = ROWS) -> Callable[..., tuple[Sampled, History]]
         jax.ShapeDtypeStruct((rows,), jnp.int32),
         jax.ShapeDtypeStruct((rows,), jnp.int32),
     )
-    compiled = jax.jit(functools.partial(sample, mesh=mesh)).lower(*shapes).compile()
+    compiled = jax.jit(functools.partial(sample, mesh=mesh, greedy=greedy)).lower(*shapes).compile()
 
     def call(logits: np.ndarray, packed: SamplingRows, past: History, slots: Any, positions: Any) -> Any:
         put = functools.partial(jax.device_put, device=history.bias.sharding)
@@ -78,6 +78,7 @@ def draw(
     pasts: Sequence[Past] | None = None,
     rows: int = ROWS,
     allowed: np.ndarray | None = None,
+    greedy: bool = False,
 ) -> tuple[Sampled, History]:
     """Samples one token a row; ``logits`` [n, V] with n <= rows."""
     count, padded = len(params), pad_to_multiple(V, tp)
@@ -99,7 +100,7 @@ def draw(
     packed = SamplingRows.pack(params, [0] * count if seeds is None else seeds, masked, rows)
     at = np.zeros(rows, np.int32)
     at[:count] = 0 if positions is None else positions
-    sampled, past = program(tp, rows)(
+    sampled, past = program(tp, rows, greedy)(
         np.where(np.arange(padded) < V, pad(logits, 0, np.float32), -np.inf).astype(np.float32),
         packed,
         past,
@@ -198,6 +199,20 @@ def test_greedy_ties_go_to_the_lowest_id(tp: int) -> None:
     logits[5] = -7.0  # all equal
     sampled, _ = draw(tp, logits, [GREEDY] * len(rows))
     assert sampled.tokens.tolist() == [min(tied) for tied in rows]
+
+
+@pytest.mark.parametrize("tp", EVERY_TP)
+def test_the_plain_variant_samples_what_the_other_does(tp: int) -> None:
+    """Ties, a NaN and a row without any token included; it computes no log-probabilities, counts nothing."""
+    logits = random_logits(8, 40)
+    logits[:10, [3, 30, 49]] = 9.0
+    logits[10], logits[11, 20] = -np.inf, np.nan
+    full, _ = draw(tp, logits, [GREEDY] * 40)
+    plain, past = draw(tp, logits, [GREEDY] * 40, greedy=True)
+    np.testing.assert_array_equal(plain.tokens, full.tokens)
+    assert plain.tokens[[0, 10, 11]].tolist() == [3, ALL_MASKED_TOKEN, NAN_TOKEN]
+    assert not plain.logprobs.any() and not plain.top_tokens.any() and not plain.top_logprobs.any()
+    assert not np.asarray(past.counts).any()
 
 
 @pytest.mark.parametrize("tp", EVERY_TP)
@@ -570,15 +585,27 @@ def test_large_seeds_differ() -> None:
 # --- what moves between devices ----------------------------------------------------------------------------
 
 
-def test_nothing_of_the_size_of_the_vocabulary_moves() -> None:
-    rows, vocab, tp = 2, 4096, 4
+def optimised_hlo(rows: int, vocab: int, tp: int, greedy: bool) -> str:
     mesh = make_mesh(tp)
     history = History.abstract(3, vocab, mesh)
     logits = jax.ShapeDtypeStruct((rows, vocab), jnp.float32, sharding=history.bias.sharding)
     packed = jax.tree.map(np.asarray, SamplingRows.pack([], [], [], rows))
     integers = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    lowered = jax.jit(functools.partial(sample, mesh=mesh)).lower(logits, packed, history, integers, integers)
-    hlo = lowered.compile().as_text()
+    jitted = jax.jit(functools.partial(sample, mesh=mesh, greedy=greedy), donate_argnums=2)
+    hlo: str = jitted.lower(logits, packed, history, integers, integers).compile().as_text()
+    return hlo
+
+
+def test_the_plain_variant_is_one_gather_of_candidates() -> None:
+    hlo = optimised_hlo(2, 4096, 4, greedy=True)
+    assert [(one.kind, one.shapes) for one in find_collectives(hlo)] == [("all-gather", "s32[4,2,2]")]
+    assert " conditional(" not in hlo and " while(" not in hlo
+    assert not re.search(r"(exponential|log-plus-one|sort|topk)", hlo, re.IGNORECASE)
+
+
+def test_nothing_of_the_size_of_the_vocabulary_moves() -> None:
+    rows, vocab, tp = 2, 4096, 4
+    hlo = optimised_hlo(rows, vocab, tp, greedy=False)
     found = find_collectives(hlo)
     always = [one for one in found if not one.conditional]
     assert [(one.kind, one.shapes) for one in always] == [

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tpjax import SamplingParams
 from tpjax.errors import RequestError, TpjaxError
+from tpjax.runtime.rows import Row
 from tpjax.sampling_params import NEUTRAL
 
 NAN, INF = math.nan, math.inf
@@ -176,6 +178,28 @@ def test_fewest_and_most_tokens() -> None:
 )
 def test_needs_history(given: dict[str, Any], expected: bool) -> None:
     assert SamplingParams(**given).needs_history is expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    (
+        ({"temperature": 0}, True),
+        ({"temperature": 0, "top_k": 4, "top_p": 0.5, "min_p": 0.1, "seed": 3, "prompt_logprobs": 2}, True),
+        ({}, False),
+        ({"temperature": 1e-30}, False),
+        ({"temperature": 0, "logprobs": 0}, False),
+        ({"temperature": 0, "logit_bias": {3: 0.0}}, False),
+    ),
+)
+def test_plain_greedy(given: dict[str, Any], expected: bool) -> None:
+    assert SamplingParams(**given).plain_greedy is expected
+
+
+def test_rows_with_a_mask_are_not_plain() -> None:
+    """A mask applies to positions before ``masked_until``; the first sampled is after the tokens fed."""
+    row = Row(0, 7, (), SamplingParams(temperature=0), 0, masked_until=9)
+    assert [row.plain_greedy(tokens) for tokens in (1, 2, 3)] == [False, True, True]
+    assert not replace(row, params=SamplingParams(), masked_until=0).plain_greedy()
 
 
 def test_error_is_a_tpjax_error_and_a_value_error() -> None:

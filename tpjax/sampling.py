@@ -184,8 +184,13 @@ def sample(
     slots: Int[Array, " B"],
     positions: Int[Array, " B"],
     mesh: Mesh,
+    *,
+    greedy: bool = False,
 ) -> tuple[Sampled, History]:
     """Samples one token per row and counts it in the history of the row's slot.
+
+    There are two variants. The plain one takes the likeliest token and does nothing else; the host compiles
+    it where every row is :attr:`SamplingParams.plain_greedy` and no mask applies. The other does everything.
 
     Args:
         logits: float32, sharded over V; padding is minus infinity.
@@ -194,8 +199,14 @@ def sample(
         slots: slot of each row.
         positions: position that each sampled token will take, which the noise is keyed by.
         mesh: the mesh that the logits are sharded over.
+        greedy: compiles the plain variant, which reads the logits alone; its log-probabilities are zeros.
     """
     sharded, replicated = LOGITS, REPLICATED
+    if greedy:
+        shard_map = jax.shard_map(
+            _greedy_shard, mesh=mesh, in_specs=sharded, out_specs=replicated, check_vma=False
+        )
+        return shard_map(logits), history
     return jax.shard_map(
         _sample_shard,
         mesh=mesh,
@@ -214,6 +225,13 @@ def score(logits: Float[Array, "N V"], tokens: Int[Array, " N"], mesh: Mesh) -> 
     in_specs = (LOGITS, REPLICATED)
     mapped = jax.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=REPLICATED, check_vma=False)
     return mapped(logits, tokens)
+
+
+@jax.named_scope("sampling")
+def _greedy_shard(logits: Float[Array, "B shard"]) -> Sampled:
+    """Returns the likeliest tokens, on one device, which holds a shard of the vocabulary."""
+    tokens = _winner(logits, _token_ids(logits))
+    return Sampled(tokens, *_no_logprobs(tokens))
 
 
 @jax.named_scope("sampling")

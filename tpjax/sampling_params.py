@@ -145,6 +145,11 @@ class SamplingParams:
         limits = self.allowed_token_ids is not None or bool(self.bad_words)
         return penalties != (1.0, 0.0, 0.0) or bool(self.logit_bias) or limits
 
+    @property
+    def plain_greedy(self) -> bool:
+        """Whether the next token is the arg-max of the logits, and nothing else is asked for."""
+        return self.value("temperature") == 0 and not self.needs_history and self.logprobs is None
+
     def value(self, name: str) -> float:
         """Returns a parameter of ``NEUTRAL``, or its neutral value if it is not given."""
         given: float | None = getattr(self, name)

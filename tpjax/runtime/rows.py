@@ -46,6 +46,10 @@ class Row:
     masked_until: int = 0
     max_length: int = 0
 
+    def plain_greedy(self, tokens: int = 1) -> bool:
+        """Whether the plain variant of :func:`tpjax.sampling.sample` fits the token after ``tokens`` fed."""
+        return self.params.plain_greedy and self.position + tokens >= self.masked_until
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     python scripts/make_tokenizer_goldens.py MODELS_DIR
 
 MODELS_DIR holds SmolLM2-135M-Instruct.Q4_1.gguf and gemma-3-270m-q4_k_m.gguf. Needs transformers, which the
-test suite does not: tests/test_tokenizer.py reads this file, and repeats the comparison live where it can.
+test suite does not: tests/trained_tokenizers.py reads this file, and the tests compare live where they can.
 """
 
 import json

@@ -6,8 +6,12 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jaxtyping
+
+if TYPE_CHECKING:
+    from tpjax.text.tokenizer import Tokenizer
 
 
 def modules_with_shapes() -> list[str]:
@@ -30,6 +34,7 @@ tpjax.fake_devices(16)
 
 import jax  # noqa: E402  (after the devices are faked)
 import pytest  # noqa: E402
+import trained_tokenizers  # noqa: E402
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -79,6 +84,50 @@ def smollm2_gguf() -> Path:
 def gemma3_gguf() -> Path:
     """Gemma 3 270M, Q4_K_M."""
     return _model("gemma3-270m")
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2_gguf: Path) -> Tokenizer:
+    """SmolLM2's, from its GGUF file: byte-level BPE."""
+    return _tokenizer(smollm2_gguf)
+
+
+@pytest.fixture(scope="session")
+def gemma3_tokenizer(gemma3_gguf: Path) -> Tokenizer:
+    """Gemma 3's, from its GGUF file: SentencePiece."""
+    return _tokenizer(gemma3_gguf)
+
+
+@pytest.fixture(scope="session")
+def byte_level_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer.json of 400 tokens."""
+    return trained_tokenizers.byte_level_json(tmp_path_factory.mktemp("byte_level"))
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer.model of 400 tokens."""
+    return trained_tokenizers.sentencepiece_model(tmp_path_factory.mktemp("spm"))
+
+
+@pytest.fixture(scope="session")
+def byte_level(byte_level_dir: Path) -> Tokenizer:
+    """The tokenizer of ``byte_level_dir``."""
+    return _tokenizer(byte_level_dir)
+
+
+@pytest.fixture(scope="session")
+def spm(sentencepiece_dir: Path) -> Tokenizer:
+    """The tokenizer of ``sentencepiece_dir``."""
+    return _tokenizer(sentencepiece_dir)
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    from tpjax.text.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(path)
+    assert tokenizer is not None
+    return tokenizer
 
 
 def _model(alias: str) -> Path:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import jaxtyping
 
 if TYPE_CHECKING:
+    from api_server import Api
+
     from tpjax.text.tokenizer import Tokenizer
 
 
@@ -120,6 +122,15 @@ def byte_level(byte_level_dir: Path) -> Tokenizer:
 def spm(sentencepiece_dir: Path) -> Tokenizer:
     """The tokenizer of ``sentencepiece_dir``."""
     return _tokenizer(sentencepiece_dir)
+
+
+@pytest.fixture(scope="session")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    """A server of the tiny model."""
+    from api_server import api_of
+
+    with api_of(tmp_path_factory.mktemp("api")) as one:
+        yield one
 
 
 def _tokenizer(path: Path) -> Tokenizer:

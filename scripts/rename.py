@@ -5,7 +5,7 @@
 
 Run it once on a source: `RopeConfig`, for one, is `RopeParameters` today, and another class has that name.
 What moved and what is called otherwise is in the tables below. `Shape`, `Latent` and `Experts` of `inspect`
-have no successor: a model is a `ModelConfig` (`planning.published`), counted by `planning.counts.Counts`.
+have no successor: a model is a `ModelConfig` (`planning.published`), counted by `runtime.counts.Counts`.
 
 The tests of commit 956abda, from before the renaming, run on today's package:
 
@@ -263,11 +263,11 @@ MOVED = {
     },
     "tpjax.planning": {"bench": "tpjax.planning: step_benchmark as bench"},
     "tpjax.planning.plan": {
-        "Cost": "tpjax.planning.cost_model",
+        "Cost": "tpjax.step_time",
         "CostModel": "tpjax.planning.cost_model",
         "Traffic": "tpjax.planning.workload",
         "Workload": "tpjax.planning.workload",
-        "busiest": "tpjax.planning.cost_model",
+        "busiest": "tpjax.step_time",
     },
     "tpjax.runtime.runner": {
         "Limits": "tpjax.runtime.limits",

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from tpjax.hardware import parse_hardware
-from tpjax.planning.counts import Counts
 from tpjax.planning.plan import make_plan
 from tpjax.planning.published import published_config
 from tpjax.planning.workload import Workload
+from tpjax.runtime.counts import Counts
 
 DATA = Path(__file__).parent / "data"
 MEDIAN_TARGET = 0.15

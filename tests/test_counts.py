@@ -2,8 +2,8 @@
 
 import pytest
 
-from tpjax.planning.counts import Counts
 from tpjax.planning.published import published_config, published_names
+from tpjax.runtime.counts import Counts
 
 # Elements of each model's files on Hugging Face, tied weights once; of Gemma 3 4B to 27B the text half.
 PUBLISHED = {

@@ -10,11 +10,11 @@ from tpjax.cli import console
 from tpjax.errors import DeviceError
 from tpjax.mesh import make_mesh
 from tpjax.planning import measure, step_benchmark
-from tpjax.planning.counts import Counts
 from tpjax.planning.plan import make_plan, recommend
 from tpjax.planning.published import published_config
 from tpjax.planning.report import PlanReport
 from tpjax.planning.workload import Workload
+from tpjax.runtime.counts import Counts
 
 TINY = {
     **measure._LAYER,

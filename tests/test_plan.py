@@ -17,12 +17,13 @@ from tpjax.families.registry import config_from_hf
 from tpjax.hardware import HARDWARE, Efficiency, Hardware
 from tpjax.interconnect import NVLink
 from tpjax.mesh import make_mesh
-from tpjax.planning.cost_model import Cost, CostModel, busiest
-from tpjax.planning.counts import Counts
+from tpjax.planning.cost_model import CostModel
 from tpjax.planning.plan import frontier, make_plan, make_plans, recommend
 from tpjax.planning.published import published_config
 from tpjax.planning.strategies import compare
 from tpjax.planning.workload import Workload
+from tpjax.runtime.counts import Counts
+from tpjax.step_time import Cost, busiest
 
 ROOT = Path(cli.__file__).parents[2]
 

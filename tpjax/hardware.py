@@ -92,7 +92,7 @@ _TPU_SERVER = Efficiency(
 
 @dataclass(frozen=True)
 class Hardware:
-    """One kind of chip.
+    """One kind of chip. Where JAX counts several devices in a chip, :attr:`device` has the figures of one.
 
     Attributes:
         name: name for ``--hardware``.
@@ -105,6 +105,7 @@ class Hardware:
         efficiency: fractions of these figures that are reached.
         source: source of the figures.
         shared: whether the chips are faked on one machine, and share its bandwidth and cores.
+        devices_per_chip: devices that JAX counts in one chip, which share its memory equally.
     """
 
     name: str
@@ -116,6 +117,20 @@ class Hardware:
     efficiency: Efficiency
     source: str
     shared: bool = False
+    devices_per_chip: int = 1
+
+    @property
+    def device(self) -> Hardware:
+        """The figures of one device."""
+        part = self.devices_per_chip
+        return replace(
+            self,
+            memory_bytes=self.memory_bytes / part,
+            bandwidth_bytes_s=self.bandwidth_bytes_s / part,
+            flops=self.flops / part,
+            low_precision_flops=self.low_precision_flops and self.low_precision_flops / part,
+            devices_per_chip=1,
+        )
 
     @property
     def usable_bytes(self) -> float:
@@ -163,13 +178,46 @@ HARDWARE: dict[str, Hardware] = {
             7380e9,
             2307e12,
             4614e12,
-            ICI(100e9, 3, 4),
+            # "six times faster than a 1D ICI link": Google Cloud's page of TPU7x, dual-chiplet architecture
+            ICI(100e9, 3, 4, devices_per_chip=2, die_bytes_s=600e9),
             _TPU_SERVER,
             _BOOK + "TPU7x",
+            devices_per_chip=2,
         ),
     )
 }
 SHORT_NAMES = {"a100": "a100-80gb", "h100": "h100-sxm"}
+# JAX's names of TPUs (jax/_src/pallas/mosaic/tpu_info.py), and how those of NVIDIA's GPUs begin
+_TPU_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+_GPU_KINDS = {
+    "NVIDIA A100-SXM4-80GB": "a100-80gb",
+    "NVIDIA A100 80GB": "a100-80gb",
+    "NVIDIA H100 80GB HBM3": "h100-sxm",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+    "NVIDIA L40S": "l40s",
+}
+
+
+def known_device(kind: str) -> Hardware | None:
+    """Returns the figures of one device by what JAX calls it; ``None`` if they are not known.
+
+    Args:
+        kind: ``jax.Device.device_kind``, such as ``TPU v5 lite`` or ``NVIDIA H100 80GB HBM3``.
+    """
+    name = _TPU_KINDS.get(kind)
+    if name is None:
+        name = next((name for start, name in _GPU_KINDS.items() if kind.startswith(start)), None)
+    return None if name is None else HARDWARE[name].device
 
 
 def parse_hardware(text: str, file: Path | None = None) -> tuple[Hardware, int]:

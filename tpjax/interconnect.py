@@ -18,8 +18,8 @@ _TWO_SHOT_BYTES = 4 * 2**20
 class Interconnect(Protocol):
     """A kind of link between chips."""
 
-    def all_reduce_s(self, chips: int, message_bytes: float) -> float:
-        """Returns the seconds of an all-reduce over ``chips`` chips; 0 for one chip."""
+    def all_reduce_s(self, devices: int, message_bytes: float) -> float:
+        """Returns the seconds of an all-reduce over ``devices`` devices; 0 for one."""
         ...
 
     def transfer_s(self, message_bytes: float) -> float:
@@ -58,13 +58,13 @@ class NVLink:
     network_bytes_s: float = 50e9
     network_us: float = 10.0
 
-    def all_reduce_s(self, chips: int, message_bytes: float) -> float:
+    def all_reduce_s(self, devices: int, message_bytes: float) -> float:
         """Returns the seconds of one-shot, two-shot or ring in a group, then a tree over groups."""
-        if chips == 1:
+        if devices == 1:
             return 0.0
-        inside = min(chips, self.group)
+        inside = min(devices, self.group)
         seconds = self._inside_s(inside, message_bytes)
-        groups = math.ceil(chips / self.group)
+        groups = math.ceil(devices / self.group)
         if groups > 1:
             part = message_bytes / inside
             between = 2 * (groups - 1) / groups * part / (self.fraction * self.network_bytes_s)
@@ -101,6 +101,9 @@ class ICI:
         ring: an axis is a ring if its length is a multiple of this.
         hop_us: latency of one hop.
         fraction: fraction of the bandwidth that an all-reduce reaches.
+        devices_per_chip: devices of one chip. They reduce among themselves first, over a link between their
+            dies, and share the links of the chip.
+        die_bytes_s: bandwidth of the link between two dies of a chip, one direction.
     """
 
     link_bytes_s: float
@@ -108,9 +111,22 @@ class ICI:
     ring: int
     hop_us: float = 0.15
     fraction: float = 0.95
+    devices_per_chip: int = 1
+    die_bytes_s: float = math.inf
 
-    def all_reduce_s(self, chips: int, message_bytes: float) -> float:
-        """Returns the seconds along all axes of the squarest slice of ``chips`` chips."""
+    def all_reduce_s(self, devices: int, message_bytes: float) -> float:
+        """Returns the seconds inside chips, then along all axes of the squarest slice of chips."""
+        inside = min(devices, self.devices_per_chip)
+        chips = math.ceil(devices / self.devices_per_chip)
+        return self._dies_s(inside, message_bytes) + self._torus_s(chips, message_bytes)
+
+    def _dies_s(self, dies: int, message_bytes: float) -> float:
+        if dies == 1:
+            return 0.0
+        moved = 2 * (dies - 1) / dies * message_bytes
+        return 2 * self.hop_us * 1e-6 + moved / (self.fraction * self.die_bytes_s)
+
+    def _torus_s(self, chips: int, message_bytes: float) -> float:
         if chips == 1:
             return 0.0
         rate, hops = 0.0, 0.0
@@ -136,9 +152,9 @@ class Measured:
 
     timings: tuple[tuple[float, float], ...]
 
-    def all_reduce_s(self, chips: int, message_bytes: float) -> float:
+    def all_reduce_s(self, devices: int, message_bytes: float) -> float:
         """Returns seconds: linear between measured sizes, proportional beyond the largest."""
-        if chips == 1:
+        if devices == 1:
             return 0.0
         index = bisect.bisect_left([size for size, _ in self.timings], message_bytes)
         if index == 0:

@@ -39,9 +39,9 @@ def run(
     """Measure decode and prefill here, in float32, next to what plan predicts."""
     from tpjax.checkpoints import hub
     from tpjax.planning import step_benchmark
-    from tpjax.planning.counts import Counts
     from tpjax.planning.measure import measured_hardware
     from tpjax.planning.plan import make_plan
+    from tpjax.runtime.counts import Counts
 
     name = chosen_model(model, model_option)
     hub.resolve(name)  # before anything is measured: a misspelt name is reported at once

@@ -86,12 +86,12 @@ def run(
 ) -> None:
     """Say what a model will cost before it runs: memory, time, tokens/s, the best tp."""
     from tpjax.hardware import parse_hardware
-    from tpjax.planning.counts import Counts
     from tpjax.planning.plan import does_not_fit, make_plan, make_plans, recommend
     from tpjax.planning.plots import check_plot
     from tpjax.planning.published import find_config
     from tpjax.planning.report import PlanReport, plot_frontier
     from tpjax.planning.strategies import compare
+    from tpjax.runtime.counts import Counts
 
     if plot is not None:
         check_plot(plot)

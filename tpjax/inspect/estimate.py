@@ -20,9 +20,10 @@ from tpjax.inspect.collectives import Collective
 from tpjax.inspect.hlo import Executed, Module
 from tpjax.inspect.topology import Topology
 from tpjax.interconnect import Interconnect
-from tpjax.planning.cost_model import Cost, CostModel
-from tpjax.planning.counts import Counts
+from tpjax.planning.cost_model import CostModel
 from tpjax.planning.workload import Workload
+from tpjax.runtime.counts import Counts
+from tpjax.step_time import Cost
 
 # Multiply-adds of a chip in one cycle: its matrix units, 128 or 256 square (How to Scale Your Model, chapter
 # 2, and Google Cloud's pages). Half the peak rate over these is the clock: 1.50 GHz on a v5e, 1.75 on a v6e.
@@ -112,9 +113,8 @@ def estimate(
         page_size: tokens of a page.
         caches: dimensions of the cache buffers, in the form of :attr:`Array.sizes`.
     """
-    chip = topology.hardware
-    devices_per_chip = topology.devices_per_chip
-    bandwidth = chip.bandwidth_bytes_s / devices_per_chip
+    chip, device = topology.hardware, topology.hardware.device
+    bandwidth = device.bandwidth_bytes_s
     clock = chip.flops / (2 * _MACS_A_CYCLE[chip.name])
     pages = [
         _pages(context, config.attention.window_of(kind), page_size) for kind in config.attention.layer_types
@@ -134,9 +134,7 @@ def estimate(
     compute_s, traffic_s = cycles / clock, traffic / bandwidth
 
     def ideal(rate: float) -> Cost:
-        perfect = replace(
-            chip, bandwidth_bytes_s=rate, flops=chip.flops / devices_per_chip, efficiency=_IDEAL
-        )
+        perfect = replace(device, bandwidth_bytes_s=rate, efficiency=_IDEAL)
         kind = Workload(dtype="float32" if dtype == "float32" else "bf16")
         expert_axis: ExpertAxis = config.moe.sharded_axis(tp) if config.moe else "width"
         model = CostModel(Counts("", config), perfect, tp, kind, expert_axis)

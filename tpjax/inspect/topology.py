@@ -36,7 +36,6 @@ _WITHOUT_TPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
 }
-_DEVICES_PER_CHIP = {"tpu7x": 2}
 
 
 @dataclass(frozen=True)
@@ -104,12 +103,12 @@ class Topology:
     @property
     def devices_per_chip(self) -> int:
         """Number of JAX devices in a chip, which share its memory."""
-        return _DEVICES_PER_CHIP.get(self.hardware.name, 1)
+        return self.hardware.devices_per_chip
 
     @property
     def memory_bytes(self) -> int:
         """Memory of one device."""
-        return int(self.hardware.memory_bytes) // self.devices_per_chip
+        return int(self.hardware.device.memory_bytes)
 
     def mesh(self, tp: int | None = None) -> Mesh:
         """Makes the mesh ``("tp",)`` over the first ``tp`` devices: programs can be compiled for it, not run.

@@ -165,7 +165,7 @@ def fit(timings: Mapping[str, float], tp: int, machine: int) -> dict[str, Any]:
     flops = 2 * _PROMPT * _WIDTH * _INNER / product_s(_PROMPT)
     (steps, rest), (prompt, _) = per_layer("decode"), per_layer("prefill")
     from tpjax.families.registry import config_from_hf
-    from tpjax.planning.counts import Counts
+    from tpjax.runtime.counts import Counts
 
     layer = config_from_hf(_LAYER)
     elements = tp * Counts("layer", layer).on_device(tp).layer_matrices

@@ -1,6 +1,6 @@
 """Which tp to serve a model at: the cost of each that divides the chips, and the one to take.
 
-The formulas are in ``cost_model``. Times are seconds inside, milliseconds in results.
+The formulas are in ``tpjax.step_time`` and ``cost_model``. Times are seconds inside, milliseconds in results.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 from tpjax.config import ExpertAxis
 from tpjax.errors import ConfigError
 from tpjax.hardware import Hardware
-from tpjax.planning.cost_model import Cost, CostModel, MemoryUse
-from tpjax.planning.counts import Counts
+from tpjax.planning.cost_model import CostModel, MemoryUse
 from tpjax.planning.workload import Workload
+from tpjax.runtime.counts import Counts
+from tpjax.step_time import Cost
 
 _CLOSE = 0.05  # plans within this of the fastest count as equal, and the one with fewer chips a replica wins
 

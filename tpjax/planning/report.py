@@ -11,11 +11,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tpjax.planning.cost_model import Cost
 from tpjax.planning.plain_table import plain_table
 from tpjax.planning.plan import Plan, frontier
 from tpjax.planning.plots import save
 from tpjax.planning.strategies import Comparison
+from tpjax.step_time import Cost
 
 
 @dataclass(frozen=True)

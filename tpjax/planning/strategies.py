@@ -1,6 +1,6 @@
 """Compares tensor parallelism with replicas, pipeline stages and expert parallelism.
 
-All use the formulas of ``cost_model``, for the same model, chips and workload ("How to Scale Your Model",
+All use the formulas of ``step_time``, for the same model, chips and workload ("How to Scale Your Model",
 chapters 7 and 8; Pope et al. 2022, section 3).
 """
 
@@ -13,10 +13,11 @@ from typing import Any
 
 from tpjax.errors import ConfigError
 from tpjax.hardware import Hardware
-from tpjax.planning.cost_model import Cost, CostModel
-from tpjax.planning.counts import Counts
+from tpjax.planning.cost_model import CostModel
 from tpjax.planning.plan import divisors, make_plans
 from tpjax.planning.workload import Workload
+from tpjax.runtime.counts import Counts
+from tpjax.step_time import Cost, StepTokens
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,9 @@ def _pipelines(counts: Counts, hardware: Hardware, chips: int, workload: Workloa
             transfer = hardware.interconnect.transfer_s(2.0 * tokens * counts.config.hidden_size)
             return rounds * ((blocks * depth + rest).total + transfer)
 
-        step = through(
-            model.layers(part, part, workload.context), model.embedding_and_head(part), part, stages
-        )
-        prompt = workload.prompt_len
-        prefill = through(model.layers(1, prompt, (prompt + 1) / 2), Cost(), prompt, stages)
+        rows, prompt = StepTokens(part, workload.context), workload.prompt_len
+        step = through(model.layers(rows), model.embedding_and_head(part, part), part, stages)
+        prefill = through(model.layers(StepTokens(chunks=((0, prompt),))), Cost(), prompt, stages)
         prefill += model.embedding_and_head(1, prompt).total
         memory = model.memory(workload.batch, workload.context)
         # the first stage has the embedding, the last the projection
@@ -169,18 +168,16 @@ def _experts(counts: Counts, hardware: Hardware, chips: int, workload: Workload)
         return
     replicated, sharded = (CostModel(counts, hardware, tp, workload, "experts") for tp in (1, chips))
 
-    def seconds(sequences: int, own: int, tokens: int, context: float) -> float:
+    def seconds(own: StepTokens, tokens: int) -> float:
         # a chip computes attention for its own sequences, and its experts for the tokens of all
-        cost = (
-            replicated.attention(sequences, own, context) + replicated.dense(own) + replicated.overhead(own)
-        )
-        cost += sharded.mixture(tokens) + replicated.embedding_and_head(sequences)
+        cost = replicated.attention(own) + replicated.dense(own.total) + replicated.overhead(own.total)
+        cost += sharded.mixture(tokens) + replicated.embedding_and_head(own.sampled, own.total)
         exchange = hardware.interconnect.all_reduce_s(chips, 2.0 * tokens * counts.config.hidden_size)
-        return cost.total + counts.expert_layers * exchange
+        return cost.total + sum(counts.config.sparse_layers) * exchange
 
     part, prompt = math.ceil(workload.batch / chips), workload.prompt_len
-    step = seconds(part, part, workload.batch, workload.context)
-    prefill = seconds(1, prompt, prompt, (prompt + 1) / 2)
+    step = seconds(StepTokens(part, workload.context), workload.batch)
+    prefill = seconds(StepTokens(chunks=((0, prompt),)), prompt)
     elsewhere = replicated.held.experts - sharded.held.experts
     held = replicated.memory(part, workload.context).total - elsewhere * workload.weight_bytes
     yield Strategy(

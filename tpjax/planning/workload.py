@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from tpjax.errors import ConfigError
+from tpjax.step_time import Itemsizes
 
 WeightDtype = Literal["bf16", "int8", "fp8", "float32"]
 CacheDtype = Literal["auto", "bf16", "int8", "fp8", "float32"]
@@ -56,3 +57,8 @@ class Workload:
     def cache_bytes(self) -> int:
         """Bytes of one element of the cache."""
         return DTYPE_BYTES[self.dtype if self.cache_dtype == "auto" else self.cache_dtype]
+
+    @property
+    def itemsizes(self) -> Itemsizes:
+        """Bytes of one element of each kind."""
+        return Itemsizes(self.weight_bytes, self.activation_bytes, self.cache_bytes, self.dtype == "fp8")

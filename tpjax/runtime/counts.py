@@ -21,39 +21,7 @@ from tpjax.config import ExpertAxis, ModelConfig
 from tpjax.mesh import AXIS
 from tpjax.model import Decoder
 from tpjax.sharding import PAGES, StackedLayout, head_plan
-
-
-@dataclass(frozen=True)
-class Elements:
-    """Weight elements on one device, all layers together.
-
-    Attributes:
-        attention: attention matrices.
-        mlp: matrices of the MLPs that every token goes through, shared experts included.
-        routers: router matrices, which are replicated.
-        experts: matrices of the routed experts.
-        vectors: norms, biases and everything else that is not a matrix.
-        embedding: the token embedding.
-        head: the vocabulary projection; 0 if it is tied to the embedding.
-    """
-
-    attention: int = 0
-    mlp: int = 0
-    routers: int = 0
-    experts: int = 0
-    vectors: int = 0
-    embedding: int = 0
-    head: int = 0
-
-    @property
-    def layer_matrices(self) -> int:
-        """Elements of all matrices in the decoder layers."""
-        return self.attention + self.mlp + self.routers + self.experts
-
-    @property
-    def total(self) -> int:
-        """Elements of all weights."""
-        return self.layer_matrices + self.vectors + self.embedding + self.head
+from tpjax.step_time import DeviceShare, Elements
 
 
 @dataclass(frozen=True)
@@ -73,17 +41,6 @@ class Counts:
         """Number of weight elements, without padding or copies."""
         return self.on_device(1).total
 
-    @property
-    def expert_layers(self) -> int:
-        """Number of layers with a mixture of experts."""
-        return sum(self.config.sparse_layers)
-
-    @property
-    def window_layers(self) -> int:
-        """Number of layers with sliding-window attention."""
-        sliding = self.config.attention.layer_types.count("sliding_attention")
-        return sliding if self.config.attention.sliding_window else 0
-
     def on_device(self, tp: int, expert_axis: ExpertAxis = "width") -> Elements:
         """Counts the weight elements on one of ``tp`` devices.
 
@@ -95,6 +52,17 @@ class Counts:
         if config.moe is not None:
             config = config.with_expert_parallel("on" if expert_axis == "experts" else "off")
         return _elements(config, tp)
+
+    def share(self, tp: int, expert_axis: ExpertAxis = "width") -> DeviceShare:
+        """Returns what one of ``tp`` devices holds and computes."""
+        return DeviceShare(
+            self.config,
+            tp,
+            self.on_device(tp, expert_axis),
+            self.cache_elements(tp),
+            self.attention_flops(tp),
+            expert_axis,
+        )
 
     def cache_elements(self, tp: int) -> int:
         """Counts the cache elements of one token in one layer on one device. A latent cache is replicated."""

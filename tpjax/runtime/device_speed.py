@@ -1,0 +1,71 @@
+"""The figures of the device that a model runs on: published ones of a known chip, or measured ones."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tpjax.hardware import Efficiency, Hardware, known_device
+from tpjax.interconnect import Measured
+
+_WIDTH = 2048  # of a square weight: 16 MB in float32, more than a core's caches hold
+_TOKENS = 128
+_ROUNDS = 5
+_MEASURED = Efficiency(
+    weights=1.0,
+    low_precision_weights=1.0,
+    cache=1.0,
+    compute=1.0,
+    low_precision_compute=1.0,
+    layer_us=0.0,
+    expert_us=0.0,
+)
+
+
+def device_hardware(device: jax.Device, dtype: jnp.dtype) -> Hardware:
+    """Returns the figures of a device; those of a CPU or an unknown chip are measured in about 0.2 s.
+
+    Measured are reading a weight, by a product of one token, and multiplying, by a product of 128 tokens.
+    Collectives and the fixed cost of a layer are left at zero: a ratio of two steps needs neither exactly.
+    ``tpjax.planning.measure`` measures everything, in a minute.
+
+    Args:
+        device: a device of the mesh; faked ones share their machine.
+        dtype: dtype of the products.
+    """
+    known = known_device(device.device_kind)
+    if known is not None:
+        return known
+    bandwidth, flops = _measure(device, dtype)
+    return Hardware(
+        name=device.device_kind,
+        memory_bytes=float((device.memory_stats() or {}).get("bytes_limit", 0)),
+        bandwidth_bytes_s=bandwidth,
+        flops=flops,
+        low_precision_flops=None,
+        interconnect=Measured(((1.0, 0.0),)),
+        efficiency=_MEASURED,
+        source="measured on this machine",
+        shared=device.platform == "cpu",
+    )
+
+
+def _measure(device: jax.Device, dtype: jnp.dtype) -> tuple[float, float]:
+    """Measures the bytes a second of reading a weight, and the FLOPs a second of multiplying by it."""
+    weight = jax.device_put(np.full((_WIDTH, _WIDTH), 1e-3, dtype), device)
+    product = jax.jit(jnp.dot)
+
+    def best_s(tokens: int) -> float:
+        x = jax.device_put(np.ones((tokens, _WIDTH), dtype), device)
+        call = product.lower(x, weight).compile()
+        times = []
+        for _ in range(_ROUNDS):
+            start = time.perf_counter()
+            call(x, weight).block_until_ready()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return weight.nbytes / best_s(1), 2 * _TOKENS * weight.size / best_s(_TOKENS)

@@ -104,4 +104,5 @@ def test_a_latent_cache_is_replicated():
     assert counts.cache_elements(1) == counts.cache_elements(16) == 512 + 64
     sixteenth, all_of_it = counts.on_device(16).attention, counts.on_device(1).attention
     assert all_of_it > sixteenth > all_of_it / 16
-    assert sum(counts.config.sparse_layers) == 58 and counts.on_device(1).mlp == 3 * 7168 * (3 * 18_432 + 58 * 2048)
+    assert sum(counts.config.sparse_layers) == 58
+    assert counts.on_device(1).mlp == 3 * 7168 * (3 * 18_432 + 58 * 2048)

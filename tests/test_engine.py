@@ -179,7 +179,14 @@ def check(engine: Engine, pages: int) -> None:
         arrivals = [one.arrival for one in (*scheduler.running, *scheduler.waiting)]
         assert arrivals == sorted(arrivals)  # nobody overtakes, and who was preempted goes on first
     assert sum(one.prefilling for one in scheduler.running) <= 1
-    assert 0 <= engine.stats().kv_cache_usage <= 1
+    stats = engine.stats()
+    assert (stats.pages, stats.pages_in_use) == (pages, len(set(held)))
+    assert stats.pages_in_use + stats.pages_cached + len(blocks._free_list) == pages
+    assert stats.kv_cache_usage == pytest.approx(stats.pages_in_use / pages)
+    assert [one.slot for one in stats.requests] == slots
+    for told, one in zip(stats.requests, scheduler.running, strict=True):
+        assert (told.pages, told.tokens) == (len(one.pages), one.num_tokens)
+        assert told.prompt_tokens == len(one.prompt_token_ids) and told.prefilled <= told.to_prefill
 
 
 shapes = st.tuples(

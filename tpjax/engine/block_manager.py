@@ -66,6 +66,11 @@ class BlockManager:
         """Number of pages that can be allocated now, evictable ones included."""
         return len(self._free_list) + len(self._evictable)
 
+    @property
+    def evictable(self) -> int:
+        """Number of pages that nobody uses and the prefix cache keeps."""
+        return len(self._evictable)
+
     def pages_for(self, tokens: int) -> int:
         """Returns the number of pages that hold ``tokens`` positions."""
         return -(-tokens // self.page_size)

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,26 @@ log = logging.getLogger(__name__)
 PREFILL_BUDGET = 64
 
 
+class RequestStats(NamedTuple):
+    """What a running request holds.
+
+    Attributes:
+        slot: its place in the batch.
+        pages: cache pages, shared ones included.
+        tokens: tokens of its prompt and of its output so far.
+        prompt_tokens: tokens of its prompt.
+        prefilled: tokens that are in the cache, or in flight, of those to prefill before it can decode.
+        to_prefill: the number of these.
+    """
+
+    slot: int
+    pages: int
+    tokens: int
+    prompt_tokens: int
+    prefilled: int
+    to_prefill: int
+
+
 @dataclass(frozen=True)
 class Stats:
     """Load and counters of an engine; counters count from its start.
@@ -34,6 +55,10 @@ class Stats:
         waiting: requests in the queue.
         slots: requests that can run at once.
         kv_cache_usage: fraction of the cache pages in use, 0 to 1.
+        pages: cache pages that requests can use.
+        pages_in_use: pages that running requests use; a page that several share counts once.
+        pages_cached: pages that nobody uses and the prefix cache keeps until their memory is needed.
+        requests: what each running request holds.
         preemptions: preempted requests.
         prefix_queries: prompt tokens looked up in the prefix cache.
         prefix_hits: prompt tokens found there.
@@ -44,6 +69,10 @@ class Stats:
     waiting: int
     slots: int
     kv_cache_usage: float
+    pages: int
+    pages_in_use: int
+    pages_cached: int
+    requests: tuple[RequestStats, ...]
     preemptions: int
     prefix_queries: int
     prefix_hits: int
@@ -239,6 +268,21 @@ class Engine:
             waiting=len(scheduler.waiting),
             slots=self.runner.limits.max_slots,
             kv_cache_usage=1 - blocks.free / blocks.capacity,
+            pages=blocks.capacity,
+            pages_in_use=blocks.capacity - blocks.free,
+            pages_cached=blocks.evictable,
+            requests=tuple(
+                RequestStats(
+                    one.slot,
+                    len(one.pages),
+                    one.num_tokens,
+                    len(one.prompt_token_ids),
+                    one.prefilled,
+                    len(one.prefill_token_ids),
+                )
+                for one in scheduler.running
+                if one.slot is not None
+            ),
             preemptions=scheduler.preemptions,
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,

@@ -30,6 +30,7 @@ class Matrix:
         columns: of elements.
         sharded: ``columns`` or ``rows`` over the devices; ``None``: not sharded.
         owner: the device that has all of it; ``None``: all devices have it, or what ``sharded`` says.
+        held: the rows that are not zeros, which look empty; ``None``: all rows.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Matrix:
     columns: int
     sharded: str | None = None
     owner: int | None = None
+    held: frozenset[int] | None = None
 
     def device(self, row: int, column: int, devices: int) -> int | None:
         """The device that has an element; ``None``: all of them."""
@@ -59,7 +61,13 @@ def draw(*parts: Matrix | str, devices: int = 4, title: str = "") -> None:
         else:
             top = (height - part.rows) / 2
             for row in range(part.rows):
+                empty = part.held is not None and row not in part.held
                 for column in range(part.columns):
+                    if empty:
+                        _box(axes, left + column, top + row, 1, 1, None).set(
+                            facecolor="none", edgecolor="#DDDDDD"
+                        )
+                        continue
                     device = part.device(row, column, devices)
                     seen.add(device)
                     _box(axes, left + column, top + row, 1, 1, device)

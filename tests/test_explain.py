@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,8 @@ def test_tables_fit_a_hundred_columns_and_html_says_the_same(report: Report) -> 
     html = replace(report, model="<b>&")._repr_html_()
     assert "&lt;b&gt;&amp;" in html and "<b>" not in html
     assert "temporary bytes" in text and "temporary bytes" in html
+    style = re.match(r'<pre style="([^"]*)">', html)  # with the table: an exported page has no other
+    assert style and "white-space:pre;" in style[1] and "monospace" in style[1]
     if report.tp > 1:
         assert source_text(report.steps[0].collectives[0].source)[:12] in text
     json.dumps(report.to_dict())

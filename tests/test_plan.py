@@ -1,6 +1,7 @@
 """The formulas by hand, against the real layers' memory, and against published measurements."""
 
 import importlib.util
+import itertools
 import json
 import statistics
 from dataclasses import replace
@@ -20,6 +21,7 @@ from tpjax.mesh import make_mesh
 from tpjax.planning.cost_model import CostModel
 from tpjax.planning.plan import frontier, make_plan, make_plans, recommend
 from tpjax.planning.published import published_config
+from tpjax.planning.report import draw_frontier
 from tpjax.planning.strategies import compare
 from tpjax.planning.workload import Workload
 from tpjax.runtime.counts import Counts
@@ -373,6 +375,27 @@ def test_a_picture(capsys, tmp_path):
     file = tmp_path / "frontier.svg"
     assert run(capsys, "llama-3-8b", "--hardware", "h100:2", "--plot", str(file))[0] == 0
     assert file.read_text().lstrip().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("model", "chip", "chips"),
+    (("llama-3-8b", "h100-sxm", 8), ("llama-3-70b", "v6e", 16), ("mixtral-8x7b", "h200", 8)),
+)
+def test_the_labels_of_the_frontier_do_not_overlap(model, chip, chips):
+    pyplot = pytest.importorskip("matplotlib.figure", reason="pip install -e '.[serve]'")
+    plans = [
+        one for one in make_plans(published(model), HARDWARE[chip], chips, Workload(batch=8)) if one.fits
+    ]
+    figure = pyplot.Figure(figsize=(7.5, 5), layout="constrained")
+    axes = figure.subplots()
+    draw_frontier(axes, plans)
+    labels = [label.get_text() for label in axes.texts]
+    boxes = [label.get_window_extent() for label in axes.texts]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    for plan in plans:  # each line has its name where it ends; no legend to look up
+        assert sum(label.split("\n")[0] == f"tp={plan.tp}" for label in labels) == 1
+    assert axes.get_legend() is None and "1" in labels
+    assert axes.get_ylabel() == "tokens/s per chip" and axes.get_xlabel() == "tokens/s per user"
 
 
 def test_a_picture_without_matplotlib_names_the_extra(capsys, tmp_path, monkeypatch):

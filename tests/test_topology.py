@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import gzip
 import importlib.metadata
+import io
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tpjax.cli.app import main
 from tpjax.config import ModelConfig, SequenceParallel
 from tpjax.errors import ConfigError
 from tpjax.families.registry import config_from_hf
 from tpjax.inspect import doctor, topology
+from tpjax.inspect.budget import measured
 from tpjax.inspect.collectives import Collective, find_collectives, summarise
 from tpjax.inspect.copies import copied_arrays, write_backs
+from tpjax.inspect.estimate import Estimate
 from tpjax.inspect.hlo import Module
 from tpjax.inspect.program import abstract_runner, compile_program
 from tpjax.inspect.topology import extra_problem, parse_topology
-from tpjax.inspect.topology_report import ProgramReport
+from tpjax.inspect.topology_report import ProgramReport, TopologyReport
 from tpjax.planning import published
 
 HLO = Path(__file__).parent / "data" / "hlo"
+BUDGET = {**measured(()), "rule": "none"}
 
 
 def recorded(name: str) -> str:
@@ -301,6 +307,42 @@ def test_what_the_compiler_cannot_target(
     assert capsys.readouterr().err == (
         "tpjax: error: the installed compiler cannot target topology 'v5e:2x4': no v5e:2x4 here\n"
     )
+
+
+def test_a_report_says_why_an_estimate_is_above_its_bound() -> None:
+    """Estimates of Llama 3 8B on v5e:2x4: loops over pages in decode, collectives in prefill; and none."""
+    parts = {"traffic_bytes": 2**31, "memory_bound_s": 2.6e-3, "compute_bound_s": 0.1e-3, "kernels": 0}
+    decode = Estimate(
+        context=2048,
+        compute_s=8.8e-3,
+        pages_s=7.3e-3,
+        traffic_s=2.7e-3,
+        collectives_s=0.2e-3,
+        total_s=9.0e-3,
+        bound_s=2.7e-3,
+        **parts,
+    )
+    prefill = replace(decode, pages_s=0.0, collectives_s=5.6e-3, total_s=14.4e-3, bound_s=4.8e-3)
+    near = replace(decode, compute_s=2.7e-3, pages_s=0.1e-3, total_s=2.9e-3)
+
+    def shown(**estimates: Estimate | None) -> str:
+        sizes = {"compile_s": 1.0, "predicted_bytes": 10**6, "cache_buffers": 2, "argument_bytes": 1_000_300}
+        programs = [
+            ProgramReport(kind, 8, 1, BUDGET, estimate=one, fits=True, **sizes)
+            for kind, one in estimates.items()
+        ]
+        console = Console(width=100, file=io.StringIO())
+        console.print(TopologyReport("llama", "v5e:2x4", 8, "bfloat16", 2**34, programs))
+        return " ".join(console.file.getvalue().split())
+
+    text = shown(decode=decode, prefill=prefill)
+    assert "decode 8×1 is above its bound, which is reading weights and cache once" in text
+    assert "7.30 ms are loops over pages of the cache" in text
+    assert "5.60 ms are collectives" in text and "8.8 ms" not in text
+    assert "expects 1.8 times the bound" in text  # prefill: 8.8 of 4.8 ms
+    assert "above its bound" not in shown(decode=near)
+    assert "no estimated time: only the compiler for TPUs" in shown(decode=None)
+    assert "(+0.0%)" in text and "-0.0%" not in text
 
 
 @needs_tpu

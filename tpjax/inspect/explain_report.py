@@ -150,6 +150,7 @@ class Report:
             Text(self.heads["summary"]),
             *([Text(self.experts["summary"])] if self.experts else []),
             self._tensor_table(),
+            Text("zeros and copies: elements on all devices together, beyond the checkpoint's\n"),
             self._reason_table(),
             self._cache_table(),
             Text(

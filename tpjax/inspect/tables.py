@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.jupyter import JUPYTER_HTML_FORMAT
 from rich.table import Table
 from rich.text import Text
 
@@ -20,10 +21,13 @@ from tpjax.runtime.memory import human_bytes
 
 
 def as_html(report: RenderableType) -> str:
-    """Renders a report for a notebook."""
+    """Renders a report for a notebook, as ``rich.print`` does there: a fixed font, no wrapped lines.
+
+    The style stands with the table: what a notebook is exported to has no style sheet of JupyterLab's.
+    """
     console = Console(record=True, file=io.StringIO(), width=110, force_jupyter=False)
     console.print(report)
-    return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+    return console.export_html(inline_styles=True, code_format=JUPYTER_HTML_FORMAT)
 
 
 def collective_table(name: str, collectives: Sequence[Collective], budget: dict[str, Any]) -> Table:
@@ -45,8 +49,8 @@ def collective_table(name: str, collectives: Sequence[Collective], budget: dict[
             str(one.count),
             human_bytes(one.bytes * one.count),
             Text.assemble(
-                one.source,
-                (", if a request asks" if one.conditional else f"  {text}", "dim"),
+                *([one.source] if one.source else []),
+                (f"{', ' * bool(one.source)}if a request asks" if one.conditional else f"  {text}", "dim"),
                 no_wrap=True,
                 overflow="ellipsis",
             ),

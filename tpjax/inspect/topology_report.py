@@ -17,6 +17,9 @@ from tpjax.planning.plain_table import plain_table
 from tpjax.runtime.memory import human_bytes
 from tpjax.runtime.programs import Kind
 
+FAR_ABOVE = 1.5  # times the bound: an estimate above it is explained
+SHARE = 0.2  # of an estimate: a part above it is named as a cause
+
 
 @dataclass(frozen=True)
 class ProgramReport:
@@ -100,7 +103,7 @@ class TopologyReport:
             Text(title, style="bold"),
             *(Text(self._does_not_fit(one), style="red") for one in self.programs if not one.fits),
             self._memory(),
-            *([_times(compiled)] if any(one.estimate for one in compiled) else []),
+            *_times(compiled),
             *(collective_table(_heading(one), one.collectives, one.budget) for one in compiled),
         )
 
@@ -143,14 +146,50 @@ class TopologyReport:
 
 
 def _off(program: ProgramReport) -> float:
-    return program.predicted_bytes / program.argument_bytes - 1
+    return round(program.predicted_bytes / program.argument_bytes - 1, 3) + 0.0  # never -0.0%
 
 
 def _heading(program: ProgramReport) -> str:
     return f"{program.name} {program.batch}×{program.length}"
 
 
-def _times(programs: list[ProgramReport]) -> Table:
+def _times(programs: list[ProgramReport]) -> list[RenderableType]:
+    """Lists estimated times, and says what makes them longer than their bounds; else why there are none."""
+    if not any(one.estimate for one in programs):
+        return [Text("no estimated time: only the compiler for TPUs says how many cycles it expects\n")]
+    reasons = [reason for one in programs if (reason := _above_bound(one))]
+    return [_time_table(programs), *(Text(reason) for reason in reasons), Text()]
+
+
+def _above_bound(program: ProgramReport) -> str:
+    """Says why a program is estimated at far more than its bound; empty if it is not."""
+    one = program.estimate
+    if one is None or one.total_s < FAR_ABOVE * one.bound_s:
+        return ""
+    causes = []
+    if one.pages_s > SHARE * one.total_s:
+        causes.append(
+            f"{one.pages_s * 1e3:.2f} ms are loops over pages of the cache, of whose many small instructions "
+            "the compiler expects some 1,800 cycles each, more than it takes to read a page"
+        )
+    if one.collectives_s > SHARE * one.total_s:
+        causes.append(
+            f"{one.collectives_s * 1e3:.2f} ms are collectives, which the bound leaves out and the "
+            "estimate adds as if nothing ran beside them"
+        )
+    rest_s = one.compute_s - one.pages_s
+    if rest_s > max(one.bound_s, SHARE * one.total_s):
+        causes.append(f"outside of loops the compiler expects {rest_s / one.bound_s:.1f} times the bound")
+    if one.traffic_s > one.compute_s and one.traffic_s > FAR_ABOVE * one.memory_bound_s:
+        causes.append("the program moves more than weights and cache once")
+    why = "; ".join(causes) or "the parts above add up to it"
+    return (
+        f"{_heading(program)} is above its bound, which is reading weights and cache once and multiplying at "
+        f"the peak rate: {why}"
+    )
+
+
+def _time_table(programs: list[ProgramReport]) -> Table:
     title = "estimated time, ms: the longer of compute and traffic, and the collectives"
     table = plain_table(title, "what", numbers=list(map(_heading, programs)))
     rows: dict[str, Callable[[Estimate], str]] = {

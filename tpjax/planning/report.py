@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -16,6 +16,10 @@ from tpjax.planning.plan import Plan, frontier
 from tpjax.planning.plots import save
 from tpjax.planning.strategies import Comparison
 from tpjax.step_time import Cost
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.text import Annotation
 
 
 @dataclass(frozen=True)
@@ -132,29 +136,68 @@ class PlanReport:
 
 
 def plot_frontier(plans: Sequence[Plan], path: Path) -> None:
-    """Draws tokens/s a chip over tokens/s a user: a line for each tp, a mark for each batch."""
+    """Writes a picture of :func:`draw_frontier`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 5), layout="constrained")
-    axes = figure.subplots()
-    for plan in plans:
-        points = frontier(plan)
-        if not points:
-            continue
-        label = f"tp={plan.tp}" + (f" × {plan.replicas} replicas" if plan.replicas > 1 else "")
-        axes.plot([user for _, user, _ in points], [chip for _, _, chip in points], "o-", ms=4, label=label)
-        for batch, user, chip in points[:: max(1, len(points) // 3)]:
-            axes.annotate(str(batch), (user, chip), textcoords="offset points", xytext=(4, 4), fontsize=7)
+    draw_frontier(figure.subplots(), plans)
+    save(figure, path)
+
+
+def draw_frontier(axes: Axes, plans: Sequence[Plan]) -> None:
+    """Draws tokens/s per chip over tokens/s per user: a line for each tp, a mark for each batch.
+
+    Each line is named where it ends, at a batch of one; batches are written where no other line is better,
+    as far as there is room.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    drawn = [(plan, points) for plan in plans if (points := frontier(plan))]
+    for colour, (_, points) in enumerate(drawn):
+        users, chips = ([point[axis] for point in points] for axis in (1, 2))
+        axes.plot(users, chips, "o-", ms=3.5, color=f"C{colour}")
     best = plans[0]
     axes.set(
         yscale="log",
-        xlabel="tokens/s a user",
-        ylabel="tokens/s a chip",
+        xlabel="tokens/s per user",
+        ylabel="tokens/s per chip",
         title=(
             f"{best.model.counts.name} on {best.chips} × {best.model.hardware.name}, {best.workload.dtype}, "
             f"context {best.workload.context}\nnumbers: batch over all replicas"
         ),
     )
-    axes.grid(which="both", alpha=0.3)
-    axes.legend()
-    save(figure, path)
+    axes.title.set_fontsize("medium")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.12, y=0.14)
+    labels: list[Annotation] = []
+    for colour, (plan, points) in enumerate(drawn):
+        name = f"tp={plan.tp}" + (f"\n{plan.replicas} replicas" if plan.replicas > 1 else "")
+        _, user, chip = points[0]
+        style = {"color": f"C{colour}", "fontsize": 8, "fontweight": "bold"}
+        _annotate(axes, labels, name, (user, chip), (0, -6), ha="center", va="top", **style)
+    everywhere = [(user, chip) for _, points in drawn for _, user, chip in points]
+    for _, points in reversed(drawn):
+        for batch, user, chip in points:
+            if not any(other > user and rate > chip for other, rate in everywhere):
+                _annotate(axes, labels, f"{batch:,}", (user, chip), (4, 3), fontsize=7, color="#555555")
+
+
+def _annotate(
+    axes: Axes,
+    others: list[Annotation],
+    text: str,
+    at: tuple[float, float],
+    shift: tuple[int, int],
+    **style: Any,
+) -> None:
+    """Writes at a point, ``shift`` points away, unless that would overlap the other labels."""
+    label = axes.annotate(text, at, shift, textcoords="offset points", **style)
+    room = label.get_window_extent().padded(2)
+    if any(room.overlaps(other.get_window_extent()) for other in others):
+        label.remove()
+    else:
+        others.append(label)

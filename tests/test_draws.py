@@ -28,9 +28,9 @@ from tpjax.sampling import (
     NAN_TOKEN,
     History,
     SamplingRows,
+    ThresholdSearch,
     _gumbel,
     _gumbel_of,
-    _threshold,
     sample,
 )
 from tpjax.sharding import LOGITS
@@ -404,7 +404,8 @@ def test_oracle_against_transformers(name: str) -> None:
 
 @pytest.mark.parametrize("tp", (1, 4))
 @pytest.mark.parametrize("kind", ("normal", "flat", "peaked", "zipf"))
-def test_top_p_of_a_large_vocabulary(kind: str, tp: int) -> None:
+@pytest.mark.parametrize("search", (ThresholdSearch.on("cpu"), ThresholdSearch.on("gpu")), ids=repr)
+def test_top_p_of_a_large_vocabulary(search: ThresholdSearch, kind: str, tp: int) -> None:
     """The kept mass is right to 1e-6, also where it is a sum of many tokens that float32 loses one by one."""
     vocab = VOCABULARIES[2]
     random, ids = np.random.default_rng(1), np.arange(vocab)
@@ -424,7 +425,9 @@ def test_top_p_of_a_large_vocabulary(kind: str, tp: int) -> None:
     def find(scaled_logits: Any, mass: Any) -> Any:
         every = [jnp.broadcast_to(x, (len(top_ps), vocab)) for x in (scaled_logits, mass)]
         specs = {"in_specs": (LOGITS, LOGITS, P()), "out_specs": P(), "check_vma": False}
-        return jax.shard_map(_threshold, mesh=make_mesh(tp), **specs)(*every, jnp.asarray(targets)[:, None])
+        return jax.shard_map(search.threshold, mesh=make_mesh(tp), **specs)(
+            *every, jnp.asarray(targets)[:, None]
+        )
 
     for top_p, floor in zip(top_ps, np.asarray(find(scaled_logits, mass))[:, 0], strict=True):
         kept, smallest = int((scaled_logits >= floor).sum()), int(np.argmax(together >= top_p)) + 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,8 +23,7 @@ from tpjax.mesh import AXIS
 from tpjax.sampling_params import MAX_LOGPROBS, SamplingParams
 from tpjax.sharding import LOGITS, REPLICATED, Leaf
 
-# Bits of the threshold found per round; each round is one small all-reduce of 2**bits - 1 sums per row.
-_BITS_PER_ROUND = 4
+_BLOCK = 128  # tokens whose maximum stands for them in the search for the likeliest
 NAN_TOKEN = -2  # sampled if the logits are not numbers
 ALL_MASKED_TOKEN = -3  # sampled if every token is masked: all logits are minus infinity
 _LEAST_MASS = 1e-30  # so that a top_p that float32 rounds to 0 still keeps the likeliest token
@@ -189,8 +189,10 @@ def sample(
 ) -> tuple[Sampled, History]:
     """Samples one token per row and counts it in the history of the row's slot.
 
-    There are two variants. The plain one takes the likeliest token and does nothing else; the host compiles
-    it where every row is :attr:`SamplingParams.plain_greedy` and no mask applies. The other does everything.
+    There are two variants, between which the host chooses. The plain one takes the likeliest token and does
+    nothing else: it fits where every row is :attr:`SamplingParams.plain_greedy` and no mask applies. The
+    other does everything; of that only the searches of top-k and top-p take long, so their loops run no round
+    unless a row needs one.
 
     Args:
         logits: float32, sharded over V; padding is minus infinity.
@@ -199,19 +201,19 @@ def sample(
         slots: slot of each row.
         positions: position that each sampled token will take, which the noise is keyed by.
         mesh: the mesh that the logits are sharded over.
-        greedy: compiles the plain variant, which reads the logits alone; its log-probabilities are zeros.
+        greedy: the plain variant, which reads the logits alone; its log-probabilities are zeros.
     """
-    sharded, replicated = LOGITS, REPLICATED
     if greedy:
         shard_map = jax.shard_map(
-            _greedy_shard, mesh=mesh, in_specs=sharded, out_specs=replicated, check_vma=False
+            _greedy_shard, mesh=mesh, in_specs=LOGITS, out_specs=REPLICATED, check_vma=False
         )
         return shard_map(logits), history
+    platform: str = mesh.devices.flat[0].platform
     return jax.shard_map(
-        _sample_shard,
+        partial(_sample_shard, search=ThresholdSearch.on(platform)),
         mesh=mesh,
-        in_specs=(sharded, replicated, sharded, replicated, replicated),
-        out_specs=(replicated, sharded),
+        in_specs=(LOGITS, REPLICATED, LOGITS, REPLICATED, REPLICATED),
+        out_specs=(REPLICATED, LOGITS),
         check_vma=False,
     )(logits, rows, history, slots, positions)
 
@@ -220,7 +222,10 @@ def score(logits: Float[Array, "N V"], tokens: Int[Array, " N"], mesh: Mesh) -> 
     """Computes the log-probability of each given token under its row of logits, and the likeliest tokens."""
 
     def shard(logits: Array, tokens: Array) -> Sampled:
-        return Sampled(tokens, *_logprobs(logits, _token_ids(logits), tokens))
+        ids = _token_ids(logits)
+        own = jnp.where(ids == tokens[:, None], logits, -jnp.inf).max(axis=-1, keepdims=True)
+        own, *summary = _all_gather(own, *_summary(logits, ids))
+        return Sampled(tokens, *_logprobs(summary, own.max(axis=1)))
 
     in_specs = (LOGITS, REPLICATED)
     mapped = jax.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=REPLICATED, check_vma=False)
@@ -230,8 +235,11 @@ def score(logits: Float[Array, "N V"], tokens: Int[Array, " N"], mesh: Mesh) -> 
 @jax.named_scope("sampling")
 def _greedy_shard(logits: Float[Array, "B shard"]) -> Sampled:
     """Returns the likeliest tokens, on one device, which holds a shard of the vocabulary."""
-    tokens = _winner(logits, _token_ids(logits))
-    return Sampled(tokens, *_no_logprobs(tokens))
+    tokens, _ = _winner(*_all_gather(*_best(logits, _token_ids(logits))))
+    top = (*tokens.shape, MAX_LOGPROBS)
+    return Sampled(
+        tokens, jnp.zeros(tokens.shape, jnp.float32), jnp.zeros(top, jnp.int32), jnp.zeros(top, jnp.float32)
+    )
 
 
 @jax.named_scope("sampling")
@@ -241,32 +249,26 @@ def _sample_shard(
     history: History,
     slots: Int[Array, " B"],
     positions: Int[Array, " B"],
+    *,
+    search: ThresholdSearch,
 ) -> tuple[Sampled, History]:
-    """Samples on one device, which holds a shard of the vocabulary of ``logits`` and ``history``.
-
-    What only some requests need is in conditionals on the whole batch: it costs nothing if none does.
-    """
-    tokens, uses_history = _token_ids(logits), rows.uses_history
-    scores = jax.lax.cond(
-        jnp.any(uses_history), lambda: _penalise(logits, rows, history, slots), lambda: logits
-    )
-    masked = positions < rows.masked_until
-    scores = jax.lax.cond(
-        jnp.any(masked), lambda: _mask(scores, masked, history.allowed[slots]), lambda: scores
-    )
-    scores = jax.lax.cond(
-        jnp.any(rows.temperature > 0), lambda: _perturb(scores, rows, positions, tokens), lambda: scores
-    )
-    sampled = _winner(scores, tokens)
-    logprobs = jax.lax.cond(
-        jnp.any(rows.wants_logprobs),
-        lambda: _logprobs(logits, tokens, sampled),
-        lambda: _no_logprobs(sampled),
-    )
-    is_sampled = ((sampled[:, None] == tokens) & uses_history[:, None]).astype(jnp.int32)
-    counts = jax.lax.cond(
-        jnp.any(uses_history), lambda: history.counts.at[slots].add(is_sampled), lambda: history.counts
-    )
+    """Samples on one device, which holds a shard of the vocabulary of ``logits`` and ``history``."""
+    tokens = _token_ids(logits)
+    scores = _penalise(logits, rows, history, slots)
+    scores = _mask(scores, positions < rows.masked_until, history.allowed[slots])
+    scores = _perturb(scores, rows, positions, tokens, search)
+    best, token = _best(scores, tokens)
+    logit = jnp.take_along_axis(logits, token - tokens[0], axis=1)
+    best, token, logit, *summary = _all_gather(best, token, logit, *_summary(logits, tokens))
+    sampled, device = _winner(best, token)
+    wanted = rows.wants_logprobs
+    logprobs = [
+        jnp.where(wanted.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+        for x in _logprobs(summary, jnp.take_along_axis(logit, device[:, None, None], axis=1)[:, 0])
+    ]
+    # a token of another device, and one that is not counted, is out of bounds here
+    place = jnp.where(rows.uses_history & (sampled >= tokens[0]), sampled - tokens[0], len(tokens))
+    counts = history.counts.at[slots, place].add(1, mode="drop")
     return Sampled(sampled, *logprobs), replace(history, counts=counts)
 
 
@@ -306,28 +308,28 @@ def _perturb(
     rows: SamplingRows,
     positions: Int[Array, " B"],
     tokens: Int[Array, " shard"],
+    search: ThresholdSearch,
 ) -> Float[Array, "B shard"]:
     """Applies temperature, top-k, top-p and min-p, and adds Gumbel noise; greedy rows keep their scores.
 
     The arg-max of the result is a sample from the distribution that is left.
     """
-    temperature, top_k, top_p = rows.temperature, rows.top_k, rows.top_p
+    temperature = rows.temperature
+    top_k, top_p = rows.top_k[:, None], rows.top_p
     # the likeliest token is at 0 whatever the temperature: nothing overflows, and noise keeps its digits
     relative = _relative_to(scores, jax.lax.pmax(scores.max(axis=-1, keepdims=True), AXIS))
     scaled_logits = relative / jnp.where(temperature > 0, jnp.maximum(temperature, _TINY), 1.0)
-    floor = jax.lax.cond(
-        jnp.any(top_k > 0), lambda: _top_k_floor(scaled_logits, top_k), lambda: _no_floor(scaled_logits)
-    )
+    with jax.named_scope("top_k"):
+        is_cut = (top_k > 0) & (temperature > 0)
+        target = jnp.where(is_cut, top_k.astype(jnp.float32), jnp.inf)
+        floor = search.threshold(scaled_logits, jnp.ones_like(scaled_logits), target)
     with jax.named_scope("top_p"):
         # among the tokens that top_k left, as in transformers
         mass = jnp.where(scaled_logits >= floor, jnp.exp(scaled_logits), 0.0)
         total = jax.lax.psum(mass.sum(axis=-1, keepdims=True), AXIS)
-        top_p_floor = jax.lax.cond(
-            jnp.any(top_p < 1),
-            lambda: _top_p_floor(scaled_logits, mass, top_p, total),
-            lambda: _no_floor(scaled_logits),
-        )
-        floor = jnp.maximum(floor, top_p_floor)
+        is_cut = (top_p < 1) & (temperature > 0)
+        target = jnp.where(is_cut, jnp.maximum(top_p * total, _LEAST_MASS), jnp.inf)
+        floor = jnp.maximum(floor, search.threshold(scaled_logits, mass, target))
     with jax.named_scope("min_p"):
         floor = jnp.maximum(floor, jnp.log(rows.min_p))
     with jax.named_scope("gumbel"):
@@ -339,58 +341,64 @@ def _perturb(
         return jnp.where((temperature > 0) & ~jnp.isnan(scores), perturbed_logits, scores)
 
 
-@jax.named_scope("top_k")
-def _top_k_floor(scaled_logits: Float[Array, "B shard"], top_k: Int[Array, " B"]) -> Float[Array, "B 1"]:
-    """Returns each row's ``top_k``-th largest logit; minus infinity if ``top_k`` is 0."""
-    target = jnp.where(top_k > 0, top_k.astype(jnp.float32), jnp.inf)[:, None]
-    return _threshold(scaled_logits, jnp.ones_like(scaled_logits), target)
-
-
-def _top_p_floor(
-    scaled_logits: Float[Array, "B shard"],
-    mass: Float[Array, "B shard"],
-    top_p: Float[Array, "B 1"],
-    total: Float[Array, "B 1"],
-) -> Float[Array, "B 1"]:
-    """Returns the largest logit from which on tokens hold ``top_p`` of the total mass."""
-    return _threshold(
-        scaled_logits, mass, jnp.where(top_p < 1, jnp.maximum(top_p * total, _LEAST_MASS), jnp.inf)
-    )
-
-
-def _no_floor(scaled_logits: Float[Array, "B shard"]) -> Float[Array, "B 1"]:
-    return jnp.full((scaled_logits.shape[0], 1), -jnp.inf)
-
-
-def _relative_to(scores: Float[Array, "B shard"], top: Float[Array, "B 1"]) -> Float[Array, "B shard"]:
+def _relative_to(scores: Float[Array, "*n"], top: Float[Array, "*m"]) -> Float[Array, "*n"]:
     """Returns scores minus the top of their row: 0 at the top, even if it is infinite."""
     return jnp.where(scores == top, 0.0, scores - top)
 
 
-def _threshold(
-    scores: Float[Array, "B shard"], weights: Float[Array, "B shard"], target: Float[Array, "B 1"]
-) -> Float[Array, "B 1"]:
-    """Returns the largest t such that the weights of all scores >= t, over all devices, sum to ``target``.
+@dataclass(frozen=True)
+class ThresholdSearch:
+    """How the thresholds of top-k and top-p are searched for: by bisecting over the bits of a float.
 
-    Minus infinity if no t does. Bisects over the bits of t, from the highest down, a few per round: suitably
-    flipped, the bits of floats are integers in the order of the floats.
+    Attributes:
+        bits: bits found per round, each of which takes an all-reduce of 2**bits - 1 sums per row: few where
+            sums take long, many where an all-reduce does.
+        fixed: whether each search takes all its rounds, even if no row needs it: a GPU would wait for the
+            host at every round of a loop whose length is computed.
     """
-    keys = _ordered(scores)
-    fan = 2**_BITS_PER_ROUND - 1
-    steps = jnp.arange(1, fan + 1, dtype=jnp.uint32)
 
-    def bisect(round_: Int[Array, ""], low: UInt[Array, "B 1"]) -> UInt[Array, "B 1"]:
-        shift = (32 - _BITS_PER_ROUND * (round_ + 1)).astype(jnp.uint32)
-        candidates = low + (steps << shift)  # [B, fan], ascending
-        above = keys[:, None, :] >= candidates[:, :, None]
-        sums = jax.lax.psum(jnp.where(above, weights[:, None, :], 0.0).sum(axis=-1), AXIS)
-        reached = (sums >= target).sum(axis=-1, keepdims=True).astype(jnp.uint32)
-        next_low: Array = low + (reached << shift)
-        return next_low
+    bits: int
+    fixed: bool
 
-    low = jnp.zeros((scores.shape[0], 1), jnp.uint32)
-    low = jax.lax.fori_loop(0, 32 // _BITS_PER_ROUND, bisect, low)
-    return _unordered(low)
+    @classmethod
+    def on(cls, platform: str) -> ThresholdSearch:
+        """Returns the search for a platform."""
+        return cls(bits=2 if platform == "cpu" else 4, fixed=platform == "gpu")
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of a search."""
+        return 32 // self.bits
+
+    @property
+    def sums(self) -> int:
+        """Sums per row of each round's all-reduce."""
+        return (1 << self.bits) - 1
+
+    def threshold(
+        self, scores: Float[Array, "B shard"], weights: Float[Array, "B shard"], target: Float[Array, "B 1"]
+    ) -> Float[Array, "B 1"]:
+        """Returns the largest t such that the weights of all scores >= t, on all devices, sum to ``target``.
+
+        Minus infinity if no t does, as for an infinite target. From the highest bit down: suitably flipped,
+        the bits of floats are integers in the order of the floats.
+        """
+        keys = _ordered(scores)
+        steps = jnp.arange(1, self.sums + 1, dtype=jnp.uint32)
+
+        def bisect(round_: Int[Array, ""], low: UInt[Array, "B 1"]) -> UInt[Array, "B 1"]:
+            shift = (32 - self.bits * (round_ + 1)).astype(jnp.uint32)
+            candidates = low + (steps << shift)  # [B, sums], ascending
+            above = keys[:, None, :] >= candidates[:, :, None]
+            sums = jax.lax.psum(jnp.where(above, weights[:, None, :], 0.0).sum(axis=-1), AXIS)
+            reached = (sums >= target).sum(axis=-1, keepdims=True).astype(jnp.uint32)
+            next_low: Array = low + (reached << shift)
+            return next_low
+
+        rounds = self.rounds if self.fixed else jnp.where(jnp.any(jnp.isfinite(target)), self.rounds, 0)
+        low = jnp.zeros((scores.shape[0], 1), jnp.uint32)
+        low = jax.lax.fori_loop(0, rounds, bisect, low)
+        return _unordered(low)
 
 
 def _ordered(x: Float[Array, "*n"]) -> UInt[Array, "*n"]:
@@ -433,52 +441,91 @@ def _gumbel_of(high: UInt[Array, "*n"], low: UInt[Array, "*n"]) -> Float[Array, 
     return -jnp.log(-jnp.log1p(-uniform))
 
 
+def _best(
+    scores: Float[Array, "B shard"], tokens: Int[Array, " shard"]
+) -> tuple[Float[Array, "B 1"], Int[Array, "B 1"]]:
+    """Returns this device's highest score and the lowest token id that has it; a NaN counts as highest."""
+    # plain reductions: on a CPU XLA does not vectorise an arg-max, and its maximum may pass over a NaN
+    best, is_nan = scores.max(axis=-1, keepdims=True), jnp.isnan(scores)
+    token = jnp.where((scores == best) | is_nan, tokens, tokens[-1]).min(axis=-1, keepdims=True)
+    return jnp.where(is_nan.any(axis=-1, keepdims=True), jnp.nan, best), token
+
+
 @jax.named_scope("winner")
-def _winner(scores: Float[Array, "B shard"], tokens: Int[Array, " shard"]) -> Int[Array, " B"]:
-    """Returns the token of the highest score over all devices; of equal ones the lowest id.
+def _winner(
+    best: Float[Array, "B tp 1"], tokens: Int[Array, "B tp 1"]
+) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+    """Returns the token of the highest score over all devices, of equal ones the lowest id, and its device.
 
     A NaN counts as highest, and gives ``NAN_TOKEN``; minus infinity gives ``ALL_MASKED_TOKEN``.
     """
-    local = jnp.argmax(scores, axis=-1)
-    best = jnp.take_along_axis(scores, local[:, None], axis=-1)[:, 0]
-    # both as integers: a small token id would be a denormal as a float, which hardware may flush to 0
-    bits = jax.lax.bitcast_convert_type(best, jnp.int32)
-    candidates = jax.lax.all_gather(jnp.stack([bits, tokens[local]]), AXIS)  # all-gather of [tp, 2, B]
-    highest = jax.lax.bitcast_convert_type(candidates[:, 0], jnp.float32)
-    device = jnp.argmax(highest, axis=0)[None]
-    score, token = (jnp.take_along_axis(x, device, axis=0)[0] for x in (highest, candidates[:, 1]))
-    return jnp.where(jnp.isnan(score), NAN_TOKEN, jnp.where(jnp.isneginf(score), ALL_MASKED_TOKEN, token))
+    device = jnp.argmax(best[:, :, 0], axis=1)
+    score, token = (jnp.take_along_axis(x[:, :, 0], device[:, None], axis=1)[:, 0] for x in (best, tokens))
+    token = jnp.where(jnp.isnan(score), NAN_TOKEN, jnp.where(jnp.isneginf(score), ALL_MASKED_TOKEN, token))
+    return token, device
+
+
+def _all_gather(*parts: Array) -> list[Array]:
+    """Gathers [B, n] numbers of each device, in one all-gather; returns them as [B, tp, n]."""
+    # all as integers: a small token id would be a denormal as a float, which hardware may flush to 0
+    bits = [jax.lax.bitcast_convert_type(part, jnp.int32) for part in parts]
+    gathered = jax.lax.all_gather(jnp.concatenate(bits, axis=1), AXIS, axis=1)
+    ends = np.cumsum([part.shape[1] for part in parts])
+    split = jnp.split(gathered, ends[:-1].tolist(), axis=2)
+    return [jax.lax.bitcast_convert_type(x, part.dtype) for x, part in zip(split, parts, strict=True)]
+
+
+@jax.named_scope("logprobs")
+def _summary(
+    logits: Float[Array, "B shard"], tokens: Int[Array, " shard"]
+) -> tuple[Float[Array, "B 1"], Float[Array, "B 1"], Float[Array, "B top"], Int[Array, "B top"]]:
+    """Returns what log-probabilities need of a device's logits.
+
+    Returns:
+        The highest, the sum of exponentials relative to it, and the likeliest tokens' logits and ids.
+    """
+    highest = logits.max(axis=-1, keepdims=True)
+    total = jnp.exp(_relative_to(logits, highest)).sum(axis=-1, keepdims=True)
+    values, places = _top(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+    return highest, total, values, tokens[places]
+
+
+def _top(x: Float[Array, "B n"], count: int) -> tuple[Float[Array, "B count"], Int[Array, "B count"]]:
+    """Returns ``jax.lax.top_k(x, count)``, which is faster on the few blocks with the highest maxima."""
+    size, padding = _BLOCK, -x.shape[1] % _BLOCK
+    padded = jnp.pad(x, ((0, 0), (0, padding)), constant_values=-jnp.inf)
+    blocks = padded.reshape(len(x), -1, size)
+    if blocks.shape[1] <= count:
+        values, places = jax.lax.top_k(x, count)
+        return values, places
+    # in order of place: of equal numbers the first comes first
+    chosen = jnp.sort(jax.lax.top_k(blocks.max(axis=-1), count)[1], axis=-1)
+    candidates = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(len(x), -1)
+    values, places = jax.lax.top_k(candidates, count)
+    return values, jnp.take_along_axis(chosen, places // size, axis=1) * size + places % size
 
 
 @jax.named_scope("logprobs")
 def _logprobs(
-    logits: Float[Array, "B shard"], tokens: Int[Array, " shard"], sampled: Int[Array, " B"]
+    summary: Sequence[Array], logit: Float[Array, "B 1"]
 ) -> tuple[Float[Array, " B"], Int[Array, "B top"], Float[Array, "B top"]]:
-    """Returns log-probabilities of the sampled and the likeliest tokens; id -1 if there are no more."""
-    top = jax.lax.pmax(logits.max(axis=-1, keepdims=True), AXIS)
-    relative = _relative_to(logits, top)
-    log_total = jnp.log(jax.lax.psum(jnp.exp(relative).sum(axis=-1, keepdims=True), AXIS))
-    is_sampled = tokens == sampled[:, None]
-    of_sampled = jax.lax.psum(jnp.where(is_sampled, relative, 0.0).sum(axis=-1), AXIS) - log_total[:, 0]
-    # two stages: the global top-n are among the devices' own top-n
-    values, places = jax.lax.top_k(relative, min(MAX_LOGPROBS, relative.shape[-1]))
-    values = jax.lax.all_gather(values, AXIS, axis=1, tiled=True)
-    ids = jax.lax.all_gather(tokens[places], AXIS, axis=1, tiled=True)
-    count = min(MAX_LOGPROBS, values.shape[-1])
-    values, order = jax.lax.top_k(values, count)
-    ids = jnp.take_along_axis(ids, order, axis=1)
-    ids = jnp.where(jnp.isneginf(values), -1, ids)  # a vocabulary below 20 has no more than its tokens
+    """Returns log-probabilities of a token and of the likeliest ones; id -1 if there are no more.
+
+    Args:
+        summary: what :func:`_summary` returns, of each device: [B, tp, n].
+        logit: of the token.
+    """
+    highest, total, values, ids = summary
+    top = highest.max(axis=1)
+    log_total = jnp.log((total * jnp.exp(_relative_to(highest, top[:, None]))).sum(axis=1))
+    # the likeliest tokens of all are among each device's own
+    count = min(MAX_LOGPROBS, ids.shape[1] * ids.shape[2])
+    best, order = jax.lax.top_k(values.reshape(len(values), -1), count)
+    found = jnp.take_along_axis(ids.reshape(len(ids), -1), order, axis=1)
+    found = jnp.where(jnp.isneginf(best), -1, found)  # a vocabulary below 20 has no more than its tokens
     pad = ((0, 0), (0, MAX_LOGPROBS - count))
     return (
-        of_sampled,
-        jnp.pad(ids, pad, constant_values=-1),
-        jnp.pad(values - log_total, pad, constant_values=-jnp.inf),
+        (_relative_to(logit, top) - log_total)[:, 0],
+        jnp.pad(found, pad, constant_values=-1),
+        jnp.pad(_relative_to(best, top) - log_total, pad, constant_values=-jnp.inf),
     )
-
-
-def _no_logprobs(
-    sampled: Int[Array, " B"],
-) -> tuple[Float[Array, " B"], Int[Array, "B top"], Float[Array, "B top"]]:
-    """Returns zeros in the shapes of :func:`_logprobs`."""
-    top = (*sampled.shape, MAX_LOGPROBS)
-    return jnp.zeros(sampled.shape, jnp.float32), jnp.zeros(top, jnp.int32), jnp.zeros(top, jnp.float32)

@@ -7,6 +7,9 @@ from typing import Any
 
 from tpjax.config import ModelConfig
 from tpjax.inspect.collectives import Collective
+from tpjax.sampling import ThresholdSearch
+from tpjax.sampling_params import MAX_LOGPROBS
+from tpjax.sharding import pad_to_multiple
 
 BUDGETED_KINDS = ("all-reduce", "reduce-scatter", "all-gather")
 
@@ -19,15 +22,21 @@ def collective_budget(
     rows: int = 1,
     itemsize: int = 4,
     sequence_parallel: bool = False,
+    greedy: bool = False,
+    platform: str = "cpu",
 ) -> dict[str, Any]:
     """Computes the collectives of one call.
 
-    A layer takes two all-reduces of the residual, the embedding takes one, and sampling one small all-gather.
-    A layer whose attention and MLP are parallel takes one all-reduce; a norm over all heads adds one, of two
-    float32 numbers a token. To sample, each device contributes the best score of each row and its token, 8
-    bytes. With sequence parallelism, an all-gather and a reduce-scatter replace each all-reduce of a layer, a
-    reduce-scatter replaces that of the embedding, and the row of the last token takes an all-reduce. On a
-    CPU, XLA sums bfloat16 as float32, which doubles the bytes.
+    A layer takes two all-reduces of the residual, the embedding takes one, and sampling a few small ones. A
+    layer whose attention and MLP are parallel takes one all-reduce; a norm over all heads adds one, of two
+    float32 numbers a token. With sequence parallelism, an all-gather and a reduce-scatter replace each
+    all-reduce of a layer, a reduce-scatter replaces that of the embedding, and the row of the last token
+    takes an all-reduce. On a CPU, XLA sums bfloat16 as float32, which doubles the bytes.
+
+    To sample greedily, each device contributes the best score of each row and its token, 8 bytes, to one
+    all-gather. Other sampling adds to it what log-probabilities need, and takes four all-reduces: of the
+    highest scores, of the mass that top-p is a part of, and of a round's sums in the searches of top-k and of
+    top-p. How many rounds there are is known when they run: they count as one.
 
     Args:
         config: the architecture.
@@ -36,6 +45,8 @@ def collective_budget(
         rows: rows that a token is sampled for.
         itemsize: bytes of an element of the residual.
         sequence_parallel: whether the residual is sharded over positions.
+        greedy: whether the program has the plain variant of :func:`tpjax.sampling.sample`.
+        platform: the kind of device, which decides how top-k and top-p are searched for.
 
     Returns:
         The number of each of ``BUDGETED_KINDS`` and of others, the bytes of their results on one device, and
@@ -48,6 +59,12 @@ def collective_budget(
     token_bytes = config.hidden_size * itemsize
     reduces, reduced = norms * layers, tokens * norms * layers * 2 * 4
     scatters, gathers, gathered = 0, 1, tp * rows * 2 * 4
+    if not greedy:
+        search = ThresholdSearch.on(platform)
+        listed = min(MAX_LOGPROBS, pad_to_multiple(config.vocab_size, tp) // tp)
+        gathered += tp * rows * (3 + 2 * listed) * 4
+        rounds = 2 * (search.rounds if search.fixed else 1)
+        reduces, reduced = reduces + 2 + rounds, reduced + rows * (2 + rounds * search.sums) * 4
     if sequence_parallel:
         moved = f"{sums} all-gathers and {sums} reduce-scatters × {layers} layers"
         reduces, reduced = reduces + 1, reduced + rows * token_bytes

@@ -126,7 +126,11 @@ def _step(runner: Runner, name: Kind, tokens: int) -> Step:
         tokens=tokens,
         collectives=summarise(find_collectives(compiled.as_text())),
         budget=collective_budget(
-            runner.config, runner.mesh.size, tokens=tokens, itemsize=runner.dtype.itemsize
+            runner.config,
+            runner.mesh.size,
+            tokens=tokens,
+            itemsize=runner.dtype.itemsize,
+            platform=runner.mesh.devices.flat[0].platform,
         ),
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,

@@ -150,6 +150,7 @@ def compile_program(
         rows=batch,
         itemsize=runner.dtype.itemsize,
         sequence_parallel=kind == "prefill" and runner.programs.residual_spec(length) == SEQUENCE_PARALLEL,
+        platform="tpu" if topology.is_tpu else "gpu",
     )
     started = time.perf_counter()
     compile_error, compiled = "", None

@@ -227,19 +227,53 @@ def test_a_measurement_that_cannot_be_kept_is_not_begun(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(has_nvidia_gpu() or has_tpu(), reason="the plugin of a chip that is there starts")
-def test_plugins_for_chips_that_are_not_there_do_not_start(tmp_path):
+@pytest.mark.parametrize("platforms", ({}, {"JAX_PLATFORMS": "cpu"}), ids=("any", "cpu"))
+def test_plugins_for_chips_that_are_not_there_do_not_start(tmp_path, platforms):
     plugin = tmp_path / "jax_plugins/xla_cuda12"
     plugin.mkdir(parents=True)
     (plugin / "__init__.py").write_text("def initialize():\n    raise RuntimeError('no CUDA')\n")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("XLA", "JAX"))}
     done = subprocess.run(
         [sys.executable, "-m", "tpjax.cli", "explain", str(LLAMA), "--tp", "2"],
-        env={**kept, "PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path)))},
+        env={**kept, **platforms, "PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path)))},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert (done.returncode, done.stderr) == (0, "tpjax: the only device is a CPU: faking 2 devices\n")
+
+
+@pytest.mark.parametrize("debug", (False, True))
+def test_what_native_libraries_print_is_hidden(debug):
+    """But not what Python says, warnings included, nor what comes before and after, nor an error."""
+    program = f"""
+import os, sys, warnings
+from tpjax.cli import console
+console.debug = {debug}
+os.write(2, b"before\\n")
+try:
+    with console.native_output_hidden():
+        os.write(2, b"I0000 chatter\\n")
+        print("said", file=sys.stderr)
+        warnings.warn("warned é", stacklevel=1)
+        os.system("echo child >&2")
+        raise ValueError
+except ValueError:
+    os.write(2, b"after\\n")
+print("last", file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", program],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if not line.startswith(" ")]
+    native = ["I0000 chatter"] if debug else []
+    child = ["child"] if debug else []
+    assert lines == ["before", *native, "said", "<string>:10: UserWarning: warned é", *child, "after", "last"]
 
 
 # --- subcommands -------------------------------------------------------------------------------------------

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gzip
 import importlib.metadata
 import io
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -242,6 +245,22 @@ def test_gpu_smollm2(tp: int, capfd: pytest.CaptureFixture[str]) -> None:
     check(program, SMOLLM2, tp, capfd.readouterr().err)
     assert program.cache_copies == 0
     assert program.estimate is None  # of a GPU's program no time can be read
+
+
+@needs_gpu
+def test_compilers_are_not_heard(tmp_path: Path) -> None:
+    """The CUDA plugin logs that it finds no driver, four times."""
+    config = Path(__file__).parent / "goldens/llama/config.json"
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("XLA", "JAX"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "tpjax", "explain", "--config", str(config), "--topology", "h200:2"],
+        env={**kept, "PYTHONPATH": str(Path(topology.__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "at tp=2 on h200:2" in done.stdout
 
 
 @needs_tpu

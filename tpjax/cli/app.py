@@ -22,6 +22,7 @@ from tpjax.cli import (
     bench,
     bench_serve,
     chat,
+    console,
     convert,
     doctor,
     explain,
@@ -121,7 +122,9 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error, and what compilers print.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
@@ -140,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words, renamed = translate_arguments(sys.argv[1:] if argv is None else argv)
     for message in renamed:
         print(f"tpjax: warning: {message}", file=sys.stderr)
-    debug = "--debug" in words
+    console.debug = debug = "--debug" in words
     try:
         status = app([word for word in words if word != "--debug"], prog_name="tpjax", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +15,44 @@ from tpjax.errors import RequestError
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
+debug = False  # whether --debug was given
+
 
 def note(text: str) -> None:
     """Prints a remark to stderr."""
     print(f"tpjax: {text}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def native_output_hidden() -> Iterator[None]:
+    """Hides what native libraries write to stderr, unless ``--debug`` was given. Python's own lines show.
+
+    Plugins of JAX and their compilers log to file descriptor 2 and take no word for it.
+    """
+    try:
+        own = sys.stderr.fileno()
+    except (AttributeError, io.UnsupportedOperation):  # stderr has been replaced: whoever did it has it
+        own = -1
+    if debug or own != 2:
+        yield
+        return
+    kept, python = os.dup(own), sys.stderr
+    python.flush()
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), own)
+        options: dict[str, Any] = {
+            "encoding": python.encoding,
+            "errors": "backslashreplace",
+            "closefd": False,
+        }
+        with open(kept, "w", buffering=1, **options) as shown:
+            sys.stderr = shown
+            yield
+    finally:
+        sys.stderr = python
+        os.dup2(kept, own)
+        os.close(kept)
 
 
 def show(what: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tpjax.cli.console import show_report
+from tpjax.cli.console import native_output_hidden, show_report
 from tpjax.cli.loading import ensure
 from tpjax.cli.options import MODEL_HELP, Json, ModelOption, Plot, Sharding, option, positive_int, takes
 from tpjax.errors import RequestError
@@ -72,11 +72,13 @@ def run(
         if plot is not None:
             raise RequestError("--plot draws what --topology does not look at: leave one out")
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is run: leave accelerators alone
-        from tpjax.inspect.program import explain_topology
-        from tpjax.inspect.topology import parse_topology
+        with native_output_hidden():
+            from tpjax.inspect.program import explain_topology
+            from tpjax.inspect.topology import parse_topology
 
-        chips = parse_topology(topology)
-        show_report(explain_topology(name, chips, context=context, **asdict(sharding)), as_json=as_json)
+            chips = parse_topology(topology)
+            compiled = explain_topology(name, chips, context=context, **asdict(sharding))
+        show_report(compiled, as_json=as_json)
         return
     ensure(name, sharding.tp, configuration=True)
     from tpjax.inspect.explain import explain_model

@@ -36,19 +36,20 @@ def has_tpu() -> bool:
 def leave_out_absent(*, compilers: bool = False) -> None:
     """Sets ``JAX_PLATFORMS=cpu`` and hides CUDA plugins, if all plugins are for chips that are not there.
 
-    Does nothing if ``JAX_PLATFORMS`` is set, there are other plugins, or the machine has such a chip. To be
-    called before JAX is imported.
+    Does nothing if ``JAX_PLATFORMS`` asks for more than the CPU, there are other plugins, or the machine has
+    such a chip. To be called before JAX is imported.
 
     Args:
         compilers: whether the plugins are needed for their compilers: they are not hidden then.
     """
     global chosen_platforms
-    if _PLATFORMS in os.environ or has_nvidia_gpu() or has_tpu():
+    if os.environ.get(_PLATFORMS, "cpu") != "cpu" or has_nvidia_gpu() or has_tpu():
         return
     plugins = _jax_plugins()
     if not all(name.startswith("xla_cuda") for name in plugins) or not (plugins or _is_installed("libtpu")):
         return
-    chosen_platforms = os.environ[_PLATFORMS] = "cpu"
+    if _PLATFORMS not in os.environ:
+        chosen_platforms = os.environ[_PLATFORMS] = "cpu"
     for name in plugins if not compilers else ():
         # JAX loads CUDA plugins even for the CPU alone, and has no switch for that
         idle = ModuleType(f"jax_plugins.{name}")

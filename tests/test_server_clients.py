@@ -1,4 +1,4 @@
-"""Clients that were not written for this server: schemathesis, lm-eval, a browser, and our own benchmark."""
+"""Clients that were not written for this server: schemathesis, lm-eval, and our own benchmark."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import asyncio
 import contextlib
 import importlib.util
 import json
-import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
-from serving import SLOTS, Running, load_tiny, running, tiny_checkpoint
+from serving import Running, load_tiny, running, tiny_checkpoint
 
 from tpjax.cli import serving_benchmark as bench
 from tpjax.cli.app import main
@@ -89,70 +87,6 @@ def test_lm_eval_gets_the_model_s_own_loglikelihoods(server: Running, directory:
         expected = [logprobs[i - 1, ids[i]] for i in range(before, len(ids))]
         assert found == pytest.approx(sum(expected), abs=1e-3)
         assert greedy == all(logits[i - 1].argmax() == ids[i] for i in range(before, len(ids)))
-
-
-# --- a browser
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(
-    CHROMIUM is None or importlib.util.find_spec("playwright") is None,
-    reason="pip install -e '.[browser]', and a Chromium",
-)
-def test_the_page_in_a_browser(server: Running, tmp_path: Path) -> None:
-    from playwright.sync_api import sync_playwright
-
-    troubles: list[str] = []
-    asked: list[str] = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1200, "height": 800})
-        page.on("console", lambda message: troubles.append(message.text))
-        page.on("pageerror", lambda error: troubles.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(server.url)
-        page.wait_for_selector("#state.ready")
-        page.fill("#temperature", "0")
-        page.fill("#max_tokens", "24")
-        page.fill("#text", "<b>the fox</b>")
-        page.press("#text", "Enter")
-        page.wait_for_selector(".turn.assistant small:not(:empty)")
-        with server.client() as http:
-            body = {"messages": [{"role": "user", "content": "<b>the fox</b>"}], "temperature": 0}
-            answer = http.post("/v1/chat/completions", json=body | {"max_tokens": 24}).json()
-        assert page.text_content(".turn.user span") == "<b>the fox</b>"  # text, and not markup
-        assert page.text_content(".turn.assistant span") == answer["choices"][0]["message"]["content"]
-        assert " tokens/s" in (page.text_content(".turn.assistant small") or "")
-        assert page.locator("#slots i").count() == SLOTS
-        page.wait_for_selector("#shards tr")
-        assert "tp=2" in (page.text_content("#mesh") or "")
-        embedding = page.locator("#shards tr", has_text="embed_tokens").first
-        assert "384×48" in embedding.inner_text() and "192×48" in embedding.inner_text()
-        page.fill("#max_tokens", "900")
-        page.fill("#text", "go on")
-        page.click("#send")
-        page.click("#stop")
-        page.wait_for_selector(".turn.assistant:last-child small:not(:empty)")
-        assert page.text_content(".turn.assistant:last-child small") == "stopped"
-        server.until(lambda: server.service.pending == 0)
-        many = {"prompt": "go on", "max_tokens": 900, "n": 8, "ignore_eos": True}
-        with server.client() as http, ThreadPoolExecutor(1) as pool:
-            answering = pool.submit(http.post, "/v1/completions", json=many)
-            page.wait_for_selector("#slots i.busy")
-            assert answering.result().status_code == 200
-        page.fill("#max_tokens", "5000")
-        page.fill("#text", "more")
-        page.click("#send")
-        page.wait_for_selector(".turn.error")
-        assert "over the context of 1024" in (page.text_content(".turn.error small") or "")
-        page.screenshot(path=tmp_path / "page.png")
-        page.set_viewport_size({"width": 400, "height": 800})  # a phone scrolls down, not sideways
-        assert page.evaluate("document.documentElement.scrollWidth") == 400
-        page.screenshot(path=tmp_path / "phone.png", full_page=True)
-        browser.close()
-    assert all(one.startswith((server.url, "data:")) for one in asked)  # nothing from elsewhere
-    assert [one for one in troubles if "400" not in one] == []
 
 
 # --- the benchmark

@@ -385,15 +385,18 @@ def test_keys(directory: Path) -> None:
             "/nothing",
         ):
             assert error_of(http.get(path), 401)["code"] == "invalid_api_key"
-        page = http.get("/")
-        assert page.status_code == 401 and page.headers["www-authenticate"].startswith("Basic")
+        assert http.post("/render", json={"text": "a"}).status_code == 401
+        refused = http.get("/stats").headers["www-authenticate"]
+        assert refused.startswith("Bearer")  # not Basic: the page asks for the key, the browser does not
+        for path in ("/", "/page/main.js", "/page/style.css"):  # the page itself is no secret
+            assert http.get(path).status_code == 200
         for value in ("Bearer wrong", "Bearer", "Bearer first2", "Basic !!", "first", "Bearer \xff"):
             given = {"authorization": value.encode("latin-1")}
             assert http.get("/v1/models", headers=given).status_code == 401  # type: ignore[arg-type]
         for key in KEYS:
             given = {"authorization": f"Bearer {key}".encode()}
             assert http.get("/v1/models", headers=given).status_code == 200  # type: ignore[arg-type]
-        assert http.get("/", auth=("anyone", "first")).status_code == 200
+        assert http.get("/stats", auth=("anyone", "first")).status_code == 200
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def run(
             "--api-key",
             metavar="KEY",
             help="Ask for this key everywhere but at /health, /ping, /ready and /metrics; may be repeated; "
-            "shows in the process list.",
+            "shows in the process list. The page asks its user for it.",
         ),
     ] = None,
     api_key_file: Annotated[

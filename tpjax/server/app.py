@@ -7,12 +7,9 @@ returns ``generation(...)``; one that only tokenises or renders returns ``withou
 from __future__ import annotations
 
 import contextlib
-import secrets
 from collections.abc import AsyncIterator
-from importlib.resources import files
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse
 from starlette.responses import Response
 
 from tpjax._version import __version__
@@ -23,7 +20,8 @@ from tpjax.server.event_stream import generation, without_engine
 from tpjax.server.exception_handlers import RESPONSES, add_exception_handlers
 from tpjax.server.json_bodies import StrictJsonRoute
 from tpjax.server.json_types import JsonObject
-from tpjax.server.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from tpjax.server.page_files import page_file
+from tpjax.server.protocol import ChatBody, CompletionBody, DetokenizeBody, RenderBody, TokenizeBody
 from tpjax.server.service import Service
 
 
@@ -52,6 +50,7 @@ def create_app(service: Service) -> FastAPI:
     _add_models(app, state)
     _add_tokenizer(app, state)
     _add_monitoring(app, state)
+    _add_page(app, state)
     return app
 
 
@@ -153,13 +152,21 @@ def _add_monitoring(app: FastAPI, state: AppState) -> None:
         """Returns the figures of the page's live panel."""
         return state.live()
 
+
+def _add_page(app: FastAPI, state: AppState) -> None:
     @app.get("/", include_in_schema=False)
-    async def page() -> HTMLResponse:
+    async def page() -> Response:
         """Returns the web page."""
-        nonce = secrets.token_urlsafe(16)
-        policy = (
-            f"default-src 'none'; connect-src 'self'; img-src data:; script-src 'nonce-{nonce}'; "
-            f"style-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        )
-        html = files("tpjax.server").joinpath("page.html").read_text("utf-8")
-        return HTMLResponse(html.replace("NONCE", nonce), headers={"Content-Security-Policy": policy})
+        return page_file("index.html")
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def page_part(name: str) -> Response:
+        """Returns a style sheet or a script of the web page."""
+        return page_file(name)
+
+    @app.post("/render", responses=RESPONSES)
+    async def render(body: RenderBody) -> JsonObject:
+        """Returns the blocks of a markdown text as HTML: see ``tpjax.server.markdown``."""
+        return {
+            "blocks": await state.renderer.run("tpjax.server.markdown:render", {"text": body.text}, "text")
+        }

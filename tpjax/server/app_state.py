@@ -16,8 +16,12 @@ from tpjax.server.prompt_encoder import PromptEncoder
 from tpjax.server.protocol import DetokenizeBody, TokenizeBody
 from tpjax.server.responses import json_of, token_text
 from tpjax.server.service import Service
+from tpjax.server.worker_pools import WorkerPool
 from tpjax.text.tokenizer import Tokenizer
 from tpjax.text.tokenizer_files import ROLES
+
+RENDERERS = 2  # processes
+RENDER_LIMIT_S = 2.0
 
 # As in vLLM's model cards, for clients that read it.
 _PERMISSION = {
@@ -61,6 +65,11 @@ class AppState:
     def encoder(self) -> PromptEncoder:
         """Encodes texts. Created when the model is loaded."""
         return PromptEncoder(self.service.llm)
+
+    @cached_property
+    def renderer(self) -> WorkerPool:
+        """Renders markdown for the web page."""
+        return WorkerPool(RENDERERS, "rendering", RENDER_LIMIT_S)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -150,7 +159,7 @@ class AppState:
         return JSONResponse({"prompt": await self.encoder.threads.run(text)})
 
     def live(self) -> JsonObject:
-        """Returns the figures of ``/stats``: state, slots, queue, cache use, tokens generated."""
+        """Returns the figures of ``/stats``: state, slots and pages by request, queue, tokens generated."""
         stats, service = self.service.stats, self.service
         figures = {
             "state": service.state,
@@ -165,12 +174,16 @@ class AppState:
             "running": stats.running,
             "waiting": stats.waiting,
             "kv_cache_usage": stats.kv_cache_usage,
+            "pages": stats.pages,
+            "pages_in_use": stats.pages_in_use,
+            "pages_cached": stats.pages_cached,
+            "requests": [one._asdict() for one in stats.requests],
             "prefix_hits": stats.prefix_hits,
             "prefix_queries": stats.prefix_queries,
         }
 
     def close(self) -> None:
         """Ends the workers that have been started."""
-        for one in (self.__dict__.get("chat_prompts"), self.__dict__.get("encoder")):
-            if one is not None:
+        for name in ("chat_prompts", "encoder", "renderer"):
+            if (one := self.__dict__.get(name)) is not None:
                 one.close()

@@ -31,6 +31,8 @@ LINGER_BYTES = 256 << 20
 LINGER_S, LINGER_IDLE_S = 30.0, 5.0
 MAX_LOGGED_PATH = 256  # characters
 OPEN_PATHS = ("/health", "/ping", "/ready", "/metrics")  # probes and scrapers have no key
+# The web page and its files: the same for everybody, and nothing in them is the model's. It asks for the key.
+PAGE_PATH = re.compile(r"/|/page/[a-z]+\.(css|js)")
 POLLED_PATHS = (*OPEN_PATHS, "/stats")  # requested every second or so: logged at debug level if successful
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
@@ -40,7 +42,8 @@ class ServerMiddleware:
 
     Args:
         app: the application.
-        api_keys: keys that are accepted on every path but ``OPEN_PATHS``; none: no key is needed.
+        api_keys: keys that are accepted; needed on every path but ``OPEN_PATHS`` and ``PAGE_PATH``. None: no
+            key is needed.
         max_body_bytes: largest body; a larger one gets status 413.
         protect_metrics: ``/metrics`` needs a key too.
     """
@@ -119,23 +122,22 @@ class ServerMiddleware:
             request_id.reset(token)
 
     def _check_key(self, path: str, headers: dict[str, str]) -> None:
-        if not self._keys or path in self._open:
+        if not self._keys or path in self._open or PAGE_PATH.fullmatch(path):
             return
         kind, _, value = headers.get("authorization", "").partition(" ")
         given = value.strip().encode("latin-1")
-        if kind.lower() == "basic":  # a browser asks for a user and a password: the password is the key
+        if kind.lower() == "basic":  # of a client that knows a user and a password: the password is the key
             try:
                 given = b64decode(given, validate=True).partition(b":")[2]
             except ValueError:
                 given = b""
         # compares every key, each in constant time
         if not sum(hmac.compare_digest(given, key) for key in self._keys):
-            scheme = "Basic" if path == "/" else "Bearer"
             raise ApiError(
                 401,
                 "the API key is missing or wrong",
                 code="invalid_api_key",
-                headers={"WWW-Authenticate": f'{scheme} realm="tpjax"'},
+                headers={"WWW-Authenticate": 'Bearer realm="tpjax"'},
             )
 
     async def _body(self, receive: Receive, headers: dict[str, str], reserved: Reservation) -> bytes | None:

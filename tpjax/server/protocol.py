@@ -26,6 +26,7 @@ MAX_STOP_CHARS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORDS = 1024
 MAX_PRIORITY = 2**63 - 1
+MAX_MARKDOWN_CHARS = 16_384  # rendered at once; the page sends a longer text in parts
 
 T = TypeVar("T")
 Number = float  # pydantic's strict mode accepts an integer too
@@ -379,6 +380,12 @@ class DetokenizeBody(Body):
 
     model: str | None = None
     tokens: list[int]
+
+
+class RenderBody(Body):
+    """``POST /render``: markdown of the web page's conversations."""
+
+    text: Annotated[str, Field(max_length=MAX_MARKDOWN_CHARS)]
 
 
 def _or(value: T | None, default: T) -> T:

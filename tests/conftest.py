@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -28,10 +29,14 @@ jaxtyping.install_import_hook(modules_with_shapes(), "signatures.checked")
 
 import tpjax  # noqa: E402
 
-# the tests compile hundreds of small programs, each for a few calls: LLVM's optimisation costs half that time
+# The tests compile hundreds of small programs, each for a few calls. LLVM's optimisation costs half of that,
+# and the fusion emitters of jax 0.10 half of the rest; later versions have no others, and end at the flag.
+COMPILE_FAST = ["--xla_backend_optimization_level=0"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    COMPILE_FAST.append("--xla_cpu_use_fusion_emitters=false")
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_backend_optimization_level" not in flags:  # test_as_shipped sets the level that XLA has by itself
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = " ".join((flags, *COMPILE_FAST))
 tpjax.fake_devices(16)
 
 import jax  # noqa: E402  (after the devices are faked)
@@ -80,6 +85,14 @@ def strict_jax(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct, Q4_1."""
     return _model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def smollm2_first_layers(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first two of SmolLM2's thirty layers, with its vocabulary."""
+    from first_layers import first_layers
+
+    return first_layers(smollm2_gguf, 2, tmp_path_factory.mktemp("first_layers") / "model.gguf")
 
 
 @pytest.fixture(scope="session")

@@ -37,15 +37,18 @@ def server(directory: Path) -> Iterator[Running]:
 # --- schemathesis
 
 
-def test_no_500_whatever_the_document_allows(server: Running) -> None:
+def test_no_500_whatever_the_document_allows(server: Running, request: pytest.FixtureRequest) -> None:
     """Every operation of the served document, with what it allows and what it does not."""
+    count = 15 if request.config.getoption("--all") else 4
     document = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     tried: dict[str, set[int]] = {}
     for found in document.get_all_operations():
         operation = found.ok()
         for mode in schemathesis.GenerationMode:
 
-            @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+            @settings(
+                max_examples=count, deadline=None, suppress_health_check=list(HealthCheck), database=None
+            )
             @given(operation.as_strategy(generation_mode=mode))
             def attempt(case: Any) -> None:
                 answer = case.call(timeout=60)

@@ -13,7 +13,7 @@ from tpjax.server.json_types import JsonObject
 if TYPE_CHECKING:
     from tpjax.llm import LLM
 
-Cut = Literal["column", "row", "vocabulary", "experts", "heads", "replicated"]
+Cut = Literal["column", "row", "vocabulary", "experts", "width", "heads", "replicated"]
 
 # How the reasons of ``inspect.reasons`` begin, for parameters that are sharded
 _CUTS: dict[str, Cut] = {
@@ -23,6 +23,7 @@ _CUTS: dict[str, Cut] = {
     "bias of a row-parallel product": "row",
     "sharded along the vocabulary": "vocabulary",
     "each device has its own experts": "experts",
+    "each device has a part of": "width",
     "each device expands the latent": "column",
     "numbers of each head": "heads",
 }
@@ -70,7 +71,7 @@ def shards(llm: LLM) -> JsonObject:
 
 
 def cut(row: TensorRow) -> Cut:
-    """Says how a kind of tensor is sharded; expert weights sharded along their width are ``column``."""
+    """Says how a kind of tensor is sharded: ``width`` is that of each expert."""
     if row.replicated:
         return "replicated"
     return next((cut for reason, cut in _CUTS.items() if row.why.startswith(reason)), "column")

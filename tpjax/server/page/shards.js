@@ -4,7 +4,6 @@ import { $, bytes, make } from "./dom.js";
 
 const MOST_DEVICES = 16; // columns; the rest hold the like
 const MOST_COLLECTIVES = 4; // rows
-const CUTS = { column: "column", row: "row", vocabulary: "vocabulary", experts: "experts", heads: "heads", replicated: "replicated" };
 const CONTENT = { held: "held once", copied: "copies", zeros: "zeros" };
 
 export function show(model) {
@@ -57,7 +56,7 @@ function merged(tensors) {
 function tensorRow(row, columns, widest) {
   const name = make("td", { className: "name", title: row.why }, row.title, make("br"), make("span", { className: "dim", textContent: row.note }));
   const how = make("td", { className: "how", title: row.why }, make("span", {},
-    make("i", { className: `glyph ${row.cut}` }), make("em", { className: "word", textContent: CUTS[row.cut] })));
+    make("i", { className: `glyph ${row.cut}` }), make("em", { className: "word", textContent: row.cut })));
   const cells = row.devices.slice(0, columns).map((content, i) => {
     const bar = make("div", { className: `bar ${row.cut}` });
     bar.title = `device ${i}: ` + Object.entries(CONTENT).filter(([kind]) => content[kind])

@@ -23,7 +23,7 @@ function showTensors(model) {
   const head = make("tr", {}, make("th", { className: "name", textContent: "tensor" }), make("th", { className: "how", textContent: "sharded" }),
     ...shown.map((device, i) => {
       const word = make("em", { className: "word", textContent: shown.length > 8 ? "" : "device " });
-      return make("th", { title: `${device.kind} ${device.id}, process ${device.process}` }, word, String(i));
+      return make("th", { className: shown.length > 8 ? "many" : "", title: `${device.kind} ${device.id}, process ${device.process}` }, word, String(i));
     }),
     make("th", { className: "size", textContent: "each" }));
   $("shards").tHead.replaceChildren(head);

@@ -42,6 +42,8 @@ def test_saved(path: Path) -> None:
     for cell in cells:
         for output in cell.outputs:
             assert output.output_type != "error" and output.get("name") != "stderr"
+            if html := "".join(output.get("data", {}).get("text/html", "")):  # a table, wherever it is shown
+                assert "white-space:pre;" in html and "monospace" in html
             texts = [output.get("text", ""), *map(str, output.get("data", {}).values())]
             kinds = ["", *output.get("data", {})]
             for kind, text in zip(kinds, texts, strict=True):

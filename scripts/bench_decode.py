@@ -44,7 +44,7 @@ def tpjax_worker(model: str, tp: int, max_model_len: int) -> dict[str, Callable[
     import numpy as np
 
     from tpjax import LLM, SamplingParams
-    from tpjax.runtime.rows import Row
+    from tpjax.runtime.rows import Chunk, Row
 
     llm = LLM(model, tp=tp, dtype="float32", max_model_len=max_model_len, max_slots=1)
     runner = llm.runner
@@ -61,7 +61,7 @@ def tpjax_worker(model: str, tp: int, max_model_len: int) -> dict[str, Callable[
         jax.block_until_ready(sampled)
 
     def prefill() -> None:
-        jax.block_until_ready(runner.prefill(row(0, 1), prompt))
+        jax.block_until_ready(runner.step([], [Chunk(row(0, 1), prompt)]).sampled)
 
     return {
         "decode": lambda: seconds(decode) * 1e3 / DECODE_TOKENS,

@@ -11,7 +11,7 @@ from conftest import GOLDENS
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from tpjax.cache import BatchMetadata, allocate
+from tpjax.cache import BatchMetadata, TokenGroup, allocate
 from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint
 from tpjax.mesh import make_mesh
 from tpjax.sharding import REPLICATED
@@ -57,8 +57,9 @@ class Stepwise:
         def forward(weights: Any, cache: Any, tokens: jax.Array, start: jax.Array) -> tuple[jax.Array, Any]:
             positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
             model = nnx.merge(graph, weights)
-            hidden, cache = model(tokens, cache, BatchMetadata(table, positions, max_lengths), residual)
-            return model.logits(hidden[0]), cache
+            group = TokenGroup(table, positions, max_length=max_lengths, chunks=tokens.size > 1)
+            hidden, cache = model(tokens[0], cache, BatchMetadata((group,)), residual)
+            return model.logits(hidden), cache
 
         self.forward = forward
 

@@ -21,7 +21,7 @@ from flax import nnx
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from tpjax.cache import BatchMetadata, allocate
+from tpjax.cache import BatchMetadata, TokenGroup, allocate
 from tpjax.checkpoints.load import CanonicalSource, Checkpoint, abstract_decoder, load_decoder, parameters
 from tpjax.checkpoints.source import TensorInfo
 from tpjax.config import (
@@ -99,9 +99,10 @@ def decoder_logits(
         model = nnx.merge(graph, state)
         hidden = []
         for first, last in CHUNKS:
-            metadata = BatchMetadata(table, jnp.arange(first, last, dtype=jnp.int32)[None], max_length)
-            x, cache = model(tokens[None, first:last], cache, metadata)
-            hidden.append(x[0])
+            positions = jnp.arange(first, last, dtype=jnp.int32)[None]
+            group = TokenGroup(table, positions, max_length=max_length, chunks=last - first > 1)
+            x, cache = model(tokens[first:last], cache, BatchMetadata((group,)))
+            hidden.append(x)
         return model.logits(jnp.concatenate(hidden))
 
     with jax.set_mesh(mesh):

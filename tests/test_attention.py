@@ -13,10 +13,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from tpjax.attention import paged_attention, xla
 from tpjax.attention.reference import reference_attention
-from tpjax.cache import NULL_PAGE, BatchMetadata, LayerCache
+from tpjax.cache import NULL_PAGE, LayerCache, TokenGroup
 from tpjax.inspect.collectives import find_collectives
 from tpjax.mesh import make_mesh
-from tpjax.sharding import HEADS, PAGES
+from tpjax.sharding import PAGES
 
 PAGE, BLOCKS, PAGES_IN_ALL = 8, 5, 24
 HEADS_KV, GROUP, HEAD_DIM = 3, 2, 4
@@ -39,7 +39,7 @@ def tables(rng: np.random.Generator, batch: int, used: list[int]) -> np.ndarray:
 
 def case(
     rng: np.random.Generator, positions: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, LayerCache, LayerCache, BatchMetadata]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, LayerCache, LayerCache, TokenGroup]:
     """Returns queries, dense keys and values, and two caches that hold them among different garbage."""
     batch, length = positions.shape
     contexts = positions.max(axis=1) + 1
@@ -54,11 +54,11 @@ def case(
             for at in range(context):
                 filled_pages[:, table[row, at // PAGE], :, at % PAGE] = dense[:, row, at]
         caches.append(LayerCache(jnp.asarray(filled_pages[0]), jnp.asarray(filled_pages[1])))
-    metadata = BatchMetadata(jnp.asarray(table), jnp.asarray(positions, jnp.int32))
+    metadata = TokenGroup(jnp.asarray(table), jnp.asarray(positions, jnp.int32), chunks=length > 1)
     return query, dense[0], dense[1], caches[0], caches[1], metadata
 
 
-def own(dense: np.ndarray, metadata: BatchMetadata) -> np.ndarray:
+def own(dense: np.ndarray, metadata: TokenGroup) -> np.ndarray:
     """Returns the keys or values of the batch's own tokens."""
     return np.take_along_axis(dense, np.asarray(metadata.positions)[:, :, None, None], axis=1)
 
@@ -68,7 +68,7 @@ def attend(
     keys: np.ndarray,
     values: np.ndarray,
     cache: LayerCache,
-    metadata: BatchMetadata,
+    metadata: TokenGroup,
     window: int | None,
 ) -> jax.Array:
     return paged(
@@ -171,7 +171,7 @@ def test_one_token_at_a_time_equals_a_chunk(window: int | None) -> None:
     query, keys, values, cache, _, metadata = case(rng, positions)
     together = attend(query, keys, values, cache, metadata, window)
     for i in range(16):
-        one = BatchMetadata(metadata.block_tables, metadata.positions[:, i : i + 1])
+        one = TokenGroup(metadata.block_tables, metadata.positions[:, i : i + 1])
         alone = attend(query[:, i : i + 1], keys, values, cache, one, window)
         np.testing.assert_allclose(alone[:, 0], together[:, i], atol=1e-6)
 
@@ -216,9 +216,7 @@ def test_token_writes(batch: int) -> None:
         positions = random_positions(rng, batch, 1, trial)
         table = tables(rng, batch, [BLOCKS] * batch)
         new_keys, new_values = new(rng, batch, 1)
-        written = write(
-            cache, new_keys, new_values, BatchMetadata(jnp.asarray(table), jnp.asarray(positions))
-        )
+        written = write(cache, new_keys, new_values, TokenGroup(jnp.asarray(table), jnp.asarray(positions)))
         for row, at in enumerate(positions[:, 0]):
             page = table[row, at // PAGE]
             keys[page, :, at % PAGE], values[page, :, at % PAGE] = new_keys[row, 0], new_values[row, 0]
@@ -233,7 +231,7 @@ def test_rows_that_do_not_exist_write_to_the_null_page() -> None:
     table[1] = NULL_PAGE
     positions = np.array([[11], [0], [39]])
     new_keys, new_values = new(rng, 3, 1)
-    written = write(cache, new_keys, new_values, BatchMetadata(jnp.asarray(table), jnp.asarray(positions)))
+    written = write(cache, new_keys, new_values, TokenGroup(jnp.asarray(table), jnp.asarray(positions)))
     for row in (0, 2):
         page, offset = table[row, positions[row, 0] // PAGE], positions[row, 0] % PAGE
         keys[page, :, offset], values[page, :, offset] = new_keys[row, 0], new_values[row, 0]
@@ -252,7 +250,7 @@ def test_chunk_writes(batch: int, length: int) -> None:
         positions = first[:, None] + np.arange(length)
         new_keys, new_values = new(rng, batch, length)
         written = write(
-            cache, new_keys, new_values, BatchMetadata(jnp.asarray(table), jnp.asarray(positions))
+            cache, new_keys, new_values, TokenGroup(jnp.asarray(table), jnp.asarray(positions), chunks=True)
         )
         for row in range(batch):
             for i, at in enumerate(positions[row]):
@@ -274,7 +272,7 @@ def write_and_attend(
     query: jax.Array,
     keys: jax.Array,
     values: jax.Array,
-    metadata: BatchMetadata,
+    metadata: TokenGroup,
     window: int | None,
 ) -> tuple[jax.Array, LayerCache]:
     cache = cache.write(keys, values, metadata)
@@ -293,7 +291,7 @@ def test_sharded_over_three_devices_is_the_same(length: int, window: int | None)
     sharded = LayerCache(
         *(jax.device_put(part, NamedSharding(mesh, PAGES)) for part in (cache.keys, cache.values))
     )
-    on_mesh = jax.device_put(query, NamedSharding(mesh, HEADS))
+    on_mesh = jax.device_put(query, NamedSharding(mesh, jax.P(None, None, "tp", None, None)))
     new_on_mesh = [
         jax.device_put(part, NamedSharding(mesh, jax.P(None, None, "tp", None))) for part in (keys, values)
     ]

@@ -20,11 +20,13 @@ from tpjax import LLM, SamplingParams
 from tpjax.engine.engine import Engine
 from tpjax.engine.request import Request
 from tpjax.errors import RequestError
-from tpjax.runtime.limits import Limits
-from tpjax.runtime.rows import NO_TOKEN, Row
+from tpjax.runtime.limits import ChunkShape, Limits
+from tpjax.runtime.rows import NO_TOKEN, Chunk, Row
+from tpjax.runtime.runner import StepOutput
 from tpjax.sampling import NAN_TOKEN, Sampled
 
 V, PAGE = 23, 4
+SHAPES = (ChunkShape(1, 2), ChunkShape(2, 2), ChunkShape(2, 4))
 POISON = 22  # a prompt with this token makes logits that are not numbers
 STOP = 7
 
@@ -53,8 +55,7 @@ class FakeRunner:
     config = FakeConfig()
 
     def __init__(self, slots: int, pages: int, longest: int = 48, steps: int = 4) -> None:
-        self.limits = Limits(slots, longest, pages + 1, PAGE, (2, 4, 8), steps)
-        self.chunk_sizes = self.limits.chunk_sizes
+        self.limits = Limits(slots, longest, pages + 1, PAGE, SHAPES, steps=steps)
         self.compile_count = 0
         self.kept = np.full((pages + 1, PAGE), -1)
         self.tokens = np.full(slots + 1, -1)
@@ -67,23 +68,35 @@ class FakeRunner:
         self.state_resets += 1
         self.kept[:] = self.tokens[:] = -1
 
-    def prefill(self, row: Row, tokens: Sequence[int]) -> Sampled:
-        size = next(size for size in self.chunk_sizes if size >= len(tokens))
-        assert row.position % min(size, PAGE) == 0  # what the real one needs
-        for i, token in enumerate(tokens):
-            self.keep(row, row.position + i, token)
-        self.prefilled += len(tokens)
-        return self.sampled([[self.draw(row, row.position + len(tokens))]])
-
-    def prefill_and_score(self, row: Row, tokens: Sequence[int], targets: Sequence[int]) -> Any:
-        sampled = self.prefill(row, tokens)
-        padded = np.array([*targets, *[0] * (8 - len(targets))])
-        top = np.tile(np.arange(20), (8, 1))
-        return sampled, Sampled(padded, -padded.astype(float), top, -top.astype(float))
+    def step(self, decode: Sequence[Row], chunks: Sequence[Chunk]) -> StepOutput:
+        scored = any(chunk.targets is not None for chunk in chunks)
+        shapes = self.limits.mixed_chunk_shapes if decode else self.limits.usable_chunk_shapes
+        # what the real one needs: a shape that fits
+        shape = self.limits.fitting(
+            [c.span for c in chunks], [self.limits.score_chunks] if scored else shapes
+        )
+        rows = [*decode, *(chunk.row for chunk in chunks)]
+        assert len({row.slot for row in rows}) == len(rows)
+        for row in decode:
+            self.keep(row, row.position, self.tokens[row.slot])
+        for chunk in chunks:
+            for i, token in enumerate(chunk.token_ids):
+                self.keep(chunk.row, chunk.row.position + i, token)
+            self.prefilled += len(chunk.token_ids)
+        out = [self.draw(row, row.position + 1) for row in decode]
+        out += [self.draw(chunk.row, chunk.span[1]) for chunk in chunks]
+        places = list(range(len(decode), len(out)))
+        if not scored:
+            return StepOutput(self.sampled([out]), places, None, [])
+        (chunk,) = chunks
+        padded = np.array([*(chunk.targets or ()), *[0] * (shape.tokens - len(chunk.targets or ()))])
+        top = np.tile(np.arange(20), (shape.tokens, 1))
+        scores = Sampled(padded, -padded.astype(float), top, -top.astype(float))
+        return StepOutput(self.sampled([out]), places, scores, [0])
 
     def decode(self, rows: Sequence[Row], steps: int) -> Sampled:
-        out = np.full((steps, len(rows)), NO_TOKEN)
-        assert steps in (1, self.limits.steps) and len({row.slot for row in rows}) == len(rows)
+        out = np.full((self.limits.steps, len(rows)), NO_TOKEN)
+        assert 1 <= steps <= self.limits.steps and len({row.slot for row in rows}) == len(rows)
         for column, row in enumerate(rows):
             for step in range(min(steps, row.remaining)):
                 self.keep(row, row.position + step, self.tokens[row.slot])
@@ -178,7 +191,6 @@ def check(engine: Engine, pages: int) -> None:
     if not any(one.priority for one in (*scheduler.running, *scheduler.waiting)):
         arrivals = [one.arrival for one in (*scheduler.running, *scheduler.waiting)]
         assert arrivals == sorted(arrivals)  # nobody overtakes, and who was preempted goes on first
-    assert sum(one.prefilling for one in scheduler.running) <= 1
     stats = engine.stats()
     assert (stats.pages, stats.pages_in_use) == (pages, len(set(held)))
     assert stats.pages_in_use + stats.pages_cached + len(blocks._free_list) == pages
@@ -204,7 +216,7 @@ shapes = st.tuples(
     slots=st.integers(1, 5),
     pages=st.integers(12, 30),
     steps=st.sampled_from((1, 4)),
-    budget=st.sampled_from((2, 4, 8)),
+    budget=st.sampled_from((2, 6, 12, None)),
     seed=st.integers(0, 2**16),
 )
 def test_the_same_in_any_mix(
@@ -212,13 +224,13 @@ def test_the_same_in_any_mix(
     slots: int,
     pages: int,
     steps: int,
-    budget: int,
+    budget: int | None,
     seed: int,
 ) -> None:
     """Arrivals, cancellations, too few pages, shared beginnings, ends at any step: all the same to each."""
     rng = random.Random(seed)
     runner: Any = FakeRunner(slots, pages, steps=steps)
-    engine = Engine(runner, prefill_budget=budget)
+    engine = Engine(runner, max_num_batched_tokens=budget)
     requests = []
     for number, (prompt, tokens, start, salt, extra) in enumerate(shapes):
         ids = [(start * 5 + i * i) % (V - 1) for i in range(prompt)]
@@ -320,9 +332,9 @@ def test_the_next_dispatch_starts_before_the_last_is_read() -> None:
 
 
 def test_a_long_prompt_does_not_stall_a_stream() -> None:
-    """While it is prefilled the stream gets a token between any two chunks, which are within the budget."""
+    """While it is prefilled the stream gets a token with every step, whose chunks are within the budget."""
     runner: Any = FakeRunner(slots=2, pages=24)
-    engine = Engine(runner, prefill_budget=4)
+    engine = Engine(runner, max_num_batched_tokens=5)
     stream, long = (Request(list(ids), SamplingParams(max_tokens=20), 0) for ids in ([1], range(10, 22)))
     engine.add(stream)
     engine.step()
@@ -334,7 +346,7 @@ def test_a_long_prompt_does_not_stall_a_stream() -> None:
         assert runner.prefilled - before <= 4
         waited = 0 if stream in outputs else waited + 1
         most = max(most, waited)
-    assert most == 1
+    assert most == 0
 
 
 def test_a_request_larger_than_the_cache_is_refused_at_once() -> None:

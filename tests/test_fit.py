@@ -15,8 +15,9 @@ from tpjax.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig
 from tpjax.errors import ConfigError
 from tpjax.mesh import make_mesh
 from tpjax.runtime import memory as memory_module
-from tpjax.runtime.limits import Limits
+from tpjax.runtime.limits import ChunkShape, Limits
 from tpjax.runtime.memory import DeviceMemory, plan_limits, workspace_bytes
+from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.runner import Runner
 
 F32 = jnp.dtype("float32")
@@ -82,7 +83,7 @@ def test_refusal_has_the_sizes_and_what_would_fit(monkeypatch: pytest.MonkeyPatc
     device = type("Device", (), {"platform": "tpu"})
     monkeypatch.setattr(jax, "devices", lambda: [device])
     with pytest.raises(ConfigError, match=r"; what would fit: tp=3$"):
-        limits(60 * MIB + WORK // 3, weights=120 * MIB)
+        limits(60 * MIB + workspace_bytes(CONFIG, 3, F32, 4), weights=120 * MIB)
 
 
 def test_what_is_said_to_fit_does() -> None:
@@ -97,8 +98,9 @@ def test_workspace_covers_what_the_compiler_says(tp: int) -> None:
     """Of the largest programs; and it is no wild guess."""
     mesh = make_mesh(tp)
     decoder = abstract_decoder(CONFIG, mesh, F32)
-    runner = Runner(decoder, mesh, Limits(max_slots=4, max_model_len=1024, num_pages=33), F32)
-    programs = [runner.program(*key) for key in (("prefill", 1, 512), ("decode", 4, 1))]
+    runner = Runner(decoder, mesh, Limits(max_slots=4, max_model_len=2048, num_pages=33), F32)
+    specs = ProgramSpec("step", 4, ChunkShape(16, 128)), ProgramSpec("decode", 4)
+    programs = [runner.program(spec) for spec in specs]
     used = max(program.memory_analysis().temp_size_in_bytes for program in programs)
     predicted = workspace_bytes(CONFIG, tp, F32, 4)
     assert used <= predicted <= 6 * used  # 30 layers reuse less of it than these, jax 0.12 more than 0.10

@@ -27,6 +27,7 @@ from tpjax.inspect.collectives import find_collectives
 from tpjax.inspect.explain import explain
 from tpjax.layers.latent_attention import KeyValueProjection
 from tpjax.mesh import make_mesh
+from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.runner import Runner
 
 F32 = jnp.dtype("float32")
@@ -85,7 +86,7 @@ def test_absorbed_equals_expanded() -> None:
 def decode(request: pytest.FixtureRequest) -> tuple[int, Runner, jax.stages.Compiled]:
     mesh = make_mesh(request.param)
     runner = Runner(abstract_decoder(CONFIG, mesh, F32), mesh, LIMITS, F32)
-    return request.param, runner, runner.program("decode", 4, 1)
+    return request.param, runner, runner.program(ProgramSpec("decode", 4, greedy=True))
 
 
 def test_collective_budget(decode: tuple[int, Runner, jax.stages.Compiled]) -> None:

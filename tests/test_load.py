@@ -35,6 +35,8 @@ from tpjax.checkpoints.source import TensorInfo, TensorSource
 from tpjax.errors import CheckpointError, ConfigError
 from tpjax.families.registry import FAMILIES
 from tpjax.mesh import make_mesh
+from tpjax.runtime.limits import ChunkShape
+from tpjax.runtime.programs import ProgramSpec
 
 LAYERS, D, H, K, HEAD, F, V = 2, 10, 6, 2, 4, 20, 50
 F32 = jnp.dtype("float32")
@@ -186,7 +188,9 @@ def test_order_in_memory(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "self_attn.qkv_proj.weight",
         "mlp.gate_up_proj.weight",
     }
-    assert "f32[10,14]{0,1}" in llm.runner.program("score", 1, 32).as_text()  # a device's gate and up
+    assert (
+        "f32[10,14]{0,1}" in llm.runner.program(ProgramSpec("score", 0, ChunkShape(1, 32))).as_text()
+    )  # a device's gate and up
 
 
 def test_sharded_files_and_single_file_are_the_same(plain: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from tpjax.layers.experts import (
 from tpjax.layers.moe import MoE
 from tpjax.mesh import make_mesh
 from tpjax.runtime.limits import Limits
+from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.runner import Runner
 from tpjax.sharding import REPLICATED
 
@@ -158,13 +159,13 @@ def build(moe: MoEConfig, tp: int, weights: dict[str, np.ndarray]) -> Callable[[
             variable.set_value(jax.device_put(stored, variable.get_value().sharding))
 
         @jax.jit
-        def run(state: Any, x: jax.Array) -> jax.Array:
-            return nnx.merge(graph, state)(x)
+        def run(state: Any, x: jax.Array, present: jax.Array) -> jax.Array:
+            return nnx.merge(graph, state)(x, present)
 
-    def call(x: np.ndarray) -> np.ndarray:
+    def call(x: np.ndarray, present: np.ndarray | None = None) -> np.ndarray:
         with jax.set_mesh(mesh):
-            x32 = jax.device_put(x.astype(np.float32)[None], NamedSharding(mesh, REPLICATED))
-            return np.asarray(run(state, x32))[0]
+            x32 = jax.device_put(x.astype(np.float32), NamedSharding(mesh, REPLICATED))
+            return np.asarray(run(state, x32, np.ones(len(x), bool) if present is None else present))
 
     return call
 
@@ -182,6 +183,18 @@ def test_layer_equals_plain_numpy(kind: str, tp: int, sharding: Any) -> None:
     x = np.random.default_rng(1).normal(size=(150 if tp in (3, 4) else 3, D))
     expected = plain_moe(moe, weights, x)
     assert np.abs(layer(x) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("tp", "sharding"), [(1, "auto"), (2, "on"), (3, "off")])
+def test_padding_takes_no_expert(tp: int, sharding: Any) -> None:
+    """Whatever the rows of padding hold, they get nothing, and the others what they get alone."""
+    moe = replace(KINDS["plain"], expert_parallel=sharding)
+    layer = build(moe, tp, canonical_weights(moe))
+    x = np.random.default_rng(2).normal(size=(6, D))
+    present = np.array([True, False, True, True, False, False])
+    out = layer(x, present)
+    assert (out[~present] == 0).all()
+    np.testing.assert_allclose(out[present], layer(x)[present], atol=1e-6)
 
 
 def test_router_weights_are_those_of_transformers() -> None:
@@ -306,7 +319,11 @@ def test_collective_budget(tp: int, kind: str) -> None:
     runner = Runner(
         abstract_decoder(config, mesh, F32), mesh, Limits(max_slots=4, max_model_len=256, num_pages=3), F32
     )
-    found = [one for one in find_collectives(runner.program("decode", 4, 1).as_text()) if not one.conditional]
+    found = [
+        one
+        for one in find_collectives(runner.program(ProgramSpec("decode", 4, greedy=True)).as_text())
+        if not one.conditional
+    ]
     residual = [one for one in found if one.bytes == 4 * D * 4]
     assert [one.kind for one in residual] == ["all-reduce"] * (2 * 3 + 1)
     assert [one.kind for one in found if one not in residual] == ["all-gather"]  # to sample

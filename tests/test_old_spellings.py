@@ -10,6 +10,8 @@ from tpjax import LLM
 from tpjax.cli.app import main
 from tpjax.inspect.explain import explain_model
 from tpjax.old_spellings import translate_arguments
+from tpjax.runtime.limits import ChunkShape
+from tpjax.runtime.programs import ProgramSpec
 from tpjax.sharding import SEQUENCE_PARALLEL
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -21,7 +23,7 @@ def test_keywords_work_with_a_warning() -> None:
     assert old.experts == explain_model(str(GOLDENS / "mixtral"), tp=1, expert_parallel="off").experts
     with pytest.warns(FutureWarning, match="residual='positions' is now sequence_parallel='on'"):
         llm = LLM(GOLDENS / "llama", tp=2, residual="positions")  # type: ignore[call-arg]
-    assert llm.runner.programs.residual_spec(64) == SEQUENCE_PARALLEL
+    assert llm.runner.programs.residual_spec(ProgramSpec("step", 0, ChunkShape(1, 32))) == SEQUENCE_PARALLEL
 
 
 def test_a_keyword_under_both_names_is_an_error() -> None:

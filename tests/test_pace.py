@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import GOLDENS
-from test_engine import PAGE, EveryThird, FakeRunner, alone
+from test_engine import PAGE, SHAPES, EveryThird, FakeRunner, alone
 
 from tpjax import LLM, SamplingParams
 from tpjax.engine.block_manager import BlockManager
 from tpjax.engine.engine import Engine
 from tpjax.engine.request import Request
-from tpjax.engine.scheduler import Decode, Scheduler
+from tpjax.engine.scheduler import Scheduler
 from tpjax.runtime.rows import Row
 from tpjax.sampling import Sampled
 
@@ -291,7 +291,8 @@ class Prompt(list[int]):
 
 def test_the_head_of_the_queue_is_read_once() -> None:
     """It waits for pages, with a slot free, while another decodes; its tokens are not gone through again."""
-    of = Scheduler(2, 400, (2, 4, 8), 2, 1, BlockManager(101, PAGE))
+    blocks = BlockManager(101, PAGE)
+    of = Scheduler(2, 400, SHAPES, SHAPES[:2], SHAPES[1], lambda decoding: PAGE, 1, blocks)
     running, head = plain(300), Request(Prompt(range(100, 390)), SamplingParams(max_tokens=1), 0)
     of.add(running)
     of.add(head)
@@ -300,7 +301,7 @@ def test_the_head_of_the_queue_is_read_once() -> None:
         work = of.schedule()
         assert work is not None
         of.dispatched(work)
-        if isinstance(work, Decode) or work.final:
+        if work.decode or work.chunks[0].final:
             running.append(1)
         seen.append(head.prompt_token_ids.read)  # type: ignore[attr-defined]
     assert len(seen) >= 300 and seen[-1] == seen[1] <= 2 * 290

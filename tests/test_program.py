@@ -17,10 +17,11 @@ from conftest import GOLDENS
 from tpjax import LLM, SamplingParams
 from tpjax.checkpoints.load import abstract_decoder, read_config
 from tpjax.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig, SequenceParallel
-from tpjax.inspect.budget import collective_budget
+from tpjax.inspect.budget import collective_budget, measured
 from tpjax.inspect.collectives import find_collectives
 from tpjax.mesh import make_mesh
-from tpjax.runtime.limits import Limits
+from tpjax.runtime.limits import ChunkShape, Limits
+from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.runner import Runner
 from tpjax.sharding import REPLICATED, SEQUENCE_PARALLEL
 
@@ -46,26 +47,37 @@ def abstract_runner(tp: int) -> Runner:
     return Runner(abstract_decoder(CONFIG, mesh, jnp.dtype("float32")), mesh, LIMITS, jnp.dtype("float32"))
 
 
-@pytest.fixture(scope="module", params=(1, 3, 4, 8))
-def decode(request: pytest.FixtureRequest) -> tuple[int, jax.stages.Compiled]:
-    return request.param, abstract_runner(request.param).program("decode", 4, 1)
+DECODE = ProgramSpec("decode", 4)
+GREEDY = ProgramSpec("decode", 4, greedy=True)
+MIXED = ProgramSpec("step", 4, ChunkShape(4, 32))
+PREFILL = ProgramSpec("step", 0, ChunkShape(4, 128))
 
 
-def test_collective_budget(decode: tuple[int, jax.stages.Compiled]) -> None:
+@pytest.fixture(
+    scope="module",
+    params=((1, GREEDY), (3, DECODE), (8, GREEDY), (1, MIXED), (4, MIXED), (3, PREFILL)),
+    ids=lambda case: f"tp{case[0]}-{case[1]}",
+)
+def program(request: pytest.FixtureRequest) -> tuple[int, ProgramSpec, jax.stages.Compiled]:
+    tp, spec = request.param
+    return tp, spec, abstract_runner(tp).program(spec)
+
+
+def test_collective_budget(program: tuple[int, ProgramSpec, jax.stages.Compiled]) -> None:
     """Two all-reduces a layer, one for the embedding, one small gather to sample; nothing of size V."""
-    tp, program = decode
-    found = find_collectives(program.as_text())
-    always = [one for one in found if not one.conditional]
+    tp, spec, compiled = program
+    found = find_collectives(compiled.as_text())
     if tp == 1:
         assert not [one for one in found if one.group_size > 1]
         return
-    residual = [one for one in always if one.bytes == 4 * CONFIG.hidden_size * 4]
+    budget = collective_budget(CONFIG, tp, tokens=spec.tokens, rows=spec.sampled_rows, greedy=spec.greedy)
+    figures = measured(found)
+    assert figures == {name: budget[name] for name in figures}
+    assert not [one for one in found if one.conditional]
+    residual = [one for one in found if one.bytes == spec.tokens * CONFIG.hidden_size * 4]
     assert [one.kind for one in residual] == ["all-reduce"] * (2 * CONFIG.num_layers + 1)
-    small = [one for one in always if one not in residual]
-    assert [one.kind for one in small] == ["all-gather"]
-    assert small[0].bytes == tp * 2 * 4 * 4  # a score and a token id per device and row
     # samplers that some requests ask for move O(B · 20 · tp) numbers
-    assert max(one.bytes for one in found if one.conditional) <= 4 * 20 * tp * 4
+    assert max(one.bytes for one in found if one not in residual) <= spec.sampled_rows * 48 * tp * 4
 
 
 @pytest.mark.parametrize(
@@ -76,10 +88,10 @@ def test_collective_budget_of_other_blocks(name: str, of_a_layer: list[int]) -> 
     mesh, float32 = make_mesh(4), jnp.dtype("float32")
     model = abstract_decoder(read_config(GOLDENS / name), mesh, float32)
     runner = Runner(model, mesh, Limits(max_slots=1, max_model_len=128, num_pages=2), float32)
-    found = find_collectives(runner.program("decode", 1, 1).as_text())
+    found = find_collectives(runner.program(ProgramSpec("decode", 1, greedy=True)).as_text())
     reduced = [one.bytes // 4 for one in found if one.kind == "all-reduce" and not one.conditional]
     assert sorted(reduced) == sorted([36, *of_a_layer * model.config.num_layers])
-    assert len(reduced) == collective_budget(model.config, 4)["all_reduces"]
+    assert len(reduced) == collective_budget(model.config, 4, greedy=True)["all_reduces"]
 
 
 @pytest.mark.parametrize(
@@ -92,13 +104,14 @@ def test_prefill_with_the_residual_cut_over_positions(name: str, gathers_of_a_la
     model = abstract_decoder(read_config(GOLDENS / name), mesh, float32)
     limits = Limits(max_slots=1, max_model_len=128, num_pages=2)
     runner = Runner(model, mesh, limits, float32, sequence_parallel="on")
-    assert runner.programs.residual_spec(64) == SEQUENCE_PARALLEL
-    found = [one for one in find_collectives(runner.program("prefill", 1, 64).as_text()) if one.bytes > 2048]
+    spec = ProgramSpec("step", 0, ChunkShape(2, 32), greedy=True)
+    assert runner.programs.residual_spec(spec) == SEQUENCE_PARALLEL
+    found = [one for one in find_collectives(runner.program(spec).as_text()) if one.bytes > 2048]
     gathers = [one for one in found if one.kind == "all-gather"]
     assert sum(one.count for one in gathers) == gathers_of_a_layer * model.config.num_layers
     # XLA has no reduce-scatter on CPU: an all-reduce and a slice
     sums = [one for one in found if one.kind in ("all-reduce", "reduce-scatter")]
-    assert sum(one.count for one in sums) == collective_budget(model.config, 4)["all_reduces"]
+    assert sum(one.count for one in sums) == collective_budget(model.config, 4, greedy=True)["all_reduces"]
     assert len(found) == len(gathers) + len(sums)
 
 
@@ -109,42 +122,45 @@ def test_where_the_residual_is_cut() -> None:
     def runner(sequence_parallel: SequenceParallel) -> Runner:
         return Runner(abstract_decoder(CONFIG, mesh, float32), mesh, LIMITS, float32, sequence_parallel)
 
-    assert runner("on").programs.residual_spec(63) == SEQUENCE_PARALLEL
-    assert runner("on").programs.residual_spec(64) == REPLICATED  # tp does not divide it
-    assert runner("auto").programs.residual_spec(63) == REPLICATED  # on a CPU
-    assert runner("off").programs.residual_spec(63) == REPLICATED
+    for spec in (PREFILL, MIXED):  # tp need not divide their tokens: they are padded
+        assert runner("on").programs.residual_spec(spec) == SEQUENCE_PARALLEL
+        assert runner("auto").programs.residual_spec(spec) == REPLICATED  # on a CPU
+        assert runner("off").programs.residual_spec(spec) == REPLICATED
+    assert runner("on").programs.residual_spec(DECODE) == REPLICATED
 
 
-def test_profiles_name_the_phases_of_sampling(decode: tuple[int, jax.stages.Compiled]) -> None:
-    names = {name for name in re.findall(r'op_name="([^"]*)"', decode[1].as_text()) if "/sampling/" in name}
+def test_profiles_name_the_phases_of_sampling() -> None:
+    hlo = abstract_runner(1).program(DECODE).as_text()
+    names = {name for name in re.findall(r'op_name="([^"]*)"', hlo) if "/sampling/" in name}
     for phase in ("penalties", "mask", "top_k", "top_p", "gumbel", "winner", "logprobs"):
         assert any(f"/{phase}/" in name for name in names), phase
     assert all(name.startswith("jit(decode)/") for name in names)
 
 
-def test_cache_is_updated_in_place(decode: tuple[int, jax.stages.Compiled]) -> None:
-    tp, program = decode
+def test_cache_is_updated_in_place(program: tuple[int, ProgramSpec, jax.stages.Compiled]) -> None:
+    tp, spec, compiled = program
     runner = abstract_runner(tp)
     state = runner.abstract_state()
     per_device = sum(
         int(np.prod(buffer.sharding.shard_shape(buffer.shape))) * buffer.dtype.itemsize
         for buffer in jax.tree.leaves(state)
     )
-    analysis = program.memory_analysis()
+    analysis = compiled.memory_analysis()
     assert analysis.alias_size_in_bytes == per_device  # every buffer of the state, the whole cache included
     one_buffer = state.cache[0].keys
     cache_bytes = int(np.prod(one_buffer.sharding.shard_shape(one_buffer.shape))) * 4
-    assert analysis.temp_size_in_bytes < cache_bytes
+    if not spec.chunks:
+        assert analysis.temp_size_in_bytes < cache_bytes
 
 
-def test_no_weight_or_cache_sized_copy(decode: tuple[int, jax.stages.Compiled]) -> None:
-    tp, program = decode
+def test_no_weight_or_cache_sized_copy(program: tuple[int, ProgramSpec, jax.stages.Compiled]) -> None:
+    tp, _, compiled = program
     runner = abstract_runner(tp)
     big = set()
     for buffer in (*jax.tree.leaves(runner.abstract_state().cache), *runner.weights):
         if buffer.ndim > 1:
             big.add(tuple(sorted(buffer.sharding.shard_shape(buffer.shape))))
-    assert copies_of(big, program.as_text()) == []
+    assert copies_of(big, compiled.as_text()) == []
 
 
 def test_copy_detector_sees_a_copy() -> None:
@@ -214,10 +230,11 @@ import tpjax
 tpjax.fake_devices(8)
 from tpjax import LLM, SamplingParams
 from tpjax.config import SequenceParallel
-from tpjax.runtime.rows import Row
+from dataclasses import replace
+from tpjax.runtime.rows import Chunk, Row
 llm = LLM({path!r}, tp=8, max_model_len=256, max_slots=1)
 row = Row(0, 5, [1, 2], SamplingParams(temperature=0), seed=0)
-llm.runner.prefill(row, [5, 6, 7, 8, 9])
+llm.runner.step([], [Chunk(replace(row, position=0), [5, 6, 7, 8, 9])])
 for _ in range(2000):
     sampled = llm.runner.decode([row], 1)  # never waited for
 print("done", int(sampled.tokens[0, 0]))

@@ -10,11 +10,13 @@ import pytest
 
 from tpjax.engine.block_manager import BlockManager, page_key, root_key
 from tpjax.engine.request import Request
-from tpjax.engine.scheduler import Decode, Prefill, Scheduler
+from tpjax.engine.scheduler import Scheduler, Step
 from tpjax.errors import RequestError
+from tpjax.runtime.limits import ChunkShape
 from tpjax.sampling_params import SamplingParams
 
 PAGE = 4
+SHAPES = (ChunkShape(1, 2), ChunkShape(2, 2), ChunkShape(2, 4))
 
 
 def request(prompt: int, tokens: int, first: int = 0, **extra: Any) -> Request:
@@ -22,22 +24,33 @@ def request(prompt: int, tokens: int, first: int = 0, **extra: Any) -> Request:
 
 
 def scheduler(
-    slots: int = 2, longest: int = 40, pages: int = 24, budget: int = 2, steps: int = 1
+    slots: int = 2, longest: int = 40, pages: int = 24, budget: int = 4, steps: int = 1
 ) -> Scheduler:
-    return Scheduler(slots, longest, (2, 4, 8), budget, steps, BlockManager(pages + 1, PAGE))
+    """A scheduler whose steps run 8 prompt tokens alone, and beside others ``budget``, at least a page."""
+    blocks = BlockManager(pages + 1, PAGE)
+    return Scheduler(
+        slots,
+        longest,
+        SHAPES,
+        SHAPES[:2],
+        ChunkShape(1, 4),
+        lambda decoding: budget if decoding else 8,
+        steps,
+        blocks,
+    )
 
 
-def run(of: Scheduler, work: Prefill | Decode, token: int = 1) -> Any:
-    """Does as the engine does, with nothing in between dispatch and read; tells what was run."""
-    of.dispatched(work)
-    if isinstance(work, Prefill):
-        outputs, steps = [work.request] * work.final, 1
-        seen: Any = (work.request, work.start, work.stop)
-    else:
-        outputs, steps = work.requests, work.steps
-        seen = list(work.requests)
-    for one in list(outputs):
-        for _ in range(steps):
+def run(of: Scheduler, step: Step | None, token: int = 1) -> Any:
+    """Does as the engine does, with nothing in between dispatch and read; tells what was run.
+
+    Decoded requests, then parts of prompts as (request, start, stop).
+    """
+    assert step is not None
+    of.dispatched(step)
+    outputs = [*step.decode, *(chunk.request for chunk in step.chunks if chunk.final)]
+    seen = [*step.decode, *((chunk.request, chunk.start, chunk.stop) for chunk in step.chunks)]
+    for one in outputs:
+        for _ in range(step.steps):
             if one.finish_reason is None:
                 one.append(token)
         if one.finish_reason is not None:
@@ -95,52 +108,74 @@ def test_takes_what_just_fits() -> None:
     assert tight.preemptions == 0
 
 
-def test_chunks_alternate_with_decode_steps() -> None:
-    """The whole of a small schedule: 19 tokens alone are chunks of 8, 8 and 3; beside others, of 2."""
+def test_prompts_run_beside_decode_rows() -> None:
+    """The whole of a small schedule: alone, steps run up to 8 prompt tokens; beside others, a page."""
     of = scheduler()
-    short, long = request(3, 6, first=50), request(11, 2)
+    short, long = request(8, 6, first=50), request(19, 2)
     of.add(short)
     of.add(long)
     seen = []
-    while (work := of.schedule()) is not None:
-        seen.append(run(of, work))
+    while (step := of.schedule()) is not None:
+        seen.append(run(of, step))
     assert seen == [
-        (short, 0, 3),  # nobody decodes: the largest chunk
-        [short],
-        (long, 0, 2),
-        [short],
-        (long, 2, 4),
-        [short],
-        (long, 4, 6),
-        [short],
-        (long, 6, 8),
-        [short],  # its last
-        (long, 8, 11),  # nobody decodes any more: as much as there is
+        [(short, 0, 8)],  # it fills the step
+        [short, (long, 0, 4)],
+        [short, (long, 4, 8)],
+        [short, (long, 8, 12)],
+        [short, (long, 12, 16)],
+        [short, (long, 16, 19)],  # its last
         [long],
     ]
     alone = request(19, 1, first=200)
     of.add(alone)
-    assert [run(of, of.schedule()) for _ in range(3)] == [(alone, 0, 8), (alone, 8, 16), (alone, 16, 19)]
+    assert [run(of, of.schedule()) for _ in range(3)] == [
+        [(alone, 0, 8)],
+        [(alone, 8, 16)],
+        [(alone, 16, 19)],
+    ]
     assert not of.busy and of.schedule() is None
 
 
+def test_short_prompts_share_a_step() -> None:
+    """Each takes chunks of its own: of two tokens here, since three prompts do not fit two larger ones."""
+    of = scheduler(slots=4)
+    asked = [request(n, 1, first=10 * n) for n in (2, 1, 3, 4)]
+    for one in asked:
+        of.add(one)
+    a, b, c, d = asked
+    assert run(of, of.schedule()) == [(a, 0, 2), (b, 0, 1)]
+    assert run(of, of.schedule()) == [(c, 0, 3), (d, 0, 4)]  # two chunks of 4
+    assert not of.busy
+
+
 def test_a_chunk_that_begins_inside_a_page_ends_in_it() -> None:
-    of = scheduler()
-    short, long = request(1, 4, first=50), request(20, 1)
+    of = scheduler(slots=3)
+    short, other, long = request(1, 4, first=50), request(2, 1, first=60), request(20, 1)
     of.add(short)
+    assert run(of, of.schedule()) == [(short, 0, 1)]
+    of.add(other)
     of.add(long)
-    assert [run(of, of.schedule()) for _ in range(2)] == [(short, 0, 1), [short]]
-    assert run(of, of.schedule()) == (long, 0, 2)
-    of.finish(short)  # the budget holds no longer, but this is the middle of a page
-    assert run(of, of.schedule()) == (long, 2, 4)
-    assert run(of, of.schedule()) == (long, 4, 12)
+    assert run(of, of.schedule()) == [short, (other, 0, 2), (long, 0, 2)]
+    of.finish(short)
+    assert run(of, of.schedule()) == [(long, 2, 4)]  # no larger chunk may begin here
+    assert run(of, of.schedule()) == [(long, 4, 12)]
+
+
+def test_the_step_that_runs_most_is_taken() -> None:
+    """Of equals the smallest: 4 tokens are two chunks of 2, not one of 4 beside padding."""
+    of = scheduler(slots=4)
+    one = request(4, 1)
+    of.add(one)
+    step = of.schedule()
+    assert step is not None and [(c.start, c.stop) for c in step.chunks] == [(0, 4)]
+    assert of._fill(SHAPES[1], [one]) == step.chunks and not of._fill(SHAPES[0], [one])[0].final
 
 
 def steps_of(of: Scheduler) -> list[int]:
     """Runs until nothing is left; the steps of each decode dispatch."""
     steps = []
     while (work := of.schedule()) is not None:
-        if isinstance(work, Decode):
+        if work.decode:
             steps.append(work.steps)
         run(of, work)
     return steps
@@ -178,8 +213,7 @@ def test_a_large_request_is_not_overtaken() -> None:
         of.add(one)
     order = []
     while (work := of.schedule()) is not None:
-        if isinstance(work, Prefill) and work.first:
-            order.append(work.request)
+        order += [chunk.request for chunk in work.chunks if chunk.first]
         run(of, work)
     assert order == [first, large, small]
     assert first.finish_reason == large.finish_reason == small.finish_reason == "length"
@@ -198,10 +232,12 @@ def test_the_youngest_is_preempted_and_runs_again_with_what_it_had() -> None:
     while old.finish_reason is None:
         run(of, of.schedule())
     work = of.schedule()
-    assert isinstance(work, Prefill) and work.request is young and work.first
+    assert work is not None
+    (chunk,) = work.chunks
+    assert chunk.request is young and chunk.first
     assert young.prefill_token_ids == [*young.prompt_token_ids, *had]
     # its first page lay in the cache all the time, unless old's last steps needed the place
-    assert work.start == young.prefill_start and work.start % PAGE == 0
+    assert chunk.start == young.prefill_start and chunk.start % PAGE == 0
     while (work := of.schedule()) is not None:
         run(of, work)
     assert len(young.output_token_ids) == 8 and len(old.output_token_ids) == 12
@@ -218,8 +254,7 @@ def test_the_lowest_priority_runs_first_and_is_preempted_last() -> None:
         of.add(one)
     order: list[Request] = []
     while (work := of.schedule()) is not None:
-        if isinstance(work, Prefill):
-            order.append(work.request)
+        order += [chunk.request for chunk in work.chunks]
         run(of, work)
     assert [asked.index(one) for one in order] == [5, 2, 0, 4, 1, 3]  # of equals the first to come
     of = scheduler(slots=3, pages=5)
@@ -314,7 +349,7 @@ def test_prompt_logprobs_need_every_logit() -> None:
     finish_alone(of, request(12, 1))
     asks = Request(list(range(12)), SamplingParams(max_tokens=1, prompt_logprobs=0), seed=0)
     of.add(asks)
-    assert run(of, of.schedule()) == (asks, 0, 4)  # a page at a time: a chunk's logits are held at once
+    assert run(of, of.schedule()) == [(asks, 0, 4)]  # a page at a time: a chunk's logits are held at once
     assert asks.cached_tokens == 0
 
 

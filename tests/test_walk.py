@@ -19,7 +19,7 @@ from conftest import GOLDENS
 
 from tpjax import LLM, SamplingParams
 from tpjax.attention import paged_attention
-from tpjax.cache import NULL_PAGE, BatchMetadata, LatentCache, LayerCache
+from tpjax.cache import NULL_PAGE, LatentCache, LayerCache, TokenGroup
 from tpjax.engine.engine import Engine
 from tpjax.engine.request import Request
 from tpjax.runtime.runner import Runner
@@ -85,7 +85,7 @@ def test_a_decode_step(counts: Counts, positions: list[int], window: int | None)
     table[[at == 0 for at in positions]] = NULL_PAGE
     cache = LayerCache(*(jnp.zeros((rows * BLOCKS + 1, 1, PAGE, 2)) for _ in range(2)))
     new = jnp.zeros((rows, 1, 1, 2))
-    metadata = BatchMetadata(jnp.asarray(table), jnp.asarray(positions, jnp.int32)[:, None])
+    metadata = TokenGroup(jnp.asarray(table), jnp.asarray(positions, jnp.int32)[:, None])
     attend = jax.jit(functools.partial(paged_attention, scale=1.0, window=window))
     attend(new[:, :, :, None], new, new, cache, metadata).block_until_ready()
     visible = BLOCKS * PAGE if window is None else window
@@ -98,9 +98,10 @@ def test_a_chunk(counts: Counts, first: int, length: int, window: int | None) ->
     """The pages before it that its first query sees; its own keys, padding included, are no pages."""
     cache = LayerCache(*(jnp.zeros((BLOCKS + 1, 1, PAGE, 2)) for _ in range(2)))
     new = jnp.zeros((1, length, 1, 2))
-    metadata = BatchMetadata(
+    metadata = TokenGroup(
         jnp.arange(1, BLOCKS + 1, dtype=jnp.int32)[None],
         jnp.arange(first, first + length, dtype=jnp.int32)[None],
+        chunks=True,
     )
     attend = jax.jit(functools.partial(paged_attention, scale=1.0, window=window))
     attend(new[:, :, :, None], new, new, cache, metadata).block_until_ready()

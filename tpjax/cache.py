@@ -9,7 +9,8 @@ Page 0 is never assigned to a sequence: padding rows and padding positions write
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Format
 from jax.experimental.layout import Layout as MemoryLayout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from tpjax.config import ModelConfig
 from tpjax.sharding import PAGES, REPLICATED, head_plan, pad_to_multiple
@@ -28,20 +29,98 @@ NULL_PAGE = 0
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class BatchMetadata:
-    """Block tables and positions of a batch.
+class TokenGroup:
+    """Tokens of a step that attention treats alike: B sequences with S consecutive tokens each.
 
     Attributes:
         block_tables: page of each block of positions of each sequence.
-        positions: position of each token. The positions of a chunk are consecutive. A chunk shorter than a
-            page does not cross a page boundary; a longer one begins at a boundary.
+        positions: position of each token.
+        lengths: tokens of each sequence that are not padding, 0 to S; ``None``: all are tokens.
         max_length: longest length each sequence may reach, tokens. The frequencies of some rotary embeddings
             depend on it.
+        chunks: whether these are prompt chunks: a chunk shorter than a page lies within one, a longer one
+            begins at a page and is whole pages long. Of other sequences, tokens may cross from a page to the
+            next anywhere.
     """
 
     block_tables: Int[Array, "B blocks"]
     positions: Int[Array, "B S"]
+    lengths: Int[Array, " B"] | None = None
     max_length: Int[Array, " B"] | None = None
+    chunks: bool = field(default=False, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """B and S."""
+        batch, length = self.positions.shape
+        return batch, length
+
+    @property
+    def size(self) -> int:
+        """Tokens, padding included."""
+        return math.prod(self.shape)
+
+    @property
+    def present(self) -> Bool[Array, "B S"]:
+        """Whether each token is one, and not padding."""
+        if self.lengths is None:
+            return jnp.ones(self.shape, jnp.bool_)
+        return jnp.arange(self.shape[1]) < self.lengths[:, None]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BatchMetadata:
+    """Where the tokens of a step belong.
+
+    A step holds its tokens flat, [N, ...], group after group, and padding after the last. Only attention and
+    the cache see the groups.
+
+    Attributes:
+        groups: in the order of their tokens; at least one.
+        padding: tokens after those of the groups.
+    """
+
+    groups: tuple[TokenGroup, ...]
+    padding: int = field(default=0, metadata={"static": True})
+
+    @property
+    def positions(self) -> Int[Array, " N"]:
+        """Position of each token; 0 for padding after the groups."""
+        return self._flat([group.positions for group in self.groups])
+
+    @property
+    def max_length(self) -> Int[Array, " N"] | None:
+        """Longest length of the sequence of each token, if the groups say it."""
+        lengths = [
+            jnp.broadcast_to(group.max_length[:, None], group.shape)
+            for group in self.groups
+            if group.max_length is not None
+        ]
+        return self._flat(lengths) if lengths else None
+
+    @property
+    def present(self) -> Bool[Array, " N"]:
+        """Whether each token is one, and not padding."""
+        return self._flat([group.present for group in self.groups])
+
+    def split(self, x: Shaped[Array, "N ..."]) -> list[Array]:
+        """Returns the part of each group, [B, S, ...]."""
+        parts, start = [], 0
+        for group in self.groups:
+            parts.append(x[start : start + group.size].reshape(*group.shape, *x.shape[1:]))
+            start += group.size
+        return parts
+
+    def join(self, parts: Sequence[Array]) -> Shaped[Array, "N ..."]:
+        """Returns the parts of the groups, [B, S, ...], as flat tokens; those of padding are zeros."""
+        flat = [part.reshape(-1, *part.shape[2:]) for part in parts]
+        if self.padding:
+            flat.append(jnp.zeros((self.padding, *flat[0].shape[1:]), flat[0].dtype))
+        return jnp.concatenate(flat) if len(flat) > 1 else flat[0]
+
+    def _flat(self, parts: Sequence[Array]) -> Shaped[Array, " N"]:
+        return self.join([part[..., None] for part in parts])[:, 0]
 
 
 @runtime_checkable  # tests check types at run time
@@ -74,10 +153,10 @@ class LayerCache:
         return self.keys.shape[2]
 
     def write(
-        self, keys: Float[Array, "B S K h"], values: Float[Array, "B S K h"], metadata: BatchMetadata
+        self, keys: Float[Array, "B S K h"], values: Float[Array, "B S K h"], group: TokenGroup
     ) -> LayerCache:
         """Returns the cache with new keys and values stored at their positions."""
-        return LayerCache(_write(self.keys, keys, metadata), _write(self.values, values, metadata))
+        return LayerCache(_write(self.keys, keys, group), _write(self.values, values, group))
 
     def read(
         self, pages: Int[Array, " B"]
@@ -98,9 +177,9 @@ class LatentCache:
         """Positions per page."""
         return self.latents.shape[2]
 
-    def write(self, latents: Float[Array, "B S 1 r"], metadata: BatchMetadata) -> LatentCache:
+    def write(self, latents: Float[Array, "B S 1 r"], group: TokenGroup) -> LatentCache:
         """Returns the cache with new latents stored at their positions."""
-        return LatentCache(_write(self.latents, latents, metadata))
+        return LatentCache(_write(self.latents, latents, group))
 
     def read(self, pages: Int[Array, " B"]) -> Float[Array, "B 1 page_size r"]:
         """Reads the latents of one page of each sequence."""
@@ -187,35 +266,46 @@ def _read(
 
 
 def _write(
-    buffer: Float[Array, "pages K page_size h"], new: Float[Array, "B S K h"], metadata: BatchMetadata
+    buffer: Float[Array, "pages K page_size h"], new: Float[Array, "B S K h"], group: TokenGroup
 ) -> Float[Array, "pages K page_size h"]:
-    return (_write_token if new.shape[1] == 1 else _write_chunk)(buffer, new, metadata)
+    return (_write_chunks if group.chunks else _write_tokens)(buffer, new, group)
 
 
-def _write_token(
-    pages: Float[Array, "pages K page_size h"], new: Float[Array, "B 1 K h"], metadata: BatchMetadata
+def _write_tokens(
+    buffer: Float[Array, "pages K page_size h"], new: Float[Array, "B S K h"], group: TokenGroup
 ) -> Float[Array, "pages K page_size h"]:
-    block, offset = jnp.divmod(metadata.positions[:, 0], pages.shape[2])
-    page = jnp.take_along_axis(metadata.block_tables, block[:, None], axis=1, mode="clip")[:, 0]
-    return pages.at[page, :, offset].set(new[:, 0], mode="promise_in_bounds")
+    """Writes token by token, wherever each is."""
+    pages, offsets = _place(group, group.positions, buffer.shape[2])
+    if group.lengths is not None:
+        pages = jnp.where(group.present, pages, NULL_PAGE)
+    return buffer.at[pages, :, offsets].set(new, mode="promise_in_bounds")
 
 
-def _write_chunk(
-    pages: Float[Array, "pages K page_size h"], new: Float[Array, "B S K h"], metadata: BatchMetadata
+def _write_chunks(
+    buffer: Float[Array, "pages K page_size h"], new: Float[Array, "B S K h"], group: TokenGroup
 ) -> Float[Array, "pages K page_size h"]:
-    # a chunk is a part of one page, or whole pages: one slice update each, no scatter by token
-    batch, length = new.shape[:2]
-    page_size = pages.shape[2]
-    new = new.swapaxes(1, 2)
-    first, offset = jnp.divmod(metadata.positions[:, 0], page_size)
-    tables, blocks = metadata.block_tables, metadata.block_tables.shape[1]
-    for row in range(batch):
-        for block in range(0, length, page_size):
-            index = first[row] + block // page_size
-            # positions past the end of the block table are padding: they go to the null page
-            page = jnp.where(index < blocks, tables[row, jnp.minimum(index, blocks - 1)], NULL_PAGE)
-            part = new[row : row + 1, :, block : block + page_size]
-            pages = jax.lax.dynamic_update_slice(
-                pages, part, (page, 0, offset[row] if length < page_size else 0, 0)
-            )
-    return pages
+    """Writes whole pages, or one part of a page of each chunk: no scatter by token.
+
+    The padding at a chunk's end goes to later positions of its own sequence, which nothing has written yet,
+    or to the null page.
+    """
+    page_size, length = buffer.shape[2], new.shape[1]
+    size = min(length, page_size)
+    pages, offsets = _place(group, group.positions[:, ::size], page_size)
+    parts = new.reshape(-1, size, *new.shape[2:]).swapaxes(1, 2)  # [parts, K, size, h]
+    indices = jnp.stack([pages.reshape(-1), offsets.reshape(-1)], axis=1)
+    dimensions = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2, 3), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 2)
+    )
+    return jax.lax.scatter(
+        buffer, indices, parts, dimensions, mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    )
+
+
+def _place(
+    group: TokenGroup, positions: Int[Array, "B n"], page_size: int
+) -> tuple[Int[Array, "B n"], Int[Array, "B n"]]:
+    """Returns page and offset of positions; those past the end of the block table get the null page."""
+    blocks, offsets = jnp.divmod(positions, page_size)
+    pages = jnp.take_along_axis(group.block_tables, blocks, axis=1, mode="clip")
+    return jnp.where(blocks < group.block_tables.shape[1], pages, NULL_PAGE), offsets

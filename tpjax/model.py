@@ -1,8 +1,8 @@
 """The architecture on one screen.
 
-Dimension letters, here and everywhere: B batch, S positions, D hidden, H query heads, K KV heads (head slots
-of the ``HeadPlan``), G query heads per KV head, h head_dim, F MLP width, V vocabulary;
-E experts, k experts a token, N tokens.
+Dimension letters, here and everywhere: N tokens of a step, in groups of B sequences with S tokens each;
+D hidden, H query heads, K KV heads (head slots of the ``HeadPlan``), G query heads per KV head, h head_dim,
+F MLP width, V vocabulary; E experts, k experts a token.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ BLOCK_NORMS: dict[Block, BlockNorms] = {
 class DecoderLayer(nnx.Module):
     """Attention and MLP, each added to the residual; ``BLOCK_NORMS`` says where the norms are.
 
-    The residual is replicated, or sharded over positions (``sharding.SEQUENCE_PARALLEL``). With sequence
+    The residual is replicated, or sharded over tokens (``sharding.SEQUENCE_PARALLEL``). With sequence
     parallelism, norms and sums compute 1/tp of the rows, and each all-reduce becomes an all-gather before
     attention or MLP and a reduce-scatter of their partial sums.
 
@@ -79,13 +79,13 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B S D"],
+        x: Float[Array, "N D"],
         rotary: RotaryEmbedding | None,
         cache: LayerCache | LatentCache,
         metadata: BatchMetadata,
         window: int | None,
         residual: PartitionSpec,
-    ) -> tuple[Float[Array, "B S D"], LayerCache | LatentCache]:
+    ) -> tuple[Float[Array, "N D"], LayerCache | LatentCache]:
         """Returns the residual after this layer, in the layout ``residual``, and the cache of the layer."""
         norms = BLOCK_NORMS[self.config.block]
         normed = self._normed(norms.attention_input, x)
@@ -94,20 +94,23 @@ class DecoderLayer(nnx.Module):
         if self.config.parallel:
             if norms.mlp_input != norms.attention_input:
                 normed = self._normed(norms.mlp_input, x)
-            with jax.named_scope("mlp"):
-                y = y + self.mlp(normed)
+            y = y + self._mlp(normed, metadata)
             return self._add(x, reduce_partials(y, residual)), cache  # one all-reduce over tp for both
         y = constrain(y, residual)  # all-reduce or reduce-scatter over tp
         x = self._add(x, self._normed(norms.attention_output, y))
         normed = self._normed(norms.mlp_input, x)
-        with jax.named_scope("mlp"):
-            y = constrain(self.mlp(normed), residual)  # all-reduce or reduce-scatter over tp
+        y = constrain(self._mlp(normed, metadata), residual)  # all-reduce or reduce-scatter over tp
         return self._add(x, self._normed(norms.mlp_output, y)), cache
 
-    def _normed(self, name: str | None, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    def _mlp(self, x: Float[Array, "N D"], metadata: BatchMetadata) -> Float[Array, "*tp N D"]:
+        """Returns each device's partial sum of the MLP or the experts."""
+        with jax.named_scope("mlp"):
+            return self.mlp(x, metadata.present) if isinstance(self.mlp, MoE) else self.mlp(x)
+
+    def _normed(self, name: str | None, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
         return x if name is None else getattr(self, name)(x)
 
-    def _add(self, x: Float[Array, "B S D"], y: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    def _add(self, x: Float[Array, "N D"], y: Float[Array, "N D"]) -> Float[Array, "N D"]:
         scale = self.config.residual_scale
         return x + y if scale == 1 else x + y * jnp.asarray(scale, x.dtype)
 
@@ -123,6 +126,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, tp: int, dtype: jnp.dtype) -> None:
         self.config = config
+        self.tp = tp
         self.embed_tokens = Embedding("embed_tokens.weight", config.vocab_size, config.hidden_size, tp, dtype)
         if config.position_embedding == "learned":
             self.embed_positions = PositionEmbedding(
@@ -141,17 +145,17 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "B S"],
+        tokens: Int[Array, " N"],
         cache: PagedKVCache,
         metadata: BatchMetadata,
         residual: PartitionSpec = REPLICATED,
-    ) -> tuple[Float[Array, "B S D"], PagedKVCache]:
+    ) -> tuple[Float[Array, "N D"], PagedKVCache]:
         """Returns the final hidden states of the tokens, and the cache with their keys and values.
 
         Args:
-            tokens: token ids of a decode step or a prompt chunk.
+            tokens: token ids of a step, in the order of the groups of ``metadata``, then padding.
             cache: the cache of each layer.
-            metadata: block tables and positions of the batch.
+            metadata: block tables and positions of the tokens.
             residual: layout of the residual and of the result: ``REPLICATED`` or ``SEQUENCE_PARALLEL``.
         """
         config = self.config
@@ -169,8 +173,8 @@ class Decoder(nnx.Module):
         return self.norm(x), tuple(caches)
 
     def _embed(
-        self, tokens: Int[Array, "B S"], metadata: BatchMetadata, residual: PartitionSpec
-    ) -> Float[Array, "B S D"]:
+        self, tokens: Int[Array, " N"], metadata: BatchMetadata, residual: PartitionSpec
+    ) -> Float[Array, "N D"]:
         with jax.named_scope("embed"):
             x = constrain(self.embed_tokens(tokens), REPLICATED)  # all-reduce over tp
             x = constrain(x, residual) * jnp.asarray(self.config.embedding_scale, x.dtype)

@@ -11,12 +11,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from tpjax.activations import soft_capped
 from tpjax.attention.reference import visible_keys
-from tpjax.cache import BatchMetadata, Pages
+from tpjax.cache import Pages, TokenGroup
 
+_TINY = float(np.finfo(np.float32).tiny)
 _MASKED = -1e30  # finite, so that a page with no visible key gives no NaN
 _QUERY_BLOCK = 128  # queries of a chunk that share one set of visible keys
 
@@ -94,7 +96,7 @@ def paged_attention(
     key: Float[Array, "B S #K h"],
     value: Float[Array, "B S #K v"],
     cache: Pages,
-    metadata: BatchMetadata,
+    group: TokenGroup,
     *,
     scale: float,
     window: int | None,
@@ -103,16 +105,16 @@ def paged_attention(
 ) -> Float[Array, "B S K G v"]:
     """Computes causal attention of each query to the keys at or before its position.
 
-    A single token walks all its pages, its own key's included. A chunk walks the pages before it, then
-    attends to its own keys directly, a block of queries at a time and only to the keys that the block can
-    see: half the work of treating the chunk's keys as pages.
+    Single tokens, and the few of a row that verifies drafts, walk all their pages, their own keys' included.
+    A chunk walks the pages before it, then attends to its own keys directly, a block of queries at a time and
+    only to the keys that the block can see: half the work of treating the chunk's keys as pages.
 
     Args:
         query: G query heads for each of the K KV heads.
         key: keys of the same tokens, already in the cache. K may be 1 in keys and values: all heads share it.
         value: values of the same tokens, already in the cache; their width may differ from the keys'.
         cache: keys and values of every position up to the queries' own.
-        metadata: pages of each sequence, and positions of the queries.
+        group: pages of each sequence, and positions of the queries.
         scale: multiplies query-key products.
         window: keys that a query sees, its own included; ``None``: all.
         softcap: bounds the scaled products smoothly; ``None``: no bound.
@@ -122,20 +124,24 @@ def paged_attention(
     Returns:
         The attention output in the query's dtype; softmax and sums are float32.
     """
-    batch, length, heads, group, head_dim = query.shape
+    batch, length, heads, per_head, head_dim = query.shape
     scoring = _Scoring(scale, softcap, window)
-    rows = query.swapaxes(1, 2).reshape(batch, heads, length * group, head_dim)
-    row_positions = jnp.repeat(metadata.positions, group, axis=1)[:, None, :, None]
-    # one token finds its own key in the cache; a chunk takes its own keys from its arguments
-    stop = metadata.positions[:, 0] + (1 if length == 1 else 0)
-    softmax = _walk(rows, row_positions, cache, metadata, stop, scoring, value.shape[-1])
-    if length > 1:
+    rows = query.swapaxes(1, 2).reshape(batch, heads, length * per_head, head_dim)
+    row_positions = jnp.repeat(group.positions, per_head, axis=1)[:, None, :, None]
+    # other tokens find their own keys in the cache; a chunk takes its own keys from its arguments
+    stop = group.positions[:, 0] + (0 if group.chunks else length)
+    if group.lengths is not None:  # padding walks nothing
+        stop = jnp.where(group.lengths > 0, stop, 0)
+    softmax = _walk(rows, row_positions, cache, group, stop, scoring, value.shape[-1])
+    if group.chunks:
         keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
-        softmax = _attend_to_chunk(softmax, rows, row_positions, keys, values, metadata.positions, scoring)
+        softmax = _attend_to_chunk(softmax, rows, row_positions, keys, values, group.positions, scoring)
     if sinks is not None:
         softmax = softmax.accumulate_sink(jnp.tile(sinks, (1, length))[None, :, :, None])
-    output = (softmax.weighted_values / softmax.normaliser).astype(query.dtype)
-    return output.reshape(batch, heads, length, group, -1).swapaxes(1, 2)
+    # padding has seen no key: 0, not a NaN
+    normaliser = jnp.maximum(softmax.normaliser, _TINY)
+    output = (softmax.weighted_values / normaliser).astype(query.dtype)
+    return output.reshape(batch, heads, length, per_head, -1).swapaxes(1, 2)
 
 
 def _attend_to_chunk(
@@ -149,12 +155,12 @@ def _attend_to_chunk(
 ) -> _OnlineSoftmax:
     """Attends to the keys of the chunk itself, one block of queries at a time."""
     length, window = keys.shape[2], scoring.window
-    group = rows.shape[2] // length
+    per_head = rows.shape[2] // length
     blocks = []
     for start in range(0, length, _QUERY_BLOCK):
         end = min(start + _QUERY_BLOCK, length)
         seen = slice(0 if window is None else max(0, start - window + 1), end)
-        block = slice(start * group, end * group)
+        block = slice(start * per_head, end * per_head)
         visible = visible_keys(row_positions[:, :, block], positions[:, None, None, seen], window)
         part = _OnlineSoftmax(*(x[:, :, block] for x in softmax))
         blocks.append(
@@ -167,7 +173,7 @@ def _walk(
     rows: Float[Array, "B K rows h"],
     row_positions: Int[Array, "B 1 rows 1"],
     cache: Pages,
-    metadata: BatchMetadata,
+    group: TokenGroup,
     stop: Int[Array, " B"],
     scoring: _Scoring,
     value_dim: int,
@@ -175,12 +181,12 @@ def _walk(
     """Attends to the cached positions before ``stop``, each sequence from the first page in its window.
 
     Sequences walk side by side, each over its own pages: one iteration reads one page of every sequence.
-    Sequences at distant positions, and padding rows (at position 0), do not lengthen each other's walk.
+    Sequences at distant positions do not lengthen each other's walk, and padding, which stops at 0, has none.
     """
     page_size, window = cache.page_size, scoring.window
-    first, tables = jnp.zeros_like(stop), metadata.block_tables
+    first, tables = jnp.zeros_like(stop), group.block_tables
     if window is not None:
-        first = jnp.maximum(metadata.positions[:, 0] - (window - 1), 0) // page_size
+        first = jnp.maximum(group.positions[:, 0] - (window - 1), 0) // page_size
         # past its end a row's table repeats the last page, in which the row sees nothing
         in_window = first[:, None] + jnp.arange(tables.shape[1])
         tables = jnp.take_along_axis(tables, in_window, axis=1, mode="clip")

@@ -13,17 +13,15 @@ import numpy as np
 from tpjax.engine.block_manager import BlockManager
 from tpjax.engine.masks import pack_mask, without
 from tpjax.engine.request import Request, TokenLogprobs
-from tpjax.engine.scheduler import Decode, Prefill, Scheduler
+from tpjax.engine.scheduler import PromptChunk, Scheduler, Step
 from tpjax.errors import EngineError
-from tpjax.runtime.rows import NO_TOKEN, Row
+from tpjax.runtime.limits import MAX_PROMPT_TOKENS
+from tpjax.runtime.rows import NO_TOKEN, Chunk, Row
 from tpjax.runtime.runner import Runner
 from tpjax.sampling import ALL_MASKED_TOKEN, NAN_TOKEN, Sampled
 from tpjax.sampling_params import SamplingParams
 
 log = logging.getLogger(__name__)
-
-# Tokens of a prompt chunk while others decode: their tokens come at most that much later.
-PREFILL_BUDGET = 64
 
 
 class RequestStats(NamedTuple):
@@ -84,14 +82,16 @@ class _InFlight:
     """A dispatch whose outputs have not been read.
 
     Attributes:
-        requests: the request of each row that outputs tokens.
-        sampled: device arrays [steps, B, ...].
-        prompt_logprobs: log-probabilities of a prompt chunk, if asked for.
+        requests: requests that output tokens, each with its row.
+        sampled: device arrays [steps, rows, ...].
+        steps: how many of the first steps count.
+        prompt_logprobs: log-probabilities of prompt chunks, if asked for.
     """
 
-    requests: list[Request]
+    requests: list[tuple[int, Request]]
     sampled: Sampled
-    prompt_logprobs: _PromptLogprobs | None = None
+    steps: int
+    prompt_logprobs: Sequence[_PromptLogprobs] = ()
 
 
 class Engine:
@@ -106,21 +106,25 @@ class Engine:
 
     Args:
         runner: the compiled model.
-        prefill_budget: maximum prompt tokens of a dispatch while others decode.
+        max_num_batched_tokens: maximum tokens of a step, decode rows included; ``None``: beside decode rows
+            as many prompt tokens as a page, and 2,048 without. At least a page of a prompt runs in any case.
 
     Attributes:
         runner: as given.
         scheduler: decides what to run.
     """
 
-    def __init__(self, runner: Runner, prefill_budget: int = PREFILL_BUDGET) -> None:
+    def __init__(self, runner: Runner, max_num_batched_tokens: int | None = None) -> None:
         limits = runner.limits
         self.runner = runner
+        self._max_num_batched_tokens = max_num_batched_tokens
         self.scheduler = Scheduler(
             limits.max_slots,
             limits.max_model_len,
-            runner.chunk_sizes,
-            prefill_budget,
+            limits.usable_chunk_shapes,
+            limits.mixed_chunk_shapes,
+            limits.score_chunks,
+            self._prompt_budget,
             limits.steps,
             BlockManager(limits.num_pages, limits.page_size),
         )
@@ -183,18 +187,19 @@ class Engine:
             EngineError: a dispatch failed; running requests end as in :meth:`step`. Or the engine is closed.
         """
         self.check_open()
-        blocks, chunk = self.scheduler.blocks, self.runner.chunk_sizes[-1]
+        blocks, size = self.scheduler.blocks, self.runner.limits.usable_chunk_shapes[-1].tokens
         self._reset_if_lost()
         pages = blocks.allocate(blocks.pages_for(len(token_ids)))
         slot = self.runner.limits.max_slots
         try:
             with self.guarded():
+                rows = (
+                    Row(slot, start, pages, _GREEDY, 0, max_length=len(token_ids))
+                    for start in range(0, len(token_ids), size)
+                )
                 parts = [
-                    self.runner.score(
-                        Row(slot, start, pages, _GREEDY, 0, max_length=len(token_ids)),
-                        token_ids[start : start + chunk],
-                    )
-                    for start in range(0, len(token_ids), chunk)
+                    self.runner.score(Chunk(row, token_ids[row.position : row.position + size]))
+                    for row in rows
                 ]
                 blocks.release(pages)
         except Exception as error:
@@ -255,6 +260,12 @@ class Engine:
             request.finish_reason, request.error, request.state_lost = "error", why, True
             self._outputs.append((request, []))
 
+    def _prompt_budget(self, decoding: Sequence[Request]) -> int:
+        """Returns the prompt tokens that a step may take beside the requests it decodes."""
+        if self._max_num_batched_tokens is not None:
+            return self._max_num_batched_tokens - len(decoding)
+        return self.runner.limits.page_size if decoding else MAX_PROMPT_TOKENS
+
     @property
     def busy(self) -> bool:
         """Whether any request waits or runs, or any output has not been returned by :meth:`step`."""
@@ -289,35 +300,37 @@ class Engine:
             compiles=self.runner.compile_count,
         )
 
-    def _dispatch(self, work: Prefill | Decode) -> _InFlight:
-        """Hands work to the devices, without waiting for it."""
-        dispatched = self._prefill(work) if isinstance(work, Prefill) else self._decode(work)
-        self.scheduler.dispatched(work)
-        return dispatched
+    def _dispatch(self, step: Step) -> _InFlight:
+        """Hands a step to the devices, without waiting for it."""
+        for chunk in step.chunks:
+            if chunk.first:
+                self._set_up_slot(chunk.request)
+        final = [chunk.request for chunk in step.chunks if chunk.final]
+        self._set_masks([*step.decode, *final])
+        rows = [_row(one, one.next_position) for one in step.decode]
+        if not step.chunks:
+            in_flight = _InFlight(_numbered(step.decode), self.runner.decode(rows, step.steps), step.steps)
+        else:
+            in_flight = self._run_chunks(step, rows)
+        self.scheduler.dispatched(step)
+        return in_flight
 
-    def _prefill(self, work: Prefill) -> _InFlight:
-        """Dispatches a prompt chunk."""
-        request, runner = work.request, self.runner
-        if work.first:
-            self._set_up_slot(request)
-        row = _row(request, work.start)
-        if work.final:
-            self._set_masks([request])
-        else:  # the next token is known: what is sampled is not used
-            row = replace(row, params=_GREEDY, masked_until=0)
-        token_ids = request.prefill_token_ids[work.start : work.stop]
-        outputs_to = [request] if work.final else []
-        if request.params.prompt_logprobs is None or request.output_token_ids:
-            return _InFlight(outputs_to, runner.prefill(row, token_ids))
-        targets = request.prefill_token_ids[work.start + 1 : work.stop + 1]
-        sampled, scored = runner.prefill_and_score(row, token_ids, targets)
-        return _InFlight(outputs_to, sampled, _PromptLogprobs(request, work.start, targets, scored))
-
-    def _decode(self, work: Decode) -> _InFlight:
-        """Dispatches decode steps."""
-        self._set_masks(work.requests)
-        rows = [_row(one, one.next_position) for one in work.requests]
-        return _InFlight(work.requests, self.runner.decode(rows, work.steps))
+    def _run_chunks(self, step: Step, rows: list[Row]) -> _InFlight:
+        """Dispatches a step with prompt chunks."""
+        out = self.runner.step(rows, [_chunk(chunk) for chunk in step.chunks])
+        ended = [
+            (row, chunk.request)
+            for row, chunk in zip(out.sampled_at, step.chunks, strict=True)
+            if chunk.final
+        ]
+        scores = []
+        if out.scored is not None:
+            arrays = out.scored
+            scores = [
+                _PromptLogprobs(chunk.request, chunk.start, _targets(chunk), first, arrays)
+                for first, chunk in zip(out.scored_at, step.chunks, strict=True)
+            ]
+        return _InFlight([*_numbered(step.decode), *ended], out.sampled, 1, scores)
 
     def _set_up_slot(self, request: Request) -> None:
         """Uploads a request's history and, if no grammar sets its mask, the tokens before ``min_tokens``."""
@@ -344,13 +357,14 @@ class Engine:
         dispatched, self._in_flight = self._in_flight, None
         if dispatched is None:
             return
-        if dispatched.prompt_logprobs is not None:
-            dispatched.prompt_logprobs.read()
-        tokens = np.asarray(dispatched.sampled.tokens)  # [steps, B]; waits: at most one dispatch is ahead
+        for scores in dispatched.prompt_logprobs:
+            scores.read()
+        # [steps, rows]; waits: at most one dispatch is ahead
+        tokens = np.asarray(dispatched.sampled.tokens)[: dispatched.steps]
         logprobs = None
-        if any(request.params.logprobs is not None for request in dispatched.requests):
+        if any(request.params.logprobs is not None for _, request in dispatched.requests):
             logprobs = _logprob_arrays(dispatched.sampled)
-        for row, request in enumerate(dispatched.requests):
+        for row, request in dispatched.requests:
             if request.finished:
                 continue  # it ended, or was cancelled, after the dispatch
             before = len(request.output_token_ids)
@@ -382,6 +396,27 @@ def _row(request: Request, position: int) -> Row:
         masked_until=_masked_until(request),
         max_length=request.max_length,
     )
+
+
+def _chunk(chunk: PromptChunk) -> Chunk:
+    """Returns a chunk as the runner takes it."""
+    request = chunk.request
+    row = _row(request, chunk.start)
+    if not chunk.final:  # the next token is known: what is sampled is not used
+        row = replace(row, params=_GREEDY, masked_until=0)
+    token_ids = request.prefill_token_ids[chunk.start : chunk.stop]
+    if request.params.prompt_logprobs is None or request.output_token_ids:
+        return Chunk(row, token_ids)
+    return Chunk(row, token_ids, _targets(chunk))
+
+
+def _targets(chunk: PromptChunk) -> list[int]:
+    """Returns the tokens one later than those of a chunk."""
+    return chunk.request.prefill_token_ids[chunk.start + 1 : chunk.stop + 1]
+
+
+def _numbered(requests: Sequence[Request]) -> list[tuple[int, Request]]:
+    return list(enumerate(requests))
 
 
 def _append(request: Request, token: int) -> bool:
@@ -425,12 +460,14 @@ class _PromptLogprobs:
         request: the request.
         start: position of the chunk's first token.
         targets: the token after each of the chunk's tokens.
-        scored: device arrays [S, ...] for the targets.
+        first: row of the first target.
+        scored: device arrays [tokens, ...] for the targets of all chunks of the step.
     """
 
     request: Request
     start: int
-    targets: list[int]
+    targets: Sequence[int]
+    first: int
     scored: Sampled
 
     def read(self) -> None:
@@ -440,7 +477,7 @@ class _PromptLogprobs:
         if not self.start:
             request.prompt_logprobs[:] = [None]  # nothing comes before the first token
         scored = _logprob_arrays(self.scored)
-        for index, token in enumerate(self.targets):
+        for index, token in enumerate(self.targets, self.first):
             request.prompt_logprobs.append(_token_logprobs(token, count, *(x[index] for x in scored)))
 
 

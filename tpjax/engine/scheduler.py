@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from tpjax.engine.block_manager import BlockManager
+from tpjax.engine.block_manager import BlockManager, PageKey
 from tpjax.engine.request import Request
 from tpjax.errors import ContextLengthError, RequestError
 
 
 @dataclass(frozen=True)
-class Prefill:
+class PromptChunk:
     """Runs tokens ``start`` to ``stop`` of a request's ``prefill_token_ids``.
 
     Attributes:
@@ -32,20 +33,41 @@ class Prefill:
 
 
 @dataclass(frozen=True)
-class Decode:
-    """Samples the next ``steps`` tokens of these requests."""
+class Step:
+    """One dispatch: samples the next tokens of some requests, and runs parts of the prompts of others.
 
-    requests: list[Request]
-    steps: int
+    Attributes:
+        decode: requests that are decoded.
+        steps: tokens that each of them samples; 1 if there are chunks.
+        chunks: parts of prompts.
+    """
+
+    decode: list[Request]
+    steps: int = 1
+    chunks: list[PromptChunk] = field(default_factory=list)
+
+
+class ChunkSizes(Protocol):
+    """The shapes of prompt chunks that a step is compiled for, as ``runtime.limits.ChunkShape``."""
+
+    @property
+    def rows(self) -> int:
+        """Chunks of a step."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Tokens of a chunk."""
+        ...
 
 
 class Scheduler:
     """Schedules requests over slots and cache pages: lowest priority first, then first come, first served.
 
-    One prompt is prefilled at a time, in chunks; while others decode, chunks are small and alternate with
-    decode steps, so that a long prompt does not stall them. An admitted request holds pages for its prompt
-    only; if pages run out, the last of them is preempted: it releases its pages, waits again,
-    and its tokens are recomputed (or found in the prefix cache) when it is admitted again.
+    A step takes all requests that can decode and, up to a budget of tokens, parts of prompts in order of
+    rank: short prompts share a step, a long one takes several. An admitted request holds pages for its prompt
+    only; if pages run out, the last of them is preempted: it releases its pages, waits again, and its tokens
+    are recomputed (or found in the prefix cache) when it is admitted again.
 
     The devices run behind the host: ``Request.dispatched_tokens`` counts what has been dispatched,
     ``output_token_ids`` holds what has been read. Rows with a grammar, which has to see each token before the
@@ -55,15 +77,15 @@ class Scheduler:
     Args:
         max_slots: requests that run at once.
         max_model_len: longest sequence, tokens.
-        chunk_sizes: prefill sizes, ascending; each divides the page size or is a multiple of it.
-        budget: maximum tokens of a prefill while others decode.
+        shapes: shapes of prompt chunks of a step that decodes nothing, ascending.
+        mixed_shapes: shapes beside decode rows, ascending.
+        score_shape: the shape of a step with prompt log-probabilities.
+        budget: returns the prompt tokens that a step may take beside the requests it decodes.
         steps: decode steps of a long dispatch, which is used if nothing can come in between.
         blocks: the cache pages.
 
     Attributes:
         max_model_len: as given.
-        chunk_sizes: as given.
-        budget: as given, but at least the smallest chunk.
         steps: as given.
         blocks: as given.
         waiting: queued requests, in order of rank.
@@ -77,14 +99,14 @@ class Scheduler:
         self,
         max_slots: int,
         max_model_len: int,
-        chunk_sizes: Sequence[int],
-        budget: int,
+        shapes: Sequence[ChunkSizes],
+        mixed_shapes: Sequence[ChunkSizes],
+        score_shape: ChunkSizes,
+        budget: Callable[[Sequence[Request]], int],
         steps: int,
         blocks: BlockManager,
     ) -> None:
         self.max_model_len = max_model_len
-        self.chunk_sizes = tuple(chunk_sizes)
-        self.budget = max(budget, chunk_sizes[0])
         self.steps = steps
         self.blocks = blocks
         self.waiting: deque[Request] = deque()
@@ -92,10 +114,13 @@ class Scheduler:
         self.preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
+        self._shapes = shapes
+        self._mixed_shapes = mixed_shapes
+        self._score_shape = score_shape
+        self._budget = budget
         self._max_slots = max_slots
         self._free_slots = list(range(max_slots - 1, -1, -1))
         self._arrivals = itertools.count()
-        self._decode_next = False
         # head of the queue and ``blocks.changes`` when it did not fit: it cannot fit before they change
         self._did_not_fit: tuple[Request, int] | None = None
 
@@ -134,30 +159,23 @@ class Scheduler:
         request.arrival = next(self._arrivals)
         self._enqueue(request)
 
-    def schedule(self) -> Prefill | Decode | None:
-        """Returns the next work, or ``None`` if there is none before more outputs have been read."""
+    def schedule(self) -> Step | None:
+        """Returns the next step, or ``None`` if there is none before more outputs have been read."""
         self._admit()
-        prefilling = next((one for one in self.running if one.prefilling), None)
         decoding = self._decodable()
-        if prefilling is not None and not (decoding and self._decode_next):
-            self._decode_next = True
-            return self._prefill(prefilling, self.budget if decoding else self.chunk_sizes[-1])
-        self._decode_next = False
-        steps = 1 if prefilling is not None else self._steps_ahead(decoding)
-        decoding, steps = self._reserve(decoding, steps)
-        if not decoding:
-            return None
-        return Decode(decoding, steps)
+        chunks = self._chunks(decoding)
+        decoding, steps = self._reserve(decoding, 1 if chunks else self._steps_ahead(decoding))
+        chunks = [chunk for chunk in chunks if chunk.request.slot is not None]  # or it was preempted
+        return Step(decoding, steps, chunks) if decoding or chunks else None
 
-    def dispatched(self, work: Prefill | Decode) -> None:
-        """Records that work has been dispatched."""
-        if isinstance(work, Decode):
-            for one in work.requests:
-                one.dispatched_tokens += min(work.steps, one.remaining)
-            return
-        work.request.prefilled = work.stop
-        work.request.dispatched_tokens += work.final
-        self._insert_prefix(work.request)
+    def dispatched(self, step: Step) -> None:
+        """Records that a step has been dispatched."""
+        for one in step.decode:
+            one.dispatched_tokens += min(step.steps, one.remaining)
+        for chunk in step.chunks:
+            chunk.request.prefilled = chunk.stop
+            chunk.request.dispatched_tokens += chunk.final
+            self._insert_prefix(chunk.request)
 
     def finish(self, request: Request) -> None:
         """Releases what an ended or cancelled request holds, if it holds anything."""
@@ -200,27 +218,30 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def _admit(self) -> None:
-        """Gives a slot and pages to the head of the queue, if it fits and nobody is prefilling.
+        """Gives slots and pages to the head of the queue, as long as it fits."""
+        while self.waiting and self._free_slots and self._admit_head():
+            pass
 
-        One prefill at a time: the next then finds the pages of the one before in the prefix cache.
-        """
-        if not (self.waiting and self._free_slots) or any(one.prefilling for one in self.running):
-            return
+    def _admit_head(self) -> bool:
+        """Gives a slot and pages to the first in the queue, if it fits."""
         request, blocks = self.waiting[0], self.blocks
         if self._did_not_fit == (request, blocks.changes):
-            return
+            return False
         tokens, page_size = request.num_tokens, blocks.page_size
         found: list[int] = []
         if request.params.prompt_logprobs is None:  # these need the logits of every token
             # the last token is always run: the next one is sampled from its logits
             pages = (tokens - 1) // page_size
-            found = blocks.find(request.page_keys(page_size, pages)[:pages])
+            keys = request.page_keys(page_size, pages)[:pages]
+            found = blocks.find(keys)
+            if len(found) < pages and self._is_prefilled(keys[len(found)]):
+                return False  # another is running just that page: it will be found then
         new = blocks.pages_for(tokens) - len(found)
         # one page for each running request that may need another: else its next step would preempt this one
         spare = sum(len(one.pages) < blocks.pages_for(one.max_length) for one in self.running)
         if new + spare > blocks.free - blocks.count_evictable(found):
             self._did_not_fit = (request, blocks.changes)
-            return
+            return False
         request.pages = blocks.acquire(found) + blocks.allocate(new)
         request.slot = self._free_slots.pop()
         request.prefill_token_ids = request.token_ids(0, tokens)
@@ -235,6 +256,16 @@ class Scheduler:
         self.running.sort(key=lambda one: one.rank)
         self.waiting.popleft()
         request.queued = False
+        return True
+
+    def _is_prefilled(self, key: PageKey) -> bool:
+        """Whether a running request will insert a page with this key when its prompt has been run."""
+        page_size = self.blocks.page_size
+        return any(
+            key in one.page_keys(page_size, pages)[one.inserted_pages : pages]
+            for one in self.running
+            if one.prefilling and (pages := len(one.prefill_token_ids) // page_size) > one.inserted_pages
+        )
 
     def _decodable(self) -> list[Request]:
         """Returns the requests whose next token can be dispatched before more outputs have been read.
@@ -254,17 +285,36 @@ class Scheduler:
             return 1  # one reaches its length before the last step, or has already: its slot becomes free
         return self.steps
 
-    def _prefill(self, request: Request, limit: int) -> Prefill:
-        """Returns the next chunk of a request, of at most ``limit`` tokens."""
-        start, page_size = request.prefilled, self.blocks.page_size
-        if request.params.prompt_logprobs is not None:
-            limit = min(limit, page_size)  # the logits of the whole chunk are held at once
-        size = max(
-            size for size in self.chunk_sizes if size <= limit and start % min(size, page_size) == 0
-        )  # a chunk does not begin inside a page unless it ends in it
-        end = len(request.prefill_token_ids)
-        stop = min(start + size, end)
-        return Prefill(request, start, stop, first=start == request.prefill_start, final=stop == end)
+    def _chunks(self, decoding: list[Request]) -> list[PromptChunk]:
+        """Returns the parts of prompts that run next: those of the shape that takes the most tokens."""
+        waiting = [one for one in self.running if one.prefilling]
+        if not waiting:
+            return []
+        scored = waiting[0].params.prompt_logprobs is not None
+        if scored:  # alone among prompts: the logits of all tokens are held at once
+            return self._fill(self._score_shape, waiting[:1])
+        unscored = list(itertools.takewhile(lambda one: one.params.prompt_logprobs is None, waiting))
+        shapes = self._mixed_shapes if decoding else self._shapes
+        budget = max(self._budget(decoding), self.blocks.page_size)
+        fitting = [shape for shape in shapes if shape.rows * shape.length <= budget] or shapes[:1]
+        return max((self._fill(shape, unscored) for shape in fitting), key=_tokens)  # the first of equals
+
+    def _fill(self, shape: ChunkSizes, requests: list[Request]) -> list[PromptChunk]:
+        """Returns parts of the requests' prompts, in their order, that fill a shape."""
+        page_size, left, chunks = self.blocks.page_size, shape.rows, []
+        for request in requests:
+            start, end = request.prefilled, len(request.prefill_token_ids)
+            if start % min(shape.length, page_size):
+                break  # a chunk begins where its shape allows one
+            stop = min(end, start + left * shape.length)
+            if stop < end and stop - stop % page_size > start:
+                stop -= stop % page_size
+            left -= -(-(stop - start) // shape.length)
+            first = start == request.prefill_start
+            chunks.append(PromptChunk(request, start, stop, first=first, final=stop == end))
+            if not left or stop < end:
+                break
+        return chunks
 
     def _reserve(self, decoding: list[Request], steps: int) -> tuple[list[Request], int]:
         """Allocates the pages of the next steps; takes fewer steps, or preempts, if pages run out.
@@ -312,3 +362,7 @@ class Scheduler:
             self._free_slots.append(request.slot)
             request.slot = None
         self.blocks.release(request.pages)
+
+
+def _tokens(chunks: Sequence[PromptChunk]) -> int:
+    return sum(chunk.stop - chunk.start for chunk in chunks)

@@ -30,8 +30,8 @@ def collective_budget(
     A layer takes two all-reduces of the residual, the embedding takes one, and sampling a few small ones. A
     layer whose attention and MLP are parallel takes one all-reduce; a norm over all heads adds one, of two
     float32 numbers a token. With sequence parallelism, an all-gather and a reduce-scatter replace each
-    all-reduce of a layer, a reduce-scatter replaces that of the embedding, and the row of the last token
-    takes an all-reduce. On a CPU, XLA sums bfloat16 as float32, which doubles the bytes.
+    all-reduce of a layer, a reduce-scatter replaces that of the embedding, and the sampled rows take an
+    all-reduce. On a CPU, XLA sums bfloat16 as float32, which doubles the bytes.
 
     To sample greedily, each device contributes the best score of each row and its token, 8 bytes, to one
     all-gather. Other sampling adds to it what log-probabilities need, and takes four all-reduces: of the
@@ -41,10 +41,10 @@ def collective_budget(
     Args:
         config: the architecture.
         tp: number of devices.
-        tokens: tokens that pass through the layers: of all rows of a decode step, or of a chunk.
+        tokens: tokens that pass through the layers, padding included.
         rows: rows that a token is sampled for.
         itemsize: bytes of an element of the residual.
-        sequence_parallel: whether the residual is sharded over positions.
+        sequence_parallel: whether the residual is sharded over tokens.
         greedy: whether the program has the plain variant of :func:`tpjax.sampling.sample`.
         platform: the kind of device, which decides how top-k and top-p are searched for.
 
@@ -81,7 +81,7 @@ def collective_budget(
         "all_gathers": gathers,
         "all_gather_bytes": gathered,
         "others": 0,
-        "rule": f"{moved} + 1 embedding{' + 1 last token' * sequence_parallel}; sampling",
+        "rule": f"{moved} + 1 embedding{' + 1 sampled rows' * sequence_parallel}; sampling",
     }
 
 

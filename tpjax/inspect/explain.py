@@ -34,7 +34,7 @@ from tpjax.old_spellings import accepts_old_spellings
 from tpjax.planning.published import is_published, published_config
 from tpjax.runtime.limits import resolve_dtype
 from tpjax.runtime.memory import device_memory, plan_limits, workspace_bytes
-from tpjax.runtime.programs import Kind
+from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.runner import Runner
 from tpjax.sharding import Content, Layout, Segment, WeightLayout, head_plan, pad_to_multiple, tensor_layout
 
@@ -46,7 +46,11 @@ def explain(runner: Runner, name: str) -> Report:
     weight_bytes = sum(row.bytes_per_device for row in tensors)
     cache = _cache(runner)
     with ThreadPoolExecutor() as pool:  # XLA compiles outside Python's lock
-        steps = list(pool.map(partial(_step, runner), ("decode", "prefill"), (1, runner.chunk_sizes[-1])))
+        specs = (
+            ProgramSpec("decode", 1, greedy=True),
+            ProgramSpec("step", 0, limits.usable_chunk_shapes[-1], greedy=True),
+        )
+        steps = list(pool.map(partial(_step, runner), ("decode", "prefill"), specs))
     state = jax.tree.leaves(runner.abstract_state())
     state_bytes = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in state)
     return Report(
@@ -117,19 +121,21 @@ def explain_model(
     return explain(Runner(decoder, mesh, limits, kind), name=model)
 
 
-def _step(runner: Runner, name: Kind, tokens: int) -> Step:
-    """Compiles the program of one sequence and ``tokens`` tokens, and reads its collectives and memory."""
-    compiled = runner.program(name, 1, tokens)
+def _step(runner: Runner, name: str, spec: ProgramSpec) -> Step:
+    """Compiles a program, and reads its collectives and memory."""
+    compiled = runner.program(spec)
     memory = compiled.memory_analysis()
     return Step(
         name=name,
-        tokens=tokens,
+        tokens=spec.tokens,
         collectives=summarise(find_collectives(compiled.as_text())),
         budget=collective_budget(
             runner.config,
             runner.mesh.size,
-            tokens=tokens,
+            tokens=spec.tokens,
+            rows=spec.sampled_rows,
             itemsize=runner.dtype.itemsize,
+            greedy=spec.greedy,
             platform=runner.mesh.devices.flat[0].platform,
         ),
         argument_bytes=memory.argument_size_in_bytes,

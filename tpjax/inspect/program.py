@@ -26,12 +26,14 @@ from tpjax.inspect.topology_report import ProgramReport, TopologyReport
 from tpjax.old_spellings import accepts_old_spellings
 from tpjax.planning.published import is_published, published_config
 from tpjax.planning.workload import DEFAULT_CONTEXT
-from tpjax.runtime.limits import Limits, resolve_dtype
+from tpjax.runtime.limits import ChunkShape, Limits, resolve_dtype
 from tpjax.runtime.memory import DeviceMemory, plan_limits
-from tpjax.runtime.programs import Kind
+from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.runner import Runner
+from tpjax.runtime.steps import padded_tokens
 from tpjax.sharding import SEQUENCE_PARALLEL
 
+_PREFILL = ChunkShape(4, 128)  # the prompt whose step is reported
 _ALIAS = re.compile(r"\{\d*\}: \((\d+), \{\}")
 
 
@@ -72,7 +74,8 @@ def explain_topology(
         config.with_expert_parallel(expert_parallel), topology, tp, dtype, max_model_len=max_model_len
     )
     limits = runner.limits
-    chunk = runner.chunk_sizes[-1]
+    decode = ProgramSpec("decode", limits.max_slots, greedy=True)
+    prefill = ProgramSpec("step", 0, _PREFILL, greedy=True)
     return TopologyReport(
         model=model,
         topology=topology.name,
@@ -80,8 +83,8 @@ def explain_topology(
         dtype=str(runner.dtype),
         memory_bytes=topology.memory_bytes,
         programs=[
-            compile_program(runner, topology, "decode", limits.max_slots, 1, context),
-            compile_program(runner, topology, "prefill", 1, chunk),
+            compile_program(runner, topology, "decode", decode, context),
+            compile_program(runner, topology, "prefill", prefill),
         ],
     )
 
@@ -120,20 +123,20 @@ def abstract_runner(
         sizes = limits(memory, max_model_len)
     except ConfigError:  # what else is wrong with the sizes is raised again
         sizes = limits(None, max_model_len or min(config.longest_context, DEFAULT_CONTEXT))
-    return Runner(decoder, mesh, sizes, kind, sequence_parallel)
+    # several decode steps of one dispatch would be a loop: here one step is looked at
+    return Runner(decoder, mesh, replace(sizes, steps=1), kind, sequence_parallel)
 
 
 def compile_program(
-    runner: Runner, topology: Topology, kind: Kind, batch: int, length: int, context: int = 0
+    runner: Runner, topology: Topology, name: str, spec: ProgramSpec, context: int = 0
 ) -> ProgramReport:
     """Compiles a program of a runner and reports what it does.
 
     Args:
         runner: a runner made by :func:`abstract_runner`.
         topology: the topology it was made for.
-        kind: kind of program, as in ``ProgramSpec``.
-        batch: number of rows.
-        length: tokens of each row in one call.
+        name: name in the report.
+        spec: the program.
         context: tokens in the cache of each sequence, for the time estimate.
     """
     state = runner.abstract_state()
@@ -143,13 +146,17 @@ def compile_program(
         for p in parameters(runner.abstract_model(), runner.mesh)
     ]
     predicted = sum(_bytes(leaf, topology.is_tpu) for leaf in (*weights, *jax.tree.leaves(state)))
+    residual = runner.programs.residual_spec(spec)
+    tokens = padded_tokens(spec.tokens, residual, runner.mesh.size)
+    batch, length = (spec.batch, 1) if spec.chunks is None else (1, tokens)
     budget = collective_budget(
         runner.config,
         runner.mesh.size,
-        tokens=batch * length,
-        rows=batch,
+        tokens=tokens,
+        rows=spec.sampled_rows,
         itemsize=runner.dtype.itemsize,
-        sequence_parallel=kind == "prefill" and runner.programs.residual_spec(length) == SEQUENCE_PARALLEL,
+        sequence_parallel=residual == SEQUENCE_PARALLEL,
+        greedy=spec.greedy,
         platform="tpu" if topology.is_tpu else "gpu",
     )
     started = time.perf_counter()
@@ -158,13 +165,13 @@ def compile_program(
         with warnings.catch_warnings():
             # jax's cache stores programs of chips that are not here, and cannot read them: they compile again
             warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
-            compiled = runner.program(kind, batch, length)
+            compiled = runner.program(spec)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         compile_error = str(error).strip().splitlines()[0]
     program = ProgramReport(
-        name=kind,
+        name=name,
         batch=batch,
         length=length,
         budget=budget,

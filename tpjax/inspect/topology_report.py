@@ -15,7 +15,6 @@ from tpjax.inspect.estimate import Estimate
 from tpjax.inspect.tables import as_html, collective_table
 from tpjax.planning.plain_table import plain_table
 from tpjax.runtime.memory import human_bytes
-from tpjax.runtime.programs import Kind
 
 FAR_ABOVE = 1.5  # times the bound: an estimate above it is explained
 SHARE = 0.2  # of an estimate: a part above it is named as a cause
@@ -48,7 +47,7 @@ class ProgramReport:
         estimate: estimated time, on a TPU.
     """
 
-    name: Kind
+    name: str
     batch: int
     length: int
     budget: dict[str, Any]

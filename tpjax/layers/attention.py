@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,40 +72,41 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B S D"],
+        x: Float[Array, "N D"],
         rotary: RotaryEmbedding | None,
         cache: LayerCache,
         metadata: BatchMetadata,
         window: int | None,
-    ) -> tuple[Float[Array, "*tp B S D"], LayerCache]:
+    ) -> tuple[Float[Array, "*tp N D"], LayerCache]:
         """Returns each device's partial sum over heads, and the cache with the new keys and values."""
         x = constrain(x, REPLICATED)  # all-gather over tp with sequence parallelism
         query, key, value = self._queries_keys_values(x)
         if rotary is not None:
             query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
-        with jax.named_scope("cache_write"):
-            cache = cache.write(key, value, metadata)
         head_shape = self.plan.num_head_slots, self.plan.group_size
-        output = paged_attention(
-            query,
-            key,
-            value,
-            cache,
-            metadata,
-            scale=self.config.attention.query_scale,
-            window=window,
-            softcap=self.config.attention.softcap,
-            sinks=None if self.sinks is None else self.sinks[...].reshape(head_shape),
-        )
-        return self.o_proj(output.reshape(*x.shape[:2], -1)), cache
+        scoring: Any = {
+            "scale": self.config.attention.query_scale,
+            "window": window,
+            "softcap": self.config.attention.softcap,
+            "sinks": None if self.sinks is None else self.sinks[...].reshape(head_shape),
+        }
+        parts = list(zip(metadata.groups, *map(metadata.split, (query, key, value)), strict=True))
+        with jax.named_scope("cache_write"):  # of all groups first: a chunk may continue another
+            for group, _, keys, values in parts:
+                cache = cache.write(keys, values, group)
+        outputs = [
+            paged_attention(queries, keys, values, cache, group, **scoring)
+            for group, queries, keys, values in parts
+        ]
+        return self.o_proj(metadata.join(outputs).reshape(len(x), -1)), cache
 
     def _queries_keys_values(
-        self, x: Float[Array, "B S D"]
-    ) -> tuple[Float[Array, "B S K G h"], Float[Array, "B S K h"], Float[Array, "B S K h"]]:
+        self, x: Float[Array, "N D"]
+    ) -> tuple[Float[Array, "N K G h"], Float[Array, "N K h"], Float[Array, "N K h"]]:
         """Projects to queries, keys and values; normalises queries and keys."""
         config, plan, group = self.config, self.plan, self.plan.group_size
         head_dim = config.attention.head_dim
-        qkv = self.qkv_proj(x).reshape(*x.shape[:2], plan.num_head_slots, group + 2, head_dim)
+        qkv = self.qkv_proj(x).reshape(len(x), plan.num_head_slots, group + 2, head_dim)
         qkv = constrain(qkv, HEADS)
         query, key, value = qkv[..., :group, :], qkv[..., group, :], qkv[..., group + 1, :]
         if config.attention.qk_norm == "head":
@@ -120,8 +123,8 @@ class Attention(nnx.Module):
 
 
 def _inverse_rms(
-    qkv: Float[Array, "B S K parts h"], plan: HeadPlan, eps: float
-) -> tuple[Float[Array, "B S"], Float[Array, "B S"]]:
+    qkv: Float[Array, "N K parts h"], plan: HeadPlan, eps: float
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """Returns 1 / RMS of all queries as one vector, and of all keys as one vector; float32.
 
     Padding heads are zeros. A KV head that fills several head slots counts in the first of them only.
@@ -132,7 +135,7 @@ def _inverse_rms(
     for head in range(plan.num_kv_heads):
         counted[kv_heads.index(head), plan.group_size, 1] = 1
     squares = jnp.square(qkv.astype(jnp.float32))
-    sums = jnp.einsum("bskph,kpt->bst", squares, counted)
+    sums = jnp.einsum("nkph,kpt->nt", squares, counted)
     sums = constrain(sums, REPLICATED)  # all-reduce over tp, two numbers a token
     sizes = np.array([plan.num_heads, plan.num_kv_heads], np.float32) * qkv.shape[-1]
     inverse = jax.lax.rsqrt(sums / sizes + eps)

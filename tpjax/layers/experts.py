@@ -65,7 +65,8 @@ def routed_experts(
 
     Args:
         x: tokens.
-        routing: experts, counted from the first of this stack; those outside of it are on other devices.
+        routing: experts, counted from the first of this stack; those outside of it are on other devices, or
+            none, for padding.
         experts: the stack.
         config: the architecture.
     """

@@ -22,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tpjax.attention import paged_attention
-from tpjax.cache import BatchMetadata, LatentCache
+from tpjax.cache import BatchMetadata, LatentCache, TokenGroup
 from tpjax.config import ModelConfig
 from tpjax.layers.linear import Linear, RowLinear, dot, parameter
 from tpjax.layers.norm import Norm
@@ -90,27 +90,45 @@ class LatentAttention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B S D"],
+        x: Float[Array, "N D"],
         rotary: RotaryEmbedding,
         cache: LatentCache,
         metadata: BatchMetadata,
         window: int | None,
-    ) -> tuple[Float[Array, "*tp B S D"], LatentCache]:
+    ) -> tuple[Float[Array, "*tp N D"], LatentCache]:
         """Returns each device's partial sum over heads, and the cache with the new latents."""
         config, rank = self.config, self.latent.kv_lora_rank
         q_rank = self.latent.q_lora_rank or 0
         x = constrain(x, REPLICATED)  # all-gather over tp with sequence parallelism
         queries, latent, rotary_key = jnp.split(self.a_proj(x), [q_rank, q_rank + rank], -1)
         queries = x if self.q_a_layernorm is None else self.q_a_layernorm(queries)
-        query = self.q_proj(queries).reshape(*x.shape[:2], self.num_heads, 1, config.attention.head_dim)
+        query = self.q_proj(queries).reshape(len(x), self.num_heads, 1, config.attention.head_dim)
         query = constrain(query, HEADS)
         query, rotary_query = jnp.split(query, [config.attention.head_dim - config.rotated_dim], -1)
         rotary_query, rotary_key = apply_rotary(rotary_query, rotary), apply_rotary(rotary_key, rotary)
-        latents = jnp.concatenate([self.kv_a_layernorm(latent), rotary_key], -1)[:, :, None]
-        with jax.named_scope("cache_write"):
-            cache = cache.write(latents, metadata)
+        latents = jnp.concatenate([self.kv_a_layernorm(latent), rotary_key], -1)[:, None]
+        parts = list(zip(metadata.groups, *map(metadata.split, (query, rotary_query, latents)), strict=True))
+        with jax.named_scope("cache_write"):  # of all groups first: a chunk may continue another
+            for group, _, _, part in parts:
+                cache = cache.write(part, group)
+        outputs = [
+            self._attend(group, queries, rotary_queries, part, cache, window)
+            for group, queries, rotary_queries, part in parts
+        ]
+        return self.o_proj(metadata.join(outputs).reshape(len(x), -1)), cache
 
-        absorbed = x.shape[1] == 1
+    def _attend(
+        self,
+        group: TokenGroup,
+        query: Float[Array, "B S K 1 n"],
+        rotary_query: Float[Array, "B S K 1 rotary"],
+        latents: Float[Array, "B S 1 r"],
+        cache: LatentCache,
+        window: int | None,
+    ) -> Float[Array, "B S K 1 v"]:
+        """Attends from one group of tokens to the cache, which holds their own latents already."""
+        config, rank = self.config, self.latent.kv_lora_rank
+        absorbed = not group.chunks
         if absorbed:
             query = self.kv_b_proj.absorb(query)
             view = _View(cache, lambda cached: (cached, cached[..., :rank]))
@@ -123,14 +141,12 @@ class LatentAttention(nnx.Module):
             key,
             value,
             view,
-            metadata,
+            group,
             scale=config.attention.query_scale,
             window=window,
             softcap=config.attention.softcap,
         )
-        if absorbed:
-            output = self.kv_b_proj.project_values(output)
-        return self.o_proj(output.reshape(*x.shape[:2], -1)), cache
+        return self.kv_b_proj.project_values(output) if absorbed else output
 
 
 class KeyValueProjection(nnx.Module):

@@ -146,7 +146,7 @@ class Embedding(nnx.Module):
         padded = pad_to_multiple(vocab_size, tp)
         self.weight = parameter(tensor_layout(source, (vocab_size, hidden_size), padded=padded), VOCAB, dtype)
 
-    def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    def __call__(self, tokens: Int[Array, " N"]) -> Float[Array, "N D"]:
         """Looks up the rows of tokens."""
         return self.weight[...].at[tokens].get(mode="clip")
 
@@ -168,6 +168,6 @@ class PositionEmbedding(nnx.Module):
     def __init__(self, source: str, positions: int, hidden_size: int, dtype: jnp.dtype) -> None:
         self.weight = parameter(tensor_layout(source, (positions, hidden_size)), REPLICATED, dtype)
 
-    def __call__(self, positions: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    def __call__(self, positions: Int[Array, " N"]) -> Float[Array, "N D"]:
         """Looks up the rows of positions; the padding of a chunk may lie beyond the last."""
         return self.weight[...].at[positions].get(mode="clip")

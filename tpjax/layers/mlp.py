@@ -59,14 +59,13 @@ class MLP(nnx.Module):
         self.gated = config.gated
         self.tp = tp
 
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "*tp B S D"]:
+    def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "*tp N D"]:
         """Returns each device's partial sum over F; the caller reduces them."""
-        batch = x.shape[:-1]
         x = constrain(x, REPLICATED)  # all-gather over tp with sequence parallelism
         if self.gated:
-            gate_up = self.gate_up_proj(x).reshape(*batch, self.tp, 2, -1)
+            gate_up = self.gate_up_proj(x).reshape(len(x), self.tp, 2, -1)
             gate_up = constrain(gate_up, GATE_UP)
             inner = activate(gate_up[..., 0, :], self.activation) * gate_up[..., 1, :]
         else:
             inner = activate(self.up_proj(x), self.activation)
-        return self.down_proj(inner.reshape(*batch, -1))
+        return self.down_proj(inner.reshape(len(x), -1))

@@ -174,16 +174,22 @@ class MoE(nnx.Module):
         self.shared_expert_gate = GateProjection("shared_expert_gate", 1, hidden) if moe.shared_gate else None
         self.config = config
 
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "*tp B S D"]:
-        """Returns each device's partial sum over the experts of each token; the caller reduces them."""
+    def __call__(self, x: Float[Array, "N D"], present: Bool[Array, " N"]) -> Float[Array, "*tp N D"]:
+        """Returns each device's partial sum over the experts of each token; the caller reduces them.
+
+        Args:
+            x: tokens.
+            present: whether each token is one: padding is routed to no expert.
+        """
         x = constrain(x, REPLICATED)  # all-gather over tp with sequence parallelism
-        tokens = x.reshape(-1, x.shape[-1])
         with jax.named_scope("router"):
-            routing = self.gate.route(tokens)
+            routing = self.gate.route(x)
+            nowhere = self.gate.moe.num_experts
+            routing = routing._replace(experts=jnp.where(present[:, None], routing.experts, nowhere))
         shared = None if self.shared_expert is None else self.shared_expert.weights()
-        shared_weight = jnp.ones((tokens.shape[0], 1), jnp.float32)
+        shared_weight = jnp.ones((len(x), 1), jnp.float32)
         if self.shared_expert_gate is not None:
-            shared_weight = jax.nn.sigmoid(self.shared_expert_gate(tokens))
+            shared_weight = jax.nn.sigmoid(self.shared_expert_gate(x))
         partial_sums = jax.shard_map(
             self._partial_sum,
             in_specs=(
@@ -195,8 +201,7 @@ class MoE(nnx.Module):
             ),
             out_specs=PARTIAL_SUMS,
             check_vma=False,
-        )(tokens, routing, self.experts.weights(), shared_weight, shared)
-        partial_sums = partial_sums.reshape(-1, *x.shape)
+        )(x, routing, self.experts.weights(), shared_weight, shared)
         # a parallel block adds the partial sums of attention before it reduces them
         return partial_sums if self.config.parallel else jax.lax.reduce_sum(partial_sums, (0,))
 

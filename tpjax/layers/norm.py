@@ -61,6 +61,6 @@ class HeadScale(nnx.Module):
     def __init__(self, layout: WeightLayout, dtype: jnp.dtype) -> None:
         self.weight = parameter(layout, BIAS, dtype)
 
-    def __call__(self, x: Float[Array, "B S *heads h"]) -> Float[Array, "B S *heads h"]:
+    def __call__(self, x: Float[Array, "N *heads h"]) -> Float[Array, "N *heads h"]:
         """Scales each head, in float32."""
-        return x * self.weight[...].astype(jnp.float32).reshape(x.shape[2:])
+        return x * self.weight[...].astype(jnp.float32).reshape(x.shape[1:])

@@ -16,8 +16,8 @@ from tpjax.config import RopeParameters
 class RotaryEmbedding(NamedTuple):
     """Cosines and sines of the angles at each position, times the attention factor; float32."""
 
-    cos: Float[Array, "B S half"]
-    sin: Float[Array, "B S half"]
+    cos: Float[Array, "N half"]
+    sin: Float[Array, "N half"]
 
 
 def inverse_frequencies(rope: RopeParameters, dim: int) -> np.ndarray:
@@ -61,8 +61,8 @@ def _yarn_ramp(rope: RopeParameters, dim: int) -> tuple[float, float]:
 
 
 def frequencies_by_length(
-    rope: RopeParameters, dim: int, max_length: Int[Array, " B"]
-) -> Float[Array, "B half"]:
+    rope: RopeParameters, dim: int, max_length: Int[Array, " N"]
+) -> Float[Array, "N half"]:
     """Computes the radians per position of embeddings whose frequencies depend on the sequence length.
 
     ``dynamic``: the base grows by ``(factor * L / original - factor + 1) ** (dim / (dim - 2))`` for lengths
@@ -71,7 +71,7 @@ def frequencies_by_length(
     Args:
         rope: the embedding.
         dim: dimensions of a head that rotate.
-        max_length: longest length each sequence may reach, tokens.
+        max_length: longest length that the sequence of each token may reach, tokens.
     """
     short = jnp.asarray(inverse_frequencies(rope, dim))
     original = rope.original_max_position_embeddings
@@ -86,7 +86,7 @@ def frequencies_by_length(
 
 
 def rotary_embedding(
-    rope: RopeParameters, dim: int, positions: Int[Array, "B S"], max_length: Int[Array, " B"] | None = None
+    rope: RopeParameters, dim: int, positions: Int[Array, " N"], max_length: Int[Array, " N"] | None = None
 ) -> RotaryEmbedding:
     """Computes the rotary embedding of each position, once per step for all layers of a type.
 
@@ -94,23 +94,24 @@ def rotary_embedding(
         rope: the embedding.
         dim: dimensions of a head that rotate.
         positions: position of each token.
-        max_length: longest length each sequence may reach, tokens; needed if frequencies depend on it.
+        max_length: longest length that the sequence of each token may reach, tokens; needed if frequencies
+            depend on it.
     """
     steps = positions.astype(jnp.float32)[..., None]
     if rope.follows_length:
         assert max_length is not None, f"rope {rope.kind!r} needs the maximum length of each sequence"
-        angles = steps * frequencies_by_length(rope, dim, max_length)[:, None, :]
+        angles = steps * frequencies_by_length(rope, dim, max_length)
     else:
         angles = steps * inverse_frequencies(rope, dim)
     return RotaryEmbedding(jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor)
 
 
-def apply_rotary(x: Float[Array, "B S *heads h"], rotary: RotaryEmbedding) -> Float[Array, "B S *heads h"]:
+def apply_rotary(x: Float[Array, "N *heads h"], rotary: RotaryEmbedding) -> Float[Array, "N *heads h"]:
     """Rotates pairs (i, i + half) of the last axis by the angles of their position, in float32.
 
     Dimensions beyond the two halves stay unchanged.
     """
-    cos, sin = (jnp.expand_dims(part, range(2, x.ndim - 1)) for part in rotary)
+    cos, sin = (jnp.expand_dims(part, range(1, x.ndim - 1)) for part in rotary)
     half = cos.shape[-1]
     low, high, rest = jnp.split(x, [half, 2 * half], axis=-1)
     low, high = low.astype(jnp.float32), high.astype(jnp.float32)

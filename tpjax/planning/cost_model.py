@@ -13,7 +13,7 @@ from tpjax.config import ExpertAxis
 from tpjax.hardware import Hardware
 from tpjax.planning.workload import Workload
 from tpjax.runtime.counts import Counts
-from tpjax.runtime.limits import CHUNK_SIZES, PAGE_SIZE
+from tpjax.runtime.limits import MAX_PROMPT_TOKENS, PAGE_SIZE
 from tpjax.step_time import StepTime
 
 
@@ -64,7 +64,7 @@ class CostModel(StepTime):
         itemsize = workload.activation_bytes
         weights = (held.layer_matrices + held.head) * workload.weight_bytes
         weights += (held.vectors + held.embedding) * itemsize
-        rows = max(batch, CHUNK_SIZES[-1])
+        rows = max(batch, MAX_PROMPT_TOKENS)
         widest = max(
             2 * config.mlp.intermediate_size, 4 * config.attention.num_heads * config.attention.head_dim
         )

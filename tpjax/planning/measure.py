@@ -258,7 +258,9 @@ def _decode(mesh: Any, depth: int) -> Callable[[], Any]:
 def _prefill(mesh: Any, depth: int) -> Callable[[], Any]:
     """Returns a call that prefills a prompt in a decoder with ``depth`` small layers."""
     runner = _zeros_runner(mesh, depth)
-    return lambda: runner.prefill(_row(0, 1), [0] * _PROMPT)
+    from tpjax.runtime.rows import Chunk
+
+    return lambda: runner.step([], [Chunk(_row(0, 1), [0] * _PROMPT)]).sampled
 
 
 def _row(position: int, remaining: int) -> Any:

@@ -96,10 +96,12 @@ def _decode(runner: Any, context: int) -> Any:
 
 
 def _prefill(runner: Any, tokens: int) -> Any:
-    largest = runner.chunk_sizes[-1]
+    from tpjax.runtime.rows import Chunk
+
+    largest = runner.limits.usable_chunk_shapes[-1].tokens
     for start in range(0, tokens, largest):
-        sampled = runner.prefill(_row(runner, start, 1), [0] * min(largest, tokens - start))
-    return sampled
+        out = runner.step([], [Chunk(_row(runner, start, 1), [0] * min(largest, tokens - start))])
+    return out.sampled
 
 
 def _row(runner: Any, position: int, remaining: int) -> Any:

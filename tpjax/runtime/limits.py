@@ -1,8 +1,10 @@
-"""Sizes that are fixed at start: slots, context, cache pages, chunk sizes, and the dtype."""
+"""Sizes that are fixed at start: slots, context, cache pages, shapes of prompt chunks, and the dtype."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,35 @@ from tpjax.config import Dtype, check_choice
 from tpjax.errors import ConfigError
 
 PAGE_SIZE = 128  # positions per cache page
-CHUNK_SIZES = (32, 64, 128, 256, 512)  # tokens of a prefill chunk
+STEPS = {"cpu": 4, "tpu": 4}  # decode steps of one dispatch at most; elsewhere 1
+_FEW_SLOTS = 8  # up to here decode batches double, beyond they grow fourfold
+
+
+class ChunkShape(NamedTuple):
+    """The prompt chunks of one step: so many, of so many tokens each.
+
+    A prompt takes as many of them as its part of the step needs: its next one continues where the one before
+    it ends. A chunk lies within a page, or is whole pages long.
+    """
+
+    rows: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all chunks."""
+        return self.rows * self.length
+
+
+MAX_PROMPT_TOKENS = 2048  # of one step
+# A CPU computes every token for itself, so that padding costs time: short prompts get short chunks there.
+_CPU_CHUNKS = (ChunkShape(1, 32), ChunkShape(4, 32), ChunkShape(4, 128), ChunkShape(16, 128))
+_CHUNKS = (ChunkShape(1, 128), ChunkShape(4, 128), ChunkShape(16, 128))
+
+
+def chunk_shapes(platform: str) -> tuple[ChunkShape, ...]:
+    """Returns the shapes of prompt chunks that steps are compiled for on a platform, smallest first."""
+    return _CPU_CHUNKS if platform == "cpu" else _CHUNKS
 
 
 @dataclass(frozen=True)
@@ -23,8 +53,10 @@ class Limits:
         max_model_len: tokens of one sequence, prompt and output.
         num_pages: pages of the cache, including the null page.
         page_size: positions per cache page.
-        chunk_sizes: prefill lengths in tokens, ascending; each divides the page size or is a multiple of it.
-        steps: decode steps of a long dispatch.
+        chunk_shapes: shapes of the prompt chunks of a step, by their tokens, ascending. Each length divides
+            the page size or is a multiple of it.
+        mixed_shapes: how many of these, the smallest ones, run in steps that decode other rows too.
+        steps: decode steps of one dispatch, at most.
 
     Raises:
         ConfigError: a size is too small, or two of them do not fit together.
@@ -34,21 +66,24 @@ class Limits:
     max_model_len: int
     num_pages: int
     page_size: int = PAGE_SIZE
-    chunk_sizes: tuple[int, ...] = CHUNK_SIZES
+    chunk_shapes: tuple[ChunkShape, ...] = _CPU_CHUNKS
+    mixed_shapes: int = 2
     steps: int = 4
 
     def __post_init__(self) -> None:
         for name in ("max_slots", "max_model_len", "page_size", "steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is less than 1")
-        for size in self.chunk_sizes:
-            if size % self.page_size and self.page_size % size:
+        for shape in self.chunk_shapes:
+            if shape.length % self.page_size and self.page_size % shape.length:
                 raise ConfigError(
-                    f"chunk size {size} neither divides page_size={self.page_size} nor is a multiple"
+                    f"chunk length {shape.length} neither divides page_size={self.page_size} nor is "
+                    "a multiple"
                 )
-        if self.chunk_sizes[-1] % self.page_size:
+        if self.largest_chunks.tokens % self.page_size:
             raise ConfigError(
-                f"the largest chunk, {self.chunk_sizes[-1]}, is not a multiple of page_size={self.page_size}"
+                f"the largest chunks, {self.largest_chunks.tokens} tokens, are not a multiple of "
+                f"page_size={self.page_size}"
             )
         if self.num_pages < self.blocks + 1:
             raise ConfigError(
@@ -63,16 +98,61 @@ class Limits:
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
-        """Decode batches: powers of two up to ``max_slots``, and ``max_slots``."""
-        powers = [2**i for i in range(self.max_slots.bit_length()) if 2**i < self.max_slots]
-        return (*powers, self.max_slots)
+        """Decode batches: ``max_slots``, a half of it and so on; of more than 8 slots, a quarter and so on.
+
+        Rows of padding walk no page; what else they cost is little where slots are many.
+        """
+        fraction, sizes = 2 if self.max_slots <= _FEW_SLOTS else 4, [self.max_slots]
+        while sizes[0] > 1:
+            sizes.insert(0, -(-sizes[0] // fraction))
+        return tuple(sizes)
 
     @property
-    def usable_chunk_sizes(self) -> tuple[int, ...]:
-        """Chunk sizes up to the first that holds the longest sequence."""
-        sizes = self.chunk_sizes
-        enough = next((i for i, size in enumerate(sizes) if size >= self.max_model_len), len(sizes) - 1)
-        return sizes[: enough + 1]
+    def mixed_batch_sizes(self) -> tuple[int, ...]:
+        """Decode batches of steps that run prompt chunks too."""
+        return self.batch_sizes[-1:] if self.max_slots <= _FEW_SLOTS else self.batch_sizes[-2:]
+
+    @property
+    def mixed_chunk_shapes(self) -> tuple[ChunkShape, ...]:
+        """Chunk shapes of steps that decode other rows too."""
+        return self.usable_chunk_shapes[: self.mixed_shapes]
+
+    @property
+    def largest_chunks(self) -> ChunkShape:
+        """The chunk shape with the most tokens."""
+        return self.chunk_shapes[-1]
+
+    @property
+    def score_chunks(self) -> ChunkShape:
+        """The chunk shape of a step with prompt log-probabilities: their logits are held at once."""
+        fitting = [shape for shape in self.usable_chunk_shapes if shape.tokens <= self.page_size]
+        return fitting[-1] if fitting else self.chunk_shapes[0]
+
+    def fitting(self, spans: Sequence[tuple[int, int]], among: Sequence[ChunkShape] = ()) -> ChunkShape:
+        """Returns the smallest chunk shape that holds parts of prompts together.
+
+        Args:
+            spans: first position and one past the last of each part.
+            among: shapes to choose from; none given: all usable ones.
+
+        Raises:
+            ConfigError: none does.
+        """
+        for shape in among or self.usable_chunk_shapes:
+            unit = min(shape.length, self.page_size)
+            needed = sum(-(-(stop - start) // shape.length) for start, stop in spans)
+            if needed <= shape.rows and not any(start % unit for start, _ in spans):
+                return shape
+        raise ConfigError(f"no shape of {self.usable_chunk_shapes} holds prompt chunks at {list(spans)}")
+
+    @property
+    def usable_chunk_shapes(self) -> tuple[ChunkShape, ...]:
+        """Chunk shapes up to the first that holds the longest sequence."""
+        shapes = self.chunk_shapes
+        enough = next(
+            (i for i, shape in enumerate(shapes) if shape.tokens >= self.max_model_len), len(shapes) - 1
+        )
+        return shapes[: enough + 1]
 
 
 def resolve_dtype(name: str) -> jnp.dtype:

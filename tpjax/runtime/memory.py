@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from tpjax import cache as kv
 from tpjax.config import ModelConfig
 from tpjax.errors import ConfigError
-from tpjax.runtime.limits import CHUNK_SIZES, PAGE_SIZE, Limits
+from tpjax.runtime.limits import MAX_PROMPT_TOKENS, PAGE_SIZE, STEPS, Limits, chunk_shapes
 from tpjax.sharding import head_plan, pad_to_multiple
 
 # Bytes of the cache on a CPU, whose memory is shared with everything else, unless one sequence needs more:
@@ -101,7 +101,14 @@ def plan_limits(
         pages = min(pages, cap)
         wanted = min(wanted, pages)
     length = max_model_len or min(longest, wanted * PAGE_SIZE)
-    return Limits(max_slots=max_slots, max_model_len=length, num_pages=pages + 1, page_size=PAGE_SIZE)
+    return Limits(
+        max_slots=max_slots,
+        max_model_len=length,
+        num_pages=pages + 1,
+        page_size=PAGE_SIZE,
+        chunk_shapes=chunk_shapes(platform),
+        steps=STEPS.get(platform, 1),
+    )
 
 
 def workspace_bytes(config: ModelConfig, tp: int, dtype: jnp.dtype, max_slots: int) -> int:
@@ -114,7 +121,7 @@ def workspace_bytes(config: ModelConfig, tp: int, dtype: jnp.dtype, max_slots: i
     qkv = plan.num_head_slots * (plan.group_size + 2) * config.attention.head_dim
     gate_up = 2 * pad_to_multiple(config.mlp.intermediate_size, tp)
     itemsize = max(jnp.dtype(dtype).itemsize, 2)
-    prefill = CHUNK_SIZES[-1] * itemsize * (8 * config.hidden_size + 5 * (qkv + gate_up) // tp)
+    prefill = MAX_PROMPT_TOKENS * itemsize * (8 * config.hidden_size + 5 * (qkv + gate_up) // tp)
     logits = pad_to_multiple(config.vocab_size, tp) // tp * 4
     return max(prefill, 20 * max_slots * logits, 2 * PAGE_SIZE * logits)
 

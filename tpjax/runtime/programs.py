@@ -23,19 +23,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tpjax.config import ModelConfig, SequenceParallel
 from tpjax.model import Decoder
 from tpjax.runtime import steps
-from tpjax.runtime.limits import Limits
-from tpjax.runtime.rows import PackedRows
+from tpjax.runtime.limits import ChunkShape, Limits
+from tpjax.runtime.rows import PackedRows, PackedStep
 from tpjax.runtime.state import DeviceState
 from tpjax.sampling import mask_words
 from tpjax.sharding import LOGITS, REPLICATED, SEQUENCE_PARALLEL
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["prefill", "prefill_and_score", "decode", "score", "set_history", "set_masks"]
+Kind = Literal["decode", "step", "step_and_score", "score", "set_history", "set_masks"]
 
 # Smallest residual for which sequence parallelism pays. Rows per device: a TPU's tile of bfloat16. Bytes per
 # device: between H100s one kernel sums small messages faster than two can (vLLM's issue 27700 has figures).
-_TPU_MIN_ROWS = 16
+_TPU_MIN_ROWS = steps.ROWS_PER_DEVICE
 _GPU_MIN_BYTES = 8 * 2**20
 # A TPU's compiler may turn a product and its reduce-scatter into a loop over slices of rows, which reads the
 # weight at every trip: for 512 tokens and two layers of Llama-3-8B on v5e:2x4, 2.28 million cycles, not 1.84.
@@ -47,13 +47,33 @@ class ProgramSpec(NamedTuple):
 
     Attributes:
         kind: what it computes: the function of that name in ``steps.py``.
-        batch: rows.
-        length: tokens of a prefill chunk, or decode steps.
+        batch: decode rows, or the rows of ``set_masks``.
+        chunks: prompt chunks; ``None``: the kind has none.
+        greedy: the sampler only takes the likeliest tokens.
     """
 
     kind: Kind
-    batch: int = 1
-    length: int = 1
+    batch: int = 0
+    chunks: ChunkShape | None = None
+    greedy: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that pass through the layers, without padding for sequence parallelism."""
+        return self.batch + (self.chunks.tokens if self.chunks else 0)
+
+    @property
+    def sampled_rows(self) -> int:
+        """Rows that a token is sampled for."""
+        return self.batch + (self.chunks.rows if self.chunks else 0)
+
+    def __str__(self) -> str:
+        """``step of 8 rows and 4 x 32 prompt tokens, greedy``."""
+        parts = [f"{self.batch} rows"] if self.batch else []
+        if self.chunks:
+            parts.append(f"{self.chunks.rows} x {self.chunks.length} prompt tokens")
+        of = f" of {' and '.join(parts)}" if parts else ""
+        return f"{self.kind}{of}{', greedy' if self.greedy else ''}"
 
     @property
     def takes_weights(self) -> bool:
@@ -145,16 +165,25 @@ class Programs:
         self._platform: str = mesh.devices.flat[0].platform
 
     def serving(self) -> list[ProgramSpec]:
-        """Returns every program that serving can call."""
-        limits, chunk_sizes = self._limits, self._limits.usable_chunk_sizes
+        """Returns every program that serving can call.
+
+        Decode steps have two variants, by what they sample. Those with prompt chunks have one: what sampling
+        costs is little beside them.
+        """
+        limits, shapes = self._limits, self._limits.usable_chunk_shapes
         return [
             *(
-                ProgramSpec("decode", batch, steps)
+                ProgramSpec("decode", batch, greedy=greedy)
                 for batch in limits.batch_sizes
-                for steps in {1, limits.steps}
+                for greedy in (True, False)
             ),
-            *(ProgramSpec("prefill", 1, size) for size in chunk_sizes),
-            *(ProgramSpec("prefill_and_score", 1, size) for size in chunk_sizes if size <= limits.page_size),
+            *(ProgramSpec("step", 0, chunks) for chunks in shapes),
+            *(
+                ProgramSpec("step", batch, chunks)
+                for batch in limits.mixed_batch_sizes
+                for chunks in limits.mixed_chunk_shapes
+            ),
+            ProgramSpec("step_and_score", limits.max_slots, limits.score_chunks),
             ProgramSpec("set_history"),
             ProgramSpec("set_masks", limits.max_slots),
         ]
@@ -166,8 +195,7 @@ class Programs:
             options = _TPU_COMPILER_OPTIONS if self._platform == "tpu" else None
             with jax.set_mesh(self._mesh):
                 self.compiled[spec] = self.lower(spec).compile(options)
-            seconds = time.perf_counter() - started
-            log.info("compiled %s batch=%d length=%d in %.2f s", *spec, seconds)
+            log.info("compiled %s in %.2f s", spec, time.perf_counter() - started)
         return self.compiled[spec]
 
     def compile(self, specs: Sequence[ProgramSpec]) -> None:
@@ -200,21 +228,23 @@ class Programs:
 
     def program(self, spec: ProgramSpec) -> Program:
         """Returns what a program computes, takes and returns."""
-        kind, batch, length = spec
-        mesh, residual = self._mesh, self.residual_spec(length)
-        rows = PackedRows.pack([], self._limits, batch)
-        tokens, count = np.zeros((batch, length), np.int32), np.int32(0)
+        kind, batch, chunks, greedy = spec
+        mesh, limits, residual = self._mesh, self._limits, self.residual_spec(spec)
+        if chunks:
+            packed, _ = PackedStep.pack([], [], limits, batch, chunks)
         match kind:
             case "decode":
-                return Program(partial(steps.decode, steps=length, mesh=mesh), (rows,), (REPLICATED,))
-            case "prefill":
-                prefill = partial(steps.prefill, residual=residual, mesh=mesh)
-                return Program(prefill, (rows, tokens, count), (REPLICATED,))
-            case "prefill_and_score":
-                both = partial(steps.prefill_and_score, residual=residual, mesh=mesh)
-                return Program(both, (rows, tokens, count, tokens), (REPLICATED, REPLICATED))
+                rows = PackedRows.pack([], limits, batch)
+                decode = partial(steps.decode, steps=limits.steps, greedy=greedy, mesh=mesh)
+                return Program(decode, (rows, np.int32(1)), (REPLICATED,))
+            case "step":
+                step = partial(steps.step, residual=residual, greedy=greedy, mesh=mesh)
+                return Program(step, (packed,), (REPLICATED,))
+            case "step_and_score":
+                both = partial(steps.step_and_score, residual=residual, greedy=greedy, mesh=mesh)
+                return Program(both, (packed, packed.token_ids), (REPLICATED, REPLICATED))
             case "score":
-                return Program(partial(steps.score, residual=residual), (rows, tokens), (LOGITS,))
+                return Program(partial(steps.score, residual=residual), (packed,), (LOGITS,))
             case "set_history":
                 shape = self._state.history.bias.shape[1:]
                 history = (np.zeros((1, *shape), dtype) for dtype in (np.bool_, np.int32, np.float32))
@@ -223,17 +253,17 @@ class Programs:
                 words = np.zeros((batch, mask_words(self._config.vocab_size)), np.uint32)
                 return Program(steps.set_masks, (np.zeros(batch, np.int32), words), ())
 
-    def residual_spec(self, length: int) -> PartitionSpec:
-        """Returns the spec of the residual in prefill of ``length`` tokens; in decode: ``REPLICATED``."""
-        rows, remainder = divmod(length, self._mesh.size)
-        if remainder or self._mesh.size == 1 or self._sequence_parallel == "off":
+    def residual_spec(self, spec: ProgramSpec) -> PartitionSpec:
+        """Returns the spec of the residual in a program; without prompt chunks: ``REPLICATED``."""
+        if spec.chunks is None or self._mesh.size == 1 or self._sequence_parallel == "off":
             return REPLICATED
+        rows = steps.padded_tokens(spec.tokens, SEQUENCE_PARALLEL, self._mesh.size) // self._mesh.size
         if self._sequence_parallel == "on" or self._sequence_parallel_pays(rows):
             return SEQUENCE_PARALLEL
         return REPLICATED
 
     def _sequence_parallel_pays(self, rows: int) -> bool:
-        """Returns whether sequence parallelism is faster with ``rows`` of a chunk on each device."""
+        """Returns whether sequence parallelism is faster with ``rows`` of a step's tokens on each device."""
         match self._platform:
             case "tpu":
                 return rows >= _TPU_MIN_ROWS

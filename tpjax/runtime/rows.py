@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
 from tpjax.cache import NULL_PAGE
-from tpjax.runtime.limits import Limits
+from tpjax.runtime.limits import ChunkShape, Limits
 from tpjax.sampling import SamplingRows
 from tpjax.sampling_params import SamplingParams
 from tpjax.sharding import Leaf
@@ -51,6 +51,28 @@ class Row:
         return self.params.plain_greedy and self.position + tokens >= self.masked_until
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """The part of a prompt that a dispatch runs.
+
+    Attributes:
+        row: its ``position`` is that of the first token. The token after the last is sampled with its
+            parameters, and kept as its slot's last one.
+        token_ids: tokens; at least one. A chunk begins where its shape allows one: see ``ChunkShape``.
+        targets: the tokens one later, whose log-probabilities are wanted; that of a prompt's last token is
+            not known. ``None``: none are wanted.
+    """
+
+    row: Row
+    token_ids: Sequence[int]
+    targets: Sequence[int] | None = None
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Position of its first token, and one past its last."""
+        return self.row.position, self.row.position + len(self.token_ids)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PackedRows:
@@ -76,6 +98,11 @@ class PackedRows:
         )
         return cls(ints, stop_ids, tables, sampling)  # type: ignore[arg-type]
 
+    def __getitem__(self, part: slice) -> PackedRows:
+        """Returns some of the rows."""
+        rows: PackedRows = jax.tree.map(lambda array: array[part], self)
+        return rows
+
     @property
     def slots(self) -> Int[Leaf, " B"]:
         """Slot of each row."""
@@ -95,3 +122,69 @@ class PackedRows:
     def max_lengths(self) -> Int[Leaf, " B"]:
         """Maximum length of each row's sequence, tokens."""
         return self.ints[:, 3]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PackedStep:
+    """The decode rows and prompt chunks of a step as arrays.
+
+    Attributes:
+        rows: the decode rows, then a row for each of the C chunks. Of a prompt that takes several chunks only
+            the last one samples for its slot.
+        token_ids: tokens of the chunks, padded.
+        lengths: tokens of each chunk that are not padding.
+    """
+
+    rows: PackedRows
+    token_ids: Int[Leaf, "C S"]
+    lengths: Int[Leaf, " C"]
+
+    @classmethod
+    def pack(
+        cls, decode: Sequence[Row], chunks: Sequence[Chunk], limits: Limits, batch: int, shape: ChunkShape
+    ) -> tuple[PackedStep, list[int]]:
+        """Packs a step on the host.
+
+        Args:
+            decode: at most ``batch`` rows.
+            chunks: prompts, which take at most as many chunks as ``shape`` has.
+            limits: sizes.
+            batch: decode rows, padding included.
+            shape: the chunks.
+
+        Returns:
+            The arrays, and for each prompt the index of its first chunk.
+        """
+        rows = [*decode, *[_padding(limits)] * (batch - len(decode))]
+        tokens, lengths = np.zeros(shape, np.int32), np.zeros(shape.rows, np.int32)
+        first_chunks = []
+        for chunk in chunks:
+            first_chunks.append(len(rows) - batch)
+            for start in range(0, len(chunk.token_ids), shape.length):
+                part = chunk.token_ids[start : start + shape.length]
+                index = len(rows) - batch
+                tokens[index, : len(part)], lengths[index] = part, len(part)
+                rows.append(_part(chunk, start, start + len(part), limits))
+        packed = PackedRows.pack(rows, limits, batch + shape.rows)
+        return cls(packed, tokens, lengths), first_chunks  # type: ignore[arg-type]
+
+    @property
+    def batch(self) -> int:
+        """Decode rows, padding included."""
+        return self.rows.ints.shape[0] - self.token_ids.shape[0]
+
+
+_GREEDY = SamplingParams(temperature=0)
+
+
+def _padding(limits: Limits) -> Row:
+    return Row(limits.max_slots, 0, (), _GREEDY, 0, remaining=0)
+
+
+def _part(chunk: Chunk, start: int, stop: int, limits: Limits) -> Row:
+    """Returns the row of one chunk of a prompt; only its last chunk samples for its slot."""
+    row, position = chunk.row, chunk.row.position + start
+    if stop == len(chunk.token_ids):
+        return replace(row, position=position)
+    return replace(row, slot=limits.max_slots, position=position, params=_GREEDY, masked_until=0, stop_ids=())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,60 @@ from jaxtyping import Float
 from tpjax.config import ModelConfig, SequenceParallel
 from tpjax.model import Decoder
 from tpjax.runtime.limits import Limits
-from tpjax.runtime.programs import Kind, ModelGraph, Programs, ProgramSpec
-from tpjax.runtime.rows import PackedRows, Row
+from tpjax.runtime.programs import ModelGraph, Programs, ProgramSpec
+from tpjax.runtime.rows import Chunk, PackedRows, PackedStep, Row
 from tpjax.runtime.state import DeviceState
 from tpjax.sampling import Sampled, mask_words
 from tpjax.sampling_params import SamplingParams
 from tpjax.sharding import pad_to_multiple
+
+
+class StepOutput(NamedTuple):
+    """What a step returns.
+
+    Attributes:
+        sampled: device arrays [1, rows, ...]: the next token of each decode row first.
+        sampled_at: for each prompt the row of the token after its chunk; it means something only after the
+            prompt's last one.
+        scored: device arrays [tokens, ...] of the log-probabilities of the chunks' targets, if there are any.
+        scored_at: for each prompt the row of its first target.
+    """
+
+    sampled: Sampled
+    sampled_at: list[int]
+    scored: Sampled | None
+    scored_at: list[int]
+
+    @classmethod
+    def of(
+        cls,
+        spec: ProgramSpec,
+        chunks: Sequence[Chunk],
+        first_chunks: Sequence[int],
+        sampled: Sampled,
+        scored: Sampled | None = None,
+    ) -> StepOutput:
+        """Returns the results of a program.
+
+        Args:
+            spec: the program.
+            chunks: parts of prompts.
+            first_chunks: index of the first chunk of each, as the program counts them.
+            sampled: first result.
+            scored: second result, if there is one.
+        """
+        assert spec.chunks is not None
+        length = spec.chunks.length
+        last = [
+            first - (-len(chunk.token_ids) // length) - 1
+            for first, chunk in zip(first_chunks, chunks, strict=True)
+        ]
+        return cls(
+            sampled,
+            [spec.batch + index for index in last],
+            scored,
+            [first * length for first in first_chunks],
+        )
 
 
 class Runner:
@@ -73,62 +121,58 @@ class Runner:
 
     # --- what the engine calls -----------------------------------------------------------------------------
 
-    def prefill(self, row: Row, tokens: Sequence[int]) -> Sampled:
-        """Runs a chunk of a prompt and samples the token after it.
+    def step(self, decode: Sequence[Row], chunks: Sequence[Chunk]) -> StepOutput:
+        """Runs prompt chunks, and one decode step of other rows beside them, as one program.
 
         Args:
-            row: its ``position`` is the chunk's first. A chunk smaller than a page lies within one, a larger
-                one begins at a page.
-            tokens: the chunk, at most the largest chunk size.
-
-        Returns:
-            Device arrays [1, 1, ...]; only meaningful after the prompt's last chunk.
+            decode: at most ``max_slots`` rows, in different slots.
+            chunks: parts of prompts that fit one shape together: see :meth:`Limits.fitting`.
         """
-        size = self.chunk_size(len(tokens))
-        arguments = (self._pack([row], 1), _padded(tokens, size), np.int32(len(tokens)))
-        sampled: Sampled
-        (sampled,) = self._dispatch(ProgramSpec("prefill", 1, size), *arguments)
-        return sampled
-
-    def prefill_and_score(
-        self, row: Row, tokens: Sequence[int], targets: Sequence[int]
-    ) -> tuple[Sampled, Sampled]:
-        """Runs :meth:`prefill` and also computes the log-probability of each token's successor.
-
-        Args:
-            row: as in :meth:`prefill`.
-            tokens: as in :meth:`prefill`.
-            targets: the tokens one later; the successor of the prompt's last token is not known.
-
-        Returns:
-            The result of :meth:`prefill`, and device arrays [chunk, ...] with the targets as their tokens.
-        """
-        size = self.chunk_size(len(tokens))
-        arguments = (self._pack([row], 1), _padded(tokens, size), np.int32(len(tokens)))
-        spec = ProgramSpec("prefill_and_score", 1, size)
-        sampled, scored = self._dispatch(spec, *arguments, _padded(targets, size))
-        return sampled, scored
+        spec = self._step_spec(len(decode), chunks)
+        shape = spec.chunks
+        assert shape is not None
+        packed, first_chunks = PackedStep.pack(decode, chunks, self.limits, spec.batch, shape)
+        if spec.kind == "step":
+            return StepOutput.of(spec, chunks, first_chunks, *self._dispatch(spec, packed))
+        targets = np.zeros(shape, np.int32)
+        for first, chunk in zip(first_chunks, chunks, strict=True):
+            start = first * shape.length
+            targets.reshape(-1)[start : start + len(chunk.targets or ())] = chunk.targets or ()
+        return StepOutput.of(spec, chunks, first_chunks, *self._dispatch(spec, packed, targets))
 
     def decode(self, rows: Sequence[Row], steps: int) -> Sampled:
         """Feeds each row its slot's last token and samples the next, ``steps`` times.
 
         Args:
             rows: at most ``max_slots``, in different slots.
-            steps: 1 or ``limits.steps``.
+            steps: 1 to ``limits.steps``.
 
         Returns:
-            Device arrays [steps, batch bucket, ...]; a row that has ended outputs ``NO_TOKEN``.
+            Device arrays [limits.steps, batch bucket, ...], of which the first ``steps`` count; a row that
+            has ended outputs ``NO_TOKEN``.
         """
         size = next(size for size in self.limits.batch_sizes if size >= len(rows))
+        spec = ProgramSpec("decode", size, greedy=all(row.plain_greedy() for row in rows))
         sampled: Sampled
-        (sampled,) = self._dispatch(ProgramSpec("decode", size, steps), self._pack(rows, size))
+        (sampled,) = self._dispatch(spec, PackedRows.pack(rows, self.limits, size), np.int32(steps))
         return sampled
 
-    def score(self, row: Row, tokens: Sequence[int]) -> Float[np.ndarray, "S V"]:
-        """Runs a chunk of a prompt and returns the logits after each of its tokens, float32."""
-        size = self.chunk_size(len(tokens))
-        (logits,) = self._dispatch(ProgramSpec("score", 1, size), self._pack([row], 1), _padded(tokens, size))
-        return np.asarray(logits)[: len(tokens), : self.config.vocab_size]
+    def score(self, chunk: Chunk) -> Float[np.ndarray, "S V"]:
+        """Runs a part of a prompt and returns the logits after each of its tokens, float32."""
+        shape = self.limits.fitting([chunk.span])
+        packed, _ = PackedStep.pack([], [chunk], self.limits, 0, shape)
+        (logits,) = self._dispatch(ProgramSpec("score", 0, shape), packed)
+        return np.asarray(logits)[: len(chunk.token_ids), : self.config.vocab_size]
+
+    def _step_spec(self, rows: int, chunks: Sequence[Chunk]) -> ProgramSpec:
+        """Returns the smallest program that runs these decode rows and chunks."""
+        limits, spans = self.limits, [chunk.span for chunk in chunks]
+        if any(chunk.targets is not None for chunk in chunks):
+            return ProgramSpec("step_and_score", limits.max_slots, limits.score_chunks)
+        if not rows:
+            return ProgramSpec("step", 0, limits.fitting(spans))
+        batch = next(size for size in limits.mixed_batch_sizes if size >= rows)
+        return ProgramSpec("step", batch, limits.fitting(spans))
 
     def set_history(
         self,
@@ -187,15 +231,6 @@ class Runner:
         self.weights = ()
         self.programs.compiled.clear()
 
-    def chunk_size(self, length: int) -> int:
-        """Returns the smallest chunk size that holds ``length`` tokens."""
-        return next(size for size in self.chunk_sizes if size >= length)
-
-    @property
-    def chunk_sizes(self) -> tuple[int, ...]:
-        """Chunk sizes in use, ascending, tokens."""
-        return self.limits.usable_chunk_sizes
-
     @property
     def compile_count(self) -> int:
         """Number of programs compiled so far."""
@@ -205,10 +240,11 @@ class Runner:
 
     def prepare(self, prompt_tokens: int) -> None:
         """Compiles what one prompt of that many tokens needs, so that its first tokens do not wait for it."""
-        *full, last = range(0, prompt_tokens, self.chunk_sizes[-1])
-        sizes = {self.chunk_size(prompt_tokens - last)} | ({self.chunk_sizes[-1]} if full else set())
-        chunks = (ProgramSpec("prefill", 1, size) for size in sizes)
-        self.programs.compile([ProgramSpec("decode", 1, self.limits.steps), *chunks])
+        limits = self.limits
+        *full, last = range(0, prompt_tokens, limits.largest_chunks.tokens)
+        shapes = {limits.fitting([(0, prompt_tokens - last)])} | ({limits.largest_chunks} if full else set())
+        chunks = (ProgramSpec("step", 0, shape) for shape in shapes)
+        self.programs.compile([ProgramSpec("decode", 1, greedy=True), *chunks])
         jax.block_until_ready(self.state)
 
     def warm_up(self) -> None:
@@ -216,11 +252,11 @@ class Runner:
         self.programs.compile(self.programs.serving())
         # a first call also compiles the small transfers around a program
         null = Row(self.limits.max_slots, 0, (), SamplingParams(temperature=0), 0)
-        jax.block_until_ready((self.prefill(null, [0]), self.decode([null], 1)))
+        jax.block_until_ready((self.step([], [Chunk(null, [0])]).sampled, self.decode([null], 1)))
 
-    def program(self, kind: Kind, batch: int, length: int) -> Any:
+    def program(self, spec: ProgramSpec) -> Any:
         """Returns a program as a ``jax.stages.Compiled``, whose types would call every analysis optional."""
-        return self.programs.get(ProgramSpec(kind, batch, length))
+        return self.programs.get(spec)
 
     # --- the model and the state ---------------------------------------------------------------------------
 
@@ -251,9 +287,6 @@ class Runner:
         """V padded to a multiple of tp."""
         return pad_to_multiple(self.config.vocab_size, self.mesh.size)
 
-    def _pack(self, rows: Sequence[Row], size: int) -> PackedRows:
-        return PackedRows.pack(rows, self.limits, size)
-
     def _dispatch(self, spec: ProgramSpec, *arguments: Any) -> list[Any]:
         """Donates the state to a program, keeps the state it returns, and returns its results.
 
@@ -275,10 +308,3 @@ class Runner:
         self.state_resets += 1
         if state is not None:
             state.delete()
-
-
-def _padded(token_ids: Sequence[int], size: int) -> np.ndarray:
-    """Returns token ids as int32 [1, size], padded with zeros."""
-    padded = np.zeros((1, size), np.int32)
-    padded[0, : len(token_ids)] = token_ids
-    return padded

@@ -13,96 +13,113 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from tpjax.cache import NULL_PAGE, BatchMetadata
+from tpjax.cache import BatchMetadata, TokenGroup
 from tpjax.model import Decoder
-from tpjax.runtime.rows import NO_TOKEN, PackedRows
+from tpjax.runtime.rows import NO_TOKEN, PackedRows, PackedStep
 from tpjax.runtime.state import DeviceState
 from tpjax.sampling import History, Sampled, sample
 from tpjax.sampling import score as score_tokens
+from tpjax.sharding import REPLICATED, SEQUENCE_PARALLEL, constrain, pad_to_multiple
+
+# With sequence parallelism a step's tokens are padded to this many for each device: a TPU's tile of bfloat16.
+ROWS_PER_DEVICE = 16
 
 
-def prefill(
+def decode(
     model: Decoder,
     state: DeviceState,
     rows: PackedRows,
-    tokens: Int[Array, "1 S"],
-    length: Int[Array, ""],
+    count: Int[Array, ""],
     *,
-    residual: PartitionSpec,
+    steps: int,
+    greedy: bool,
     mesh: Mesh,
 ) -> tuple[DeviceState, Sampled]:
-    """Runs a prompt chunk and samples the token after it.
+    """Feeds each row its slot's last token and samples the next, ``count`` times.
+
+    Results are [steps, B, ...], of which the first ``count`` count. Rows that have output a stop token or all
+    their remaining tokens output ``NO_TOKEN``.
 
     Args:
         model: with its weights.
         state: device state.
-        rows: one row.
-        tokens: the chunk, padded.
-        length: tokens of the chunk that are not padding.
-        residual: sharding of the residual.
+        rows: the rows; those of padding have no remaining tokens.
+        count: 1 to ``steps``.
+        steps: steps at most.
+        greedy: all rows take the likeliest token, and nothing else is asked for.
         mesh: the mesh.
-    """
-    state, hidden = _run_chunk(model, state, rows, tokens, residual)
-    return _sample_after_chunk(model, state, rows, hidden, length, mesh)
-
-
-def prefill_and_score(
-    model: Decoder,
-    state: DeviceState,
-    rows: PackedRows,
-    tokens: Int[Array, "1 S"],
-    length: Int[Array, ""],
-    targets: Int[Array, "1 S"],
-    *,
-    residual: PartitionSpec,
-    mesh: Mesh,
-) -> tuple[DeviceState, Sampled, Sampled]:
-    """Runs :func:`prefill` and also computes the log-probability of ``targets``, the tokens one later."""
-    state, hidden = _run_chunk(model, state, rows, tokens, residual)
-    scored = score_tokens(model.logits(hidden[0]), targets[0], mesh)
-    return *_sample_after_chunk(model, state, rows, hidden, length, mesh), scored
-
-
-def score(
-    model: Decoder,
-    state: DeviceState,
-    rows: PackedRows,
-    tokens: Int[Array, "1 S"],
-    *,
-    residual: PartitionSpec,
-) -> tuple[DeviceState, Float[Array, "S V"]]:
-    """Runs a prompt chunk and returns the logits after each of its tokens, sharded over the vocabulary."""
-    state, hidden = _run_chunk(model, state, rows, tokens, residual)
-    return state, model.logits(hidden[0])
-
-
-def decode(
-    model: Decoder, state: DeviceState, rows: PackedRows, *, steps: int, mesh: Mesh
-) -> tuple[DeviceState, Sampled]:
-    """Feeds each row its slot's last token and samples the next, ``steps`` times.
-
-    Results are [steps, B, ...]. Rows that have output a stop token or all their remaining tokens output
-    ``NO_TOKEN``.
     """
     start, remaining = rows.positions, rows.remaining
     if steps == 1:
-        state, sampled = _decode_step(model, state, rows, remaining > 0, start, mesh)
+        state, sampled = _decode_once(model, state, rows, remaining > 0, start, greedy, mesh)
         return state, jax.tree.map(lambda x: x[None], sampled)
 
     def body(i: Array, carry: tuple[DeviceState, Array, Sampled]) -> tuple[DeviceState, Array, Sampled]:
         state, alive, out = carry
-        # a row that has ended attends from position 0, where it walks one page only
-        positions = jnp.where(alive, start + i, 0)
-        state, sampled = _decode_step(model, state, rows, alive, positions, mesh)
+        state, sampled = _decode_once(model, state, rows, alive, start + i, greedy, mesh)
         sampled = replace(sampled, tokens=jnp.where(alive, sampled.tokens, NO_TOKEN))
         out = jax.tree.map(lambda all_, one: all_.at[i].set(one), out, sampled)
         ended = jnp.any(sampled.tokens[:, None] == rows.stop_ids, axis=1) | (sampled.tokens < 0)
         return state, alive & ~ended & (i + 1 < remaining), out
 
-    shapes = jax.eval_shape(lambda: _decode_step(model, state, rows, remaining > 0, start, mesh)[1])
+    shapes = jax.eval_shape(lambda: _decode_once(model, state, rows, remaining > 0, start, greedy, mesh)[1])
     out = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), shapes)
-    state, _, out = jax.lax.fori_loop(0, steps, body, (state, remaining > 0, out))
+    state, _, out = jax.lax.fori_loop(0, count, body, (state, remaining > 0, out))
     return state, out
+
+
+def step(
+    model: Decoder,
+    state: DeviceState,
+    batch: PackedStep,
+    *,
+    residual: PartitionSpec,
+    greedy: bool,
+    mesh: Mesh,
+) -> tuple[DeviceState, Sampled]:
+    """Runs prompt chunks and one decode step of other rows together, and samples the token after each.
+
+    Everything but attention sees all tokens at once: weights are read once. Results are [1, B + C, ...].
+
+    Args:
+        model: with its weights.
+        state: device state.
+        batch: decode rows, or none, and prompt chunks.
+        residual: sharding of the residual.
+        greedy: as in :func:`decode`.
+        mesh: the mesh.
+    """
+    state, hidden, metadata = _run(model, state, batch, residual)
+    return _sample_step(model, state, batch, hidden, metadata, greedy, mesh)
+
+
+def step_and_score(
+    model: Decoder,
+    state: DeviceState,
+    batch: PackedStep,
+    targets: Int[Array, "C S"],
+    *,
+    residual: PartitionSpec,
+    greedy: bool,
+    mesh: Mesh,
+) -> tuple[DeviceState, Sampled, Sampled]:
+    """Runs :func:`step` and also computes the log-probability of ``targets``, the tokens one later.
+
+    Its results are [C * S, ...].
+    """
+    state, hidden, metadata = _run(model, state, batch, residual)
+    of_chunks = constrain(metadata.split(hidden)[-1], REPLICATED)  # all-gather with sequence parallelism
+    logits = model.logits(of_chunks.reshape(targets.size, -1))
+    scored = score_tokens(logits, targets.reshape(-1), mesh)
+    return *_sample_step(model, state, batch, hidden, metadata, greedy, mesh), scored
+
+
+def score(
+    model: Decoder, state: DeviceState, batch: PackedStep, *, residual: PartitionSpec
+) -> tuple[DeviceState, Float[Array, "tokens V"]]:
+    """Runs prompt chunks and returns the logits after each of their tokens, sharded over the vocabulary."""
+    state, hidden, _ = _run(model, state, batch, residual)
+    return state, model.logits(constrain(hidden, REPLICATED)[: batch.token_ids.size])
 
 
 def set_history(
@@ -136,51 +153,78 @@ def set_masks(
     return (replace(state, history=history),)
 
 
-def _run_chunk(
-    model: Decoder,
-    state: DeviceState,
-    rows: PackedRows,
-    tokens: Int[Array, "1 S"],
-    residual: PartitionSpec,
-) -> tuple[DeviceState, Float[Array, "1 S D"]]:
-    """Returns the state with the chunk's keys and values, and the chunk's hidden states."""
-    positions = rows.positions[:, None] + jnp.arange(tokens.shape[1])
-    metadata = BatchMetadata(rows.block_tables, positions, rows.max_lengths)
-    hidden, cache = model(tokens, state.cache, metadata, residual)
-    return replace(state, cache=cache), hidden
+def _run(
+    model: Decoder, state: DeviceState, batch: PackedStep, residual: PartitionSpec
+) -> tuple[DeviceState, Float[Array, "N D"], BatchMetadata]:
+    """Returns the state with the keys and values of a step's tokens, and their hidden states."""
+    count, groups, token_ids = batch.batch, [], []
+    if count:
+        rows = batch.rows[:count]
+        groups.append(_decode_group(rows, rows.remaining > 0, rows.positions))
+        token_ids.append(state.tokens[rows.slots])
+    groups.append(_chunk_group(batch))
+    token_ids.append(batch.token_ids.reshape(-1))
+    tokens = jnp.concatenate(token_ids)
+    padding = padded_tokens(tokens.size, residual, model.tp) - tokens.size
+    metadata = BatchMetadata(tuple(groups), padding)
+    hidden, cache = model(jnp.pad(tokens, (0, padding)), state.cache, metadata, residual)
+    return replace(state, cache=cache), hidden, metadata
 
 
-def _sample_after_chunk(
+def padded_tokens(tokens: int, residual: PartitionSpec, tp: int) -> int:
+    """Returns the tokens of a step, padded to what sequence parallelism cuts evenly if that is the layout."""
+    return pad_to_multiple(tokens, ROWS_PER_DEVICE * tp) if residual == SEQUENCE_PARALLEL else tokens
+
+
+def _decode_group(rows: PackedRows, alive: Bool[Array, " B"], positions: Int[Array, " B"]) -> TokenGroup:
+    return TokenGroup(
+        rows.block_tables, positions[:, None], alive.astype(jnp.int32), max_length=rows.max_lengths
+    )
+
+
+def _chunk_group(batch: PackedStep) -> TokenGroup:
+    rows, length = batch.rows[batch.batch :], batch.token_ids.shape[1]
+    positions = rows.positions[:, None] + jnp.arange(length)
+    return TokenGroup(rows.block_tables, positions, batch.lengths, rows.max_lengths, chunks=True)
+
+
+def _sample_step(
     model: Decoder,
     state: DeviceState,
-    rows: PackedRows,
-    hidden: Float[Array, "1 S D"],
-    length: Int[Array, ""],
+    batch: PackedStep,
+    hidden: Float[Array, "N D"],
+    metadata: BatchMetadata,
+    greedy: bool,
     mesh: Mesh,
 ) -> tuple[DeviceState, Sampled]:
-    """Samples the token that follows a chunk of ``length`` tokens; results are [1, 1, ...]."""
-    # with sequence parallelism this sums one row over tp; a slice would gather all of them
-    is_last = jnp.arange(hidden.shape[1]) == length - 1
-    last = jax.lax.reduce_sum(jnp.where(is_last[:, None], hidden, 0), (1,))
-    state, sampled = _sample(model, state, rows, last, rows.slots, rows.positions + length, mesh)
+    """Samples the token after each decode row and each chunk; results are [1, B + C, ...]."""
+    rows, (chunks, length) = batch.rows, batch.token_ids.shape
+    last = batch.batch + jnp.arange(chunks) * length + jnp.maximum(batch.lengths - 1, 0)
+    places = jnp.concatenate([jnp.arange(batch.batch), last])
+    # with sequence parallelism this sums a row over tp for each of them; slices would gather all tokens
+    sampled_from = constrain(hidden.at[places].get(mode="promise_in_bounds"), REPLICATED)
+    fed = jnp.concatenate([jnp.ones(batch.batch, jnp.int32), batch.lengths])
+    slots = jnp.where(fed > 0, rows.slots, state.spare_slot)
+    state, sampled = _sample(model, state, rows, sampled_from, slots, rows.positions + fed, greedy, mesh)
     return state, jax.tree.map(lambda x: x[None], sampled)
 
 
-def _decode_step(
+def _decode_once(
     model: Decoder,
     state: DeviceState,
     rows: PackedRows,
     alive: Bool[Array, " B"],
     positions: Int[Array, " B"],
+    greedy: bool,
     mesh: Mesh,
 ) -> tuple[DeviceState, Sampled]:
     """Feeds each row its slot's last token at ``positions`` and samples the next."""
-    slots = jnp.where(alive, rows.slots, state.spare_slot)
     # a row that has ended goes on computing, but on the null page and the spare slot
-    tables = jnp.where(alive[:, None], rows.block_tables, NULL_PAGE)
-    metadata = BatchMetadata(tables, positions[:, None], rows.max_lengths)
-    hidden, cache = model(state.tokens[slots][:, None], state.cache, metadata)
-    return _sample(model, replace(state, cache=cache), rows, hidden[:, 0], slots, positions + 1, mesh)
+    slots = jnp.where(alive, rows.slots, state.spare_slot)
+    metadata = BatchMetadata((_decode_group(rows, alive, positions),))
+    hidden, cache = model(state.tokens[slots], state.cache, metadata)
+    state = replace(state, cache=cache)
+    return _sample(model, state, rows, hidden, slots, positions + 1, greedy, mesh)
 
 
 def _sample(
@@ -190,9 +234,10 @@ def _sample(
     hidden: Float[Array, "B D"],
     slots: Int[Array, " B"],
     positions: Int[Array, " B"],
+    greedy: bool,
     mesh: Mesh,
 ) -> tuple[DeviceState, Sampled]:
     """Samples a token per row, each for its position, and keeps it as its slot's last token."""
     logits = model.logits(hidden)
-    sampled, history = sample(logits, rows.sampling, state.history, slots, positions, mesh)
+    sampled, history = sample(logits, rows.sampling, state.history, slots, positions, mesh, greedy=greedy)
     return DeviceState(state.cache, state.tokens.at[slots].set(sampled.tokens), history), sampled

@@ -22,10 +22,10 @@ VOCAB = P(AXIS, None)  # [V, D]: each device holds the rows of some tokens
 HEAD_ROWS = P(AXIS, None)  # [H * out, in]: each device projects to some heads; no collective
 BIAS = P(AXIS)  # [out] of a column-parallel product
 PARTIAL_SUMS = P(AXIS)  # [tp, ...]: one partial sum per device
-SEQUENCE_PARALLEL = P(None, AXIS, None)  # [B, S, D]: a residual of which each device holds some positions
+SEQUENCE_PARALLEL = P(AXIS, None)  # [N, D]: a residual of which each device holds some tokens
 LOGITS = P(None, AXIS)  # [B, V]
-HEADS = P(None, None, AXIS, None, None)  # [B, S, K, queries per group, h]
-GATE_UP = P(None, None, AXIS, None, None)  # [B, S, tp, 2, F / tp]
+HEADS = P(None, AXIS, None, None)  # [N, K, parts of a head slot, h]
+GATE_UP = P(None, AXIS, None, None)  # [N, tp, 2, F / tp]
 PAGES = P(None, AXIS, None, None)  # [pages, K, page_size, h]
 
 

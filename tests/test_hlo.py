@@ -103,3 +103,29 @@ def test_slices_and_updates_in_place(name: str, read: int, written: list[int]) -
     instruction = module.computations["main"][name]
     assert module.read("main", "pages", instruction) == read
     assert [size for _, size in module.written(instruction)] == written
+
+
+def test_a_tuple_in_a_tuple() -> None:
+    """A reduction of two arrays beside an update: three arrays, of two operands of the fusion's root."""
+    module = Module(
+        """HloModule m, is_scheduled=true
+
+%both (p: bf16[64,128,128], n: bf16[1,128,128], i: s32[]) -> ((f32[], s32[]), bf16[64,128,128]) {
+  %p = bf16[64,128,128]{2,1,0} parameter(0)
+  %n = bf16[1,128,128]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %r = (f32[], s32[]) reduce(%n, %n, %i, %i), dimensions={0,1,2}, to_apply=%best
+  %u = bf16[64,128,128]{2,1,0} dynamic-update-slice(%p, %n, %i, %i, %i)
+  ROOT %t = ((f32[], s32[]), bf16[64,128,128]{2,1,0}) tuple(%r, %u)
+}
+
+ENTRY %main (pages: bf16[64,128,128], new: bf16[1,128,128], at: s32[]) -> bf16[64,128,128] {
+  %pages = bf16[64,128,128]{2,1,0} parameter(0)
+  %new = bf16[1,128,128]{2,1,0} parameter(1)
+  %at = s32[] parameter(2)
+  ROOT %f = ((f32[], s32[]), bf16[64,128,128]{2,1,0}) fusion(%pages, %new, %at), kind=kInput, calls=%both
+}
+"""
+    )
+    written = module.written(module.computations["main"]["f"])
+    assert [size for _, size in written] == [4, 4, PAGE]

@@ -6,7 +6,7 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 DTYPE_BITS = {
@@ -273,8 +273,8 @@ class Module:
         name = instruction.callees[0]
         body = self.computations.get(name, {})
         result = next((one for one in body.values() if one.root), None)
-        if result is not None and result.opcode == "tuple":
-            result = body.get(result.operands[index])
+        while result is not None and result.opcode == "tuple":
+            result, index = _part(body, result, index)
         while result is not None and result.opcode in _VIEWS and result.operands:
             result = body.get(result.operands[0])
         if result is None:
@@ -343,6 +343,17 @@ def tpu_array(dtype: str, dims: tuple[int, ...], *, fixed: bool = False) -> Arra
         for rows, layout in ((dims[-2], order), (dims[-1], transposed))
     ]
     return layouts[0] if fixed else min(layouts, key=lambda array: array.bytes)
+
+
+def _part(body: Mapping[str, Instruction], result: Instruction, index: int) -> tuple[Instruction | None, int]:
+    """Returns what makes an array of a tuple, which may be one of several in a tuple, and its index there."""
+    for name in result.operands:
+        one = body.get(name)
+        count = 1 if one is None else len(one.arrays)
+        if index < count:
+            return one, index
+        index -= count
+    return None, 0
 
 
 def _power(number: int) -> int:

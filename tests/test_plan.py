@@ -254,8 +254,23 @@ def test_the_recommended_tp_is_the_smallest_of_the_fastest():
 
 
 def test_chips_are_a_multiple_of_tp():
-    with pytest.raises(ConfigError, match="8 chips are not a multiple of tp=3: use tp=1, 2, 4, 8"):
+    with pytest.raises(ConfigError, match="8 devices are not a multiple of tp=3: use tp=1, 2, 4, 8"):
         make_plan(TINY, CHIP, 8, 3, Workload())
+
+
+def test_a_tpu7x_has_twice_as_many_devices_as_chips():
+    plans = make_plans(published("llama-3-8b"), HARDWARE["tpu7x"], 4, Workload(batch=8))
+    assert [(plan.tp, plan.replicas, plan.devices) for plan in plans] == [
+        (1, 8, 8),
+        (2, 4, 8),
+        (4, 2, 8),
+        (8, 1, 8),
+    ]
+    device = plans[0].model.hardware
+    assert device.memory_bytes == 96e9 and plans[0].decode.weights == pytest.approx(
+        2 * (8_030_261_248 - 128256 * 4096 - 65 * 4096) / (3690e9 * device.efficiency.weights)
+    )
+    assert plans[3].to_dict()["decode"]["tokens_per_s_per_chip"] == plans[3].tokens_per_s / 4
 
 
 @pytest.mark.parametrize("field", ["batch", "context", "prompt_len"])
@@ -282,14 +297,16 @@ def test_a_pipeline_decodes_one_sequence_no_faster_than_one_stage_of_its_chips()
     pipeline = next(one for one in strategies if one.kind == "pipeline")
     replicas = next(one for one in strategies if one.kind == "replicas")
     assert pipeline.step_ms > replicas.step_ms  # the same reads, one stage after the other, and a hand-over
-    assert pipeline.bytes_per_chip < 0.6 * replicas.bytes_per_chip
+    assert pipeline.bytes_per_device < 0.6 * replicas.bytes_per_device
 
 
 def test_many_sequences_make_expert_parallelism_pay_for_latent_attention():
     workload = Workload(batch=256, dtype="fp8")
     one = compare(published("deepseek-v3"), HARDWARE["h200"], 16, workload)
     assert one.strategies[0].kind == "expert"  # a latent cache cannot be sharded by heads; sequences can
-    with pytest.raises(ConfigError, match=r"llama-3-8b fits ideal:1 in no way: the least is 16\.4 GB a chip"):
+    with pytest.raises(
+        ConfigError, match=r"llama-3-8b fits ideal:1 in no way: the least is 16\.4 GB a device"
+    ):
         compare(published("llama-3-8b"), CHIP, 1, workload=Workload())
 
 
@@ -339,7 +356,7 @@ def test_json_is_one_object(capsys):
     assert decode["step_ms"] == pytest.approx(sum(decode["split_ms"].values()))
     assert decode["tokens_per_s_per_sequence"] == pytest.approx(1e3 / decode["step_ms"])
     assert data["prefill"]["ms"] == pytest.approx(sum(data["prefill"]["split_ms"].values()))
-    assert memory["bytes_per_chip"] == sum(memory["split_bytes"].values()) and memory["fits"] is True
+    assert memory["bytes_per_device"] == sum(memory["split_bytes"].values()) and memory["fits"] is True
     assert (data["replicas"], data["batch_per_replica"]) == (2, 1)
     assert set(decode["split_ms"]) == {"weights", "cache", "compute", "collectives", "fixed"}
 
@@ -408,12 +425,12 @@ def test_a_picture_without_matplotlib_names_the_extra(capsys, tmp_path, monkeypa
     ("arguments", "message"),
     [
         ("llama-3-8b --hardware h300:8", "known are a100, h100, a100-80gb"),
-        ("llama-3-8b --hardware h100:8 --tp 16", "8 chips are not a multiple of tp=16"),
+        ("llama-3-8b --hardware h100:8 --tp 16", "8 devices are not a multiple of tp=16"),
         ("llama-3-8b --hardware h100:8 --tp 0", "'0' is not a whole number of devices"),
         ("llama-3-8b --hardware h100:8 --batch -1", "'-1' is not a whole number of sequences"),
         ("llama-3-8b --hardware h100:8 --context nan", "'nan' is not a whole number of tokens"),
         ("llama-3-70b --hardware h100:1", "has 73.6 GB usable of 80; --dtype int8 or tp=2 would fit"),
-        ("llama-3-70b --hardware h100:2 --tp 1", "needs 141.9 GB a chip (141.1 of weights"),
+        ("llama-3-70b --hardware h100:2 --tp 1", "needs 141.9 GB a device (141.1 of weights"),
         ("llama-9 --hardware h100:1", "neither a checkpoint nor a built-in model"),
         ("llama-3-8b", "give either --hardware NAME:CHIPS or --measure"),
         ("llama-3-8b --hardware h100 --measure", "give either --hardware NAME:CHIPS or --measure"),

@@ -52,7 +52,7 @@ def run(
         int | None,
         option(
             "--tp",
-            help="Chips a replica (each that divides them).",
+            help="Devices a replica (each that divides them all).",
             parser=positive_int("devices"),
             metavar="N",
         ),

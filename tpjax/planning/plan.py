@@ -1,4 +1,4 @@
-"""Which tp to serve a model at: the cost of each that divides the chips, and the one to take.
+"""Which tp to serve a model at: the cost of each that divides the devices, and the one to take.
 
 The formulas are in ``tpjax.step_time`` and ``cost_model``. Times are seconds inside, milliseconds in results.
 """
@@ -18,7 +18,7 @@ from tpjax.planning.workload import Workload
 from tpjax.runtime.counts import Counts
 from tpjax.step_time import Cost
 
-_CLOSE = 0.05  # plans within this of the fastest count as equal, and the one with fewer chips a replica wins
+_CLOSE = 0.05  # plans within this of the fastest count as equal, and the one with fewer devices wins
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,16 @@ class Plan:
 
     Attributes:
         model: the cost model it was computed with.
+        hardware: the chip.
         chips: number of chips, over all replicas.
         workload: the requests planned for.
         decode: a decode step of the fullest replica.
         prefill: a prefill of one prompt.
-        memory: memory of one chip of the fullest replica.
+        memory: memory of one device of the fullest replica.
     """
 
     model: CostModel
+    hardware: Hardware
     chips: int
     workload: Workload
     decode: Cost
@@ -43,13 +45,18 @@ class Plan:
 
     @property
     def tp(self) -> int:
-        """Chips of one replica."""
+        """Devices of one replica."""
         return self.model.tp
+
+    @property
+    def devices(self) -> int:
+        """Devices of all replicas; a chip may have several."""
+        return self.chips * self.hardware.devices_per_chip
 
     @property
     def replicas(self) -> int:
         """Number of copies of the model."""
-        return self.chips // self.tp
+        return self.devices // self.tp
 
     @property
     def batch(self) -> int:
@@ -58,7 +65,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether weights, cache and workspace fit in the usable memory of a chip."""
+        """Whether weights, cache and workspace fit in the usable memory of a device."""
         return self.memory.total <= self.model.hardware.usable_bytes
 
     @property
@@ -68,11 +75,12 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data, ready for JSON."""
-        model, workload, hardware = self.model, self.workload, self.model.hardware
+        model, workload, device = self.model, self.workload, self.model.hardware
         return {
             "model": model.counts.name,
-            "hardware": hardware.name,
+            "hardware": device.name,
             "chips": self.chips,
+            "devices": self.devices,
             "tp": self.tp,
             "replicas": self.replicas,
             **asdict(workload),
@@ -93,36 +101,44 @@ class Plan:
                 "bound": self.prefill.bound,
             },
             "memory": {
-                "bytes_per_chip": self.memory.total,
+                "bytes_per_device": self.memory.total,
                 "fits": self.fits,
-                "usable_bytes": hardware.usable_bytes,
+                "usable_bytes": device.usable_bytes,
                 "split_bytes": asdict(self.memory),
                 "largest_batch": self.replicas * model.largest_batch(workload.context),
                 "largest_context": model.largest_context(self.batch),
             },
-            "source": hardware.source,
+            "source": device.source,
         }
 
 
 def make_plan(counts: Counts, hardware: Hardware, chips: int, tp: int, workload: Workload) -> Plan:
     """Computes the plan for one tp. A mixture's experts are sharded along the axis that decodes faster.
 
+    Args:
+        counts: the model's element counts.
+        hardware: the chip.
+        chips: number of chips.
+        tp: devices of one replica.
+        workload: the requests to plan for.
+
     Raises:
-        ConfigError: the chips are not a multiple of tp.
+        ConfigError: the devices are not a multiple of tp.
     """
-    if tp < 1 or chips % tp:
-        raise ConfigError(
-            f"{chips} chips are not a multiple of tp={tp}: use tp={', '.join(map(str, divisors(chips)))}"
-        )
-    batch = math.ceil(workload.batch / (chips // tp))
+    devices = chips * hardware.devices_per_chip
+    if tp < 1 or devices % tp:
+        fitting = ", ".join(map(str, divisors(devices)))
+        raise ConfigError(f"{devices} devices are not a multiple of tp={tp}: use tp={fitting}")
+    batch = math.ceil(workload.batch / (devices // tp))
     axes: list[ExpertAxis] = ["width"]
     moe = counts.config.moe
     if moe and moe.num_experts % tp == 0:
         axes.append("experts")
-    models = [CostModel(counts, hardware, tp, workload, axis) for axis in axes]
+    models = [CostModel(counts, hardware.device, tp, workload, axis) for axis in axes]
     model = min(models, key=lambda model: model.decode(batch, workload.context).total)
     return Plan(
         model,
+        hardware,
         chips,
         workload,
         model.decode(batch, workload.context),
@@ -132,8 +148,9 @@ def make_plan(counts: Counts, hardware: Hardware, chips: int, tp: int, workload:
 
 
 def make_plans(counts: Counts, hardware: Hardware, chips: int, workload: Workload) -> list[Plan]:
-    """Computes the plan for every tp that divides the chips; the other chips are replicas."""
-    return [make_plan(counts, hardware, chips, tp, workload) for tp in divisors(chips)]
+    """Computes the plan for every tp that divides the devices; the other devices are replicas."""
+    devices = chips * hardware.devices_per_chip
+    return [make_plan(counts, hardware, chips, tp, workload) for tp in divisors(devices)]
 
 
 def recommend(plans: Iterable[Plan]) -> tuple[Plan, str]:
@@ -154,19 +171,19 @@ def recommend(plans: Iterable[Plan]) -> tuple[Plan, str]:
     if best is not fastest:
         reason = (
             f"tp={best.tp} takes {best.decode.total * 1e3:.2f} ms a step, within {_CLOSE:.0%} of "
-            f"tp={fastest.tp} ({fastest.decode.total * 1e3:.2f} ms) on fewer chips a replica"
+            f"tp={fastest.tp} ({fastest.decode.total * 1e3:.2f} ms) on fewer devices a replica"
         )
     return best, f"{reason}; most of it is {best.decode.bound}"
 
 
 def does_not_fit(plan: Plan) -> str:
     """Says by how much a plan does not fit, and what would fit."""
-    counts, hardware, workload = plan.model.counts, plan.model.hardware, plan.workload
-    memory, usable = plan.memory, hardware.usable_bytes
+    counts, hardware, workload = plan.model.counts, plan.hardware, plan.workload
+    memory, device = plan.memory, hardware.device
     text = (
-        f"{counts.name} at tp={plan.tp} needs {memory.total / 1e9:.1f} GB a chip "
+        f"{counts.name} at tp={plan.tp} needs {memory.total / 1e9:.1f} GB a device "
         f"({memory.weights / 1e9:.1f} of weights, {memory.cache / 1e9:.1f} of cache), "
-        f"but {hardware.name} has {usable / 1e9:.1f} GB usable of {hardware.memory_bytes / 1e9:.0f}"
+        f"but {device.name} has {device.usable_bytes / 1e9:.1f} GB usable of {device.memory_bytes / 1e9:.0f}"
     )
     would = []
     if (batch := plan.replicas * plan.model.largest_batch(workload.context)) > 0:
@@ -178,7 +195,8 @@ def does_not_fit(plan: Plan) -> str:
         if make_plan(counts, hardware, plan.chips, plan.tp, smaller).fits:
             would.append("--dtype int8")
     for more in (2**power for power in range(13) if not hardware.shared):
-        if more > plan.tp and make_plan(counts, hardware, more, more, workload).fits:
+        chips = math.ceil(more / hardware.devices_per_chip)
+        if more > plan.tp and make_plan(counts, hardware, chips, more, workload).fits:
             would.append(f"tp={more}")
             break
     return f"{text}; {' or '.join(would) or 'nothing smaller'} would fit"
@@ -192,7 +210,7 @@ def frontier(plan: Plan) -> list[tuple[int, float, float]]:
     points = []
     for batch in [*batches, *([largest] if largest else [])]:
         seconds = model.decode(batch, context).total
-        points.append((batch * plan.replicas, 1 / seconds, batch / seconds / plan.tp))
+        points.append((batch * plan.replicas, 1 / seconds, batch * plan.replicas / seconds / plan.chips))
     return points
 
 

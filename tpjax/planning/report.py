@@ -49,10 +49,11 @@ class PlanReport:
 
     def __rich__(self) -> RenderableType:
         best, workload = self.best, self.best.workload
-        hardware, counts = best.model.hardware, best.model.counts
+        hardware, counts = best.hardware, best.model.counts
+        devices = f", {best.devices} devices" * (best.devices != best.chips)
         head = (
             f"{counts.name} ({counts.parameters / 1e9:.2f} B parameters, {workload.dtype}) "
-            f"on {self.best.chips} × {hardware.name}"
+            f"on {best.chips} × {hardware.name}{devices}"
         )
         what = (
             f"{workload.batch} sequence{'s' * (workload.batch > 1)} of {workload.context} tokens at once, "
@@ -74,7 +75,7 @@ class PlanReport:
 
     def _memory(self) -> Table:
         held = ("tp", "replicas", "weights", "cache", "work", "all")
-        table = plain_table("memory, GB a chip", numbers=(*held, "usable", "room: batch", "or context"))
+        table = plain_table("memory, GB a device", numbers=(*held, "usable", "room: batch", "or context"))
         for plan in self.plans:
             memory = plan.memory
             table.add_row(
@@ -121,7 +122,7 @@ class PlanReport:
 
     def _strategies(self) -> Table:
         assert self.comparison
-        numbers = ("tokens/s", "ms a step", "ms a prompt", "GB a chip")
+        numbers = ("tokens/s", "ms a step", "ms a prompt", "GB a device")
         table = plain_table("other ways to use the chips", "layout", numbers=numbers)
         for one in self.comparison.strategies:
             table.add_row(
@@ -129,7 +130,7 @@ class PlanReport:
                 f"{one.tokens_per_s:.0f}",
                 f"{one.step_ms:.2f}",
                 f"{one.prefill_ms:.1f}",
-                f"{one.bytes_per_chip / 1e9:.1f}" + ("" if one.fits else ", does not fit"),
+                f"{one.bytes_per_device / 1e9:.1f}" + ("" if one.fits else ", does not fit"),
                 style=None if one.fits else "dim",
             )
         return table

@@ -30,7 +30,7 @@ class Strategy:
         step_ms: milliseconds between two tokens of a sequence.
         tokens_per_s: tokens a second, all sequences together.
         prefill_ms: milliseconds to prefill one prompt.
-        bytes_per_chip: memory of the fullest chip.
+        bytes_per_device: memory of the fullest device.
         fits: whether that is within its usable memory.
     """
 
@@ -39,7 +39,7 @@ class Strategy:
     step_ms: float
     tokens_per_s: float
     prefill_ms: float
-    bytes_per_chip: float
+    bytes_per_device: float
     fits: bool
 
 
@@ -66,18 +66,19 @@ def compare(counts: Counts, hardware: Hardware, chips: int, workload: Workload) 
     Raises:
         ConfigError: no layout fits.
     """
+    devices = chips * hardware.devices_per_chip
     every = [
         *_tensor_and_replicas(counts, hardware, chips, workload),
-        *_pipelines(counts, hardware, chips, workload),
-        *_experts(counts, hardware, chips, workload),
+        *_pipelines(counts, hardware.device, devices, workload),
+        *_experts(counts, hardware.device, devices, workload),
     ]
     kinds = dict.fromkeys(one.kind for one in every)
     ranked = sorted((_fastest(one for one in every if one.kind == kind) for kind in kinds), key=_rank)
     if not ranked[0].fits:
         raise ConfigError(
             f"{counts.name} fits {hardware.name}:{chips} in no way: the least is "
-            f"{min(one.bytes_per_chip for one in every) / 1e9:.1f} GB a chip, but "
-            f"{hardware.usable_bytes / 1e9:.1f} GB are usable"
+            f"{min(one.bytes_per_device for one in every) / 1e9:.1f} GB a device, but "
+            f"{hardware.device.usable_bytes / 1e9:.1f} GB are usable"
         )
     return Comparison(ranked, _verdict(ranked, workload))
 
@@ -104,8 +105,10 @@ def _tensor_and_replicas(
 ) -> Iterator[Strategy]:
     for plan in make_plans(counts, hardware, chips, workload):
         tp = plan.tp
-        kind = "tensor" if tp == chips else "replicas" if tp == 1 else "tensor and replicas"
-        layout = f"tp={tp}" if tp == chips else f"{plan.replicas} replicas" + (f" of tp={tp}" * (tp > 1))
+        kind = "tensor" if plan.replicas == 1 else "replicas" if tp == 1 else "tensor and replicas"
+        layout = (
+            f"tp={tp}" if plan.replicas == 1 else f"{plan.replicas} replicas" + (f" of tp={tp}" * (tp > 1))
+        )
         yield Strategy(
             kind,
             layout,
@@ -117,23 +120,23 @@ def _tensor_and_replicas(
         )
 
 
-def _pipelines(counts: Counts, hardware: Hardware, chips: int, workload: Workload) -> Iterator[Strategy]:
-    """Computes pipelines of stages of consecutive layers, each stage sharded over tp chips.
+def _pipelines(counts: Counts, device: Hardware, devices: int, workload: Workload) -> Iterator[Strategy]:
+    """Computes pipelines of stages of consecutive layers, each stage sharded over tp devices.
 
     A token passes all stages before the next token of its sequence starts. The batch is therefore split into
     one part per stage, and a step takes the slowest stage, which also samples, once per stage.
     """
     layers = counts.config.num_layers
-    for stages in divisors(chips):
-        tp = chips // stages
+    for stages in divisors(devices):
+        tp = devices // stages
         if stages == 1 or stages > layers:
             continue
         depth = math.ceil(layers / stages) / layers  # of the deepest stage, as a fraction of all layers
-        model = CostModel(counts, hardware, tp, workload)
+        model = CostModel(counts, device, tp, workload)
         part = math.ceil(workload.batch / stages)
 
         def through(blocks: Cost, rest: Cost, tokens: int, rounds: int, depth: float = depth) -> float:
-            transfer = hardware.interconnect.transfer_s(2.0 * tokens * counts.config.hidden_size)
+            transfer = device.interconnect.transfer_s(2.0 * tokens * counts.config.hidden_size)
             return rounds * ((blocks * depth + rest).total + transfer)
 
         rows, prompt = StepTokens(part, workload.context), workload.prompt_len
@@ -152,40 +155,40 @@ def _pipelines(counts: Counts, hardware: Hardware, chips: int, workload: Workloa
             workload.batch / step,
             prefill * 1e3,
             held,
-            held <= hardware.usable_bytes,
+            held <= device.usable_bytes,
         )
 
 
-def _experts(counts: Counts, hardware: Hardware, chips: int, workload: Workload) -> Iterator[Strategy]:
-    """Computes expert parallelism: sharded experts, replicated attention with its own sequences on each chip.
+def _experts(counts: Counts, device: Hardware, devices: int, workload: Workload) -> Iterator[Strategy]:
+    """Computes expert parallelism: sharded experts, replicated attention for each device's own sequences.
 
     A layer with experts takes two all-to-alls. An all-to-all moves at most what an all-gather of the same
-    tokens moves, half an all-reduce (the book, chapter 3). The step waits for the chip with most chosen
+    tokens moves, half an all-reduce (the book, chapter 3). The step waits for the device with most chosen
     experts.
     """
     moe = counts.config.moe
-    if moe is None or chips == 1 or moe.num_experts % chips:
+    if moe is None or devices == 1 or moe.num_experts % devices:
         return
-    replicated, sharded = (CostModel(counts, hardware, tp, workload, "experts") for tp in (1, chips))
+    replicated, sharded = (CostModel(counts, device, tp, workload, "experts") for tp in (1, devices))
 
     def seconds(own: StepTokens, tokens: int) -> float:
-        # a chip computes attention for its own sequences, and its experts for the tokens of all
+        # a device computes attention for its own sequences, and its experts for the tokens of all
         cost = replicated.attention(own) + replicated.dense(own.total) + replicated.overhead(own.total)
         cost += sharded.mixture(tokens) + replicated.embedding_and_head(own.sampled, own.total)
-        exchange = hardware.interconnect.all_reduce_s(chips, 2.0 * tokens * counts.config.hidden_size)
+        exchange = device.interconnect.all_reduce_s(devices, 2.0 * tokens * counts.config.hidden_size)
         return cost.total + sum(counts.config.sparse_layers) * exchange
 
-    part, prompt = math.ceil(workload.batch / chips), workload.prompt_len
+    part, prompt = math.ceil(workload.batch / devices), workload.prompt_len
     step = seconds(StepTokens(part, workload.context), workload.batch)
     prefill = seconds(StepTokens(chunks=((0, prompt),)), prompt)
     elsewhere = replicated.held.experts - sharded.held.experts
     held = replicated.memory(part, workload.context).total - elsewhere * workload.weight_bytes
     yield Strategy(
         "expert",
-        f"experts over {chips} chips, DP attention",
+        f"experts over {devices} devices, DP attention",
         step * 1e3,
         workload.batch / step,
         prefill * 1e3,
         held,
-        held <= hardware.usable_bytes,
+        held <= device.usable_bytes,
     )

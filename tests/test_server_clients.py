@@ -21,6 +21,7 @@ from serving import Running, load_tiny, running, tiny_checkpoint
 from tpjax.cli import serving_benchmark as bench
 from tpjax.cli.app import main
 from tpjax.errors import ConfigError
+from tpjax.planning import serving_figures as figures
 
 
 @pytest.fixture(scope="module")
@@ -126,17 +127,17 @@ def test_bench_serve_failures(server: Running, capsys: pytest.CaptureFixture[str
 
 def test_bench_figures() -> None:
     fine = [
-        bench.Outcome(10, 5, ttft=0.1, latency=0.5, itl=[0.1, 0.1, 0.1, 0.1]),
-        bench.Outcome(10, 5, ttft=0.3, latency=1.1, itl=[0.2, 0.2, 0.2, 0.2]),
+        figures.Outcome(10, 5, ttft=0.1, latency=0.5, itl=[0.1, 0.1, 0.1, 0.1]),
+        figures.Outcome(10, 5, ttft=0.3, latency=1.1, itl=[0.2, 0.2, 0.2, 0.2]),
     ]
-    result = bench.Result(2.0, 4.0, [*fine, bench.Outcome(error="refused")], {"ttft": 200, "tpot": 150})
-    figures = result.summary()
-    assert (figures["completed"], figures["failed"]) == (2, 1)
-    assert figures["request_throughput"] == 0.5 and figures["request_goodput"] == 0.25
-    assert figures["output_throughput"] == 2.5 and figures["total_token_throughput"] == 7.5
-    assert figures["mean_ttft_ms"] == pytest.approx(200) and figures["p99_ttft_ms"] == pytest.approx(298)
-    assert figures["median_tpot_ms"] == pytest.approx(150) and figures["mean_itl_ms"] == pytest.approx(150)
-    assert bench.percentile([1.0, 2.0, 4.0], 50) == 2.0 and bench.percentile([1.0, 2.0, 4.0], 75) == 3.0
-    assert bench.percentile([], 99) is None
+    result = figures.Result(2.0, 4.0, [*fine, figures.Outcome(error="refused")], {"ttft": 200, "tpot": 150})
+    summary = result.summary()
+    assert (summary["completed"], summary["failed"]) == (2, 1)
+    assert summary["request_throughput"] == 0.5 and summary["request_goodput"] == 0.25
+    assert summary["output_throughput"] == 2.5 and summary["total_token_throughput"] == 7.5
+    assert summary["mean_ttft_ms"] == pytest.approx(200) and summary["p99_ttft_ms"] == pytest.approx(298)
+    assert summary["median_tpot_ms"] == pytest.approx(150) and summary["mean_itl_ms"] == pytest.approx(150)
+    assert figures.percentile([1.0, 2.0, 4.0], 50) == 2.0 and figures.percentile([1.0, 2.0, 4.0], 75) == 3.0
+    assert figures.percentile([], 99) is None
     with pytest.raises(ConfigError, match=r"/nowhere/x\.png: No such file"):
-        bench.plot([result], Path("/nowhere/x.png"))
+        figures.plot([result], Path("/nowhere/x.png"))

@@ -9,20 +9,22 @@ from typing import Annotated
 import typer
 
 from tpjax.cli.console import show
-from tpjax.cli.options import Json, Plot, number, option, positive_int
+from tpjax.cli.options import (
+    Goodput,
+    Json,
+    MaxConcurrency,
+    NumPrompts,
+    Plot,
+    RangeRatio,
+    option,
+    positive_int,
+    rates,
+)
 
 EXAMPLES = """
   tpjax bench serve --num-prompts 64 --input-len 256 --output-len 128
   tpjax bench serve --request-rate 1 2 4 8 inf --goodput ttft:500 tpot:100 --plot rates.svg
 """
-
-
-def goal(text: str) -> tuple[str, float]:
-    """Parses ``NAME:MS``, a bound on a latency."""
-    name, _, ms = str(text).partition(":")
-    if name not in ("ttft", "tpot", "e2el"):
-        raise typer.BadParameter(f"{text!r} is not ttft:MS, tpot:MS or e2el:MS")
-    return name, number("a number of milliseconds", 0.0, 1e9)(ms)
 
 
 def run(
@@ -32,9 +34,7 @@ def run(
     model: Annotated[
         str | None, typer.Option("--model", metavar="M", help="Its name in the API (the first one listed).")
     ] = None,
-    num_prompts: Annotated[
-        int, option("--num-prompts", help="Requests.", parser=positive_int("requests"), metavar="N")
-    ] = 64,
+    num_prompts: NumPrompts = 64,
     input_len: Annotated[
         int, option("--input-len", help="Tokens of each prompt.", parser=positive_int("tokens"), metavar="N")
     ] = 128,
@@ -42,39 +42,12 @@ def run(
         int,
         option("--output-len", help="Tokens of each response.", parser=positive_int("tokens"), metavar="N"),
     ] = 64,
-    range_ratio: Annotated[
-        float,
-        option(
-            "--range-ratio",
-            help="Lengths vary by this fraction.",
-            parser=number("a fraction, 0 to 1", 0.0, 1.0),
-            metavar="R",
-        ),
-    ] = 0.0,
+    range_ratio: RangeRatio = 0.0,
     request_rate: Annotated[
-        list[float] | None,
-        option(
-            "--request-rate",
-            help="Requests a second, one run for each; inf, the default, sends all at once.",
-            parser=number("a rate above 0, or inf", 1e-6, float("inf")),
-            metavar="R",
-        ),
+        list[float] | None, rates("--request-rate", "inf, the default, sends all at once")
     ] = None,
-    max_concurrency: Annotated[
-        int | None,
-        option(
-            "--max-concurrency", help="Requests at once (any).", parser=positive_int("requests"), metavar="N"
-        ),
-    ] = None,
-    goodput: Annotated[
-        list[str] | None,
-        option(
-            "--goodput",
-            help="Count requests within these bounds on ttft, tpot and e2el, in milliseconds.",
-            parser=goal,
-            metavar="NAME:MS",
-        ),
-    ] = None,
+    max_concurrency: MaxConcurrency = None,
+    goodput: Goodput = None,
     seed: Annotated[int, typer.Option("--seed", metavar="S", help="Of prompts and arrivals.")] = 0,
     api_key: Annotated[str | None, typer.Option("--api-key", metavar="KEY", help="Of the server.")] = None,
     as_json: Json = False,
@@ -114,4 +87,6 @@ def run(
     if output is not None:
         write_text(output, figures + "\n")
     if plot is not None:
-        benchmark.plot(results, plot)
+        from tpjax.planning.serving_figures import plot as draw
+
+        draw(results, plot)

@@ -118,6 +118,14 @@ def token_bias(text: str) -> tuple[int, float]:
     return int(token), number("ID:BIAS, with a number", -3e38, 3e38)(bias)
 
 
+def goal(text: str) -> tuple[str, float]:
+    """Parses ``NAME:MS``, a bound on a latency."""
+    name, _, ms = str(text).partition(":")
+    if name not in ("ttft", "tpot", "e2el"):
+        raise typer.BadParameter(f"{text!r} is not ttft:MS, tpot:MS or e2el:MS")
+    return name, number("a number of milliseconds", 0.0, 1e9)(ms)
+
+
 # --- groups ------------------------------------------------------------------------------------------------
 
 
@@ -130,6 +138,43 @@ Model = Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, s
 ModelOption = Annotated[str | None, typer.Option("--model", metavar="M", help="MODEL, as an option.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw it: .png, .svg or .pdf.")]
+
+
+NumPrompts = Annotated[
+    int, option("--num-prompts", help="Requests.", parser=positive_int("requests"), metavar="N")
+]
+RangeRatio = Annotated[
+    float,
+    option(
+        "--range-ratio",
+        help="Lengths vary by this fraction.",
+        parser=number("a fraction, 0 to 1", 0.0, 1.0),
+        metavar="R",
+    ),
+]
+MaxConcurrency = Annotated[
+    int | None,
+    option("--max-concurrency", help="Requests at once (any).", parser=positive_int("requests"), metavar="N"),
+]
+Goodput = Annotated[
+    list[str] | None,
+    option(
+        "--goodput",
+        help="Count requests within these bounds on ttft, tpot and e2el, in milliseconds.",
+        parser=goal,
+        metavar="NAME:MS",
+    ),
+]
+
+
+def rates(name: str, rest: str) -> Any:
+    """Declares an option of request rates; ``rest`` ends its help."""
+    return option(
+        name,
+        help=f"Requests a second, one run for each; {rest}.",
+        parser=number("a rate above 0, or inf", 1e-6, float("inf")),
+        metavar="R",
+    )
 
 
 Rounds = Annotated[

@@ -9,7 +9,19 @@ import typer
 
 from tpjax.cli.console import show_report
 from tpjax.cli.loading import chosen_model
-from tpjax.cli.options import Json, ModelOption, Plot, Rounds, option, positive_int
+from tpjax.cli.options import (
+    Goodput,
+    Json,
+    MaxConcurrency,
+    ModelOption,
+    NumPrompts,
+    Plot,
+    RangeRatio,
+    Rounds,
+    option,
+    positive_int,
+    rates,
+)
 from tpjax.errors import RequestError
 from tpjax.planning.workload import (
     DEFAULT_CONTEXT,
@@ -25,7 +37,20 @@ EXAMPLES = """
   tpjax plan mixtral-8x7b --hardware h200:8 --batch 256 --plot frontier.svg
   tpjax plan ./my-model/config.json --hardware mine:4 --hardware-file chips.toml
   tpjax plan smollm2-135m --measure --tp 2
+  tpjax plan llama-3.1-8b --hardware v6e:4 --serve --rate 1 2 4 8 inf --lengths 1024:256
+  tpjax plan qwen3-32b --hardware v6e:8 --serve --trace requests.jsonl --goodput ttft:500 tpot:40 --json
 """
+
+DEFAULT_GOALS = {"ttft": 1000.0, "tpot": 100.0}  # milliseconds
+
+
+def lengths(text: str) -> tuple[int, int]:
+    """Parses ``IN:OUT``, tokens of prompts and of answers."""
+    prompt, colon, answer = str(text).partition(":")
+    if not colon:
+        raise typer.BadParameter(f"{text!r} is not IN:OUT, tokens of a prompt and of its answer")
+    tokens = positive_int("tokens")
+    return tokens(prompt), tokens(answer)
 
 
 def run(
@@ -80,16 +105,43 @@ def run(
         CacheDtype,
         option("--cache-dtype", help="Of keys and values; auto: as the weights."),
     ] = "auto",
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Simulate a server under load: latencies, goodput, cache use.")
+    ] = False,
+    rate: Annotated[list[float] | None, rates("--rate", "inf, the default, is all at once")] = None,
+    lengths: Annotated[
+        str,
+        option("--lengths", help="Tokens of prompts and answers.", parser=lengths, metavar="IN:OUT"),
+    ] = "1024:1024",
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace", metavar="FILE", help="Requests of a trace: Mooncake's JSON lines or Azure's CSV."
+        ),
+    ] = None,
+    num_prompts: NumPrompts = 256,
+    range_ratio: RangeRatio = 0.0,
+    max_concurrency: MaxConcurrency = None,
+    max_slots: Annotated[
+        int | None,
+        option(
+            "--max-slots", help="Requests that run at once (256).", parser=positive_int("slots"), metavar="N"
+        ),
+    ] = None,
+    goodput: Goodput = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="S", help="Of lengths and arrivals.")] = 0,
     rounds: Rounds = None,
     as_json: Json = False,
     plot: Plot = None,
 ) -> None:
-    """Say what a model will cost before it runs: memory, time, tokens/s, the best tp."""
+    """Say what a model will cost before it runs: memory, time, tokens/s, the best tp; --serve: under load."""
     from tpjax.hardware import parse_hardware
     from tpjax.planning.plan import does_not_fit, make_plan, make_plans, recommend
     from tpjax.planning.plots import check_plot
     from tpjax.planning.published import find_config
     from tpjax.planning.report import PlanReport, plot_frontier
+    from tpjax.planning.serving_figures import plot as plot_figures
+    from tpjax.planning.serving_report import Load, serve_load
     from tpjax.planning.strategies import compare
     from tpjax.runtime.counts import Counts
 
@@ -98,6 +150,10 @@ def run(
     if measure == (hardware is not None):
         raise RequestError("give either --hardware NAME:CHIPS or --measure")
     counts = Counts(*find_config(chosen_model(model, model_option)))
+    load = None
+    if serve:
+        load = Load(trace, lengths, num_prompts, range_ratio, seed)  # type: ignore[arg-type]  # parsed
+        context = load.longest  # of the plan that chooses tp
     prompt = prompt_len or min(context, LONGEST_DEFAULT_PROMPT)
     workload = Workload(batch, context, prompt, dtype or ("float32" if measure else "bf16"), cache_dtype)
     comparison = None
@@ -114,6 +170,14 @@ def run(
             plans = [make_plan(counts, chip, chips, tp, workload)]
         else:
             plans = make_plans(counts, chip, chips, workload)
+    if load is not None:
+        best = plans[0] if tp else recommend(plans)[0]
+        goals = dict(goodput or DEFAULT_GOALS)  # type: ignore[arg-type]  # parsed
+        report = serve_load(best, load, rate, goals, max_slots, max_concurrency)
+        if plot is not None:
+            plot_figures([run.result for run in report.runs], plot)
+        show_report(report, as_json=as_json)
+        return
     if tp is None:
         best, reason = recommend(plans)
         if hardware is not None:

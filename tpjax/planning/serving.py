@@ -1,0 +1,277 @@
+"""Simulates a server on a virtual clock: the engine's own scheduler and pages, and predicted step times.
+
+What ``Engine`` does is done here with the same :class:`Scheduler` and :class:`BlockManager`: the next
+dispatch starts before the outputs of the last are read, and requests that arrive meanwhile wait for the one
+after. Only the devices are missing: a dispatch takes as long as :mod:`tpjax.step_time` says.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tpjax.engine.block_manager import BlockManager
+from tpjax.engine.engine import PREFILL_BUDGET
+from tpjax.engine.request import Request
+from tpjax.engine.scheduler import Decode, Prefill, Scheduler
+from tpjax.errors import ConfigError
+from tpjax.planning.arrivals import Arrival
+from tpjax.planning.cost_model import CostModel
+from tpjax.planning.serving_figures import Outcome, Result
+from tpjax.runtime.limits import PAGE_SIZE, Limits
+from tpjax.sampling_params import SamplingParams
+from tpjax.step_time import StepTokens
+
+StepSeconds = Callable[[StepTokens], float]
+
+_MOST_SLOTS, _SHARED_SLOTS = 256, 8
+
+
+@dataclass(frozen=True)
+class ServerModel:
+    """What is simulated of a server.
+
+    Attributes:
+        limits: sizes of slots, cache and programs.
+        step_s: returns the seconds of a step on the devices.
+        budget: prompt tokens of a dispatch while others decode, at most.
+        overhead_s: seconds of each dispatch that the devices wait for the host.
+    """
+
+    limits: Limits
+    step_s: StepSeconds
+    budget: int
+    overhead_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """One simulated run.
+
+    Attributes:
+        result: what clients saw.
+        mean_cache_usage: fraction of the cache pages in use, over the time that the devices computed.
+        peak_cache_usage: the largest such fraction.
+        preemptions: preempted requests.
+    """
+
+    result: Result
+    mean_cache_usage: float
+    peak_cache_usage: float
+    preemptions: int
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the figures of :meth:`Result.summary`, and those of the cache."""
+        return {
+            **self.result.summary(),
+            "mean_kv_cache_usage": self.mean_cache_usage,
+            "peak_kv_cache_usage": self.peak_cache_usage,
+            "preemptions": self.preemptions,
+        }
+
+
+def plan_server(
+    model: CostModel, *, max_slots: int | None = None, max_model_len: int | None = None
+) -> ServerModel:
+    """Sets up the server that the engine would be on these chips.
+
+    Args:
+        model: the model on one replica.
+        max_slots: requests that run at once. ``None``: 256, or 8 where devices are faked on one machine.
+        max_model_len: tokens of the longest sequence. ``None``: the model's longest context, if it fits.
+
+    Raises:
+        ConfigError: the model does not fit, or no sequence of that length.
+    """
+    slots = max_slots or (_SHARED_SLOTS if model.hardware.shared else _MOST_SLOTS)
+    need, usable = model.memory(slots, 1), model.hardware.usable_bytes
+    page_bytes = model.sequence_bytes(PAGE_SIZE)
+    pages = int((usable - need.weights - need.workspace) // page_bytes) - 1  # the null page
+    length = max_model_len or min(model.config.longest_context, pages * PAGE_SIZE)
+    if pages < max(1, -(-length // PAGE_SIZE)):
+        raise ConfigError(
+            f"{model.counts.name} at tp={model.tp} leaves room for {max(pages, 0)} cache pages of "
+            f"{PAGE_SIZE} tokens in the {usable / 1e9:.1f} GB usable of {model.hardware.name}: too few for one request "
+            f"of {max(length, 1)} tokens"
+        )
+    pages = min(pages, slots * -(-length // PAGE_SIZE))
+    limits = Limits(max_slots=slots, max_model_len=length, num_pages=pages + 1)
+    return ServerModel(limits, lambda tokens: model.step(tokens).total, PREFILL_BUDGET)
+
+
+def simulate(
+    server: ServerModel,
+    arrivals: Sequence[Arrival],
+    *,
+    rate: float = float("inf"),
+    replicas: int = 1,
+    max_concurrency: int | None = None,
+    goals: Mapping[str, float] | None = None,
+) -> Simulation:
+    """Simulates requests from the first arrival to the last response.
+
+    Args:
+        server: the server; each replica is one.
+        arrivals: the requests, in order of arrival. Replicas get them in turn.
+        rate: requests a second, as reported.
+        replicas: number of replicas.
+        max_concurrency: most requests in flight over all replicas; further ones wait with their clients, and
+            their time begins when they are sent. ``None``: no limit.
+        goals: milliseconds by metric, for goodput.
+
+    Raises:
+        RequestError: a request can never run: it does not fit the context or the cache.
+    """
+    runs = []
+    for index in range(min(replicas, len(arrivals))):
+        share = None if max_concurrency is None else max(1, (max_concurrency + index) // replicas)
+        runs.append(_Replica(server, arrivals[index::replicas], share).run())
+    duration = max(run.clock for run in runs)
+    outcomes = [outcome for run in runs for outcome in run.outcomes]
+    busy = sum(run.busy_s for run in runs)
+    return Simulation(
+        Result(rate, duration, outcomes, goals or {}),
+        sum(run.usage_s for run in runs) / busy,
+        max(run.peak_usage for run in runs),
+        sum(run.scheduler.preemptions for run in runs),
+    )
+
+
+@dataclass
+class _Client:
+    """A request's client: what it has seen so far."""
+
+    sent: float
+    outcome: Outcome
+    last: float = 0.0
+
+    def receive(self, now: float, tokens: int) -> None:
+        """Notes an event of the response."""
+        outcome = self.outcome
+        if outcome.output_tokens:
+            outcome.itl.append(now - self.last)
+        else:
+            outcome.ttft = now - self.sent
+        outcome.output_tokens += tokens
+        outcome.latency = now - self.sent
+        self.last = now
+
+
+@dataclass
+class _Dispatch:
+    """A dispatch in flight: when it ends, and the tokens that each request gets then."""
+
+    end: float
+    outputs: list[tuple[Request, int]]
+
+
+@dataclass
+class _Replica:
+    """One server with its devices and clients."""
+
+    server: ServerModel
+    arrivals: Sequence[Arrival]
+    max_concurrency: int | None = None
+    clock: float = 0.0
+    busy_s: float = 0.0
+    usage_s: float = 0.0
+    peak_usage: float = 0.0
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.scheduler = _scheduler(self.server)
+        self._clients: dict[Request, _Client] = {}
+        self._devices_free = 0.0
+        self._tokens_sent = 0
+
+    def run(self) -> _Replica:
+        """Runs all requests to their end."""
+        pending = deque(self.arrivals)
+        in_flight: _Dispatch | None = None
+        while pending or self._clients or in_flight:
+            while pending and pending[0].at <= self.clock and self._has_room():
+                self._send(pending.popleft())
+            dispatched = self._dispatch()
+            if in_flight is not None:
+                self.clock = max(self.clock, in_flight.end)
+                self._read(in_flight)
+            elif dispatched is None and pending:
+                self.clock = max(self.clock, pending[0].at)  # idle
+            in_flight = dispatched
+        return self
+
+    def _has_room(self) -> bool:
+        return self.max_concurrency is None or len(self._clients) < self.max_concurrency
+
+    def _send(self, arrival: Arrival) -> None:
+        # every prompt has tokens of its own, so that the prefix cache finds nothing
+        first, self._tokens_sent = self._tokens_sent, self._tokens_sent + arrival.input_len
+        params = SamplingParams(temperature=0, max_tokens=arrival.output_len, ignore_eos=True)
+        request = Request(range(first, self._tokens_sent), params, seed=0)
+        self.scheduler.add(request)
+        sent = arrival.at if self.max_concurrency is None else self.clock
+        outcome = Outcome(prompt_tokens=arrival.input_len)
+        self.outcomes.append(outcome)
+        self._clients[request] = _Client(sent, outcome)
+
+    def _dispatch(self) -> _Dispatch | None:
+        """Starts what the scheduler decides, once the devices are free."""
+        work = self.scheduler.schedule()
+        if work is None:
+            return None
+        seconds, outputs = _work(work, self.server)
+        self.scheduler.dispatched(work)
+        seconds += self.server.overhead_s
+        blocks = self.scheduler.blocks
+        usage = 1 - blocks.free / blocks.capacity
+        self.busy_s += seconds
+        self.usage_s += seconds * usage
+        self.peak_usage = max(self.peak_usage, usage)
+        self._devices_free = max(self.clock, self._devices_free) + seconds
+        return _Dispatch(self._devices_free, outputs)
+
+    def _read(self, dispatch: _Dispatch) -> None:
+        """Appends the outputs of a dispatch to their requests, and ends those that are complete."""
+        for request, tokens in dispatch.outputs:
+            for _ in range(tokens):
+                request.append(0)
+            self._clients[request].receive(self.clock, tokens)
+            if request.finished:
+                self.scheduler.finish(request)
+                del self._clients[request]
+
+
+# --- what the scheduler decides, and how long it takes -----------------------------------------------------
+
+
+def _scheduler(server: ServerModel) -> Scheduler:
+    limits = server.limits
+    return Scheduler(
+        limits.max_slots,
+        limits.max_model_len,
+        limits.usable_chunk_sizes,
+        server.budget,
+        limits.steps,
+        BlockManager(limits.num_pages, limits.page_size),
+    )
+
+
+def _work(work: Prefill | Decode, server: ServerModel) -> tuple[float, list[tuple[Request, int]]]:
+    """Returns the seconds of a dispatch, and the tokens that each request gets at its end.
+
+    Rows and chunks are padded to the sizes of the compiled programs: what pads them is computed as well, but
+    reads no cache.
+    """
+    limits = server.limits
+    if isinstance(work, Prefill):
+        size = next(size for size in limits.usable_chunk_sizes if size >= work.stop - work.start)
+        seconds = server.step_s(StepTokens(chunks=((work.start, work.start + size),)))
+        return seconds, [(work.request, 1)] if work.final else []
+    rows = next(size for size in limits.batch_sizes if size >= len(work.requests))
+    keys = sum(one.next_position + 1 for one in work.requests)
+    steps = work.steps
+    context = keys / rows + (steps - 1) / 2  # of the middle step
+    seconds = steps * server.step_s(StepTokens(rows, context))
+    return seconds, [(one, min(steps, one.remaining)) for one in work.requests]

@@ -93,8 +93,8 @@ def plan_server(
     if pages < max(1, -(-length // PAGE_SIZE)):
         raise ConfigError(
             f"{model.counts.name} at tp={model.tp} leaves room for {max(pages, 0)} cache pages of "
-            f"{PAGE_SIZE} tokens in the {usable / 1e9:.1f} GB usable of {model.hardware.name}: too few for one request "
-            f"of {max(length, 1)} tokens"
+            f"{PAGE_SIZE} tokens in the {usable / 1e9:.1f} GB usable of {model.hardware.name}: too few for "
+            f"one request of {max(length, 1)} tokens"
         )
     pages = min(pages, slots * -(-length // PAGE_SIZE))
     limits = Limits(max_slots=slots, max_model_len=length, num_pages=pages + 1)

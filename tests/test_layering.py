@@ -55,6 +55,7 @@ WITHOUT_JAX = (
     "hardware",
     "step_time",
     "engine.block_manager",
+    "engine.prompt_budget",
     "engine.request",
     "engine.scheduler",
 )

@@ -53,7 +53,7 @@ def plan(point: Mapping[str, Any]) -> Plan:
     """Returns the plan of a point, with what its engine adds to each token."""
     engine = ENGINES.get(point.get("engine", ""), MeasuredEngine())
     chip, chips = parse_hardware(f"{point['hardware']}:{point['chips']}")
-    efficiency = replace(chip.efficiency, token_us=chip.efficiency.token_us + engine.token_us)
+    efficiency = replace(chip.efficiency, token_us=engine.token_us, row_us=engine.token_us)
     batch, context = point.get("batch", point.get("concurrency", 1)), point.get("context", 1024)
     counts = Counts(point["model"], published_config(point["model"]))
     workload = Workload(batch, context, dtype=point["dtype"])

@@ -33,6 +33,8 @@ FIGURES = {
     "all_reduce_s": [[1024, 20e-6], [1 << 20, 300e-6]],
     "layer_us": 50.0,
     "token_us": 2.0,
+    "row_us": 4.0,
+    "product_s": [[1, 4 / 32e9], [8, 5 / 32e9], [256, 2 * 256 / 200e9]],
     "dispatch_us": 300.0,
 }
 
@@ -67,21 +69,28 @@ def test_measure_gives_positive_figures(small):
 def test_figures_come_back_from_the_times_they_explain():
     """Times made of known rates, by the formulas of a machine whose two faked devices share it."""
     bandwidth, flops, reduce_s, layer_s, token_s, dispatch_s = 20e9, 100e9, 50e-6, 80e-6, 3e-6, 400e-6
+    row_s, batch_element_s = 7e-6, 5 / 20e9
     width, inner, prompt = measure._WIDTH, measure._INNER, measure._PROMPT
     elements = 512 * 64 * (2 * 8 + 2 * 4) + 3 * 512 * 1408  # q, k, v, o; gate, up, down
     seconds = {f"reduce {size}": measure._CHAIN * reduce_s for size in measure._MESSAGES}
     seconds["multiply 1"] = measure._PAIRS * (2 * 4 * width * inner / bandwidth + reduce_s)
+    seconds[f"multiply {measure._BATCH}"] = measure._PAIRS * (2 * batch_element_s * width * inner + reduce_s)
     seconds[f"multiply {prompt}"] = measure._PAIRS * (2 * 2 * prompt * width * inner / flops + reduce_s)
     for depth in measure._DEPTHS:
-        step = dispatch_s + depth * (4 * elements / bandwidth + 2 * reduce_s + layer_s)
+        step = dispatch_s + depth * (4 * elements / bandwidth + 2 * reduce_s + layer_s + row_s)
         seconds[f"decode {depth}"] = measure._STEPS * step
+        rows = elements * batch_element_s + measure._BATCH * row_s
+        step = dispatch_s + depth * (rows + 2 * reduce_s + layer_s)
+        seconds[f"decode {depth} of {measure._BATCH}"] = measure._STEPS * step
         computed = 2 * prompt * elements / flops + 2 * reduce_s + prompt * token_s
         seconds[f"prefill {depth}"] = 0.1 + depth * computed
     figures = measure.fit(seconds, 2, machine=1)
     assert figures["bandwidth_bytes_s"] == pytest.approx(bandwidth)
     assert figures["flops"] == pytest.approx(flops)
     assert figures["layer_us"] == pytest.approx(80.0) and figures["token_us"] == pytest.approx(3.0)
-    assert figures["dispatch_us"] == pytest.approx(400.0)
+    assert figures["dispatch_us"] == pytest.approx(400.0) and figures["row_us"] == pytest.approx(7.0)
+    per_element = [4 / bandwidth, batch_element_s, 2 * prompt / flops]
+    assert [seconds for _, seconds in figures["product_s"]] == pytest.approx(per_element)
     assert measure.fit(seconds, 2, machine=2)["flops"] == pytest.approx(flops / 2)  # of each of two chips
 
 
@@ -94,8 +103,19 @@ def test_predictions_follow_the_figures():
     assert plan.decode.weights == pytest.approx(4 * padded / 32e9)  # both devices read from one memory
     message = 20e-6 + (300e-6 - 20e-6) * (4 * 576 - 1024) / (2**20 - 1024)
     assert plan.decode.collectives == pytest.approx(61 * message + 20e-6)
-    assert plan.decode.fixed == pytest.approx(30 * 52e-6 + 300e-6)
+    assert plan.decode.fixed == pytest.approx(30 * 54e-6 + 300e-6)
     assert plan.prefill.fixed == pytest.approx(30 * (50e-6 + 256 * 2e-6) + 300e-6)
+
+
+def test_products_take_as_long_as_they_were_measured():
+    hardware = measure.hardware_from(FIGURES)
+    counts = Counts("smollm2-135m", published_config("smollm2-135m"))
+    model = make_plan(counts, hardware, 1, 1, Workload(1, 128, 256, "float32")).model
+    elements = model.held.layer_matrices + model.held.embedding
+    one, eight = model.decode(1, 100), model.decode(8, 100)
+    assert one.weights == eight.weights == pytest.approx(elements * 4 / 32e9)
+    assert one.compute == pytest.approx(0) and eight.compute == pytest.approx(elements / 32e9)
+    assert eight.fixed - one.fixed == pytest.approx(30 * 7 * 4e-6)
 
 
 def test_calls_take_turns_for_as_many_rounds_as_asked():

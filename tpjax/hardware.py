@@ -38,8 +38,9 @@ class Efficiency:
         layer_us: norms, rotary embedding and launches of a decoder layer.
         expert_us: routing in a layer with experts, in addition.
         step_us: sampling, and host work between two steps.
-        token_us: norms, rotary embedding and activations of a layer, per token; 0 on accelerators, which
-            overlap them with products.
+        token_us: norms, rotary embedding and activations of a layer, per prompt token; 0 on accelerators,
+            which overlap them with products.
+        row_us: the same per row that decodes, and what its attention takes beyond reading the cache.
     """
 
     weights: float
@@ -51,6 +52,7 @@ class Efficiency:
     expert_us: float
     step_us: float = 0.0
     token_us: float = 0.0
+    row_us: float = 0.0
 
 
 # Fitted to gpt-fast's A100 table (Llama-2, Llama-3.1 and Mixtral, tp 1 to 8, bfloat16 and int8): its int8
@@ -109,6 +111,8 @@ class Hardware:
         source: source of the figures.
         shared: whether the chips are faked on one machine, and share its bandwidth and cores.
         devices_per_chip: devices that JAX counts in one chip, which share its memory equally.
+        products: measured seconds of a product per float32 weight element, by the tokens it has: (tokens,
+            seconds), ascending. Empty: bandwidth and rate tell it, whichever takes longer.
     """
 
     name: str
@@ -121,6 +125,7 @@ class Hardware:
     source: str
     shared: bool = False
     devices_per_chip: int = 1
+    products: tuple[tuple[float, float], ...] = ()
 
     @property
     def device(self) -> Hardware:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -154,19 +155,27 @@ class Measured:
 
     def all_reduce_s(self, devices: int, message_bytes: float) -> float:
         """Returns seconds: linear between measured sizes, proportional beyond the largest."""
-        if devices == 1:
-            return 0.0
-        index = bisect.bisect_left([size for size, _ in self.timings], message_bytes)
-        if index == 0:
-            return self.timings[0][1]
-        if index == len(self.timings):
-            return self.timings[-1][1] * message_bytes / self.timings[-1][0]
-        (low, before), (high, after) = self.timings[index - 1], self.timings[index]
-        return before + (after - before) * (message_bytes - low) / (high - low)
+        return 0.0 if devices == 1 else interpolated(self.timings, message_bytes)
 
     def transfer_s(self, message_bytes: float) -> float:
         """Returns the seconds of an all-reduce over two devices."""
         return self.all_reduce_s(2, message_bytes)
+
+
+def interpolated(timings: Sequence[tuple[float, float]], size: float) -> float:
+    """Returns seconds: linear between measured sizes, those of the smallest below it, proportional beyond.
+
+    Args:
+        timings: (size, seconds) in ascending order.
+        size: the size to tell the seconds of.
+    """
+    index = bisect.bisect_left(timings, size, key=lambda one: one[0])
+    if index == 0:
+        return timings[0][1]
+    if index == len(timings):
+        return timings[-1][1] * size / timings[-1][0]
+    (low, before), (high, after) = timings[index - 1], timings[index]
+    return before + (after - before) * (size - low) / (high - low)
 
 
 def torus(chips: int, axes: int) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, fields
 
 from tpjax.config import ExpertAxis, ModelConfig
 from tpjax.hardware import Hardware
+from tpjax.interconnect import interpolated
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ class StepTime:
         """Computes the cost of all decoder layers."""
         total = tokens.total
         blocks = self.attention(tokens) + self.dense(total) + self.mixture(total)
-        return blocks + self.overhead(total) + Cost(collectives=self._collectives(total))
+        return blocks + self.overhead(tokens) + Cost(collectives=self._collectives(total))
 
     def attention(self, tokens: StepTokens) -> Cost:
         """Computes the cost of attention in all layers, projections included.
@@ -260,10 +261,11 @@ class StepTime:
             computed = tokens * active / self.tp * read / even
         return self._block(read * one, 2.0 * computed * one) + self._product(self.held.routers, tokens)
 
-    def overhead(self, tokens: int) -> Cost:
+    def overhead(self, tokens: StepTokens) -> Cost:
         """Computes what all layers cost beyond memory traffic, products and collectives."""
         efficiency = self.hardware.efficiency
-        micros = (efficiency.layer_us + efficiency.token_us * tokens) * self.config.num_layers
+        micros = efficiency.layer_us + efficiency.row_us * tokens.rows
+        micros = (micros + efficiency.token_us * tokens.prompt_tokens) * self.config.num_layers
         micros += efficiency.expert_us * sum(self.config.sparse_layers)
         return Cost(fixed=1e-6 * micros)
 
@@ -319,6 +321,9 @@ class StepTime:
         """Computes the cost of weights of ``itemsize`` bytes an element, and the arithmetic on them."""
         itemsize = itemsize or self.itemsizes.weights
         hardware, efficiency = self.hardware, self.hardware.efficiency
+        if hardware.products and itemsize == 4 and elements:
+            first, seconds = hardware.products[0][1], interpolated(hardware.products, flops / (2 * elements))
+            return Cost(weights=first, compute=seconds - first) * (self._sharing * elements)
         rate = hardware.bandwidth_bytes_s * efficiency.weights
         if itemsize <= 1:
             rate *= efficiency.low_precision_weights

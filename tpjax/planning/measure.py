@@ -27,12 +27,14 @@ from tpjax.hardware import Efficiency, Hardware
 from tpjax.interconnect import Measured
 from tpjax.planning.timing import seconds, take_turns
 
-_VERSION = 4  # raise it when what is measured changes
+_VERSION = 5  # raise it when what is measured changes
 _MESSAGES = (1 << 10, 1 << 13, 1 << 16, 1 << 19, 1 << 22)  # bytes
 _PAIRS, _WIDTH, _INNER = 8, 1024, 4096  # 256 MB of weights: more than any CPU cache
 _DEPTHS = (3, 8)
 _PROMPT = 256
+_BATCH = 8  # decode rows, besides one
 _ROUNDS = 15
+_PAGES = 4  # of 128 positions: the longest sequence of the small decoders
 _CHAIN = 32  # all-reduces timed together
 _STEPS = 16  # decode steps timed together
 # A layer with 12 MB of weights: large enough that its products use all cores, as those of a model do.
@@ -93,6 +95,7 @@ def hardware_from(figures: dict[str, Any]) -> Hardware:
         low_precision_compute=1.0,
         layer_us=figures["layer_us"],
         token_us=figures["token_us"],
+        row_us=figures["row_us"],
         expert_us=0.0,
         step_us=figures["dispatch_us"],
     )
@@ -106,6 +109,7 @@ def hardware_from(figures: dict[str, Any]) -> Hardware:
         efficiency=efficiency,
         source="measured on this machine",
         shared=figures["shared"],
+        products=tuple((tokens, seconds) for tokens, seconds in figures["product_s"]),
     )
 
 
@@ -125,8 +129,9 @@ def measure(tp: int, rounds: int | None = None) -> dict[str, Any]:
     timings = best_s(
         {
             **{f"reduce {size}": _all_reduces(mesh, size) for size in _MESSAGES if tp > 1},
-            **{f"multiply {rows}": _products(mesh, rows) for rows in (1, _PROMPT)},
-            **{f"decode {depth}": _decode(mesh, depth) for depth in _DEPTHS},
+            **{f"multiply {rows}": _products(mesh, rows) for rows in (1, _BATCH, _PROMPT)},
+            **{f"decode {depth}": _decode(mesh, depth, 1) for depth in _DEPTHS},
+            **{f"decode {depth} of {_BATCH}": _decode(mesh, depth, _BATCH) for depth in _DEPTHS},
             **{f"prefill {depth}": _prefill(mesh, depth) for depth in _DEPTHS},
         },
         rounds,
@@ -157,26 +162,34 @@ def fit(timings: Mapping[str, float], tp: int, machine: int) -> dict[str, Any]:
 
     def per_layer(what: str) -> tuple[float, float]:
         """Returns the seconds of a layer, and those of a model without layers, from two depths."""
-        shallow, deep = (timings[f"{what} {depth}"] for depth in _DEPTHS)
+        shallow, deep = (timings[what.format(depth)] for depth in _DEPTHS)
         layer = (deep - shallow) / (_DEPTHS[1] - _DEPTHS[0])
         return layer, shallow - _DEPTHS[0] * layer
 
     element_s = product_s(1) / (_WIDTH * _INNER)
     flops = 2 * _PROMPT * _WIDTH * _INNER / product_s(_PROMPT)
-    (steps, rest), (prompt, _) = per_layer("decode"), per_layer("prefill")
+    (steps, rest), (prompt, _) = per_layer("decode {}"), per_layer("prefill {}")
+    batch_steps, _ = per_layer(f"decode {{}} of {_BATCH}")
     from tpjax.families.registry import config_from_hf
     from tpjax.runtime.counts import Counts
 
     layer = config_from_hf(_LAYER)
     elements = tp * Counts("layer", layer).on_device(tp).layer_matrices
+
     # time of a layer beyond reading its weights, or computing its products, and its all-reduces
-    step = steps / _STEPS - elements * element_s - 2 * links.all_reduce_s(tp, 4.0 * layer.hidden_size)
+    def beyond(steps_s: float, rows: int) -> float:
+        moved = 2 * links.all_reduce_s(tp, 4.0 * rows * layer.hidden_size)
+        return steps_s / _STEPS - elements * product_s(rows) / (_WIDTH * _INNER) - moved
+
+    row = max(0.0, beyond(batch_steps, _BATCH) - beyond(steps, 1)) / (_BATCH - 1)
     prompt -= 2 * _PROMPT * elements / flops + 2 * links.all_reduce_s(tp, 4.0 * _PROMPT * layer.hidden_size)
     return {
         "bandwidth_bytes_s": 4 / element_s / machine,
         "flops": flops / machine,
         "all_reduce_s": reduces,
-        "layer_us": 1e6 * max(0.0, step),
+        "product_s": [(rows, machine * product_s(rows) / (_WIDTH * _INNER)) for rows in (1, _BATCH, _PROMPT)],
+        "layer_us": 1e6 * max(0.0, beyond(steps, 1) - row),
+        "row_us": 1e6 * row,
         "token_us": 1e6 * max(0.0, prompt) / _PROMPT,
         "dispatch_us": 1e6 * max(0.0, rest) / _STEPS,
     }
@@ -242,14 +255,15 @@ def _all_reduces(mesh: Any, message_bytes: int) -> Callable[[], Any]:
     return lambda: program(x)
 
 
-def _decode(mesh: Any, depth: int) -> Callable[[], Any]:
-    """Returns a call that runs decode steps of a decoder with ``depth`` small layers."""
-    runner = _zeros_runner(mesh, depth)
+def _decode(mesh: Any, depth: int, batch: int) -> Callable[[], Any]:
+    """Returns a call that runs decode steps of ``batch`` rows in a decoder with ``depth`` small layers."""
+    runner = _zeros_runner(mesh, depth, batch)
     at_once = runner.limits.steps
+    rows = [_row(100, at_once, slot) for slot in range(batch)]
 
     def steps() -> Any:
         for _ in range(0, _STEPS, at_once):
-            sampled = runner.decode([_row(100, at_once)], at_once)
+            sampled = runner.decode(rows, at_once)
         return sampled
 
     return steps
@@ -263,14 +277,15 @@ def _prefill(mesh: Any, depth: int) -> Callable[[], Any]:
     return lambda: runner.step([], [Chunk(_row(0, 1), [0] * _PROMPT)]).sampled
 
 
-def _row(position: int, remaining: int) -> Any:
+def _row(position: int, remaining: int, slot: int = 0) -> Any:
     from tpjax.runtime.rows import Row
     from tpjax.sampling_params import SamplingParams
 
-    return Row(0, position, [1, 2, 3, 4], SamplingParams(temperature=0), seed=0, remaining=remaining)
+    pages = [_PAGES * slot + page for page in range(1, _PAGES + 1)]
+    return Row(slot, position, pages, SamplingParams(temperature=0), seed=0, remaining=remaining)
 
 
-def _zeros_runner(mesh: Any, depth: int) -> Any:
+def _zeros_runner(mesh: Any, depth: int, slots: int = 1) -> Any:
     """Makes a runner of a small Llama whose weights are zeros."""
     import jax
     import jax.numpy as jnp
@@ -286,7 +301,8 @@ def _zeros_runner(mesh: Any, depth: int) -> Any:
     dtype = jnp.dtype(jnp.float32)
     graph, state = nnx.split(abstract_decoder(config, mesh, dtype))
     state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), state)
-    return Runner(nnx.merge(graph, state), mesh, Limits(max_slots=1, max_model_len=512, num_pages=6), dtype)
+    limits = Limits(max_slots=slots, max_model_len=512, num_pages=_PAGES * slots + 1)
+    return Runner(nnx.merge(graph, state), mesh, limits, dtype)
 
 
 def _memory_bytes(device: Any) -> int:

@@ -173,7 +173,7 @@ def _experts(counts: Counts, device: Hardware, devices: int, workload: Workload)
 
     def seconds(own: StepTokens, tokens: int) -> float:
         # a device computes attention for its own sequences, and its experts for the tokens of all
-        cost = replicated.attention(own) + replicated.dense(own.total) + replicated.overhead(own.total)
+        cost = replicated.attention(own) + replicated.dense(own.total) + replicated.overhead(own)
         cost += sharded.mixture(tokens) + replicated.embedding_and_head(own.sampled, own.total)
         exchange = device.interconnect.all_reduce_s(devices, 2.0 * tokens * counts.config.hidden_size)
         return cost.total + sum(counts.config.sparse_layers) * exchange

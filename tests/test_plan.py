@@ -1,6 +1,6 @@
 """The formulas by hand, against the real layers' memory, and against published measurements."""
 
-import importlib.util
+import importlib
 import itertools
 import json
 import statistics
@@ -313,24 +313,28 @@ def test_many_sequences_make_expert_parallelism_pay_for_latent_attention():
 # --- published measurements --------------------------------------------------------------------------------
 
 
-def validation():
-    spec = importlib.util.spec_from_file_location("validate_plan", ROOT / "scripts" / "validate_plan.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def script(monkeypatch):
+    """``scripts/validate_plan.py``, whose neighbours it imports."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return importlib.import_module("validate_plan")
 
 
-def test_published_measurements_are_met():
-    script = validation()
+def test_published_measurements_are_met(script):
     errors = [abs(script.error(point)) for point in script.points("published_points")]
     assert statistics.median(errors) <= 0.15 and max(errors) <= 0.40
 
 
-def test_points_found_since_are_met_in_the_main():
-    script = validation()
+def test_points_found_since_are_met_in_the_main(script):
     errors = sorted(abs(script.error(point)) for point in script.points("extra_points"))
     assert len(errors) >= 70 and statistics.median(errors) <= 0.10
     assert errors[int(0.9 * len(errors))] <= 0.25 and errors[-1] <= 0.5
+
+
+def test_large_batches_of_one_program_are_met(script):
+    """Three points of a model that no server ran: they had been 14 to 29% too slow."""
+    points = [point for point in script.points("extra_points") if point["id"].startswith("jaxllm")]
+    assert len(points) == 3 and max(abs(script.error(point)) for point in points) <= 0.06
 
 
 # --- the command -------------------------------------------------------------------------------------------

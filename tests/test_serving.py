@@ -1,9 +1,12 @@
 """Serving on a virtual clock: against queueing by hand, against conservation, and from the command line."""
 
+import importlib
 import itertools
 import json
 import math
 import random
+import statistics
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +21,8 @@ from tpjax.planning.workload import Workload
 from tpjax.runtime.counts import Counts
 from tpjax.runtime.limits import Limits
 from tpjax.step_time import StepTokens
+
+ROOT = Path(cli.__file__).parents[2]
 
 
 def server(
@@ -196,6 +201,18 @@ def test_a_wrong_trace_is_one_line(tmp_path, text, message):
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="No such file"):
         read_trace(tmp_path / "none")
+
+
+# --- published servers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_published_servers_are_met(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    script = importlib.import_module("validate_serving")
+    points = json.loads((ROOT / "scripts" / "data" / "served_points.json").read_text())["points"]
+    errors = [abs(simulated / published - 1) for *_, simulated, published in script.compare(points)]
+    assert len(errors) == 8 and statistics.median(errors) <= 0.20
 
 
 # --- the command -------------------------------------------------------------------------------------------

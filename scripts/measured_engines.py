@@ -16,7 +16,7 @@ from tpjax.planning.published import published_config
 from tpjax.planning.serving import ServerModel, Simulation, simulate
 from tpjax.planning.workload import Workload
 from tpjax.runtime.counts import Counts
-from tpjax.runtime.limits import PAGE_SIZE, Limits
+from tpjax.runtime.limits import PAGE_SIZE, ChunkShape, Limits
 
 DATA = Path(__file__).parent / "data"
 WAVES = 3  # requests of a closed loop over its concurrency, as sglang-jax's and vLLM's benchmarks send them
@@ -42,6 +42,9 @@ class MeasuredEngine:
 # (extra_points.json), together with v6e's figures: prompts take three to four times as long as their
 # products, and decode steps grow with the batch by as much a token. No served point was used.
 ENGINES = {"sglang-jax": MeasuredEngine(token_us=0.81)}
+
+
+_CHUNKS = tuple(ChunkShape(chunks, PAGE_SIZE) for chunks in (1, 2, 4, 8, 16))
 
 
 def points(name: str) -> list[dict[str, Any]]:
@@ -87,10 +90,10 @@ def simulate_point(point: Mapping[str, Any], overhead_s: float = 0.0, waves: int
         max_slots=concurrency,
         max_model_len=longest,
         num_pages=concurrency * -(-longest // PAGE_SIZE) + 1,
-        chunk_sizes=tuple(
-            PAGE_SIZE << power for power in range((engine.chunk_tokens // PAGE_SIZE).bit_length())
-        ),
+        chunk_shapes=_CHUNKS,
+        mixed_shapes=len(_CHUNKS),
         steps=1,
     )
-    server = ServerModel(limits, lambda tokens: model.step(tokens).total, engine.chunk_tokens, overhead_s)
+    step_s = lambda tokens: model.step(tokens).total  # noqa: E731
+    server = ServerModel(limits, step_s, lambda decoding: engine.chunk_tokens, overhead_s)
     return simulate(server, arrivals, max_concurrency=concurrency)

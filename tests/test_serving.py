@@ -29,7 +29,7 @@ def server(
     seconds=lambda tokens: 1.0, *, slots: int = 4, length: int = 1024, pages: int = 64, steps: int = 1
 ) -> ServerModel:
     limits = Limits(max_slots=slots, max_model_len=length, num_pages=pages + 1, steps=steps)
-    return ServerModel(limits, seconds, budget=64)
+    return ServerModel(limits, seconds, lambda decoding: 64)
 
 
 def costs(model: str = "llama-3-8b", chip: str = "v6e", tp: int = 4) -> CostModel:
@@ -112,7 +112,7 @@ def test_a_saturated_server_decodes_as_fast_as_its_steps():
     """With all slots full all the time, output tokens a second are slots over the step's seconds."""
     model = costs()
     limits = Limits(max_slots=32, max_model_len=2048, num_pages=32 * 16 + 1, steps=1)
-    one = ServerModel(limits, lambda tokens: model.step(tokens).total, budget=512)
+    one = ServerModel(limits, lambda tokens: model.step(tokens).total, lambda decoding: 512)
     run = simulate(one, poisson(32, math.inf, 16, 1500, 0.0, random.Random(0)))
     step = model.decode(32, 16 + 750).total
     assert run.summary()["output_throughput"] == pytest.approx(32 / step, rel=0.05)  # prompts come first

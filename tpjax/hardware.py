@@ -128,6 +128,11 @@ class Hardware:
     products: tuple[tuple[float, float], ...] = ()
 
     @property
+    def platform(self) -> str:
+        """What JAX calls the kind of device: ``cpu``, ``tpu`` or ``gpu``."""
+        return "cpu" if self.shared else "tpu" if isinstance(self.interconnect, ICI) else "gpu"
+
+    @property
     def device(self) -> Hardware:
         """The figures of one device."""
         part = self.devices_per_chip

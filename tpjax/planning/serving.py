@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tpjax.engine.block_manager import BlockManager
-from tpjax.engine.engine import PREFILL_BUDGET
+from tpjax.engine.prompt_budget import PromptBudget
 from tpjax.engine.request import Request
-from tpjax.engine.scheduler import Decode, Prefill, Scheduler
+from tpjax.engine.scheduler import Scheduler, Step
 from tpjax.errors import ConfigError
 from tpjax.planning.arrivals import Arrival
 from tpjax.planning.cost_model import CostModel
 from tpjax.planning.serving_figures import Outcome, Result
-from tpjax.runtime.limits import PAGE_SIZE, Limits
+from tpjax.runtime.limits import MAX_PROMPT_TOKENS, PAGE_SIZE, STEPS, Limits, chunk_shapes
 from tpjax.sampling_params import SamplingParams
 from tpjax.step_time import StepTokens
 
@@ -36,13 +36,13 @@ class ServerModel:
     Attributes:
         limits: sizes of slots, cache and programs.
         step_s: returns the seconds of a step on the devices.
-        budget: prompt tokens of a dispatch while others decode, at most.
+        budget: returns the prompt tokens that a step may take beside the requests it decodes.
         overhead_s: seconds of each dispatch that the devices wait for the host.
     """
 
     limits: Limits
     step_s: StepSeconds
-    budget: int
+    budget: Callable[[Sequence[Request]], int]
     overhead_s: float = 0.0
 
 
@@ -97,8 +97,16 @@ def plan_server(
             f"one request of {max(length, 1)} tokens"
         )
     pages = min(pages, slots * -(-length // PAGE_SIZE))
-    limits = Limits(max_slots=slots, max_model_len=length, num_pages=pages + 1)
-    return ServerModel(limits, lambda tokens: model.step(tokens).total, PREFILL_BUDGET)
+    platform = model.hardware.platform
+    limits = Limits(
+        max_slots=slots,
+        max_model_len=length,
+        num_pages=pages + 1,
+        chunk_shapes=chunk_shapes(platform),
+        steps=STEPS.get(platform, 1),
+    )
+    budget = PromptBudget(model.seconds, PAGE_SIZE, MAX_PROMPT_TOKENS)
+    return ServerModel(limits, lambda tokens: model.step(tokens).total, budget)
 
 
 def simulate(
@@ -251,27 +259,33 @@ def _scheduler(server: ServerModel) -> Scheduler:
     return Scheduler(
         limits.max_slots,
         limits.max_model_len,
-        limits.usable_chunk_sizes,
+        limits.usable_chunk_shapes,
+        limits.mixed_chunk_shapes,
+        limits.score_chunks,
         server.budget,
         limits.steps,
         BlockManager(limits.num_pages, limits.page_size),
     )
 
 
-def _work(work: Prefill | Decode, server: ServerModel) -> tuple[float, list[tuple[Request, int]]]:
-    """Returns the seconds of a dispatch, and the tokens that each request gets at its end.
+def _work(step: Step, server: ServerModel) -> tuple[float, list[tuple[Request, int]]]:
+    """Returns the seconds of a step, and the tokens that each request gets at its end.
 
     Rows and chunks are padded to the sizes of the compiled programs: what pads them is computed as well, but
     reads no cache.
     """
-    limits = server.limits
-    if isinstance(work, Prefill):
-        size = next(size for size in limits.usable_chunk_sizes if size >= work.stop - work.start)
-        seconds = server.step_s(StepTokens(chunks=((work.start, work.start + size),)))
-        return seconds, [(work.request, 1)] if work.final else []
-    rows = next(size for size in limits.batch_sizes if size >= len(work.requests))
-    keys = sum(one.next_position + 1 for one in work.requests)
-    steps = work.steps
-    context = keys / rows + (steps - 1) / 2  # of the middle step
-    seconds = steps * server.step_s(StepTokens(rows, context))
-    return seconds, [(one, min(steps, one.remaining)) for one in work.requests]
+    limits, steps = server.limits, step.steps
+    spans = [(chunk.start, chunk.stop) for chunk in step.chunks]
+    rows, context = 0, 0.0
+    if step.decode:
+        sizes = limits.mixed_batch_sizes if spans else limits.batch_sizes
+        rows = next(size for size in sizes if size >= len(step.decode))
+        keys = sum(one.next_position + 1 for one in step.decode)
+        context = keys / rows + (steps - 1) / 2  # of the middle step
+    if spans:
+        shape = limits.fitting(spans, among=limits.mixed_chunk_shapes if rows else ())
+        padding = shape.tokens - sum(stop - start for start, stop in spans)
+        spans += [(0, padding)] if padding else []
+    seconds = steps * server.step_s(StepTokens(rows, context, tuple(spans)))
+    outputs = [(one, min(steps, one.remaining)) for one in step.decode]
+    return seconds, outputs + [(chunk.request, 1) for chunk in step.chunks if chunk.final]

@@ -10,9 +10,11 @@ import pytest
 from tpjax.families.registry import config_from_hf
 from tpjax.hardware import HARDWARE, Efficiency, Hardware, known_device
 from tpjax.interconnect import NVLink
+from tpjax.mesh import make_mesh
 from tpjax.planning.published import published_config
 from tpjax.runtime.counts import Counts
 from tpjax.runtime.device_speed import device_hardware
+from tpjax.runtime.device_speed import step_time as step_time_of
 from tpjax.step_time import Itemsizes, StepTime, StepTokens, attended
 
 # 1 GB/s, 1 MFLOP/s, everything reached; an all-reduce over two takes 1 us and its size over 1 GB/s
@@ -146,6 +148,15 @@ def test_other_devices_are_unknown(kind):
     assert known_device(kind) is None
 
 
+def test_steps_of_a_mesh_are_predicted():
+    config = config_from_hf(SIZES)
+    mesh = make_mesh(2)
+    times = step_time_of(config, mesh, np.dtype("float32"))
+    assert times.tp == 2 and times.held == Counts("", config).on_device(2)
+    assert times.itemsizes == Itemsizes(4, 4, 4) and times.hardware.shared
+    assert times.seconds(4, 400) < times.seconds(4, 400, 128)
+
+
 def test_this_machine_is_measured_quickly():
     device = jax.devices("cpu")[0]
     start = time.perf_counter()
@@ -153,5 +164,6 @@ def test_this_machine_is_measured_quickly():
     assert time.perf_counter() - start < 30  # 0.2 s on a quiet machine
     assert one.shared and one.source == "measured on this machine"
     assert 1e8 < one.bandwidth_bytes_s < 1e13 and 1e8 < one.flops < 1e15
+    assert device_hardware(device, np.dtype("float32")) is one
     # any machine multiplies many tokens faster than it would read the weight anew for each
     assert one.flops > 2 * one.bandwidth_bytes_s / 4

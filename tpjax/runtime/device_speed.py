@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from tpjax.config import ModelConfig
 from tpjax.hardware import Efficiency, Hardware, known_device
 from tpjax.interconnect import Measured
+from tpjax.runtime.counts import Counts
+from tpjax.step_time import Itemsizes, StepTime
 
 _WIDTH = 2048  # of a square weight: 16 MB in float32, more than a core's caches hold
 _TOKENS = 128
@@ -25,8 +30,19 @@ _MEASURED = Efficiency(
 )
 
 
+def step_time(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> StepTime:
+    """Returns what predicts the steps of a model on a mesh, with weights and cache of ``dtype``."""
+    share = Counts(config.model_type, config).share(
+        mesh.size, config.moe.sharded_axis(mesh.size) if config.moe else "width"
+    )
+    itemsize = jnp.dtype(dtype).itemsize
+    hardware = device_hardware(mesh.devices.flat[0], dtype)
+    return StepTime(share, hardware, Itemsizes(itemsize, itemsize, itemsize))
+
+
+@cache
 def device_hardware(device: jax.Device, dtype: jnp.dtype) -> Hardware:
-    """Returns the figures of a device; those of a CPU or an unknown chip are measured in about 0.2 s.
+    """Returns the figures of a device; those of a CPU or an unknown chip are measured in about 0.2 s, once.
 
     Measured are reading a weight, by a product of one token, and multiplying, by a product of 128 tokens.
     Collectives and the fixed cost of a layer are left at zero: a ratio of two steps needs neither exactly.

@@ -81,6 +81,11 @@ COMMANDS = {
         "plan --model mixtral-8x7b --hardware mine:4 --hardware-file {chips} --tp 4 --batch 8 --context 512 "
         "--prompt-len 128 --dtype int8 --cache-dtype fp8 --plot {tmp}/frontier.svg --json"
     ),
+    "plan serve": (
+        "plan llama-3-8b --hardware v6e:4 --tp 2 --serve --rate 4 inf --lengths 200:20 --num-prompts 8 "
+        "--range-ratio 0.5 --max-concurrency 6 --max-slots 4 --goodput ttft:500 tpot:50 --seed 1 --json"
+    ),
+    "plan trace": "plan llama-3-8b --hardware v6e:4 --serve --trace {trace}",
     "plan measure": "plan {model} --measure --rounds 1 --tp 2 --context 64",
     "explain": (
         "explain --model {model} --tp 3 --dtype bfloat16 --max-model-len 64 --expert-parallel off "
@@ -314,6 +319,19 @@ def test_plan(places: dict[str, Any], tmp_path: Path) -> None:
     data = json.loads(out)
     assert (data["chips"], data["tp"], data["dtype"], data["hardware"]) == (4, 4, "int8", "mine")
     assert (tmp_path / "frontier.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.slow
+def test_plan_serves(places: dict[str, Any], tmp_path: Path) -> None:
+    out, _ = tpjax("plan serve", places)
+    data = json.loads(out)
+    assert (data["tp"], data["replicas"], data["max_slots"]) == (2, 2, 4)
+    assert [run["completed"] for run in data["runs"]] == [8, 8]
+    assert data["goodput_objective_ms"] == {"ttft": 500.0, "tpot": 50.0}
+    places["trace"] = tmp_path / "trace.jsonl"
+    places["trace"].write_text('{"timestamp": 0, "input_length": 90, "output_length": 8}\n')
+    out, _ = tpjax("plan trace", places)
+    assert "TTFT median" in out
 
 
 @pytest.mark.slow

@@ -141,7 +141,7 @@ def run(
     from tpjax.planning.published import find_config
     from tpjax.planning.report import PlanReport, plot_frontier
     from tpjax.planning.serving_figures import plot as plot_figures
-    from tpjax.planning.serving_report import Load, serve_load
+    from tpjax.planning.serving_report import ServingLoad, serve_load
     from tpjax.planning.strategies import compare
     from tpjax.runtime.counts import Counts
 
@@ -152,7 +152,7 @@ def run(
     counts = Counts(*find_config(chosen_model(model, model_option)))
     load = None
     if serve:
-        load = Load(trace, lengths, num_prompts, range_ratio, seed)  # type: ignore[arg-type]  # parsed
+        load = ServingLoad(trace, lengths, num_prompts, range_ratio, seed)  # type: ignore[arg-type]  # parsed
         context = load.longest  # of the plan that chooses tp
     prompt = prompt_len or min(context, LONGEST_DEFAULT_PROMPT)
     workload = Workload(batch, context, prompt, dtype or ("float32" if measure else "bf16"), cache_dtype)

@@ -20,7 +20,7 @@ from tpjax.planning.serving import ServerModel, Simulation, plan_server, simulat
 from tpjax.planning.serving_figures import PERCENTILES
 
 
-class Load:
+class ServingLoad:
     """Requests to simulate: those of a trace, or of sampled lengths.
 
     Args:
@@ -70,7 +70,7 @@ def _rate_of(trace: Sequence[Arrival]) -> float:
 
 def serve_load(
     plan: Plan,
-    load: Load,
+    load: ServingLoad,
     rates: Sequence[float] | None,
     goals: Mapping[str, float],
     max_slots: int | None = None,

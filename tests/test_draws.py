@@ -22,6 +22,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tpjax import LLM, SamplingParams
+from tpjax.engine.masks import pack_mask
 from tpjax.mesh import make_mesh
 from tpjax.sampling import (
     ALL_MASKED_TOKEN,
@@ -31,6 +32,7 @@ from tpjax.sampling import (
     ThresholdSearch,
     _gumbel,
     _gumbel_of,
+    mask_words,
     sample,
 )
 from tpjax.sharding import LOGITS
@@ -71,22 +73,27 @@ def sampled(case: Case, count: int, tp: int = 1, seed: int = 0) -> np.ndarray:
     vocab = len(case.logits)
 
     def one_slot(values: np.ndarray | None, dtype: type) -> np.ndarray:
-        return (np.zeros(vocab) if values is None else values).astype(dtype)[None]
+        return np.repeat((np.zeros(vocab) if values is None else values).astype(dtype)[None], 2, axis=0)
 
+    masks = np.zeros((1, mask_words(vocab) + 1), np.uint32)
+    if case.allowed is not None:
+        packed = pack_mask(vocab, np.flatnonzero(case.allowed).tolist())
+        masks[0, : len(packed)] = packed
     history = History(
         one_slot(case.in_prompt, np.bool_),
         one_slot(case.counts, np.int32),
         one_slot(case.bias, np.float32),
-        one_slot(case.allowed, np.bool_),
+        masks,
     )
     draw, random = program(vocab, tp), np.random.default_rng(seed)
-    put = functools.partial(jax.device_put, device=jax.NamedSharding(make_mesh(tp), LOGITS))
-    logits, history = put(case.logits.astype(np.float32)[None]), jax.tree.map(put, history)
+    shardings = jax.tree.map(lambda spec: jax.NamedSharding(make_mesh(tp), spec), History.specs())
+    history = jax.tree.map(jax.device_put, history, shardings)
+    logits = jax.device_put(case.logits.astype(np.float32)[None], shardings.bias)
     tokens = []
     for _ in range(-(-count // ROWS)):
         seeds = random.integers(-(2**63), 2**63 - 1, ROWS).tolist()
         masked = [0 if case.allowed is None else 2**31 - 1] * ROWS
-        rows = SamplingRows.pack([case.params] * ROWS, seeds, masked, ROWS)
+        rows = SamplingRows.pack([case.params] * ROWS, seeds, masked, [0] * ROWS, ROWS)
         tokens.append(draw(logits, rows, history, random.integers(0, 100_000, ROWS).astype(np.int32)))
     return np.concatenate([np.asarray(part) for part in tokens])
 

@@ -54,8 +54,10 @@ class FakeConfig:
 class FakeRunner:
     config = FakeConfig()
 
-    def __init__(self, slots: int, pages: int, longest: int = 48, steps: int = 4) -> None:
-        self.limits = Limits(slots, longest, pages + 1, PAGE, SHAPES, steps=steps)
+    def __init__(
+        self, slots: int, pages: int, longest: int = 48, steps: int = 4, histories: int | None = None
+    ) -> None:
+        self.limits = Limits(slots, longest, pages + 1, PAGE, SHAPES, steps=steps, max_histories=histories)
         self.compile_count = 0
         self.kept = np.full((pages + 1, PAGE), -1)
         self.tokens = np.full(slots + 1, -1)
@@ -106,9 +108,10 @@ class FakeRunner:
         return self.sampled(out)
 
     def set_history(
-        self, slot: int, prompt: Any, output: Any, params: SamplingParams, barred: Any = ()
+        self, row: int, prompt: Any, output: Any, params: SamplingParams, barred: Any = ()
     ) -> None:
-        self.history[slot] = (list(prompt), list(output))
+        assert 0 <= row < self.limits.history_rows
+        self.history[row] = (list(prompt), list(output))
 
     def set_masks(self, masks: Mapping[int, np.ndarray]) -> None:
         self.masks.update(masks)
@@ -120,7 +123,7 @@ class FakeRunner:
 
     def draw(self, row: Row, length: int) -> int:
         seen = [int(self.kept[row.pages[at // PAGE], at % PAGE]) - self.turn(row) for at in range(length)]
-        counted = self.history[row.slot][1] if row.params.needs_history else []
+        counted = self.history[row.history_row][1] if row.params.needs_history else []
         bits = (self.masks[row.slot][:, None] >> np.arange(32)) & 1 if length < row.masked_until else None
         token = next_token(seen, row.seed, counted, None if bits is None else bits.reshape(-1))
         self.tokens[row.slot] = token
@@ -181,6 +184,10 @@ def check(engine: Engine, pages: int) -> None:
     slots = [one.slot for one in scheduler.running]
     assert len(set(slots)) == len(slots) and None not in slots
     assert sorted([*slots, *scheduler._free_slots]) == list(range(engine.runner.limits.max_slots))
+    rows = [one.history_row for one in scheduler.running if one.params.needs_history]
+    assert sorted([*rows, *scheduler._free_history_rows]) == list(range(engine.runner.limits.history_rows))
+    others = [one for one in scheduler.running if not one.params.needs_history]
+    assert all(one.history_row is None for one in (*scheduler.waiting, *others))
     held = [page for one in scheduler.running for page in one.pages]
     assert len(set(held)) + blocks.free == pages and 0 not in held
     for page in set(held):
@@ -214,6 +221,7 @@ shapes = st.tuples(
 @given(
     shapes=st.lists(shapes, min_size=1, max_size=12),
     slots=st.integers(1, 5),
+    histories=st.integers(1, 2),
     pages=st.integers(12, 30),
     steps=st.sampled_from((1, 4)),
     budget=st.sampled_from((2, 6, 12, None)),
@@ -222,14 +230,15 @@ shapes = st.tuples(
 def test_the_same_in_any_mix(
     shapes: Sequence[tuple[int, int, int, str, str]],
     slots: int,
+    histories: int,
     pages: int,
     steps: int,
     budget: int | None,
     seed: int,
 ) -> None:
-    """Arrivals, cancellations, too few pages, shared beginnings, ends at any step: all the same to each."""
+    """Arrivals, cancellations, few pages or histories, shared beginnings, ends at any step: all the same."""
     rng = random.Random(seed)
-    runner: Any = FakeRunner(slots, pages, steps=steps)
+    runner: Any = FakeRunner(slots, pages, steps=steps, histories=min(slots, histories))
     engine = Engine(runner, max_num_batched_tokens=budget)
     requests = []
     for number, (prompt, tokens, start, salt, extra) in enumerate(shapes):

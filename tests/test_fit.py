@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +17,10 @@ from tpjax.errors import ConfigError
 from tpjax.mesh import make_mesh
 from tpjax.runtime import memory as memory_module
 from tpjax.runtime.limits import ChunkShape, Limits
-from tpjax.runtime.memory import DeviceMemory, plan_limits, workspace_bytes
+from tpjax.runtime.memory import DeviceMemory, max_histories, plan_limits, sampler_bytes, workspace_bytes
 from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.runner import Runner
+from tpjax.runtime.state import DeviceState
 
 F32 = jnp.dtype("float32")
 MIB = 2**20
@@ -35,7 +37,7 @@ CONFIG = ModelConfig(
     norm=NormConfig(eps=1e-5),
 )
 PAGE = page_bytes_per_device(CONFIG, 1, 128, F32)  # 2 · 2 layers · 4 heads · 128 · 64 · 4 bytes
-WORK = workspace_bytes(CONFIG, 1, F32, 4)
+WORK = workspace_bytes(CONFIG, 1, F32, 4) + sampler_bytes(CONFIG, 1, 4, 4)
 
 
 def limits(free: int | None, cap: int | None = None, *, weights: int = 100 * MIB, **options: Any) -> Limits:
@@ -73,7 +75,9 @@ def test_refusal_has_the_sizes_and_what_would_fit(monkeypatch: pytest.MonkeyPatc
         limits(100 * MIB + WORK + 11 * PAGE, max_model_len=4000)
     assert str(error.value) == (
         "the model does not fit: at tp=1 in float32 each device needs 100 MiB for weights, "
-        f"{memory_module.human_bytes(WORK)} for temporaries and 16.5 MiB to cache max_model_len=4000, "
+        f"{memory_module.human_bytes(workspace_bytes(CONFIG, 1, F32, 4))} for temporaries, "
+        f"{memory_module.human_bytes(sampler_bytes(CONFIG, 1, 4, 4))} for penalties and masks and 16.5 MiB "
+        "to cache max_model_len=4000, "
         f"together {memory_module.human_bytes(100 * MIB + WORK + 33 * PAGE)}, and has "
         f"{memory_module.human_bytes(100 * MIB + WORK + 11 * PAGE)}; "
         "what would fit: max_model_len=1280 or dtype=bfloat16"
@@ -125,11 +129,67 @@ def test_rows_of_a_tpu_are_of_128_numbers() -> None:
     assert page_bytes_per_device(CONFIG, 1, 128, F32, "tpu") == 2 * PAGE
     wide = replace(CONFIG, attention=replace(CONFIG.attention, head_dim=256))
     assert page_bytes_per_device(wide, 1, 128, F32, "tpu") == 4 * PAGE
-    free = workspace_bytes(CONFIG, 1, F32, 64) + 64 * PAGE
+    work = workspace_bytes(CONFIG, 1, F32, 64)
     options: dict[str, Any] = {"weight_bytes": 0, "max_model_len": None, "max_slots": 64}
     for platform, pages in (("gpu", 64), ("tpu", 32)):
-        memory = DeviceMemory(free, platform=platform)
+        memory = DeviceMemory(work + 64 * PAGE, platform=platform)
+        histories = max_histories(CONFIG, 1, 64, memory)
+        memory = replace(memory, free=memory.free + sampler_bytes(CONFIG, 1, 64, histories))
+        assert max_histories(CONFIG, 1, 64, memory) == histories == 8  # 1% of it has room for three
         assert plan_limits(CONFIG, 1, F32, memory=memory, **options).num_pages == pages
+
+
+@pytest.mark.parametrize(("tp", "histories"), ((1, 4), (1, 2), (3, 4)))
+def test_sampler_bytes_are_those_of_the_state(tp: int, histories: int) -> None:
+    limits = Limits(max_slots=4, max_model_len=1024, num_pages=33, max_histories=histories)
+    history = DeviceState.abstract(CONFIG, make_mesh(tp), limits, F32).history
+    shards = [(x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in jax.tree.leaves(history)]
+    held = sum(math.prod(shape) * itemsize for shape, itemsize in shards)
+    assert sampler_bytes(CONFIG, tp, 4, histories) == held
+
+
+def test_how_many_sequences_may_have_penalties() -> None:
+    """1% of 16 GB has room for 66 rows of 262,144 tokens, one of them spare; on eight devices for all."""
+    gemma = replace(CONFIG, vocab_size=262_144)
+    chip = DeviceMemory(16 * 10**9, platform="tpu")
+    assert max_histories(gemma, 1, 256, chip) == 66
+    assert max_histories(gemma, 8, 256, chip) == 256
+    assert max_histories(gemma, 1, 32, chip) == 32
+    assert max_histories(gemma, 1, 256, DeviceMemory(2**30)) == 8
+    assert max_histories(gemma, 1, 4, DeviceMemory(2**30)) == 4
+    assert max_histories(gemma, 1, 256, None) == 256
+    # ten bytes for each token and slot were 674 MB
+    assert sampler_bytes(gemma, 1, 256, 66) == 67 * 262_144 * 9 + 257 * 8193 * 4 < 167e6
+    limits = plan_limits(gemma, 1, F32, weight_bytes=0, memory=chip, max_model_len=1024, max_slots=256)
+    assert limits.history_rows == 66
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "options", "expected"),
+    (
+        (4, {}, 256),  # 2 GiB of pages for 1,024 tokens each, 0.3 for logits
+        (2, {}, 128),
+        (1, {}, 64),
+        (2, {"weight_bytes": 1536 * MIB}, 32),
+        (2, {"max_model_len": 128}, 256),
+        (2, {"max_model_len": 4096}, 128),
+        (1, {"max_slots": 100}, 100),
+        (1024, {}, 256),
+        (1024, {"platform": "gpu"}, 256),
+        (1024, {"platform": "cpu"}, 8),
+        (None, {}, 8),
+    ),
+)
+def test_slots_that_a_chip_has_room_for(
+    gibibytes: int | None, options: dict[str, Any], expected: int
+) -> None:
+    """A page takes a mebibyte."""
+    config = replace(CONFIG, attention=replace(CONFIG.attention, head_dim=128))
+    assert page_bytes_per_device(config, 1, 128, F32, "tpu") == MIB
+    options = {"weight_bytes": 0, "max_model_len": None, "max_slots": None, **options}
+    platform = options.pop("platform", "tpu")
+    memory = None if gibibytes is None else DeviceMemory(gibibytes * 2**30, platform=platform)
+    assert plan_limits(config, 1, F32, memory=memory, **options).max_slots == expected
 
 
 def test_faked_devices_share_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tpjax.engine.masks import pack_mask
 from tpjax.inspect.collectives import find_collectives
 from tpjax.mesh import make_mesh
-from tpjax.sampling import ALL_MASKED_TOKEN, NAN_TOKEN, History, Sampled, SamplingRows, sample
+from tpjax.sampling import (
+    ALL_MASKED_TOKEN,
+    NAN_TOKEN,
+    NO_HISTORY,
+    History,
+    Sampled,
+    SamplingRows,
+    mask_words,
+    sample,
+)
 from tpjax.sampling_params import SamplingParams
 from tpjax.sharding import pad_to_multiple
 
@@ -29,7 +39,7 @@ GREEDY = SamplingParams(temperature=0)
 def program(tp: int, rows: int = ROWS, greedy: bool = False) -> Callable[..., tuple[Sampled, History]]:
     mesh = make_mesh(tp)
     padded = pad_to_multiple(V, tp)
-    history = History.abstract(rows, padded, mesh)
+    history = History.abstract(rows, rows, padded, mesh)
     shapes = (
         jax.ShapeDtypeStruct((rows, padded), jnp.float32, sharding=history.bias.sharding),
         SamplingRows(
@@ -42,9 +52,10 @@ def program(tp: int, rows: int = ROWS, greedy: bool = False) -> Callable[..., tu
     compiled = jax.jit(functools.partial(sample, mesh=mesh, greedy=greedy)).lower(*shapes).compile()
 
     def call(logits: np.ndarray, packed: SamplingRows, past: History, slots: Any, positions: Any) -> Any:
-        put = functools.partial(jax.device_put, device=history.bias.sharding)
-        past = jax.tree.map(put, past)
-        return compiled(put(logits), packed, past, np.int32(slots), np.int32(positions))
+        past = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), past, history)
+        return compiled(
+            jax.device_put(logits, history.bias.sharding), packed, past, np.int32(slots), np.int32(positions)
+        )
 
     return call
 
@@ -69,6 +80,15 @@ class Past:
         return past
 
 
+def masks_of(allowed: np.ndarray, slots: int, padded_vocab: int) -> np.ndarray:
+    """The masks of slots, from bools [n, V]; the rest allow nothing."""
+    words = np.zeros((slots + 1, mask_words(padded_vocab) + 1), np.uint32)
+    for row, mask in enumerate(allowed):
+        packed = pack_mask(len(mask), np.flatnonzero(mask).tolist())
+        words[row, : len(packed)] = packed
+    return words
+
+
 def draw(
     tp: int,
     logits: np.ndarray,
@@ -84,24 +104,25 @@ def draw(
     count, padded = len(params), pad_to_multiple(V, tp)
     assert logits.shape == (count, V) and count <= rows
 
-    def pad(x: np.ndarray, fill: Any, dtype: type) -> np.ndarray:
+    def pad(x: np.ndarray, fill: Any, dtype: type, rows: int) -> np.ndarray:
         out = np.full((rows, padded), fill, dtype)
         out[: len(x), :V] = x
         return out
 
     pasts = pasts or [Past.of()] * count
     past = History(
-        pad(np.array([p.in_prompt for p in pasts]), False, np.bool_),
-        pad(np.array([p.counts for p in pasts]), 0, np.int32),
-        pad(np.array([p.bias for p in pasts]), 0, np.float32),
-        pad(np.zeros((count, V)) if allowed is None else allowed, False, np.bool_),
+        pad(np.array([p.in_prompt for p in pasts]), False, np.bool_, rows + 1),
+        pad(np.array([p.counts for p in pasts]), 0, np.int32, rows + 1),
+        pad(np.array([p.bias for p in pasts]), 0, np.float32, rows + 1),
+        masks_of(np.zeros((count, V)) if allowed is None else allowed, rows, padded),
     )
     masked = [0 if allowed is None else 2**31 - 1] * count
-    packed = SamplingRows.pack(params, [0] * count if seeds is None else seeds, masked, rows)
+    every = range(count)
+    packed = SamplingRows.pack(params, [0] * count if seeds is None else seeds, masked, every, rows)
     at = np.zeros(rows, np.int32)
     at[:count] = 0 if positions is None else positions
     sampled, past = program(tp, rows, greedy)(
-        np.where(np.arange(padded) < V, pad(logits, 0, np.float32), -np.inf).astype(np.float32),
+        np.where(np.arange(padded) < V, pad(logits, 0, np.float32, rows), -np.inf).astype(np.float32),
         packed,
         past,
         np.arange(rows),
@@ -361,7 +382,7 @@ def test_same_draws_at_every_tp() -> None:
     for tp in EVERY_TP[1:]:
         np.testing.assert_array_equal(sampled[tp][0].tokens, sampled[1][0].tokens)
         np.testing.assert_array_equal(
-            np.asarray(sampled[tp][1].counts)[:, :V], np.asarray(sampled[1][1].counts)
+            np.asarray(sampled[tp][1].counts)[:ROWS, :V], np.asarray(sampled[1][1].counts)[:ROWS]
         )
     assert len(set(sampled[1][0].tokens.tolist())) == V
 
@@ -454,22 +475,48 @@ def test_history_of_rows_that_do_not_use_it_is_left_alone() -> None:
     assert sampled.tokens[1] == 0
     counts = np.asarray(past.counts)
     np.testing.assert_array_equal(counts[[0, 2], :V], [stale.counts] * 2)
+    assert not counts[3:].any()
     assert counts[1, 0] == stale.counts[0] + 1
 
 
-def test_slots_say_whose_history_it_is() -> None:
-    mesh = make_mesh(2)
-    logits = np.zeros((2, V), np.float32)
-    logits[:, 7], logits[:, 9] = 5.0, 4.0
-    history = History(*(np.zeros((3, V), dtype) for dtype in (bool, np.int32, np.float32, bool)))
-    history.counts[2, 7] = 1
-    rows = SamplingRows.pack([SamplingParams(temperature=0, presence_penalty=2.0)] * 2, [0, 0], [0] * 2, 2)
+@pytest.mark.parametrize("tp", (1, 2, 3))
+def test_rows_say_whose_history_and_mask_it_is(tp: int) -> None:
+    """Two histories and a spare one for four slots: the third row has none, whatever its parameters."""
+    mesh, padded = make_mesh(tp), pad_to_multiple(V, tp)
+    logits = np.full((3, padded), -np.inf, np.float32)
+    logits[:, :V] = 0
+    logits[:, 7], logits[:, 9], logits[:, 40] = 5.0, 4.0, 3.0
+    past = [np.zeros((3, padded), dtype) for dtype in (bool, np.int32, np.float32)]
+    past[1][:, 7] = 1
+    allowed = np.ones((4, V), bool)
+    allowed[2, [7, 9]] = False
+    history = History(*past, masks_of(allowed, 4, padded))  # type: ignore[arg-type]
+    params = [SamplingParams(temperature=0, presence_penalty=2.0)] * 3
+    rows = SamplingRows.pack(params, [0] * 3, [0, 9, 0], [1, 0, NO_HISTORY], 3)
     sampled, after = jax.jit(functools.partial(sample, mesh=mesh))(
-        logits, rows, history, np.array([2, 0]), np.array([5, 5])
+        logits, rows, history, np.array([3, 2, 0]), np.array([5, 5, 5])
     )
-    assert sampled.tokens.tolist() == [9, 7]
-    counts = np.asarray(after.counts)
-    assert [counts[2, 7], counts[2, 9], counts[0, 7], counts.sum()] == [1, 1, 1, 3]
+    assert sampled.tokens.tolist() == [9, 40, 7]
+    counted = np.asarray(after.counts) - past[1]
+    assert np.argwhere(counted).tolist() == [[0, 40], [1, 9]] and counted.sum() == 2
+
+
+@pytest.mark.parametrize("tp", (1, 3, 5, 8))
+def test_masks_of_shards_that_begin_inside_a_word(tp: int) -> None:
+    """32 tokens a word: of 203 tokens a device has 203, 68, 41 or 26."""
+    vocab = 203
+    mesh, padded = make_mesh(tp), pad_to_multiple(vocab, tp)
+    allowed = np.random.default_rng(8).random((32, vocab)) < 0.05
+    allowed[np.arange(32), np.arange(32) * 6] = True
+    logits = np.where(np.arange(padded) < vocab, np.random.default_rng(9).normal(size=(32, padded)), -np.inf)
+    past = (np.zeros((2, padded), dtype) for dtype in (bool, np.int32, np.float32))
+    history = History(*past, masks_of(allowed, 32, padded))  # type: ignore[arg-type]
+    rows = SamplingRows.pack([GREEDY] * 32, [0] * 32, [9] * 32, [NO_HISTORY] * 32, 32)
+    sampled, _ = jax.jit(functools.partial(sample, mesh=mesh))(
+        logits.astype(np.float32), rows, history, np.arange(32), np.full(32, 5)
+    )
+    expected = np.where(allowed, logits[:, :vocab], -np.inf).argmax(axis=1)
+    np.testing.assert_array_equal(sampled.tokens, expected)
 
 
 # --- log-probabilities -------------------------------------------------------------------------------------
@@ -504,8 +551,9 @@ def test_logprobs_of_a_vocabulary_below_twenty(tp: int) -> None:
     mesh, padded = make_mesh(tp), pad_to_multiple(10, tp)
     logits = np.full((1, padded), -np.inf, np.float32)
     logits[0, :10] = np.arange(10)
-    history = History(*(np.zeros((1, padded), dtype) for dtype in (bool, np.int32, np.float32, bool)))
-    rows = SamplingRows.pack([SamplingParams(temperature=0, logprobs=20)], [0], [0], 1)
+    past = (np.zeros((1, padded), dtype) for dtype in (bool, np.int32, np.float32))
+    history = History(*past, masks_of(np.zeros((0, 10)), 1, padded))  # type: ignore[arg-type]
+    rows = SamplingRows.pack([SamplingParams(temperature=0, logprobs=20)], [0], [0], [NO_HISTORY], 1)
     sampled, _ = jax.jit(functools.partial(sample, mesh=mesh))(
         logits, rows, history, np.array([0]), np.array([0])
     )
@@ -552,7 +600,7 @@ def test_pack() -> None:
                        presence_penalty=0.5, frequency_penalty=-0.5, logprobs=0),
         SamplingParams(top_k=10**12, logit_bias={3: 1.0}),
     ]  # fmt: skip
-    rows = SamplingRows.pack(params, [2**32 - 1, -(2**33) + 2**31], [0, 17], 4)
+    rows = SamplingRows.pack(params, [2**32 - 1, -(2**33) + 2**31], [0, 17], [3, 2], 4)
     assert rows.floats.dtype == np.float32 and rows.ints.dtype == np.int32
     assert rows.floats.tolist() == [
         [0.5, 0.25, 0.125, 1.5, 0.5, -0.5],
@@ -561,11 +609,13 @@ def test_pack() -> None:
         [0, 1, 0, 1, 0, 0],
     ]
     assert rows.ints.tolist() == [
-        [7, 0, -1, 1, 1, 0],
-        [2**24, -2, -(2**31), 1, 0, 17],
-        [0] * 6,
-        [0] * 6,
+        [7, 0, -1, 3, 1, 0],
+        [2**24, -2, -(2**31), 2, 0, 17],
+        [0, 0, 0, NO_HISTORY, 0, 0],
+        [0, 0, 0, NO_HISTORY, 0, 0],
     ]
+    # a row of parameters that need no history has none
+    assert SamplingRows.pack([GREEDY], [0], [0], [3], 1).ints.tolist() == [[0, 0, 0, NO_HISTORY, 0, 0]]
 
 
 def test_large_seeds_differ() -> None:
@@ -587,9 +637,9 @@ def test_large_seeds_differ() -> None:
 
 def optimised_hlo(rows: int, vocab: int, tp: int, greedy: bool) -> str:
     mesh = make_mesh(tp)
-    history = History.abstract(3, vocab, mesh)
+    history = History.abstract(3, 2, vocab, mesh)
     logits = jax.ShapeDtypeStruct((rows, vocab), jnp.float32, sharding=history.bias.sharding)
-    packed = jax.tree.map(np.asarray, SamplingRows.pack([], [], [], rows))
+    packed = jax.tree.map(np.asarray, SamplingRows.pack([], [], [], [], rows))
     integers = jax.ShapeDtypeStruct((rows,), jnp.int32)
     jitted = jax.jit(functools.partial(sample, mesh=mesh, greedy=greedy), donate_argnums=2)
     hlo: str = jitted.lower(logits, packed, history, integers, integers).compile().as_text()

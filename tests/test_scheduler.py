@@ -24,7 +24,12 @@ def request(prompt: int, tokens: int, first: int = 0, **extra: Any) -> Request:
 
 
 def scheduler(
-    slots: int = 2, longest: int = 40, pages: int = 24, budget: int = 4, steps: int = 1
+    slots: int = 2,
+    longest: int = 40,
+    pages: int = 24,
+    budget: int = 4,
+    steps: int = 1,
+    histories: int | None = None,
 ) -> Scheduler:
     """A scheduler whose steps run 8 prompt tokens alone, and beside others ``budget``, at least a page."""
     blocks = BlockManager(pages + 1, PAGE)
@@ -37,6 +42,7 @@ def scheduler(
         lambda decoding: budget if decoding else 8,
         steps,
         blocks,
+        histories,
     )
 
 
@@ -417,3 +423,25 @@ def test_request_ends_at_a_stop_token_or_at_its_length() -> None:
     three = request(3, 1)
     three.append(9)
     assert three.finish_reason == "length"
+
+
+def test_requests_wait_for_a_history_as_for_a_slot() -> None:
+    """One history for three slots: the second request that needs one waits for the first to end."""
+    of = scheduler(slots=3, histories=1)
+    penalised = SamplingParams(max_tokens=2, presence_penalty=1.0)
+    first, plain, second = Request([1], penalised, seed=0), request(1, 8), Request([2], penalised, seed=0)
+    for one in (first, plain, second):
+        of.add(one)
+    assert run(of, of.schedule()) == [(first, 0, 1), (plain, 0, 1)]
+    assert (first.history_row, plain.history_row, second.slot) == (0, None, None)
+    assert run(of, of.schedule()) == [first, plain]
+    assert first.finished and first.history_row is None
+    assert run(of, of.schedule()) == [plain, (second, 0, 1)]
+    assert second.history_row == 0
+    of._preempt(second)
+    assert (second.slot, second.history_row) == (None, None)
+    step = of.schedule()
+    assert step is not None and [chunk.request for chunk in step.chunks] == [second]
+    assert second.history_row == 0
+    of.reset()
+    assert second.history_row is None and of._free_history_rows == [0]

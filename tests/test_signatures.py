@@ -82,4 +82,4 @@ def test_a_wrong_shape_in_a_tree_is_refused():
         SamplingRows(np.zeros((4, 1), np.float32), np.zeros((4, 1), np.int32))
     seen, counts = np.zeros((3, 8), bool), np.zeros((3, 9), np.int32)
     with pytest.raises(TypeCheckError, match="counts"):
-        History(seen, counts, np.zeros((3, 8), np.float32), seen)
+        History(seen, counts, np.zeros((3, 8), np.float32), np.zeros((4, 2), np.uint32))

@@ -84,7 +84,8 @@ class LLM:
             ``float32``, ``bfloat16`` or ``float16``.
         max_model_len: longest sequence, prompt and output together, tokens; ``None``: the model's longest
             context, as far as the cache has room.
-        max_slots: sequences decoded at once; more are queued.
+        max_slots: sequences decoded at once; more are queued. ``None``: what the devices have room for, up to
+            256; 8 on a CPU.
         quantize: reserved for quantised execution; only ``None`` is supported.
         seed: seed for requests without one of their own; any int64, -1: another one at each start.
         expert_parallel: of a mixture of experts: ``on`` (each device holds some of the experts), ``off``
@@ -118,7 +119,7 @@ class LLM:
         tp: int | None = None,
         dtype: str = "auto",
         max_model_len: int | None = None,
-        max_slots: int = 8,
+        max_slots: int | None = None,
         quantize: str | None = None,
         seed: int = 0,
         expert_parallel: ExpertParallel = "auto",

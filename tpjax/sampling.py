@@ -25,6 +25,8 @@ from tpjax.sharding import LOGITS, REPLICATED, Leaf
 
 _BLOCK = 128  # tokens whose maximum stands for them in the search for the likeliest
 NAN_TOKEN = -2  # sampled if the logits are not numbers
+HISTORY_BYTES = 9  # of a token of the vocabulary, in a row of ``History`` but for masks
+NO_HISTORY = -1  # row of the history of what has none
 ALL_MASKED_TOKEN = -3  # sampled if every token is masked: all logits are minus infinity
 _LEAST_MASS = 1e-30  # so that a top_p that float32 rounds to 0 still keeps the likeliest token
 _MAX, _TINY = (float(x) for x in (np.finfo(np.float32).max, np.finfo(np.float32).tiny))
@@ -37,7 +39,7 @@ class SamplingRows:
 
     Attributes:
         floats: temperature, top_p, min_p, repetition, presence and frequency penalty.
-        ints: top_k, the seed's upper and lower 32 bits, whether to apply history, whether to return
+        ints: top_k, the seed's upper and lower 32 bits, the row of its history, whether to return
             log-probabilities, and the position before which the slot's mask applies.
     """
 
@@ -46,7 +48,12 @@ class SamplingRows:
 
     @classmethod
     def pack(
-        cls, params: Sequence[SamplingParams], seeds: Sequence[int], masked_until: Sequence[int], rows: int
+        cls,
+        params: Sequence[SamplingParams],
+        seeds: Sequence[int],
+        masked_until: Sequence[int],
+        history_rows: Sequence[int],
+        rows: int,
     ) -> SamplingRows:
         """Packs parameters into ``rows`` rows; rows past the last are greedy.
 
@@ -54,11 +61,13 @@ class SamplingRows:
             params: one per row.
             seeds: one per row, any integer of 64 bits, signed or not.
             masked_until: per row the position before which its slot's mask applies.
+            history_rows: per row that of its history; not read if its parameters need none.
             rows: number of rows to fill.
         """
         floats: Any = np.tile(np.array([0, 1, 0, 1, 0, 0], np.float32), (rows, 1))
-        ints: Any = np.zeros((rows, 6), np.int32)
-        for row, (p, seed, until) in enumerate(zip(params, seeds, masked_until, strict=True)):
+        ints: Any = np.tile(np.array([0, 0, 0, NO_HISTORY, 0, 0], np.int32), (rows, 1))
+        every = zip(params, seeds, masked_until, history_rows, strict=True)
+        for row, (p, seed, until, history_row) in enumerate(every):
             floats[row] = (
                 p.value("temperature"),
                 p.value("top_p"),
@@ -74,7 +83,7 @@ class SamplingRows:
                 min(p.value("top_k"), 2**24),
                 np.uint32(seed >> 32 & 0xFFFFFFFF).view(np.int32),
                 np.uint32(seed & 0xFFFFFFFF).view(np.int32),
-                p.needs_history,
+                history_row if p.needs_history else NO_HISTORY,
                 p.logprobs is not None,
                 until,
             )
@@ -111,9 +120,9 @@ class SamplingRows:
         return self.ints[:, 1:3]
 
     @property
-    def uses_history(self) -> Bool[Leaf, " B"]:
-        """Whether penalties, biases or counts apply."""
-        return self.ints[:, 3] != 0
+    def history_rows(self) -> Int[Leaf, " B"]:
+        """Rows of the histories whose penalties and biases apply; ``NO_HISTORY``: none do."""
+        return self.ints[:, 3]
 
     @property
     def wants_logprobs(self) -> Bool[Leaf, " B"]:
@@ -129,28 +138,40 @@ class SamplingRows:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class History:
-    """What penalties, biases and masks need to know of each slot's tokens; all sharded over V.
+    """What penalties, biases and masks need to know of sequences.
+
+    Penalties and biases take 9 bytes a token of the vocabulary for each sequence, and few requests have any:
+    there are rows for some. A mask takes a bit a token: each slot has one. The last row of each is spare.
 
     Attributes:
-        in_prompt: whether the token is in the prompt.
+        in_prompt: whether the token is in the prompt; sharded over V, as are the next two.
         counts: how often the token was generated.
         bias: added to the logits.
-        allowed: whether the token may be sampled next in a masked row.
+        masks: which tokens may be sampled next; bit ``i`` of word ``w`` is of token ``32 * w + i``.
     """
 
-    in_prompt: Bool[Leaf, "slots V"]
-    counts: Int[Leaf, "slots V"]
-    bias: Float[Leaf, "slots V"]
-    allowed: Bool[Leaf, "slots V"]
+    in_prompt: Bool[Leaf, "rows V"]
+    counts: Int[Leaf, "rows V"]
+    bias: Float[Leaf, "rows V"]
+    masks: UInt[Leaf, "slots words"]
 
     @classmethod
-    def abstract(cls, slots: int, padded_vocab: int, mesh: Mesh) -> History:
-        """Returns shapes, dtypes and shardings, without memory."""
+    def abstract(cls, slots: int, rows: int, padded_vocab: int, mesh: Mesh) -> History:
+        """Returns shapes, dtypes and shardings, without memory, of that many slots and rows and the spare."""
 
         def buffer(dtype: type) -> Any:
-            return jax.ShapeDtypeStruct((slots, padded_vocab), dtype, sharding=NamedSharding(mesh, LOGITS))
+            return jax.ShapeDtypeStruct((rows + 1, padded_vocab), dtype, sharding=NamedSharding(mesh, LOGITS))
 
-        return cls(buffer(jnp.bool_), buffer(jnp.int32), buffer(jnp.float32), buffer(jnp.bool_))
+        # one word more than there are tokens for: a shard that does not begin at a word reads two halves
+        shape, replicated = (slots + 1, mask_words(padded_vocab) + 1), NamedSharding(mesh, REPLICATED)
+        masks: Any = jax.ShapeDtypeStruct(shape, jnp.uint32, sharding=replicated)
+        return cls(buffer(jnp.bool_), buffer(jnp.int32), buffer(jnp.float32), masks)
+
+    @classmethod
+    def specs(cls) -> History:
+        """Returns the partition specs as a tree of the same structure."""
+        specs: Any = (LOGITS, LOGITS, LOGITS, REPLICATED)
+        return cls(*specs)
 
 
 @jax.tree_util.register_dataclass
@@ -187,7 +208,7 @@ def sample(
     *,
     greedy: bool = False,
 ) -> tuple[Sampled, History]:
-    """Samples one token per row and counts it in the history of the row's slot.
+    """Samples one token per row and counts it in the row's history, if it has one.
 
     There are two variants, between which the host chooses. The plain one takes the likeliest token and does
     nothing else: it fits where every row is :attr:`SamplingParams.plain_greedy` and no mask applies. The
@@ -197,8 +218,8 @@ def sample(
     Args:
         logits: float32, sharded over V; padding is minus infinity.
         rows: sampling parameters.
-        history: tokens seen so far, per slot.
-        slots: slot of each row.
+        history: tokens seen so far, and masks.
+        slots: slot of each row, whose mask applies.
         positions: position that each sampled token will take, which the noise is keyed by.
         mesh: the mesh that the logits are sharded over.
         greedy: the plain variant, which reads the logits alone; its log-probabilities are zeros.
@@ -212,8 +233,8 @@ def sample(
     return jax.shard_map(
         partial(_sample_shard, search=ThresholdSearch.on(platform)),
         mesh=mesh,
-        in_specs=(LOGITS, REPLICATED, LOGITS, REPLICATED, REPLICATED),
-        out_specs=(REPLICATED, LOGITS),
+        in_specs=(LOGITS, REPLICATED, History.specs(), REPLICATED, REPLICATED),
+        out_specs=(REPLICATED, History.specs()),
         check_vma=False,
     )(logits, rows, history, slots, positions)
 
@@ -254,8 +275,11 @@ def _sample_shard(
 ) -> tuple[Sampled, History]:
     """Samples on one device, which holds a shard of the vocabulary of ``logits`` and ``history``."""
     tokens = _token_ids(logits)
-    scores = _penalise(logits, rows, history, slots)
-    scores = _mask(scores, positions < rows.masked_until, history.allowed[slots])
+    has_history = rows.history_rows != NO_HISTORY
+    history_rows = jnp.where(has_history, rows.history_rows, len(history.counts) - 1)
+    past = jax.tree.map(lambda x: x[history_rows], (history.in_prompt, history.counts, history.bias))
+    scores = jnp.where(has_history[:, None], _penalise(logits, rows, *past), logits)
+    scores = _mask(scores, positions < rows.masked_until, _allowed(history.masks[slots], tokens))
     scores = _perturb(scores, rows, positions, tokens, search)
     best, token = _best(scores, tokens)
     logit = jnp.take_along_axis(logits, token - tokens[0], axis=1)
@@ -267,8 +291,8 @@ def _sample_shard(
         for x in _logprobs(summary, jnp.take_along_axis(logit, device[:, None, None], axis=1)[:, 0])
     ]
     # a token of another device, and one that is not counted, is out of bounds here
-    place = jnp.where(rows.uses_history & (sampled >= tokens[0]), sampled - tokens[0], len(tokens))
-    counts = history.counts.at[slots, place].add(1, mode="drop")
+    place = jnp.where(has_history & (sampled >= tokens[0]), sampled - tokens[0], len(tokens))
+    counts = history.counts.at[history_rows, place].add(1, mode="drop")
     return Sampled(sampled, *logprobs), replace(history, counts=counts)
 
 
@@ -280,18 +304,30 @@ def _token_ids(logits: Float[Array, "B shard"]) -> Int[Array, " shard"]:
 
 @jax.named_scope("penalties")
 def _penalise(
-    logits: Float[Array, "B shard"], rows: SamplingRows, history: History, slots: Int[Array, " B"]
+    logits: Float[Array, "B shard"],
+    rows: SamplingRows,
+    in_prompt: Bool[Array, "B shard"],
+    counts: Int[Array, "B shard"],
+    bias: Float[Array, "B shard"],
 ) -> Float[Array, "B shard"]:
-    """Applies penalties and biases to the rows that have any."""
+    """Applies penalties and biases."""
     repetition, presence, frequency = rows.penalties
-    counts = history.counts[slots]
-    repeated = history.in_prompt[slots] | (counts > 0)
+    repeated = in_prompt | (counts > 0)
     scores = jnp.where(repeated, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
     scores = scores - frequency * counts.astype(jnp.float32) - jnp.where(counts > 0, presence, 0.0)
-    bias = history.bias[slots]
     # clipped: a possible token stays possible, whatever overflows, and padding stays impossible
     scores = jnp.where(jnp.isneginf(bias), -jnp.inf, jnp.clip(scores + bias, -_MAX, _MAX))
-    return jnp.where(rows.uses_history[:, None] & (logits > -jnp.inf), scores, logits)
+    return jnp.where(logits > -jnp.inf, scores, logits)
+
+
+@jax.named_scope("mask")
+def _allowed(words: UInt[Array, "B words"], tokens: Int[Array, " shard"]) -> Bool[Array, "B shard"]:
+    """Returns which tokens of this device's shard masks allow: the bits of a part of their words."""
+    first, size = tokens[0], len(tokens)
+    # 32 bits more than the shard: it may begin inside a word
+    part = jax.lax.dynamic_slice_in_dim(words, first // 32, mask_words(size + 31), axis=1)
+    bits = (part[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return jax.lax.dynamic_slice_in_dim(bits.reshape(len(words), -1), first % 32, size, axis=1) != 0
 
 
 @jax.named_scope("mask")

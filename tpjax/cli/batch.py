@@ -28,6 +28,7 @@ EXAMPLES = """
   tpjax batch ./Llama-3.1-8B-Instruct --input requests.jsonl --output answers.jsonl --tp 8 --max-slots 64
 """
 URLS = ("/v1/chat/completions", "/v1/completions")
+_MOST_SLOTS = 256  # unless told
 _AHEAD = 2  # requests in flight for each slot
 
 
@@ -43,11 +44,14 @@ def run(
         typer.Option("--output", metavar="FILE", help="JSON lines of responses; continued if it is there."),
     ] = ...,  # type: ignore[assignment]
     max_slots: Annotated[
-        int,
+        int | None,
         option(
-            "--max-slots", help="Requests that run at once.", parser=positive_int("requests"), metavar="N"
+            "--max-slots",
+            help="Requests that run at once; unless given, as many as fit, up to 256; 8 on a CPU.",
+            parser=positive_int("requests"),
+            metavar="N",
         ),
-    ] = 8,
+    ] = None,
     generation_config: GenerationConfig = "auto",
     *,
     sharding: Sharding,
@@ -71,8 +75,9 @@ def run(
     def loaded() -> LLM:
         return load(name, sharding, max_slots=max_slots, generation_config=generation_config)
 
-    service = Service(loaded, Path(name).name, max_queue=_AHEAD * max_slots)
-    answers = _answer(service, create_app(service), waiting, output_file, _AHEAD * max_slots)
+    ahead = _AHEAD * (max_slots or _MOST_SLOTS)  # how many there will be is known once it is loaded
+    service = Service(loaded, Path(name).name, max_queue=ahead)
+    answers = _answer(service, create_app(service), waiting, output_file, ahead)
     try:
         failed = asyncio.run(answers)
     except OSError as error:

@@ -50,11 +50,14 @@ def run(
         typer.Option("--served-model-name", metavar="NAME", help="The model's name in the API (M)."),
     ] = None,
     max_slots: Annotated[
-        int,
+        int | None,
         option(
-            "--max-slots", help="Requests that run at once.", parser=positive_int("requests"), metavar="N"
+            "--max-slots",
+            help="Requests that run at once; unless given, as many as fit, up to 256; 8 on a CPU.",
+            parser=positive_int("requests"),
+            metavar="N",
         ),
-    ] = 8,
+    ] = None,
     max_queue: Annotated[
         int,
         option("--max-queue", help="Requests that may wait.", parser=positive_int("requests"), metavar="N"),

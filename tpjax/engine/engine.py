@@ -18,7 +18,7 @@ from tpjax.errors import EngineError
 from tpjax.runtime.limits import MAX_PROMPT_TOKENS
 from tpjax.runtime.rows import NO_TOKEN, Chunk, Row
 from tpjax.runtime.runner import Runner
-from tpjax.sampling import ALL_MASKED_TOKEN, NAN_TOKEN, Sampled
+from tpjax.sampling import ALL_MASKED_TOKEN, NAN_TOKEN, NO_HISTORY, Sampled
 from tpjax.sampling_params import SamplingParams
 
 log = logging.getLogger(__name__)
@@ -127,6 +127,7 @@ class Engine:
             self._prompt_budget,
             limits.steps,
             BlockManager(limits.num_pages, limits.page_size),
+            history_rows=limits.history_rows,
         )
         self._in_flight: _InFlight | None = None
         self._outputs: list[tuple[Request, list[int]]] = []  # read, but not yet returned by ``step``
@@ -334,9 +335,9 @@ class Engine:
 
     def _set_up_slot(self, request: Request) -> None:
         """Uploads a request's history and, if no grammar sets its mask, the tokens before ``min_tokens``."""
-        if request.params.needs_history:
+        if request.history_row is not None:
             self.runner.set_history(
-                _slot(request),
+                request.history_row,
                 request.prompt_token_ids,
                 request.output_token_ids,
                 request.params,
@@ -395,6 +396,7 @@ def _row(request: Request, position: int) -> Row:
         stop_ids=request.stop_ids,
         masked_until=_masked_until(request),
         max_length=request.max_length,
+        history_row=NO_HISTORY if request.history_row is None else request.history_row,
     )
 
 

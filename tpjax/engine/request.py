@@ -69,6 +69,7 @@ class Request:
         arrival: its number in order of arrival.
         queued: whether it waits for a slot.
         slot: its place in the batch while it runs.
+        history_row: where its penalties and biases are kept while it runs, if it needs them.
         pages: cache pages it holds, in order of position.
         prefill_token_ids: tokens to prefill before it can decode: the prompt and, if it was preempted, its
             output.
@@ -97,6 +98,7 @@ class Request:
     arrival: int = 0
     queued: bool = False
     slot: int | None = None
+    history_row: int | None = None
     pages: list[int] = field(default_factory=list)
     prefill_token_ids: list[int] = field(default_factory=list)
     prefill_start: int = 0

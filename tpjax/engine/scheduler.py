@@ -83,6 +83,7 @@ class Scheduler:
         budget: returns the prompt tokens that a step may take beside the requests it decodes.
         steps: decode steps of a long dispatch, which is used if nothing can come in between.
         blocks: the cache pages.
+        history_rows: requests with penalties or biases that run at once; ``None``: ``max_slots``.
 
     Attributes:
         max_model_len: as given.
@@ -105,6 +106,7 @@ class Scheduler:
         budget: Callable[[Sequence[Request]], int],
         steps: int,
         blocks: BlockManager,
+        history_rows: int | None = None,
     ) -> None:
         self.max_model_len = max_model_len
         self.steps = steps
@@ -119,7 +121,9 @@ class Scheduler:
         self._score_shape = score_shape
         self._budget = budget
         self._max_slots = max_slots
+        self._history_rows = max_slots if history_rows is None else history_rows
         self._free_slots = list(range(max_slots - 1, -1, -1))
+        self._free_history_rows = list(range(self._history_rows - 1, -1, -1))
         self._arrivals = itertools.count()
         # head of the queue and ``blocks.changes`` when it did not fit: it cannot fit before they change
         self._did_not_fit: tuple[Request, int] | None = None
@@ -193,10 +197,11 @@ class Scheduler:
         ran = set(self.running)
         self.waiting = deque(one for one in self.waiting if one not in ran)
         for one in (*ran, *self.waiting):
-            one.slot, one.queued = None, one not in ran
+            one.slot, one.history_row, one.queued = None, None, one not in ran
             one.pages.clear()
         self.blocks.clear()
         self._free_slots = list(range(self._max_slots - 1, -1, -1))
+        self._free_history_rows = list(range(self._history_rows - 1, -1, -1))
         self._did_not_fit = None
         self.running = []
 
@@ -223,8 +228,11 @@ class Scheduler:
             pass
 
     def _admit_head(self) -> bool:
-        """Gives a slot and pages to the first in the queue, if it fits."""
+        """Gives a slot, pages and, if it needs one, a history to the first in the queue, if they are free."""
         request, blocks = self.waiting[0], self.blocks
+        needs_history = request.params.needs_history
+        if needs_history and not self._free_history_rows:
+            return False
         if self._did_not_fit == (request, blocks.changes):
             return False
         tokens, page_size = request.num_tokens, blocks.page_size
@@ -244,6 +252,7 @@ class Scheduler:
             return False
         request.pages = blocks.acquire(found) + blocks.allocate(new)
         request.slot = self._free_slots.pop()
+        request.history_row = self._free_history_rows.pop() if needs_history else None
         request.prefill_token_ids = request.token_ids(0, tokens)
         request.prefill_start = request.prefilled = len(found) * page_size
         request.inserted_pages = len(found)
@@ -361,6 +370,9 @@ class Scheduler:
         if request.slot is not None:
             self._free_slots.append(request.slot)
             request.slot = None
+        if request.history_row is not None:
+            self._free_history_rows.append(request.history_row)
+            request.history_row = None
         self.blocks.release(request.pages)
 
 

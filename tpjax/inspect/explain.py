@@ -116,7 +116,7 @@ def explain_model(
         weight_bytes=weight_bytes,
         memory=memory,
         max_model_len=max_model_len,
-        max_slots=8,
+        max_slots=None,
     )
     return explain(Runner(decoder, mesh, limits, kind), name=model)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from tpjax.config import Dtype, check_choice
 from tpjax.errors import ConfigError
 
+MASK_BATCH = 16  # slots whose masks one upload sets, at most
 PAGE_SIZE = 128  # positions per cache page
 STEPS = {"cpu": 4, "tpu": 4}  # decode steps of one dispatch at most; elsewhere 1
 _FEW_SLOTS = 8  # up to here decode batches double, beyond they grow fourfold
@@ -57,6 +58,7 @@ class Limits:
             the page size or is a multiple of it.
         mixed_shapes: how many of these, the smallest ones, run in steps that decode other rows too.
         steps: decode steps of one dispatch, at most.
+        max_histories: sequences with penalties or biases decoded at once; ``None``: ``max_slots``.
 
     Raises:
         ConfigError: a size is too small, or two of them do not fit together.
@@ -69,11 +71,16 @@ class Limits:
     chunk_shapes: tuple[ChunkShape, ...] = _CPU_CHUNKS
     mixed_shapes: int = 2
     steps: int = 4
+    max_histories: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_slots", "max_model_len", "page_size", "steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is less than 1")
+        if not 1 <= self.history_rows <= self.max_slots:
+            raise ConfigError(
+                f"max_histories={self.max_histories} is not between 1 and max_slots={self.max_slots}"
+            )
         for shape in self.chunk_shapes:
             if shape.length % self.page_size and self.page_size % shape.length:
                 raise ConfigError(
@@ -90,6 +97,16 @@ class Limits:
                 f"num_pages={self.num_pages} cannot hold one sequence of max_model_len={self.max_model_len}: "
                 f"that takes {self.blocks + 1} pages of {self.page_size}, the null page included"
             )
+
+    @property
+    def mask_batch(self) -> int:
+        """Slots whose masks one upload sets."""
+        return min(self.max_slots, MASK_BATCH)
+
+    @property
+    def history_rows(self) -> int:
+        """Sequences with penalties or biases decoded at once."""
+        return self.max_slots if self.max_histories is None else self.max_histories
 
     @property
     def blocks(self) -> int:

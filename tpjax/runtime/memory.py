@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -12,6 +12,7 @@ from tpjax import cache as kv
 from tpjax.config import ModelConfig
 from tpjax.errors import ConfigError
 from tpjax.runtime.limits import MAX_PROMPT_TOKENS, PAGE_SIZE, STEPS, Limits, chunk_shapes
+from tpjax.sampling import HISTORY_BYTES, mask_words
 from tpjax.sharding import head_plan, pad_to_multiple
 
 # Bytes of the cache on a CPU, whose memory is shared with everything else, unless one sequence needs more:
@@ -19,6 +20,13 @@ from tpjax.sharding import head_plan, pad_to_multiple
 _CPU_CACHE_BYTES = 2**30
 # Fraction left to what is not planned: the allocator's fragments, collectives' buffers, loaded programs.
 _RESERVED = 0.08
+# Fraction of a device's memory for penalties and biases, and the sequences that may have some in any case.
+_HISTORIES = 0.01
+_LEAST_HISTORIES = 8
+# Sequences decoded at once unless told: on a CPU, and elsewhere at most. Each may then have this many tokens.
+_CPU_SLOTS = 8
+_SLOTS = (256, 128, 64, 32, 16, 8, 4, 2)
+_SLOT_TOKENS = 1024
 _MOST_TP = 64
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -62,11 +70,12 @@ def plan_limits(
     weight_bytes: int,
     memory: DeviceMemory | None,
     max_model_len: int | None,
-    max_slots: int,
+    max_slots: int | None,
 ) -> Limits:
     """Chooses the sizes of slots, context and cache.
 
-    The cache holds ``max_slots`` sequences of full length if there is room, and at least one.
+    The cache holds ``max_slots`` sequences of full length if there is room, and at least one. How many of
+    them may have penalties or biases at once: :func:`max_histories`.
 
     Args:
         config: the architecture.
@@ -75,7 +84,8 @@ def plan_limits(
         weight_bytes: bytes of the weights on each device.
         memory: memory of each device; ``None``: enough.
         max_model_len: tokens of the longest sequence; ``None``: the model's longest context, if it fits.
-        max_slots: sequences decoded at once.
+        max_slots: sequences decoded at once; ``None``: 8 on a CPU, elsewhere the largest power of two up to
+            256 of which each has cache pages for 1,024 tokens, or for ``max_model_len`` if that is less.
 
     Raises:
         ConfigError: ``max_model_len`` exceeds the model's longest context, or the model does not fit; the
@@ -84,18 +94,20 @@ def plan_limits(
     longest = config.longest_context
     if max_model_len is not None and not 1 <= max_model_len <= longest:
         raise ConfigError(f"max_model_len={max_model_len} is not between 1 and the model's {longest}")
-    if max_slots < 1:
+    if max_slots is not None and max_slots < 1:
         raise ConfigError(f"max_slots={max_slots} is less than 1")
     platform = "cpu" if memory is None else memory.platform
     page_bytes = kv.page_bytes_per_device(config, tp, PAGE_SIZE, dtype, platform)
-    workspace = workspace_bytes(config, tp, dtype, max_slots)
+    if max_slots is None:
+        max_slots = _slots_with_room(config, tp, dtype, weight_bytes, memory, max_model_len or longest)
     wanted = -(-(max_model_len or longest) // PAGE_SIZE)
     pages = wanted * max_slots
     if memory is not None:
-        room = (memory.free - weight_bytes - workspace) // page_bytes - 1  # the null page
+        need = _need(config, tp, dtype, weight_bytes, memory, max_slots)
+        room = (memory.free - need.total) // page_bytes - 1  # the null page
         least = 1 if max_model_len is None else wanted
         if room < least:
-            need = MemoryNeed(weight_bytes, workspace, (least + 1) * page_bytes)
+            need = replace(need, cache=(least + 1) * page_bytes)
             raise ConfigError(_does_not_fit(config, tp, dtype, need, memory, max_model_len, max_slots))
         cap = room if memory.cache_cap is None else min(room, max(least, memory.cache_cap // page_bytes))
         pages = min(pages, cap)
@@ -108,6 +120,58 @@ def plan_limits(
         page_size=PAGE_SIZE,
         chunk_shapes=chunk_shapes(platform),
         steps=STEPS.get(platform, 1),
+        max_histories=max_histories(config, tp, max_slots, memory),
+    )
+
+
+def max_histories(config: ModelConfig, tp: int, max_slots: int, memory: DeviceMemory | None) -> int:
+    """Returns how many sequences may have penalties or biases at once; further ones wait for one of these.
+
+    Each takes 9 bytes for every token of the vocabulary, shared by the devices: 2.25 MiB for 262,144 tokens
+    on one device, 141 KiB a device for 128,256 on eight. All slots have one if together they take at most 1%
+    of a device's free memory, else as many as do, and 8 in any case.
+    """
+    if memory is None:
+        return max_slots
+    row = pad_to_multiple(config.vocab_size, tp) // tp * HISTORY_BYTES
+    return min(max_slots, max(_LEAST_HISTORIES, int(memory.free * _HISTORIES) // row - 1))  # one is spare
+
+
+def sampler_bytes(config: ModelConfig, tp: int, max_slots: int, histories: int) -> int:
+    """Returns the bytes of penalties, biases and masks on each device, spare rows included."""
+    padded = pad_to_multiple(config.vocab_size, tp)
+    masks = (max_slots + 1) * (mask_words(padded) + 1) * 4
+    return (histories + 1) * (padded // tp) * HISTORY_BYTES + masks
+
+
+def _slots_with_room(
+    config: ModelConfig,
+    tp: int,
+    dtype: jnp.dtype,
+    weight_bytes: int,
+    memory: DeviceMemory | None,
+    longest: int,
+) -> int:
+    """Returns how many sequences the devices have room for; see :func:`plan_limits`."""
+    if memory is None or memory.platform == "cpu":
+        return _CPU_SLOTS
+    pages = -(-min(longest, _SLOT_TOKENS) // PAGE_SIZE)
+    sequence = pages * kv.page_bytes_per_device(config, tp, PAGE_SIZE, dtype, memory.platform)
+    for slots in _SLOTS:
+        if _need(config, tp, dtype, weight_bytes, memory, slots).total + slots * sequence <= memory.free:
+            return slots
+    return 1
+
+
+def _need(
+    config: ModelConfig, tp: int, dtype: jnp.dtype, weight_bytes: int, memory: DeviceMemory, max_slots: int
+) -> MemoryNeed:
+    """Returns what is needed on each device besides the cache."""
+    histories = max_histories(config, tp, max_slots, memory)
+    return MemoryNeed(
+        weight_bytes,
+        workspace_bytes(config, tp, dtype, max_slots),
+        sampler_bytes(config, tp, max_slots, histories),
     )
 
 
@@ -115,7 +179,8 @@ def workspace_bytes(config: ModelConfig, tp: int, dtype: jnp.dtype, max_slots: i
     """Estimates the temporary bytes of the largest program on each device.
 
     In prefill these are a handful of residuals and of the layer's widest products; in a decode step the
-    logits, of which the search for a threshold compares fifteen candidates at once.
+    logits, of which sampling takes five copies on a TPU and eight on a CPU, and as much again for what the
+    compilers of other devices keep.
     """
     plan = head_plan(config, tp)
     qkv = plan.num_head_slots * (plan.group_size + 2) * config.attention.head_dim
@@ -123,7 +188,7 @@ def workspace_bytes(config: ModelConfig, tp: int, dtype: jnp.dtype, max_slots: i
     itemsize = max(jnp.dtype(dtype).itemsize, 2)
     prefill = MAX_PROMPT_TOKENS * itemsize * (8 * config.hidden_size + 5 * (qkv + gate_up) // tp)
     logits = pad_to_multiple(config.vocab_size, tp) // tp * 4
-    return max(prefill, 20 * max_slots * logits, 2 * PAGE_SIZE * logits)
+    return max(prefill, 10 * max_slots * logits, 2 * PAGE_SIZE * logits)
 
 
 @dataclass(frozen=True)
@@ -132,12 +197,13 @@ class MemoryNeed:
 
     weights: int
     workspace: int
-    cache: int
+    sampler: int
+    cache: int = 0
 
     @property
     def total(self) -> int:
         """Bytes of all together."""
-        return self.weights + self.workspace + self.cache
+        return self.weights + self.workspace + self.sampler + self.cache
 
 
 def _does_not_fit(
@@ -151,7 +217,7 @@ def _does_not_fit(
 ) -> str:
     page_bytes = kv.page_bytes_per_device(config, tp, PAGE_SIZE, dtype, memory.platform)
     ways = []
-    pages = (memory.free - need.weights - need.workspace) // page_bytes - 1
+    pages = (memory.free - need.total + need.cache) // page_bytes - 1
     if max_model_len is not None and pages > 0:
         ways.append(f"max_model_len={pages * PAGE_SIZE}")
     if jnp.dtype(dtype).itemsize == 4 and need.total // 2 <= memory.free:
@@ -160,10 +226,9 @@ def _does_not_fit(
     wider = [] if shared else range(tp + 1, _MOST_TP + 1)
     for more in wider:
         pages = need.cache // page_bytes
-        there = MemoryNeed(
-            need.weights * tp // more,
-            workspace_bytes(config, more, dtype, max_slots),
-            pages * kv.page_bytes_per_device(config, more, PAGE_SIZE, dtype, memory.platform),
+        there = replace(
+            _need(config, more, dtype, need.weights * tp // more, memory, max_slots),
+            cache=pages * kv.page_bytes_per_device(config, more, PAGE_SIZE, dtype, memory.platform),
         )
         if there.total <= memory.free:
             ways.append(f"tp={more}")
@@ -172,8 +237,9 @@ def _does_not_fit(
     advice = f"what would fit: {' or '.join(ways)}" if ways else "nothing smaller fits"
     return (
         f"the model does not fit: at tp={tp} in {jnp.dtype(dtype).name} each device needs "
-        f"{human_bytes(need.weights)} for weights, {human_bytes(need.workspace)} for temporaries and "
-        f"{human_bytes(need.cache)} to cache {length}, together {human_bytes(need.total)}, and has "
+        f"{human_bytes(need.weights)} for weights, {human_bytes(need.workspace)} for temporaries, "
+        f"{human_bytes(need.sampler)} for penalties and masks and {human_bytes(need.cache)} to cache "
+        f"{length}, together {human_bytes(need.total)}, and has "
         f"{human_bytes(memory.free)}; {advice}"
     )
 

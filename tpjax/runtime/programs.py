@@ -185,7 +185,7 @@ class Programs:
             ),
             ProgramSpec("step_and_score", limits.max_slots, limits.score_chunks),
             ProgramSpec("set_history"),
-            ProgramSpec("set_masks", limits.max_slots),
+            ProgramSpec("set_masks", limits.mask_batch),
         ]
 
     def get(self, spec: ProgramSpec) -> jax.stages.Compiled:

@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from tpjax.cache import NULL_PAGE
 from tpjax.runtime.limits import ChunkShape, Limits
-from tpjax.sampling import SamplingRows
+from tpjax.sampling import NO_HISTORY, SamplingRows
 from tpjax.sampling_params import SamplingParams
 from tpjax.sharding import Leaf
 
@@ -24,7 +24,7 @@ class Row:
     """One sequence's part in a dispatch.
 
     Attributes:
-        slot: index of its last token and history in the device state, 0 to max_slots - 1.
+        slot: index of its last token and mask in the device state, 0 to max_slots - 1.
         position: position of the next token to feed.
         pages: its cache pages, in order of position.
         params: sampling parameters.
@@ -34,6 +34,8 @@ class Row:
         masked_until: before this position, only tokens that :meth:`Runner.set_masks` allows its slot are
             sampled.
         max_length: maximum length of the sequence, prompt and output: some rotary embeddings depend on it.
+        history_row: index of its history in the device state, 0 to history_rows - 1; read if its parameters
+            need one.
     """
 
     slot: int
@@ -45,6 +47,7 @@ class Row:
     stop_ids: Sequence[int] = ()
     masked_until: int = 0
     max_length: int = 0
+    history_row: int = NO_HISTORY
 
     def plain_greedy(self, tokens: int = 1) -> bool:
         """Whether the plain variant of :func:`tpjax.sampling.sample` fits the token after ``tokens`` fed."""
@@ -94,7 +97,11 @@ class PackedRows:
             stop_ids[i, : len(row.stop_ids)] = row.stop_ids[:STOP_IDS]
             tables[i, : len(row.pages)] = row.pages
         sampling = SamplingRows.pack(
-            [row.params for row in rows], [row.seed for row in rows], [row.masked_until for row in rows], size
+            [row.params for row in rows],
+            [row.seed for row in rows],
+            [row.masked_until for row in rows],
+            [row.history_row for row in rows],
+            size,
         )
         return cls(ints, stop_ids, tables, sampling)  # type: ignore[arg-type]
 

@@ -117,6 +117,7 @@ class Runner:
             sequence_parallel=sequence_parallel,
         )
         self.state_resets = 0
+        self._masks: dict[int, np.ndarray] = {}  # as last uploaded, by slot
         self._state: DeviceState | None = None  # allocated at the first dispatch: explain needs no memory
 
     # --- what the engine calls -----------------------------------------------------------------------------
@@ -176,16 +177,16 @@ class Runner:
 
     def set_history(
         self,
-        slot: int,
+        row: int,
         prompt_token_ids: Sequence[int],
         output_token_ids: Sequence[int],
         params: SamplingParams,
         barred_ids: Sequence[int] = (),
     ) -> None:
-        """Sets a slot's history and biases.
+        """Sets a row of the history: counts and biases of a sequence.
 
         Args:
-            slot: the slot.
+            row: 0 to ``limits.history_rows`` - 1.
             prompt_token_ids: tokens of its prompt.
             output_token_ids: tokens of its output so far.
             params: tokens that ``allowed_token_ids`` leaves out get a bias of minus infinity.
@@ -203,20 +204,28 @@ class Runner:
             others[list(params.allowed_token_ids)] = False
             bias[0, others] = -np.inf
         bias[0, list(barred_ids)] = -np.inf
-        self._dispatch(ProgramSpec("set_history"), np.int32(slot), in_prompt, counts, bias)
+        self._dispatch(ProgramSpec("set_history"), np.int32(row), in_prompt, counts, bias)
 
     def set_masks(self, masks: Mapping[int, np.ndarray]) -> None:
-        """Sets the tokens that slots may sample next.
+        """Sets the tokens that slots may sample next; uploads the masks that differ from the last upload.
 
         Args:
             masks: per slot uint32 [ceil(V / 32)]: bit ``i`` of word ``w`` allows token ``32 * w + i``.
         """
-        spec = ProgramSpec("set_masks", self.limits.max_slots)
-        slots = np.full(spec.batch, self.limits.max_slots, np.int32)  # the spare slot
-        words = np.zeros((spec.batch, mask_words(self.config.vocab_size)), np.uint32)
-        for row, (slot, mask) in enumerate(masks.items()):
-            slots[row], words[row] = slot, mask
-        self._dispatch(spec, slots, words)
+        changed = [
+            (slot, mask)
+            for slot, mask in masks.items()
+            if slot not in self._masks or not np.array_equal(self._masks[slot], mask)
+        ]
+        spec = ProgramSpec("set_masks", self.limits.mask_batch)
+        for start in range(0, len(changed), spec.batch):
+            slots = np.full(spec.batch, self.limits.max_slots, np.int32)  # the spare slot
+            words = np.zeros((spec.batch, mask_words(self.config.vocab_size)), np.uint32)
+            part = changed[start : start + spec.batch]
+            for row, (slot, mask) in enumerate(part):
+                slots[row], words[row] = slot, mask
+            self._dispatch(spec, slots, words)
+            self._masks |= {slot: words[row] for row, (slot, _) in enumerate(part)}
 
     def reset(self) -> None:
         """Frees the state; the next dispatch begins with a state of zeros."""
@@ -306,5 +315,6 @@ class Runner:
 
     def _lose(self, state: DeviceState | None) -> None:
         self.state_resets += 1
+        self._masks.clear()
         if state is not None:
             state.delete()

@@ -26,7 +26,7 @@ class DeviceState:
     Attributes:
         cache: keys and values.
         tokens: last token of each slot. The last slot is spare: padding rows use it.
-        history: what penalties, biases and masks need; it has the spare slot too.
+        history: what penalties, biases and masks need; masks have the spare slot too.
     """
 
     cache: PagedKVCache
@@ -48,12 +48,12 @@ class DeviceState:
             limits: number of slots and pages.
             dtype: of the cache.
         """
-        slots = limits.max_slots + 1
-        tokens: Any = jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=NamedSharding(mesh, REPLICATED))
+        shape, replicated = (limits.max_slots + 1,), NamedSharding(mesh, REPLICATED)
+        tokens: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated)
         cache = kv.abstract(config, mesh, num_pages=limits.num_pages, page_size=limits.page_size, dtype=dtype)
-        return cls(
-            cache, tokens, History.abstract(slots, pad_to_multiple(config.vocab_size, mesh.size), mesh)
-        )
+        padded_vocab = pad_to_multiple(config.vocab_size, mesh.size)
+        history = History.abstract(limits.max_slots, limits.history_rows, padded_vocab, mesh)
+        return cls(cache, tokens, history)
 
     def formats(self) -> DeviceState:
         """Returns the memory layout and sharding of each buffer, as a tree of the same structure."""

@@ -17,7 +17,7 @@ from tpjax.cache import BatchMetadata, TokenGroup
 from tpjax.model import Decoder
 from tpjax.runtime.rows import NO_TOKEN, PackedRows, PackedStep
 from tpjax.runtime.state import DeviceState
-from tpjax.sampling import History, Sampled, sample
+from tpjax.sampling import Sampled, sample
 from tpjax.sampling import score as score_tokens
 from tpjax.sharding import REPLICATED, SEQUENCE_PARALLEL, constrain, pad_to_multiple
 
@@ -124,19 +124,19 @@ def score(
 
 def set_history(
     state: DeviceState,
-    slot: Int[Array, ""],
+    row: Int[Array, ""],
     in_prompt: Bool[Array, "1 V"],
     counts: Int[Array, "1 V"],
     bias: Float[Array, "1 V"],
 ) -> tuple[DeviceState]:
-    """Replaces a slot's history; the tokens that its mask allows stay."""
+    """Replaces a row of the history."""
     history = state.history
-    corner = (slot, jnp.int32(0))
-    history = History(
-        jax.lax.dynamic_update_slice(history.in_prompt, in_prompt, corner),
-        jax.lax.dynamic_update_slice(history.counts, counts, corner),
-        jax.lax.dynamic_update_slice(history.bias, bias, corner),
-        history.allowed,
+    corner = (row, jnp.int32(0))
+    history = replace(
+        history,
+        in_prompt=jax.lax.dynamic_update_slice(history.in_prompt, in_prompt, corner),
+        counts=jax.lax.dynamic_update_slice(history.counts, counts, corner),
+        bias=jax.lax.dynamic_update_slice(history.bias, bias, corner),
     )
     return (replace(state, history=history),)
 
@@ -144,13 +144,9 @@ def set_history(
 def set_masks(
     state: DeviceState, slots: Int[Array, " B"], words: UInt[Array, "B words"]
 ) -> tuple[DeviceState]:
-    """Replaces the tokens that slots may sample next; bit ``i`` of word ``w`` allows token ``32 * w + i``."""
-    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-    padded_vocab = state.history.allowed.shape[1]
-    allowed = bits.reshape(len(slots), -1)[:, :padded_vocab].astype(jnp.bool_)
-    allowed = jnp.pad(allowed, ((0, 0), (0, padded_vocab - allowed.shape[1])))
-    history = replace(state.history, allowed=state.history.allowed.at[slots].set(allowed))
-    return (replace(state, history=history),)
+    """Replaces the masks of slots."""
+    masks = state.history.masks.at[slots, : words.shape[1]].set(words)
+    return (replace(state, history=replace(state.history, masks=masks)),)
 
 
 def _run(

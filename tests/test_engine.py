@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from tpjax import LLM, SamplingParams
 from tpjax.engine.engine import Engine
+from tpjax.engine.masks import pack_mask
 from tpjax.engine.request import Request
 from tpjax.errors import RequestError
 from tpjax.runtime.limits import ChunkShape, Limits
@@ -465,3 +466,31 @@ def test_real_grammar(llm: LLM) -> None:
     run(llm, [free, bound])
     assert bound.output_token_ids == list(range(40, 52))
     assert free.output_token_ids == alone.output_token_ids
+
+
+def test_only_masks_that_changed_are_uploaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at a time; after the state is lost all are uploaded again."""
+    monkeypatch.setattr("tpjax.runtime.limits.MASK_BATCH", 2)
+    runner = LLM(GOLDENS / "llama", tp=2, max_model_len=128, max_slots=3).runner
+    uploads: list[list[int]] = []
+    dispatch = runner._dispatch
+
+    def watch(spec: Any, slots: np.ndarray, words: np.ndarray) -> Any:
+        uploads.append([slot for slot in slots.tolist() if slot != 3])
+        return dispatch(spec, slots, words)
+
+    monkeypatch.setattr(runner, "_dispatch", watch)
+    masks = {slot: pack_mask(131, [slot, 7, 128 + slot]) for slot in range(3)}
+    runner.set_masks(masks)
+    assert uploads == [[0, 1], [2]]
+    runner.set_masks(masks)
+    masks[1][0] ^= 2  # the caller may go on using its array
+    runner.set_masks(masks)
+    assert uploads[2:] == [[1]]
+    held = np.asarray(runner.state.history.masks)
+    np.testing.assert_array_equal(held[:3, :5], [masks[slot] for slot in range(3)])
+    assert not held[:, 5:].any()
+    runner.reset()
+    runner.set_masks({2: masks[2]})
+    assert uploads[3:] == [[2]]
+    np.testing.assert_array_equal(np.asarray(runner.state.history.masks)[[0, 2], :5], [[0] * 5, masks[2]])

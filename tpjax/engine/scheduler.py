@@ -69,6 +69,9 @@ class Scheduler:
     only; if pages run out, the last of them is preempted: it releases its pages, waits again, and its tokens
     are recomputed (or found in the prefix cache) when it is admitted again.
 
+    A request with penalties or biases takes a row of the device's history as well. Where none is free it
+    waits, and so does what comes after it: nobody is overtaken.
+
     The devices run behind the host: ``Request.dispatched_tokens`` counts what has been dispatched,
     ``output_token_ids`` holds what has been read. Rows with a grammar, which has to see each token before the
     next is dispatched, do not hold up the others. Pages can be reassigned while a dispatch that writes to

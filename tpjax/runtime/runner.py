@@ -225,7 +225,7 @@ class Runner:
             for row, (slot, mask) in enumerate(part):
                 slots[row], words[row] = slot, mask
             self._dispatch(spec, slots, words)
-            self._masks |= {slot: words[row] for row, (slot, _) in enumerate(part)}
+            self._masks |= {slot: mask.copy() for slot, mask in part}
 
     def reset(self) -> None:
         """Frees the state; the next dispatch begins with a state of zeros."""

@@ -54,7 +54,9 @@ class Arrays:
         self._arrays = arrays
         self.tensors = {name: TensorInfo(x.shape, x.dtype) for name, x in arrays.items()}
 
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+    def read(
+        self, name: str, index: tuple[slice, ...] | None = None, memory: np.ndarray | None = None
+    ) -> np.ndarray:
         return self._arrays[name][index or ()]
 
 

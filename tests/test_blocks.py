@@ -59,7 +59,13 @@ def test_transpose(dtype: type, jax_has_a_cpu: bool, monkeypatch: pytest.MonkeyP
 def test_jax_takes_aligned_memory_as_it_is() -> None:
     """No second copy of the weights: what is loaded is what was filled."""
     for dtype in DTYPES:
-        memory = blocks.empty((7, 1001), dtype, zeros=True)
-        array = jax.device_put(memory, jax.devices("cpu")[0])
-        assert array.unsafe_buffer_pointer() == memory.ctypes.data
-        assert not memory.any()
+        shapes = [(7, 1001), (), (0, 3), (5,), (129, 3, 1)]
+        arrays = blocks.empty(shapes, dtype, zeros=True)
+        assert [array.shape for array in arrays] == shapes
+        for number, memory in enumerate(arrays, start=1):
+            array = jax.device_put(memory, jax.devices("cpu")[0])
+            assert memory.size == 0 or array.unsafe_buffer_pointer() == memory.ctypes.data
+            assert memory.dtype == dtype and not memory.any()
+            memory[...] = number  # none overlaps another
+        for number, memory in enumerate(arrays, start=1):
+            assert (memory == number).all()

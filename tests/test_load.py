@@ -260,8 +260,10 @@ class Counting:
         self.elements: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        out = self._source.read(name, index)
+    def read(
+        self, name: str, index: tuple[slice, ...] | None = None, memory: np.ndarray | None = None
+    ) -> np.ndarray:
+        out = self._source.read(name, index, memory)
         with self._lock:
             self.elements[name] = self.elements.get(name, 0) + out.size
         return out

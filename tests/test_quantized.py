@@ -30,7 +30,7 @@ class ArraySource:
         }
         self.shapes: dict[str, tuple[int, ...]] = {}
 
-    def read(self, name: str, index: Box | None = None) -> np.ndarray:
+    def read(self, name: str, index: Box | None = None, memory: np.ndarray | None = None) -> np.ndarray:
         out = self._arrays[name][index or ()].copy()
         self.shapes[name] = out.shape
         return out

@@ -32,8 +32,8 @@ T = TypeVar("T")
 class Canonical(Protocol):
     """Tensors by canonical names."""
 
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Reads a box of a tensor."""
+    def read(self, name: str, index: tuple[slice, ...], memory: np.ndarray | None = None) -> np.ndarray:
+        """Reads a box of a tensor, into ``memory`` if that can be done as it is read."""
         ...
 
     def itemsize(self, name: str) -> int:
@@ -82,10 +82,14 @@ class Block:
     places: tuple[tuple[tuple[slice, ...], np.ndarray], ...]
 
     def move(self, source: Canonical) -> None:
-        """Reads the box and copies it to its places."""
-        values = source.read(self.name, self.box)
+        """Reads the box and copies it to its places; it is read in place if all of it goes to one."""
+        shape = tuple(one.stop - one.start for one in self.box)
+        whole = next((target for _, target in self.places if target.shape == shape), None)
+        values = source.read(self.name, self.box, whole)
+        in_place = whole is not None and values.ctypes.data == whole.ctypes.data
         for part, target in self.places:
-            copy_into(target, values[part])
+            if not (in_place and target is whole):
+                copy_into(target, values[part])
 
 
 def fill(orders: Iterable[Order[T]], source: Canonical) -> Iterator[Order[T]]:

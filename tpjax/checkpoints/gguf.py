@@ -18,7 +18,7 @@ from gguf.quants import dequantize
 
 from tpjax.checkpoints.source import (
     TensorInfo,
-    extents,
+    array_for,
     lookup,
     open_regular,
     read_box,
@@ -108,7 +108,9 @@ class GGUFFile:
         lookup(self.tensors, name, self.path)
         return self._tensors[name].kind.name
 
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+    def read(
+        self, name: str, index: tuple[slice, ...] | None = None, memory: np.ndarray | None = None
+    ) -> np.ndarray:
         """Reads a tensor or a box of it, dequantised to float32; see `TensorSource.read`.
 
         Only the rows asked for are read, and of each row only the quantisation blocks that the columns
@@ -118,7 +120,7 @@ class GGUFFile:
         tensor = self._tensors[name]
         block_size, type_size = GGML_QUANT_SIZES[tensor.kind]
         box = to_box(info.shape, index)
-        out = np.empty(extents(box), np.float32)
+        out = array_for(box, info.dtype, memory)
         if out.size == 0:
             return out
         *lead, (first, last) = box

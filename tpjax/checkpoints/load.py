@@ -300,18 +300,17 @@ def check_tensors(checkpoint: Checkpoint, declared: Iterable[Parameter]) -> None
 
 def _order(parameter: Parameter) -> Order[Parameter]:
     """Allocates the slices of a parameter on this process's devices; replicas share one array."""
-    parts = {}
-    dtype = np.dtype(parameter.dtype)
-    for index in parameter.sharding.addressable_devices_indices_map(parameter.layout.shape).values():
-        bounds = _bounds(index, parameter.layout.shape)
-        if bounds not in parts:
-            shape = tuple(stop - start for start, stop in bounds)
-            zeros = parameter.layout.content(tuple(slice(*bound) for bound in bounds)).zeros > 0
-            if parameter.out_first:
-                parts[bounds] = blocks.empty(shape[::-1], dtype, zeros=zeros).T
-            else:
-                parts[bounds] = blocks.empty(shape, dtype, zeros=zeros)
-    return Order(parameter, parameter.layout, parts, parameter.canonical)
+    layout = parameter.layout
+    indices = parameter.sharding.addressable_devices_indices_map(layout.shape).values()
+    wanted = list(dict.fromkeys(_bounds(index, layout.shape) for index in indices))
+    shapes = [tuple(stop - start for start, stop in bounds) for bounds in wanted]
+    zeros = any(layout.content(tuple(slice(*bound) for bound in bounds)).zeros for bounds in wanted)
+    if parameter.out_first:
+        shapes = [shape[::-1] for shape in shapes]
+    arrays = blocks.empty(shapes, np.dtype(parameter.dtype), zeros=zeros)
+    if parameter.out_first:
+        arrays = [array.T for array in arrays]
+    return Order(parameter, layout, dict(zip(wanted, arrays, strict=True)), parameter.canonical)
 
 
 def _array(parameter: Parameter, parts: Mapping[tuple[tuple[int, int], ...], np.ndarray]) -> jax.Array:
@@ -421,14 +420,20 @@ class CanonicalSource:
         axes = len(stored.shape) - (at.place is not None)
         return int(axes == 2 and at.heads is None and at.transposed != stored.columns_first)
 
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Reads a slice of a tensor, and no more of the file than it spans there."""
+    def read(self, name: str, index: tuple[slice, ...], memory: np.ndarray | None = None) -> np.ndarray:
+        """Reads a slice of a tensor, and no more of the file than it spans there.
+
+        Args:
+            name: canonical name.
+            index: the slice.
+            memory: an array for the result, used if it can be read straight into it.
+        """
         at = self.locate(name)
         if at.heads is not None:
             values = self._files.read(at.name).reshape(-1)
             return (values if at.rows is None else values[at.rows])[index]
         if at.rows is None:
-            values = self._read(at, index)
+            values = self._read(at, index, None if at.offset else memory)
         else:
             wanted = at.rows[index[0]]
             first = int(wanted.min())
@@ -437,13 +442,18 @@ class CanonicalSource:
                 values = values[wanted - first]
         return values - at.offset if at.offset else values
 
-    def _read(self, at: TensorMapping, index: tuple[slice, ...]) -> np.ndarray:
-        box = index[::-1] if at.transposed else index
+    def _read(
+        self, at: TensorMapping, index: tuple[slice, ...], memory: np.ndarray | None = None
+    ) -> np.ndarray:
+        if at.transposed:
+            return self._read_box(at, index[::-1], None if memory is None else memory.T).T
+        return self._read_box(at, index, memory)
+
+    def _read_box(self, at: TensorMapping, box: tuple[slice, ...], memory: np.ndarray | None) -> np.ndarray:
         if at.place is None:
-            values = self._files.read(at.name, box)
-        else:
-            values = self._files.read(at.name, (slice(at.place, at.place + 1), *box))[0]
-        return values.T if at.transposed else values
+            return self._files.read(at.name, box, memory)
+        stacked = None if memory is None else memory[None]
+        return self._files.read(at.name, (slice(at.place, at.place + 1), *box), stacked)[0]
 
 
 def _gguf_view(file: GGUFFile, architecture: GGUFArchitecture) -> GGUFView:

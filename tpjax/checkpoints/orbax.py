@@ -80,7 +80,9 @@ class OrbaxCheckpoint:
             }
         self.tensors: Mapping[str, TensorInfo] = stored
 
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+    def read(
+        self, name: str, index: tuple[slice, ...] | None = None, memory: np.ndarray | None = None
+    ) -> np.ndarray:
         """Reads a tensor or a box of it; see `TensorSource.read`."""
         import tensorstore
 

@@ -89,11 +89,13 @@ class _BlockScaledSource:
                 f"shape {list(expected)}, {shown(self._scales[name])} has {list(scales.shape)}"
             )
 
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+    def read(
+        self, name: str, index: tuple[slice, ...] | None = None, memory: np.ndarray | None = None
+    ) -> np.ndarray:
         """Reads a tensor or a box of it; see `TensorSource.read`."""
         info = lookup(self.tensors, name, self._where)
         if name not in self._scales:
-            return self._source.read(name, index)
+            return self._source.read(name, index, memory)
         *leading, rows, columns = to_box(info.shape, index)
         box = [slice(*bounds) for bounds in (*leading, rows, columns)]
         values = _E4M3_VALUES[self._source.read(name, tuple(box)).view(np.uint8)]
@@ -156,11 +158,13 @@ class _MXFP4Source:
         experts, rows, groups, _ = blocks.shape
         return experts, groups * _FP4_PER_GROUP, rows
 
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+    def read(
+        self, name: str, index: tuple[slice, ...] | None = None, memory: np.ndarray | None = None
+    ) -> np.ndarray:
         """Reads a tensor or a box of it; see `TensorSource.read`."""
         info = lookup(self.tensors, name, self._where)
         if name not in self._quantised:
-            return self._source.read(name, index)
+            return self._source.read(name, index, memory)
         experts, inputs, outputs = to_box(info.shape, index)
         first, last = inputs[0] // _FP4_PER_GROUP, -(-inputs[1] // _FP4_PER_GROUP)
         groups = (slice(*experts), slice(*outputs), slice(first, last))

@@ -95,11 +95,13 @@ class SafetensorsCheckpoint:
         self.tensors: Mapping[str, TensorInfo] = {name: e.info for name, e in self._entries.items()}
         self.unlisted = frozenset(self.tensors.keys() - index.keys() if index else ())
 
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+    def read(
+        self, name: str, index: tuple[slice, ...] | None = None, memory: np.ndarray | None = None
+    ) -> np.ndarray:
         """Reads a tensor or a box of it; see `TensorSource.read`."""
         info = lookup(self.tensors, name, self.directory)
         entry = self._entries[name]
-        values = _read_entry(entry, index)
+        values = _read_entry(entry, index, memory)
         other = self._copies.get(name)
         if other is not None and (
             other.info != info or _read_entry(other, index).tobytes() != values.tobytes()
@@ -142,11 +144,13 @@ def _some(names: list[str]) -> str:
     return ", ".join(map(shown, names[:5])) + (f" and {more} more" if more > 0 else "")
 
 
-def _read_entry(entry: _Entry, index: tuple[slice, ...] | None) -> np.ndarray:
+def _read_entry(
+    entry: _Entry, index: tuple[slice, ...] | None, memory: np.ndarray | None = None
+) -> np.ndarray:
     box = to_box(entry.info.shape, index)
     file, _ = open_regular(entry.path)
     with file:
-        return read_box(file, entry.path, entry.start, entry.info.shape, entry.info.dtype, box)
+        return read_box(file, entry.path, entry.start, entry.info.shape, entry.info.dtype, box, memory)
 
 
 def has_weights(directory: Path) -> bool:

@@ -50,15 +50,20 @@ class TensorSource(Protocol):
         """Every tensor of the checkpoint by its stored name."""
         ...
 
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+    def read(
+        self, name: str, index: tuple[slice, ...] | None = None, memory: np.ndarray | None = None
+    ) -> np.ndarray:
         """Reads one tensor, or the box of it that `index` selects.
 
         Args:
             name: a key of `tensors`.
             index: slices of step 1, one per leading axis; axes left out, and None, are read in full.
+            memory: an array for the result, which is read straight into it if that can be done: if it is
+                contiguous and of the result's shape and dtype, and the reader computes nothing.
 
         Returns:
-            A new contiguous array, equal to `full[index]`, of the dtype that `tensors` gives.
+            A contiguous array, equal to `full[index]`, of the dtype that `tensors` gives: `memory`, or a new
+            one.
 
         Raises:
             CheckpointError: the tensor does not exist, or the file changed since it was opened.
@@ -139,6 +144,14 @@ def extents(box: Box) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in box)
 
 
+def array_for(box: Box, dtype: np.dtype, memory: np.ndarray | None) -> np.ndarray:
+    """Returns `memory` if it can hold a box's values contiguously, otherwise a new array."""
+    shape = extents(box)
+    if memory is not None and (memory.shape, memory.dtype) == (shape, dtype) and memory.flags.c_contiguous:
+        return memory
+    return np.empty(shape, dtype)
+
+
 def split_box(box: Box, limit: int) -> Iterator[Box]:
     """Splits a box, in row-major order, into boxes of at most `limit` elements."""
     if not box:
@@ -154,19 +167,25 @@ def split_box(box: Box, limit: int) -> Iterator[Box]:
 
 
 def read_box(
-    file: FileIO, path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, box: Box
+    file: FileIO,
+    path: Path,
+    offset: int,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    box: Box,
+    memory: np.ndarray | None = None,
 ) -> np.ndarray:
     """Reads a box of a row-major array that starts at byte `offset` of the file.
 
     Unwanted bytes are skipped, except gaps too short for the disk to notice.
 
     Returns:
-        A contiguous array of shape `extents(box)`.
+        A contiguous array of shape `extents(box)`: `memory` if it fits, see `TensorSource.read`.
 
     Raises:
         CheckpointError: the file is shorter than the array.
     """
-    out = np.empty(extents(box), dtype)
+    out = array_for(box, dtype, memory)
     if out.size == 0:
         return out
     # Up to the last axis that is not read in full, each index is a run of its own; after it, bytes follow

@@ -1,7 +1,8 @@
 """Assembles the devices' slices of parameters from canonical tensors, on all cores.
 
-A tensor is read in blocks of a few megabytes, each once for all devices that need a part of it; a thread
-copies a block from the file to all its places while it is in the processor's cache.
+A tensor is read in blocks, each once for all devices that need a part of it. A block that is stored as one
+device keeps it is read straight into its place. Any other is small enough that it stays in a core's cache
+until the thread that has read it has copied it, transposed if need be, to all its places.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ import numpy as np
 from tpjax.checkpoints.blocks import copy_into
 from tpjax.sharding import Layout
 
-_BLOCK_BYTES = 4 << 20
+# Bytes of a block that is copied to its places: at less, the calls cost more than the copies; at more, what
+# was read has left a core's cache (1 MiB here) before it is copied.
+_BLOCK_BYTES = 1 << 20
+_IN_PLACE_BYTES = 4 << 20  # of one that is read into its place
 _BLOCK_ROWS = 128  # blocks have a multiple of this many rows, as heads and quantised blocks do
 _MOST_THREADS = 16  # a few of them use all of a machine's memory bandwidth
 # Bytes of the parameters being filled, above which no further one is begun.
@@ -151,7 +155,9 @@ def _blocks_of(name: str, places: Sequence[_Place], source: Canonical) -> Iterat
             for slices in zip(*(place.box for place in here), strict=True)
         ]
         across = prod(one.stop - one.start for at, one in enumerate(span) if at != axis)
-        rows = max(1, _BLOCK_BYTES // max(1, across * source.itemsize(name)))
+        in_place = len(here) == 1 and here[0].target.flags.c_contiguous
+        most = _IN_PLACE_BYTES if in_place else _BLOCK_BYTES
+        rows = max(1, most // max(1, across * source.itemsize(name)))
         rows = rows // _BLOCK_ROWS * _BLOCK_ROWS or rows
         for first in range(low, high, rows):
             span[axis] = slice(first, min(first + rows, high))

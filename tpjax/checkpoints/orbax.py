@@ -79,21 +79,25 @@ class OrbaxCheckpoint:
                 name: TensorInfo(tuple(info.shape), np.dtype(info.dtype)) for name, info in found.items()
             }
         self.tensors: Mapping[str, TensorInfo] = stored
+        self._arrays: dict[str, Any] = {}
 
     def read(
         self, name: str, index: tuple[slice, ...] | None = None, memory: np.ndarray | None = None
     ) -> np.ndarray:
         """Reads a tensor or a box of it; see `TensorSource.read`."""
-        import tensorstore
-
         info = lookup(self.tensors, name, self.directory)
         box = tuple(slice(start, stop) for start, stop in to_box(info.shape, index))
-        store = {"driver": "ocdbt", "base": self._weights.as_uri() + "/", "path": f"{name}/"}
         with _reported(self._weights):
-            array = tensorstore.open(
-                {"driver": "zarr", "kvstore": store}, read=True, open=True, context=self._context
-            ).result()
-            return np.ascontiguousarray(array[box].read().result())
+            if name not in self._arrays:
+                self._arrays[name] = self._open(name)
+            return np.ascontiguousarray(self._arrays[name][box].read().result())
+
+    def _open(self, name: str) -> Any:
+        import tensorstore
+
+        store = {"driver": "ocdbt", "base": self._weights.as_uri() + "/", "path": f"{name}/"}
+        spec = {"driver": "zarr", "kvstore": store}
+        return tensorstore.open(spec, read=True, open=True, context=self._context).result()
 
     @cached_property
     def _context(self) -> Any:

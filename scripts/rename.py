@@ -245,7 +245,7 @@ def _replace_fields(config, **fields):
 # module, by its name of today -> {name that moved out of it: where to}; a name too common for NAMES keeps its
 # old one as an alias
 MOVED = {
-    "tpjax.server.middleware": {"JsonLines": "tpjax.server.json_logging"},
+    "tpjax.server.middleware": {"JsonLines": "tpjax.server.logs"},
     "tpjax.families.fields": {
         "Family": "tpjax.families.family",
         "Fields": "tpjax.families.config_reader",

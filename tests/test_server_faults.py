@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import pty
 import re
 import signal
 import socket
@@ -23,7 +24,7 @@ from serving import CONTEXT, SLOTS, WAIT_S, Running, load_tiny, running, tiny_ch
 
 from tpjax import LLM
 from tpjax.errors import CheckpointError
-from tpjax.server.json_logging import JsonLines
+from tpjax.server.logs import JsonLines, PlainLines
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -444,11 +445,11 @@ def test_a_drain_has_a_limit(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def serve(directory: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+def serve(directory: Path, *options: str, stderr: int = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
     """``tpjax serve`` as a process of its own, which ends with the block."""
     command = [sys.executable, "-m", "tpjax.cli", "serve", "--model", str(directory), "--port", "0"]
     limits = ["--max-model-len", "256", "--max-slots", "1", "--tp", "1"]
-    with subprocess.Popen([*command, *limits, *options], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*command, *limits, *options], stderr=stderr, text=True) as process:
         try:
             yield process
         finally:
@@ -505,10 +506,46 @@ def test_signals_and_a_taken_port(directory: Path) -> None:
 def test_a_log_line_is_one_line() -> None:
     record = logging.LogRecord("tpjax", logging.INFO, __file__, 1, "a\r\nb %s", ("\x1b[31m\nforged",), None)
     record.fields = {"path": "/x\r\ninjected"}
-    line = JsonLines().format(record)
-    assert "\n" not in line and "\r" not in line and "\x1b" not in line
+    line, plain = JsonLines().format(record), PlainLines().format(record)
+    for one in (line, plain):
+        assert one.isprintable()
     assert json.loads(line)["message"] == "a\r\nb \x1b[31m\nforged"
     assert json.loads(line)["path"] == "/x\r\ninjected"
+    assert plain.endswith(r" a\r\nb \x1b[31m\nforged path=/x\r\ninjected")
+
+
+@pytest.mark.slow
+def test_the_wait_for_the_compiler_is_seen(directory: Path) -> None:
+    """Which program of how many, at /ready and in the log: plain on a terminal, JSON lines in a pipe."""
+    terminal, end = pty.openpty()
+    with serve(directory) as piped, serve(directory, stderr=end) as process:
+        os.close(end)
+        log = os.fdopen(terminal, errors="replace")
+        listening = next(line for line in log if "http://" in line)
+        assert "loads" in listening
+        said = []
+        with httpx.Client(base_url=listening.split()[1], timeout=2 * WAIT_S) as http:
+            while (answer := http.get("/ready")).status_code == 503:
+                said.append(error_of(answer, 503)["message"])
+                time.sleep(0.02)
+            assert answer.json() == {"status": "ready"}
+            counts = [
+                int(found[1]) for one in said if (found := re.search(r"loading, program (\d+) of \d+$", one))
+            ]
+            assert len(set(counts)) > 1 and counts == sorted(counts)
+        lines = []
+        while not lines or "is ready" not in lines[-1]:
+            lines.append(log.readline())
+        assert lines[-1].strip() == f"tpjax: {directory.name} is ready at {listening.split()[1]}"
+        compiled = [re.search(r"^\d\d:\d\d:\d\d program (\d+) of (\d+) compiled", one) for one in lines]
+        numbers = [(int(one[1]), int(one[2])) for one in compiled if one]
+        assert numbers == [(at, len(numbers)) for at in range(1, len(numbers) + 1)]
+        assert process.poll() is None
+
+        assert piped.stderr is not None
+        while "is ready" not in (line := piped.stderr.readline()):
+            if not line.startswith("tpjax: "):
+                assert json.loads(line)["level"] == "info"
 
 
 def test_request_ids_and_long_paths(

@@ -125,9 +125,7 @@ def run(
     ensure(name, sharding.tp)
 
     def loaded() -> LLM:
-        llm = load(name, sharding, max_slots=max_slots, generation_config=generation_config)
-        llm.warm_up()
-        return llm
+        return load(name, sharding, max_slots=max_slots, generation_config=generation_config)
 
     serve(loaded, options, note)
 

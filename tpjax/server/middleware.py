@@ -18,7 +18,7 @@ from tpjax.sandbox import release_memory
 from tpjax.server import admission_budget
 from tpjax.server.admission_budget import AdmissionBudget, Reservation
 from tpjax.server.error_responses import ApiError, bad_request, internal_error
-from tpjax.server.json_logging import request_id
+from tpjax.server.logs import request_id
 
 log = logging.getLogger(__name__)
 

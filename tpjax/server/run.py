@@ -20,7 +20,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from tpjax.errors import ConfigError
 from tpjax.server.app import create_app
-from tpjax.server.json_logging import log_as_json_lines
+from tpjax.server.logs import log_to_stderr
 from tpjax.server.middleware import MAX_BODY_BYTES, ServerMiddleware
 from tpjax.server.service import Service
 
@@ -171,24 +171,26 @@ def serve(load: Callable[[], LLM], options: Options, announce: Callable[[str], N
     Args:
         load: loads the model; called once the server listens.
         options: options of the server.
-        announce: called with the address once the server listens, and again when the model is ready.
+        announce: called with a line that has the address and the state, once the server listens, and again
+            when the model is ready.
 
     Raises:
         ConfigError: the port is in use.
         Exception: the exception that loading the model, or the engine, failed with.
     """
     sock = listen(options.host, options.port)
-    log_as_json_lines()
+    log_to_stderr()
     service = Service(
         load,
         options.model,
         options.max_queue,
-        on_ready=lambda: announce(f"{options.model} is ready"),
+        compile_first=True,
+        on_ready=lambda: announce(f"{options.model} is ready at {url}"),
         on_failure=lambda: server.finish(),
     )
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{host}:{sock.getsockname()[1]}"
-    server = Server(service, options, lambda: announce(url))
+    server = Server(service, options, lambda: announce(f"{url} listens; {options.model} loads"))
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     server.run(sockets=[sock])
     if service.error is not None:

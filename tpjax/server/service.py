@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Literal
 
 from tpjax.engine.generation import Delta, Generation
@@ -112,6 +114,7 @@ class Service:
         load: loads the model; called on the engine's thread.
         model: name of the model in the API.
         max_queue: most choices that may wait for a slot; more are refused.
+        compile_first: compile every program before requests are accepted.
         on_ready: called once, on the event loop, when requests are accepted.
         on_failure: called once, on the event loop, if an exception ends the engine's thread.
 
@@ -123,6 +126,7 @@ class Service:
         shards: how the model is sharded; ``None`` while it loads.
         metrics: metrics over all requests.
         max_queue: most choices that may wait for a slot.
+        programs: how many programs are compiled, and of how many; ``None`` unless they are being compiled.
     """
 
     def __init__(
@@ -130,6 +134,8 @@ class Service:
         load: Callable[[], LLM],
         model: str,
         max_queue: int = 256,
+        *,
+        compile_first: bool = False,
         on_ready: Callable[[], None] = lambda: None,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
@@ -140,7 +146,9 @@ class Service:
         self.model = model
         self.metrics = Metrics(model, lambda: self.stats)
         self.max_queue = max_queue
+        self.programs: tuple[int, int] | None = None
         self._load = load
+        self._compile_first = compile_first
         self._on_ready = on_ready
         self._on_failure = on_failure
         self._llm: LLM | None = None
@@ -167,9 +175,10 @@ class Service:
             ApiError: 503, the model is loading or no more requests are accepted.
         """
         if self.state != "ready" or self._llm is None:
-            raise ApiError(
-                503, f"the server is not ready: {self.state}", code=self.state, headers={"Retry-After": "1"}
-            )
+            why = f"the server is not ready: {self.state}"
+            if self.programs is not None:
+                why += ", program {} of {}".format(*self.programs)
+            raise ApiError(503, why, code=self.state, headers={"Retry-After": "1"})
         return self._llm
 
     @property
@@ -269,7 +278,10 @@ class Service:
 
     def _run(self) -> None:
         try:
-            self._llm = llm = self._load()
+            llm = self._load()
+            if self._compile_first:
+                self._compile(llm)
+            self._llm = llm
             self.shards = shards(llm)
             self.stats = llm.engine.stats()
             self._call(self._ready)
@@ -281,6 +293,18 @@ class Service:
                 log.exception("the engine stopped")
             failure = error
             self._call(lambda: self._failed(failure))
+
+    def _compile(self, llm: LLM) -> None:
+        """Compiles every program, in parallel, and says how far that is."""
+        specs = llm.runner.programs.serving()
+        with ThreadPoolExecutor(min(len(specs), os.cpu_count() or 1)) as pool:
+            compiled = as_completed([pool.submit(llm.runner.programs.get, spec) for spec in specs])
+            for number, one in enumerate(compiled, 1):
+                one.result()
+                self.programs = number, len(specs)
+                log.info("program %d of %d compiled", *self.programs)
+        llm.warm_up()  # the first calls
+        self.programs = None
 
     def _process_commands(self, engine: Engine) -> bool:
         """Processes queued commands; blocks while the engine is idle. Returns False on the stop command."""

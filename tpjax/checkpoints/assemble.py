@@ -22,8 +22,8 @@ from tpjax.checkpoints.blocks import copy_into
 from tpjax.sharding import Layout
 
 # Bytes of a block that is copied to its places: at less, the calls cost more than the copies; at more, what
-# was read has left a core's cache (1 MiB here) before it is copied.
-_BLOCK_BYTES = 1 << 20
+# was read has left the cache before it is copied.
+_BLOCK_BYTES = 3 << 19
 _IN_PLACE_BYTES = 4 << 20  # of one that is read into its place
 _BLOCK_ROWS = 128  # blocks have a multiple of this many rows, as heads and quantised blocks do
 _MOST_THREADS = 16  # a few of them use all of a machine's memory bandwidth

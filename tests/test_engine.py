@@ -71,6 +71,9 @@ class FakeRunner:
         self.state_resets += 1
         self.kept[:] = self.tokens[:] = -1
 
+    def chunk_shapes(self) -> tuple[Sequence[ChunkShape], Sequence[ChunkShape]]:
+        return self.limits.usable_chunk_shapes, self.limits.mixed_chunk_shapes
+
     def step(self, decode: Sequence[Row], chunks: Sequence[Chunk]) -> StepOutput:
         scored = any(chunk.targets is not None for chunk in chunks)
         shapes = self.limits.mixed_chunk_shapes if decode else self.limits.usable_chunk_shapes

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import jax
@@ -202,24 +203,61 @@ def test_nothing_compiles_after_warm_up(tp: int) -> None:
         llm.warm_up()
     assert len(events) >= llm.runner.compile_count > 0  # the listener hears compilations
     count = llm.runner.compile_count
-    rng = np.random.default_rng(0)
     with backend_compiles() as events:
-        for length in (1, 2, 31, 32, 33, 100, 127, 128, 129, 300, 480):
-            prompts = [rng.integers(0, 131, max(1, length - 7 * i)).tolist() for i in range(length % 4 + 1)]
-            params = [
-                SamplingParams(
-                    max_tokens=1 + (length + i) % 9,
-                    temperature=i % 2,
-                    top_k=i,
-                    logprobs=i,
-                    presence_penalty=i / 2,
-                )
-                for i in range(len(prompts))
-            ]
-            completions = llm.generate(prompts, params)
-            assert all(completion.token_ids for completion in completions)
+        assert all(various_requests(llm))
     assert events == []
     assert llm.runner.compile_count == count
+
+
+def various_requests(llm: LLM) -> list[list[int]]:
+    """The tokens of requests of all lengths, alone and together, greedy and sampled."""
+    rng, tokens = np.random.default_rng(0), []
+    for length in (1, 2, 31, 32, 33, 100, 127, 128, 129, 300, 480):
+        prompts = [rng.integers(0, 131, max(1, length - 7 * i)).tolist() for i in range(length % 4 + 1)]
+        params = [
+            SamplingParams(
+                max_tokens=1 + (length + i) % 9,
+                temperature=i % 2,
+                top_k=i,
+                logprobs=i,
+                presence_penalty=i / 2,
+                seed=i,
+            )
+            for i in range(len(prompts))
+        ]
+        tokens += [completion.token_ids for completion in llm.generate(prompts, params)]
+    return tokens
+
+
+def test_no_request_waits_for_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the rest compiles in the background, the first programs stand in for it: with the same tokens."""
+    options = {"tp": 1, "max_model_len": 512, "max_slots": 3}
+    others = LLM(GOLDENS / "llama", **options)
+    expected = various_requests(others)
+    llm = LLM(GOLDENS / "llama", **options)
+    compile_others = Runner._compile_others
+    monkeypatch.setattr(Runner, "_compile_others", lambda self: None)  # as slow as can be
+    llm.warm_up(background=True)
+    programs = llm.runner.programs
+    assert set(programs.compiled) == set(programs.first()) < set(programs.serving())
+    assert programs.progress == (len(programs.first()), len(programs.serving()))
+    with backend_compiles() as events:
+        assert various_requests(llm) == expected
+    assert events == [] and set(programs.compiled) == set(programs.first())
+    compile_others(llm.runner)
+    assert set(programs.compiled) == set(programs.serving()) and programs.progress == (0, 0)
+    with backend_compiles() as events:
+        assert various_requests(llm) == expected
+    assert events == []
+
+
+def test_two_threads_that_need_a_program_compile_it_once() -> None:
+    runner, spec = abstract_runner(1), ProgramSpec("set_history")
+    with backend_compiles() as events, ThreadPoolExecutor(4) as pool:
+        one, *others = pool.map(runner.programs.get, [spec] * 4)
+    assert all(other is one for other in others) and len(events) == 1
+    with pytest.raises(IndexError), ThreadPoolExecutor(2) as pool:
+        list(pool.map(runner.programs.get, [ProgramSpec("decode", -1)] * 2))
 
 
 @pytest.mark.slow

@@ -342,11 +342,16 @@ class LLM:
         with self.engine.guarded():
             self.runner.prepare(len(request.prompt_token_ids))
 
-    def warm_up(self) -> None:
-        """Compiles every program that serving can call; afterwards nothing compiles again."""
+    def warm_up(self, *, background: bool = False) -> None:
+        """Compiles every program that serving can call; afterwards nothing compiles again.
+
+        Args:
+            background: return when requests can run, with programs for more rows or other prompts than they
+                need, and compile the rest on a thread.
+        """
         self.engine.check_open()
         with self.engine.guarded():
-            self.runner.warm_up()
+            self.runner.warm_up(background=background)
 
     def request(self, prompt: str | Sequence[int], params: SamplingParams, **extra: Any) -> Request:
         """Returns a request for ``engine``, checked against model, tokenizer, context and cache.

@@ -164,6 +164,7 @@ class Engine:
         """
         try:
             with self.guarded():
+                self.scheduler.shapes, self.scheduler.mixed_shapes = self.runner.chunk_shapes()
                 work = self.scheduler.schedule()
                 dispatched = None if work is None else self._dispatch(work)
                 self._read()

@@ -89,6 +89,8 @@ class Scheduler:
         history_rows: requests with penalties or biases that run at once; ``None``: ``max_slots``.
 
     Attributes:
+        shapes: as given; may change between steps.
+        mixed_shapes: as given; may change between steps.
         max_model_len: as given.
         steps: as given.
         blocks: as given.
@@ -119,8 +121,8 @@ class Scheduler:
         self.preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
-        self._shapes = shapes
-        self._mixed_shapes = mixed_shapes
+        self.shapes = shapes
+        self.mixed_shapes = mixed_shapes
         self._score_shape = score_shape
         self._budget = budget
         self._max_slots = max_slots
@@ -306,7 +308,7 @@ class Scheduler:
         if scored:  # alone among prompts: the logits of all tokens are held at once
             return self._fill(self._score_shape, waiting[:1])
         unscored = list(itertools.takewhile(lambda one: one.params.prompt_logprobs is None, waiting))
-        shapes = self._mixed_shapes if decoding else self._shapes
+        shapes = self.mixed_shapes if decoding else self.shapes
         budget = max(self._budget(decoding), self.blocks.page_size)
         fitting = [shape for shape in shapes if shape.rows * shape.length <= budget] or shapes[:1]
         return max((self._fill(shape, unscored) for shape in fitting), key=_tokens)  # the first of equals

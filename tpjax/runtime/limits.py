@@ -156,11 +156,15 @@ class Limits:
             ConfigError: none does.
         """
         for shape in among or self.usable_chunk_shapes:
-            unit = min(shape.length, self.page_size)
-            needed = sum(-(-(stop - start) // shape.length) for start, stop in spans)
-            if needed <= shape.rows and not any(start % unit for start, _ in spans):
+            if self.holds(shape, spans):
                 return shape
         raise ConfigError(f"no shape of {self.usable_chunk_shapes} holds prompt chunks at {list(spans)}")
+
+    def holds(self, shape: ChunkShape, spans: Sequence[tuple[int, int]]) -> bool:
+        """Returns whether a chunk shape holds parts of prompts together: see :meth:`fitting`."""
+        unit = min(shape.length, self.page_size)
+        needed = sum(-(-(stop - start) // shape.length) for start, stop in spans)
+        return needed <= shape.rows and not any(start % unit for start, _ in spans)
 
     @property
     def usable_chunk_shapes(self) -> tuple[ChunkShape, ...]:

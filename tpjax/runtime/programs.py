@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -139,6 +140,8 @@ class Programs:
 
     Attributes:
         compiled: the programs compiled so far.
+        expected: programs that :meth:`Runner.warm_up` compiles: others stand in for those that it has not
+            reached yet.
     """
 
     def __init__(
@@ -154,6 +157,9 @@ class Programs:
         sequence_parallel: SequenceParallel,
     ) -> None:
         self.compiled: dict[ProgramSpec, jax.stages.Compiled] = {}
+        self.expected: frozenset[ProgramSpec] = frozenset()
+        self._compiling: dict[ProgramSpec, Future[jax.stages.Compiled]] = {}
+        self._lock = threading.Lock()
         self._graph = graph
         self._weights = weights
         self._state = state
@@ -188,15 +194,65 @@ class Programs:
             ProgramSpec("set_masks", limits.mask_batch),
         ]
 
+    def first(self) -> list[ProgramSpec]:
+        """Returns programs that can stand in for all others, but for prompt log-probabilities."""
+        limits = self._limits
+        return [
+            ProgramSpec("step", limits.max_slots, limits.mixed_chunk_shapes[-1]),
+            ProgramSpec("decode", limits.max_slots),
+            ProgramSpec("set_history"),
+            ProgramSpec("set_masks", limits.max_slots),
+        ]
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """How many of the expected programs are compiled, and how many are expected."""
+        return sum(spec in self.compiled for spec in self.expected), len(self.expected)
+
+    def usable(self, candidates: Sequence[ProgramSpec]) -> ProgramSpec:
+        """Returns a program that need not be waited for.
+
+        Args:
+            candidates: programs that can do the same work, the cheapest first.
+
+        Returns:
+            The first; if it is expected and not compiled yet, the first that is compiled.
+        """
+        first = candidates[0]
+        if first in self.compiled or first not in self.expected:
+            return first
+        return next((spec for spec in candidates if spec in self.compiled), first)
+
     def get(self, spec: ProgramSpec) -> jax.stages.Compiled:
-        """Returns a program, compiled if it is not yet."""
-        if spec not in self.compiled:
-            started = time.perf_counter()
-            options = _TPU_COMPILER_OPTIONS if self._platform == "tpu" else None
-            with jax.set_mesh(self._mesh):
-                self.compiled[spec] = self.lower(spec).compile(options)
-            log.info("compiled %s in %.2f s", spec, time.perf_counter() - started)
-        return self.compiled[spec]
+        """Returns a program, compiled if it is not yet; waits if another thread is compiling it."""
+        if (compiled := self.compiled.get(spec)) is not None:
+            return compiled
+        with self._lock:
+            if (compiled := self.compiled.get(spec)) is not None:
+                return compiled
+            theirs = self._compiling.get(spec)
+            mine = self._compiling[spec] = theirs or Future()
+        if theirs is not None:
+            return theirs.result()
+        try:
+            compiled = self._compile(spec)
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        finally:
+            with self._lock:
+                del self._compiling[spec]
+        mine.set_result(compiled)
+        return compiled
+
+    def _compile(self, spec: ProgramSpec) -> jax.stages.Compiled:
+        started = time.perf_counter()
+        options = _TPU_COMPILER_OPTIONS if self._platform == "tpu" else None
+        with jax.set_mesh(self._mesh):
+            compiled = self.compiled[spec] = self.lower(spec).compile(options)
+        count = "program {} of {}: ".format(*self.progress) if spec in self.expected else ""
+        log.info("%scompiled %s in %.2f s", count, spec, time.perf_counter() - started)
+        return compiled
 
     def compile(self, specs: Sequence[ProgramSpec]) -> None:
         """Compiles programs, in parallel: XLA compiles outside Python's lock."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,13 +15,15 @@ from jaxtyping import Float
 
 from tpjax.config import ModelConfig, SequenceParallel
 from tpjax.model import Decoder
-from tpjax.runtime.limits import Limits
+from tpjax.runtime.limits import ChunkShape, Limits
 from tpjax.runtime.programs import ModelGraph, Programs, ProgramSpec
 from tpjax.runtime.rows import Chunk, PackedRows, PackedStep, Row
 from tpjax.runtime.state import DeviceState
 from tpjax.sampling import Sampled, mask_words
 from tpjax.sampling_params import SamplingParams
 from tpjax.sharding import pad_to_multiple
+
+log = logging.getLogger(__name__)
 
 
 class StepOutput(NamedTuple):
@@ -152,8 +156,12 @@ class Runner:
             Device arrays [limits.steps, batch bucket, ...], of which the first ``steps`` count; a row that
             has ended outputs ``NO_TOKEN``.
         """
-        size = next(size for size in self.limits.batch_sizes if size >= len(rows))
-        spec = ProgramSpec("decode", size, greedy=all(row.plain_greedy() for row in rows))
+        greedy = (True, False) if all(row.plain_greedy() for row in rows) else (False,)
+        sizes = [size for size in self.limits.batch_sizes if size >= len(rows)]
+        spec = self.programs.usable(
+            [ProgramSpec("decode", size, greedy=one) for size in sizes for one in greedy]
+        )
+        size = spec.batch
         sampled: Sampled
         (sampled,) = self._dispatch(spec, PackedRows.pack(rows, self.limits, size), np.int32(steps))
         return sampled
@@ -166,14 +174,32 @@ class Runner:
         return np.asarray(logits)[: len(chunk.token_ids), : self.config.vocab_size]
 
     def _step_spec(self, rows: int, chunks: Sequence[Chunk]) -> ProgramSpec:
-        """Returns the smallest program that runs these decode rows and chunks."""
+        """Returns the smallest program that runs these decode rows and chunks, and need not be waited for."""
         limits, spans = self.limits, [chunk.span for chunk in chunks]
         if any(chunk.targets is not None for chunk in chunks):
             return ProgramSpec("step_and_score", limits.max_slots, limits.score_chunks)
-        if not rows:
-            return ProgramSpec("step", 0, limits.fitting(spans))
-        batch = next(size for size in limits.mixed_batch_sizes if size >= rows)
-        return ProgramSpec("step", batch, limits.fitting(spans))
+        batches = [size for size in limits.mixed_batch_sizes if size >= rows]
+        smallest = ProgramSpec("step", batches[0] if rows else 0, limits.fitting(spans))
+        others = (
+            ProgramSpec("step", batch, shape)
+            for shape in limits.usable_chunk_shapes
+            if limits.holds(shape, spans)
+            for batch in (batches if rows else (0, *batches))
+        )
+        return self.programs.usable([smallest, *others])
+
+    def chunk_shapes(self) -> tuple[tuple[ChunkShape, ...], tuple[ChunkShape, ...]]:
+        """Returns the shapes of prompt chunks of a step that decodes nothing, and of one that does.
+
+        While :meth:`warm_up` compiles, they are those for which no step has to wait.
+        """
+        limits, compiled = self.limits, self.programs.compiled
+        alone, mixed = limits.usable_chunk_shapes, limits.mixed_chunk_shapes
+        if not self.programs.expected:
+            return alone, mixed
+        now = tuple(shape for shape in mixed if ProgramSpec("step", limits.max_slots, shape) in compiled)
+        alone_now = (s for s in alone if s in now or ProgramSpec("step", 0, s) in compiled)
+        return tuple(alone_now) or alone, now or mixed
 
     def set_history(
         self,
@@ -256,12 +282,34 @@ class Runner:
         self.programs.compile([ProgramSpec("decode", 1, greedy=True), *chunks])
         jax.block_until_ready(self.state)
 
-    def warm_up(self) -> None:
-        """Compiles every program that serving can call; afterwards nothing compiles again."""
-        self.programs.compile(self.programs.serving())
+    def warm_up(self, *, background: bool = False) -> None:
+        """Compiles every program that serving can call; afterwards nothing compiles again.
+
+        Args:
+            background: return when those are compiled that can stand in for the others, and go on with
+                these on a thread, one at a time.
+        """
+        programs = self.programs
+        programs.expected = frozenset(programs.serving())
+        programs.compile(programs.first() if background else programs.serving())
         # a first call also compiles the small transfers around a program
         null = Row(self.limits.max_slots, 0, (), SamplingParams(temperature=0), 0)
         jax.block_until_ready((self.step([], [Chunk(null, [0])]).sampled, self.decode([null], 1)))
+        if background:
+            threading.Thread(target=self._compile_others, name="tpjax-compile", daemon=True).start()
+        else:
+            programs.expected = frozenset()
+
+    def _compile_others(self) -> None:
+        for spec in self.programs.serving():
+            if not self.weights:  # closed
+                break
+            try:
+                self.programs.get(spec)
+            except Exception:  # the request that needs it tries again, and reports it
+                if self.weights:
+                    log.exception("%s could not be compiled", spec)
+        self.programs.expected = frozenset()
 
     def program(self, spec: ProgramSpec) -> Any:
         """Returns a program as a ``jax.stages.Compiled``, whose types would call every analysis optional."""

@@ -132,9 +132,10 @@ def _add_monitoring(app: FastAPI, state: AppState) -> None:
     @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses=RESPONSES)
     async def ready() -> dict[str, str]:
-        """Returns 200 while requests are accepted."""
+        """Returns 200 while requests are accepted, and which program compiles in the background."""
         _ = service.llm
-        return {"status": service.state}
+        compiling = {"compiling": service.compiling} if service.compiling else {}
+        return {"status": service.state} | compiling
 
     @app.get("/version")
     async def version() -> dict[str, str]:

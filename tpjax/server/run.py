@@ -184,8 +184,11 @@ def serve(load: Callable[[], LLM], options: Options, announce: Callable[[str], N
         load,
         options.model,
         options.max_queue,
-        compile_first=True,
-        on_ready=lambda: announce(f"{options.model} is ready at {url}"),
+        warm_up=True,
+        on_ready=lambda: announce(
+            f"{options.model} is ready at {url}"
+            + (f"; {service.compiling} compiles in the background" if service.compiling else "")
+        ),
         on_failure=lambda: server.finish(),
     )
     host = f"[{options.host}]" if ":" in options.host else options.host
@@ -195,5 +198,5 @@ def serve(load: Callable[[], LLM], options: Options, announce: Callable[[str], N
     server.run(sockets=[sock])
     if service.error is not None:
         raise service.error
-    if not service.loaded:
-        os._exit(0)  # the loading thread is in the compiler: the interpreter could not finalise
+    if not service.loaded or service.compiling:
+        os._exit(0)  # a thread is in the compiler: the interpreter could not finalise

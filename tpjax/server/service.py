@@ -9,13 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Literal
 
 from tpjax.engine.generation import Delta, Generation
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
     from tpjax.engine.engine import Engine, Stats
     from tpjax.engine.request import Request
     from tpjax.llm import LLM
+    from tpjax.runtime.programs import Programs
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +113,7 @@ class Service:
         load: loads the model; called on the engine's thread.
         model: name of the model in the API.
         max_queue: most choices that may wait for a slot; more are refused.
-        compile_first: compile every program before requests are accepted.
+        warm_up: compile programs before requests are accepted, and the rest in the background.
         on_ready: called once, on the event loop, when requests are accepted.
         on_failure: called once, on the event loop, if an exception ends the engine's thread.
 
@@ -126,7 +125,6 @@ class Service:
         shards: how the model is sharded; ``None`` while it loads.
         metrics: metrics over all requests.
         max_queue: most choices that may wait for a slot.
-        programs: how many programs are compiled, and of how many; ``None`` unless they are being compiled.
     """
 
     def __init__(
@@ -135,7 +133,7 @@ class Service:
         model: str,
         max_queue: int = 256,
         *,
-        compile_first: bool = False,
+        warm_up: bool = False,
         on_ready: Callable[[], None] = lambda: None,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
@@ -146,9 +144,9 @@ class Service:
         self.model = model
         self.metrics = Metrics(model, lambda: self.stats)
         self.max_queue = max_queue
-        self.programs: tuple[int, int] | None = None
         self._load = load
-        self._compile_first = compile_first
+        self._warm_up = warm_up
+        self._programs: Programs | None = None
         self._on_ready = on_ready
         self._on_failure = on_failure
         self._llm: LLM | None = None
@@ -176,10 +174,16 @@ class Service:
         """
         if self.state != "ready" or self._llm is None:
             why = f"the server is not ready: {self.state}"
-            if self.programs is not None:
-                why += ", program {} of {}".format(*self.programs)
+            if self.compiling:
+                why += f", {self.compiling}"
             raise ApiError(503, why, code=self.state, headers={"Retry-After": "1"})
         return self._llm
+
+    @property
+    def compiling(self) -> str:
+        """``program 7 of 19`` while programs are being compiled, or nothing."""
+        done, programs = self._programs.progress if self._programs is not None else (0, 0)
+        return f"program {min(done + 1, programs)} of {programs}" if programs else ""
 
     @property
     def loaded(self) -> bool:
@@ -279,8 +283,9 @@ class Service:
     def _run(self) -> None:
         try:
             llm = self._load()
-            if self._compile_first:
-                self._compile(llm)
+            if self._warm_up:
+                self._programs = llm.runner.programs
+                llm.warm_up(background=True)
             self._llm = llm
             self.shards = shards(llm)
             self.stats = llm.engine.stats()
@@ -293,18 +298,6 @@ class Service:
                 log.exception("the engine stopped")
             failure = error
             self._call(lambda: self._failed(failure))
-
-    def _compile(self, llm: LLM) -> None:
-        """Compiles every program, in parallel, and says how far that is."""
-        specs = llm.runner.programs.serving()
-        with ThreadPoolExecutor(min(len(specs), os.cpu_count() or 1)) as pool:
-            compiled = as_completed([pool.submit(llm.runner.programs.get, spec) for spec in specs])
-            for number, one in enumerate(compiled, 1):
-                one.result()
-                self.programs = number, len(specs)
-                log.info("program %d of %d compiled", *self.programs)
-        llm.warm_up()  # the first calls
-        self.programs = None
 
     def _process_commands(self, engine: Engine) -> bool:
         """Processes queued commands; blocks while the engine is idle. Returns False on the stop command."""

@@ -87,7 +87,7 @@ class Target:
 
 @dataclass
 class Served:
-    """A `tpjax serve` that is ready.
+    """A `tpjax serve` that has compiled all its programs.
 
     Attributes:
         url: address of the server.
@@ -100,6 +100,11 @@ class Served:
     status: int | None = None
 
 
+def _last_of_programs(line: str) -> bool:
+    found = re.search(r"program (\d+) of (\d+): compiled", line)
+    return found is not None and found[1] == found[2]
+
+
 @contextmanager
 def served(model: str, tp: int, *options: str) -> Iterator[Served]:
     """Starts a server on a free port; SIGTERM ends it."""
@@ -108,7 +113,7 @@ def served(model: str, tp: int, *options: str) -> Iterator[Served]:
         assert process.stderr is not None
         said = iter(process.stderr)
         url = next((found[1] for line in said if (found := re.search(r"(http://\S+)", line))), None)
-        if url is None or not any("is ready" in line for line in said):
+        if url is None or not any(_last_of_programs(line) for line in said):
             raise SystemExit(f"tpjax serve ended with status {process.wait()}")
         # its log goes on: somebody has to read it
         with subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL):

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -209,19 +209,19 @@ class Programs:
         """How many of the expected programs are compiled, and how many are expected."""
         return sum(spec in self.compiled for spec in self.expected), len(self.expected)
 
-    def usable(self, candidates: Sequence[ProgramSpec]) -> ProgramSpec:
+    def usable(self, best: ProgramSpec, others: Iterable[ProgramSpec]) -> ProgramSpec:
         """Returns a program that need not be waited for.
 
         Args:
-            candidates: programs that can do the same work, the cheapest first.
+            best: the cheapest program for the work.
+            others: programs that can do it too, the cheapest first.
 
         Returns:
-            The first; if it is expected and not compiled yet, the first that is compiled.
+            ``best``; if it is expected and not compiled yet, the first of the others that is compiled.
         """
-        first = candidates[0]
-        if first in self.compiled or first not in self.expected:
-            return first
-        return next((spec for spec in candidates if spec in self.compiled), first)
+        if best in self.compiled or best not in self.expected:
+            return best
+        return next((spec for spec in others if spec in self.compiled), best)
 
     def get(self, spec: ProgramSpec) -> jax.stages.Compiled:
         """Returns a program, compiled if it is not yet; waits if another thread is compiling it."""
@@ -249,9 +249,11 @@ class Programs:
         started = time.perf_counter()
         options = _TPU_COMPILER_OPTIONS if self._platform == "tpu" else None
         with jax.set_mesh(self._mesh):
-            compiled = self.compiled[spec] = self.lower(spec).compile(options)
-        count = "program {} of {}: ".format(*self.progress) if spec in self.expected else ""
-        log.info("%scompiled %s in %.2f s", count, spec, time.perf_counter() - started)
+            compiled = self.lower(spec).compile(options)
+        with self._lock:
+            self.compiled[spec] = compiled
+            count = "program {} of {}: ".format(*self.progress) if spec in self.expected else ""
+            log.info("%scompiled %s in %.2f s", count, spec, time.perf_counter() - started)
         return compiled
 
     def compile(self, specs: Sequence[ProgramSpec]) -> None:

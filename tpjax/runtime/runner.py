@@ -156,14 +156,14 @@ class Runner:
             Device arrays [limits.steps, batch bucket, ...], of which the first ``steps`` count; a row that
             has ended outputs ``NO_TOKEN``.
         """
-        greedy = (True, False) if all(row.plain_greedy() for row in rows) else (False,)
+        greedy = all(row.plain_greedy() for row in rows)
         sizes = [size for size in self.limits.batch_sizes if size >= len(rows)]
         spec = self.programs.usable(
-            [ProgramSpec("decode", size, greedy=one) for size in sizes for one in greedy]
+            ProgramSpec("decode", sizes[0], greedy=greedy),
+            (ProgramSpec("decode", size, greedy=one) for size in sizes for one in (greedy, False)),
         )
-        size = spec.batch
         sampled: Sampled
-        (sampled,) = self._dispatch(spec, PackedRows.pack(rows, self.limits, size), np.int32(steps))
+        (sampled,) = self._dispatch(spec, PackedRows.pack(rows, self.limits, spec.batch), np.int32(steps))
         return sampled
 
     def score(self, chunk: Chunk) -> Float[np.ndarray, "S V"]:
@@ -186,7 +186,7 @@ class Runner:
             if limits.holds(shape, spans)
             for batch in (batches if rows else (0, *batches))
         )
-        return self.programs.usable([smallest, *others])
+        return self.programs.usable(smallest, others)
 
     def chunk_shapes(self) -> tuple[tuple[ChunkShape, ...], tuple[ChunkShape, ...]]:
         """Returns the shapes of prompt chunks of a step that decodes nothing, and of one that does.

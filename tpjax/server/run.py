@@ -187,7 +187,7 @@ def serve(load: Callable[[], LLM], options: Options, announce: Callable[[str], N
         warm_up=True,
         on_ready=lambda: announce(
             f"{options.model} is ready at {url}"
-            + (f"; {service.compiling} compiles in the background" if service.compiling else "")
+            + (f" ({service.compiling} compiles in the background)" if service.compiling else "")
         ),
         on_failure=lambda: server.finish(),
     )

@@ -230,19 +230,19 @@ class Programs:
         with self._lock:
             if (compiled := self.compiled.get(spec)) is not None:
                 return compiled
-            theirs = self._compiling.get(spec)
-            mine = self._compiling[spec] = theirs or Future()
-        if theirs is not None:
-            return theirs.result()
+            other = self._compiling.get(spec)
+            own = self._compiling[spec] = other or Future()
+        if other is not None:
+            return other.result()
         try:
             compiled = self._compile(spec)
         except BaseException as error:
-            mine.set_exception(error)
+            own.set_exception(error)
             raise
         finally:
             with self._lock:
                 del self._compiling[spec]
-        mine.set_result(compiled)
+        own.set_result(compiled)
         return compiled
 
     def _compile(self, spec: ProgramSpec) -> jax.stages.Compiled:

@@ -518,9 +518,9 @@ def test_a_log_line_is_one_line() -> None:
 def test_the_wait_for_the_compiler_is_seen(directory: Path) -> None:
     """Which program of how many, at /ready and in the log: plain on a terminal, JSON lines in a pipe."""
     terminal, end = pty.openpty()
-    with serve(directory) as piped, serve(directory, stderr=end) as process:
+    log = os.fdopen(terminal, errors="replace")
+    with log, serve(directory) as piped, serve(directory, stderr=end) as process:
         os.close(end)
-        log = os.fdopen(terminal, errors="replace")
         listening = next(line for line in log if "http://" in line)
         assert "loads" in listening
         said = []

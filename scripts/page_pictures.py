@@ -31,7 +31,7 @@ def main() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    serve = [sys.executable, "-m", "tpjax", "serve", "smollm2-135m", "--tp", "4", "--max-slots", "8"]
+    serve = [sys.executable, "-m", "tpjax", "serve", "smollm2-135m", "--tp", "4", "--max-slots", "4"]
     server = subprocess.Popen([*serve, "--port", str(port)])
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=START_S) as http:
@@ -39,7 +39,7 @@ def main() -> None:
             DOCS.mkdir(exist_ok=True)
             with ThreadPoolExecutor() as pool:
                 for prompt in PROMPTS:  # what else the server does meanwhile
-                    body = {"prompt": prompt * 20, "max_tokens": 1500, "ignore_eos": True}
+                    body = {"prompt": prompt * 20, "max_tokens": 1200, "ignore_eos": True}
                     pool.submit(http.post, "/v1/completions", json=body)
                 take_pictures(str(http.base_url))
                 server.terminate()

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 import typer
+from conftest import COMPILE_FAST
 from serving import WAIT_S
 
 from tpjax import __version__
@@ -34,7 +35,7 @@ def tpjax(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
     kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
     return subprocess.run(
         [sys.executable, "-m", "tpjax.cli", *arguments],
-        env={**kept, "PYTHONPATH": str(ROOT), **environment},
+        env={**kept, "XLA_FLAGS": " ".join(COMPILE_FAST), "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
         timeout=300,
@@ -235,7 +236,12 @@ def test_plugins_for_chips_that_are_not_there_do_not_start(tmp_path, platforms):
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("XLA", "JAX"))}
     done = subprocess.run(
         [sys.executable, "-m", "tpjax.cli", "explain", str(LLAMA), "--tp", "2"],
-        env={**kept, **platforms, "PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path)))},
+        env={
+            **kept,
+            **platforms,
+            "XLA_FLAGS": " ".join(COMPILE_FAST),
+            "PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path))),
+        },
         capture_output=True,
         text=True,
         timeout=300,

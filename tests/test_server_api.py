@@ -284,7 +284,7 @@ def test_pages_of_allowed_origins(api: Api) -> None:
 
 def test_origins_and_keys(api: Api) -> None:
     options: dict[str, Any] = {"api_keys": ("key",), "allow_origins": ("*",), "protect_metrics": True}
-    with running(lambda: load_tiny(api.directory, tp=1), **options) as one, one.client() as http:
+    with running(lambda: load_tiny(api.directory), **options) as one, one.client() as http:
         origin = {"origin": "https://any.example"}
         asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
         leave = http.options("/v1/completions", headers=origin | asks)
@@ -295,7 +295,7 @@ def test_origins_and_keys(api: Api) -> None:
         assert http.get("/metrics", headers={"authorization": "Bearer key"}).status_code == 200
         for path in ("/health", "/ready", "/ping"):
             assert http.get(path).status_code == http.head(path).status_code == 200
-    with running(lambda: load_tiny(api.directory, tp=1)) as one, one.client() as http:
+    with running(lambda: load_tiny(api.directory)) as one, one.client() as http:
         answer = http.get("/health", headers=origin)
         assert "access-control-allow-origin" not in answer.headers  # nobody, unless told
         assert http.options("/v1/completions", headers=origin | asks).status_code == 405

@@ -356,7 +356,7 @@ def test_a_template_that_hangs_or_grows_is_killed(directory: Path, tmp_path: Pat
     )
     names = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "chat_template": template}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
-    with running(lambda: load_tiny(tmp_path, tp=1)) as one, one.client() as http:
+    with running(lambda: load_tiny(tmp_path)) as one, one.client() as http:
         for text, message in (
             ("loop", "took over 5 s"),
             ("grow", "needs more memory"),
@@ -369,7 +369,7 @@ def test_a_template_that_hangs_or_grows_is_killed(directory: Path, tmp_path: Pat
 
 def test_keys(directory: Path) -> None:
     with (
-        running(lambda: load_tiny(directory, tp=1), api_keys=KEYS) as one,
+        running(lambda: load_tiny(directory), api_keys=KEYS) as one,
         one.client() as http,
     ):
         for path in ("/health", "/ready", "/metrics", "/ping"):  # a probe and a scraper have no key
@@ -406,7 +406,7 @@ def test_loading_draining_and_a_model_that_does_not_load(directory: Path) -> Non
 
     def load() -> LLM:
         go.wait(WAIT_S)
-        return load_tiny(directory, tp=1)
+        return load_tiny(directory)
 
     with running(load, wait=False) as one, one.client() as http:
         one.until(lambda: one.server.started)
@@ -435,7 +435,7 @@ def test_loading_draining_and_a_model_that_does_not_load(directory: Path) -> Non
 
 @pytest.mark.slow
 def test_a_drain_has_a_limit(directory: Path) -> None:
-    with running(lambda: load_tiny(directory, tp=1), drain_s=0.0) as one, one.client() as http:
+    with running(lambda: load_tiny(directory), drain_s=0.0) as one, one.client() as http:
         with http.stream("POST", COMPLETIONS, json={**LONG, "stream": True}) as response:
             received = lines(response)
             next(received)

@@ -17,8 +17,8 @@ PROMPT = "The capital of France is"
 
 
 @pytest.fixture(scope="module")
-def llm(smollm2_gguf: Path) -> LLM:
-    return LLM(smollm2_gguf, tp=2, max_model_len=128, max_slots=2)
+def llm(smollm2_first_layers: Path) -> LLM:
+    return LLM(smollm2_first_layers, tp=2, max_model_len=128, max_slots=2)
 
 
 @pytest.fixture(scope="module")

@@ -150,9 +150,9 @@ def test_the_clock_of_a_thread_starts_when_it_runs() -> None:
         pool, go = ThreadPool(1, "test"), threading.Event()
         try:
             first = asyncio.ensure_future(pool.run(go.wait, 60))
-            second = asyncio.ensure_future(pool.run(lambda: 7, limit_s=0.2))
+            second = asyncio.ensure_future(pool.run(lambda: 7, limit_s=2))
             gone = asyncio.ensure_future(pool.run(pytest.fail, "it was cancelled"))
-            await asyncio.sleep(0.5)  # longer than the limit, in the queue
+            await asyncio.sleep(2.5)  # longer than the limit, in the queue
             gone.cancel()
             go.set()
             assert await first and await second == 7

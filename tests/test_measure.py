@@ -5,6 +5,7 @@ import json
 
 import pytest
 from rich.console import Console
+from serving import WAIT_S
 
 from tpjax.cli import console
 from tpjax.errors import DeviceError
@@ -61,7 +62,7 @@ def test_measure_gives_positive_figures(small):
     for name in ("memory_bytes", "bandwidth_bytes_s", "flops"):
         assert figures[name] > 0
     assert [size for size, _ in figures["all_reduce_s"]] == [1024, 4096]
-    assert all(0 < seconds < 0.1 for _, seconds in figures["all_reduce_s"])
+    assert all(0 < seconds < WAIT_S for _, seconds in figures["all_reduce_s"])
     assert figures["layer_us"] >= 0 and figures["token_us"] >= 0 and figures["dispatch_us"] >= 0
     assert json.loads(json.dumps(figures)) is not None  # it travels between processes
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import typer
+from conftest import COMPILE_FAST
 from serving import WAIT_S, tiny_checkpoint
 
 from tpjax import LLM, SamplingParams
@@ -110,7 +111,7 @@ def start(arguments: list[str], places: dict[str, Any], **pipes: Any) -> subproc
     kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
     environment = kept | {
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": " ".join(COMPILE_FAST),
         "TPJAX_CACHE": str(places["cache"]),
     }
     command = [sys.executable, "-m", "tpjax.cli", *arguments]

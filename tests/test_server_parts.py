@@ -47,17 +47,13 @@ def allowed(grammar: Any) -> set[int]:
     return set(np.flatnonzero(bits).tolist())
 
 
-@pytest.fixture(
-    scope="module",
-    params=("byte-level", "gguf", "sentencepiece", pytest.param("gemma3", marks=pytest.mark.slow)),
-)
+@pytest.fixture(scope="module", params=("byte-level", "gguf", "sentencepiece"))
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path: Path
     if request.param == "byte-level":
         path = tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
     else:
-        fixture = {"gguf": "smollm2_gguf", "sentencepiece": "sentencepiece_dir", "gemma3": "gemma3_gguf"}
-        path = request.getfixturevalue(fixture[request.param])
+        path = request.getfixturevalue("smollm2_gguf" if request.param == "gguf" else "gemma3_gguf")
     loaded = load_tokenizer(path)
     assert loaded is not None
     return loaded

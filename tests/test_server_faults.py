@@ -540,7 +540,7 @@ def test_the_wait_for_the_compiler_is_seen(directory: Path) -> None:
             # others compile in the background: requests are answered meanwhile, and do not wait for them
             assert re.fullmatch(r"program \d+ of \d+", http.get("/ready").json()["compiling"])
             assert http.post(COMPLETIONS, json=completion(model=directory.name)).status_code == 200
-            while "compiling" in http.get("/ready").json():
+            while "compiling" in http.get("/ready").json() or not http.get("/shards").json():
                 time.sleep(0.1)
             assert http.get("/ready").json() == {"status": "ready"}
             process.send_signal(signal.SIGTERM)

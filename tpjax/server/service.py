@@ -122,7 +122,7 @@ class Service:
         error: the exception that ended the engine's thread.
         model: name of the model in the API.
         stats: the engine's figures after its last step; ``None`` while the model loads.
-        shards: how the model is sharded; ``None`` while it loads.
+        shards: how the model is sharded; ``None`` until that is known, shortly after the model is loaded.
         metrics: metrics over all requests.
         max_queue: most choices that may wait for a slot.
     """
@@ -286,8 +286,11 @@ class Service:
             if self._warm_up:
                 self._programs = llm.runner.programs
                 llm.warm_up(background=True)
+                # it compiles too, and nobody who asks for tokens should wait for that
+                threading.Thread(target=self._describe, args=(llm,), daemon=True).start()
+            else:
+                self._describe(llm)
             self._llm = llm
-            self.shards = shards(llm)
             self.stats = llm.engine.stats()
             self._call(self._ready)
             while self._process_commands(llm.engine):
@@ -298,6 +301,13 @@ class Service:
                 log.exception("the engine stopped")
             failure = error
             self._call(lambda: self._failed(failure))
+
+    def _describe(self, llm: LLM) -> None:
+        """Sets ``shards``."""
+        try:
+            self.shards = shards(llm)
+        except Exception:  # requests do not need it
+            log.exception("the page has no shards to show")
 
     def _process_commands(self, engine: Engine) -> bool:
         """Processes queued commands; blocks while the engine is idle. Returns False on the stop command."""

@@ -58,7 +58,8 @@ class FakeRunner:
     def __init__(
         self, slots: int, pages: int, longest: int = 48, steps: int = 4, histories: int | None = None
     ) -> None:
-        self.limits = Limits(slots, longest, pages + 1, PAGE, SHAPES, steps=steps, max_histories=histories)
+        sizes = slots, longest, pages + 1, PAGE, SHAPES, SHAPES[:2], steps
+        self.limits = Limits(*sizes, max_histories=histories)
         self.compile_count = 0
         self.kept = np.full((pages + 1, PAGE), -1)
         self.tokens = np.full(slots + 1, -1)

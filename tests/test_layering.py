@@ -55,7 +55,6 @@ WITHOUT_JAX = (
     "hardware",
     "step_time",
     "engine.block_manager",
-    "engine.prompt_budget",
     "engine.request",
     "engine.scheduler",
 )

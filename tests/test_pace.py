@@ -292,7 +292,7 @@ class Prompt(list[int]):
 def test_the_head_of_the_queue_is_read_once() -> None:
     """It waits for pages, with a slot free, while another decodes; its tokens are not gone through again."""
     blocks = BlockManager(101, PAGE)
-    of = Scheduler(2, 400, SHAPES, SHAPES[:2], SHAPES[1], lambda decoding: PAGE, 1, blocks)
+    of = Scheduler(2, 400, SHAPES, SHAPES[:2], SHAPES[1], None, lambda *sizes: 1.0, 1, blocks)
     running, head = plain(300), Request(Prompt(range(100, 390)), SamplingParams(max_tokens=1), 0)
     of.add(running)
     of.add(head)

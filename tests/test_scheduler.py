@@ -12,8 +12,12 @@ from tpjax.engine.block_manager import BlockManager, page_key, root_key
 from tpjax.engine.request import Request
 from tpjax.engine.scheduler import Scheduler, Step
 from tpjax.errors import RequestError
-from tpjax.runtime.limits import ChunkShape
+from tpjax.hardware import HARDWARE
+from tpjax.planning.published import published_config
+from tpjax.runtime.counts import Counts
+from tpjax.runtime.limits import ChunkShape, chunk_shapes, mixed_chunk_shapes
 from tpjax.sampling_params import SamplingParams
+from tpjax.step_time import Itemsizes, StepTime
 
 PAGE = 4
 SHAPES = (ChunkShape(1, 2), ChunkShape(2, 2), ChunkShape(2, 4))
@@ -39,7 +43,8 @@ def scheduler(
         SHAPES,
         SHAPES[:2],
         ChunkShape(1, 4),
-        lambda decoding: budget if decoding else 8,
+        None,
+        lambda rows, context, tokens, before: 9.0 if rows and tokens > budget else 1.0,
         steps,
         blocks,
         histories,
@@ -175,6 +180,65 @@ def test_the_step_that_runs_most_is_taken() -> None:
     step = of.schedule()
     assert step is not None and [(c.start, c.stop) for c in step.chunks] == [(0, 4)]
     assert of._fill(SHAPES[1], [one]) == step.chunks and not of._fill(SHAPES[0], [one])[0].final
+
+
+def chip(slots: int, **options: Any) -> Scheduler:
+    """A scheduler with the chunk shapes of a TPU."""
+    shapes = chunk_shapes("tpu")
+    sizes = {"max_num_batched_tokens": None, "seconds": by_hand, **options}
+    return Scheduler(
+        slots,
+        8192,
+        shapes,
+        mixed_chunk_shapes("tpu"),
+        shapes[0],
+        sizes["max_num_batched_tokens"],
+        sizes["seconds"],
+        1,
+        BlockManager(1000, 128),
+    )
+
+
+def by_hand(rows: int, context: int, prompt_tokens: int, before: int) -> float:
+    return 10.0 + 0.001 * context + 0.02 * prompt_tokens
+
+
+def beside(of: Scheduler, prompt: int) -> int:
+    """Returns the prompt tokens of a step beside four rows with 1,024 keys each."""
+    for at in range(4):
+        of.add(request(1023, 99, first=2000 * at))
+    while any(not one.output_token_ids for one in [*of.running, *of.waiting]):
+        run(of, of.schedule())
+    of.add(request(prompt, 1, first=50_000))
+    step = of.schedule()
+    assert step is not None and len(step.decode) == 4
+    return sum(chunk.stop - chunk.start for chunk in step.chunks)
+
+
+def test_a_step_with_prompts_takes_at_most_twice_as_long() -> None:
+    """Alone 10 + 4.1 s; 512 prompt tokens take as long again at most, 2,048 more. A short prompt, a shape."""
+    assert beside(chip(8), 4000) == 512
+    assert beside(chip(8), 300) == 300
+    # the smallest shape runs however long it takes
+    assert beside(chip(8, seconds=lambda rows, _, tokens, __: 1.0 + 9.0 * bool(tokens)), 4000) == 128
+
+
+def test_a_given_maximum_counts_decoded_tokens_too() -> None:
+    assert beside(chip(8, max_num_batched_tokens=516), 4000) == 512
+    assert beside(chip(8, max_num_batched_tokens=515), 4000) == 128
+    assert beside(chip(8, max_num_batched_tokens=2), 4000) == 128  # a page in any case
+    of = chip(8, max_num_batched_tokens=600)
+    alone = request(4000, 1)
+    of.add(alone)
+    assert run(of, of.schedule()) == [(alone, 0, 512)]
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("v5e", 128), ("v6e", 512), ("h100-sxm", 128)])
+def test_what_llama3_8b_takes_on_eight_chips(name: str, tokens: int) -> None:
+    share = Counts("", published_config("llama-3-8b")).share(8)
+    times = StepTime(share, HARDWARE[name].device, Itemsizes(2, 2, 2))
+    of = chip(64, seconds=times.seconds)
+    assert beside(of, 4000) == tokens
 
 
 def steps_of(of: Scheduler) -> list[int]:

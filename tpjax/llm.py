@@ -24,12 +24,15 @@ from tpjax.engine.generation import Generation
 from tpjax.engine.request import FinishReason, Grammar, Request, TokenLogprobs
 from tpjax.engine.token_filter import TokenFilter, word_sequences
 from tpjax.errors import ConfigError, RequestError
+from tpjax.hardware import known_device
 from tpjax.mesh import make_mesh
 from tpjax.old_spellings import accepts_old_spellings
+from tpjax.runtime.device_speed import step_time
 from tpjax.runtime.limits import resolve_dtype
 from tpjax.runtime.memory import device_memory, plan_limits
 from tpjax.runtime.runner import Runner
 from tpjax.sampling_params import MAX_SEED, MIN_SEED, RANDOM_SEED, SamplingParams
+from tpjax.step_time import StepTime
 from tpjax.text.loading import load_tokenizer
 from tpjax.text.tokenizer import Tokenizer
 
@@ -93,6 +96,9 @@ class LLM:
         sequence_parallel: whether prefill shards the residual over positions, so that norms compute 1/tp of
             the rows: ``on`` (chunks that ``tp`` does not divide stay replicated), ``off``, or ``auto``: on
             TPUs and GPUs. It changes no result.
+        max_num_batched_tokens: tokens of a step, those of decoded sequences and of prompts together; at least
+            a page of a prompt, 128, and at most 2,048 run in any case. ``None``: as many as are predicted to
+            delay decoded sequences little.
         generation_config: source of sampling parameters that a request does not give: ``auto``: the
             checkpoint's ``generation_config.json``; ``none``: no source; or another directory or file.
 
@@ -125,12 +131,15 @@ class LLM:
         expert_parallel: ExpertParallel = "auto",
         sequence_parallel: SequenceParallel = "auto",
         generation_config: str | os.PathLike[str] = "auto",
+        max_num_batched_tokens: int | None = None,
     ) -> None:
         if quantize is not None:
             raise ConfigError(f"quantize={quantize!r} is not supported: use None")
         check_choice("sequence_parallel", sequence_parallel, SequenceParallel)
         if isinstance(seed, bool) or not isinstance(seed, int) or not MIN_SEED <= seed <= MAX_SEED:
             raise ConfigError(f"seed={seed!r} is not a whole number, {MIN_SEED} to {MAX_SEED}")
+        if max_num_batched_tokens is not None and max_num_batched_tokens < 1:
+            raise ConfigError(f"max_num_batched_tokens={max_num_batched_tokens} is less than 1")
         path = resolve(os.fspath(model))
         checkpoint = open_checkpoint(path).with_expert_parallel(expert_parallel)
         self.config: ModelConfig = checkpoint.config
@@ -160,12 +169,18 @@ class LLM:
         self.name = str(model)
         self.path: Path = path
         self.runner = Runner(decoder, self.mesh, limits, self.dtype, sequence_parallel)
-        self.engine = Engine(self.runner)
+        self.engine = Engine(self.runner, max_num_batched_tokens, self._step_time())
         self._running: dict[Request, tuple[Generation, deque[Delta]]] = {}
         self._outputs: deque[tuple[Request, list[int]]] = deque()  # of engine steps, not yet delivered
         self._seeds = np.random.default_rng(None if seed == RANDOM_SEED else seed % 2**64)
         if self.sampling_defaults:
             log.info("defaults of requests: %s (generation_config)", self.describe_defaults())
+
+    def _step_time(self) -> StepTime | None:
+        """Returns what predicts the time of a step here; ``None`` if processes could predict differently."""
+        if jax.process_count() > 1 and known_device(self.mesh.devices.flat[0].device_kind) is None:
+            return None  # measured figures would differ, and all processes have to run the same steps
+        return step_time(self.config, self.mesh, self.dtype)
 
     def close(self) -> None:
         """Gives the memory of the devices back: weights, cache and programs.

@@ -52,6 +52,15 @@ def run(
             metavar="N",
         ),
     ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None,
+        option(
+            "--max-num-batched-tokens",
+            help="Tokens of a step, decoded sequences and prompts together (as many as delay others little).",
+            parser=positive_int("tokens"),
+            metavar="N",
+        ),
+    ] = None,
     generation_config: GenerationConfig = "auto",
     *,
     sharding: Sharding,
@@ -73,7 +82,13 @@ def run(
     ensure(name, sharding.tp)
 
     def loaded() -> LLM:
-        return load(name, sharding, max_slots=max_slots, generation_config=generation_config)
+        return load(
+            name,
+            sharding,
+            max_slots=max_slots,
+            generation_config=generation_config,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
 
     ahead = _AHEAD * (max_slots or _MOST_SLOTS)  # how many there will be is known once it is loaded
     service = Service(loaded, Path(name).name, max_queue=ahead)

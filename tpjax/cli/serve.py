@@ -58,6 +58,15 @@ def run(
             metavar="N",
         ),
     ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None,
+        option(
+            "--max-num-batched-tokens",
+            help="Tokens of a step, decoded sequences and prompts together (as many as delay others little).",
+            parser=positive_int("tokens"),
+            metavar="N",
+        ),
+    ] = None,
     max_queue: Annotated[
         int,
         option("--max-queue", help="Requests that may wait.", parser=positive_int("requests"), metavar="N"),
@@ -125,7 +134,13 @@ def run(
     ensure(name, sharding.tp)
 
     def loaded() -> LLM:
-        return load(name, sharding, max_slots=max_slots, generation_config=generation_config)
+        return load(
+            name,
+            sharding,
+            max_slots=max_slots,
+            generation_config=generation_config,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
 
     serve(loaded, options, note)
 

@@ -15,11 +15,11 @@ from tpjax.engine.masks import pack_mask, without
 from tpjax.engine.request import Request, TokenLogprobs
 from tpjax.engine.scheduler import PromptChunk, Scheduler, Step
 from tpjax.errors import EngineError
-from tpjax.runtime.limits import MAX_PROMPT_TOKENS
 from tpjax.runtime.rows import NO_TOKEN, Chunk, Row
 from tpjax.runtime.runner import Runner
 from tpjax.sampling import ALL_MASKED_TOKEN, NAN_TOKEN, NO_HISTORY, Sampled
 from tpjax.sampling_params import SamplingParams
+from tpjax.step_time import StepTime
 
 log = logging.getLogger(__name__)
 
@@ -106,25 +106,31 @@ class Engine:
 
     Args:
         runner: the compiled model.
-        max_num_batched_tokens: maximum tokens of a step, decode rows included; ``None``: beside decode rows
-            as many prompt tokens as a page, and 2,048 without. At least a page of a prompt runs in any case.
+        max_num_batched_tokens: maximum tokens of a step, decode rows included; ``None``: what
+            ``step_time`` predicts to delay decode rows little: see :class:`Scheduler`.
+        step_time: predicts the time of a step; ``None``: all tokens are taken to cost the same.
 
     Attributes:
         runner: as given.
         scheduler: decides what to run.
     """
 
-    def __init__(self, runner: Runner, max_num_batched_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        max_num_batched_tokens: int | None = None,
+        step_time: StepTime | None = None,
+    ) -> None:
         limits = runner.limits
         self.runner = runner
-        self._max_num_batched_tokens = max_num_batched_tokens
         self.scheduler = Scheduler(
             limits.max_slots,
             limits.max_model_len,
             limits.usable_chunk_shapes,
             limits.mixed_chunk_shapes,
             limits.score_chunks,
-            self._prompt_budget,
+            max_num_batched_tokens,
+            _seconds_by_tokens if step_time is None else step_time.seconds,
             limits.steps,
             BlockManager(limits.num_pages, limits.page_size),
             history_rows=limits.history_rows,
@@ -262,12 +268,6 @@ class Engine:
             request.finish_reason, request.error, request.state_lost = "error", why, True
             self._outputs.append((request, []))
 
-    def _prompt_budget(self, decoding: Sequence[Request]) -> int:
-        """Returns the prompt tokens that a step may take beside the requests it decodes."""
-        if self._max_num_batched_tokens is not None:
-            return self._max_num_batched_tokens - len(decoding)
-        return self.runner.limits.page_size if decoding else MAX_PROMPT_TOKENS
-
     @property
     def busy(self) -> bool:
         """Whether any request waits or runs, or any output has not been returned by :meth:`step`."""
@@ -382,6 +382,13 @@ class Engine:
 
 
 _GREEDY = SamplingParams(temperature=0)
+
+
+def _seconds_by_tokens(rows: int, context: int, prompt_tokens: int, before: int) -> float:
+    """Stands in for a prediction: any token takes as long as any other."""
+    return float(rows + prompt_tokens)
+
+
 _ALWAYS = 2**31 - 1  # past every position
 
 

@@ -47,6 +47,10 @@ class Step:
     chunks: list[PromptChunk] = field(default_factory=list)
 
 
+# How much longer than without prompt tokens a step may take that has both.
+MOST_DELAY = 2.0
+
+
 class ChunkSizes(Protocol):
     """The shapes of prompt chunks that a step is compiled for, as ``runtime.limits.ChunkShape``."""
 
@@ -83,7 +87,11 @@ class Scheduler:
         shapes: shapes of prompt chunks of a step that decodes nothing, ascending.
         mixed_shapes: shapes beside decode rows, ascending.
         score_shape: the shape of a step with prompt log-probabilities.
-        budget: returns the prompt tokens that a step may take beside the requests it decodes.
+        max_num_batched_tokens: tokens of a step, decode rows included; at least a page of a prompt runs in
+            any case. ``None``: without decode rows as many as a shape has; beside them the prompt tokens with
+            which the step is predicted to take at most twice as long as without, at least the smallest shape.
+        seconds: predicts the seconds of a step from its decode rows, the keys that they attend to together,
+            its prompt tokens, and the tokens of that prompt before them.
         steps: decode steps of a long dispatch, which is used if nothing can come in between.
         blocks: the cache pages.
         history_rows: requests with penalties or biases that run at once; ``None``: ``max_slots``.
@@ -108,7 +116,8 @@ class Scheduler:
         shapes: Sequence[ChunkSizes],
         mixed_shapes: Sequence[ChunkSizes],
         score_shape: ChunkSizes,
-        budget: Callable[[Sequence[Request]], int],
+        max_num_batched_tokens: int | None,
+        seconds: Callable[[int, int, int, int], float],
         steps: int,
         blocks: BlockManager,
         history_rows: int | None = None,
@@ -124,7 +133,8 @@ class Scheduler:
         self.shapes = shapes
         self.mixed_shapes = mixed_shapes
         self._score_shape = score_shape
-        self._budget = budget
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._seconds = seconds
         self._max_slots = max_slots
         self._history_rows = max_slots if history_rows is None else history_rows
         self._free_slots = list(range(max_slots - 1, -1, -1))
@@ -300,7 +310,7 @@ class Scheduler:
         return self.steps
 
     def _chunks(self, decoding: list[Request]) -> list[PromptChunk]:
-        """Returns the parts of prompts that run next: those of the shape that takes the most tokens."""
+        """Returns the parts of prompts that run next: those that run most tokens a second."""
         waiting = [one for one in self.running if one.prefilling]
         if not waiting:
             return []
@@ -308,10 +318,31 @@ class Scheduler:
         if scored:  # alone among prompts: the logits of all tokens are held at once
             return self._fill(self._score_shape, waiting[:1])
         unscored = list(itertools.takewhile(lambda one: one.params.prompt_logprobs is None, waiting))
-        shapes = self.mixed_shapes if decoding else self.shapes
-        budget = max(self._budget(decoding), self.blocks.page_size)
-        fitting = [shape for shape in shapes if shape.rows * shape.length <= budget] or shapes[:1]
-        return max((self._fill(shape, unscored) for shape in fitting), key=_tokens)  # the first of equals
+        rows, context = len(decoding), sum(one.next_position + 1 for one in decoding)
+        before = max(one.prefilled for one in unscored)
+        # the time of a step does not depend on how much of it is padding
+        seconds = {
+            shape: self._seconds(rows, context, shape.rows * shape.length, before)
+            for shape in (self.mixed_shapes if decoding else self.shapes)
+        }
+        alone = self._seconds(rows, context, 0, 0) if decoding else 0.0
+        candidates = [
+            (_tokens(chunks) / seconds[shape], chunks)
+            for shape in self._affordable(seconds, rows, alone)
+            if (chunks := self._fill(shape, unscored))
+        ]
+        return max(candidates, key=lambda candidate: candidate[0])[1]
+
+    def _affordable(self, seconds: dict[ChunkSizes, float], rows: int, alone: float) -> list[ChunkSizes]:
+        """Returns the shapes that a step may take beside its decode rows; at least one."""
+        most = self._max_num_batched_tokens
+        if most is not None:
+            limit = max(most - rows, self.blocks.page_size)
+            return [shape for shape in seconds if shape.rows * shape.length <= limit] or [*seconds][:1]
+        if not rows:
+            return list(seconds)
+        first, *larger = seconds
+        return [first, *(shape for shape in larger if seconds[shape] <= MOST_DELAY * alone)]
 
     def _fill(self, shape: ChunkSizes, requests: list[Request]) -> list[PromptChunk]:
         """Returns parts of the requests' prompts, in their order, that fill a shape."""

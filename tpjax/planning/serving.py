@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tpjax.engine.block_manager import BlockManager
-from tpjax.engine.prompt_budget import PromptBudget
 from tpjax.engine.request import Request
 from tpjax.engine.scheduler import Scheduler, Step
 from tpjax.errors import ConfigError
 from tpjax.planning.arrivals import Arrival
 from tpjax.planning.cost_model import CostModel
 from tpjax.planning.serving_figures import Outcome, Result
-from tpjax.runtime.limits import MAX_PROMPT_TOKENS, PAGE_SIZE, STEPS, Limits, chunk_shapes
+from tpjax.runtime.limits import PAGE_SIZE, STEPS, Limits, chunk_shapes, mixed_chunk_shapes
 from tpjax.sampling_params import SamplingParams
 from tpjax.step_time import StepTokens
 
@@ -36,13 +35,13 @@ class ServerModel:
     Attributes:
         limits: sizes of slots, cache and programs.
         step_s: returns the seconds of a step on the devices.
-        budget: returns the prompt tokens that a step may take beside the requests it decodes.
+        predict: what the scheduler goes by, as :meth:`tpjax.step_time.StepTime.seconds`.
         overhead_s: seconds of each dispatch that the devices wait for the host.
     """
 
     limits: Limits
     step_s: StepSeconds
-    budget: Callable[[Sequence[Request]], int]
+    predict: Callable[[int, int, int, int], float]
     overhead_s: float = 0.0
 
 
@@ -103,10 +102,10 @@ def plan_server(
         max_model_len=length,
         num_pages=pages + 1,
         chunk_shapes=chunk_shapes(platform),
+        mixed_shapes=mixed_chunk_shapes(platform),
         steps=STEPS.get(platform, 1),
     )
-    budget = PromptBudget(model.seconds, PAGE_SIZE, MAX_PROMPT_TOKENS)
-    return ServerModel(limits, lambda tokens: model.step(tokens).total, budget)
+    return ServerModel(limits, lambda tokens: model.step(tokens).total, model.seconds)
 
 
 def simulate(
@@ -262,7 +261,8 @@ def _scheduler(server: ServerModel) -> Scheduler:
         limits.usable_chunk_shapes,
         limits.mixed_chunk_shapes,
         limits.score_chunks,
-        server.budget,
+        None,
+        server.predict,
         limits.steps,
         BlockManager(limits.num_pages, limits.page_size),
     )

@@ -36,13 +36,25 @@ class ChunkShape(NamedTuple):
 
 MAX_PROMPT_TOKENS = 2048  # of one step
 # A CPU computes every token for itself, so that padding costs time: short prompts get short chunks there.
-_CPU_CHUNKS = (ChunkShape(1, 32), ChunkShape(4, 32), ChunkShape(4, 128), ChunkShape(16, 128))
-_CHUNKS = (ChunkShape(1, 128), ChunkShape(4, 128), ChunkShape(16, 128))
+_CPU_CHUNKS = (
+    *(ChunkShape(rows, 32) for rows in (1, 2, 4)),
+    ChunkShape(2, 128),
+    ChunkShape(8, 32),
+    ChunkShape(4, 128),
+    ChunkShape(16, 128),
+)
+_CHUNKS = tuple(ChunkShape(rows, 128) for rows in (1, 2, 4, 8, 16))
 
 
 def chunk_shapes(platform: str) -> tuple[ChunkShape, ...]:
     """Returns the shapes of prompt chunks that steps are compiled for on a platform, smallest first."""
     return _CPU_CHUNKS if platform == "cpu" else _CHUNKS
+
+
+def mixed_chunk_shapes(platform: str) -> tuple[ChunkShape, ...]:
+    """Returns those of :func:`chunk_shapes` that steps beside decode rows are compiled for."""
+    shapes = chunk_shapes(platform)
+    return shapes[0:3:2] if platform == "cpu" else shapes[::2]
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ class Limits:
         page_size: positions per cache page.
         chunk_shapes: shapes of the prompt chunks of a step, by their tokens, ascending. Each length divides
             the page size or is a multiple of it.
-        mixed_shapes: how many of these, the smallest ones, run in steps that decode other rows too.
+        mixed_shapes: those of steps that decode other rows too.
         steps: decode steps of one dispatch, at most.
         max_histories: sequences with penalties or biases decoded at once; ``None``: ``max_slots``.
 
@@ -69,7 +81,7 @@ class Limits:
     num_pages: int
     page_size: int = PAGE_SIZE
     chunk_shapes: tuple[ChunkShape, ...] = _CPU_CHUNKS
-    mixed_shapes: int = 2
+    mixed_shapes: tuple[ChunkShape, ...] = (_CPU_CHUNKS[0], _CPU_CHUNKS[2])
     steps: int = 4
     max_histories: int | None = None
 
@@ -131,8 +143,8 @@ class Limits:
 
     @property
     def mixed_chunk_shapes(self) -> tuple[ChunkShape, ...]:
-        """Chunk shapes of steps that decode other rows too."""
-        return self.usable_chunk_shapes[: self.mixed_shapes]
+        """Those of ``mixed_shapes`` up to the first that holds the longest sequence."""
+        return self._usable(self.mixed_shapes)
 
     @property
     def largest_chunks(self) -> ChunkShape:
@@ -169,7 +181,9 @@ class Limits:
     @property
     def usable_chunk_shapes(self) -> tuple[ChunkShape, ...]:
         """Chunk shapes up to the first that holds the longest sequence."""
-        shapes = self.chunk_shapes
+        return self._usable(self.chunk_shapes)
+
+    def _usable(self, shapes: tuple[ChunkShape, ...]) -> tuple[ChunkShape, ...]:
         enough = next(
             (i for i, shape in enumerate(shapes) if shape.tokens >= self.max_model_len), len(shapes) - 1
         )

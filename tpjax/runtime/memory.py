@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from tpjax import cache as kv
 from tpjax.config import ModelConfig
 from tpjax.errors import ConfigError
-from tpjax.runtime.limits import MAX_PROMPT_TOKENS, PAGE_SIZE, STEPS, Limits, chunk_shapes
+from tpjax.runtime.limits import MAX_PROMPT_TOKENS, PAGE_SIZE, STEPS, Limits, chunk_shapes, mixed_chunk_shapes
 from tpjax.sampling import HISTORY_BYTES, mask_words
 from tpjax.sharding import head_plan, pad_to_multiple
 
@@ -119,6 +119,7 @@ def plan_limits(
         num_pages=pages + 1,
         page_size=PAGE_SIZE,
         chunk_shapes=chunk_shapes(platform),
+        mixed_shapes=mixed_chunk_shapes(platform),
         steps=STEPS.get(platform, 1),
         max_histories=max_histories(config, tp, max_slots, memory),
     )

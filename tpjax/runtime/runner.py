@@ -178,11 +178,12 @@ class Runner:
         limits, spans = self.limits, [chunk.span for chunk in chunks]
         if any(chunk.targets is not None for chunk in chunks):
             return ProgramSpec("step_and_score", limits.max_slots, limits.score_chunks)
+        among = limits.mixed_chunk_shapes if rows else limits.usable_chunk_shapes
         batches = [size for size in limits.mixed_batch_sizes if size >= rows]
-        smallest = ProgramSpec("step", batches[0] if rows else 0, limits.fitting(spans))
+        smallest = ProgramSpec("step", batches[0] if rows else 0, limits.fitting(spans, among))
         others = (
             ProgramSpec("step", batch, shape)
-            for shape in limits.usable_chunk_shapes
+            for shape in among
             if limits.holds(shape, spans)
             for batch in (batches if rows else (0, *batches))
         )

@@ -460,7 +460,7 @@ def test_explain_reads_no_weights_and_prints_every_table(smollm2_gguf: Path) -> 
         ("all-reduce", 1, 576 * 4),  # embedding
         ("all-gather", 1, 4 * 2 * 4),
     ]
-    assert (prefill["tokens"], prefill["budget"]["all_reduce_bytes"]) == (512, 61 * 512 * 576 * 4)
+    assert (prefill["tokens"], prefill["budget"]["all_reduce_bytes"]) == (2048, 61 * 2048 * 576 * 4)
     assert report["cache"]["bytes_per_token_per_device"] == 2 * 30 * 64 * 4
     table = tpjax("explain", str(LLAMA), "--tp", "3")
     for text in ("self_attn.qkv_proj ×", "every device normalises", "a token", "predicted", "all-reduces ("):

@@ -29,7 +29,7 @@ def server(
     seconds=lambda tokens: 1.0, *, slots: int = 4, length: int = 1024, pages: int = 64, steps: int = 1
 ) -> ServerModel:
     limits = Limits(max_slots=slots, max_model_len=length, num_pages=pages + 1, steps=steps)
-    return ServerModel(limits, seconds, lambda decoding: 64)
+    return ServerModel(limits, seconds, lambda rows, context, tokens, before: 1.0)
 
 
 def costs(model: str = "llama-3-8b", chip: str = "v6e", tp: int = 4) -> CostModel:
@@ -75,7 +75,7 @@ def test_several_steps_of_a_dispatch_come_at_once():
 
 def test_the_host_makes_every_dispatch_longer():
     plain = server()
-    slow = ServerModel(plain.limits, plain.step_s, plain.budget, overhead_s=0.5)
+    slow = ServerModel(plain.limits, plain.step_s, plain.predict, overhead_s=0.5)
     (outcome,) = simulate(slow, [Arrival(0.0, 30, 4)]).result.outcomes
     assert outcome.latency == pytest.approx(4 * 1.5)
 
@@ -116,7 +116,7 @@ def test_a_saturated_server_decodes_as_fast_as_its_steps():
     """With all slots full all the time, output tokens a second are slots over the step's seconds."""
     model = costs()
     limits = Limits(max_slots=32, max_model_len=2048, num_pages=32 * 16 + 1, steps=1)
-    one = ServerModel(limits, lambda tokens: model.step(tokens).total, lambda decoding: 512)
+    one = ServerModel(limits, lambda tokens: model.step(tokens).total, model.seconds)
     run = simulate(one, poisson(32, math.inf, 16, 1500, 0.0, random.Random(0)))
     step = model.decode(32, 16 + 750).total
     assert run.summary()["output_throughput"] == pytest.approx(32 / step, rel=0.05)  # prompts come first

@@ -86,14 +86,16 @@ def simulate_point(point: Mapping[str, Any], overhead_s: float = 0.0, waves: int
     arrivals = requests(point, concurrency, waves)
     longest = max(one.input_len + one.output_len for one in arrivals)
     engine, model = ENGINES.get(point["engine"], MeasuredEngine()), plan(point).model
+    shapes = tuple(shape for shape in _CHUNKS if shape.tokens <= engine.chunk_tokens)
     limits = Limits(
         max_slots=concurrency,
         max_model_len=longest,
         num_pages=concurrency * -(-longest // PAGE_SIZE) + 1,
-        chunk_shapes=_CHUNKS,
-        mixed_shapes=len(_CHUNKS),
+        chunk_shapes=shapes,
+        mixed_shapes=shapes,
         steps=1,
     )
     step_s = lambda tokens: model.step(tokens).total  # noqa: E731
-    server = ServerModel(limits, step_s, lambda decoding: engine.chunk_tokens, overhead_s)
+    # these engines fill a step with as many prompt tokens as they may
+    server = ServerModel(limits, step_s, lambda rows, context, tokens, before: 1.0, overhead_s)
     return simulate(server, arrivals, max_concurrency=concurrency)

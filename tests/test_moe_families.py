@@ -275,10 +275,10 @@ def test_each_device_reads_its_experts_alone(monkeypatch: pytest.MonkeyPatch) ->
     read: list[tuple[int, int]] = []
     original = SafetensorsCheckpoint.read
 
-    def spy(self: Any, name: str, index: Any = None) -> np.ndarray:
+    def spy(self: Any, name: str, index: Any = None, *memory: Any) -> np.ndarray:
         if name == "model.layers.0.mlp.experts.gate_up_proj":
             read.append((index[0].start, index[0].stop))
-        return original(self, name, index)
+        return original(self, name, index, *memory)
 
     monkeypatch.setattr(SafetensorsCheckpoint, "read", spy)
     loaded(GOLDENS / "gpt_oss", tp=3)

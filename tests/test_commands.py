@@ -59,9 +59,9 @@ COMMANDS = {
     ),
     "serve": (
         "serve --model {model} --tp 2 --dtype float32 --max-model-len 64 --expert-parallel auto "
-        "--host 127.0.0.1 --port 0 --served-model-name tiny --max-slots 2 --max-num-batched-tokens 256 --max-queue 64 --api-key first "
-        "--api-key-file {keys} --protect-metrics --allow-origin http://localhost:3000 --max-body-mib 1 "
-        "--drain-s 5 --generation-config none"
+        "--host 127.0.0.1 --port 0 --served-model-name tiny --max-slots 2 --max-num-batched-tokens 256 "
+        "--max-queue 64 --api-key first --api-key-file {keys} --protect-metrics "
+        "--allow-origin http://localhost:3000 --max-body-mib 1 --drain-s 5 --generation-config none"
     ),
     "bench serve": (
         "bench serve --base-url {url} --model tiny --num-prompts 3 --input-len 5 --output-len 4 "
@@ -72,8 +72,8 @@ COMMANDS = {
         "bench serve --base-url {url} --num-prompts 1 --output-len 2 --input-len 4 --api-key first --json"
     ),
     "batch": (
-        "batch --model {model} --input {requests} --output {tmp}/answers.jsonl --max-slots 2 --max-num-batched-tokens 256 --tp 2 "
-        "--generation-config auto "
+        "batch --model {model} --input {requests} --output {tmp}/answers.jsonl --max-slots 2 --tp 2 "
+        "--max-num-batched-tokens 256 --generation-config auto "
         "--dtype float32 --max-model-len 64 --expert-parallel off"
     ),
     "bench": "bench {model} --tp 2 --context 40 --prompt-len 20 --rounds 1 --json",

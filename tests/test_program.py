@@ -48,6 +48,8 @@ def abstract_runner(tp: int) -> Runner:
     return Runner(abstract_decoder(CONFIG, mesh, jnp.dtype("float32")), mesh, LIMITS, jnp.dtype("float32"))
 
 
+GREEDY_TOKENS = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+SAMPLED_TOKENS = SamplingParams(max_tokens=6, temperature=0.7, seed=1, ignore_eos=True)
 DECODE = ProgramSpec("decode", 4)
 GREEDY = ProgramSpec("decode", 4, greedy=True)
 MIXED = ProgramSpec("step", 4, ChunkShape(4, 32))
@@ -259,6 +261,16 @@ def test_two_threads_that_need_a_program_compile_it_once() -> None:
     for _ in range(2):  # one that cannot be compiled keeps nobody waiting
         with pytest.raises(AttributeError), ThreadPoolExecutor(2) as pool:
             list(pool.map(runner.programs.get, [ProgramSpec("nothing")] * 2))  # type: ignore[arg-type]
+
+
+def test_what_is_prepared_is_all_that_a_prompt_needs() -> None:
+    llm = LLM(GOLDENS / "llama", tp=1, max_model_len=512, max_slots=2)
+    for length, params in ((5, GREEDY_TOKENS), (40, GREEDY_TOKENS), (300, SAMPLED_TOKENS)):
+        prompt = list(range(1, 1 + length % 100)) * (1 + length // 100)
+        llm.prepare(prompt, params)
+        count = llm.runner.compile_count
+        assert len(list(llm.stream(prompt, params))) > 1
+        assert llm.runner.compile_count == count
 
 
 @pytest.mark.slow

@@ -182,6 +182,24 @@ def test_the_step_that_runs_most_is_taken() -> None:
     assert of._fill(SHAPES[1], [one]) == step.chunks and not of._fill(SHAPES[0], [one])[0].final
 
 
+@pytest.mark.parametrize(
+    ("tokens", "spans"),
+    [(1, [(0, 1)]), (3, [(0, 3)]), (5, [(0, 5)]), (9, [(0, 8), (8, 9)]), (20, [(0, 8), (8, 16), (16, 20)])],
+)
+def test_padding_costs_time_and_so_does_another_step(tokens: int, spans: list[tuple[int, int]]) -> None:
+    """Time grows with the tokens, padding included: a shape that is less than half full is too large."""
+    of = Scheduler(
+        2, 40, SHAPES, SHAPES, SHAPES[0], None, lambda *sizes: float(sizes[2]), 1, BlockManager(25, PAGE)
+    )
+    assert of.prompt_spans(tokens) == spans
+    one = request(tokens, 1)
+    of.add(one)
+    seen = []
+    while of.busy:
+        seen += [(start, stop) for _, start, stop in run(of, of.schedule())]
+    assert seen == spans
+
+
 def chip(slots: int, **options: Any) -> Scheduler:
     """A scheduler with the chunk shapes of a TPU."""
     shapes = chunk_shapes("tpu")

@@ -355,7 +355,8 @@ class LLM:
         """
         request = self.request(prompt, params or SamplingParams())
         with self.engine.guarded():
-            self.runner.prepare(len(request.prompt_token_ids))
+            spans = self.engine.scheduler.prompt_spans(len(request.prompt_token_ids))
+            self.runner.prepare(spans, greedy=request.params.plain_greedy)
 
     def warm_up(self, *, background: bool = False) -> None:
         """Compiles every program that serving can call; afterwards nothing compiles again.

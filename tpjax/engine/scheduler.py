@@ -11,6 +11,7 @@ from typing import Protocol
 from tpjax.engine.block_manager import BlockManager, PageKey
 from tpjax.engine.request import Request
 from tpjax.errors import ContextLengthError, RequestError
+from tpjax.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Step:
 
 # How much longer than without prompt tokens a step may take that has both.
 MOST_DELAY = 2.0
+FAIR_RATE = 0.5  # of the most prompt tokens a second that a step could run
 
 
 class ChunkSizes(Protocol):
@@ -309,17 +311,35 @@ class Scheduler:
             return 1  # one reaches its length before the last step, or has already: its slot becomes free
         return self.steps
 
+    def prompt_spans(self, tokens: int) -> list[tuple[int, int]]:
+        """Returns the parts in which a prompt of that many tokens runs if nothing runs beside it."""
+        request = Request((), SamplingParams(max_tokens=1), seed=0, prefill_token_ids=[0] * tokens)
+        spans = []
+        while request.prefilling:
+            (chunk,) = self._best_chunks([], [request])
+            spans.append((chunk.start, chunk.stop))
+            request.prefilled = chunk.stop
+        return spans
+
     def _chunks(self, decoding: list[Request]) -> list[PromptChunk]:
-        """Returns the parts of prompts that run next: those that run most tokens a second."""
+        """Returns the parts of prompts that run next."""
         waiting = [one for one in self.running if one.prefilling]
         if not waiting:
             return []
         scored = waiting[0].params.prompt_logprobs is not None
         if scored:  # alone among prompts: the logits of all tokens are held at once
             return self._fill(self._score_shape, waiting[:1])
-        unscored = list(itertools.takewhile(lambda one: one.params.prompt_logprobs is None, waiting))
+        unscored = itertools.takewhile(lambda one: one.params.prompt_logprobs is None, waiting)
+        return self._best_chunks(decoding, list(unscored))
+
+    def _best_chunks(self, decoding: list[Request], requests: list[Request]) -> list[PromptChunk]:
+        """Returns the parts of the requests' prompts that run next: as many tokens as at a fair rate.
+
+        Of the shapes that run at least half as many tokens a second as the best does, the one that runs most:
+        a larger one that is partly padding is better than two steps.
+        """
         rows, context = len(decoding), sum(one.next_position + 1 for one in decoding)
-        before = max(one.prefilled for one in unscored)
+        before = max(one.prefilled for one in requests)
         # the time of a step does not depend on how much of it is padding
         seconds = {
             shape: self._seconds(rows, context, shape.rows * shape.length, before)
@@ -329,9 +349,10 @@ class Scheduler:
         candidates = [
             (_tokens(chunks) / seconds[shape], chunks)
             for shape in self._affordable(seconds, rows, alone)
-            if (chunks := self._fill(shape, unscored))
+            if (chunks := self._fill(shape, requests))
         ]
-        return max(candidates, key=lambda candidate: candidate[0])[1]
+        least = max(rate for rate, _ in candidates) * FAIR_RATE
+        return max((chunks for rate, chunks in candidates if rate >= least), key=_tokens)
 
     def _affordable(self, seconds: dict[ChunkSizes, float], rows: int, alone: float) -> list[ChunkSizes]:
         """Returns the shapes that a step may take beside its decode rows; at least one."""

@@ -274,13 +274,16 @@ class Runner:
 
     # --- compiling ahead -----------------------------------------------------------------------------------
 
-    def prepare(self, prompt_tokens: int) -> None:
-        """Compiles what one prompt of that many tokens needs, so that its first tokens do not wait for it."""
-        limits = self.limits
-        *full, last = range(0, prompt_tokens, limits.largest_chunks.tokens)
-        shapes = {limits.fitting([(0, prompt_tokens - last)])} | ({limits.largest_chunks} if full else set())
-        chunks = (ProgramSpec("step", 0, shape) for shape in shapes)
-        self.programs.compile([ProgramSpec("decode", 1, greedy=True), *chunks])
+    def prepare(self, spans: Sequence[tuple[int, int]], *, greedy: bool) -> None:
+        """Compiles what one prompt needs, so that its first tokens do not wait for it.
+
+        Args:
+            spans: the parts in which it runs: first position and one past the last.
+            greedy: whether its tokens are the likeliest, and nothing else about them is asked for.
+        """
+        shapes = {self.limits.fitting([span]) for span in spans}
+        chunks = (ProgramSpec("step", 0, shape) for shape in sorted(shapes))
+        self.programs.compile([ProgramSpec("decode", 1, greedy=greedy), *chunks])
         jax.block_until_ready(self.state)
 
     def warm_up(self, *, background: bool = False) -> None:

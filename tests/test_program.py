@@ -266,7 +266,7 @@ def test_two_threads_that_need_a_program_compile_it_once() -> None:
 def test_what_is_prepared_is_all_that_a_prompt_needs() -> None:
     llm = LLM(GOLDENS / "llama", tp=1, max_model_len=512, max_slots=2)
     for length, params in ((5, GREEDY_TOKENS), (40, GREEDY_TOKENS), (300, SAMPLED_TOKENS)):
-        prompt = list(range(1, 1 + length % 100)) * (1 + length // 100)
+        prompt = [1 + i % 100 for i in range(length)]
         llm.prepare(prompt, params)
         count = llm.runner.compile_count
         assert len(list(llm.stream(prompt, params))) > 1

@@ -64,29 +64,45 @@ class SamplingRows:
             history_rows: per row that of its history; not read if its parameters need none.
             rows: number of rows to fill.
         """
-        floats: Any = np.tile(np.array([0, 1, 0, 1, 0, 0], np.float32), (rows, 1))
-        ints: Any = np.tile(np.array([0, 0, 0, NO_HISTORY, 0, 0], np.int32), (rows, 1))
-        every = zip(params, seeds, masked_until, history_rows, strict=True)
-        for row, (p, seed, until, history_row) in enumerate(every):
-            floats[row] = (
-                p.value("temperature"),
-                p.value("top_p"),
-                p.value("min_p"),
-                max(
-                    p.value("repetition_penalty"), _TINY
-                ),  # it divides: devices may flush what is smaller to 0
-                p.presence_penalty,
-                p.frequency_penalty,
-            )
-            # float32 cannot hold a k above 2**24; no vocabulary is that large
-            ints[row] = (
-                min(p.value("top_k"), 2**24),
-                np.uint32(seed >> 32 & 0xFFFFFFFF).view(np.int32),
-                np.uint32(seed & 0xFFFFFFFF).view(np.int32),
-                history_row if p.needs_history else NO_HISTORY,
-                p.logprobs is not None,
-                until,
-            )
+        every = zip(params, seeds, history_rows, strict=True)
+        return cls.stack([cls.one(*of_row) for of_row in every], masked_until, rows)
+
+    @staticmethod
+    def one(params: SamplingParams, seed: int, history_row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the floats and ints of one row; but for the end of its mask they stay the same."""
+        floats = (
+            params.value("temperature"),
+            params.value("top_p"),
+            params.value("min_p"),
+            # it divides: devices may flush what is smaller to 0
+            max(params.value("repetition_penalty"), _TINY),
+            params.presence_penalty,
+            params.frequency_penalty,
+        )
+        # float32 cannot hold a k above 2**24; no vocabulary is that large
+        ints = (
+            min(params.value("top_k"), 2**24),
+            np.uint32(seed >> 32 & 0xFFFFFFFF).view(np.int32),
+            np.uint32(seed & 0xFFFFFFFF).view(np.int32),
+            history_row if params.needs_history else NO_HISTORY,
+            params.logprobs is not None,
+            0,
+        )
+        return np.array(floats, np.float32), np.array(ints, np.int32)
+
+    @classmethod
+    def stack(
+        cls, ones: Sequence[tuple[np.ndarray, np.ndarray]], masked_until: Sequence[int], rows: int
+    ) -> SamplingRows:
+        """Packs what :meth:`one` returned for each row into ``rows`` rows; rows past the last are greedy."""
+        floats: Any = np.empty((rows, 6), np.float32)
+        ints: Any = np.empty((rows, 6), np.int32)
+        count = len(ones)
+        if count:
+            np.concatenate([one for one, _ in ones], out=floats[:count].reshape(-1))
+            np.concatenate([one for _, one in ones], out=ints[:count].reshape(-1))
+            ints[:count, 5] = masked_until
+        floats[count:], ints[count:] = (0, 1, 0, 1, 0, 0), (0, 0, 0, NO_HISTORY, 0, 0)
         return cls(floats, ints)
 
     @property

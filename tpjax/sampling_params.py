@@ -7,6 +7,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from tpjax.errors import RequestError
@@ -138,14 +139,14 @@ class SamplingParams:
             if not _is_number(bias) or not abs(bias) <= _MAX_FLOAT32:
                 raise RequestError(f"logit_bias[{token}]={bias!r} is not a finite number")
 
-    @property
+    @cached_property
     def needs_history(self) -> bool:
         """Whether logits depend on previous tokens or on a bias."""
         penalties = (self.value("repetition_penalty"), self.presence_penalty, self.frequency_penalty)
         limits = self.allowed_token_ids is not None or bool(self.bad_words)
         return penalties != (1.0, 0.0, 0.0) or bool(self.logit_bias) or limits
 
-    @property
+    @cached_property  # asked at every step
     def plain_greedy(self) -> bool:
         """Whether the next token is the arg-max of the logits, and nothing else is asked for."""
         return self.value("temperature") == 0 and not self.needs_history and self.logprobs is None

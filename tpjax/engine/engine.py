@@ -393,8 +393,12 @@ _ALWAYS = 2**31 - 1  # past every position
 
 
 def _row(request: Request, position: int) -> Row:
-    """Returns a request's row of a dispatch that begins at ``position``."""
-    return Row(
+    """Returns a request's row of a dispatch that begins at ``position``; it is kept while it has its slot."""
+    row: Row | None = request.row
+    if row is not None:
+        row.position, row.remaining, row.masked_until = position, request.remaining, _masked_until(request)
+        return row
+    request.row = row = Row(
         slot=_slot(request),
         position=position,
         pages=request.pages,
@@ -406,6 +410,7 @@ def _row(request: Request, position: int) -> Row:
         max_length=request.max_length,
         history_row=NO_HISTORY if request.history_row is None else request.history_row,
     )
+    return row
 
 
 def _chunk(chunk: PromptChunk) -> Chunk:

@@ -70,6 +70,7 @@ class Request:
         queued: whether it waits for a slot.
         slot: its place in the batch while it runs.
         history_row: where its penalties and biases are kept while it runs, if it needs them.
+        row: what the runner is told of it, kept while it has its slot: a ``runtime.rows.Row``.
         pages: cache pages it holds, in order of position.
         prefill_token_ids: tokens to prefill before it can decode: the prompt and, if it was preempted, its
             output.
@@ -99,6 +100,7 @@ class Request:
     queued: bool = False
     slot: int | None = None
     history_row: int | None = None
+    row: Any = None
     pages: list[int] = field(default_factory=list)
     prefill_token_ids: list[int] = field(default_factory=list)
     prefill_start: int = 0

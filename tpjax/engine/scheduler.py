@@ -214,7 +214,7 @@ class Scheduler:
         ran = set(self.running)
         self.waiting = deque(one for one in self.waiting if one not in ran)
         for one in (*ran, *self.waiting):
-            one.slot, one.history_row, one.queued = None, None, one not in ran
+            one.slot, one.history_row, one.row, one.queued = None, None, None, one not in ran
             one.pages.clear()
         self.blocks.clear()
         self._free_slots = list(range(self._max_slots - 1, -1, -1))
@@ -427,6 +427,7 @@ class Scheduler:
         if request.slot is not None:
             self._free_slots.append(request.slot)
             request.slot = None
+        request.row = None
         if request.history_row is not None:
             self._free_history_rows.append(request.history_row)
             request.history_row = None

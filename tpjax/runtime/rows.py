@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import jax
 import numpy as np
@@ -19,9 +20,12 @@ STOP_IDS = 8  # stop tokens of a row that are checked on the device; the host ch
 NO_TOKEN = -1  # output of a row that has ended
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Row:
     """One sequence's part in a dispatch.
+
+    Whoever dispatches a sequence again and again keeps its row, and changes only its position, ``remaining``
+    and ``masked_until``; its pages may only get longer. What stays the same is turned into arrays once.
 
     Attributes:
         slot: index of its last token and mask in the device state, 0 to max_slots - 1.
@@ -48,6 +52,29 @@ class Row:
     masked_until: int = 0
     max_length: int = 0
     history_row: int = NO_HISTORY
+    _table: tuple[np.ndarray, int] = field(default=(np.empty(0, np.int32), 0), init=False, repr=False)
+
+    @cached_property
+    def sampling(self) -> tuple[np.ndarray, np.ndarray]:
+        """Its sampling parameters, as :meth:`SamplingRows.one` returns them."""
+        return SamplingRows.one(self.params, self.seed, self.history_row)
+
+    @cached_property
+    def stop_array(self) -> np.ndarray:
+        """Its first stop tokens, int32 [STOP_IDS]."""
+        array = np.full(STOP_IDS, NO_TOKEN, np.int32)
+        array[: len(self.stop_ids)] = self.stop_ids[:STOP_IDS]
+        return array
+
+    def block_table(self, blocks: int) -> np.ndarray:
+        """Returns its pages, int32 [blocks], padded with the null page."""
+        table, known = self._table
+        if len(table) != blocks:
+            table, known = np.full(blocks, NULL_PAGE, np.int32), 0
+        if known != len(self.pages):
+            table[known : len(self.pages)] = self.pages[known:]
+            self._table = table, len(self.pages)
+        return table
 
     def plain_greedy(self, tokens: int = 1) -> bool:
         """Whether the plain variant of :func:`tpjax.sampling.sample` fits the token after ``tokens`` fed."""
@@ -89,20 +116,17 @@ class PackedRows:
     @classmethod
     def pack(cls, rows: Sequence[Row], limits: Limits, size: int) -> PackedRows:
         """Packs rows on the host and pads them to ``size`` rows."""
-        ints = np.tile(np.array([limits.max_slots, 0, 0, 0], np.int32), (size, 1))
-        stop_ids = np.full((size, STOP_IDS), NO_TOKEN, np.int32)
-        tables = np.full((size, limits.blocks), NULL_PAGE, np.int32)
-        for i, row in enumerate(rows):
-            ints[i] = (row.slot, row.position, row.remaining, row.max_length)
-            stop_ids[i, : len(row.stop_ids)] = row.stop_ids[:STOP_IDS]
-            tables[i, : len(row.pages)] = row.pages
-        sampling = SamplingRows.pack(
-            [row.params for row in rows],
-            [row.seed for row in rows],
-            [row.masked_until for row in rows],
-            [row.history_row for row in rows],
-            size,
-        )
+        count, blocks = len(rows), limits.blocks
+        ints = np.empty((size, 4), np.int32)
+        stop_ids = np.empty((size, STOP_IDS), np.int32)
+        tables = np.empty((size, blocks), np.int32)
+        if count:
+            ints[:count] = [(row.slot, row.position, row.remaining, row.max_length) for row in rows]
+            np.concatenate([row.stop_array for row in rows], out=stop_ids[:count].reshape(-1))
+            np.concatenate([row.block_table(blocks) for row in rows], out=tables[:count].reshape(-1))
+        ints[count:], stop_ids[count:], tables[count:] = (limits.max_slots, 0, 0, 0), NO_TOKEN, NULL_PAGE
+        ones, until = [row.sampling for row in rows], [row.masked_until for row in rows]
+        sampling = SamplingRows.stack(ones, until, size)
         return cls(ints, stop_ids, tables, sampling)  # type: ignore[arg-type]
 
     def __getitem__(self, part: slice) -> PackedRows:

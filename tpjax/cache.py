@@ -294,6 +294,10 @@ def _write_chunks(
     pages, offsets = _place(group, group.positions[:, ::size], page_size)
     parts = new.reshape(-1, size, *new.shape[2:]).swapaxes(1, 2)  # [parts, K, size, h]
     indices = jnp.stack([pages.reshape(-1), offsets.reshape(-1)], axis=1)
+    if len(parts) == 1:
+        # XLA makes a slice update of a scatter of one part, in another layout than the scatter of tokens
+        # beside it: a TPU would copy the whole cache at every step. A second part goes to the null page.
+        parts, indices = jnp.repeat(parts, 2, axis=0), jnp.concatenate([indices, jnp.zeros_like(indices)])
     dimensions = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(1, 2, 3), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 2)
     )

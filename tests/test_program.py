@@ -21,7 +21,7 @@ from tpjax.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig, Se
 from tpjax.inspect.budget import collective_budget, measured
 from tpjax.inspect.collectives import find_collectives
 from tpjax.mesh import make_mesh
-from tpjax.runtime.limits import ChunkShape, Limits
+from tpjax.runtime.limits import ChunkShape, Limits, chunk_shapes, mixed_chunk_shapes
 from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.runner import Runner
 from tpjax.sharding import REPLICATED, SEQUENCE_PARALLEL
@@ -261,6 +261,19 @@ def test_two_threads_that_need_a_program_compile_it_once() -> None:
     for _ in range(2):  # one that cannot be compiled keeps nobody waiting
         with pytest.raises(AttributeError), ThreadPoolExecutor(2) as pool:
             list(pool.map(runner.programs.get, [ProgramSpec("nothing")] * 2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("platform", ("cpu", "tpu", "gpu"))
+@pytest.mark.parametrize("slots", (1, 8, 64, 256))
+def test_there_are_few_programs(platform: str, slots: int) -> None:
+    mesh, float32 = make_mesh(1), jnp.dtype("float32")
+    shapes = {"chunk_shapes": chunk_shapes(platform), "mixed_shapes": mixed_chunk_shapes(platform)}
+    limits = Limits(max_slots=slots, max_model_len=2048, num_pages=17, **shapes)
+    specs = Runner(abstract_decoder(CONFIG, mesh, float32), mesh, limits, float32).programs.serving()
+    assert len(set(specs)) == len(specs) <= 24
+    # every number of rows and every prompt has a program
+    assert max(spec.batch for spec in specs if spec.kind == "decode") == slots
+    assert {spec.batch for spec in specs if spec.kind == "step"} >= {0, slots}
 
 
 def test_what_is_prepared_is_all_that_a_prompt_needs() -> None:

@@ -283,7 +283,8 @@ for trial in range(24):
     try:
         timer.start()
         llm.generate(prompts, params)
-        time.sleep(60)
+        timer.join()
+        time.sleep(10)
     except KeyboardInterrupt:
         interrupted += 1
     for delta in stream:
@@ -303,7 +304,10 @@ def test_interrupts_come_through_and_leave_nothing_behind(tmp_path: Path) -> Non
         [sys.executable, script, GOLDENS / "llama"], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [24, 24, 24, 24]
+    interrupted, *others = json.loads(done.stdout)
+    # one that comes while a destructor or a weak reference's callback runs is lost: Python says so and goes on
+    assert interrupted + done.stderr.count("Exception ignored") == 24, done.stderr
+    assert others == [24, 24, 24]
 
 
 # --- the server --------------------------------------------------------------------------------------------

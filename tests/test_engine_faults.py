@@ -305,7 +305,7 @@ def test_interrupts_come_through_and_leave_nothing_behind(tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr
     interrupted, *others = json.loads(done.stdout)
-    # one that comes while a destructor or a weak reference's callback runs is lost: Python says so and goes on
+    # one that comes while a destructor or a callback of the collector runs is lost: Python says so
     assert interrupted + done.stderr.count("Exception ignored") == 24, done.stderr
     assert others == [24, 24, 24]
 

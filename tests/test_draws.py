@@ -356,8 +356,10 @@ def test_draws_follow_the_softmax(name: str, count: int, tp: int) -> None:
     assert abs(deviations(sampled(case, count, tp), probabilities(case))) < 4
 
 
+# Searching for a threshold takes most of the time: alone it has fewer draws at a real size, together with
+# everything else as many as the others.
 MANY = (
-    *((name, 49_152, 100_000, 1) for name in NAMES),
+    *((name, 49_152, 20_000 if name in ("top_k", "top_p") else 100_000, 1) for name in NAMES),
     *((name, 2048, 100_000, 4) for name in NAMES[1:]),
     ("plain", 128_256, 20_000, 4),
     ("plain", 262_144, 20_000, 1),

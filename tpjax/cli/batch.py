@@ -14,7 +14,15 @@ import typer
 
 from tpjax.cli.console import check_writable, note, read_text
 from tpjax.cli.loading import chosen_model, ensure, load
-from tpjax.cli.options import GenerationConfig, Model, ModelOption, Sharding, option, positive_int, takes
+from tpjax.cli.options import (
+    GenerationConfig,
+    MaxNumBatchedTokens,
+    MaxSlots,
+    Model,
+    ModelOption,
+    Sharding,
+    takes,
+)
 from tpjax.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
@@ -43,24 +51,8 @@ def run(
         Path,
         typer.Option("--output", metavar="FILE", help="JSON lines of responses; continued if it is there."),
     ] = ...,  # type: ignore[assignment]
-    max_slots: Annotated[
-        int | None,
-        option(
-            "--max-slots",
-            help="Requests that run at once; unless given, as many as fit, up to 256; 8 on a CPU.",
-            parser=positive_int("requests"),
-            metavar="N",
-        ),
-    ] = None,
-    max_num_batched_tokens: Annotated[
-        int | None,
-        option(
-            "--max-num-batched-tokens",
-            help="Tokens of a step, decoded sequences and prompts together (as many as delay others little).",
-            parser=positive_int("tokens"),
-            metavar="N",
-        ),
-    ] = None,
+    max_slots: MaxSlots = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
     generation_config: GenerationConfig = "auto",
     *,
     sharding: Sharding,

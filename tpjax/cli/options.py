@@ -188,6 +188,24 @@ Rounds = Annotated[
 ]
 
 
+MaxSlots = Annotated[
+    int | None,
+    option(
+        "--max-slots",
+        help="Requests that run at once; unless given, as many as fit, up to 256; 8 on a CPU.",
+        parser=positive_int("requests"),
+        metavar="N",
+    ),
+]
+MaxNumBatchedTokens = Annotated[
+    int | None,
+    option(
+        "--max-num-batched-tokens",
+        help="Tokens of a step, decoded sequences and prompts together (as many as delay others little).",
+        parser=positive_int("tokens"),
+        metavar="N",
+    ),
+]
 GenerationConfig = Annotated[
     str,
     typer.Option(

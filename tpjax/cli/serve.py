@@ -12,6 +12,8 @@ from tpjax.cli.console import note, read_text
 from tpjax.cli.loading import chosen_model, ensure, load
 from tpjax.cli.options import (
     GenerationConfig,
+    MaxNumBatchedTokens,
+    MaxSlots,
     Model,
     ModelOption,
     Sharding,
@@ -49,24 +51,8 @@ def run(
         str | None,
         typer.Option("--served-model-name", metavar="NAME", help="The model's name in the API (M)."),
     ] = None,
-    max_slots: Annotated[
-        int | None,
-        option(
-            "--max-slots",
-            help="Requests that run at once; unless given, as many as fit, up to 256; 8 on a CPU.",
-            parser=positive_int("requests"),
-            metavar="N",
-        ),
-    ] = None,
-    max_num_batched_tokens: Annotated[
-        int | None,
-        option(
-            "--max-num-batched-tokens",
-            help="Tokens of a step, decoded sequences and prompts together (as many as delay others little).",
-            parser=positive_int("tokens"),
-            metavar="N",
-        ),
-    ] = None,
+    max_slots: MaxSlots = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
     max_queue: Annotated[
         int,
         option("--max-queue", help="Requests that may wait.", parser=positive_int("requests"), metavar="N"),

@@ -37,8 +37,7 @@ class Unchecked:
     async def check_grammar(self, grammar: str, param: str) -> None: ...
 
 
-def grammars_of(tokenizer: Tokenizer, vocab_size: int, schema: Any, count: int = 1) -> list[Any]:
-    compiler = GrammarCompiler(tokenizer, vocab_size, Unchecked())  # type: ignore[arg-type]
+def grammars_of(compiler: GrammarCompiler, schema: Any, count: int = 1) -> list[Any]:
     return asyncio.run(compiler.schema(schema, "response_format", count))
 
 
@@ -47,9 +46,12 @@ def allowed(grammar: Any) -> set[int]:
     return set(np.flatnonzero(bits).tolist())
 
 
-@pytest.fixture(scope="module", params=("byte-level", "gguf", "sentencepiece"))
+@pytest.fixture(scope="module", params=("byte-level", "gguf", "sentencepiece", "space before a text"))
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path: Path
+    if request.param == "space before a text":
+        spm: Tokenizer = request.getfixturevalue("spm")
+        return spm
     if request.param == "byte-level":
         path = tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
     else:
@@ -59,16 +61,29 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return loaded
 
 
-def test_masks_are_the_schema_s(tokenizer: Tokenizer) -> None:
+@pytest.fixture(scope="module")
+def rows(tokenizer: Tokenizer) -> int:
+    """Of a model that has more of them than its tokenizer has tokens."""
+    return tokenizer.vocab_size + 37
+
+
+@pytest.fixture(scope="module")
+def compiler(tokenizer: Tokenizer, rows: int) -> Iterator[GrammarCompiler]:
+    """One for all tests of a tokenizer: llguidance takes a second for a large vocabulary."""
+    made = GrammarCompiler(tokenizer, rows, Unchecked())  # type: ignore[arg-type]
+    yield made
+    made._threads.close()
+
+
+def test_masks_are_the_schema_s(tokenizer: Tokenizer, compiler: GrammarCompiler, rows: int) -> None:
     """Walking the text's own tokens, and any other that is allowed, never leaves the schema."""
-    vocab = tokenizer.vocab_size + 37
     schema = {"type": "object", "properties": {"é": {"enum": ["a b", 12]}}, "required": ["é"]}
     schema["additionalProperties"] = False
-    (grammar,) = grammars_of(tokenizer, vocab, schema)
-    assert grammar.mask().dtype == np.uint32 and grammar.mask().shape == (-(-vocab // 32),)
+    (grammar,) = grammars_of(compiler, schema)
+    assert grammar.mask().dtype == np.uint32 and grammar.mask().shape == (-(-rows // 32),)
     texts = ['{"é": "a b"}', '{"é":12}', '{ "é": 12\n}']
     for text in texts:
-        (walk,) = grammars_of(tokenizer, vocab, schema)
+        (walk,) = grammars_of(compiler, schema)
         data = b""
         for token in tokenizer.encode(text, add_special_tokens=False):
             piece = tokenizer.token_bytes(token)
@@ -81,7 +96,7 @@ def test_masks_are_the_schema_s(tokenizer: Tokenizer) -> None:
         assert walk.finished and walk.error is None
     draw = random.Random(0)
     for _ in range(5):
-        (walk,) = grammars_of(tokenizer, vocab, schema)
+        (walk,) = grammars_of(compiler, schema)
         data = b""
         while not walk.finished:
             token = draw.choice(sorted(allowed(walk)))
@@ -91,16 +106,30 @@ def test_masks_are_the_schema_s(tokenizer: Tokenizer) -> None:
         assert json.loads(data) in ({"é": "a b"}, {"é": 12})
 
 
-def test_grammars_of_several_choices_are_apart(tokenizer: Tokenizer) -> None:
-    one, other = grammars_of(tokenizer, tokenizer.vocab_size, {"enum": ["a", "b"]}, 2)
+@pytest.mark.parametrize("text", ("①", "<|im_end|>", " ", "a  b", "ﬁn", "\x02"))
+def test_a_text_that_is_forced_is_written_byte_by_byte(
+    tokenizer: Tokenizer, compiler: GrammarCompiler, text: str
+) -> None:
+    """Whatever the tokenizer adds or normalises, and though some texts are names of special tokens."""
+    (walk,) = grammars_of(compiler, {"const": text})
+    data = b""
+    while not walk.finished:
+        token = min(allowed(walk) - tokenizer.eos_ids)
+        data += tokenizer.token_bytes(token)
+        walk.advance(token)
+    assert walk.error is None and json.loads(data) == text
+
+
+def test_grammars_of_several_choices_are_apart(compiler: GrammarCompiler) -> None:
+    one, other = grammars_of(compiler, {"enum": ["a", "b"]}, 2)
     before = allowed(other)
     token = min(before)
     one.advance(token)
     assert allowed(other) == before and allowed(one) != before
 
 
-def test_end_of_text_ends_a_grammar(tokenizer: Tokenizer) -> None:
-    (grammar,) = grammars_of(tokenizer, tokenizer.vocab_size, {"type": "integer"})
+def test_end_of_text_ends_a_grammar(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
+    (grammar,) = grammars_of(compiler, {"type": "integer"})
     digit = next(i for i in allowed(grammar) if tokenizer.token_bytes(i) == b"7")
     grammar.advance(digit)
     assert tokenizer.eos_ids <= allowed(grammar) and not grammar.finished
@@ -108,9 +137,9 @@ def test_end_of_text_ends_a_grammar(tokenizer: Tokenizer) -> None:
     assert grammar.finished and grammar.error is None
 
 
-def test_a_grammar_that_allows_nothing_is_refused(tokenizer: Tokenizer) -> None:
+def test_a_grammar_that_allows_nothing_is_refused(compiler: GrammarCompiler) -> None:
     with pytest.raises(ApiError) as caught:
-        grammars_of(tokenizer, tokenizer.vocab_size, {"$ref": "#"})
+        grammars_of(compiler, {"$ref": "#"})
     assert caught.value.status == 400 and caught.value.param == "response_format"
 
 

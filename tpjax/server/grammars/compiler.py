@@ -7,6 +7,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Collection, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import llguidance
@@ -262,8 +263,16 @@ def _in_a_line(message: str) -> str:
     return f"{before}{_UNUSABLE}: {wrong}"[:500]
 
 
+# Put before a text that must not get the space that some tokenizers add to what they encode.
+_MARK = "\x02"
+
+
 class _Vocabulary:
-    """Adapts a tokenizer to llguidance's interface."""
+    """Adapts a tokenizer to llguidance's interface.
+
+    If a grammar leaves only one text, llguidance allows the tokens of that text alone, and no others that
+    would spell it. So the tokens that a call returns have to have exactly the bytes of the text.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.eos_token_id = min(tokenizer.eos_ids)
@@ -271,10 +280,41 @@ class _Vocabulary:
         self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
         self.special_token_ids = sorted(tokenizer.special_ids)
         self._tokenizer = tokenizer
+        self._marked = len(self._encode(_MARK))
 
     def __call__(self, text: str | bytes) -> list[int]:
-        text = text if isinstance(text, str) else text.decode("utf-8", "replace")
+        data = text.encode() if isinstance(text, str) else text
+        text = data.decode("utf-8", "replace")
+        for ids in (self._encode(text), self._encode(_MARK + text)[self._marked :]):
+            exact = b"".join(self.tokens[i] for i in ids) == data
+            if exact and self._tokenizer.special_ids.isdisjoint(ids):
+                return ids
+        return self._longest_first(data)
+
+    def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _longest_first(self, data: bytes) -> list[int]:
+        """Returns tokens of what the tokenizer would normalise; none if a byte has no token."""
+        ids: list[int] = []
+        at = 0
+        while at < len(data):
+            ends = range(min(len(data), at + self._longest), at, -1)
+            end = next((end for end in ends if data[at:end] in self._ids), None)
+            if end is None:
+                return []
+            ids.append(self._ids[data[at:end]])
+            at = end
+        return ids
+
+    @cached_property
+    def _ids(self) -> dict[bytes, int]:
+        special = self._tokenizer.special_ids
+        return {token: i for i, token in enumerate(self.tokens) if token and i not in special}
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self._ids), default=0)
 
 
 def vocabulary(tokenizer: Tokenizer) -> llguidance.LLTokenizer:

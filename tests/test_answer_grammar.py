@@ -32,7 +32,9 @@ from tpjax.text.tokenizer import Tokenizer
 MARKS = (
     "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[THINK]", "[/THINK]", "<|channel|>", "<|message|>", "<|end|>",
     "<|start|>", "<|constrain|>", "<|call|>", "<|return|>", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>",
-    "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", "<|tool_call|>",
+    "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", "<|tool_call|>", "[CALL_ID]",
+    "<|tool_calls_section_begin|>", "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>",
+    "<|tool_calls_section_end|>", "<|START_ACTION|>", "<|END_ACTION|>",
 )  # fmt: skip
 SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
 HI = [{"role": "user", "content": "hi"}]
@@ -109,6 +111,12 @@ DS = (
     "<｜tool▁call▁end｜>",
     "<｜tool▁calls▁end｜>",
 )
+KIMI = (
+    "<|tool_calls_section_begin|><|tool_call_begin|>functions.",
+    "<|tool_call_argument_begin|>",
+    "<|tool_call_end|>",
+    "<|tool_calls_section_end|>",
+)
 ONE, TWO, OTHER = 0, 1, 2  # a call of f; of f and g; of g
 WRITTEN = {
     "hermes": [
@@ -147,6 +155,23 @@ WRITTEN = {
         '<|tool_call|>[{"name": "f", "arguments": {"a": "x"}}]',
         '<|tool_call|>[{"name": "f", "arguments": {"a": "x"}}, {"name": "g", "arguments": {"a": "x"}}]',
         '<|tool_call|>[{"name": "g", "arguments": {"a": "x"}}]',
+    ],
+    "mistral-ids": [
+        '[TOOL_CALLS]f[CALL_ID]abcDEF123[ARGS]{"a": "x"}',
+        '[TOOL_CALLS]f[CALL_ID]abcDEF123[ARGS]{"a": "x"}[TOOL_CALLS]g[CALL_ID]987654321[ARGS]{"a": "y"}',
+        '[TOOL_CALLS]g[CALL_ID]abcDEF123[ARGS]{"a": "x"}',
+    ],
+    "kimi": [
+        f'{KIMI[0]}f:0{KIMI[1]}{{"a": "x"}}{KIMI[2]}{KIMI[3]}',
+        f'{KIMI[0]}f:11{KIMI[1]}{{"a": "x"}}{KIMI[2]}<|tool_call_begin|>functions.g:12{KIMI[1]}{{"a": "y"}}'
+        f'{KIMI[2]}{KIMI[3]}',
+        f'{KIMI[0]}g:0{KIMI[1]}{{"a": "x"}}{KIMI[2]}{KIMI[3]}',
+    ],
+    "command": [
+        '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "f", "parameters": {"a": "x"}}\n]<|END_ACTION|>',
+        '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "f", "parameters": {"a": "x"}},\n'
+        '    {"tool_call_id": "1", "tool_name": "g", "parameters": {"a": "x"}}\n]<|END_ACTION|>',
+        '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "g", "parameters": {"a": "x"}}\n]<|END_ACTION|>',
     ],
 }  # fmt: skip
 
@@ -223,7 +248,7 @@ def test_reasoning_comes_before_what_the_grammar_holds(
 def test_formats_without_a_grammar_of_their_own_are_free(
     compiler: GrammarCompiler, tokenizer: Tokenizer
 ) -> None:
-    for kind in ("coder", "glm", "kimi", "lfm2", "gemma4"):
+    for kind in ("coder", "glm", "lfm2", "gemma4"):
         assert compiled(compiler, tokenizer, kind, tools=OFFERED) is None
         assert compiled(compiler, tokenizer, kind, tools=OFFERED, tool_choice="required") is not None
     assert compiled(compiler, tokenizer, "hermes", tools=OFFERED, tool_choice="none") is None

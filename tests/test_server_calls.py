@@ -38,6 +38,7 @@ SOURCES = {
     "llama": "<|start_header_id|> <|python_tag|>",
     "mistral": "[TOOL_CALLS]",
     "mistral-v11": "[TOOL_CALLS] [ARGS]",
+    "mistral-ids": "[TOOL_CALLS] [CALL_ID] [ARGS]",
     "magistral": "[TOOL_CALLS] [ARGS] [THINK] [/THINK]",
     "deepseek-v3": "<｜tool▁calls▁begin｜> ```json",
     "deepseek-v3.1": "<｜tool▁calls▁begin｜> </think>",

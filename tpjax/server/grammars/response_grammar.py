@@ -133,9 +133,9 @@ class _Writer:
     ) -> None:
         self._constraints, self._form, self._special = constraints, form, special
         self._schemas = [json.dumps(schema, ensure_ascii=False, separators=(",", ":")) for schema in schemas]
-        self._lines = [f"ws: /{WHITESPACE}/", r"TEXT: /(.|\n)*/", r"sp: /\s{0,8}/"]
+        self._lines = [f"ws: /{WHITESPACE}/", r"TEXT: /(.|\n)*/", r"sp: /\s{0,8}/", f"id: /{form.syntax.id}/"]
         marks = sorted(special, key=len, reverse=True)
-        self._tokens = re.compile(f"({'|'.join(map(re.escape, marks))}|~)" if marks else "(~)")
+        self._tokens = re.compile(f"({'|'.join((*map(re.escape, marks), '~', '#'))})")
 
     def plain(self, reasoning: ReasoningFormat | None, inside: bool) -> str:
         """Writes reasoning between marks, and then calls or text."""
@@ -229,11 +229,13 @@ class _Writer:
         return f"head call {more} {self._literal(syntax.closes)}"
 
     def _literal(self, text: str) -> str:
-        """Writes text in Lark, special tokens by id, ``~`` as optional white space."""
+        """Writes text in Lark: special tokens by id, ``~`` as optional white space, ``#`` as a call's id."""
         parts = []
         for part in self._split(text):
             if part == "~":
                 parts.append("ws")
+            elif part == "#":
+                parts.append("id")
             elif part in self._special:
                 parts.append(f"<[{self._special[part]}]>")
             elif part:

@@ -3,10 +3,10 @@
 To add a format: add a ``ToolCallFormat`` and a row to ``_SIGNS`` at the end, and, if no existing parser reads
 it, a parser to ``model_parsers.py``.
 
-Some models write calls in a syntax that no :class:`CallSyntax` describes: Qwen3-Coder, GLM, Mistral with call
-ids, Kimi K2, Command, LFM2, Gemma 4 and FunctionGemma (``own_syntax``). A grammar holds them to ``syntax``
-only if a call is required. With ``tool_choice`` "auto" their calls are not constrained, and a tool's
-``strict`` is not enforced; a warning in the log says so, once per format.
+Some models write calls in a syntax that no :class:`CallSyntax` describes: Qwen3-Coder, GLM, LFM2, Gemma 4 and
+FunctionGemma (``own_syntax``). A grammar holds them to ``syntax`` only if a call is required. With
+``tool_choice`` "auto" their calls are not constrained, and a tool's ``strict`` is not enforced; a warning in
+the log says so, once per format.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ Calls = Sequence[tuple[str, JsonObject]]  # names and arguments
 
 @dataclass(frozen=True)
 class CallSyntax:
-    """The text round the names and arguments of calls; ``~`` is optional white space.
+    """The text round the names and arguments of calls; ``~`` is optional white space, ``#`` a call's id.
 
-    A call is ``head NAME middle ARGUMENTS tail``; all calls are ``opens call (between call)* closes``.
+    A call is ``head NAME middle ARGUMENTS tail``; all calls are ``opens call (between call)* closes``. ``id``
+    is a regular expression.
     """
 
     opens: str
@@ -45,6 +46,7 @@ class CallSyntax:
     tail: str
     between: str
     closes: str = ""
+    id: str = "[0-9]{1,4}"
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,12 @@ _MISTRAL_11 = ToolCallFormat(
     CallSyntax("[TOOL_CALLS]", "", "[ARGS]", "", "[TOOL_CALLS]"),
     marks=_MISTRAL_MARKS,
 )
-_MISTRAL_IDS = ToolCallFormat("mistral-ids", MistralParser, _MISTRAL_11.syntax, True, marks=_MISTRAL_MARKS)
+_MISTRAL_IDS = ToolCallFormat(
+    "mistral-ids",
+    MistralParser,
+    CallSyntax("[TOOL_CALLS]", "", "[CALL_ID]#[ARGS]", "", "[TOOL_CALLS]", id="[a-zA-Z0-9]{9}"),
+    marks=_MISTRAL_MARKS,
+)
 _DEEPSEEK_MARKS = (*DeepSeekParser.marks, *DeepSeekParser.tails, "<｜tool▁sep｜>")
 _DEEPSEEK_V3 = ToolCallFormat(
     "deepseek-v3", DeepSeekParser, _DEEPSEEK, marks=_DEEPSEEK_MARKS, instructions=_TOKENS
@@ -154,11 +161,10 @@ _KIMI = ToolCallFormat(
     "kimi-k2",
     KimiParser,
     CallSyntax(
-        "<|tool_calls_section_begin|><|tool_call_begin|>", "functions.", ":0<|tool_call_argument_begin|>",
+        "<|tool_calls_section_begin|><|tool_call_begin|>", "functions.", ":#<|tool_call_argument_begin|>",
         "<|tool_call_end|>", "<|tool_call_begin|>", "<|tool_calls_section_end|>",
     ),
-    True,  # numbers its calls
-    (*KimiParser.marks, *KimiParser.tails, KimiParser.sep),
+    marks=(*KimiParser.marks, *KimiParser.tails, KimiParser.sep),
 )  # fmt: skip
 
 
@@ -177,11 +183,11 @@ _COMMAND = ToolCallFormat(
     "command",
     JsonArrayParser,
     CallSyntax(
-        "<|START_ACTION|>~[~", '{~"tool_name":~"', '",~"parameters":~', "~}", "~,~", "~]<|END_ACTION|>"
+        "<|START_ACTION|>~[~", '{~"tool_call_id":~"#",~"tool_name":~"', '",~"parameters":~', "~}", "~,~",
+        "~]<|END_ACTION|>",
     ),
-    True,  # numbers its calls
-    _GRANITE.marks,
-)
+    marks=_GRANITE.marks,
+)  # fmt: skip
 _JAMBA = _array("jamba", "<tool_calls>", "</tool_calls>")
 _PYTHON = ToolCallFormat(
     "pythonic",

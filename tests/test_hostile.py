@@ -130,6 +130,27 @@ def test_a_pool_forgets_what_was_cancelled_and_kills_no_other() -> None:
     asyncio.run(play())
 
 
+def test_where_many_wait_slow_jobs_end_sooner() -> None:
+    async def play() -> None:
+        pool = WorkerPool(1, "the chat template", time_limit_s=60, crowded_limit_s=0.1)
+        try:
+            slow = [asyncio.ensure_future(pool.run(RENDER, job(LOOP), "messages")) for _ in range(5)]
+            while not pool._busy:
+                await asyncio.sleep(0.01)
+            slow[0].cancel()  # it began alone, with the full limit; the next has three behind it
+            with pytest.raises(ApiError, match=r"took over 0\.1 s"):
+                await slow[1]
+            while not pool._busy:
+                await asyncio.sleep(0.01)
+            assert not any(one.done() for one in slow[2:])  # two wait for one process: that is no crowd
+            for one in slow[2:]:
+                one.cancel()
+        finally:
+            pool.close()
+
+    asyncio.run(play())
+
+
 def test_a_slow_job_holds_one_place_of_a_pool() -> None:
     async def play() -> None:
         pool = WorkerPool(2, "the chat template", time_limit_s=60)

@@ -19,10 +19,10 @@ from tpjax.text.tokenizer import Tokenizer
 
 _MAX_FORMATS = 64  # chat formats kept: requests may bring templates
 # Rendering takes a millisecond, and a tenth of a second for megabytes. With more processes a conversation
-# waits less behind others whose template does not end: each of those holds one for QUICK_LIMIT_S. They start
-# on demand.
+# waits less behind others whose template does not end: each of those holds one for QUICK_LIMIT_S, or, where
+# many wait, for CROWDED_LIMIT_S. They start on demand.
 QUICK_RENDERERS = max(2, min(8, (os.cpu_count() or 2) // 2))
-SLOW_RENDERERS, QUICK_LIMIT_S = 2, 0.5
+SLOW_RENDERERS, QUICK_LIMIT_S, CROWDED_LIMIT_S = 2, 0.5, 0.15
 
 # Template variables that have a field of their own in a request.
 _RENDERING = {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"}
@@ -45,7 +45,7 @@ class ChatPrompts:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, encoder: PromptEncoder) -> None:
         self._templates = tokenizer.chat_templates
         self.encoder = encoder
-        self.workers = TieredWorkerPool(QUICK_RENDERERS, SLOW_RENDERERS, WHAT, QUICK_LIMIT_S)
+        self.workers = TieredWorkerPool(QUICK_RENDERERS, SLOW_RENDERERS, WHAT, QUICK_LIMIT_S, CROWDED_LIMIT_S)
         self.grammars = GrammarCompiler(tokenizer, vocab_size, GrammarChecker())
         self._tokenizer = tokenizer
         self._formats: dict[tuple[str, bool], ChatFormat] = {}

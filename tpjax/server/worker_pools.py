@@ -8,7 +8,8 @@ the process of a running one is killed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -20,6 +21,9 @@ from tpjax.server.json_types import Json
 T = TypeVar("T")
 
 
+_CROWD = 2  # waiting jobs of a process above which the crowded limit holds
+
+
 class WorkerPool:
     """Runs functions in sandboxed processes, several at a time.
 
@@ -28,6 +32,7 @@ class WorkerPool:
         what: name of the jobs in errors.
         time_limit_s: processor time of a job, seconds.
         memory_limit_bytes: address space of each process.
+        crowded_limit_s: time limit while more than two jobs per process wait; ``None``: as otherwise.
     """
 
     def __init__(
@@ -36,10 +41,14 @@ class WorkerPool:
         what: str,
         time_limit_s: float = TIME_LIMIT_S,
         memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
+        crowded_limit_s: float | None = None,
     ) -> None:
         self._what = what
         self._time_limit_s = time_limit_s
+        self._crowded_limit_s = crowded_limit_s
         self._memory_limit_bytes = memory_limit_bytes
+        self._size = size
+        self._waiting = 0
         self._places = asyncio.Semaphore(size)
         self._idle: list[Worker] = []
         self._busy: set[Worker] = set()
@@ -58,12 +67,12 @@ class WorkerPool:
             ApiError: 400, the function failed or exceeded a limit (the cause says which); 503, the process
                 does not start.
         """
-        async with self._places:
+        async with self._place():
             worker = self._worker()
             self._busy.add(worker)
             try:
                 return await asyncio.get_running_loop().run_in_executor(
-                    self._threads, worker.ask, function, arguments, self._what, self._time_limit_s
+                    self._threads, worker.ask, function, arguments, self._what, self._limit_s()
                 )
             except asyncio.CancelledError:
                 worker.kill()
@@ -83,6 +92,23 @@ class WorkerPool:
             worker.kill()
         self._threads.shutdown()
 
+    @contextlib.asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        self._waiting += 1
+        try:
+            await self._places.acquire()
+        finally:
+            self._waiting -= 1
+        try:
+            yield
+        finally:
+            self._places.release()
+
+    def _limit_s(self) -> float:
+        if self._crowded_limit_s is not None and self._waiting > _CROWD * self._size:
+            return self._crowded_limit_s
+        return self._time_limit_s
+
     def _worker(self) -> Worker:
         while self._idle:
             worker = self._idle.pop()
@@ -95,17 +121,21 @@ class WorkerPool:
 class TieredWorkerPool:
     """Runs functions with a short time limit first, and those that exceed it again with the full limit.
 
-    The second run is in other processes, so slow jobs delay quick ones by at most the short limit each.
+    The second run is in other processes, so slow jobs delay quick ones by at most the short limit each, and
+    by the crowded limit where many wait.
 
     Args:
         quick: number of processes with the short limit.
         slow: number of processes with the full limit.
         what: name of the jobs in errors.
         quick_limit_s: the short limit, seconds of processor time.
+        crowded_limit_s: the short limit while more than two jobs per process wait.
     """
 
-    def __init__(self, quick: int, slow: int, what: str, quick_limit_s: float) -> None:
-        self._quick = WorkerPool(quick, what, quick_limit_s)
+    def __init__(
+        self, quick: int, slow: int, what: str, quick_limit_s: float, crowded_limit_s: float
+    ) -> None:
+        self._quick = WorkerPool(quick, what, quick_limit_s, crowded_limit_s=crowded_limit_s)
         self._slow = WorkerPool(slow, what)
 
     async def run(self, function: str, arguments: Mapping[str, Json], param: str | None) -> Json:

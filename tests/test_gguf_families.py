@@ -28,8 +28,8 @@ ARCHITECTURES = {
 }
 
 
-def convert(name: str, path: Path) -> Path:
-    """Writes a golden as a GGUF file."""
+def convert(name: str, path: Path, **added: np.ndarray) -> Path:
+    """Writes a golden as a GGUF file, and tensors besides, by their names in GGUF."""
     raw = json.loads((GOLDENS / name / "config.json").read_text())
     files = SafetensorsCheckpoint(GOLDENS / name)
     config = open_checkpoint(GOLDENS / name).config
@@ -65,6 +65,8 @@ def convert(name: str, path: Path) -> Path:
         if name == "gemma2" and tensor.endswith("norm.weight"):
             values = values + 1  # the converter's: llama.cpp multiplies by the weight alone
         writer.add_tensor(stored, values)
+    for tensor, values in added.items():
+        writer.add_tensor(tensor, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -115,3 +117,17 @@ def test_a_converted_golden_is_the_same_model(name: str, tmp_path: Path) -> None
             bias = f"layers.1.self_attn.{part}_proj.bias"
             values = [c.source.read(bias, everything[:1]) for c in (original, found)]
             np.testing.assert_array_equal(*values)
+
+
+@pytest.mark.parametrize("same", (True, False))
+def test_a_head_that_is_the_embedding_is_tied(same: bool, tmp_path: Path) -> None:
+    """GGUF has no field for it: what is stored decides."""
+    original = open_checkpoint(GOLDENS / "gemma2")
+    everything = (slice(None), slice(None))
+    head = original.source.read("embed_tokens.weight", everything).copy()
+    if not same:
+        head[-1, -1] += 1
+    found = open_checkpoint(convert("gemma2", tmp_path / "tiny.gguf", **{"output.weight": head}))
+    assert original.config.tie_word_embeddings and found.config.tie_word_embeddings == same
+    if not same:
+        np.testing.assert_array_equal(found.source.read("lm_head.weight", everything), head)

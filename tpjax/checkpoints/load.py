@@ -79,7 +79,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
         file = GGUFFile(path)
         architecture = gguf_architecture(str(file.metadata.get("general.architecture")))
         config = config_from_gguf(_gguf_view(file, architecture))
-        return _opened(path, config, file, architecture.names(config))
+        names = architecture.names(config)
+        if (
+            not config.tie_word_embeddings
+        ):  # the format has no such field, and some files hold the embedding twice
+            tied = replace(config, tie_word_embeddings=True)
+            config = config if CanonicalSource(file, names, tied).has_other_head() else tied
+        return _opened(path, config, file, names)
     if orbax.is_orbax(path):
         orbax.check_files(path)
         return _opened(path, orbax.read_config(path), orbax.OrbaxCheckpoint(path), WeightMap())

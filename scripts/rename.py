@@ -5,7 +5,9 @@
 
 Run it once on a source: `RopeConfig`, for one, is `RopeParameters` today, and another class has that name.
 What moved and what is called otherwise is in the tables below. `Shape`, `Latent` and `Experts` of `inspect`
-have no successor: a model is a `ModelConfig` (`planning.published`), counted by `runtime.counts.Counts`.
+have no successor: a model is a `ModelConfig` (`planning.published`), counted by `runtime.counts.Counts`. Nor
+have `Decode` and the chunk sizes and budget of a `Scheduler`: one `Step` has decode rows and prompt chunks,
+`Runner.prefill` is a `Runner.step` without decode rows, and `Limits` takes `chunk_shapes`.
 
 The tests of commit 956abda, from before the renaming, run on today's package:
 
@@ -113,6 +115,7 @@ NAMES = {
     "of.launched": "of.dispatched",
     "one.launched": "one.dispatched_tokens",
     "output_ids": "output_token_ids",
+    "Prefill": "PromptChunk",
     "prefill_ids": "prefill_token_ids",
     "prompt_ids": "prompt_token_ids",
     "residual_of": "programs.residual_spec",
@@ -154,7 +157,9 @@ NAMES = {
 }
 
 # of these names: replaced only in sources that import them or read attributes of that name
-COMMON_WORDS = ("Budget", "Memory", "POSITIONS", "SHARES", "Scores", "Share", "Stored", "Wanted", "losses")
+COMMON_WORDS = (
+    *("Budget", "Memory", "POSITIONS", "Prefill", "SHARES", "Scores", "Share", "Stored", "Wanted", "losses"),
+)
 
 # group of ModelConfig -> its class, {name of a field before it was grouped: its name in the group}
 CONFIG_GROUPS = {
@@ -204,6 +209,7 @@ MAKE_CONFIGS = (
 # keyword argument of public functions -> its name of today, and {old value: new value}
 OPTIONS = {
     "expert_sharding": ("expert_parallel", {"experts": "on", "width": "off"}),
+    "prefill_budget": ("max_num_batched_tokens", {}),
     "residual": ("sequence_parallel", {"positions": "on", "replicated": "off"}),
 }
 
@@ -394,7 +400,7 @@ def renamed(source: str) -> str:
     source = _grouped_fields(_renamed_options(source))
     names = "|".join(old for old in NAMES if old not in COMMON_WORDS or _is_used(old, source))
     source = re.sub(rf"\b({names})\b", lambda match: NAMES[match[1]], source)
-    return _with_helpers(_grouped_constructors(source))
+    return _with_helpers(_prompt_chunks(_grouped_constructors(source)))
 
 
 @dataclass
@@ -529,7 +535,7 @@ def _renamed_options(source: str) -> str:
             for constant in constants:
                 if constant.value in values:
                     edits.spans[edits.span(constant)] = repr(values[constant.value])
-            if not constants:
+            if values and not constants:
                 text = edits.text(keyword.value)
                 edits.spans[edits.span(keyword.value)] = f"{values}.get({text}, {text})"
     return edits.applied()
@@ -559,6 +565,38 @@ def _grouped_constructors(source: str) -> str:
         edits.spans[edits.span(call)] = f"ModelConfig({', '.join(arguments)})"
     imports = f"from tpjax.config import {', '.join(sorted(used))}\n" if used else ""
     return re.sub(r"^(?=from tpjax\.config import )", imports, edits.applied(), count=1, flags=re.MULTILINE)
+
+
+# method of a Runner that took a row and tokens -> the call of today, of the runner and its chunk
+RUNNER_CALLS = {
+    "prefill": "{runner}.step([], [{chunk}]).sampled",
+    "prefill_and_score": "{runner}.step([], [{chunk}])[::2]",
+    "score": "{runner}.score({chunk})",
+}
+
+
+def _prompt_chunks(source: str) -> str:
+    """A runner's calls with a ``Chunk``, and ``Limits`` with shapes of one chunk a step."""
+    edits, used = _Edits(source.encode()), set()
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Call(
+                func=ast.Attribute(value=runner, attr=("prefill" | "prefill_and_score" | "score") as method),
+                args=[_, _, *_] as arguments,
+            ) if edits.text(runner).endswith("runner"):
+                chunk = f"Chunk({', '.join(map(edits.text, arguments))})"
+                edits.spans[edits.span(node)] = RUNNER_CALLS[method].format(
+                    runner=edits.text(runner), chunk=chunk
+                )
+                used.add("from tpjax.runtime.rows import Chunk\n")
+            case ast.Call(func=ast.Name("Limits"), keywords=keywords):
+                for keyword in keywords:
+                    if keyword.arg == "chunk_sizes":
+                        shapes = f"tuple(ChunkShape(1, size) for size in {edits.text(keyword.value)})"
+                        edits.spans[edits.span(keyword)] = f"chunk_shapes={shapes}"
+                        used.add("from tpjax.runtime.limits import ChunkShape\n")
+    imports = "".join(sorted(used))
+    return re.sub(r"^(?=from tpjax\b)", imports, edits.applied(), count=1, flags=re.MULTILINE)
 
 
 def _with_helpers(source: str) -> str:

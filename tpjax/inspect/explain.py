@@ -226,13 +226,14 @@ def _cache(runner: Runner) -> dict[str, Any]:
 
 def _heads(config: ModelConfig, tp: int) -> dict[str, Any]:
     plan = head_plan(config, tp)
+    own, group = plan.head_slots_per_device, plan.group_size
     if config.attention.latent is None:
         cache_padding = plan.kv_padding
         summary = (
             f"heads: {plan.num_heads} query and {plan.num_kv_heads} KV heads of the checkpoint are computed "
             f"as {plan.num_padded_heads} and {plan.num_head_slots} "
             f"({plan.query_padding:+.0%} attention FLOPs, {cache_padding:+.0%} cache over all devices); "
-            f"each device has {plan.head_slots_per_device} KV heads with {plan.group_size} query heads each"
+            f"each device has {own} KV head{'s' * (own > 1)} with {group} query head{'s' * (group > 1)} each"
         )
     else:
         cache_padding = tp - 1.0

@@ -14,6 +14,7 @@ import jaxtyping
 if TYPE_CHECKING:
     from api_server import Api
 
+    from tpjax import LLM
     from tpjax.text.tokenizer import Tokenizer
 
 
@@ -93,6 +94,14 @@ def smollm2_first_layers(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFa
     from first_layers import first_layers
 
     return first_layers(smollm2_gguf, 2, tmp_path_factory.mktemp("first_layers") / "model.gguf")
+
+
+@pytest.fixture(scope="session")
+def smollm2_short(smollm2_first_layers: Path) -> LLM:
+    """Those two layers over two devices: a real vocabulary, and programs that compile in a second."""
+    from tpjax import LLM
+
+    return LLM(smollm2_first_layers, tp=2, max_model_len=256, max_slots=2)
 
 
 @pytest.fixture(scope="session")

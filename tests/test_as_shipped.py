@@ -16,7 +16,7 @@ SHIPPED = 3  # XLA's default
 TESTS = (
     *(f"test_parity.py::test_parity_with_goldens[{name}-3]" for name in ("llama", "gemma3", "qwen3_moe")),
     *(f"test_parity.py::test_parity_with_goldens[{name}-3]" for name in ("deepseek_v3", "gpt_oss")),
-    "test_parity.py::test_parity_smollm2[3]",
+    "test_parity.py::test_parity_of_a_real_model[smollm2_gguf-smollm2-135m-4]",
     "test_sampling.py",
 )
 

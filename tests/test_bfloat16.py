@@ -53,6 +53,7 @@ def test_bfloat16_is_as_close_as_transformers(name: str) -> None:
         check(distance(logits(name, tp, "bfloat16"), exact), OF_TRANSFORMERS[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixture", ("smollm2_gguf", "gemma3_gguf"))
 def test_bfloat16_of_a_real_model(fixture: str, request: pytest.FixtureRequest) -> None:
     path: Path = request.getfixturevalue(fixture)

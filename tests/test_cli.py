@@ -441,34 +441,37 @@ def test_generate_at_tp3(smollm2_gguf: Path) -> None:
     assert "8 tokens (length)" in out.stderr and "tp=3" in out.stderr
 
 
-def test_explain_reads_no_weights_and_prints_every_table(smollm2_gguf: Path) -> None:
-    out = tpjax("explain", "smollm2-135m", "--tp", "4", "--json")
+def test_explain_reads_no_weights_and_prints_every_table(smollm2_first_layers: Path) -> None:
+    """Of two of SmolLM2's layers; test_readme has the tables of all thirty."""
+    out = tpjax("explain", str(smollm2_first_layers), "--tp", "4", "--json")
     assert out.returncode == 0, out.stderr
     report = json.loads(out.stdout)
     rows = {row["name"]: row for row in report["tensors"]}
     qkv = rows["layers.*.self_attn.qkv_proj.weight"]
-    assert (qkv["shape"], qkv["shard_shape"], qkv["count"]) == ([576, 1280], [576, 320], 30)
+    assert (qkv["shape"], qkv["shard_shape"], qkv["count"]) == ([576, 1280], [576, 320], 2)
     assert qkv["padding"] == pytest.approx(1 / 3)
-    assert qkv["bytes_per_device"] == 30 * 576 * 320 * 4
+    assert qkv["bytes_per_device"] == 2 * 576 * 320 * 4
     assert rows["embed_tokens.weight"]["shard_shape"] == [49152 // 4, 576]
     assert report["weight_bytes_per_device"] == sum(row["bytes_per_device"] for row in rows.values())
     decode, prefill = report["steps"]
     always = [one for one in decode["collectives"] if not one["conditional"]]
     assert [(one["kind"], one["count"], one["bytes"]) for one in always] == [
-        ("all-reduce", 30, 576 * 4),  # attention
-        ("all-reduce", 30, 576 * 4),  # MLP
+        ("all-reduce", 2, 576 * 4),  # attention
+        ("all-reduce", 2, 576 * 4),  # MLP
         ("all-reduce", 1, 576 * 4),  # embedding
         ("all-gather", 1, 4 * 2 * 4),
     ]
-    assert (prefill["tokens"], prefill["budget"]["all_reduce_bytes"]) == (2048, 61 * 2048 * 576 * 4)
-    assert report["cache"]["bytes_per_token_per_device"] == 2 * 30 * 64 * 4
+    assert (prefill["tokens"], prefill["budget"]["all_reduce_bytes"]) == (2048, 5 * 2048 * 576 * 4)
+    assert report["cache"]["bytes_per_token_per_device"] == 2 * 2 * 64 * 4
     table = tpjax("explain", str(LLAMA), "--tp", "3")
     for text in ("self_attn.qkv_proj ×", "every device normalises", "a token", "predicted", "all-reduces ("):
         assert text in table.stdout
 
 
 @pytest.mark.parametrize("how", (("{}",), ("{}/config.json",), ("--config", "{}/config.json")))
-def test_explain_of_a_configuration_alone(how: tuple[str, ...], tmp_path: Path) -> None:
+def test_explain_of_a_configuration_alone(
+    how: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Without weights: the directory, or the file in it. Qwen2.5-7B's heads at tp=8 are on paper."""
     published = {
         "model_type": "qwen2",
@@ -484,9 +487,8 @@ def test_explain_of_a_configuration_alone(how: tuple[str, ...], tmp_path: Path) 
     }
     (tmp_path / "config.json").write_text(json.dumps(published))
     model = [word.format(tmp_path) for word in how]
-    out = tpjax("explain", *model, "--tp", "8", "--max-model-len", "1024", "--json")
-    assert out.returncode == 0, out.stderr
-    report = json.loads(out.stdout)
+    assert status("explain", *model, "--tp", "8", "--max-model-len", "1024", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
     assert (report["heads"]["padded_heads"], report["heads"]["kv_head_slots"]) == (32, 8)
     rows = {row["name"]: row for row in report["tensors"]}
     assert rows["layers.*.self_attn.qkv_proj.weight"]["shape"] == [3584, (32 + 2 * 8) * 128]
@@ -499,20 +501,29 @@ def test_explain_of_a_configuration_alone(how: tuple[str, ...], tmp_path: Path) 
     (
         (("--model", "smolm2-135m"), "smollm2-135m"),
         (
-            ("--model", "smollm2-135m", "--max-model-len", "64", "--max-tokens", "100"),
+            ("--model", "{short}", "--max-model-len", "64", "--max-tokens", "100"),
             "over max_model_len=64",
         ),
-        (("--model", "smollm2-135m", "--temperature", "nan"), "temperature=nan"),
-        (("--model", "smollm2-135m", "--top-k", "-1"), "top_k=-1"),
-        (("--model", "smollm2-135m", "--tp", "65536"), "tp=65536 is over 64"),
+        (("--model", "{short}", "--temperature", "nan"), "temperature=nan"),
+        (("--model", "{short}", "--top-k", "-1"), "top_k=-1"),
         (("--model", "{empty}"), "config.json"),
     ),
 )
 def test_bad_input_is_one_line_and_exit_2(
-    arguments: tuple[str, ...], message: str, tmp_path: Path, smollm2_gguf: Path
+    arguments: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    smollm2_first_layers: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out = tpjax("generate", "Hi", *(a.format(empty=tmp_path) for a in arguments))
-    assert out.returncode == 2
-    assert out.stdout == ""
-    errors = [line for line in out.stderr.splitlines() if "faking" not in line]
-    assert len(errors) == 1 and errors[0].startswith("tpjax: error: ") and message in errors[0]
+    places = {"empty": tmp_path, "short": smollm2_first_layers}
+    assert status("generate", "Hi", *(a.format(**places) for a in arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1, err
+    assert err.startswith("tpjax: error: ") and message in err
+
+
+def test_more_devices_than_are_faked_are_one_line_and_exit_2() -> None:
+    out = tpjax("generate", "Hi", "--model", str(LLAMA), "--tp", "65536")
+    assert (out.returncode, out.stdout) == (2, "")
+    assert out.stderr.startswith("tpjax: error: tp=65536 is over 64") and out.stderr.count("\n") == 1

@@ -24,6 +24,25 @@ from tpjax.sharding import SEQUENCE_PARALLEL
 TINY = sorted(golden.parent.name for golden in GOLDENS.glob("*/golden.npz"))
 EVERY_TP = range(1, 9)
 AT_EVERY_TP = ("llama", "gemma3", "gpt_oss")  # in the default tier; the others there at one tp
+# Their layers, and how checkpoints store them, are those of a golden that is tried at every tp, named here; a
+# map of names and a few numbers, which tp does not touch, are their own. Of the three tp, one shards nothing,
+# one divides few sizes, and one is above the number of KV heads.
+AT_THREE_TP = {
+    "cohere2": "cohere",
+    "gemma": "gemma3",
+    "gemma2": "gemma3",
+    "gemma3-with-vision": "gemma3",
+    "gpt_neox-serial": "gpt_neox",
+    "granite": "llama",
+    "llama-bias-tied": "gpt_oss",
+    "mistral": "llama",
+    "qwen2": "gpt_oss",
+    "qwen2_moe": "mixtral",
+    "qwen3": "gemma3",
+    "qwen3_moe": "mixtral",
+    "smollm3": "llama",
+    "starcoder2": "gpt2",
+}
 LIVE = (
     "llama",
     "deepseek_v3",
@@ -49,7 +68,11 @@ def wide(name: str, tp: int) -> tuple[pytest.MarkDecorator, ...]:
 
 @pytest.mark.parametrize(
     ("name", "tp"),
-    [pytest.param(name, tp, marks=wide(name, tp)) for name in TINY for tp in EVERY_TP],
+    [
+        pytest.param(name, tp, marks=wide(name, tp))
+        for name in TINY
+        for tp in (EVERY_TP if name not in AT_THREE_TP else (1, 3, 8))
+    ],
 )
 def test_parity_with_goldens(name: str, tp: int) -> None:
     """Logits of a prompt in one chunk, then the greedy continuation token by token through the cache."""
@@ -145,17 +168,13 @@ def test_parity_of_longrope_at_the_switch() -> None:
     assert relative_error(llm.logits(prompt), long) <= TOLERANCE
 
 
-@pytest.mark.parametrize("tp", (slow(1), slow(3), slow(4)))
-def test_parity_smollm2(tp: int, smollm2_gguf: Path) -> None:
-    check_real("smollm2-135m", smollm2_gguf, tp)
-
-
-@pytest.mark.parametrize("tp", (slow(1), slow(3), slow(4)))
-def test_parity_gemma3(tp: int, gemma3_gguf: Path) -> None:
-    check_real("gemma3-270m", gemma3_gguf, tp)
-
-
-def check_real(name: str, path: Path, tp: int) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fixture", "name", "tp"), [("smollm2_gguf", "smollm2-135m", 4), ("gemma3_gguf", "gemma3-270m", 3)]
+)
+def test_parity_of_a_real_model(fixture: str, name: str, tp: int, request: pytest.FixtureRequest) -> None:
+    """Where heads are padded: 9 and 3 KV heads over 4 devices, 4 and 1 over 3; below both are at tp=2."""
+    path: Path = request.getfixturevalue(fixture)
     golden = np.load(GOLDENS / f"{name}.npz")
     llm = LLM(path, tp=tp, max_model_len=256, max_slots=1)
     prompt = golden["prompt"].tolist()
@@ -191,13 +210,13 @@ def tiny() -> Callable[[int], LLM]:
 
     def at(tp: int) -> LLM:
         if tp not in built:
-            built[tp] = LLM(GOLDENS / "gemma3", tp=tp, max_model_len=256, max_slots=4)
+            built[tp] = LLM(GOLDENS / "gemma3", tp=tp, max_model_len=256, max_slots=2)
         return built[tp]
 
     return at
 
 
-@pytest.mark.parametrize("tp", (1, 3))
+@pytest.mark.parametrize("tp", (slow(1), 3))
 def test_cached_decode_equals_full_forward(tiny: Callable[[int], LLM], tp: int) -> None:
     """Each greedy token is the arg-max of the teacher-forced logits of everything before it."""
     llm = tiny(tp)
@@ -232,7 +251,7 @@ def test_same_sampled_tokens_at_every_tp(tiny: Callable[[int], LLM]) -> None:
         for extra in ({}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"repetition_penalty": 1.3})
     ]
     sampled = {
-        tp: [c.token_ids for c in tiny(tp).generate([prompt] * len(params), params)] for tp in (1, 5, 8)
+        tp: [c.token_ids for c in tiny(tp).generate([prompt] * len(params), params)] for tp in (1, 3, 8)
     }
-    assert sampled[1] == sampled[5] == sampled[8]
+    assert sampled[1] == sampled[3] == sampled[8]
     assert len({tuple(tokens) for tokens in sampled[1]}) > len(params) // 2

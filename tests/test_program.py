@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
@@ -198,17 +199,29 @@ def backend_compiles() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize("tp", (1, pytest.param(4, marks=pytest.mark.slow)))
-def test_nothing_compiles_after_warm_up(tp: int) -> None:
-    llm = LLM(GOLDENS / "llama", tp=tp, max_model_len=512, max_slots=3)
+def tiny(tp: int) -> LLM:
+    """At tp=1, where several tests use it, with a program less for each number of rows."""
+    return LLM(GOLDENS / "llama", tp=tp, max_model_len=512, max_slots=2 if tp == 1 else 3)
+
+
+@functools.cache
+def after_warm_up(tp: int) -> list[list[int]]:
+    """The tokens of various requests to a model that was warmed up first: none of them compiles anything."""
+    llm = tiny(tp)
     with backend_compiles() as events:
         llm.warm_up()
     assert len(events) >= llm.runner.compile_count > 0  # the listener hears compilations
     count = llm.runner.compile_count
     with backend_compiles() as events:
-        assert all(various_requests(llm))
+        tokens = various_requests(llm)
     assert events == []
     assert llm.runner.compile_count == count
+    return tokens
+
+
+@pytest.mark.parametrize("tp", (1, pytest.param(4, marks=pytest.mark.slow)))
+def test_nothing_compiles_after_warm_up(tp: int) -> None:
+    assert all(after_warm_up(tp))
 
 
 def various_requests(llm: LLM) -> list[list[int]]:
@@ -233,10 +246,7 @@ def various_requests(llm: LLM) -> list[list[int]]:
 
 def test_no_request_waits_for_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """While the rest compiles in the background, the first programs stand in for it: with the same tokens."""
-    options = {"tp": 1, "max_model_len": 512, "max_slots": 3}
-    others = LLM(GOLDENS / "llama", **options)
-    expected = various_requests(others)
-    llm = LLM(GOLDENS / "llama", **options)
+    expected, llm = after_warm_up(1), tiny(1)
     compile_others = Runner._compile_others
     monkeypatch.setattr(Runner, "_compile_others", lambda self: None)  # as slow as can be
     llm.warm_up(background=True)
@@ -277,7 +287,7 @@ def test_there_are_few_programs(platform: str, slots: int) -> None:
 
 
 def test_what_is_prepared_is_all_that_a_prompt_needs() -> None:
-    llm = LLM(GOLDENS / "llama", tp=1, max_model_len=512, max_slots=2)
+    llm = tiny(1)
     for length, params in ((5, GREEDY_TOKENS), (40, GREEDY_TOKENS), (300, SAMPLED_TOKENS)):
         prompt = [1 + i % 100 for i in range(length)]
         llm.prepare(prompt, params)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +15,12 @@ from tpjax.text.tokenizer import Tokenizer
 PROMPT = "The capital of France is"
 
 
-@pytest.fixture(scope="module")
-def llm(smollm2_first_layers: Path) -> LLM:
-    return LLM(smollm2_first_layers, tp=2, max_model_len=128, max_slots=2)
+@pytest.fixture
+def llm(smollm2_short: LLM) -> LLM:
+    return smollm2_short
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tokenizer(llm: LLM) -> Tokenizer:
     assert llm.tokenizer is not None
     return llm.tokenizer

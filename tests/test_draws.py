@@ -361,8 +361,8 @@ def test_draws_follow_the_softmax(name: str, count: int, tp: int) -> None:
     assert abs(deviations(sampled(case, count, tp), probabilities(case))) < 4
 
 
-# Each distribution has 10**5 draws from a small vocabulary. At a real size, where they take minutes, so has the
-# noise alone; the others have a fifth.
+# Each distribution has 10**5 draws from a small vocabulary. At a real size, where they take minutes, so has
+# the noise alone; the others have a fifth.
 MANY = (
     *((name, 49_152, 100_000 if name == "plain" else 20_000, 1) for name in NAMES),
     *((name, 2048, 100_000, 4) for name in NAMES[1:]),

@@ -415,10 +415,11 @@ def test_other_screens(
 ) -> None:
     page = opened(server.url, **options).page
     page.wait_for_selector("#shards tbody tr")
-    say(page, "the fox", max_tokens="8")
+    say(page, "the fox " * 20, max_tokens="8")  # the chat's name is as long as one may be
     page.wait_for_selector(RENDERED)
     width = page.viewport_size["width"]
     assert page.evaluate("document.documentElement.scrollWidth") == width  # it scrolls down, not sideways
+    assert page.evaluate("(e => e.scrollWidth - e.clientWidth)(document.querySelector('main'))") == 0
     ink, paper = (
         page.evaluate(f"getComputedStyle(document.querySelector('aside')).{name}")
         for name in ("color", "backgroundColor")

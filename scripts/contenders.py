@@ -14,13 +14,28 @@ from typing import Any
 
 
 class Contender:
-    """A worker process, ``script --worker ARGUMENTS``, that stays loaded and works on demand."""
+    """A worker process, ``script --worker ARGUMENTS``, that stays loaded and works on demand.
 
-    def __init__(self, name: str, script: str, arguments: Sequence[str]) -> None:
+    Args:
+        name: what it is called if it fails.
+        script: the script.
+        arguments: of the worker.
+        checkout: directory whose tpjax it imports; ``None``: the installed one.
+    """
+
+    def __init__(
+        self, name: str, script: str, arguments: Sequence[str], checkout: Path | None = None
+    ) -> None:
         self.name = name
+        env = None if checkout is None else {**os.environ, "PYTHONPATH": os.fspath(checkout.resolve())}
         command = [sys.executable, os.fspath(Path(script).resolve()), "--worker", *arguments]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=env,
         )
 
     def run(self, what: str) -> float:

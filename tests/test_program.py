@@ -53,8 +53,8 @@ GREEDY_TOKENS = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
 SAMPLED_TOKENS = SamplingParams(max_tokens=6, temperature=0.7, seed=1, ignore_eos=True)
 DECODE = ProgramSpec("decode", 4)
 GREEDY = ProgramSpec("decode", 4, greedy=True)
-MIXED = ProgramSpec("step", 4, ChunkShape(4, 32))
-PREFILL = ProgramSpec("step", 0, ChunkShape(4, 128))
+MIXED = ProgramSpec("step", 4, ChunkShape(2, 32))
+PREFILL = ProgramSpec("step", 0, ChunkShape(1, 512))
 
 
 @pytest.fixture(

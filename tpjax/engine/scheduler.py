@@ -91,7 +91,8 @@ class Scheduler:
         score_shape: the shape of a step with prompt log-probabilities.
         max_num_batched_tokens: tokens of a step, decode rows included; at least a page of a prompt runs in
             any case. ``None``: without decode rows as many as a shape has; beside them the prompt tokens with
-            which the step is predicted to take at most twice as long as without, at least the smallest shape.
+            which the step is predicted to take at most twice as long as without, but the smallest shape and
+            half a page in any case.
         seconds: predicts the seconds of a step from its decode rows, the keys that they attend to together,
             its prompt tokens, and the tokens of that prompt before them.
         steps: decode steps of a long dispatch, which is used if nothing can come in between.
@@ -363,7 +364,13 @@ class Scheduler:
         if not rows:
             return list(seconds)
         first, *larger = seconds
-        return [first, *(shape for shape in larger if seconds[shape] <= MOST_DELAY * alone)]
+        always = self.blocks.page_size // 2
+        affordable = (
+            shape
+            for shape in larger
+            if shape.rows * shape.length <= always or seconds[shape] <= MOST_DELAY * alone
+        )
+        return [first, *affordable]
 
     def _fill(self, shape: ChunkSizes, requests: list[Request]) -> list[PromptChunk]:
         """Returns parts of the requests' prompts, in their order, that fill a shape."""

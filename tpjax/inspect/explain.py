@@ -66,7 +66,9 @@ def explain(runner: Runner, name: str) -> Report:
         weight_bytes_per_device=weight_bytes,
         cache=cache,
         state_bytes_per_device=state_bytes - cache["bytes_per_device"],
-        workspace_bytes=workspace_bytes(config, mesh.size, runner.dtype, limits.max_slots),
+        workspace_bytes=workspace_bytes(
+            config, mesh.size, runner.dtype, limits.max_slots, limits.largest_chunks.tokens
+        ),
         steps=steps,
     )
 

@@ -35,13 +35,16 @@ class ChunkShape(NamedTuple):
 
 
 MAX_PROMPT_TOKENS = 2048  # of one step
-# A CPU computes every token for itself, so that padding costs time: short prompts get short chunks there.
+# A CPU computes every token for itself, so that padding costs time: short prompts get short chunks there. A
+# long one gets a long chunk: the page walk of several goes on, for all, to the page that the last one needs.
 _CPU_CHUNKS = (
-    *(ChunkShape(rows, 32) for rows in (1, 2, 4)),
-    ChunkShape(2, 128),
+    ChunkShape(1, 32),
+    ChunkShape(2, 32),
+    ChunkShape(1, 128),
+    ChunkShape(4, 32),
+    ChunkShape(1, 256),
     ChunkShape(8, 32),
-    ChunkShape(4, 128),
-    ChunkShape(16, 128),
+    ChunkShape(1, 512),
 )
 _CHUNKS = tuple(ChunkShape(rows, 128) for rows in (1, 2, 4, 8, 16))
 
@@ -54,7 +57,7 @@ def chunk_shapes(platform: str) -> tuple[ChunkShape, ...]:
 def mixed_chunk_shapes(platform: str) -> tuple[ChunkShape, ...]:
     """Returns those of :func:`chunk_shapes` that steps beside decode rows are compiled for."""
     shapes = chunk_shapes(platform)
-    return shapes[0:3:2] if platform == "cpu" else shapes[::2]
+    return shapes[:2] if platform == "cpu" else shapes[::2]
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Limits:
     num_pages: int
     page_size: int = PAGE_SIZE
     chunk_shapes: tuple[ChunkShape, ...] = _CPU_CHUNKS
-    mixed_shapes: tuple[ChunkShape, ...] = (_CPU_CHUNKS[0], _CPU_CHUNKS[2])
+    mixed_shapes: tuple[ChunkShape, ...] = _CPU_CHUNKS[:2]
     steps: int = 4
     max_histories: int | None = None
 

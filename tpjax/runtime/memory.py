@@ -171,12 +171,14 @@ def _need(
     histories = max_histories(config, tp, max_slots, memory)
     return MemoryNeed(
         weight_bytes,
-        workspace_bytes(config, tp, dtype, max_slots),
+        workspace_bytes(config, tp, dtype, max_slots, chunk_shapes(memory.platform)[-1].tokens),
         sampler_bytes(config, tp, max_slots, histories),
     )
 
 
-def workspace_bytes(config: ModelConfig, tp: int, dtype: jnp.dtype, max_slots: int) -> int:
+def workspace_bytes(
+    config: ModelConfig, tp: int, dtype: jnp.dtype, max_slots: int, prompt_tokens: int = MAX_PROMPT_TOKENS
+) -> int:
     """Estimates the temporary bytes of the largest program on each device.
 
     In prefill these are a handful of residuals and of the layer's widest products; in a decode step the
@@ -187,7 +189,7 @@ def workspace_bytes(config: ModelConfig, tp: int, dtype: jnp.dtype, max_slots: i
     qkv = plan.num_head_slots * (plan.group_size + 2) * config.attention.head_dim
     gate_up = 2 * pad_to_multiple(config.mlp.intermediate_size, tp)
     itemsize = max(jnp.dtype(dtype).itemsize, 2)
-    prefill = MAX_PROMPT_TOKENS * itemsize * (8 * config.hidden_size + 5 * (qkv + gate_up) // tp)
+    prefill = prompt_tokens * itemsize * (8 * config.hidden_size + 5 * (qkv + gate_up) // tp)
     logits = pad_to_multiple(config.vocab_size, tp) // tp * 4
     return max(prefill, 10 * max_slots * logits, 2 * PAGE_SIZE * logits)
 

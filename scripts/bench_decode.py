@@ -53,7 +53,7 @@ def tpjax_worker(model: str, tp: int, max_model_len: int) -> dict[str, Callable[
     prompt = np.random.default_rng(0).integers(0, llm.config.vocab_size, PROMPT_TOKENS).tolist()
 
     def row(position: int, remaining: int) -> Row:
-        return Row(0, position, pages, SamplingParams(temperature=0), seed=0, remaining=remaining)
+        return Row(0, position, [pages], SamplingParams(temperature=0), seed=0, remaining=remaining)
 
     def decode() -> None:
         for position in range(CONTEXT, CONTEXT + DECODE_TOKENS, steps):

@@ -68,7 +68,7 @@ def milliseconds(rows: int, rounds: int) -> list[float]:
         Request(range(CONTEXT // 2), params, seed=slot, stop_ids=(2, 3), slot=slot) for slot in range(rows)
     ]
     for request in requests:
-        request.pages = list(range(1, CONTEXT // 128 + 1))
+        request.pages = [list(range(1, CONTEXT // 128 + 1))]
         request.prefilled, request.dispatched_tokens = len(request.prompt_token_ids), 1
     times = []
     for _ in range(rounds + 10):

@@ -87,7 +87,7 @@ def decoder(experts: int, per_token: int, tp: int, batch: int) -> Callable[[], f
     def decode() -> float:
         seed = next(rounds)
         rows = [
-            Row(slot, 8, [2 * slot + 1, 2 * slot + 2], greedy, seed=seed * batch + slot, remaining=STEPS)
+            Row(slot, 8, [[2 * slot + 1, 2 * slot + 2]], greedy, seed=seed * batch + slot, remaining=STEPS)
             for slot in range(batch)
         ]
         return seconds(lambda: jax.block_until_ready(runner.decode(rows, STEPS))) * 1e3 / STEPS

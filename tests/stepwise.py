@@ -58,7 +58,7 @@ class Stepwise:
             positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
             model = nnx.merge(graph, weights)
             group = TokenGroup(table, positions, max_length=max_lengths, chunks=tokens.size > 1)
-            hidden, cache = model(tokens[0], cache, BatchMetadata((group,)), residual)
+            hidden, cache = model(tokens[0], cache, [BatchMetadata((group,))], residual)
             return model.logits(hidden), cache
 
         self.forward = forward

@@ -103,7 +103,7 @@ def decoder_logits(
         for first, last in CHUNKS:
             positions = jnp.arange(first, last, dtype=jnp.int32)[None]
             group = TokenGroup(table, positions, max_length=max_length, chunks=last - first > 1)
-            x, cache = model(tokens[first:last], cache, BatchMetadata((group,)))
+            x, cache = model(tokens[first:last], cache, [BatchMetadata((group,))])
             hidden.append(x)
         return model.logits(jnp.concatenate(hidden))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpjax import LLM, SamplingParams
+from tpjax.cache import ONE_GROUP, Windows
 from tpjax.engine.engine import Engine
 from tpjax.engine.masks import pack_mask
 from tpjax.engine.request import Request
 from tpjax.errors import RequestError
-from tpjax.runtime.limits import ChunkShape, Limits
+from tpjax.runtime.limits import ChunkShape, Limits, pages_held
 from tpjax.runtime.rows import NO_TOKEN, Chunk, Row
 from tpjax.runtime.runner import StepOutput
 from tpjax.sampling import NAN_TOKEN, Sampled
@@ -56,10 +58,16 @@ class FakeRunner:
     config = FakeConfig()
 
     def __init__(
-        self, slots: int, pages: int, longest: int = 48, steps: int = 4, histories: int | None = None
+        self,
+        slots: int,
+        pages: int,
+        longest: int = 48,
+        steps: int = 4,
+        histories: int | None = None,
+        windows: Windows = ONE_GROUP,
     ) -> None:
         sizes = slots, longest, pages + 1, PAGE, SHAPES, SHAPES[:2], steps
-        self.limits = Limits(*sizes, max_histories=histories)
+        self.limits = Limits(*sizes, max_histories=histories, windows=windows)
         self.compile_count = 0
         self.kept = np.full((pages + 1, PAGE), -1)
         self.tokens = np.full(slots + 1, -1)
@@ -87,11 +95,14 @@ class FakeRunner:
         for row in decode:
             self.keep(row, row.position, self.tokens[row.slot])
         for chunk in chunks:
-            for i, token in enumerate(chunk.token_ids):
-                self.keep(chunk.row, chunk.row.position + i, token)
+            for i, token in enumerate(chunk.token_ids):  # a prompt takes several chunks, each with its tables
+                first = chunk.row.position + i - i % shape.length
+                self.keep(replace(chunk.row, position=first), chunk.row.position + i, token)
             self.prefilled += len(chunk.token_ids)
         out = [self.draw(row, row.position + 1) for row in decode]
-        out += [self.draw(chunk.row, chunk.span[1]) for chunk in chunks]
+        for chunk in chunks:
+            first = chunk.row.position + (len(chunk.token_ids) - 1) // shape.length * shape.length
+            out.append(self.draw(replace(chunk.row, position=first), chunk.span[1]))
         places = list(range(len(decode), len(out)))
         if not scored:
             return StepOutput(self.sampled([out]), places, None, [])
@@ -121,13 +132,28 @@ class FakeRunner:
     def set_masks(self, masks: Mapping[int, np.ndarray]) -> None:
         self.masks.update(masks)
 
+    def page(self, row: Row, group: int, position: int) -> int:
+        """The page that a program would find in the block table of a row."""
+        columns, block = self.limits.table_columns, position // PAGE
+        table = row.block_tables(self.limits)[sum(columns[:group]) :][: columns[group]]
+        page = int(table[block if self.limits.windows[group] is None else block % columns[group]])
+        assert 0 < page <= self.limits.num_pages - 1 and page == row.pages[group][block]
+        return page
+
     def keep(self, row: Row, position: int, token: int) -> None:
-        page = row.pages[position // PAGE]
-        assert 0 < page <= self.limits.num_pages - 1
-        self.kept[page, position % PAGE] = token + self.turn(row)
+        for group in range(len(self.limits.windows)):
+            self.kept[self.page(row, group, position), position % PAGE] = (
+                token + self.turn(row) + 5000 * group
+            )
 
     def draw(self, row: Row, length: int) -> int:
-        seen = [int(self.kept[row.pages[at // PAGE], at % PAGE]) - self.turn(row) for at in range(length)]
+        seen: list[int] = []
+        for group, window in reversed([*enumerate(self.limits.windows)]):
+            first = 0 if window is None else max(0, length - window)
+            kept = [self.kept[self.page(row, group, at), at % PAGE] for at in range(first, length)]
+            here = [int(token) - self.turn(row) - 5000 * group for token in kept]
+            assert seen == here[-len(seen) :] or not seen  # all groups keep the same tokens
+            seen = here
         counted = self.history[row.history_row][1] if row.params.needs_history else []
         bits = (self.masks[row.slot][:, None] >> np.arange(32)) & 1 if length < row.masked_until else None
         token = next_token(seen, row.seed, counted, None if bits is None else bits.reshape(-1))
@@ -163,14 +189,14 @@ class EveryThird:
         self.count += 1
 
 
-def alone(request: Request) -> tuple[list[int], str]:
-    """What a request gets by itself: the definition."""
+def alone(request: Request, window: int | None = None) -> tuple[list[int], str]:
+    """What a request gets by itself: the definition. The model sees as many tokens as the window has."""
     tokens, out = list(request.prompt_token_ids), []
     grammar = EveryThird() if request.grammar is not None else None
     while len(out) < max(1, request.params.max_tokens):  # the prompt's end is run in any case
         counted = out if request.params.needs_history else []
         bits = None if grammar is None else [int(grammar.mask()[0]) >> t & 1 for t in range(V)]
-        token = next_token(tokens + out, request.seed, counted, bits)
+        token = next_token((tokens + out)[-(window or 0) :], request.seed, counted, bits)
         if token == NAN_TOKEN:
             return out, "error"
         if not request.params.max_tokens:
@@ -193,7 +219,8 @@ def check(engine: Engine, pages: int) -> None:
     assert sorted([*rows, *scheduler._free_history_rows]) == list(range(engine.runner.limits.history_rows))
     others = [one for one in scheduler.running if not one.params.needs_history]
     assert all(one.history_row is None for one in (*scheduler.waiting, *others))
-    held = [page for one in scheduler.running for page in one.pages]
+    of_requests = [[page for pages in one.pages for page in pages if page] for one in scheduler.running]
+    held = [page for pages in of_requests for page in pages]
     assert len(set(held)) + blocks.free == pages and 0 not in held
     for page in set(held):
         assert blocks._users[page] == held.count(page)
@@ -208,8 +235,9 @@ def check(engine: Engine, pages: int) -> None:
     assert stats.pages_in_use + stats.pages_cached + len(blocks._free_list) == pages
     assert stats.kv_cache_usage == pytest.approx(stats.pages_in_use / pages)
     assert [one.slot for one in stats.requests] == slots
-    for told, one in zip(stats.requests, scheduler.running, strict=True):
-        assert (told.pages, told.tokens) == (len(one.pages), one.num_tokens)
+    for told, one, mine in zip(stats.requests, scheduler.running, of_requests, strict=True):
+        assert (told.pages, told.tokens) == (len(mine), one.num_tokens)
+        assert len(mine) <= engine.runner.limits.pages_held(one.max_length)
         assert told.prompt_tokens == len(one.prompt_token_ids) and told.prefilled <= told.to_prefill
 
 
@@ -227,7 +255,8 @@ shapes = st.tuples(
     shapes=st.lists(shapes, min_size=1, max_size=12),
     slots=st.integers(1, 5),
     histories=st.integers(1, 2),
-    pages=st.integers(12, 30),
+    pages=st.integers(0, 18),
+    windows=st.sampled_from((ONE_GROUP, (None, 6, 6), (None, None, 5), (6,))),
     steps=st.sampled_from((1, 4)),
     budget=st.sampled_from((2, 6, 12, None)),
     seed=st.integers(0, 2**16),
@@ -237,13 +266,15 @@ def test_the_same_in_any_mix(
     slots: int,
     histories: int,
     pages: int,
+    windows: Windows,
     steps: int,
     budget: int | None,
     seed: int,
 ) -> None:
     """Arrivals, cancellations, few pages or histories, shared beginnings, ends at any step: all the same."""
     rng = random.Random(seed)
-    runner: Any = FakeRunner(slots, pages, steps=steps, histories=min(slots, histories))
+    pages += pages_held(48, windows, PAGE, 8)
+    runner: Any = FakeRunner(slots, pages, steps=steps, histories=min(slots, histories), windows=windows)
     engine = Engine(runner, max_num_batched_tokens=budget)
     requests = []
     for number, (prompt, tokens, start, salt, extra) in enumerate(shapes):
@@ -285,7 +316,7 @@ def test_the_same_in_any_mix(
 
     assert engine.scheduler.blocks.free == pages
     for one in requests:
-        tokens, reason = alone(one)
+        tokens, reason = alone(one, windows[0])
         assert streamed[id(one)] == one.output_token_ids
         assert ended.count(one) == (one.finish_reason != "abort")  # exactly once
         if one.finish_reason == "abort":

@@ -240,7 +240,7 @@ def test_the_runner_alone(llm: LLM, wanted: list[list[int]], fault: Fault) -> No
 
 def test_memory_is_given_back_before_more_is_taken(llm: LLM, wanted: list[list[int]], fault: Fault) -> None:
     """Even while the error, whose traceback knows the old state, is held."""
-    shape = llm.runner.state.cache[0].keys.shape
+    shape = llm.runner.state.cache.entries[0].keys.shape
     del wanted
 
     def caches() -> int:

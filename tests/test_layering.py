@@ -55,6 +55,7 @@ WITHOUT_JAX = (
     "hardware",
     "step_time",
     "engine.block_manager",
+    "engine.page_groups",
     "engine.request",
     "engine.scheduler",
 )

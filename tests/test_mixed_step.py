@@ -41,7 +41,7 @@ class Model:
         @jax.jit
         def forward(weights: Any, cache: Any, tokens: Any, metadata: BatchMetadata) -> Any:
             model = nnx.merge(graph, weights)
-            hidden, cache = model(tokens, cache, metadata, residual)
+            hidden, cache = model(tokens, cache, [metadata], residual)
             return model.logits(hidden), cache
 
         self.forward = forward

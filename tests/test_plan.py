@@ -434,7 +434,7 @@ def test_a_picture_without_matplotlib_names_the_extra(capsys, tmp_path, monkeypa
         ("llama-3-8b --hardware h100:8 --batch -1", "'-1' is not a whole number of sequences"),
         ("llama-3-8b --hardware h100:8 --context nan", "'nan' is not a whole number of tokens"),
         ("llama-3-70b --hardware h100:1", "has 73.6 GB usable of 80; --dtype int8 or tp=2 would fit"),
-        ("llama-3-70b --hardware h100:2 --tp 1", "needs 142.1 GB a device (141.1 of weights"),
+        ("llama-3-70b --hardware h100:2 --tp 1", "needs 142.2 GB a device (141.1 of weights"),
         ("llama-9 --hardware h100:1", "neither a checkpoint nor a built-in model"),
         ("llama-3-8b", "give either --hardware NAME:CHIPS or --measure"),
         ("llama-3-8b --hardware h100 --measure", "give either --hardware NAME:CHIPS or --measure"),

@@ -151,7 +151,7 @@ def test_cache_is_updated_in_place(program: tuple[int, ProgramSpec, jax.stages.C
     )
     analysis = compiled.memory_analysis()
     assert analysis.alias_size_in_bytes == per_device  # every buffer of the state, the whole cache included
-    one_buffer = state.cache[0].keys
+    one_buffer = state.cache.entries[0].keys
     cache_bytes = int(np.prod(one_buffer.sharding.shard_shape(one_buffer.shape))) * 4
     if not spec.chunks:
         assert analysis.temp_size_in_bytes < cache_bytes
@@ -307,7 +307,7 @@ from tpjax.config import SequenceParallel
 from dataclasses import replace
 from tpjax.runtime.rows import Chunk, Row
 llm = LLM({path!r}, tp=8, max_model_len=256, max_slots=1)
-row = Row(0, 5, [1, 2], SamplingParams(temperature=0), seed=0)
+row = Row(0, 5, [[1, 2]], SamplingParams(temperature=0), seed=0)
 llm.runner.step([], [Chunk(replace(row, position=0), [5, 6, 7, 8, 9])])
 for _ in range(2000):
     sampled = llm.runner.decode([row], 1)  # never waited for

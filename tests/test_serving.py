@@ -55,9 +55,9 @@ def test_a_long_prompt_runs_in_chunks_beside_decode_rows():
     arrivals = [Arrival(0.0, 30, 40), Arrival(2.5, 700, 1)]
     first, second = simulate(server(seconds), arrivals).result.outcomes
     mixed = [tokens for tokens in seen if tokens.chunks and tokens.rows]
-    assert [tokens.prompt_tokens for tokens in mixed] == [128] * 6  # the last is padded
-    assert all(tokens.total == tokens.rows + 128 for tokens in mixed)
-    assert second.ttft == pytest.approx(4 + 6 - 2.5) and second.output_tokens == 1
+    assert [tokens.prompt_tokens for tokens in mixed] == [64] * 11  # the last is padded
+    assert all(tokens.total == tokens.rows + 64 for tokens in mixed)
+    assert second.ttft == pytest.approx(4 + 11 - 2.5) and second.output_tokens == 1
     assert first.latency == 40.0  # every step decodes it, whatever runs beside
 
 

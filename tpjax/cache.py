@@ -4,14 +4,21 @@ Each layer keeps one buffer of keys and one of values, [pages, K, page_size, h],
 attention it keeps one replicated buffer of latents, [pages, 1, page_size, r]: all heads read all of it. Block
 tables say which page holds which positions of which sequence; they are arguments of every call, not state.
 Page 0 is never assigned to a sequence: padding rows and padding positions write to it.
+
+Where some layers see all keys and others only a window, layers form page groups: a sequence has pages of its
+own in each, and those of a group with a window are given back once no query can see them. All groups take
+pages from one pool, and the n-th layers of all groups share a buffer, so that any page can serve any group:
+the memory goes where the sequences need it, long or short (vLLM's hybrid cache is built so,
+https://docs.vllm.ai/en/latest/design/hybrid_kv_cache_manager.html).
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +32,10 @@ from tpjax.sharding import PAGES, REPLICATED, head_plan, pad_to_multiple
 
 _LANES = {"tpu": 128}  # rows of a buffer are padded to a multiple of this many elements
 NULL_PAGE = 0
+MOST_PAGE_GROUPS = 8  # each has a block table of every row, which every dispatch uploads
+
+Windows = tuple[int | None, ...]  # of each page group, the keys that its layers see; None: all
+ONE_GROUP: Windows = (None,)  # all layers share block tables, and no page is given back early
 
 
 @jax.tree_util.register_dataclass
@@ -41,6 +52,8 @@ class TokenGroup:
         chunks: whether these are prompt chunks: a chunk shorter than a page lies within one, a longer one
             begins at a page and is whole pages long. Of other sequences, tokens may cross from a page to the
             next anywhere.
+        cyclic: whether the page of block b is in column b modulo the number of columns: such a table holds
+            the blocks that the tokens of this step can see, and their own.
     """
 
     block_tables: Int[Array, "B blocks"]
@@ -48,6 +61,7 @@ class TokenGroup:
     lengths: Int[Array, " B"] | None = None
     max_length: Int[Array, " B"] | None = None
     chunks: bool = field(default=False, metadata={"static": True})
+    cyclic: bool = field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -186,16 +200,83 @@ class LatentCache:
         return _read(self.latents, pages)
 
 
-PagedKVCache = tuple[LayerCache | LatentCache, ...]
+class LayerPlace(NamedTuple):
+    """Where the keys and values of a layer are.
+
+    Attributes:
+        group: the page group whose block tables it reads.
+        entry: which of the cache's entries holds them; other groups have pages there too.
+    """
+
+    group: int
+    entry: int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PagedKVCache:
+    """The cache of all layers.
+
+    Attributes:
+        entries: keys and values; each is shared by one layer of every page group.
+        places: place of each layer.
+        windows: window of each page group.
+    """
+
+    entries: tuple[LayerCache | LatentCache, ...]
+    places: tuple[LayerPlace, ...] = field(metadata={"static": True})
+    windows: Windows = field(default=ONE_GROUP, metadata={"static": True})
+
+    def with_entries(self, entries: Sequence[LayerCache | LatentCache]) -> PagedKVCache:
+        """Returns a cache with other content."""
+        return replace(self, entries=tuple(entries))
+
+
+def page_groups(config: ModelConfig) -> Windows:
+    """Returns the windows of the page groups that suit an architecture.
+
+    Groups have the same number of layers, padded where that does not divide: as many as see all keys, or as
+    see a window if these are fewer or little more. The padding is memory that is not used.
+    """
+    counts = Counter(config.attention.window_of(kind) for kind in config.attention.layer_types)
+    fewest, most = min(counts.values()), max(counts.values())
+    size = most if most < _NEARLY_AS_MANY * fewest else fewest
+    while sum(-(-count // size) for count in counts.values()) > MOST_PAGE_GROUPS:
+        size += 1
+    windows = sorted(counts, key=lambda window: (window is not None, window or 0))
+    return tuple(window for window in windows for _ in range(-(-counts[window] // size)))
+
+
+_NEARLY_AS_MANY = 1.25
+
+
+def layer_places(config: ModelConfig, windows: Windows) -> tuple[LayerPlace, ...]:
+    """Returns the place of each layer, given the window of each page group."""
+    kinds = [config.attention.window_of(kind) for kind in config.attention.layer_types]
+    if windows == ONE_GROUP:
+        kinds = [None] * len(kinds)
+    size = max(-(-count // windows.count(window)) for window, count in Counter(kinds).items())
+    numbers: Counter[int | None] = Counter()
+    places = []
+    for window in kinds:
+        number = numbers[window]
+        numbers[window] += 1
+        places.append(LayerPlace(windows.index(window) + number // size, number % size))
+    return tuple(places)
+
+
+def num_entries(config: ModelConfig, windows: Windows) -> int:
+    """Returns the number of the cache's entries: the layers of a page group."""
+    return 1 + max(place.entry for place in layer_places(config, windows))
 
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """The buffers of each layer, all of the same shape.
+    """The buffers of each entry, all of the same shape.
 
     Attributes:
         layer: class that holds them.
-        count: buffers per layer.
+        count: buffers per entry.
         shape: shape of a buffer.
         spec: sharding of a buffer.
     """
@@ -207,7 +288,7 @@ class CacheLayout:
 
 
 def cache_layout(config: ModelConfig, tp: int, num_pages: int, page_size: int) -> CacheLayout:
-    """Returns the layout of the cache of each layer."""
+    """Returns the layout of each entry of the cache."""
     if config.attention.latent is not None:
         width = config.attention.latent.kv_lora_rank + config.rotated_dim
         return CacheLayout(LatentCache, 1, (num_pages, 1, page_size, width), REPLICATED)
@@ -216,35 +297,51 @@ def cache_layout(config: ModelConfig, tp: int, num_pages: int, page_size: int) -
 
 
 def page_bytes_per_device(
-    config: ModelConfig, tp: int, page_size: int, dtype: jnp.dtype, platform: str = "cpu"
+    config: ModelConfig,
+    tp: int,
+    page_size: int,
+    dtype: jnp.dtype,
+    platform: str = "cpu",
+    windows: Windows = ONE_GROUP,
 ) -> int:
-    """Returns the bytes that one page takes on each device of a platform, all layers together."""
+    """Returns the bytes that one page takes on each device of a platform: of all layers of a page group."""
     layout = cache_layout(config, tp, 1, page_size)
     devices = tp if layout.spec == PAGES else 1
     *rows, width = layout.shape
     size = math.prod(rows) // devices * pad_to_multiple(width, _LANES.get(platform, 1))
-    return config.num_layers * layout.count * size * jnp.dtype(dtype).itemsize
+    return num_entries(config, windows) * layout.count * size * jnp.dtype(dtype).itemsize
 
 
 def allocate(
-    config: ModelConfig, mesh: Mesh, *, num_pages: int, page_size: int, dtype: jnp.dtype
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    num_pages: int,
+    page_size: int,
+    dtype: jnp.dtype,
+    windows: Windows = ONE_GROUP,
 ) -> PagedKVCache:
     """Allocates a cache of zeros; each device allocates its own shard only."""
-    layout = cache_layout(config, mesh.size, num_pages, page_size)
-    zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=_format(mesh, layout))
-    return tuple(
-        layout.layer(*(zeros(layout.shape, dtype) for _ in range(layout.count)))
-        for _ in range(config.num_layers)
-    )
+    shapes = abstract(config, mesh, num_pages=num_pages, page_size=page_size, dtype=dtype, windows=windows)
+    zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=jax.tree.leaves(shapes)[0].format)
+    cache: PagedKVCache = jax.tree.map(lambda buffer: zeros(buffer.shape, buffer.dtype), shapes)
+    return cache
 
 
 def abstract(
-    config: ModelConfig, mesh: Mesh, *, num_pages: int, page_size: int, dtype: jnp.dtype
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    num_pages: int,
+    page_size: int,
+    dtype: jnp.dtype,
+    windows: Windows = ONE_GROUP,
 ) -> PagedKVCache:
     """Returns the shapes, dtypes and shardings of :func:`allocate`, without the memory."""
     layout = cache_layout(config, mesh.size, num_pages, page_size)
     buffer: Any = jax.ShapeDtypeStruct(layout.shape, dtype, sharding=_format(mesh, layout))
-    return tuple(layout.layer(*[buffer] * layout.count) for _ in range(config.num_layers))
+    entries = (layout.layer(*[buffer] * layout.count) for _ in range(num_entries(config, windows)))
+    return PagedKVCache(tuple(entries), layer_places(config, windows), windows)
 
 
 def _format(mesh: Mesh, layout: CacheLayout) -> Format | NamedSharding:
@@ -311,5 +408,8 @@ def _place(
 ) -> tuple[Int[Array, "B n"], Int[Array, "B n"]]:
     """Returns page and offset of positions; those past the end of the block table get the null page."""
     blocks, offsets = jnp.divmod(positions, page_size)
+    columns = group.block_tables.shape[1]
+    if group.cyclic:  # columns of blocks without a page have the null page
+        return jnp.take_along_axis(group.block_tables, blocks % columns, axis=1), offsets
     pages = jnp.take_along_axis(group.block_tables, blocks, axis=1, mode="clip")
-    return jnp.where(blocks < group.block_tables.shape[1], pages, NULL_PAGE), offsets
+    return jnp.where(blocks < columns, pages, NULL_PAGE), offsets

@@ -7,6 +7,7 @@ F MLP width, V vocabulary; E experts, k experts a token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -147,30 +148,30 @@ class Decoder(nnx.Module):
         self,
         tokens: Int[Array, " N"],
         cache: PagedKVCache,
-        metadata: BatchMetadata,
+        metadata: Sequence[BatchMetadata],
         residual: PartitionSpec = REPLICATED,
     ) -> tuple[Float[Array, "N D"], PagedKVCache]:
         """Returns the final hidden states of the tokens, and the cache with their keys and values.
 
         Args:
             tokens: token ids of a step, in the order of the groups of ``metadata``, then padding.
-            cache: the cache of each layer.
-            metadata: block tables and positions of the tokens.
+            cache: the cache of all layers.
+            metadata: positions of the tokens and, of each page group, the block tables.
             residual: layout of the residual and of the result: ``REPLICATED`` or ``SEQUENCE_PARALLEL``.
         """
         config = self.config
-        x = self._embed(tokens, metadata, residual)
-        rotary = self._rotary_embeddings(metadata)
-        caches = []
-        for i, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
+        x = self._embed(tokens, metadata[0], residual)
+        rotary = self._rotary_embeddings(metadata[0])
+        entries = list(cache.entries)
+        for i, (layer, place) in enumerate(zip(self.layers, cache.places, strict=True)):
             kind = config.attention.layer_types[i]
             layer_rotary = rotary[kind] if config.rotates(i) else None
+            window = config.attention.window_of(kind)
             with jax.named_scope(f"layer_{i}"):
-                x, layer_cache = layer(
-                    x, layer_rotary, layer_cache, metadata, config.attention.window_of(kind), residual
+                x, entries[place.entry] = layer(
+                    x, layer_rotary, entries[place.entry], metadata[place.group], window, residual
                 )
-            caches.append(layer_cache)
-        return self.norm(x), tuple(caches)
+        return self.norm(x), cache.with_entries(entries)
 
     def _embed(
         self, tokens: Int[Array, " N"], metadata: BatchMetadata, residual: PartitionSpec

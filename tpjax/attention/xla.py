@@ -187,8 +187,10 @@ def _walk(
     first, tables = jnp.zeros_like(stop), group.block_tables
     if window is not None:
         first = jnp.maximum(group.positions[:, 0] - (window - 1), 0) // page_size
-        # past its end a row's table repeats the last page, in which the row sees nothing
         in_window = first[:, None] + jnp.arange(tables.shape[1])
+        if group.cyclic:
+            in_window %= tables.shape[1]
+        # past its end a row's table repeats the last page, in which the row sees nothing
         tables = jnp.take_along_axis(tables, in_window, axis=1, mode="clip")
 
     def page(step: Int[Array, ""], softmax: _OnlineSoftmax) -> _OnlineSoftmax:

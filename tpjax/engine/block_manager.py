@@ -50,8 +50,8 @@ class BlockManager:
         self._free_list: list[int] = []  # unused pages that are not cached
         self._users: dict[int, int] = {}  # page in use -> number of its users
         self._evictable: OrderedDict[int, None] = OrderedDict()  # unused cached pages, oldest first
-        self._key_of: dict[int, PageKey] = {}
-        self._page_of: dict[PageKey, int] = {}
+        self._key_of: dict[int, tuple[int, PageKey]] = {}  # page group and key
+        self._page_of: dict[tuple[int, PageKey], int] = {}
         self.clear()
 
     def clear(self) -> None:
@@ -94,36 +94,29 @@ class BlockManager:
             pages.append(page)
         return pages
 
-    def find(self, keys: Sequence[PageKey]) -> list[int]:
-        """Returns the cached pages of the longest prefix of ``keys``, without acquiring them."""
-        found = []
-        for key in keys:
-            page = self._page_of.get(key)
-            if page is None:
-                break
-            found.append(page)
-        return found
+    def cached(self, group: int, key: PageKey) -> int | None:
+        """Returns the cached page of a page group with this key, if there is one, without acquiring it."""
+        return self._page_of.get((group, key))
 
     def count_evictable(self, pages: Sequence[int]) -> int:
         """Returns how many of these cached pages nobody uses: acquiring them leaves that many fewer free."""
         return sum(page in self._evictable for page in pages)
 
-    def acquire(self, pages: Sequence[int]) -> list[int]:
+    def acquire(self, pages: Sequence[int]) -> None:
         """Adds a user to cached pages."""
         for page in pages:
             self._evictable.pop(page, None)
             self._users[page] = self._users.get(page, 0) + 1
-        return list(pages)
 
-    def insert(self, page: int, key: PageKey) -> None:
+    def insert(self, group: int, page: int, key: PageKey) -> None:
         """Inserts a page in use into the prefix cache; of pages with equal content only the first."""
-        if key not in self._page_of and page not in self._key_of:
-            self._page_of[key] = page
-            self._key_of[page] = key
+        if (group, key) not in self._page_of and page not in self._key_of:
+            self._page_of[group, key] = page
+            self._key_of[page] = group, key
             self.changes += 1
 
-    def release(self, pages: list[int]) -> None:
-        """Removes a user from pages, and empties the list."""
+    def release(self, pages: Sequence[int]) -> None:
+        """Removes a user from pages."""
         self.changes += bool(pages)
         for page in reversed(pages):  # a sequence's end is worth less than its beginning: it is evicted first
             self._users[page] -= 1
@@ -133,4 +126,3 @@ class BlockManager:
                     self._evictable[page] = None
                 else:
                     self._free_list.append(page)
-        pages.clear()

@@ -12,6 +12,7 @@ import numpy as np
 
 from tpjax.engine.block_manager import BlockManager
 from tpjax.engine.masks import pack_mask, without
+from tpjax.engine.page_groups import NO_PAGE
 from tpjax.engine.request import Request, TokenLogprobs
 from tpjax.engine.scheduler import PromptChunk, Scheduler, Step
 from tpjax.errors import EngineError
@@ -133,6 +134,7 @@ class Engine:
             _seconds_by_tokens if step_time is None else step_time.seconds,
             limits.steps,
             BlockManager(limits.num_pages, limits.page_size),
+            limits.windows,
             history_rows=limits.history_rows,
         )
         self._in_flight: _InFlight | None = None
@@ -195,21 +197,19 @@ class Engine:
             EngineError: a dispatch failed; running requests end as in :meth:`step`. Or the engine is closed.
         """
         self.check_open()
-        blocks, size = self.scheduler.blocks, self.runner.limits.usable_chunk_shapes[-1].tokens
+        groups, size = self.scheduler.pages, self.runner.limits.usable_chunk_shapes[-1].tokens
         self._reset_if_lost()
-        pages = blocks.allocate(blocks.pages_for(len(token_ids)))
-        slot = self.runner.limits.max_slots
+        pages = groups.start(groups.find(()), len(token_ids))
+        slot, parts = self.runner.limits.max_slots, []
         try:
             with self.guarded():
-                rows = (
-                    Row(slot, start, pages, _GREEDY, 0, max_length=len(token_ids))
-                    for start in range(0, len(token_ids), size)
-                )
-                parts = [
-                    self.runner.score(Chunk(row, token_ids[row.position : row.position + size]))
-                    for row in rows
-                ]
-                blocks.release(pages)
+                for start in range(0, len(token_ids), size):
+                    part = token_ids[start : start + size]
+                    groups.give_back(pages, start)
+                    groups.extend(pages, start + len(part))
+                    row = Row(slot, start, pages, _GREEDY, 0, max_length=len(token_ids))
+                    parts.append(self.runner.score(Chunk(row, part)))
+                groups.release(pages)
         except Exception as error:
             raise EngineError(_failure(error)) from error
         return np.concatenate(parts)
@@ -287,7 +287,7 @@ class Engine:
             requests=tuple(
                 RequestStats(
                     one.slot,
-                    len(one.pages),
+                    sum(page != NO_PAGE for pages in one.pages for page in pages),
                     one.num_tokens,
                     len(one.prompt_token_ids),
                     one.prefilled,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from tpjax.engine.block_manager import PageKey, page_key, root_key
+from tpjax.engine.page_groups import Pages
 from tpjax.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -71,7 +72,7 @@ class Request:
         slot: its place in the batch while it runs.
         history_row: where its penalties and biases are kept while it runs, if it needs them.
         row: what the runner is told of it, kept while it has its slot: a ``runtime.rows.Row``.
-        pages: cache pages it holds, in order of position.
+        pages: cache pages it holds in each page group, in order of position.
         prefill_token_ids: tokens to prefill before it can decode: the prompt and, if it was preempted, its
             output.
         prefill_start: how many of these were found in the prefix cache.
@@ -101,7 +102,7 @@ class Request:
     slot: int | None = None
     history_row: int | None = None
     row: Any = None
-    pages: list[int] = field(default_factory=list)
+    pages: Pages = field(default_factory=list)
     prefill_token_ids: list[int] = field(default_factory=list)
     prefill_start: int = 0
     prefilled: int = 0

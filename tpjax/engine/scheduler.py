@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from tpjax.engine.block_manager import BlockManager, PageKey
+from tpjax.engine.page_groups import PageGroups
 from tpjax.engine.request import Request
 from tpjax.errors import ContextLengthError, RequestError
 from tpjax.sampling_params import SamplingParams
@@ -97,6 +98,7 @@ class Scheduler:
             its prompt tokens, and the tokens of that prompt before them.
         steps: decode steps of a long dispatch, which is used if nothing can come in between.
         blocks: the cache pages.
+        windows: window of each page group: see :mod:`tpjax.engine.page_groups`.
         history_rows: requests with penalties or biases that run at once; ``None``: ``max_slots``.
 
     Attributes:
@@ -105,6 +107,7 @@ class Scheduler:
         max_model_len: as given.
         steps: as given.
         blocks: as given.
+        pages: gives requests their pages in each page group.
         waiting: queued requests, in order of rank.
         running: requests that hold a slot, in order of rank.
         preemptions: number of preemptions so far.
@@ -123,8 +126,11 @@ class Scheduler:
         seconds: Callable[[int, int, int, int], float],
         steps: int,
         blocks: BlockManager,
+        windows: Sequence[int | None] = (None,),
         history_rows: int | None = None,
     ) -> None:
+        step_tokens = max(shape.rows * shape.length for shape in (*shapes, *mixed_shapes, score_shape))
+        self.pages = PageGroups(blocks, windows, step_tokens)
         self.max_model_len = max_model_len
         self.steps = steps
         self.blocks = blocks
@@ -165,7 +171,7 @@ class Scheduler:
                 f"the prompt has {prompt} tokens and max_tokens={request.params.max_tokens}: together "
                 f"{request.max_length}, over max_model_len={limit}"
             )
-        needed = self.blocks.pages_for(request.max_length)
+        needed = self.pages.held(request.max_length)
         if needed > self.blocks.capacity:
             raise RequestError(
                 f"the request needs {needed} cache pages, but there are {self.blocks.capacity}"
@@ -186,8 +192,9 @@ class Scheduler:
         self._admit()
         decoding = self._decodable()
         chunks = self._chunks(decoding)
-        decoding, steps = self._reserve(decoding, 1 if chunks else self._steps_ahead(decoding))
-        chunks = [chunk for chunk in chunks if chunk.request.slot is not None]  # or it was preempted
+        decoding, chunks, steps = self._reserve(
+            decoding, chunks, 1 if chunks else self._steps_ahead(decoding)
+        )
         return Step(decoding, steps, chunks) if decoding or chunks else None
 
     def dispatched(self, step: Step) -> None:
@@ -216,7 +223,7 @@ class Scheduler:
         self.waiting = deque(one for one in self.waiting if one not in ran)
         for one in (*ran, *self.waiting):
             one.slot, one.history_row, one.row, one.queued = None, None, None, one not in ran
-            one.pages.clear()
+            one.pages = []
         self.blocks.clear()
         self._free_slots = list(range(self._max_slots - 1, -1, -1))
         self._free_history_rows = list(range(self._history_rows - 1, -1, -1))
@@ -229,11 +236,11 @@ class Scheduler:
             return
         known = request.num_tokens - 1  # the last one has not been fed
         computed = request.prefilled if request.prefilling else max(request.prefilled, known)
-        pages = min(computed // self.blocks.page_size, len(request.pages))
-        keys = request.page_keys(self.blocks.page_size, pages)
-        for index in range(request.inserted_pages, pages):
-            self.blocks.insert(request.pages[index], keys[index])
-        request.inserted_pages = max(request.inserted_pages, pages)
+        pages = min(computed // self.blocks.page_size, max(map(len, request.pages)))
+        if pages > request.inserted_pages:
+            keys = request.page_keys(self.blocks.page_size, pages)[:pages]
+            self.pages.insert(request.pages, request.inserted_pages, keys)
+            request.inserted_pages = pages
 
     @property
     def busy(self) -> bool:
@@ -254,26 +261,26 @@ class Scheduler:
         if self._did_not_fit == (request, blocks.changes):
             return False
         tokens, page_size = request.num_tokens, blocks.page_size
-        found: list[int] = []
+        found = self.pages.find(())
         if request.params.prompt_logprobs is None:  # these need the logits of every token
             # the last token is always run: the next one is sampled from its logits
             pages = (tokens - 1) // page_size
             keys = request.page_keys(page_size, pages)[:pages]
-            found = blocks.find(keys)
-            if len(found) < pages and self._is_prefilled(keys[len(found)]):
+            found = self.pages.find(keys)
+            if found.blocks < pages and self._is_prefilled(keys[found.blocks]):
                 return False  # another is running just that page: it will be found then
-        new = blocks.pages_for(tokens) - len(found)
-        # one page for each running request that may need another: else its next step would preempt this one
-        spare = sum(len(one.pages) < blocks.pages_for(one.max_length) for one in self.running)
-        if new + spare > blocks.free - blocks.count_evictable(found):
+        # one block for each running request that may need another: else its next step would preempt this one
+        spare = sum(len(one.pages[0]) < blocks.pages_for(one.max_length) for one in self.running)
+        needed = self.pages.missing_at_start(found, tokens) + spare * len(self.pages.windows)
+        if needed > blocks.free - sum(map(blocks.count_evictable, found.pages)):
             self._did_not_fit = (request, blocks.changes)
             return False
-        request.pages = blocks.acquire(found) + blocks.allocate(new)
+        request.pages = self.pages.start(found, tokens)
         request.slot = self._free_slots.pop()
         request.history_row = self._free_history_rows.pop() if needs_history else None
         request.prefill_token_ids = request.token_ids(0, tokens)
-        request.prefill_start = request.prefilled = len(found) * page_size
-        request.inserted_pages = len(found)
+        request.prefill_start = request.prefilled = found.blocks * page_size
+        request.inserted_pages = found.blocks
         request.dispatched_tokens = len(request.output_token_ids)
         if not request.output_token_ids:
             request.cached_tokens = request.prefilled
@@ -389,25 +396,38 @@ class Scheduler:
                 break
         return chunks
 
-    def _reserve(self, decoding: list[Request], steps: int) -> tuple[list[Request], int]:
+    def _reserve(
+        self, decoding: list[Request], chunks: list[PromptChunk], steps: int
+    ) -> tuple[list[Request], list[PromptChunk], int]:
         """Allocates the pages of the next steps; takes fewer steps, or preempts, if pages run out.
 
         Returns:
-            The requests that still run, and the number of steps.
+            The requests that still run, decoded and prefilled, and the number of steps.
         """
+        pages, blocks = self.pages, self.blocks
 
-        def missing(one: Request, steps: int) -> int:
-            stop = one.next_position + min(steps, one.remaining)
-            return max(0, self.blocks.pages_for(stop) - len(one.pages))
+        def stop(one: Request) -> int:
+            return one.next_position + min(steps, one.remaining)
 
-        if sum(missing(one, steps) for one in decoding) > self.blocks.free:
-            steps = 1
         for one in decoding:
-            while one.slot is not None and missing(one, steps) > self.blocks.free:
+            self._give_back(one, one.next_position)
+        for chunk in chunks:
+            self._give_back(chunk.request, chunk.start)
+        if sum(pages.missing(one.pages, stop(one)) for one in decoding) > blocks.free:
+            steps = 1
+        for one, end in [*((one, stop(one)) for one in decoding), *((c.request, c.stop) for c in chunks)]:
+            while one.slot is not None and pages.missing(one.pages, end) > blocks.free:
                 self._preempt(self.running[-1])
             if one.slot is not None:
-                one.pages += self.blocks.allocate(missing(one, steps))
-        return [one for one in decoding if one.slot is not None], steps
+                pages.extend(one.pages, end)
+        decoding = [one for one in decoding if one.slot is not None]
+        return decoding, [chunk for chunk in chunks if chunk.request.slot is not None], steps
+
+    def _give_back(self, request: Request, position: int) -> None:
+        """Gives back the pages that no token at ``position`` or later sees; the prefix cache keeps them."""
+        if self.pages.unseen(request.pages, position):
+            self._insert_prefix(request)
+            self.pages.give_back(request.pages, position)
 
     def _preempt(self, request: Request) -> None:
         """Takes slot and pages from a running request and queues it again."""
@@ -438,7 +458,7 @@ class Scheduler:
         if request.history_row is not None:
             self._free_history_rows.append(request.history_row)
             request.history_row = None
-        self.blocks.release(request.pages)
+        self.pages.release(request.pages)
 
 
 def _tokens(chunks: Sequence[PromptChunk]) -> int:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tpjax.cache import cache_layout, page_bytes_per_device
+from tpjax.cache import cache_layout, layer_places, num_entries, page_bytes_per_device
 from tpjax.checkpoints.hub import resolve
 from tpjax.checkpoints.load import (
     Parameter,
@@ -203,13 +203,23 @@ def _cache(runner: Runner) -> dict[str, Any]:
     config, mesh, limits = runner.config, runner.mesh, runner.limits
     cache = cache_layout(config, mesh.size, limits.num_pages, limits.page_size)
     platform = mesh.devices.flat[0].platform
-    page_bytes = page_bytes_per_device(config, mesh.size, limits.page_size, runner.dtype, platform)
+    page_bytes = page_bytes_per_device(
+        config, mesh.size, limits.page_size, runner.dtype, platform, limits.windows
+    )
     layout = tensor_layout("latents", cache.shape)
     if config.attention.latent is None:
         stored = enumerate(head_plan(config, mesh.size).stored_kv_heads)
         heads = tuple(Segment("heads", head, 1, place) for place, head in stored if head is not None)
         layout = WeightLayout(cache.shape, 1, heads, (("heads", config.attention.num_kv_heads),))
-    sharding, buffers = NamedSharding(mesh, cache.spec), cache.count * config.num_layers
+    sharding = NamedSharding(mesh, cache.spec)
+    buffers = cache.count * num_entries(config, limits.windows)
+    places = layer_places(config, limits.windows)
+    groups = [
+        {"window": window, "layers": sum(place.group == number for place in places)}
+        for number, window in enumerate(limits.windows)
+    ]
+    token_bytes = page_bytes // limits.page_size  # in one page group
+    past = limits.windows.count(None) or 1
     return {
         "spec": _spec(cache.spec),
         "shape": cache.shape,
@@ -219,8 +229,12 @@ def _cache(runner: Runner) -> dict[str, Any]:
         "page_size": limits.page_size,
         "bytes": page_bytes * limits.num_pages * mesh.size,
         "bytes_per_device": page_bytes * limits.num_pages,
-        "bytes_per_token": page_bytes // limits.page_size * mesh.size,
-        "bytes_per_token_per_device": page_bytes // limits.page_size,
+        "page_groups": groups,
+        "page_bytes_per_device": page_bytes,
+        "bytes_per_token": token_bytes * len(groups) * mesh.size,
+        "bytes_per_token_per_device": token_bytes * len(groups),
+        "bytes_per_past_token": token_bytes * past * mesh.size,
+        "bytes_per_past_token_per_device": token_bytes * past,
         "why": cache_reason(config, mesh.size),
         "devices": _contents(layout, sharding, buffers * runner.dtype.itemsize),
     }

@@ -153,9 +153,7 @@ class Report:
             Text("zeros and copies: elements on all devices together, beyond the checkpoint's\n"),
             self._reason_table(),
             self._cache_table(),
-            Text(
-                f"{self.cache['num_pages']} pages of {self.cache['page_size']} positions; {self.cache['why']}"
-            ),
+            Text(self._pages()),
             Text(),
             self._memory_table(),
             *(collective_table(step.title, step.collectives, step.budget) for step in self.steps),
@@ -195,7 +193,10 @@ class Report:
         cache = self.cache
         placement = cache["spec"] if cache["spec"] == "replicated" else f"sharded {cache['spec']}"
         table = plain_table("KV cache", "", numbers=("all devices", "each device"))
-        for what, name in (("a token", "bytes_per_token"), ("in all", "bytes")):
+        rows = [("a token", "bytes_per_token"), ("in all", "bytes")]
+        if len(cache["page_groups"]) > 1:
+            rows.insert(1, ("a token that no window sees", "bytes_per_past_token"))
+        for what, name in rows:
             table.add_row(what, human_bytes(cache[name]), human_bytes(cache[f"{name}_per_device"]))
         table.add_row(
             f"{cache['buffers']} buffers, {placement}",
@@ -203,6 +204,22 @@ class Report:
             dims(cache["shard_shape"]),
         )
         return table
+
+    def _pages(self) -> str:
+        cache, groups = self.cache, self.cache["page_groups"]
+        text = f"{cache['num_pages']} pages of {cache['page_size']} positions; {cache['why']}"
+        if len(groups) == 1:
+            return text
+        kinds = {group["window"]: [0, 0] for group in groups}
+        for group in groups:
+            kinds[group["window"]][0] += 1
+            kinds[group["window"]][1] += group["layers"]
+        parts = [
+            f"{layers} layers that see {'all keys' if window is None else f'{window} keys'} take "
+            f"{count} pages a block"
+            for window, (count, layers) in kinds.items()
+        ]
+        return f"{text}; {', '.join(parts)}; pages before a window are given back"
 
     def _memory_table(self) -> Table:
         titles = [step.title for step in self.steps]

@@ -9,12 +9,16 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass
 
+from tpjax.cache import ONE_GROUP, Windows, num_entries, page_groups
 from tpjax.config import ExpertAxis
 from tpjax.hardware import Hardware
 from tpjax.planning.workload import Workload
 from tpjax.runtime.counts import Counts
-from tpjax.runtime.limits import MAX_PROMPT_TOKENS, PAGE_SIZE
+from tpjax.runtime.limits import MAX_PROMPT_TOKENS, PAGE_SIZE, pages_held
+from tpjax.runtime.memory import DeviceMemory, max_histories, sampler_bytes
 from tpjax.step_time import StepTime
+
+_MOST_PAGES = 2**20  # of a sequence
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,9 @@ class CostModel(StepTime):
     def memory(self, batch: int, context: int) -> MemoryUse:
         """Computes the memory of one device of a replica with ``batch`` sequences.
 
-        The cache consists of full pages, in sliding layers too. The workspace holds the widest activations
-        of a prefill chunk, and the logits of a batch.
+        The cache consists of full pages; sliding layers give back those that no query sees. The workspace
+        holds the widest activations of a prefill chunk, the logits of a batch, and the sampler's state:
+        penalties, biases and masks.
         """
         config, held, workload = self.config, self.held, self.workload
         itemsize = workload.activation_bytes
@@ -70,12 +75,21 @@ class CostModel(StepTime):
         )
         width = math.ceil(widest / self.tp) + 4 * config.hidden_size
         workspace = rows * width * itemsize + 8 * batch * math.ceil(config.vocab_size / self.tp)
+        histories = max_histories(config, self.tp, batch, DeviceMemory(int(self.hardware.usable_bytes)))
+        workspace += sampler_bytes(config, self.tp, batch, histories)
         return MemoryUse(weights, batch * self.sequence_bytes(context), workspace)
 
     def sequence_bytes(self, context: int) -> int:
-        """Returns the cache bytes of one sequence on one device."""
-        positions = math.ceil(context / PAGE_SIZE) * PAGE_SIZE
-        return positions * self.config.num_layers * self.share.cache_elements * self.workload.cache_bytes
+        """Returns the cache bytes of one sequence on one device while it decodes."""
+        groups = (ONE_GROUP, page_groups(self.config))
+        return min(
+            pages_held(context, windows, PAGE_SIZE, 1) * self.page_bytes(windows) for windows in groups
+        )
+
+    def page_bytes(self, windows: Windows) -> int:
+        """Returns the bytes of a page on one device."""
+        elements = num_entries(self.config, windows) * self.share.cache_elements
+        return PAGE_SIZE * elements * self.workload.cache_bytes
 
     def largest_batch(self, context: int) -> int:
         """Returns how many sequences of that length fit a replica."""
@@ -86,8 +100,7 @@ class CostModel(StepTime):
     def largest_context(self, batch: int) -> int:
         """Returns the most tokens a sequence, a multiple of the page size, at which ``batch`` of them fit."""
         usable = self.hardware.usable_bytes
-        most = int(usable // (batch * self.sequence_bytes(PAGE_SIZE)))
-        pages = range(1, most + 1)
+        pages = range(1, _MOST_PAGES)
         return PAGE_SIZE * bisect_right(
             pages, usable, key=lambda count: self.memory(batch, count * PAGE_SIZE).total
         )

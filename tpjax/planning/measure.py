@@ -282,7 +282,7 @@ def _row(position: int, remaining: int, slot: int = 0) -> Any:
     from tpjax.sampling_params import SamplingParams
 
     pages = [_PAGES * slot + page for page in range(1, _PAGES + 1)]
-    return Row(slot, position, pages, SamplingParams(temperature=0), seed=0, remaining=remaining)
+    return Row(slot, position, [pages], SamplingParams(temperature=0), seed=0, remaining=remaining)
 
 
 def _zeros_runner(mesh: Any, depth: int, slots: int = 1) -> Any:

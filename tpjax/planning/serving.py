@@ -20,6 +20,7 @@ from tpjax.planning.arrivals import Arrival
 from tpjax.planning.cost_model import CostModel
 from tpjax.planning.serving_figures import Outcome, Result
 from tpjax.runtime.limits import PAGE_SIZE, STEPS, Limits, chunk_shapes, mixed_chunk_shapes
+from tpjax.runtime.memory import PagePool, windows_of
 from tpjax.sampling_params import SamplingParams
 from tpjax.step_time import StepTokens
 
@@ -86,16 +87,17 @@ def plan_server(
     """
     slots = max_slots or (_SHARED_SLOTS if model.hardware.shared else _MOST_SLOTS)
     need, usable = model.memory(slots, 1), model.hardware.usable_bytes
-    page_bytes = model.sequence_bytes(PAGE_SIZE)
-    pages = int((usable - need.weights - need.workspace) // page_bytes) - 1  # the null page
-    length = max_model_len or min(model.config.longest_context, pages * PAGE_SIZE)
-    if pages < max(1, -(-length // PAGE_SIZE)):
+    windows = windows_of(model.config, max_model_len or model.config.longest_context)
+    pages = int((usable - need.weights - need.workspace) // model.page_bytes(windows)) - 1  # the null page
+    pool = PagePool(windows, model.page_bytes(windows))
+    length = max_model_len or pool.longest(pages, model.config.longest_context)
+    if pages < pool.held(max(1, length)):
         raise ConfigError(
             f"{model.counts.name} at tp={model.tp} leaves room for {max(pages, 0)} cache pages of "
             f"{PAGE_SIZE} tokens in the {usable / 1e9:.1f} GB usable of {model.hardware.name}: too few for "
             f"one request of {max(length, 1)} tokens"
         )
-    pages = min(pages, slots * -(-length // PAGE_SIZE))
+    pages = min(pages, slots * pool.held(length))
     platform = model.hardware.platform
     limits = Limits(
         max_slots=slots,
@@ -104,6 +106,7 @@ def plan_server(
         chunk_shapes=chunk_shapes(platform),
         mixed_shapes=mixed_chunk_shapes(platform),
         steps=STEPS.get(platform, 1),
+        windows=windows,
     )
     return ServerModel(limits, lambda tokens: model.step(tokens).total, model.seconds)
 
@@ -265,6 +268,7 @@ def _scheduler(server: ServerModel) -> Scheduler:
         server.predict,
         limits.steps,
         BlockManager(limits.num_pages, limits.page_size),
+        limits.windows,
     )
 
 

@@ -109,4 +109,4 @@ def _row(runner: Any, position: int, remaining: int) -> Any:
     from tpjax.sampling_params import SamplingParams
 
     pages = list(range(1, 1 + runner.limits.blocks))
-    return Row(0, position, pages, SamplingParams(temperature=0), seed=0, remaining=remaining)
+    return Row(0, position, [pages], SamplingParams(temperature=0), seed=0, remaining=remaining)

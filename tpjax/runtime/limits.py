@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from tpjax.cache import ONE_GROUP, Windows
 from tpjax.config import Dtype, check_choice
 from tpjax.errors import ConfigError
 
@@ -74,6 +76,7 @@ class Limits:
         mixed_shapes: those of steps that decode other rows too.
         steps: decode steps of one dispatch, at most.
         max_histories: sequences with penalties or biases decoded at once; ``None``: ``max_slots``.
+        windows: window of each page group: see :mod:`tpjax.cache`.
 
     Raises:
         ConfigError: a size is too small, or two of them do not fit together.
@@ -87,6 +90,7 @@ class Limits:
     mixed_shapes: tuple[ChunkShape, ...] = _CPU_CHUNKS[:2]
     steps: int = 4
     max_histories: int | None = None
+    windows: Windows = ONE_GROUP
 
     def __post_init__(self) -> None:
         for name in ("max_slots", "max_model_len", "page_size", "steps"):
@@ -107,10 +111,10 @@ class Limits:
                 f"the largest chunks, {self.largest_chunks.tokens} tokens, are not a multiple of "
                 f"page_size={self.page_size}"
             )
-        if self.num_pages < self.blocks + 1:
+        if self.num_pages < (least := self.pages_held(self.max_model_len) + 1):
             raise ConfigError(
                 f"num_pages={self.num_pages} cannot hold one sequence of max_model_len={self.max_model_len}: "
-                f"that takes {self.blocks + 1} pages of {self.page_size}, the null page included"
+                f"that takes {least} pages of {self.page_size}, the null page included"
             )
 
     @property
@@ -125,8 +129,25 @@ class Limits:
 
     @property
     def blocks(self) -> int:
-        """Pages of the longest sequence: the width of a block table."""
+        """Pages of the longest sequence in a page group without a window."""
         return -(-self.max_model_len // self.page_size)
+
+    @cached_property
+    def table_columns(self) -> tuple[int, ...]:
+        """Columns of the block tables of each page group.
+
+        With a window these are the blocks that the tokens of a row see in one dispatch, wherever in a page
+        the first of them is.
+        """
+        tokens = max(self.steps, *(shape.length for shape in self.chunk_shapes))
+        return tuple(
+            self.blocks if window is None else -(-(window + tokens - 2) // self.page_size) + 1
+            for window in self.windows
+        )
+
+    def pages_held(self, tokens: int) -> int:
+        """Returns the pages that a sequence of so many tokens holds at once, at most, in all page groups."""
+        return pages_held(tokens, self.windows, self.page_size, self.largest_chunks.tokens)
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -191,6 +212,23 @@ class Limits:
             (i for i, shape in enumerate(shapes) if shape.tokens >= self.max_model_len), len(shapes) - 1
         )
         return shapes[: enough + 1]
+
+
+def pages_held(tokens: int, windows: Windows, page_size: int, step_tokens: int) -> int:
+    """Returns the pages that a sequence holds at once, at most, in all page groups.
+
+    Args:
+        tokens: length of the sequence.
+        windows: window of each page group.
+        page_size: positions per page.
+        step_tokens: tokens of the sequence that a step runs, at most.
+    """
+    blocks = -(-tokens // page_size)
+    most = (
+        blocks if window is None else -(-(window - 1) // page_size) - (-step_tokens // page_size) + 1
+        for window in windows
+    )
+    return sum(min(blocks, count) for count in most)
 
 
 def resolve_dtype(name: str) -> jnp.dtype:

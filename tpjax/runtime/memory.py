@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,15 @@ import jax.numpy as jnp
 from tpjax import cache as kv
 from tpjax.config import ModelConfig
 from tpjax.errors import ConfigError
-from tpjax.runtime.limits import MAX_PROMPT_TOKENS, PAGE_SIZE, STEPS, Limits, chunk_shapes, mixed_chunk_shapes
+from tpjax.runtime.limits import (
+    MAX_PROMPT_TOKENS,
+    PAGE_SIZE,
+    STEPS,
+    Limits,
+    chunk_shapes,
+    mixed_chunk_shapes,
+    pages_held,
+)
 from tpjax.sampling import HISTORY_BYTES, mask_words
 from tpjax.sharding import head_plan, pad_to_multiple
 
@@ -97,22 +106,20 @@ def plan_limits(
     if max_slots is not None and max_slots < 1:
         raise ConfigError(f"max_slots={max_slots} is less than 1")
     platform = "cpu" if memory is None else memory.platform
-    page_bytes = kv.page_bytes_per_device(config, tp, PAGE_SIZE, dtype, platform)
+    pool = PagePool.of(config, tp, dtype, platform, max_model_len or longest)
     if max_slots is None:
-        max_slots = _slots_with_room(config, tp, dtype, weight_bytes, memory, max_model_len or longest)
-    wanted = -(-(max_model_len or longest) // PAGE_SIZE)
-    pages = wanted * max_slots
+        max_slots = _slots_with_room(config, tp, dtype, weight_bytes, memory, pool, max_model_len or longest)
+    length, pages = max_model_len or longest, pool.held(max_model_len or longest) * max_slots
     if memory is not None:
         need = _need(config, tp, dtype, weight_bytes, memory, max_slots)
-        room = (memory.free - need.total) // page_bytes - 1  # the null page
-        least = 1 if max_model_len is None else wanted
+        room = (memory.free - need.total) // pool.page_bytes - 1  # the null page
+        least = pool.held(PAGE_SIZE if max_model_len is None else length)
         if room < least:
-            need = replace(need, cache=(least + 1) * page_bytes)
-            raise ConfigError(_does_not_fit(config, tp, dtype, need, memory, max_model_len, max_slots))
-        cap = room if memory.cache_cap is None else min(room, max(least, memory.cache_cap // page_bytes))
-        pages = min(pages, cap)
-        wanted = min(wanted, pages)
-    length = max_model_len or min(longest, wanted * PAGE_SIZE)
+            need = replace(need, cache=(least + 1) * pool.page_bytes)
+            raise ConfigError(_does_not_fit(config, tp, dtype, need, memory, pool, max_model_len, max_slots))
+        cap = memory.cache_cap
+        pages = min(pages, room if cap is None else min(room, max(least, cap // pool.page_bytes)))
+        length = pool.longest(pages, length)
     return Limits(
         max_slots=max_slots,
         max_model_len=length,
@@ -122,7 +129,49 @@ def plan_limits(
         mixed_shapes=mixed_chunk_shapes(platform),
         steps=STEPS.get(platform, 1),
         max_histories=max_histories(config, tp, max_slots, memory),
+        windows=pool.windows,
     )
+
+
+@dataclass(frozen=True)
+class PagePool:
+    """The pages that all page groups of a model share.
+
+    Attributes:
+        windows: window of each page group.
+        page_bytes: bytes of a page on each device.
+    """
+
+    windows: kv.Windows
+    page_bytes: int
+
+    @classmethod
+    def of(
+        cls, config: ModelConfig, tp: int, dtype: jnp.dtype, platform: str, max_model_len: int
+    ) -> PagePool:
+        """Returns the pool of a model whose longest sequence has so many tokens."""
+        windows = windows_of(config, max_model_len)
+        return cls(windows, kv.page_bytes_per_device(config, tp, PAGE_SIZE, dtype, platform, windows))
+
+    def held(self, tokens: int) -> int:
+        """Returns the pages that a sequence of so many tokens holds at once, at most."""
+        return pages_held(tokens, self.windows, PAGE_SIZE, MAX_PROMPT_TOKENS)
+
+    def longest(self, pages: int, limit: int) -> int:
+        """Returns the tokens of the longest sequence, up to ``limit``, that so many pages hold."""
+        most = range(1, -(-limit // PAGE_SIZE) + 1)
+        blocks = bisect.bisect_right(most, pages, key=lambda count: self.held(count * PAGE_SIZE))
+        return min(limit, blocks * PAGE_SIZE)
+
+
+def windows_of(config: ModelConfig, max_model_len: int) -> kv.Windows:
+    """Returns the window of each page group of a model whose longest sequence has so many tokens.
+
+    Where that is hardly more than a window, all layers form one group: nothing would be given back.
+    """
+    windows = kv.page_groups(config)
+    held = pages_held(max_model_len, windows, PAGE_SIZE, MAX_PROMPT_TOKENS)
+    return windows if held < len(windows) * -(-max_model_len // PAGE_SIZE) else kv.ONE_GROUP
 
 
 def max_histories(config: ModelConfig, tp: int, max_slots: int, memory: DeviceMemory | None) -> int:
@@ -151,13 +200,13 @@ def _slots_with_room(
     dtype: jnp.dtype,
     weight_bytes: int,
     memory: DeviceMemory | None,
+    pool: PagePool,
     longest: int,
 ) -> int:
     """Returns how many sequences the devices have room for; see :func:`plan_limits`."""
     if memory is None or memory.platform == "cpu":
         return _CPU_SLOTS
-    pages = -(-min(longest, _SLOT_TOKENS) // PAGE_SIZE)
-    sequence = pages * kv.page_bytes_per_device(config, tp, PAGE_SIZE, dtype, memory.platform)
+    sequence = pool.held(min(longest, _SLOT_TOKENS)) * pool.page_bytes
     for slots in _SLOTS:
         if _need(config, tp, dtype, weight_bytes, memory, slots).total + slots * sequence <= memory.free:
             return slots
@@ -215,23 +264,23 @@ def _does_not_fit(
     dtype: jnp.dtype,
     need: MemoryNeed,
     memory: DeviceMemory,
+    pool: PagePool,
     max_model_len: int | None,
     max_slots: int,
 ) -> str:
-    page_bytes = kv.page_bytes_per_device(config, tp, PAGE_SIZE, dtype, memory.platform)
     ways = []
-    pages = (memory.free - need.total + need.cache) // page_bytes - 1
-    if max_model_len is not None and pages > 0:
-        ways.append(f"max_model_len={pages * PAGE_SIZE}")
+    pages = (memory.free - need.total + need.cache) // pool.page_bytes - 1
+    if max_model_len is not None and (fitting := pool.longest(pages, max_model_len)):
+        ways.append(f"max_model_len={fitting}")
     if jnp.dtype(dtype).itemsize == 4 and need.total // 2 <= memory.free:
         ways.append("dtype=bfloat16")
     shared = jax.devices()[0].platform == "cpu"  # more faked devices have no more memory together
     wider = [] if shared else range(tp + 1, _MOST_TP + 1)
     for more in wider:
-        pages = need.cache // page_bytes
+        page = kv.page_bytes_per_device(config, more, PAGE_SIZE, dtype, memory.platform, pool.windows)
         there = replace(
             _need(config, more, dtype, need.weights * tp // more, memory, max_slots),
-            cache=pages * kv.page_bytes_per_device(config, more, PAGE_SIZE, dtype, memory.platform),
+            cache=need.cache // pool.page_bytes * page,
         )
         if there.total <= memory.free:
             ways.append(f"tp={more}")

@@ -25,12 +25,14 @@ class Row:
     """One sequence's part in a dispatch.
 
     Whoever dispatches a sequence again and again keeps its row, and changes only its position, ``remaining``
-    and ``masked_until``; its pages may only get longer. What stays the same is turned into arrays once.
+    and ``masked_until``; its pages may only get longer, and those before a window be given back. What stays
+    the same is turned into arrays once.
 
     Attributes:
         slot: index of its last token and mask in the device state, 0 to max_slots - 1.
         position: position of the next token to feed.
-        pages: its cache pages, in order of position.
+        pages: its cache pages in each page group, in order of position. Of a group with a window those
+            before it are not read.
         params: sampling parameters.
         seed: seed of its noise.
         remaining: maximum number of tokens it may still output.
@@ -44,7 +46,7 @@ class Row:
 
     slot: int
     position: int
-    pages: Sequence[int]
+    pages: Sequence[Sequence[int]]
     params: SamplingParams
     seed: int
     remaining: int = 1
@@ -52,7 +54,8 @@ class Row:
     masked_until: int = 0
     max_length: int = 0
     history_row: int = NO_HISTORY
-    _table: tuple[np.ndarray, int] = field(default=(np.empty(0, np.int32), 0), init=False, repr=False)
+    _table: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32), init=False, repr=False)
+    _known: list[tuple[int, int]] = field(default_factory=list, init=False, repr=False)
 
     @cached_property
     def sampling(self) -> tuple[np.ndarray, np.ndarray]:
@@ -66,15 +69,29 @@ class Row:
         array[: len(self.stop_ids)] = self.stop_ids[:STOP_IDS]
         return array
 
-    def block_table(self, blocks: int) -> np.ndarray:
-        """Returns its pages, int32 [blocks], padded with the null page."""
-        table, known = self._table
-        if len(table) != blocks:
-            table, known = np.full(blocks, NULL_PAGE, np.int32), 0
-        if known != len(self.pages):
-            table[known : len(self.pages)] = self.pages[known:]
-            self._table = table, len(self.pages)
-        return table
+    def block_tables(self, limits: Limits) -> np.ndarray:
+        """Returns its pages in each page group one after the other, int32, padded with the null page."""
+        columns = limits.table_columns
+        if not self._known:
+            self._table = np.full(sum(columns), NULL_PAGE, np.int32)
+            self._known = [(0, 0)] * len(columns)
+        at = 0
+        for group, (pages, window) in enumerate(zip(self.pages, limits.windows, strict=False)):
+            first, known = self._known[group]
+            if window is None:
+                if known != len(pages):
+                    self._table[at + known : at + len(pages)] = pages[known:]
+                    self._known[group] = 0, len(pages)
+            else:
+                start = max(0, self.position - window + 1) // limits.page_size
+                stop = min(len(pages), start + columns[group])
+                if (first, known) != (start, stop):
+                    table = self._table[at : at + columns[group]]
+                    table[:] = NULL_PAGE
+                    table[np.arange(start, stop) % columns[group]] = pages[start:stop]
+                    self._known[group] = start, stop
+            at += columns[group]
+        return self._table
 
     def plain_greedy(self, tokens: int = 1) -> bool:
         """Whether the plain variant of :func:`tpjax.sampling.sample` fits the token after ``tokens`` fed."""
@@ -110,29 +127,35 @@ class PackedRows:
 
     ints: Int[Leaf, "B 4"]  # slot, position, remaining, max_length
     stop_ids: Int[Leaf, "B stop"]
-    block_tables: Int[Leaf, "B blocks"]
+    tables: Int[Leaf, "B columns"]  # the block tables of each page group side by side
     sampling: SamplingRows
+    columns: tuple[int, ...] = field(metadata={"static": True})
 
     @classmethod
     def pack(cls, rows: Sequence[Row], limits: Limits, size: int) -> PackedRows:
         """Packs rows on the host and pads them to ``size`` rows."""
-        count, blocks = len(rows), limits.blocks
+        count = len(rows)
         ints = np.empty((size, 4), np.int32)
         stop_ids = np.empty((size, STOP_IDS), np.int32)
-        tables = np.empty((size, blocks), np.int32)
+        tables = np.empty((size, sum(limits.table_columns)), np.int32)
         if count:
             ints[:count] = [(row.slot, row.position, row.remaining, row.max_length) for row in rows]
             np.concatenate([row.stop_array for row in rows], out=stop_ids[:count].reshape(-1))
-            np.concatenate([row.block_table(blocks) for row in rows], out=tables[:count].reshape(-1))
+            np.concatenate([row.block_tables(limits) for row in rows], out=tables[:count].reshape(-1))
         ints[count:], stop_ids[count:], tables[count:] = (limits.max_slots, 0, 0, 0), NO_TOKEN, NULL_PAGE
         ones, until = [row.sampling for row in rows], [row.masked_until for row in rows]
         sampling = SamplingRows.stack(ones, until, size)
-        return cls(ints, stop_ids, tables, sampling)  # type: ignore[arg-type]
+        return cls(ints, stop_ids, tables, sampling, limits.table_columns)  # type: ignore[arg-type]
 
     def __getitem__(self, part: slice) -> PackedRows:
         """Returns some of the rows."""
         rows: PackedRows = jax.tree.map(lambda array: array[part], self)
         return rows
+
+    def block_tables(self, group: int) -> Int[Leaf, "B blocks"]:
+        """Returns the block tables of a page group."""
+        start = sum(self.columns[:group])
+        return self.tables[:, start : start + self.columns[group]]
 
     @property
     def slots(self) -> Int[Leaf, " B"]:

@@ -50,7 +50,14 @@ class DeviceState:
         """
         shape, replicated = (limits.max_slots + 1,), NamedSharding(mesh, REPLICATED)
         tokens: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated)
-        cache = kv.abstract(config, mesh, num_pages=limits.num_pages, page_size=limits.page_size, dtype=dtype)
+        cache = kv.abstract(
+            config,
+            mesh,
+            num_pages=limits.num_pages,
+            page_size=limits.page_size,
+            dtype=dtype,
+            windows=limits.windows,
+        )
         padded_vocab = pad_to_multiple(config.vocab_size, mesh.size)
         history = History.abstract(limits.max_slots, limits.history_rows, padded_vocab, mesh)
         return cls(cache, tokens, history)

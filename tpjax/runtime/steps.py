@@ -153,18 +153,22 @@ def _run(
     model: Decoder, state: DeviceState, batch: PackedStep, residual: PartitionSpec
 ) -> tuple[DeviceState, Float[Array, "N D"], BatchMetadata]:
     """Returns the state with the keys and values of a step's tokens, and their hidden states."""
-    count, groups, token_ids = batch.batch, [], []
-    if count:
-        rows = batch.rows[:count]
-        groups.append(_decode_group(rows, rows.remaining > 0, rows.positions))
-        token_ids.append(state.tokens[rows.slots])
-    groups.append(_chunk_group(batch))
-    token_ids.append(batch.token_ids.reshape(-1))
+    rows, decoded = batch.rows[: batch.batch], batch.batch > 0
+    chunks, length = batch.rows[batch.batch :], batch.token_ids.shape[1]
+    token_ids = [batch.token_ids.reshape(-1)]
+    if decoded:
+        token_ids.insert(0, state.tokens[rows.slots])
     tokens = jnp.concatenate(token_ids)
     padding = padded_tokens(tokens.size, residual, model.tp) - tokens.size
-    metadata = BatchMetadata(tuple(groups), padding)
+    positions = chunks.positions[:, None] + jnp.arange(length)
+    metadata = []
+    for number, window in enumerate(state.cache.windows):
+        groups = [_decode_group(rows, rows.remaining > 0, rows.positions, number, window)] if decoded else []
+        tables, cyclic = chunks.block_tables(number), window is not None
+        groups.append(TokenGroup(tables, positions, batch.lengths, chunks.max_lengths, True, cyclic))
+        metadata.append(BatchMetadata(tuple(groups), padding))
     hidden, cache = model(jnp.pad(tokens, (0, padding)), state.cache, metadata, residual)
-    return replace(state, cache=cache), hidden, metadata
+    return replace(state, cache=cache), hidden, metadata[0]
 
 
 def padded_tokens(tokens: int, residual: PartitionSpec, tp: int) -> int:
@@ -172,16 +176,12 @@ def padded_tokens(tokens: int, residual: PartitionSpec, tp: int) -> int:
     return pad_to_multiple(tokens, ROWS_PER_DEVICE * tp) if residual == SEQUENCE_PARALLEL else tokens
 
 
-def _decode_group(rows: PackedRows, alive: Bool[Array, " B"], positions: Int[Array, " B"]) -> TokenGroup:
-    return TokenGroup(
-        rows.block_tables, positions[:, None], alive.astype(jnp.int32), max_length=rows.max_lengths
-    )
-
-
-def _chunk_group(batch: PackedStep) -> TokenGroup:
-    rows, length = batch.rows[batch.batch :], batch.token_ids.shape[1]
-    positions = rows.positions[:, None] + jnp.arange(length)
-    return TokenGroup(rows.block_tables, positions, batch.lengths, rows.max_lengths, chunks=True)
+def _decode_group(
+    rows: PackedRows, alive: Bool[Array, " B"], positions: Int[Array, " B"], number: int, window: int | None
+) -> TokenGroup:
+    """Returns the decode rows as layers of a page group see them."""
+    tables, lengths = rows.block_tables(number), alive.astype(jnp.int32)
+    return TokenGroup(tables, positions[:, None], lengths, rows.max_lengths, cyclic=window is not None)
 
 
 def _sample_step(
@@ -217,7 +217,10 @@ def _decode_once(
     """Feeds each row its slot's last token at ``positions`` and samples the next."""
     # a row that has ended goes on computing, but on the null page and the spare slot
     slots = jnp.where(alive, rows.slots, state.spare_slot)
-    metadata = BatchMetadata((_decode_group(rows, alive, positions),))
+    metadata = [
+        BatchMetadata((_decode_group(rows, alive, positions, number, window),))
+        for number, window in enumerate(state.cache.windows)
+    ]
     hidden, cache = model(state.tokens[slots], state.cache, metadata)
     state = replace(state, cache=cache)
     return _sample(model, state, rows, hidden, slots, positions + 1, greedy, mesh)

@@ -84,7 +84,7 @@ def _cache(report: Report) -> JsonObject:
         "num_pages",
         "page_size",
         "buffers",
-        "bytes_per_token_per_device",
+        "page_bytes_per_device",
         "bytes_per_device",
         "why",
     )

@@ -14,7 +14,7 @@ export function show(model) {
   showLegend(model);
   const { cache } = model;
   $("cache").textContent = `${cache.num_pages - 1} pages of ${cache.page_size} positions, ` +
-    `${bytes(cache.bytes_per_token_per_device * cache.page_size)} of each on every device`;
+    `${bytes(cache.page_bytes_per_device)} of each on every device`;
   showStep(model.step);
 }
 

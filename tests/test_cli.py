@@ -154,6 +154,7 @@ def test_help_starts_neither_jax_nor_anything_else_heavy():
         (["generate", "x", "nope", "--profile", __file__], f"{__file__}: File exists"),
         (["generate", "x", "nope", "--profile", f"{__file__}/x"], f"{__file__}/x: Not a directory"),
         (["bench", "serve", "--output", "/nowhere/x"], "/nowhere/x: No such file or directory"),
+        (["bench", "serve", "--base-url", "nope"], "nope does not answer as an OpenAI server: "),
         (["explain"], "give either MODEL or --config FILE"),
         (["explain", "smollm2-135m", "--config", "x.json"], "give either MODEL or --config FILE"),
         (["frobnicate"], "No such command 'frobnicate'. (see `tpjax --help`)"),

@@ -62,8 +62,9 @@ def sweep(profile: LoadProfile, rates: Sequence[float], goals: Mapping[str, floa
         RequestError: the server cannot be reached, or has no such model.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    results = []
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    results, console = [], Console(stderr=True)
+    # where there is no terminal, an empty line is all that would be left of it
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         for rate in rates:
             task = progress.add_task(f"{rate:g} requests/s", total=profile.num_prompts)
             results.append(asyncio.run(run(profile, rate, goals, partial(progress.advance, task))))

@@ -120,7 +120,7 @@ def test_seedless_requests_follow_the_engines_seed() -> None:
     params = SamplingParams(max_tokens=12, temperature=1.0, ignore_eos=True)
 
     def draw(seed: int) -> list[list[int]]:
-        llm = LLM(GOLDENS / "llama", tp=1, max_model_len=64, max_slots=2, seed=seed)
+        llm = LLM(GOLDENS / "llama", tp=2, max_model_len=64, max_slots=2, seed=seed)
         return [c.token_ids for c in llm.generate([[5, 6], [5, 6]], params)]
 
     first = draw(3)

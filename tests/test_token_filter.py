@@ -90,7 +90,7 @@ def test_a_word_of_several_tokens_is_never_said(llm: LLM, tokenizer: Tokenizer) 
     assert tokenizer.encode("a b", add_special_tokens=False) == [first, b]
     params = [
         SamplingParams(
-            max_tokens=100,
+            max_tokens=60,
             temperature=100,
             seed=seed,
             allowed_token_ids=[a, b, c],

@@ -238,8 +238,11 @@ def _done(job: dict[str, Any]) -> dict[str, Any]:
     """Runs a job under two timers, either of which ends the process."""
     what = job["what"]
     try:
-        module, _, name = job["function"].partition(":")
-        function = getattr(importlib.import_module(module), name)
+        path, _, name = job["function"].partition(":")
+        module = importlib.import_module(path)
+        function = getattr(module, name)
+        for library in getattr(module, "WORKER_IMPORTS", ()):  # not on the clock of the first job
+            importlib.import_module(library)
         signal.setitimer(signal.ITIMER_PROF, job["limit_s"])
         signal.setitimer(signal.ITIMER_REAL, job["limit_s"] * _WALL_CLOCK_FACTOR)
         return {"result": function(**job["arguments"])}

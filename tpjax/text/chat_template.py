@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 RENDER = "tpjax.text.chat_template:rendered"
 WHAT = "the chat template"
 MAX_RENDERED_CHARS = 4 << 20
+WORKER_IMPORTS = ("jinja2.ext", "jinja2.sandbox")  # imported by a worker before the clock of a job starts
 
 
 # Appended to the message that is to be continued; the rendering is truncated there. The space shows whether

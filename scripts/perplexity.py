@@ -1,0 +1,72 @@
+#!/usr/bin/env python
+"""Perplexity of a text under a model, and what keeping weights in 8 bits does to it.
+
+    python scripts/perplexity.py smollm2-135m                            # as it is
+    python scripts/perplexity.py smollm2-135m --quantize int8 fp8        # and ratios to that
+    python scripts/perplexity.py smollm2-135m --quantize int8 --tp 4 my.txt
+
+The text is read in windows of --window tokens, each by itself; the first token of a window is not counted.
+Perplexity is the exponential of the mean of -log p of the others; a ratio comes with its standard error.
+Unless a file is given the text is the beginning of Lewis Carroll, Alice's Adventures in Wonderland (1865),
+which is in the public domain.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+TEXT = Path(__file__).parent / "data" / "alice.txt"
+
+
+def losses(model: str, tokens: list[int], window: int, tp: int, quantize: str | None) -> np.ndarray:
+    """Returns -log p of each token that counts, in nats."""
+    from tpjax import LLM
+
+    each = []
+    with LLM(model, tp=tp, quantize=quantize, max_model_len=window, max_slots=1) as llm:
+        for start in range(0, len(tokens), window):
+            part = tokens[start : start + window]
+            logits = llm.logits(part).astype(np.float64)[:-1]
+            highest = logits.max(axis=-1)
+            normaliser = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=-1))
+            each.append(normaliser - logits[np.arange(len(logits)), part[1:]])
+    return np.concatenate(each)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="a name that LLM takes")
+    parser.add_argument("text", nargs="?", type=Path, default=TEXT, help="a UTF-8 file (Alice)")
+    parser.add_argument("--quantize", nargs="+", default=[], help="int8, fp8")
+    parser.add_argument("--window", type=int, default=512, help="tokens read at once (512)")
+    parser.add_argument("--tp", type=int, default=1, help="devices (1)")
+    arguments = parser.parse_args()
+
+    import tpjax
+    from tpjax.checkpoints.hub import resolve
+    from tpjax.text.loading import load_tokenizer
+
+    tpjax.fake_devices(arguments.tp)
+    tokenizer = load_tokenizer(resolve(arguments.model))
+    if tokenizer is None:
+        parser.error(f"{arguments.model} has no tokenizer")
+    tokens = tokenizer.encode(arguments.text.read_text(encoding="utf-8"))
+    if len(tokens) < 2:
+        parser.error(f"{arguments.text} has {len(tokens)} tokens: at least 2 are needed")
+    plain = losses(arguments.model, tokens, arguments.window, arguments.tp, None)
+    perplexity = np.exp(plain.mean())
+    print(f"{arguments.model}, {len(plain)} tokens of {arguments.text.name}: perplexity {perplexity:.4f}")
+    for kind in arguments.quantize:
+        more = losses(arguments.model, tokens, arguments.window, arguments.tp, kind) - plain
+        error = more.std() / np.sqrt(len(more))
+        ratio = np.expm1(more.mean())
+        print(f"  {kind}: {perplexity * (1 + ratio):.4f}, {ratio:+.2%} ± {error:.2%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,11 +12,20 @@ _NO_WRITES = ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "co
 def copied_arrays(module: Module) -> list[Array]:
     """Lists the arrays that a module copies or transposes, fused or not.
 
-    Prefetches into the on-chip memory of a TPU are left out: that is how it reads.
+    Prefetches into the on-chip memory of a TPU are left out: that is how it reads. So are copies in place, by
+    which a product reads a weight of 8 bits in other tiles.
     """
+    in_place = {
+        callee
+        for body in module.computations.values()
+        for one in body.values()
+        if "output_to_operand_aliasing" in one.line
+        for callee in one.callees
+    }
     return [
         one.arrays[0]
-        for body in module.computations.values()
+        for name, body in module.computations.items()
+        if name not in in_place
         for one in body.values()
         if one.opcode in _COPIES and not (one.opcode == "copy-start" and _on_chip(one))
     ]

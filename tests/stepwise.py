@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from tpjax.cache import BatchMetadata, TokenGroup, allocate
 from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint
+from tpjax.config import Quantize
 from tpjax.mesh import make_mesh
 from tpjax.sharding import REPLICATED
 
@@ -26,6 +27,7 @@ class Stepwise:
         max_length: longest length of the sequence, tokens.
         residual: layout of the residual.
         dtype: dtype of weights and cache.
+        quantize: what weights are kept in.
     """
 
     PAGE = 64
@@ -37,11 +39,12 @@ class Stepwise:
         max_length: int,
         residual: PartitionSpec = REPLICATED,
         dtype: str = "float32",
+        quantize: Quantize | None = None,
     ) -> None:
         checkpoint = open_checkpoint(GOLDENS / name)
         self.mesh, self.vocab_size = make_mesh(tp), checkpoint.config.vocab_size
         kind, pages = jnp.dtype(dtype), -(-max_length // self.PAGE)
-        model = abstract_decoder(checkpoint.config, self.mesh, kind)
+        model = abstract_decoder(checkpoint.config, self.mesh, kind, quantize)
         model = load_decoder(checkpoint, model, self.mesh, progress=False)
         self.cache = allocate(
             checkpoint.config, self.mesh, num_pages=pages + 1, page_size=self.PAGE, dtype=kind

@@ -27,7 +27,7 @@ checkpoint = open_checkpoint(Path(sys.argv[1]))
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
-model = abstract_decoder(checkpoint.config, mesh, jnp.dtype("float32"))
+model = abstract_decoder(checkpoint.config, mesh, jnp.dtype("float32"), *sys.argv[2:])
 model = load_decoder(checkpoint, model, mesh, progress=False)
 arrays = [x for x in jax.tree.leaves(model) if isinstance(x, jax.Array)]
 shards = sum(shard.data.nbytes for array in arrays for shard in array.addressable_shards)
@@ -36,8 +36,9 @@ print(peak() - before, shards, largest)
 """
 
 
-def measure(path: Path) -> tuple[int, int, int]:
-    out = subprocess.run([sys.executable, "-c", PROGRAM, str(path)], capture_output=True, text=True)
+def measure(path: Path, *quantize: str) -> tuple[int, int, int]:
+    command = [sys.executable, "-c", PROGRAM, str(path), *quantize]
+    out = subprocess.run(command, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-2000:]
     growth, shards, largest = map(int, out.stdout.split())
     return growth, shards, largest
@@ -94,4 +95,11 @@ def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_safetensors_stays_within_shards_and_one_tensor(large_checkpoint: Path) -> None:
     growth, shards, largest = measure(large_checkpoint)
     assert shards > 6 * 10**8  # the whole file in memory beside the shards would go over
+    assert growth < shards + largest + SLACK
+
+
+@pytest.mark.slow
+def test_quantised_while_loading_stays_within_the_smaller_shards(large_checkpoint: Path) -> None:
+    growth, shards, largest = measure(large_checkpoint, "int8")
+    assert shards < 3 * 10**8  # 100 MB of embedding, 180 of int8; the whole file in memory would go over
     assert growth < shards + largest + SLACK

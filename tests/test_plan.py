@@ -49,6 +49,7 @@ SIZES = {
 }
 ATTENTION = 64 * 16 * (2 * 4 + 2 * 2)  # q, o: 4 heads; k, v: 2
 MLP = 3 * 64 * 128
+OUTPUTS = 64 + 2 * 32 + 64 + 2 * 128 + 64  # q, k, v, o; gate, up, down
 HEAD = 1000 * 64
 NORMS = (2 * 2 + 1) * 64  # two a layer, and the last
 
@@ -135,19 +136,16 @@ def test_sharded_experts_wait_for_the_busiest_chip():
     assert busiest(4, 1.0, 8) == 4 and busiest(4, 0.0, 8) == 0 and 2 < busiest(4, 0.5, 8) <= 4
 
 
-def test_eight_bit_weights_keep_a_wide_embedding():
+def test_eight_bit_weights_keep_a_wide_embedding_and_head():
     memory = CostModel(TINY, CHIP, 1, Workload(dtype="int8")).memory(1, 128)
-    assert memory.weights == 2 * (ATTENTION + MLP) + HEAD + 2 * (
-        HEAD + NORMS
-    )  # layers, head; embedding and norm
+    layers = 2 * (ATTENTION + MLP + 4 * OUTPUTS)  # a float32 scale for each output
+    assert memory.weights == layers + 2 * (2 * HEAD + NORMS)
     assert memory.cache == 128 * 2 * (2 * 2 * 16)
     wide = CostModel(TINY, CHIP, 1, Workload(dtype="int8", cache_dtype="bf16")).memory(1, 128)
     assert wide.cache == 2 * memory.cache
-    assert CostModel(counted(tie_word_embeddings=True), CHIP, 1, Workload(dtype="int8")).decode(
-        1, 1
-    ).weights > (
-        CostModel(TINY, CHIP, 1, Workload(dtype="int8")).decode(1, 1).weights
-    )  # a tied projection is the embedding, which is not quantised
+    tied = CostModel(counted(tie_word_embeddings=True), CHIP, 1, Workload(dtype="int8"))
+    untied = CostModel(TINY, CHIP, 1, Workload(dtype="int8"))
+    assert tied.decode(1, 1).weights == untied.decode(1, 1).weights  # the head is as wide as the embedding
 
 
 def test_faked_chips_share_their_machine():

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from tpjax.cli.app import main
-from tpjax.config import ModelConfig, SequenceParallel
+from tpjax.config import ModelConfig, Quantize, SequenceParallel
 from tpjax.errors import ConfigError
 from tpjax.families.registry import config_from_hf
 from tpjax.inspect import doctor, topology
@@ -103,6 +103,11 @@ def test_write_backs() -> None:
   ROOT %m = bf16[9,128,64]{2,1,0} multiply(%q, %q)
 }
 
+%retiled (w: s8[128,64]) -> s8[128,64] {
+  %w = s8[128,64]{1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %t = s8[128,64]{1,0:T(8,128)(4,1)} copy(%w)
+}
+
 ENTRY %main (cache: bf16[9,128,64], new: bf16[1,128,64], at: s32[]) -> bf16[9,128,64] {
   %cache = bf16[9,128,64]{2,1,0} parameter(0)
   %new = bf16[1,128,64]{2,1,0} parameter(1)
@@ -112,11 +117,12 @@ ENTRY %main (cache: bf16[9,128,64], new: bf16[1,128,64], at: s32[]) -> bf16[9,12
   %updated = bf16[9,128,64]{2,1,0} fusion(%cache, %new, %at), kind=kLoop, calls=%in_place
   %squared = bf16[9,128,64]{2,1,0} fusion(%cache), kind=kLoop, calls=%full
   %copied = bf16[9,128,64]{2,1,0} copy(%cache)
+  %tiles = s8[128,64]{1,0} fusion(%s), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%retiled
 }
 """
     module = Module(hlo)
     assert [array.dims for array in write_backs(module)].count((9, 128, 64)) == 2  # %back and %squared
-    assert [array.dims for array in copied_arrays(module)] == [(9, 128, 64)]  # %copied
+    assert [array.dims for array in copied_arrays(module)] == [(9, 128, 64)]  # %copied; not %t
 
 
 def test_recorded_reduce_scatter() -> None:
@@ -217,8 +223,12 @@ SMOLLM2 = llama(576, 1536, 9, 3, 49152, layers=2)
 LLAMA3_8B = llama(4096, 14336, 32, 8, 128256, layers=2)
 
 
-def compiled(config: ModelConfig, name: str, tp: int, kind: str) -> ProgramReport:
-    runner = abstract_runner(config, parse_topology(name), tp, max_slots=4, sequence_parallel="off")
+def compiled(
+    config: ModelConfig, name: str, tp: int, kind: str, quantize: Quantize | None = None
+) -> ProgramReport:
+    runner = abstract_runner(
+        config, parse_topology(name), tp, max_slots=4, sequence_parallel="off", quantize=quantize
+    )
     chunks = None if kind == "decode" else ChunkShape(1, 128)
     spec = ProgramSpec(
         "decode" if kind == "decode" else "step", 0 if kind == "prefill" else 4, chunks, greedy=True
@@ -300,6 +310,31 @@ def test_llama3_8b(name: str, kind: str, capfd: pytest.CaptureFixture[str]) -> N
     if kind == "decode":
         # what is read is little more than the weights, and two pages of each sequence
         assert 1.0 <= found.traffic_s / found.memory_bound_s < 1.2
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "quantize"),
+    (
+        pytest.param("v5e:2x4", "decode", "int8", marks=needs_tpu),
+        pytest.param("v5e:2x4", "decode", "fp8", marks=(needs_tpu, pytest.mark.slow)),
+        pytest.param("v5e:2x4", "prefill", "int8", marks=(needs_tpu, pytest.mark.slow)),
+        pytest.param("h200:8", "decode", "int8", marks=needs_gpu),
+        pytest.param("h200:8", "decode", "fp8", marks=(needs_gpu, pytest.mark.slow)),
+    ),
+)
+def test_quantised_llama3_8b(
+    name: str, kind: str, quantize: Quantize, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Arguments are a byte a weight; no wide copy of one is kept, and a TPU needs less time."""
+    program, plain = (compiled(LLAMA3_8B, name, 8, kind, one) for one in (quantize, None))
+    check(program, LLAMA3_8B, 8, capfd.readouterr().err)
+    weights = 2 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336) // 8
+    assert plain.argument_bytes - program.argument_bytes == pytest.approx(weights, rel=0.01)
+    smallest = 4096 * 512 * 2  # of the weights, if it were widened
+    assert program.temporary_bytes < plain.temporary_bytes + smallest
+    assert program.weight_copies == 0
+    if program.estimate is not None and plain.estimate is not None and kind == "decode":
+        assert program.estimate.total_s < 0.85 * plain.estimate.total_s  # the head is as large as both layers
 
 
 @needs_tpu

@@ -19,6 +19,7 @@ ExpertParallel = Literal["auto", "on", "off"]
 ExpertAxis = Literal["experts", "width"]  # the sharded axis of experts [E, D, F]: E or F
 SequenceParallel = Literal["auto", "on", "off"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantize = Literal["int8", "fp8"]
 
 
 # A Python object is made for each layer, head and expert: a number far beyond any model's is rejected before

@@ -16,8 +16,14 @@ import numpy as np
 
 from tpjax.checkpoints import generation_config as generation
 from tpjax.checkpoints.hub import cache_dir, resolve
-from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint, parameters
-from tpjax.config import ExpertParallel, ModelConfig, SequenceParallel, check_choice
+from tpjax.checkpoints.load import (
+    abstract_decoder,
+    check_quantize,
+    load_decoder,
+    open_checkpoint,
+    parameters,
+)
+from tpjax.config import ExpertParallel, ModelConfig, Quantize, SequenceParallel, check_choice
 from tpjax.engine.engine import Engine
 from tpjax.engine.generation import Delta as Delta
 from tpjax.engine.generation import Generation
@@ -89,7 +95,9 @@ class LLM:
             context, as far as the cache has room.
         max_slots: sequences decoded at once; more are queued. ``None``: what the devices have room for, up to
             256; 8 on a CPU.
-        quantize: reserved for quantised execution; only ``None`` is supported.
+        quantize: what the weights of attention, MLPs and experts are kept in: ``int8`` or ``fp8`` (e4m3),
+            rounded while they are loaded, with a scale for each output; products widen them to ``dtype``.
+            ``None``: they are of ``dtype``, as embedding, head, norms and biases always are.
         seed: seed for requests without one of their own; any int64, -1: another one at each start.
         expert_parallel: of a mixture of experts: ``on`` (each device holds some of the experts), ``off``
             (each expert's width is sharded), or ``auto``: ``on`` if ``tp`` divides the number of experts.
@@ -108,7 +116,8 @@ class LLM:
         tokenizer: ``None`` if the checkpoint has none: prompts and completions are then token ids.
         eos_ids: tokens that end a text.
         sampling_defaults: sampling parameters that apply if a request does not give them.
-        dtype: dtype of weights, activations and cache.
+        dtype: dtype of activations, cache, and weights that are not quantised.
+        quantize: what quantised weights are kept in.
         name: the model as it was given.
         path: the checkpoint on disk.
         runner: the compiled model.
@@ -126,15 +135,14 @@ class LLM:
         dtype: str = "auto",
         max_model_len: int | None = None,
         max_slots: int | None = None,
-        quantize: str | None = None,
+        quantize: Quantize | None = None,
         seed: int = 0,
         expert_parallel: ExpertParallel = "auto",
         sequence_parallel: SequenceParallel = "auto",
         generation_config: str | os.PathLike[str] = "auto",
         max_num_batched_tokens: int | None = None,
     ) -> None:
-        if quantize is not None:
-            raise ConfigError(f"quantize={quantize!r} is not supported: use None")
+        check_quantize(quantize)
         check_choice("sequence_parallel", sequence_parallel, SequenceParallel)
         if isinstance(seed, bool) or not isinstance(seed, int) or not MIN_SEED <= seed <= MAX_SEED:
             raise ConfigError(f"seed={seed!r} is not a whole number, {MIN_SEED} to {MAX_SEED}")
@@ -142,6 +150,7 @@ class LLM:
             raise ConfigError(f"max_num_batched_tokens={max_num_batched_tokens} is less than 1")
         path = resolve(os.fspath(model))
         checkpoint = open_checkpoint(path).with_expert_parallel(expert_parallel)
+        checkpoint.check_quantize(quantize)
         self.config: ModelConfig = checkpoint.config
         self.tokenizer: Tokenizer | None = load_tokenizer(path)
         self.eos_ids = generation.eos_ids(path) if self.tokenizer is None else self.tokenizer.eos_ids
@@ -155,7 +164,7 @@ class LLM:
                 self.dtype,
                 _CPU_HALF_PRECISION_SLOWDOWN,
             )
-        decoder = abstract_decoder(self.config, self.mesh, self.dtype)
+        decoder = abstract_decoder(self.config, self.mesh, self.dtype, quantize)
         limits = plan_limits(
             self.config,
             self.mesh.size,
@@ -165,6 +174,7 @@ class LLM:
             max_model_len=max_model_len,
             max_slots=max_slots,
         )
+        self.quantize: Quantize | None = quantize
         decoder = load_decoder(checkpoint, decoder, self.mesh)
         self.name = str(model)
         self.path: Path = path
@@ -180,7 +190,7 @@ class LLM:
         """Returns what predicts the time of a step here; ``None`` if processes could predict differently."""
         if jax.process_count() > 1 and known_device(self.mesh.devices.flat[0].device_kind) is None:
             return None  # measured figures would differ, and all processes have to run the same steps
-        return step_time(self.config, self.mesh, self.dtype)
+        return step_time(self.config, self.mesh, self.dtype, self.quantize)
 
     def close(self) -> None:
         """Gives the memory of the devices back: weights, cache and programs.

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from tpjax.activations import soft_capped
 from tpjax.cache import BatchMetadata, LatentCache, LayerCache, PagedKVCache
-from tpjax.config import Block, LayerType, ModelConfig
+from tpjax.config import Block, LayerType, ModelConfig, Quantize
 from tpjax.layers.attention import Attention
 from tpjax.layers.latent_attention import LatentAttention
 from tpjax.layers.linear import Embedding, PositionEmbedding
@@ -123,7 +123,12 @@ class Decoder(nnx.Module):
         config: the architecture.
         tp: devices of the mesh; decides padding and the order of heads.
         dtype: dtype of weights and activations.
+
+    Attributes:
+        quantize: what the weights of attention, MLPs and experts are kept in; ``None``: ``dtype``.
     """
+
+    quantize: Quantize | None = None
 
     def __init__(self, config: ModelConfig, tp: int, dtype: jnp.dtype) -> None:
         self.config = config

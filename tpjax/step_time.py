@@ -36,6 +36,8 @@ class Elements:
         vectors: norms, biases and everything else that is not a matrix.
         embedding: the token embedding.
         head: the vocabulary projection; 0 if it is tied to the embedding.
+        outputs: outputs of the matrices of attention, MLPs and experts: each has a scale if those are
+            quantised; not weights.
     """
 
     attention: int = 0
@@ -45,6 +47,7 @@ class Elements:
     vectors: int = 0
     embedding: int = 0
     head: int = 0
+    outputs: int = 0
 
     @property
     def layer_matrices(self) -> int:
@@ -83,8 +86,8 @@ class Itemsizes:
     """Bytes of one element, and how products compute.
 
     Attributes:
-        weights: of a weight matrix; 0.5 for 4 bits.
-        activations: of an activation, a norm or the embedding.
+        weights: of a matrix of attention, MLPs or experts; 0.5 for 4 bits.
+        activations: of an activation, a norm, the embedding or the head.
         cache: of a key or a value.
         float8: whether products compute in float8, on chips that do.
     """
@@ -276,7 +279,7 @@ class StepTime:
             rows: rows that a token is sampled for.
             tokens: tokens that are embedded.
         """
-        itemsize = self.itemsizes.weights if self.held.head else self.itemsizes.activations
+        itemsize = self.itemsizes.activations
         reduce = self.hardware.interconnect.all_reduce_s
         moved = reduce(self.tp, self._message(tokens)) + reduce(self.tp, 8.0 * rows)
         fixed = self.hardware.efficiency.step_us * 1e-6

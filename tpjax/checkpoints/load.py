@@ -24,19 +24,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tpjax.checkpoints import agreement, blocks, orbax
-from tpjax.checkpoints.assemble import Order, fill
+from tpjax.checkpoints.assemble import Canonical, Order, fill
 from tpjax.checkpoints.gguf import GGUFFile
 from tpjax.checkpoints.quantized import dequantized
+from tpjax.checkpoints.rounding import RoundedSource
 from tpjax.checkpoints.safetensors import MAX_JSON_BYTES, SafetensorsCheckpoint, has_weights
 from tpjax.checkpoints.source import TensorInfo, TensorSource, shown
-from tpjax.config import ExpertParallel, ModelConfig
-from tpjax.errors import CheckpointError
+from tpjax.config import ExpertParallel, ModelConfig, Quantize, check_choice
+from tpjax.errors import CheckpointError, ConfigError
 from tpjax.families.config_reader import Fields
 from tpjax.families.family import GGUFArchitecture
 from tpjax.families.gguf_metadata import GGUFView
-from tpjax.families.quantization import quantization_of
+from tpjax.families.quantization import Quantization, quantization_of
 from tpjax.families.registry import FAMILIES, config_from_gguf, config_from_hf, gguf_architecture
 from tpjax.families.tensor_names import TensorMapping, WeightMap
+from tpjax.layers.weights import QuantizedParameter, quantize_weights
 from tpjax.model import Decoder
 from tpjax.sharding import Layout, WeightLayout
 
@@ -55,15 +57,38 @@ class Checkpoint:
         path: the directory or file.
         config: the architecture.
         source: the tensors, by canonical names.
+        quantization: how its weights are quantised by its configuration; ``None``: they are not, or it is a
+            GGUF file, in which each tensor has a format of its own.
     """
 
     path: Path
     config: ModelConfig
     source: CanonicalSource
+    quantization: Quantization | None = None
 
     def with_expert_parallel(self, expert_parallel: ExpertParallel) -> Checkpoint:
         """Returns the same checkpoint with :meth:`ModelConfig.with_expert_parallel` applied."""
         return replace(self, config=self.config.with_expert_parallel(expert_parallel))
+
+    def check_quantize(self, quantize: Quantize | None) -> None:
+        """Checks that weights can be quantised while they are loaded.
+
+        Raises:
+            ConfigError: ``quantize`` is not known, or the checkpoint's weights are quantised already.
+        """
+        check_quantize(quantize)
+        if quantize is not None and self.quantization is not None:
+            raise ConfigError(
+                f"quantize={quantize!r} would round weights that are quantised already: {self.path} has them "
+                f"as {self.quantization.described}, and rounding those to {quantize} would lose more of the "
+                "original: use quantize=None, which computes with exactly what is stored"
+            )
+
+
+def check_quantize(quantize: Quantize | None) -> None:
+    """Raises a ``ConfigError`` unless ``quantize`` is ``None`` or known."""
+    if quantize is not None:
+        check_choice("quantize", quantize, Quantize)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -101,7 +126,8 @@ def _open_safetensors(path: Path, raw: Mapping[str, Any], config: ModelConfig) -
         files = dequantized(files, quantization, path)
     if (path / "adapter_config.json").is_file():
         log.warning("%s: the adapter beside the weights, adapter_config.json, is not applied", path)
-    return _opened(path, config, files, FAMILIES[config.model_type].names(config), stored.unlisted)
+    names = FAMILIES[config.model_type].names(config)
+    return replace(_opened(path, config, files, names, stored.unlisted), quantization=quantization)
 
 
 def _opened(
@@ -167,10 +193,27 @@ def _read_json(path: Path) -> Any:
         raise CheckpointError(f"{file} is not valid JSON: {error}") from error
 
 
-def abstract_decoder(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> Decoder:
-    """Returns the model with shapes, dtypes and shardings, without memory."""
+def abstract_decoder(
+    config: ModelConfig, mesh: Mesh, dtype: jnp.dtype, quantize: Quantize | None = None
+) -> Decoder:
+    """Returns the model with shapes, dtypes and shardings, without memory.
+
+    Args:
+        config: the architecture.
+        mesh: ``("tp",)``.
+        dtype: dtype of activations, and of weights that are not quantised.
+        quantize: what the weights of attention, MLPs and experts are kept in; ``None``: ``dtype``.
+    """
+
+    def declared() -> Decoder:
+        model = Decoder(config, mesh.size, dtype)
+        if quantize is not None:
+            quantize_weights(model, quantize)
+            model.quantize = quantize
+        return model
+
     with jax.set_mesh(mesh):  # a parameter that declares a sharding needs a mesh, even without memory
-        model = nnx.eval_shape(lambda: Decoder(config, mesh.size, dtype))
+        model = nnx.eval_shape(declared)
     return _with_values(
         model,
         {
@@ -188,12 +231,15 @@ class Parameter:
 
     Attributes:
         path: attribute names from the model's root.
+        attribute: those of the owning module's attribute: of the values and scales of a quantised weight, the
+            weight's.
         layout: the canonical tensors it is made of.
         sharding: the devices of its slices.
         dtype: dtype on the devices.
     """
 
     path: tuple[Any, ...]
+    attribute: tuple[Any, ...]
     layout: Layout
     sharding: NamedSharding
     dtype: jnp.dtype
@@ -202,6 +248,16 @@ class Parameter:
     def name(self) -> str:
         """Dotted path."""
         return ".".join(map(str, self.path))
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it holds the values of a quantised weight."""
+        return self.path != self.attribute and not self.is_scales
+
+    @property
+    def is_scales(self) -> bool:
+        """Whether it holds the scales of a quantised weight."""
+        return self.path != self.attribute and self.path[-1] == "scales"
 
     @property
     def format(self) -> Format | NamedSharding:
@@ -227,15 +283,22 @@ class Parameter:
 
     def canonical(self, source: str) -> str:
         """Returns the canonical name of a source of the layout, which is relative to the owner's parent."""
-        return ".".join(map(str, (*self.path[:-2], source)))
+        return ".".join(map(str, (*self.attribute[:-2], source)))
 
 
 def parameters(model: Decoder, mesh: Mesh) -> list[Parameter]:
     """Returns every parameter that the model declares, in the order of its state's leaves."""
     state = nnx.state(model, nnx.Param)
     shardings = dict(nnx.to_flat_state(nnx.get_named_sharding(state, mesh)))
+    quantized = {path for path, module in nnx.iter_modules(model) if isinstance(module, QuantizedParameter)}
     return [
-        Parameter(path, variable.get_metadata("layout"), shardings[path].get_value(), variable.dtype)
+        Parameter(
+            path,
+            path[:-1] if path[:-1] in quantized else path,
+            variable.get_metadata("layout"),
+            shardings[path].get_value(),
+            variable.dtype,
+        )
         for path, variable in nnx.to_flat_state(state)
     ]
 
@@ -244,7 +307,8 @@ def load_decoder(checkpoint: Checkpoint, model: Decoder, mesh: Mesh, *, progress
     """Reads the weights onto the mesh.
 
     Each device gets only its slice. Besides the slices, the host holds the parameters that are being
-    assembled: at most 128 MiB and one more.
+    assembled: at most 128 MiB and one more. Weights that the model keeps in 8 bits are rounded block by
+    block: see :mod:`tpjax.checkpoints.rounding`.
 
     Args:
         checkpoint: from :func:`open_checkpoint`.
@@ -257,13 +321,27 @@ def load_decoder(checkpoint: Checkpoint, model: Decoder, mesh: Mesh, *, progress
     """
     declared = parameters(model, mesh)
     check_tensors(checkpoint, declared)
+    source: Canonical = checkpoint.source
+    if model.quantize is not None:
+        source = RoundedSource(source, model.quantize, _quantized_shapes(declared), checkpoint.path)
+        declared.sort(key=lambda parameter: parameter.is_scales)  # last: reading the values finds them
     arrays: dict[tuple[Any, ...], jax.Array] = {}
     with _bar(progress) as bar:
         task = bar.add_task("loading weights", total=len(declared))
-        for order in fill(map(_order, declared), checkpoint.source):
+        for order in fill(map(_order, declared), source):
             arrays[order.what.path] = _array(order.what, order.parts)
             bar.advance(task)
     return _with_values(model, arrays)
+
+
+def _quantized_shapes(declared: Iterable[Parameter]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the canonical tensors that are quantised."""
+    return {
+        parameter.canonical(source): shape
+        for parameter in declared
+        if parameter.is_quantized
+        for source, shape in parameter.layout.canonical_shapes().items()
+    }
 
 
 def _with_values(model: Decoder, values: Mapping[tuple[Any, ...], Any]) -> Decoder:
@@ -281,6 +359,8 @@ def check_tensors(checkpoint: Checkpoint, declared: Iterable[Parameter]) -> None
     """
     needed = {}
     for parameter in declared:
+        if parameter.is_scales:
+            continue  # computed while the values are read
         for source, shape in parameter.layout.canonical_shapes().items():
             at = checkpoint.source.locate(parameter.canonical(source))
             needed[at.name] = at.shape(shape)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tpjax.config import Dtype, ExpertParallel
+from tpjax.config import Dtype, ExpertParallel, Quantize
 
 if TYPE_CHECKING:
     from tpjax.sampling_params import SamplingParams
@@ -227,6 +227,10 @@ class Sharding:
         ),
     ] = None
     dtype: Annotated[Dtype, option("--dtype", help="Of weights and cache; auto: float32 on a CPU.")] = "auto"
+    quantize: Annotated[
+        Quantize | None,
+        option("--quantize", help="Keep weights in 8 bits, a scale for each output; rounded at load."),
+    ] = None
     max_model_len: Annotated[
         int | None,
         option(

@@ -33,6 +33,13 @@ class Quantization:
     method: Literal["fp8", "mxfp4"]
     block: tuple[int, int] = (128, 128)
 
+    @property
+    def described(self) -> str:
+        """Names the format, for an error message."""
+        if self.method == "mxfp4":
+            return "MXFP4, 4 bits with a scale for 32 values"
+        return f"float8 with a scale for each block of {self.block[0]} × {self.block[1]}"
+
 
 def quantization_of(fields: Fields) -> Quantization | None:
     """Reads ``quantization_config``; returns ``None`` if there is none.

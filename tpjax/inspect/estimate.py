@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
-from tpjax.config import ExpertAxis, ModelConfig
+from tpjax.config import ExpertAxis, ModelConfig, Quantize
 from tpjax.hardware import Efficiency
 from tpjax.inspect.collectives import Collective
 from tpjax.inspect.hlo import Executed, Module
@@ -97,6 +97,7 @@ def estimate(
     context: int,
     page_size: int,
     caches: Collection[tuple[int, ...]],
+    quantize: Quantize | None = None,
 ) -> Estimate:
     """Estimates one call of a TPU program.
 
@@ -112,6 +113,7 @@ def estimate(
         context: tokens in the cache of each sequence before a chunk, or up to the token that is decoded.
         page_size: tokens of a page.
         caches: dimensions of the cache buffers, in the form of :attr:`Array.sizes`.
+        quantize: what quantised weights are kept in.
     """
     chip, device = topology.hardware, topology.hardware.device
     bandwidth = device.bandwidth_bytes_s
@@ -135,9 +137,10 @@ def estimate(
 
     def ideal(rate: float) -> Cost:
         perfect = replace(device, bandwidth_bytes_s=rate, efficiency=_IDEAL)
-        kind = Workload(dtype="float32" if dtype == "float32" else "bf16")
+        kind = "float32" if dtype == "float32" else "bf16"
+        workload = Workload(dtype=quantize or kind, cache_dtype=kind)
         expert_axis: ExpertAxis = config.moe.sharded_axis(tp) if config.moe else "width"
-        model = CostModel(Counts("", config), perfect, tp, kind, expert_axis)
+        model = CostModel(Counts("", config), perfect, tp, workload, expert_axis)
         return model.decode(batch, context) if length == 1 else model.prefill(length)
 
     best = ideal(bandwidth)

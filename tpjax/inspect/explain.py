@@ -19,12 +19,13 @@ from tpjax.checkpoints.hub import resolve
 from tpjax.checkpoints.load import (
     Parameter,
     abstract_decoder,
+    check_quantize,
     check_tensors,
     open_checkpoint,
     parameters,
     read_config,
 )
-from tpjax.config import ExpertParallel, ModelConfig, MoEConfig
+from tpjax.config import ExpertParallel, ModelConfig, MoEConfig, Quantize
 from tpjax.inspect.budget import collective_budget
 from tpjax.inspect.collectives import find_collectives, summarise
 from tpjax.inspect.explain_report import Report, Step, TensorRow
@@ -59,6 +60,7 @@ def explain(runner: Runner, name: str) -> Report:
         tp=mesh.size,
         platform=mesh.devices.flat[0].device_kind,
         dtype=str(jnp.dtype(runner.dtype)),
+        quantize=runner.abstract_model().quantize,
         heads=_heads(config, mesh.size),
         experts=None if config.moe is None else _experts(config.moe, mesh.size),
         tensors=tensors,
@@ -80,6 +82,7 @@ def explain_model(
     dtype: str = "auto",
     max_model_len: int | None = None,
     expert_parallel: ExpertParallel = "auto",
+    quantize: Quantize | None = None,
 ) -> Report:
     """Describes a checkpoint sharded over ``tp`` devices without reading a weight.
 
@@ -90,10 +93,12 @@ def explain_model(
         dtype: a dtype that ``LLM`` accepts.
         max_model_len: longest sequence, tokens.
         expert_parallel: whether experts are sharded, as for ``LLM``.
+        quantize: what weights are kept in, as for ``LLM``.
 
     Raises:
         TpjaxError: the checkpoint is not supported, or its configuration and tensors disagree.
     """
+    check_quantize(quantize)
     checkpoint = None
     if is_published(model):
         config = published_config(model)
@@ -102,9 +107,11 @@ def explain_model(
         bare = path.suffix == ".json" or (path.is_dir() and not any(path.glob("*.safetensors*")))
         checkpoint = None if bare else open_checkpoint(path)
         config = read_config(path) if checkpoint is None else checkpoint.config
+    if checkpoint is not None:
+        checkpoint.check_quantize(quantize)
     config = config.with_expert_parallel(expert_parallel)
     mesh, kind = make_mesh(tp), resolve_dtype(dtype)
-    decoder = abstract_decoder(config, mesh, kind)
+    decoder = abstract_decoder(config, mesh, kind, quantize)
     declared = parameters(decoder, mesh)
     if checkpoint is not None:
         check_tensors(checkpoint, declared)

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tpjax.inspect.collectives import Collective
-from tpjax.inspect.tables import as_html, collective_table
+from tpjax.inspect.tables import as_html, collective_table, described_dtype
 from tpjax.planning.plain_table import plain_table
 from tpjax.runtime.memory import human_bytes
 from tpjax.sharding import Content
@@ -107,7 +107,8 @@ class Report:
         model_type: its family.
         tp: number of devices.
         platform: kind of the devices.
-        dtype: dtype of weights and cache.
+        dtype: dtype of cache, and of weights that are not quantised.
+        quantize: what quantised weights are kept in; ``None``: none are.
         heads: the head plan, and a sentence about it.
         experts: how experts are sharded, and why; ``None`` if the model has none.
         tensors: a row for each kind of parameter.
@@ -124,6 +125,7 @@ class Report:
     tp: int
     platform: str
     dtype: str
+    quantize: str | None
     heads: dict[str, Any]
     experts: dict[str, Any] | None
     tensors: list[TensorRow]
@@ -144,7 +146,8 @@ class Report:
     def __rich__(self) -> RenderableType:
         return Group(
             Text(
-                f"{self.model} ({self.model_type}) at tp={self.tp} on {self.platform}, {self.dtype}",
+                f"{self.model} ({self.model_type}) at tp={self.tp} on {self.platform}, "
+                f"{described_dtype(self.dtype, self.quantize)}",
                 style="bold",
             ),
             Text(self.heads["summary"]),
@@ -276,7 +279,8 @@ class Report:
         sizes.spines[:].set_visible(False)
         size = human_bytes(self.weight_bytes_per_device)
         figure.suptitle(
-            f"{self.model} at tp={self.tp}: {size} of {self.dtype} weights on each device", fontsize=11
+            f"{self.model} at tp={self.tp}: {size} of {self.quantize or self.dtype} weights on each device",
+            fontsize=11,
         )
         figure.legend(
             handles=[Patch(**fill) for fill in _FILLS.values()],

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from tpjax.checkpoints.hub import resolve
-from tpjax.checkpoints.load import abstract_decoder, parameters, read_config
-from tpjax.config import ExpertParallel, ModelConfig, SequenceParallel
+from tpjax.checkpoints.load import abstract_decoder, check_quantize, parameters, read_config
+from tpjax.config import ExpertParallel, ModelConfig, Quantize, SequenceParallel
 from tpjax.errors import ConfigError
 from tpjax.hardware import USABLE_MEMORY
 from tpjax.inspect.budget import collective_budget
@@ -46,6 +46,7 @@ def explain_topology(
     max_model_len: int | None = None,
     expert_parallel: ExpertParallel = "auto",
     context: int = DEFAULT_CONTEXT,
+    quantize: Quantize | None = None,
 ) -> TopologyReport:
     """Compiles a model's decode and prefill steps for chips that are not here, from shapes alone.
 
@@ -60,6 +61,7 @@ def explain_topology(
         expert_parallel: whether experts are sharded, as for ``LLM``.
         context: tokens in the cache of each decoded sequence, for the time estimate; at most
             ``max_model_len``.
+        quantize: what weights are kept in, as for ``LLM``.
 
     Raises:
         TpjaxError: the model is not supported, or its programs cannot be compiled here.
@@ -71,7 +73,12 @@ def explain_topology(
     else:
         config = read_config(resolve(model, configuration=True))
     runner = abstract_runner(
-        config.with_expert_parallel(expert_parallel), topology, tp, dtype, max_model_len=max_model_len
+        config.with_expert_parallel(expert_parallel),
+        topology,
+        tp,
+        dtype,
+        max_model_len=max_model_len,
+        quantize=quantize,
     )
     limits = runner.limits
     decode = ProgramSpec("decode", limits.max_slots, greedy=True)
@@ -81,6 +88,7 @@ def explain_topology(
         topology=topology.name,
         tp=runner.mesh.size,
         dtype=str(runner.dtype),
+        quantize=quantize,
         memory_bytes=topology.memory_bytes,
         programs=[
             compile_program(runner, topology, "decode", decode, context),
@@ -98,13 +106,15 @@ def abstract_runner(
     max_model_len: int | None = None,
     max_slots: int = 8,
     sequence_parallel: SequenceParallel = "auto",
+    quantize: Quantize | None = None,
 ) -> Runner:
     """Makes a runner whose programs can be lowered and compiled for a topology, not run.
 
     If the model does not fit, its cache has the size that it would have without a memory limit.
     """
     mesh, kind = topology.mesh(tp), resolve_dtype("bfloat16" if dtype == "auto" else dtype)
-    decoder = abstract_decoder(config, mesh, kind)
+    check_quantize(quantize)
+    decoder = abstract_decoder(config, mesh, kind, quantize)
 
     def limits(memory: DeviceMemory | None, longest: int | None) -> Limits:
         return plan_limits(
@@ -141,9 +151,10 @@ def compile_program(
     """
     state = runner.abstract_state()
     cache = jax.tree.leaves(state.cache)
+    model = runner.abstract_model()
     weights = [
         jax.ShapeDtypeStruct(p.layout.shape, p.dtype, sharding=p.format)
-        for p in parameters(runner.abstract_model(), runner.mesh)
+        for p in parameters(model, runner.mesh)
     ]
     predicted = sum(_bytes(leaf, topology.is_tpu) for leaf in (*weights, *jax.tree.leaves(state)))
     residual = runner.programs.residual_spec(spec)
@@ -210,6 +221,7 @@ def compile_program(
             topology,
             tp=runner.mesh.size,
             dtype=str(runner.dtype),
+            quantize=model.quantize,
             batch=batch,
             length=length,
             context=min(context, runner.limits.max_model_len),

@@ -62,13 +62,17 @@ def _modules(parameter: Parameter, model: Decoder) -> tuple[Any, Any]:
     """Returns the parent of the module that owns a parameter, and that module."""
     parent: Any = None
     owner: Any = model
-    for name in parameter.path[:-1]:
+    for name in parameter.attribute[:-1]:
         parent, owner = owner, owner[name] if isinstance(name, int) else getattr(owner, name)
     return parent, owner
 
 
 def _placement(parameter: Parameter, owner: Any, parent: Any, model: Decoder, tp: int) -> str:
     is_bias = parameter.path[-1] == "bias"
+    if parameter.is_scales and parameter.sharding.is_fully_replicated:
+        return (
+            "scales of outputs that every device computes or adds up"  # others are sharded like their outputs
+        )
     match owner:
         case Norm() if isinstance(parent, Attention):
             return "norm of each head: all heads have the same weight, and none is split over devices"

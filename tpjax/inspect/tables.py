@@ -60,6 +60,11 @@ def collective_table(name: str, collectives: Sequence[Collective], budget: dict[
     return table
 
 
+def described_dtype(dtype: str, quantize: str | None) -> str:
+    """Names the dtype of a model and, if weights are quantised, what they are kept in."""
+    return dtype if quantize is None else f"{dtype} with {quantize} weights"
+
+
 def source_text(source: str) -> str:
     """Returns the text of a source line of this package, such as ``model.py:66``, right of an assignment.
 

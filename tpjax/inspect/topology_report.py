@@ -12,7 +12,7 @@ from rich.text import Text
 
 from tpjax.inspect.collectives import Collective
 from tpjax.inspect.estimate import Estimate
-from tpjax.inspect.tables import as_html, collective_table
+from tpjax.inspect.tables import as_html, collective_table, described_dtype
 from tpjax.planning.plain_table import plain_table
 from tpjax.runtime.memory import human_bytes
 
@@ -76,7 +76,8 @@ class TopologyReport:
         model: name of the model.
         topology: name of the topology, as it was asked for.
         tp: number of devices.
-        dtype: dtype of weights and cache.
+        dtype: dtype of cache, and of weights that are not quantised.
+        quantize: what quantised weights are kept in; ``None``: none are.
         memory_bytes: memory of one device.
         programs: decode, then prefill.
     """
@@ -87,6 +88,7 @@ class TopologyReport:
     dtype: str
     memory_bytes: int
     programs: list[ProgramReport]
+    quantize: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data, ready for JSON."""
@@ -96,7 +98,8 @@ class TopologyReport:
         return f"<TopologyReport: {self.model} on {self.topology}>"
 
     def __rich__(self) -> RenderableType:
-        title = f"{self.model} at tp={self.tp} on {self.topology}, {self.dtype}, compiled ahead of time"
+        dtype = described_dtype(self.dtype, self.quantize)
+        title = f"{self.model} at tp={self.tp} on {self.topology}, {dtype}, compiled ahead of time"
         compiled = [one for one in self.programs if not one.compile_error]
         return Group(
             Text(title, style="bold"),

@@ -13,9 +13,10 @@ from jaxtyping import Array, Float
 from tpjax.attention import paged_attention
 from tpjax.cache import BatchMetadata, LayerCache
 from tpjax.config import ModelConfig
-from tpjax.layers.linear import Linear, RowLinear, parameter
+from tpjax.layers.linear import Linear, RowLinear
 from tpjax.layers.norm import HeadScale, Norm, normalised
 from tpjax.layers.rope import RotaryEmbedding, apply_rotary
+from tpjax.layers.weights import parameter
 from tpjax.sharding import (
     BIAS,
     COLUMN,

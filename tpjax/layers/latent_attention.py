@@ -24,9 +24,10 @@ from jaxtyping import Array, Float, Int
 from tpjax.attention import paged_attention
 from tpjax.cache import BatchMetadata, LatentCache, TokenGroup
 from tpjax.config import ModelConfig
-from tpjax.layers.linear import Linear, RowLinear, dot, parameter
+from tpjax.layers.linear import Linear, RowLinear, dot
 from tpjax.layers.norm import Norm
 from tpjax.layers.rope import RotaryEmbedding, apply_rotary
+from tpjax.layers.weights import QuantizedParameter, parameter, split_axis
 from tpjax.sharding import (
     COLUMN,
     HEAD_ROWS,
@@ -177,7 +178,7 @@ class KeyValueProjection(nnx.Module):
                 per_head=key_dim + value_dim,
                 rank=self.rank,
             )
-            return parameter(layout, HEAD_ROWS, dtype)
+            return parameter(layout, HEAD_ROWS, dtype, inputs=1)
 
         self.key = declare(0, key_dim)
         self.value = declare(key_dim, value_dim)
@@ -199,8 +200,10 @@ class KeyValueProjection(nnx.Module):
         rotary_key = jnp.broadcast_to(rotary_key, (*keys.shape[:3], rotary_key.shape[-1]))
         return jnp.concatenate([keys, rotary_key], -1), values
 
-    def _dot(self, x: Float[Array, "*x"], weight: nnx.Param, subscripts: str) -> Float[Array, "*out"]:
-        return dot(x, weight[...].reshape(self.num_heads, -1, self.rank), subscripts)
+    def _dot(
+        self, x: Float[Array, "*x"], weight: nnx.Param | QuantizedParameter, subscripts: str
+    ) -> Float[Array, "*out"]:
+        return dot(x, split_axis(weight[...], 0, (self.num_heads, -1)), subscripts)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from tpjax.layers.weights import QuantizedWeight, Weight, parameter, split_axis
+from tpjax.layers.widening import place_of, widened_product
 from tpjax.sharding import (
     PARTIAL_SUMS,
     REPLICATED,
     ROW,
     VOCAB,
-    Layout,
     WeightLayout,
     constrain,
     pad_to_multiple,
@@ -21,17 +22,9 @@ from tpjax.sharding import (
 )
 
 
-def parameter(layout: Layout, spec: PartitionSpec, dtype: jnp.dtype) -> nnx.Param:
-    """Declares a parameter: its stored shape, its sharding, and the canonical tensors it is made of.
-
-    The loader reads all three back from the abstract model; nothing else lists parameters.
-    """
-    return nnx.Param(jnp.zeros(layout.shape, dtype), out_sharding=tuple(spec), layout=layout)
-
-
 def dot(
     x: Float[Array, "*x"],
-    weight: Float[Array, "*weight"],
+    weight: Weight,
     subscripts: str,
     *,
     dtype: jnp.dtype | type | None = None,
@@ -41,26 +34,62 @@ def dot(
 
     Args:
         x: activations.
-        weight: the weight in its stored order. No caller transposes it: that would copy it at every step.
+        weight: the weight in its stored order. No caller transposes it: that would copy it at every step. One
+            that is kept in 8 bits is widened inside the product, and each output multiplied by its scale.
         subscripts: which axes are contracted, as ``einsum`` takes them, activations first: ``...i,io->...o``.
         dtype: dtype of the result; ``None``: that of ``x``, so that an all-reduce of bfloat16 products moves
             bfloat16. Accelerators accumulate in float32 all the same.
         precision: precision of the multiplication; ``None``: the backend's default.
     """
-    return jnp.einsum(subscripts, x, weight, precision=precision, preferred_element_type=dtype or x.dtype)
+    dtype = dtype or x.dtype
+    if not isinstance(weight, QuantizedWeight):
+        return jnp.einsum(subscripts, x, weight, precision=precision, preferred_element_type=dtype)
+    terms, outputs = subscripts.split("->")
+    inputs, axes = terms.split(",")
+    # Products of float16 and unscaled values could exceed its range.
+    summed = jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
+    scales_inputs = any(
+        size > 1 and axis not in outputs for axis, size in zip(axes, weight.scales.shape, strict=True)
+    )
+    if scales_inputs:  # an output of the checkpoint's matrix is summed over here
+        x = _scaled(x, inputs, weight.scales, axes, x.dtype)
+    y = widened_product(x, weight.values, weight.spec, subscripts, dtype=summed, precision=precision)
+    return y.astype(dtype) if scales_inputs else _scaled(y, outputs, weight.scales, axes, dtype)
+
+
+def _scaled(
+    x: Float[Array, "*x"],
+    axes: str,
+    scales: Float[Array, "*scales"],
+    scale_axes: str,
+    dtype: jnp.dtype | type,
+) -> Float[Array, "*x"]:
+    """Multiplies an array by scales, each with its axes as letters; scale axes that it lacks have size 1."""
+    places = {axis: place_of(axes, axis, x.ndim) for axis in scale_axes if axis in axes}
+    order = sorted(range(scales.ndim), key=lambda i: places.get(scale_axes[i], x.ndim))
+    shape = [1] * x.ndim
+    for axis, size in zip(scale_axes, scales.shape, strict=True):
+        if axis in places:
+            shape[places[axis]] = size
+    return (x.astype(jnp.float32) * scales.transpose(order).reshape(shape)).astype(dtype)
 
 
 def grouped_dot(
-    x: Float[Array, "M D"], weights: Float[Array, "E D F"], group_sizes: Int[Array, " E"]
+    x: Float[Array, "M D"], weights: Weight, group_sizes: Int[Array, " E"]
 ) -> Float[Array, "M F"]:
     """Multiplies each run of rows by its own weight of a stack.
 
     Args:
         x: rows, sorted by the weight they are multiplied by.
-        weights: the stack.
+        weights: the stack [E, D, F].
         group_sizes: rows for each weight.
     """
-    return jax.lax.ragged_dot(x, weights, group_sizes, preferred_element_type=x.dtype)
+    if not isinstance(weights, QuantizedWeight):
+        return jax.lax.ragged_dot(x, weights, group_sizes, preferred_element_type=x.dtype)
+    values = weights.values.astype(x.dtype)
+    y = jax.lax.ragged_dot(x, values, group_sizes, preferred_element_type=jnp.float32)
+    group = jnp.repeat(jnp.arange(group_sizes.size), group_sizes, total_repeat_length=x.shape[0])
+    return (y * weights.scales[:, 0][group]).astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -76,7 +105,7 @@ class Linear(nnx.Module):
     def __init__(
         self, weight: WeightLayout, bias: WeightLayout | None, spec: PartitionSpec, dtype: jnp.dtype
     ) -> None:
-        self.weight = parameter(weight, spec, dtype)
+        self.weight = parameter(weight, spec, dtype, inputs=0)
         self.bias = None if bias is None else parameter(bias, PartitionSpec(*spec[1:]), dtype)
         self.spec = spec
 
@@ -107,7 +136,7 @@ class RowLinear(nnx.Module):
         dtype: jnp.dtype,
         partial_sums: int | None = None,
     ) -> None:
-        self.weight = parameter(weight, ROW, dtype)
+        self.weight = parameter(weight, ROW, dtype, inputs=1)
         self.bias = None if bias is None else parameter(bias, REPLICATED, dtype)
         self.partial_sums = partial_sums
 
@@ -123,7 +152,7 @@ class RowLinear(nnx.Module):
 
     def _partial_sums(self, x: Float[Array, "*batch in"], tp: int) -> Float[Array, "tp *batch out"]:
         inputs = x.reshape(*x.shape[:-1], tp, -1)
-        weight = self.weight[...].reshape(-1, *inputs.shape[-2:])
+        weight = split_axis(self.weight[...], 1, (tp, -1))
         y = constrain(dot(inputs, weight, "...ti,oti->t...o"), PARTIAL_SUMS)
         if self.bias is None:
             return y

@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float
 
 from tpjax.config import ExpertAxis, ModelConfig, MoEConfig
 from tpjax.layers.experts import ExpertWeights, Routing, gated_expert, moe_of, routed_experts
-from tpjax.layers.linear import dot, parameter
+from tpjax.layers.linear import dot
+from tpjax.layers.weights import parameter, specs_of
 from tpjax.mesh import AXIS
 from tpjax.sharding import (
     PARTIAL_SUMS,
@@ -116,13 +117,13 @@ class ExpertStack(nnx.Module):
         parts = tp if sharded_axis == "width" else 1
         gate_up = (f"{name}.gate_proj", f"{name}.up_proj")
 
-        def stack(layout: WeightLayout, spec: P) -> nnx.Param:
-            return parameter(StackedLayout(layout, count), spec, dtype)
+        def stack(layout: WeightLayout, spec: P, inputs: int | None = None) -> nnx.Param:
+            return parameter(StackedLayout(layout, count), spec, dtype, inputs=inputs)
 
         specs, down = _SPECS[sharded_axis], f"{name}.down_proj"
         gate_up_bias = gate_up_layout(gate_up, width, parts, None)
-        self.gate_up_proj = stack(gate_up_layout(gate_up, width, parts, hidden), specs[0])
-        self.down_proj = stack(down_layout(f"{down}.weight", width, parts, hidden), specs[1])
+        self.gate_up_proj = stack(gate_up_layout(gate_up, width, parts, hidden), specs[0], inputs=1)
+        self.down_proj = stack(down_layout(f"{down}.weight", width, parts, hidden), specs[1], inputs=1)
         self.gate_up_bias = stack(gate_up_bias, specs[2]) if bias else None
         self.down_bias = stack(tensor_layout(f"{down}.bias", (hidden,)), specs[3]) if bias else None
         self.sharded_axis = sharded_axis
@@ -139,7 +140,7 @@ class ExpertStack(nnx.Module):
     def specs(self) -> Any:
         """Returns the specs of :meth:`weights`: an ``ExpertWeights`` of specs."""
         pairs: Any = zip(self.weights(), _SPECS[self.sharded_axis], strict=True)
-        specs: Any = (None if array is None else spec for array, spec in pairs)
+        specs: Any = (None if weight is None else specs_of(weight, spec) for weight, spec in pairs)
         return ExpertWeights(*specs)
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tpjax.config import NormConfig
-from tpjax.layers.linear import parameter
+from tpjax.layers.weights import parameter
 from tpjax.sharding import BIAS, REPLICATED, WeightLayout, tensor_layout
 
 

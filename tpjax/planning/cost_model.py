@@ -18,6 +18,7 @@ from tpjax.runtime.limits import MAX_PROMPT_TOKENS, PAGE_SIZE, pages_held
 from tpjax.runtime.memory import DeviceMemory, max_histories, sampler_bytes
 from tpjax.step_time import StepTime
 
+_ROUTER_BYTES = _SCALE_BYTES = 4  # an element is float32 whatever the dtype
 _MOST_PAGES = 2**20  # of a sequence
 
 
@@ -67,8 +68,9 @@ class CostModel(StepTime):
         """
         config, held, workload = self.config, self.held, self.workload
         itemsize = workload.activation_bytes
-        weights = (held.layer_matrices + held.head) * workload.weight_bytes
-        weights += (held.vectors + held.embedding) * itemsize
+        weights = (held.attention + held.mlp + held.experts) * workload.weight_bytes
+        weights += held.routers * _ROUTER_BYTES + (held.vectors + held.embedding + held.head) * itemsize
+        weights += held.outputs * _SCALE_BYTES if workload.weight_bytes == 1 else 0
         rows = max(batch, MAX_PROMPT_TOKENS)
         widest = max(
             2 * config.mlp.intermediate_size, 4 * config.attention.num_heads * config.attention.head_dim

@@ -146,7 +146,7 @@ def _pipelines(counts: Counts, device: Hardware, devices: int, workload: Workloa
         memory = model.memory(workload.batch, workload.context)
         # the first stage has the embedding, the last the projection
         embedding = model.held.embedding * workload.activation_bytes
-        outside = embedding + model.held.head * workload.weight_bytes
+        outside = embedding + model.held.head * workload.activation_bytes
         held = (memory.weights - outside + memory.cache) * depth + embedding + memory.workspace
         yield Strategy(
             "pipeline",

@@ -23,7 +23,7 @@ class Workload:
         batch: sequences decoded at once, over all replicas.
         context: tokens of each sequence in the cache.
         prompt_len: tokens of a prompt.
-        dtype: dtype of the weights; norms and the embedding keep at least 16 bits.
+        dtype: dtype of the weights; norms, embedding and head keep at least 16 bits.
         cache_dtype: dtype of keys and values. ``auto`` is the dtype of the weights, thus 8 bits for 8-bit
             weights: the published 8-bit measurements ran that way.
     """
@@ -45,12 +45,12 @@ class Workload:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of one element of a weight matrix."""
+        """Bytes of one element of a matrix of attention, MLPs or experts."""
         return DTYPE_BYTES[self.dtype]
 
     @property
     def activation_bytes(self) -> int:
-        """Bytes of one element of an activation, a norm or the embedding."""
+        """Bytes of one element of an activation, a norm, the embedding or the head."""
         return max(2, self.weight_bytes)
 
     @property

@@ -86,10 +86,11 @@ def _elements(config: ModelConfig, tp: int) -> Elements:
     with use_abstract_mesh(mesh):  # a parameter that declares a sharding needs a mesh, even without memory
         model = nnx.eval_shape(lambda: Decoder(_layers_of(config, kinds), tp, jnp.dtype(jnp.bfloat16)))
     sums: dict[str, int] = {}
-    for path, elements, matrix in _declared(model, mesh):
+    for path, elements, matrix, outputs in _declared(model, mesh):
         name = _part(path) if matrix else "vectors"
         repeats = config.sparse_layers.count(kinds[int(path[1])]) if path[0] == "layers" else 1
         sums[name] = sums.get(name, 0) + elements * repeats
+        sums["outputs"] = sums.get("outputs", 0) + outputs * repeats
     return Elements(**sums)
 
 
@@ -107,13 +108,15 @@ def _layers_of(config: ModelConfig, kinds: tuple[bool, ...]) -> ModelConfig:
     )
 
 
-def _declared(model: Decoder, mesh: AbstractMesh) -> Iterator[tuple[tuple[Any, ...], int, bool]]:
-    """Yields the path of each parameter, its elements on one device, and whether it is a matrix."""
+def _declared(model: Decoder, mesh: AbstractMesh) -> Iterator[tuple[tuple[Any, ...], int, bool, int]]:
+    """Yields each parameter's path, elements on one device, whether it is a matrix, and its scales if any."""
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         layout, spec = variable.get_metadata("layout"), PartitionSpec(*variable.get_metadata("out_sharding"))
         one = layout.one if isinstance(layout, StackedLayout) else layout
         shard = NamedSharding(mesh, spec).shard_shape(layout.shape)
-        yield path, math.prod(shard), len(one.shape) > 1
+        inputs = variable.get_metadata("inputs")
+        outputs = 0 if inputs is None else math.prod(shard) // shard[inputs]
+        yield path, math.prod(shard), len(one.shape) > 1, outputs
 
 
 def _part(path: tuple[Any, ...]) -> str:

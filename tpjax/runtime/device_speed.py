@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tpjax.config import ModelConfig
+from tpjax.config import ModelConfig, Quantize
 from tpjax.hardware import Efficiency, Hardware, known_device
 from tpjax.interconnect import Measured
+from tpjax.layers.weights import STORED_DTYPES
 from tpjax.runtime.counts import Counts
 from tpjax.step_time import Itemsizes, StepTime
 
@@ -30,14 +31,24 @@ _MEASURED = Efficiency(
 )
 
 
-def step_time(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> StepTime:
-    """Returns what predicts the steps of a model on a mesh, with weights and cache of ``dtype``."""
+def step_time(
+    config: ModelConfig, mesh: Mesh, dtype: jnp.dtype, quantize: Quantize | None = None
+) -> StepTime:
+    """Returns what predicts the steps of a model on a mesh.
+
+    Args:
+        config: the architecture.
+        mesh: ``("tp",)``.
+        dtype: dtype of weights and cache.
+        quantize: what the weights of attention, MLPs and experts are kept in; ``None``: ``dtype``.
+    """
     share = Counts(config.model_type, config).share(
         mesh.size, config.moe.sharded_axis(mesh.size) if config.moe else "width"
     )
     itemsize = jnp.dtype(dtype).itemsize
     hardware = device_hardware(mesh.devices.flat[0], dtype)
-    return StepTime(share, hardware, Itemsizes(itemsize, itemsize, itemsize))
+    weights = itemsize if quantize is None else STORED_DTYPES[quantize].itemsize
+    return StepTime(share, hardware, Itemsizes(weights, itemsize, itemsize))
 
 
 @cache

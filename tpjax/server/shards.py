@@ -43,6 +43,7 @@ def shards(llm: LLM) -> JsonObject:
         "tp": report.tp,
         "platform": report.platform,
         "dtype": report.dtype,
+        "quantize": report.quantize,
         "devices": [
             {"id": device.id, "process": device.process_index, "kind": device.device_kind}
             for device in llm.mesh.devices.flat

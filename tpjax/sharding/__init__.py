@@ -29,6 +29,7 @@ from tpjax.sharding.specs import (
     reduce_partials,
 )
 from tpjax.sharding.weight_layout import (
+    SCALE_SUFFIX,
     Content,
     Layout,
     Piece,
@@ -52,6 +53,7 @@ __all__ = [
     "PARTIAL_SUMS",
     "REPLICATED",
     "ROW",
+    "SCALE_SUFFIX",
     "SEQUENCE_PARALLEL",
     "VOCAB",
     "Content",

@@ -12,6 +12,10 @@ from typing import TypeAlias
 
 import numpy as np
 
+SCALE_SUFFIX = (
+    "_scale"  # of the name of a tensor with one scale per output of another, as in compressed-tensors
+)
+
 
 def pad_to_multiple(size: int, of: int) -> int:
     """Returns the smallest multiple of ``of`` that is at least ``size``."""
@@ -101,6 +105,20 @@ class WeightLayout:
             shape = tuple(size if axis == self.axis else n for axis, n in enumerate(self.shape))
             shapes[source] = shape[::-1] if self.transposed else shape
         return shapes
+
+    def per_output(self, inputs: int) -> WeightLayout:
+        """Returns the layout of one number for each output of a weight: of tensors named ``<source>_scale``.
+
+        Args:
+            inputs: stored axis of the inputs, 0 or 1; the numbers are laid out as the other axis is.
+        """
+        outputs = self.shape[1 - inputs]
+        if self.axis == inputs:
+            ((source, _),) = self.sizes
+            return tensor_layout(source + SCALE_SUFFIX, (outputs,))
+        segments = tuple(replace(one, source=one.source + SCALE_SUFFIX) for one in self.segments)
+        sizes = tuple((source + SCALE_SUFFIX, size) for source, size in self.sizes)
+        return WeightLayout((outputs,), 0, segments, sizes)
 
     def read(
         self,
@@ -192,6 +210,10 @@ class StackedLayout:
             for number in range(self.count)
             for source, shape in self.one.canonical_shapes().items()
         }
+
+    def per_output(self, inputs: int) -> StackedLayout:
+        """See :meth:`WeightLayout.per_output`; ``inputs`` is 1 or 2 here."""
+        return StackedLayout(self.one.per_output(inputs - 1), self.count)
 
     def read(
         self,

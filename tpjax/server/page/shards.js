@@ -7,7 +7,8 @@ const MOST_COLLECTIVES = 4; // rows
 const CONTENT = { held: "held once", copied: "copies", zeros: "zeros" };
 
 export function show(model) {
-  $("mesh").textContent = `("tp",): ${model.tp} × ${model.devices[0].kind}, ${model.dtype}; on each device ` +
+  $("mesh").textContent = `("tp",): ${model.tp} × ${model.devices[0].kind}, ${model.dtype}` +
+    `${model.quantize ? ` with ${model.quantize} weights` : ""}; on each device ` +
     `${bytes(model.weight_bytes_per_device)} of weights, ${bytes(model.cache_bytes_per_device)} of cache`;
   $("heads").textContent = model.heads;
   showTensors(model);

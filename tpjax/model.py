@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tpjax.activations import soft_capped
+from tpjax.attention import XLA, Backend
 from tpjax.cache import BatchMetadata, LatentCache, LayerCache, PagedKVCache
 from tpjax.config import Block, LayerType, ModelConfig, Quantize
 from tpjax.layers.attention import Attention
@@ -64,11 +65,15 @@ class DecoderLayer(nnx.Module):
         plan: the head plan.
         dtype: dtype of weights and activations.
         sparse: the layer has a mixture of experts in place of the MLP.
+        backend: what computes attention.
     """
 
-    def __init__(self, config: ModelConfig, plan: HeadPlan, dtype: jnp.dtype, *, sparse: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, plan: HeadPlan, dtype: jnp.dtype, *, sparse: bool, backend: Backend = XLA
+    ) -> None:
         # each takes the kind of cache that ``cache_layout`` gives it
-        self.self_attn: Any = (LatentAttention if config.attention.latent else Attention)(config, plan, dtype)
+        attention: Any = LatentAttention if config.attention.latent else Attention
+        self.self_attn = attention(config, plan, dtype, backend)
         self.mlp = (
             MoE(config, plan.tp, dtype)
             if sparse
@@ -123,6 +128,7 @@ class Decoder(nnx.Module):
         config: the architecture.
         tp: devices of the mesh; decides padding and the order of heads.
         dtype: dtype of weights and activations.
+        backend: what computes attention.
 
     Attributes:
         quantize: what the weights of attention, MLPs and experts are kept in; ``None``: ``dtype``.
@@ -130,9 +136,10 @@ class Decoder(nnx.Module):
 
     quantize: Quantize | None = None
 
-    def __init__(self, config: ModelConfig, tp: int, dtype: jnp.dtype) -> None:
+    def __init__(self, config: ModelConfig, tp: int, dtype: jnp.dtype, backend: Backend = XLA) -> None:
         self.config = config
         self.tp = tp
+        self.backend = backend
         self.embed_tokens = Embedding("embed_tokens.weight", config.vocab_size, config.hidden_size, tp, dtype)
         if config.position_embedding == "learned":
             self.embed_positions = PositionEmbedding(
@@ -140,7 +147,10 @@ class Decoder(nnx.Module):
             )
         plan = head_plan(config, tp)
         self.layers = nnx.List(
-            [DecoderLayer(config, plan, dtype, sparse=sparse) for sparse in config.sparse_layers]
+            [
+                DecoderLayer(config, plan, dtype, sparse=sparse, backend=backend)
+                for sparse in config.sparse_layers
+            ]
         )
         self.norm = Norm("norm", config.hidden_size, config.norm, dtype)
         self.lm_head = (

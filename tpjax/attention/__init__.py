@@ -1,9 +1,9 @@
-"""Attention of new tokens to the paged cache: the one place that chooses what computes it.
+"""Attention of new tokens to the paged cache.
 
-A backend is a function with the signature of :func:`tpjax.attention.xla.paged_attention`. Layers call the
-name exported here and no backend directly. Tests hold each backend to :mod:`tpjax.attention.reference`.
+Layers call :func:`paged_attention` with the backend that :func:`choose_backend` chose for the model, and no
+backend directly. Tests hold each backend to :mod:`tpjax.attention.reference`.
 """
 
-from tpjax.attention.xla import paged_attention
+from tpjax.attention.backends import XLA, Backend, Verdict, choose_backend, paged_attention
 
-__all__ = ["paged_attention"]
+__all__ = ["XLA", "Backend", "Verdict", "choose_backend", "paged_attention"]

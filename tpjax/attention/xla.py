@@ -24,7 +24,7 @@ _QUERY_BLOCK = 128  # queries of a chunk that share one set of visible keys
 
 
 class _Scoring(NamedTuple):
-    """How query-key products become scores; see :func:`paged_attention`."""
+    """How query-key products become scores; see :func:`tpjax.attention.paged_attention`."""
 
     scale: float
     softcap: float | None
@@ -103,26 +103,13 @@ def paged_attention(
     softcap: float | None = None,
     sinks: Float[Array, "K G"] | None = None,
 ) -> Float[Array, "B S K G v"]:
-    """Computes causal attention of each query to the keys at or before its position.
+    """Walks the pages of all sequences.
 
     Single tokens, and the few of a row that verifies drafts, walk all their pages, their own keys' included.
     A chunk walks the pages before it, then attends to its own keys directly, a block of queries at a time and
     only to the keys that the block can see: half the work of treating the chunk's keys as pages.
 
-    Args:
-        query: G query heads for each of the K KV heads.
-        key: keys of the same tokens, already in the cache. K may be 1 in keys and values: all heads share it.
-        value: values of the same tokens, already in the cache; their width may differ from the keys'.
-        cache: keys and values of every position up to the queries' own.
-        group: pages of each sequence, and positions of the queries.
-        scale: multiplies query-key products.
-        window: keys that a query sees, its own included; ``None``: all.
-        softcap: bounds the scaled products smoothly; ``None``: no bound.
-        sinks: for each query head, the score of an extra key without a value, float32; ``None``: no such key
-            (Xiao et al. 2023, https://arxiv.org/abs/2309.17453).
-
-    Returns:
-        The attention output in the query's dtype; softmax and sums are float32.
+    See :func:`tpjax.attention.paged_attention` for the arguments.
     """
     batch, length, heads, per_head, head_dim = query.shape
     scoring = _Scoring(scale, softcap, window)

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tpjax.attention import XLA, Backend
 from tpjax.checkpoints import agreement, blocks, orbax
 from tpjax.checkpoints.assemble import Canonical, Order, fill
 from tpjax.checkpoints.gguf import GGUFFile
@@ -194,7 +195,11 @@ def _read_json(path: Path) -> Any:
 
 
 def abstract_decoder(
-    config: ModelConfig, mesh: Mesh, dtype: jnp.dtype, quantize: Quantize | None = None
+    config: ModelConfig,
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    quantize: Quantize | None = None,
+    backend: Backend = XLA,
 ) -> Decoder:
     """Returns the model with shapes, dtypes and shardings, without memory.
 
@@ -203,10 +208,11 @@ def abstract_decoder(
         mesh: ``("tp",)``.
         dtype: dtype of activations, and of weights that are not quantised.
         quantize: what the weights of attention, MLPs and experts are kept in; ``None``: ``dtype``.
+        backend: what computes attention.
     """
 
     def declared() -> Decoder:
-        model = Decoder(config, mesh.size, dtype)
+        model = Decoder(config, mesh.size, dtype, backend)
         if quantize is not None:
             quantize_weights(model, quantize)
             model.quantize = quantize

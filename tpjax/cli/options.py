@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tpjax.config import Dtype, ExpertParallel, Quantize
+from tpjax.config import AttentionBackend, Dtype, ExpertParallel, Quantize
 
 if TYPE_CHECKING:
     from tpjax.sampling_params import SamplingParams
@@ -218,7 +218,7 @@ GenerationConfig = Annotated[
 
 @dataclass
 class Sharding:
-    """Devices, dtype and sharding of a model."""
+    """Devices, dtype, sharding and attention of a model."""
 
     tp: Annotated[
         int | None,
@@ -245,6 +245,13 @@ class Sharding:
         option(
             "--expert-parallel",
             help="on: shard the experts; off: shard the width of each; auto: on if tp divides their number.",
+        ),
+    ] = "auto"
+    attention: Annotated[
+        AttentionBackend,
+        option(
+            "--attention",
+            help="What computes attention: xla: any platform; tpu: a kernel; reference: slow; auto: chosen.",
         ),
     ] = "auto"
 

@@ -59,6 +59,7 @@ def examine() -> dict[str, Any]:
         "system": {"os": platform.platform(), "machine": platform.machine(), "cores": os.cpu_count()},
         "packages": packages,
         "devices": devices,
+        "attention": _attention(devices["platform"]),
         "environment": _environment(),
         "memory": memory,
         "caches": _caches(),
@@ -91,6 +92,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("system", f"{system['os']}, {system['cores']} cores"),
         ("packages", ", ".join(versions)),
         ("devices", _device_line(devices)),
+        *[("attention", line) for line in facts["attention"]],
         ("memory", f"{_size(memory['available_bytes'])} available of {_size(memory['total_bytes'])}"),
     ]
     rows += [
@@ -140,6 +142,19 @@ def _devices() -> dict[str, Any]:
         "faked": devices[0].platform == "cpu" and len(devices) > 1,
         "error": None,
     }
+
+
+def _attention(platform: str | None) -> list[str]:
+    """Says what computes attention unless asked otherwise, and what checks of the kernel found here."""
+    if platform is None:
+        return []
+    import numpy as np
+
+    from tpjax.attention import choose_backend
+    from tpjax.attention.selftest import verdicts
+
+    kept = [f"checked: {verdict}" for verdict in verdicts(hub.cache_dir() / "attention")]
+    return [f"auto: {choose_backend('auto', platform, np.dtype('float32'))}", *kept]
 
 
 def _environment() -> dict[str, str]:

@@ -1,10 +1,11 @@
 """Estimates the time of a TPU program from the cycles that its compiler predicts.
 
-    time = max(cycles / clock, memory traffic / bandwidth) + collectives
+    time = max(cycles / clock, memory traffic / bandwidth) + attention kernels + collectives
 
 The compiler annotates fusions with estimated cycles (about 1,800 on the smallest), but neither collectives
 nor the copies that prefetch most weights, and the body of a loop once. Memory traffic is what those copies
-move and what everything else reads and writes in main memory. Nothing here was measured on a chip.
+move and what everything else reads and writes in main memory. A kernel has no cycles: its time is the bytes
+that its grid moves over an assumed share of the bandwidth. Nothing here was measured on a chip.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
+from tpjax.attention.tpu import KERNEL_NAME
 from tpjax.config import ExpertAxis, ModelConfig, Quantize
 from tpjax.hardware import Efficiency
 from tpjax.inspect.collectives import Collective
@@ -43,6 +45,7 @@ _IDEAL = Efficiency(
     layer_us=0.0,
     expert_us=0.0,
 )
+KERNEL_SHARE, LOW_KERNEL_SHARE = 0.8, 0.6  # of the bandwidth, assumed of attention kernels
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NO_ESTIMATE = 2**62  # and above: what the compiler writes if it has no estimate
 _DONE = ("slice-done", "copy-done")
@@ -61,14 +64,16 @@ class Estimate:
         context: tokens in the cache of each sequence.
         compute_s: estimated cycles over the clock.
         pages_s: the part of ``compute_s`` in loops over pages of the cache.
-        traffic_bytes: bytes read and written in main memory.
+        traffic_bytes: bytes read and written in main memory, but for attention kernels.
         traffic_s: those over the bandwidth.
         collectives_s: collectives, by the interconnect model of ``plan``.
-        total_s: the longer of compute and memory traffic, plus the collectives.
+        total_s: the longer of compute and memory traffic, plus attention kernels and collectives.
         memory_bound_s: reading weights and cache once.
         compute_bound_s: products at the peak rate.
         bound_s: the longer of both bounds, summed over blocks: no program is faster.
         kernels: number of kernel calls without cycles.
+        kernel_bytes: bytes that attention kernels read and write in main memory.
+        kernels_s: those at ``KERNEL_SHARE`` of the bandwidth: assumed.
     """
 
     context: int
@@ -82,6 +87,13 @@ class Estimate:
     compute_bound_s: float
     bound_s: float
     kernels: int
+    kernel_bytes: int = 0
+    kernels_s: float = 0.0
+
+    @property
+    def low_total_s(self) -> float:
+        """The time if attention kernels reach ``LOW_KERNEL_SHARE`` of the bandwidth only."""
+        return self.total_s + self.kernels_s * (KERNEL_SHARE / LOW_KERNEL_SHARE - 1)
 
 
 def estimate(
@@ -98,6 +110,7 @@ def estimate(
     page_size: int,
     caches: Collection[tuple[int, ...]],
     quantize: Quantize | None = None,
+    kernel_bytes: int = 0,
 ) -> Estimate:
     """Estimates one call of a TPU program.
 
@@ -114,6 +127,7 @@ def estimate(
         page_size: tokens of a page.
         caches: dimensions of the cache buffers, in the form of :attr:`Array.sizes`.
         quantize: what quantised weights are kept in.
+        kernel_bytes: bytes that its attention kernels move, which its text does not show.
     """
     chip, device = topology.hardware, topology.hardware.device
     bandwidth = device.bandwidth_bytes_s
@@ -131,9 +145,12 @@ def estimate(
             page_cycles += int(match[1]) * one.times * one.page_loop
         elif match or "tpu_custom_call" in one.instruction.line:
             kernels += one.times
+        if KERNEL_NAME in one.instruction.line and "tpu_custom_call" in one.instruction.line:
+            continue  # its operand is the whole cache
         traffic += _traffic(module, one) * one.times
     moved = sum(_seconds(one, chip.interconnect, tp) for one in collectives if not one.conditional)
     compute_s, traffic_s = cycles / clock, traffic / bandwidth
+    kernels_s = kernel_bytes / (KERNEL_SHARE * bandwidth)
 
     def ideal(rate: float) -> Cost:
         perfect = replace(device, bandwidth_bytes_s=rate, efficiency=_IDEAL)
@@ -151,11 +168,13 @@ def estimate(
         traffic_bytes=traffic,
         traffic_s=traffic_s,
         collectives_s=moved,
-        total_s=max(compute_s, traffic_s) + moved,
+        total_s=max(compute_s, traffic_s) + kernels_s + moved,
         memory_bound_s=best.weights + best.cache,
         compute_bound_s=ideal(math.inf).compute,
         bound_s=best.weights + best.cache + best.compute,
         kernels=kernels,
+        kernel_bytes=kernel_bytes,
+        kernels_s=kernels_s,
     )
 
 

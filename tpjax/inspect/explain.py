@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from tpjax.attention import choose_backend
 from tpjax.cache import cache_layout, layer_places, num_entries, page_bytes_per_device
 from tpjax.checkpoints.hub import resolve
 from tpjax.checkpoints.load import (
@@ -25,7 +26,7 @@ from tpjax.checkpoints.load import (
     parameters,
     read_config,
 )
-from tpjax.config import ExpertParallel, ModelConfig, MoEConfig, Quantize
+from tpjax.config import AttentionBackend, ExpertParallel, ModelConfig, MoEConfig, Quantize
 from tpjax.inspect.budget import collective_budget
 from tpjax.inspect.collectives import find_collectives, summarise
 from tpjax.inspect.explain_report import Report, Step, TensorRow
@@ -61,6 +62,7 @@ def explain(runner: Runner, name: str) -> Report:
         platform=mesh.devices.flat[0].device_kind,
         dtype=str(jnp.dtype(runner.dtype)),
         quantize=runner.abstract_model().quantize,
+        attention=str(runner.backend),
         heads=_heads(config, mesh.size),
         experts=None if config.moe is None else _experts(config.moe, mesh.size),
         tensors=tensors,
@@ -83,6 +85,7 @@ def explain_model(
     max_model_len: int | None = None,
     expert_parallel: ExpertParallel = "auto",
     quantize: Quantize | None = None,
+    attention: AttentionBackend = "auto",
 ) -> Report:
     """Describes a checkpoint sharded over ``tp`` devices without reading a weight.
 
@@ -94,6 +97,7 @@ def explain_model(
         max_model_len: longest sequence, tokens.
         expert_parallel: whether experts are sharded, as for ``LLM``.
         quantize: what weights are kept in, as for ``LLM``.
+        attention: what computes attention, as for ``LLM``.
 
     Raises:
         TpjaxError: the checkpoint is not supported, or its configuration and tensors disagree.
@@ -111,7 +115,8 @@ def explain_model(
         checkpoint.check_quantize(quantize)
     config = config.with_expert_parallel(expert_parallel)
     mesh, kind = make_mesh(tp), resolve_dtype(dtype)
-    decoder = abstract_decoder(config, mesh, kind, quantize)
+    backend = choose_backend(attention, mesh.devices.flat[0].platform, kind)
+    decoder = abstract_decoder(config, mesh, kind, quantize, backend)
     declared = parameters(decoder, mesh)
     if checkpoint is not None:
         check_tensors(checkpoint, declared)

@@ -109,6 +109,7 @@ class Report:
         platform: kind of the devices.
         dtype: dtype of cache, and of weights that are not quantised.
         quantize: what quantised weights are kept in; ``None``: none are.
+        attention: what computes attention, and why.
         heads: the head plan, and a sentence about it.
         experts: how experts are sharded, and why; ``None`` if the model has none.
         tensors: a row for each kind of parameter.
@@ -126,6 +127,7 @@ class Report:
     platform: str
     dtype: str
     quantize: str | None
+    attention: str
     heads: dict[str, Any]
     experts: dict[str, Any] | None
     tensors: list[TensorRow]
@@ -152,6 +154,7 @@ class Report:
             ),
             Text(self.heads["summary"]),
             *([Text(self.experts["summary"])] if self.experts else []),
+            Text(f"attention: {self.attention}"),
             self._tensor_table(),
             Text("zeros and copies: elements on all devices together, beyond the checkpoint's\n"),
             self._reason_table(),

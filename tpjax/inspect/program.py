@@ -11,9 +11,11 @@ from dataclasses import replace
 import jax
 import numpy as np
 
+from tpjax.attention import choose_backend
+from tpjax.attention.tpu import bytes_moved
 from tpjax.checkpoints.hub import resolve
 from tpjax.checkpoints.load import abstract_decoder, check_quantize, parameters, read_config
-from tpjax.config import ExpertParallel, ModelConfig, Quantize, SequenceParallel
+from tpjax.config import AttentionBackend, ExpertParallel, ModelConfig, Quantize, SequenceParallel
 from tpjax.errors import ConfigError
 from tpjax.hardware import USABLE_MEMORY
 from tpjax.inspect.budget import collective_budget
@@ -31,7 +33,7 @@ from tpjax.runtime.memory import DeviceMemory, plan_limits
 from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.runner import Runner
 from tpjax.runtime.steps import padded_tokens
-from tpjax.sharding import SEQUENCE_PARALLEL
+from tpjax.sharding import SEQUENCE_PARALLEL, head_plan
 
 _PREFILL = ChunkShape(4, 128)  # the prompt whose step is reported
 _ALIAS = re.compile(r"\{\d*\}: \((\d+), \{\}")
@@ -47,6 +49,7 @@ def explain_topology(
     expert_parallel: ExpertParallel = "auto",
     context: int = DEFAULT_CONTEXT,
     quantize: Quantize | None = None,
+    attention: AttentionBackend = "auto",
 ) -> TopologyReport:
     """Compiles a model's decode and prefill steps for chips that are not here, from shapes alone.
 
@@ -62,6 +65,7 @@ def explain_topology(
         context: tokens in the cache of each decoded sequence, for the time estimate; at most
             ``max_model_len``.
         quantize: what weights are kept in, as for ``LLM``.
+        attention: what computes attention, as for ``LLM``.
 
     Raises:
         TpjaxError: the model is not supported, or its programs cannot be compiled here.
@@ -79,6 +83,7 @@ def explain_topology(
         dtype,
         max_model_len=max_model_len,
         quantize=quantize,
+        attention=attention,
     )
     limits = runner.limits
     decode = ProgramSpec("decode", limits.max_slots, greedy=True)
@@ -89,6 +94,7 @@ def explain_topology(
         tp=runner.mesh.size,
         dtype=str(runner.dtype),
         quantize=quantize,
+        attention=str(runner.backend),
         memory_bytes=topology.memory_bytes,
         programs=[
             compile_program(runner, topology, "decode", decode, context),
@@ -107,6 +113,7 @@ def abstract_runner(
     max_slots: int = 8,
     sequence_parallel: SequenceParallel = "auto",
     quantize: Quantize | None = None,
+    attention: AttentionBackend = "auto",
 ) -> Runner:
     """Makes a runner whose programs can be lowered and compiled for a topology, not run.
 
@@ -114,7 +121,8 @@ def abstract_runner(
     """
     mesh, kind = topology.mesh(tp), resolve_dtype("bfloat16" if dtype == "auto" else dtype)
     check_quantize(quantize)
-    decoder = abstract_decoder(config, mesh, kind, quantize)
+    backend = choose_backend(attention, mesh.devices.flat[0].platform, kind)
+    decoder = abstract_decoder(config, mesh, kind, quantize, backend)
 
     def limits(memory: DeviceMemory | None, longest: int | None) -> Limits:
         return plan_limits(
@@ -227,9 +235,44 @@ def compile_program(
             context=min(context, runner.limits.max_model_len),
             page_size=runner.limits.page_size,
             caches=caches,
+            kernel_bytes=_kernel_bytes(runner, spec, context),
         )
         if topology.is_tpu
         else None,
+    )
+
+
+def _kernel_bytes(runner: Runner, spec: ProgramSpec, context: int) -> int:
+    """Returns the bytes that the attention kernels of a program move on one device.
+
+    Args:
+        runner: the runner.
+        spec: the program. Its prompt chunks take the page walk.
+        context: tokens in the cache of each decoded sequence.
+    """
+    if runner.backend.name != "tpu":
+        return 0
+    attention, latent = runner.config.attention, runner.config.attention.latent
+    plan = head_plan(runner.config, runner.mesh.size)
+    heads, per_head, widths = plan.head_slots_per_device, plan.group_size, (attention.head_dim,) * 2
+    value_dim = attention.head_dim
+    if latent is not None:  # one latent for all heads, which holds key and value
+        heads, per_head, value_dim = 1, heads * per_head, latent.kv_lora_rank
+        widths = (latent.kv_lora_rank + runner.config.rotated_dim, 0)
+    return sum(
+        bytes_moved(
+            spec.batch,
+            1,
+            min(context, runner.limits.max_model_len),
+            window=attention.window_of(kind),
+            heads=heads,
+            per_head=per_head,
+            page_size=runner.limits.page_size,
+            widths=widths,
+            value_dim=value_dim,
+            itemsize=runner.dtype.itemsize,
+        )
+        for kind in attention.layer_types
     )
 
 

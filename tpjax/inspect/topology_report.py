@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tpjax.inspect.collectives import Collective
-from tpjax.inspect.estimate import Estimate
+from tpjax.inspect.estimate import KERNEL_SHARE, LOW_KERNEL_SHARE, Estimate
 from tpjax.inspect.tables import as_html, collective_table, described_dtype
 from tpjax.planning.plain_table import plain_table
 from tpjax.runtime.memory import human_bytes
@@ -78,6 +78,7 @@ class TopologyReport:
         tp: number of devices.
         dtype: dtype of cache, and of weights that are not quantised.
         quantize: what quantised weights are kept in; ``None``: none are.
+        attention: what computes attention, and why.
         memory_bytes: memory of one device.
         programs: decode, then prefill.
     """
@@ -86,6 +87,7 @@ class TopologyReport:
     topology: str
     tp: int
     dtype: str
+    attention: str
     memory_bytes: int
     programs: list[ProgramReport]
     quantize: str | None = None
@@ -103,6 +105,7 @@ class TopologyReport:
         compiled = [one for one in self.programs if not one.compile_error]
         return Group(
             Text(title, style="bold"),
+            Text(f"attention: {self.attention}"),
             *(Text(self._does_not_fit(one), style="red") for one in self.programs if not one.fits),
             self._memory(),
             *_times(compiled),
@@ -174,6 +177,11 @@ def _above_bound(program: ProgramReport) -> str:
             f"{one.pages_s * 1e3:.2f} ms are loops over pages of the cache, of whose many small instructions "
             "the compiler expects some 1,800 cycles each, more than it takes to read a page"
         )
+    if one.kernels_s > SHARE * one.total_s:
+        causes.append(
+            f"{one.kernels_s * 1e3:.2f} ms are attention kernels, assumed to reach {KERNEL_SHARE:.0%} of the "
+            "bandwidth"
+        )
     if one.collectives_s > SHARE * one.total_s:
         causes.append(
             f"{one.collectives_s * 1e3:.2f} ms are collectives, which the bound leaves out and the "
@@ -192,7 +200,10 @@ def _above_bound(program: ProgramReport) -> str:
 
 
 def _time_table(programs: list[ProgramReport]) -> Table:
-    title = "estimated time, ms: the longer of compute and traffic, and the collectives"
+    estimates = [one.estimate for one in programs if one.estimate]
+    kernels = any(one.kernel_bytes for one in estimates)
+    parts = "kernels, and the collectives" if kernels else "and the collectives"
+    title = f"estimated time, ms: the longer of compute and traffic, {parts}"
     table = plain_table(title, "what", numbers=list(map(_heading, programs)))
     rows: dict[str, Callable[[Estimate], str]] = {
         "tokens in the cache of each": lambda e: str(e.context),
@@ -205,9 +216,16 @@ def _time_table(programs: list[ProgramReport]) -> Table:
         "bound by compute": lambda e: f"{e.compute_bound_s * 1e3:.2f}",
         "estimate / bound": lambda e: f"{e.total_s / e.bound_s:.2f}×",
     }
-    estimates = [one.estimate for one in programs if one.estimate]
     if any(one.kernels for one in estimates):
         rows["kernels without cycles"] = lambda e: str(e.kernels)
+    if kernels:
+        share = f"at {KERNEL_SHARE:.0%} of the bandwidth, assumed"
+        rows[f"attention kernels, {share}"] = lambda e: (
+            f"{human_bytes(e.kernel_bytes)}, {e.kernels_s * 1e3:.2f}"
+        )
+        rows[f"estimate / bound with kernels at {LOW_KERNEL_SHARE:.0%}"] = lambda e: (
+            f"{e.low_total_s / e.bound_s:.2f}×"
+        )
     for name, show in rows.items():
         table.add_row(name, *(show(one) for one in estimates))
     return table

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tpjax.attention import paged_attention
+from tpjax.attention import XLA, Backend, paged_attention
 from tpjax.cache import BatchMetadata, LayerCache
 from tpjax.config import ModelConfig
 from tpjax.layers.linear import Linear, RowLinear
@@ -42,9 +42,10 @@ class Attention(nnx.Module):
         config: the architecture.
         plan: the head plan.
         dtype: dtype of weights and activations.
+        backend: what computes attention.
     """
 
-    def __init__(self, config: ModelConfig, plan: HeadPlan, dtype: jnp.dtype) -> None:
+    def __init__(self, config: ModelConfig, plan: HeadPlan, dtype: jnp.dtype, backend: Backend = XLA) -> None:
         hidden, head_dim = config.hidden_size, config.attention.head_dim
         self.qkv_proj = Linear(
             qkv_layout(plan, head_dim, hidden),
@@ -70,6 +71,7 @@ class Attention(nnx.Module):
         self.sinks = parameter(sinks, BIAS, jnp.dtype(jnp.float32)) if config.attention.sinks else None
         self.config = config
         self.plan = plan
+        self.backend = backend
 
     def __call__(
         self,
@@ -90,6 +92,7 @@ class Attention(nnx.Module):
             "window": window,
             "softcap": self.config.attention.softcap,
             "sinks": None if self.sinks is None else self.sinks[...].reshape(head_shape),
+            "backend": self.backend,
         }
         parts = list(zip(metadata.groups, *map(metadata.split, (query, key, value)), strict=True))
         with jax.named_scope("cache_write"):  # of all groups first: a chunk may continue another

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from tpjax.attention import paged_attention
-from tpjax.cache import BatchMetadata, LatentCache, TokenGroup
+from tpjax.attention import XLA, Backend, paged_attention
+from tpjax.cache import BatchMetadata, LatentCache, LatentPages, TokenGroup
 from tpjax.config import ModelConfig
 from tpjax.layers.linear import Linear, RowLinear, dot
 from tpjax.layers.norm import Norm
@@ -54,9 +54,10 @@ class LatentAttention(nnx.Module):
         config: the architecture; ``config.attention.latent`` is set.
         plan: the head plan.
         dtype: dtype of weights and activations.
+        backend: what computes attention.
     """
 
-    def __init__(self, config: ModelConfig, plan: HeadPlan, dtype: jnp.dtype) -> None:
+    def __init__(self, config: ModelConfig, plan: HeadPlan, dtype: jnp.dtype, backend: Backend = XLA) -> None:
         attention, latent, hidden = config.attention, config.attention.latent, config.hidden_size
         assert latent is not None
         q_rank = latent.q_lora_rank or 0
@@ -88,6 +89,7 @@ class LatentAttention(nnx.Module):
         self.num_heads = plan.num_padded_heads
         self.config = config
         self.latent = latent
+        self.backend = backend
 
     def __call__(
         self,
@@ -130,22 +132,25 @@ class LatentAttention(nnx.Module):
         """Attends from one group of tokens to the cache, which holds their own latents already."""
         config, rank = self.config, self.latent.kv_lora_rank
         absorbed = not group.chunks
+        pages: LatentPages | _ExpandedPages
         if absorbed:
             query = self.kv_b_proj.absorb(query)
-            view = _View(cache, lambda cached: (cached, cached[..., :rank]))
+            key, value, pages = latents, latents[..., :rank], LatentPages(cache, rank)
         else:
-            view = _View(cache, self.kv_b_proj.expand)
-        key, value = (part.swapaxes(1, 2) for part in view.compute(latents.swapaxes(1, 2)))
+            expand = self.kv_b_proj.expand
+            key, value = (part.swapaxes(1, 2) for part in expand(latents.swapaxes(1, 2)))
+            pages = _ExpandedPages(cache, expand)
         query = jnp.concatenate([query, rotary_query], -1)
         output = paged_attention(
             query,
             key,
             value,
-            view,
+            pages,
             group,
             scale=config.attention.query_scale,
             window=window,
             softcap=config.attention.softcap,
+            backend=self.backend,
         )
         return self.kv_b_proj.project_values(output) if absorbed else output
 
@@ -207,15 +212,16 @@ class KeyValueProjection(nnx.Module):
 
 
 @dataclass(frozen=True)
-class _View:
-    """Presents cached latents to :func:`paged_attention` as pages of keys and values."""
+class _ExpandedPages:
+    """Presents cached latents to :func:`paged_attention` as pages of the keys and values of all heads."""
 
     cache: LatentCache
-    compute: Callable[[Float[Array, "B 1 T r"]], KeysValues]
+    expand: Callable[[Float[Array, "B 1 T r"]], KeysValues]
+    stored: None = None  # what is read is computed
 
     @property
     def page_size(self) -> int:
         return self.cache.page_size
 
     def read(self, pages: Int[Array, " B"]) -> KeysValues:
-        return self.compute(self.cache.read(pages))
+        return self.expand(self.cache.read(pages))

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from tpjax.attention import Backend
 from tpjax.config import ModelConfig, SequenceParallel
 from tpjax.model import Decoder
 from tpjax.runtime.limits import ChunkShape, Limits
@@ -91,6 +92,7 @@ class Runner:
         mesh: as given.
         limits: as given.
         dtype: as given.
+        backend: what computes attention.
         weights: flat, in the order of :meth:`ModelGraph.split`.
         programs: the compiled programs.
         state_resets: how often the state was lost, by a failure or by :meth:`reset`. Whenever it has changed,
@@ -106,6 +108,7 @@ class Runner:
         sequence_parallel: SequenceParallel = "auto",
     ) -> None:
         self.config: ModelConfig = model.config
+        self.backend: Backend = model.backend
         self.mesh = mesh
         self.limits = limits
         self.dtype = jnp.dtype(dtype)

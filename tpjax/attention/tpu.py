@@ -1,0 +1,468 @@
+"""Paged attention as a Pallas kernel for TPUs: decode rows and prompt chunks, from the cache's own pages.
+
+One program of the grid computes a block of queries of one sequence and some of its KV heads. It copies the
+pages that these queries see into on-chip memory, a block of pages at a time, and accumulates an online
+softmax (Dao et al. 2022, https://arxiv.org/abs/2205.14135). While one block is computed the next is copied,
+the first block of the next program included. Nothing else of the cache is read: no page before a window or
+after the last key, none of a row of padding.
+
+The scalars that say which pages a program reads are computed outside, by XLA, once for all layers alike.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from tpjax.activations import soft_capped
+from tpjax.attention.reference import visible_keys
+from tpjax.cache import StoredPages, TokenGroup
+from tpjax.mesh import AXIS
+from tpjax.sharding import PAGES, REPLICATED, pad_to_multiple
+
+KERNEL_NAME = "paged_attention"  # in programs and profiles
+LANES = 128  # a row of a buffer is padded to a multiple of this many elements
+_TINY = float(np.finfo(np.float32).tiny)
+_MASKED = -1e30  # finite, so that a block with no visible key gives no NaN
+_BLOCK_BYTES = 1 << 20  # of keys and values in one of the two buffers: large beside the start of a copy
+_BLOCK_KEYS = 1024  # and no more: the part of a block beyond a context is computed in vain
+_SCORES = 1 << 18  # of one head and block of keys, float32
+_ROWS_PER_HEAD, _ROWS = 512, 2048  # queries times group size, in one program
+_TABLE_ENTRIES = 1 << 16  # of block tables, in the memory for scalars; larger ones take several calls
+_MOST_HEADS = 8  # KV heads of a program, whose code is unrolled
+
+
+class Tiling(NamedTuple):
+    """What a program of the grid computes.
+
+    Attributes:
+        heads: KV heads.
+        queries: queries of one sequence.
+        pages: pages of one block.
+    """
+
+    heads: int
+    queries: int
+    pages: int
+
+
+class _Static(NamedTuple):
+    """What is known when the kernel is traced."""
+
+    tiling: Tiling
+    query_blocks: int
+    head_blocks: int
+    value_dim: int
+    scale: float
+    window: int | None
+    softcap: float | None
+    cyclic: bool
+
+
+class _Programs(NamedTuple):
+    """Which keys each item reads: a block of queries of one sequence; int32.
+
+    Attributes:
+        tables: page of each block of positions of each sequence.
+        start: position of the first query.
+        stop: position after the last key; 0: nothing is read.
+        first_page: block of positions of the first key.
+        following: the first item from this one on that reads anything, or the number of items; one entry more
+            than there are items.
+    """
+
+    tables: Int[Array, "B blocks"]
+    start: Int[Array, " items"]
+    stop: Int[Array, " items"]
+    first_page: Int[Array, " items"]
+    following: Int[Array, " items1"]
+
+
+def paged_attention(
+    query: Float[Array, "B S K G h"],
+    value_dim: int,
+    stored: StoredPages,
+    group: TokenGroup,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None = None,
+    sinks: Float[Array, "K G"] | None = None,
+    interpret: Any = False,
+) -> Float[Array, "B S K G v"]:
+    """Computes attention on each device to the pages of its own heads.
+
+    See :func:`tpjax.attention.paged_attention` for the other arguments.
+
+    Args:
+        query: queries.
+        value_dim: width of the values.
+        stored: the cache, which holds the tokens' own keys and values already.
+        group: pages of each sequence, and positions of the queries.
+        scale: multiplies query-key products.
+        window: keys that a query sees.
+        softcap: bounds the scaled products.
+        sinks: scores of an extra key.
+        interpret: ``True``, or ``pltpu.InterpretParams``: interpret the kernel on a CPU.
+    """
+    heads = query.shape[2]
+    attend = functools.partial(
+        _attend_in_parts,
+        value_dim=value_dim,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        cyclic=group.cyclic,
+        interpret=interpret,
+    )
+    first = group.positions[:, 0]
+    stop = first + group.shape[1]
+    if group.lengths is not None:  # rows of padding read nothing
+        stop = jnp.where(group.lengths > 0, first + group.lengths, 0)
+    if not jax.sharding.get_abstract_mesh().empty:
+        queries = P(None, None, AXIS, None, None)
+        pages = PAGES if stored.keys.shape[1] == heads else REPLICATED  # latents: all heads read all of them
+        attend = jax.shard_map(
+            attend,
+            in_specs=(queries, pages, P(AXIS, None), REPLICATED, REPLICATED, REPLICATED),
+            out_specs=queries,
+            check_vma=False,
+        )
+    return attend(query, stored, sinks, group.block_tables, first, stop)
+
+
+def choose_tiling(
+    heads: int, per_head: int, length: int, page_size: int, widths: tuple[int, int], itemsize: int
+) -> Tiling:
+    """Chooses block sizes from the shape on one device, within a budget of on-chip memory.
+
+    Args:
+        heads: KV heads.
+        per_head: query heads of each.
+        length: queries of a sequence.
+        page_size: positions per page.
+        widths: of keys and of values; 0: the beginning of each key is the value.
+        itemsize: bytes of an element.
+    """
+    key_bytes = sum(pad_to_multiple(width, LANES) for width in widths) * itemsize
+    page_bytes = key_bytes * page_size
+    together = _largest_divisor(heads, min(_MOST_HEADS, max(1, _BLOCK_BYTES // page_bytes)))
+    most_rows = min(_ROWS_PER_HEAD, _ROWS // together)
+    queries = _largest_divisor(length, max(1, most_rows // per_head))
+    if queries < length and queries * per_head % 16:
+        queries = length  # a block of part of the rows is whole tiles
+    keys = min(_BLOCK_KEYS, _SCORES // (queries * per_head), _BLOCK_BYTES // (together * key_bytes))
+    return Tiling(together, queries, max(1, keys // page_size))
+
+
+def bytes_moved(
+    batch: int,
+    length: int,
+    context: int,
+    *,
+    window: int | None,
+    heads: int,
+    per_head: int,
+    page_size: int,
+    widths: tuple[int, int],
+    value_dim: int,
+    itemsize: int,
+) -> int:
+    """Returns the bytes that the kernel reads and writes in main memory on one device, in one layer.
+
+    Args:
+        batch: sequences.
+        length: queries of each.
+        context: tokens in the cache of each, its own included.
+        window: keys that a query sees.
+        heads: KV heads.
+        per_head: query heads of each.
+        page_size: positions per page.
+        widths: as :func:`choose_tiling` takes it.
+        value_dim: width of the values.
+        itemsize: bytes of an element.
+    """
+    tiling = choose_tiling(heads, per_head, length, page_size, widths, itemsize)
+    pages = 0
+    for start in range(context - length, context, tiling.queries):
+        first = 0 if window is None else max(start - window + 1, 0) // page_size
+        pages += -(-(start + tiling.queries) // page_size) - first
+    key_bytes = sum(pad_to_multiple(width, LANES) for width in widths)
+    row_bytes = pad_to_multiple(widths[0], LANES) + pad_to_multiple(value_dim, LANES)
+    return batch * heads * itemsize * (pages * page_size * key_bytes + length * per_head * row_bytes)
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return next(divisor for divisor in range(min(number, most), 0, -1) if number % divisor == 0)
+
+
+def _attend_in_parts(
+    query: Float[Array, "B S K G h"],
+    stored: StoredPages,
+    sinks: Float[Array, "K G"] | None,
+    tables: Int[Array, "B blocks"],
+    first: Int[Array, " B"],
+    stop: Int[Array, " B"],
+    **options: Any,
+) -> Float[Array, "B S K G v"]:
+    """Computes attention on one device, of as many sequences at a time as block tables fit."""
+    rows = max(1, _TABLE_ENTRIES // pad_to_multiple(tables.shape[1], LANES))
+    parts = [slice(row, row + rows) for row in range(0, len(tables), rows)]
+    outputs = [
+        _attend(query[part], stored, sinks, tables[part], first[part], stop[part], **options)
+        for part in parts
+    ]
+    return jnp.concatenate(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _attend(
+    query: Float[Array, "B S K G h"],
+    stored: StoredPages,
+    sinks: Float[Array, "K G"] | None,
+    tables: Int[Array, "B blocks"],
+    first: Int[Array, " B"],
+    stop: Int[Array, " B"],
+    *,
+    value_dim: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    cyclic: bool,
+    interpret: Any,
+) -> Float[Array, "B S K G v"]:
+    """Computes attention on one device."""
+    shape, keys = query.shape, stored.keys
+    batch, length, heads = shape[:3]
+    if heads != keys.shape[1]:  # all heads read the same keys: they form one group
+        heads = keys.shape[1]
+        query = query.reshape(batch, length, heads, -1, shape[-1])
+        sinks = None if sinks is None else sinks.reshape(heads, -1)
+    per_head, page_size = query.shape[3], keys.shape[2]
+    widths = keys.shape[3], 0 if stored.values is None else value_dim
+    tiling = choose_tiling(heads, per_head, length, page_size, widths, keys.dtype.itemsize)
+    query_blocks, head_blocks = length // tiling.queries, heads // tiling.heads
+    static = _Static(tiling, query_blocks, head_blocks, value_dim, scale, window, softcap, cyclic)
+    rows, block_rows = length * per_head, tiling.queries * per_head
+
+    def of_program(width: int) -> pl.BlockSpec:
+        return pl.BlockSpec(
+            (1, tiling.heads, block_rows, width), lambda row, queries, heads, *_: (row, heads, queries, 0)
+        )
+
+    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)  # else XLA moves small caches on chip and back
+    inputs = [query.swapaxes(1, 2).reshape(batch, heads, rows, shape[-1])]
+    in_specs = [of_program(shape[-1])]
+    if tiling.queries > 1:  # which query each row is of: a TPU divides no vectors of integers
+        inputs.append(jnp.arange(block_rows, dtype=jnp.int32)[:, None] // per_head)
+        in_specs.append(pl.BlockSpec((block_rows, 1), lambda *_: (0, 0)))
+    if sinks is not None:
+        inputs.append(jnp.tile(sinks.astype(jnp.float32), (1, tiling.queries))[:, :, None])
+        in_specs.append(
+            pl.BlockSpec((tiling.heads, block_rows, 1), lambda row, queries, heads, *_: (heads, 0, 0))
+        )
+    buffers = [buffer for buffer in stored if buffer is not None]
+
+    def buffer_of(buffer: Array) -> Any:
+        return pltpu.VMEM((2, tiling.heads, tiling.pages * page_size, buffer.shape[3]), buffer.dtype)
+
+    running = [pltpu.VMEM((tiling.heads, block_rows, width), jnp.float32) for width in (1, 1, value_dim)]
+    output = pl.pallas_call(
+        functools.partial(_kernel, static, len(inputs), len(buffers), tiling.queries > 1, sinks is not None),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(_Programs._fields),
+            grid=(batch, query_blocks, head_blocks),
+            in_specs=[*in_specs, *[in_hbm] * len(buffers)],
+            out_specs=of_program(value_dim),
+            scratch_shapes=[
+                *map(buffer_of, buffers),
+                *running,
+                pltpu.SemaphoreType.DMA((2, len(buffers))),
+                pltpu.SMEM((1,), jnp.int32),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct((batch, heads, rows, value_dim), query.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * 3),
+        interpret=interpret,
+        name=KERNEL_NAME,
+    )(*_programs(static, tables, first, stop, length, page_size), *inputs, *buffers)
+    return (
+        output.reshape(batch, heads, length, per_head, value_dim)
+        .swapaxes(1, 2)
+        .reshape(*shape[:4], value_dim)
+    )
+
+
+def _programs(
+    static: _Static,
+    tables: Int[Array, "B blocks"],
+    first: Int[Array, " B"],
+    stop: Int[Array, " B"],
+    length: int,
+    page_size: int,
+) -> _Programs:
+    """Returns which keys each item reads."""
+    starts = first[:, None] + jnp.arange(0, length, static.tiling.queries, dtype=jnp.int32)
+    ends = jnp.minimum(starts + static.tiling.queries, stop[:, None])
+    ends = jnp.where(starts < stop[:, None], ends, 0)  # of padding alone
+    seen = jnp.zeros_like(starts) if static.window is None else jnp.maximum(starts - (static.window - 1), 0)
+    items = starts.size
+    flat = ends.reshape(-1)
+    following = jax.lax.cummin(jnp.where(flat > 0, jnp.arange(items, dtype=jnp.int32), items), reverse=True)
+    following = jnp.append(following, jnp.int32(items))
+    return _Programs(tables, starts.reshape(-1), flat, seen.reshape(-1) // page_size, following)
+
+
+def _kernel(
+    static: _Static, num_inputs: int, num_buffers: int, several: bool, has_sinks: bool, *refs: Any
+) -> None:
+    """Computes one program of the grid."""
+    programs = _Programs(*refs[: len(_Programs._fields)])
+    refs = refs[len(_Programs._fields) :]
+    inputs, refs = refs[:num_inputs], refs[num_inputs:]
+    stored, refs = refs[:num_buffers], refs[num_buffers:]
+    output_ref, refs = refs[0], refs[1:]
+    blocks_ref, refs = refs[:num_buffers], refs[num_buffers:]
+    max_ref, sum_ref, values_ref, semaphores, slot_ref = refs
+    query_ref = inputs[0]
+    offsets_ref = inputs[1] if several else None
+    sinks_ref = inputs[-1] if has_sinks else None
+    tiling = static.tiling
+    page_size = stored[0].shape[2]
+    block_keys = tiling.pages * page_size
+    items = pl.num_programs(0) * static.query_blocks
+    item = pl.program_id(0) * static.query_blocks + pl.program_id(1)
+    head_block = pl.program_id(2)
+    stop, first_page = programs.stop[item], programs.first_page[item]
+    num_blocks = pl.cdiv(jnp.maximum(pl.cdiv(stop, page_size) - first_page, 0), tiling.pages)
+
+    def copies(item: Any, head_block: Any, block: Any, slot: Any, act: Callable[[Any], None]) -> None:
+        """Starts, or waits for, the copies of a block's pages, but for those beyond the last key."""
+        row = jax.lax.div(item, static.query_blocks)
+        for page in range(tiling.pages):
+            column = programs.first_page[item] + block * tiling.pages + page
+
+            @pl.when(column * page_size < programs.stop[item])
+            def copy_page(page: int = page, column: Any = column) -> None:
+                if static.cyclic:
+                    column = jax.lax.rem(column, programs.tables.shape[1])
+                at = programs.tables[row, column]
+                for kind, (buffer, block_ref) in enumerate(zip(stored, blocks_ref, strict=True)):
+                    source = buffer.at[at]
+                    if static.head_blocks > 1:
+                        source = source.at[pl.ds(head_block * tiling.heads, tiling.heads)]
+                    target = block_ref.at[slot, :, pl.ds(page * page_size, page_size)]
+                    act(pltpu.make_async_copy(source, target, semaphores.at[slot, kind]))
+
+    def start(item: Any, head_block: Any, block: Any, slot: Any) -> None:
+        copies(item, head_block, block, slot, lambda copy: copy.start())
+
+    @pl.when((item == 0) & (head_block == 0))
+    def begin_grid() -> None:
+        slot_ref[0] = 0
+        first_item = programs.following[0]
+
+        @pl.when(first_item < items)
+        def start_first() -> None:
+            start(first_item, 0, 0, 0)
+
+    if sinks_ref is None:
+        max_ref[...] = jnp.full_like(max_ref, _MASKED)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+    else:  # a key with this score and a value of zero
+        max_ref[...] = sinks_ref[...]
+        sum_ref[...] = jnp.ones_like(sum_ref)
+    values_ref[...] = jnp.zeros_like(values_ref)
+    before = slot_ref[0]  # blocks of all programs so far, modulo 2
+
+    def body(block: Any, _: None) -> None:
+        slot = jax.lax.rem(before + block, 2)
+        last = block + 1 == num_blocks
+
+        @pl.when(jnp.logical_not(last))
+        def start_block() -> None:
+            start(item, head_block, block + 1, 1 - slot)
+
+        more_heads = head_block + 1 < static.head_blocks
+        next_item = jnp.where(more_heads, item, programs.following[item + 1])
+
+        @pl.when(last & (next_item < items))
+        def start_program() -> None:
+            start(next_item, jnp.where(more_heads, head_block + 1, 0), 0, 1 - slot)
+
+        copies(item, head_block, block, slot, lambda copy: copy.wait())
+        begin = (first_page + block * tiling.pages) * page_size
+
+        @pl.when(begin + block_keys > stop)
+        def clear_rest() -> None:
+            # what an earlier user left behind may not be a number, and 0 times that is not 0
+            ref = blocks_ref[-1]
+            beyond = begin + jax.lax.broadcasted_iota(jnp.int32, ref.shape[2:], 0) >= stop
+            for head in range(tiling.heads):
+                ref[slot, head] = jnp.where(beyond, jnp.zeros_like(ref[slot, head]), ref[slot, head])
+
+        shape = (query_ref.shape[2], block_keys)
+        key_positions = begin + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        positions = programs.start[item]
+        if offsets_ref is not None:
+            positions = positions + offsets_ref[...]
+        visible = visible_keys(positions, key_positions, static.window) & (key_positions < stop)
+        for head in range(tiling.heads):
+            keys = blocks_ref[0][slot, head]
+            values = blocks_ref[-1][slot, head]
+            _accumulate(
+                static,
+                query_ref[0, head],
+                keys,
+                values[:, : static.value_dim],
+                visible,
+                max_ref.at[head],
+                sum_ref.at[head],
+                values_ref.at[head],
+            )
+
+    jax.lax.fori_loop(0, num_blocks, body, None)
+    slot_ref[0] = jax.lax.rem(before + num_blocks, 2)
+    for head in range(tiling.heads):  # a row that has seen no key: 0, not a NaN
+        total = jnp.maximum(sum_ref[head], _TINY)
+        output_ref[0, head] = (values_ref[head] / total).astype(output_ref.dtype)
+
+
+def _accumulate(
+    static: _Static,
+    query: Float[Array, "rows h"],
+    keys: Float[Array, "T h"],
+    values: Float[Array, "T v"],
+    visible: Any,
+    max_ref: Any,
+    sum_ref: Any,
+    values_ref: Any,
+) -> None:
+    """Accumulates a block of keys and values into the running softmax of one KV head."""
+    scores = _product(query, keys, 1) * static.scale
+    scores = jnp.where(visible, soft_capped(scores, static.softcap), _MASKED)
+    max_score = jnp.maximum(max_ref[...], scores.max(axis=-1, keepdims=True))
+    weights, rescale = jnp.exp(scores - max_score), jnp.exp(max_ref[...] - max_score)
+    max_ref[...] = max_score
+    sum_ref[...] = sum_ref[...] * rescale + weights.sum(axis=-1, keepdims=True)
+    values_ref[...] = values_ref[...] * rescale + _product(weights.astype(values.dtype), values, 0)
+
+
+def _product(left: Array, right: Array, axis: int) -> Array:
+    """Multiplies matrices over the last axis of the left one; float32 at full precision."""
+    full = left.dtype == jnp.float32
+    return jax.lax.dot_general(
+        left,
+        right,
+        (((1,), (axis,)), ((), ())),
+        preferred_element_type=jnp.float32,
+        precision=jax.lax.Precision.HIGHEST if full else None,
+    )

@@ -51,11 +51,12 @@ COMMANDS = {
         "generate - {model} --token-ids --temperature 0 --max-tokens 4 --max-model-len 64 --ignore-eos"
     ),
     "generate chat": (
-        "generate '{prompt}' {model} --system 'Be brief.' --temperature 0 --max-tokens 4 --max-model-len 128"
+        "generate '{prompt}' {model} --system 'Be brief.' --temperature 0 --max-tokens 4 --max-model-len 128 "
+        "--quantize int8"
     ),
     "chat": (
         "chat --model {model} --tp 2 --dtype float32 --max-model-len 128 --expert-parallel off "
-        "--attention auto "
+        "--attention auto --quantize int8 "
         "--system brief --max-tokens 6 --min-tokens 1 --temperature 0 --top-k 5 --top-p 0.9 --min-p 0.01 "
         "--seed 3 --stop zebra --stop-token-ids 3 --ignore-eos --repetition-penalty 1.1 "
         "--presence-penalty 0.1 --frequency-penalty 0.1 --logit-bias 7:1 --logprobs 1 "
@@ -63,7 +64,7 @@ COMMANDS = {
     ),
     "serve": (
         "serve --model {model} --tp 2 --dtype float32 --max-model-len 64 --expert-parallel auto "
-        "--attention xla "
+        "--attention xla --quantize int8 "
         "--host 127.0.0.1 --port 0 --served-model-name tiny --max-slots 2 --max-num-batched-tokens 256 "
         "--max-queue 64 --api-key first --api-key-file {keys} --protect-metrics "
         "--allow-origin http://localhost:3000 --max-body-mib 1 --drain-s 5 --generation-config none"
@@ -79,7 +80,7 @@ COMMANDS = {
     "batch": (
         "batch --model {model} --input {requests} --output {tmp}/answers.jsonl --max-slots 2 --tp 2 "
         "--max-num-batched-tokens 256 --generation-config auto "
-        "--dtype float32 --max-model-len 64 --expert-parallel off --attention xla"
+        "--dtype float32 --max-model-len 64 --expert-parallel off --attention xla --quantize int8"
     ),
     "bench": "bench {model} --tp 2 --context 40 --prompt-len 20 --rounds 1 --json",
     "bench table": "bench --model {model} --tp 2 --context 40 --rounds 1",
@@ -97,7 +98,7 @@ COMMANDS = {
         "explain --model {model} --tp 3 --dtype bfloat16 --max-model-len 64 --expert-parallel off "
         "--attention reference --plot {tmp}/shards.png --json"
     ),
-    "explain config": "explain --config {model}/config.json --tp 2",
+    "explain config": "explain --config {model}/config.json --tp 2 --quantize int8",
     "explain topology": "explain llama-3-8b --topology v5e:99x99 --context 64",
     "convert": "convert --model {model} {tmp}/orbax --dtype bfloat16",
     "pull": "pull --model smollm2-135m --verify",
@@ -151,6 +152,11 @@ def places(model: Path, cache: Path, tmp_path: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def llm(model: Path) -> LLM:
     return LLM(model, tp=1, max_model_len=128, max_slots=2)
+
+
+@pytest.fixture(scope="module")
+def quantized(model: Path) -> LLM:
+    return LLM(model, tp=1, max_model_len=128, max_slots=2, quantize="int8")
 
 
 def test_every_option_is_tried() -> None:
@@ -209,10 +215,12 @@ def test_generate_from_stdin(places: dict[str, Any], llm: LLM) -> None:
 
 
 @pytest.mark.slow
-def test_generate_a_message(places: dict[str, Any], llm: LLM) -> None:
+def test_generate_a_message(places: dict[str, Any], quantized: LLM) -> None:
     out, _ = tpjax("generate chat", places)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
-    (completion,) = llm.generate([llm.chat_prompt(messages)], SamplingParams(max_tokens=4, temperature=0))
+    (completion,) = quantized.generate(
+        [quantized.chat_prompt(messages)], SamplingParams(max_tokens=4, temperature=0)
+    )
     assert out == completion.text + "\n"
 
 
@@ -227,14 +235,14 @@ def test_interrupting_generate_is_quiet(places: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_chat(places: dict[str, Any], llm: LLM) -> None:
+def test_chat(places: dict[str, Any], quantized: LLM) -> None:
     out, err = tpjax("chat", places, "hi\n/reset\nhi\n/exit\n")
     messages = [{"role": "system", "content": "brief"}, {"role": "user", "content": "hi"}]
     params = SamplingParams(
         max_tokens=6, min_tokens=1, temperature=0, stop=("zebra",), stop_token_ids=(3,), ignore_eos=True,
         repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1, logit_bias={7: 1.0},
     )  # fmt: skip
-    (completion,) = llm.generate([llm.chat_prompt(messages)], params)
+    (completion,) = quantized.generate([quantized.chat_prompt(messages)], params)
     assert completion.text and out.count(completion.text) == 2  # the conversation was forgotten in between
     assert f"{places['model']} at tp=2; /help shows the commands" in err
 
@@ -256,7 +264,7 @@ def serving(places: dict[str, Any]) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.slow
-def test_serve_and_bench_serve(places: dict[str, Any], tmp_path: Path, llm: LLM) -> None:
+def test_serve_and_bench_serve(places: dict[str, Any], tmp_path: Path, quantized: LLM) -> None:
     places["keys"] = tmp_path / "keys"
     places["keys"].write_text("second\n")
     with serving(places) as process:
@@ -267,7 +275,7 @@ def test_serve_and_bench_serve(places: dict[str, Any], tmp_path: Path, llm: LLM)
         )
         with urllib.request.urlopen(request, timeout=2 * WAIT_S) as answer:
             text = json.load(answer)["choices"][0]["text"]
-        (completion,) = llm.generate([PROMPT], SamplingParams(max_tokens=5, temperature=0))
+        (completion,) = quantized.generate([PROMPT], SamplingParams(max_tokens=5, temperature=0))
         assert text == completion.text
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(f"{places['url']}/metrics", timeout=2 * WAIT_S)
@@ -285,14 +293,14 @@ def test_serve_and_bench_serve(places: dict[str, Any], tmp_path: Path, llm: LLM)
 
 
 @pytest.mark.slow
-def test_batch(places: dict[str, Any], tmp_path: Path, llm: LLM) -> None:
+def test_batch(places: dict[str, Any], tmp_path: Path, quantized: LLM) -> None:
     places["requests"] = tmp_path / "requests.jsonl"
     body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 5, "temperature": 0}
     line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
     places["requests"].write_text(json.dumps(line) + "\n")
     _, err = tpjax("batch", places)
     (answer,) = map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines())
-    (completion,) = llm.generate([PROMPT], SamplingParams(max_tokens=5, temperature=0))
+    (completion,) = quantized.generate([PROMPT], SamplingParams(max_tokens=5, temperature=0))
     assert answer["custom_id"] == "a" and answer["response"]["status_code"] == 200
     assert answer["response"]["body"]["choices"][0]["text"] == completion.text
     assert "1 answered, 0 failed" in err

@@ -146,6 +146,7 @@ MAY_COMPILE = {
     "runtime.device_speed",
     "attention.selftest",
     "cache",
+    "model",  # within a program that is traced: equal layers once
     "checkpoints.load",
     "planning.measure",
 }

@@ -8,7 +8,7 @@
 The text is read in windows of --window tokens, each by itself; the first token of a window is not counted.
 Perplexity is the exponential of the mean of -log p of the others; a ratio comes with its standard error.
 Unless a file is given the text is the beginning of Lewis Carroll, Alice's Adventures in Wonderland (1865),
-which is in the public domain.
+which is in the public domain, written down from memory.
 """
 
 from __future__ import annotations

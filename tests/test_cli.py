@@ -462,7 +462,7 @@ def test_explain_reads_no_weights_and_prints_every_table(smollm2_first_layers: P
         ("all-reduce", 1, 576 * 4),  # embedding
         ("all-gather", 1, 4 * 2 * 4),
     ]
-    assert (prefill["tokens"], prefill["budget"]["all_reduce_bytes"]) == (2048, 5 * 2048 * 576 * 4)
+    assert (prefill["tokens"], prefill["budget"]["all_reduce_bytes"]) == (512, 5 * 512 * 576 * 4)
     assert report["cache"]["bytes_per_token_per_device"] == 2 * 2 * 64 * 4
     table = tpjax("explain", str(LLAMA), "--tp", "3")
     for text in ("self_attn.qkv_proj ×", "every device normalises", "a token", "predicted", "all-reduces ("):

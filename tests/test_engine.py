@@ -18,15 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpjax import LLM, SamplingParams
-from tpjax.cache import ONE_GROUP, Windows
 from tpjax.engine.engine import Engine
 from tpjax.engine.masks import pack_mask
 from tpjax.engine.request import Request
 from tpjax.errors import RequestError
-from tpjax.runtime.limits import ChunkShape, Limits, pages_held
+from tpjax.runtime.limits import ChunkShape, Limits
 from tpjax.runtime.rows import NO_TOKEN, Chunk, Row
 from tpjax.runtime.runner import StepOutput
 from tpjax.sampling import NAN_TOKEN, Sampled
+from tpjax.windows import ONE_GROUP, Windows, pages_held
 
 V, PAGE = 23, 4
 SHAPES = (ChunkShape(1, 2), ChunkShape(2, 2), ChunkShape(2, 4))
@@ -147,13 +147,17 @@ class FakeRunner:
             )
 
     def draw(self, row: Row, length: int) -> int:
-        seen: list[int] = []
-        for group, window in reversed([*enumerate(self.limits.windows)]):
+        groups = []
+        for group, window in enumerate(self.limits.windows):
             first = 0 if window is None else max(0, length - window)
             kept = [self.kept[self.page(row, group, at), at % PAGE] for at in range(first, length)]
-            here = [int(token) - self.turn(row) - 5000 * group for token in kept]
-            assert seen == here[-len(seen) :] or not seen  # all groups keep the same tokens
-            seen = here
+            groups.append([int(token) - self.turn(row) - 5000 * group for token in kept])
+        seen = groups[0]
+        if any(here != seen[-len(here) :] for here in groups):
+            # Groups keep the same tokens, but of a row that has ended, which the host does not know yet: what
+            # is drawn for that is not read. Any other would end with an error that it does not have alone.
+            self.tokens[row.slot] = NAN_TOKEN
+            return NAN_TOKEN
         counted = self.history[row.history_row][1] if row.params.needs_history else []
         bits = (self.masks[row.slot][:, None] >> np.arange(32)) & 1 if length < row.masked_until else None
         token = next_token(seen, row.seed, counted, None if bits is None else bits.reshape(-1))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import GOLDENS
 
-from tpjax.cache import ONE_GROUP, Windows, layer_places, num_entries, page_groups
+from tpjax.cache import layer_places, num_entries, page_groups
 from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint, read_config
 from tpjax.engine.block_manager import BlockManager, page_key, root_key
 from tpjax.engine.engine import Engine
@@ -25,6 +25,7 @@ from tpjax.runtime.memory import DeviceMemory, plan_limits, windows_of
 from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.runner import Runner
 from tpjax.sampling_params import SamplingParams
+from tpjax.windows import ONE_GROUP, Windows
 
 PAGE, LONGEST = 4, 96
 SHAPES = (ChunkShape(1, 4), ChunkShape(2, 8))

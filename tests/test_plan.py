@@ -114,6 +114,20 @@ def test_a_sliding_layer_reads_its_window():
     assert memory.cache == full_memory.cache
 
 
+def test_a_long_sequence_gives_back_what_its_windows_passed() -> None:
+    """Gemma 2 27B, half of whose layers see 4,096 keys; and all layers of Mistral 7B do."""
+    workload, chip = Workload(), HARDWARE["h100-sxm"]
+    gemma = CostModel(published("gemma-2-27b"), chip, 8, workload)
+    page = gemma.sequence_bytes(128)  # of all layers
+    assert gemma.sequence_bytes(4096) == 32 * page
+    # 64 pages of one half, and of the other 32, the one that is written and one that decode passes through
+    assert gemma.sequence_bytes(8192) == (64 + 34) * page / 2
+    mistral = CostModel(published("mistral-7b"), chip, 8, workload)
+    assert mistral.sequence_bytes(8192) == mistral.sequence_bytes(32768) == 34 * mistral.sequence_bytes(128)
+    assert mistral.largest_context(4) == mistral.config.longest_context
+    assert gemma.largest_context(4) < 128 * 2**20
+
+
 def test_a_mixture_reads_the_experts_its_tokens_chose():
     router = 8 * 64
 

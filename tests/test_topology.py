@@ -448,6 +448,23 @@ def test_a_report_says_why_an_estimate_is_above_its_bound() -> None:
 
 
 @needs_tpu
+@pytest.mark.parametrize("kind", ("decode", "mixed"))
+def test_page_groups_share_buffers_in_place(kind: str) -> None:
+    """Two groups of Gemma 2's layers at 8,192 tokens: layers of both write and read each buffer."""
+    config = published.published_config("gemma-2-2b")
+    types = config.attention.layer_types[:4]
+    config = replace(config, num_layers=4, attention=replace(config.attention, layer_types=types))
+    topology = parse_topology("v5e:2x4")
+    runner = abstract_runner(config, topology, 4, max_slots=8, sequence_parallel="off")
+    assert runner.limits.windows == (None, 4096)
+    chunks = None if kind == "decode" else ChunkShape(1, 128)
+    spec = ProgramSpec("decode" if kind == "decode" else "step", 8, chunks, greedy=True)
+    program = compile_program(runner, topology, kind, spec)
+    assert program.aliased_cache_buffers == program.cache_buffers == 4  # keys and values of two entries
+    assert (program.cache_copies, program.cache_write_backs) == (0, 0)
+
+
+@needs_tpu
 def test_more_than_there_are() -> None:
     with pytest.raises(ConfigError, match="tp=9 is more than the 8 devices of v5e:2x4"):
         parse_topology("v5e:2x4").mesh(9)

@@ -29,13 +29,11 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from tpjax.config import ModelConfig
 from tpjax.sharding import PAGES, REPLICATED, head_plan, pad_to_multiple
+from tpjax.windows import ONE_GROUP, Windows
 
 _LANES = {"tpu": 128}  # rows of a buffer are padded to a multiple of this many elements
 NULL_PAGE = 0
 MOST_PAGE_GROUPS = 8  # each has a block table of every row, which every dispatch uploads
-
-Windows = tuple[int | None, ...]  # of each page group, the keys that its layers see; None: all
-ONE_GROUP: Windows = (None,)  # all layers share block tables, and no page is given back early
 
 
 @jax.tree_util.register_dataclass

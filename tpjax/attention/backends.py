@@ -44,7 +44,7 @@ class Verdict:
         device: kind of the device.
         error: largest difference from the definition; infinite if an output was not a number.
         allowed: largest difference that counts as right.
-        kernel_ms: time of the kernel: one layer of each kind, decode rows and prompt chunks.
+        kernel_ms: time of the kernel: decode rows, one layer of each kind.
         walk_ms: time of the page walk.
     """
 

@@ -33,7 +33,7 @@ from tpjax.sharding import head_plan
 log = logging.getLogger(__name__)
 
 _CONTEXT = 1000  # tokens of the longest sequence
-_ROWS, _CHUNKS = 8, 2  # sequences of one token, the last of them padding; prompt chunks of a page
+_ROWS = 8  # sequences of one token, the last of them padding; prompt chunks take the page walk in any case
 _ALLOWED = {"bfloat16": 0.02, "float32": 1e-3}  # largest difference, of outputs of about 1
 _CALLS, _ROUNDS = 8, 5
 _HANGS_AFTER_S = 60.0  # compiling included
@@ -155,66 +155,55 @@ def _check(shape: _Shape, device: jax.Device, interpret: bool) -> Verdict:
     rng = np.random.default_rng(0)
     with jax.default_device(device):
         for window in shape.windows:
-            for group, query, buffers in _cases(shape, window, rng):
-                if group.chunks:
-                    continue  # these take the walk in any case
-                sinks = None
-                if shape.sinks:
-                    sinks = jnp.asarray(rng.normal(size=query.shape[2:4]), jnp.float32)
-                attend = {
-                    "scale": shape.width**-0.5,
-                    "window": window,
-                    "softcap": shape.softcap,
-                    "sinks": sinks,
-                }
-                kernel = functools.partial(_kernel, shape.value_dim, interpret=interpret, **attend)
-                walk = functools.partial(_other, xla.paged_attention, shape.value_dim, **attend)
-                define = functools.partial(_other, reference.paged_attention, shape.value_dim, **attend)
-                with jax.default_matmul_precision("highest"):
-                    exact = [jnp.nan_to_num(x.astype(jnp.float32)) for x in buffers]
-                    expected = jax.jit(define)(query.astype(jnp.float32), exact, group)
-                found = jax.jit(kernel)(query, buffers, group).astype(jnp.float32)
-                present = group.present[..., None, None, None]
-                difference = float(jnp.max(jnp.where(present, jnp.abs(found - expected), 0)))
-                error = max(error, difference if np.isfinite(difference) else np.inf)
-                if bool(jnp.any(found[jnp.logical_not(jnp.any(group.present, axis=1))] != 0)):
-                    error = np.inf
-                kernel_ms += _time_ms(kernel, query, buffers, group)
-                walk_ms += _time_ms(walk, query, buffers, group)
+            group, query, buffers = _decode_rows(shape, rng)
+            sinks = None
+            if shape.sinks:
+                sinks = jnp.asarray(rng.normal(size=query.shape[2:4]), jnp.float32)
+            attend = {
+                "scale": shape.width**-0.5,
+                "window": window,
+                "softcap": shape.softcap,
+                "sinks": sinks,
+            }
+            kernel = functools.partial(_kernel, shape.value_dim, interpret=interpret, **attend)
+            walk = functools.partial(_other, xla.paged_attention, shape.value_dim, **attend)
+            define = functools.partial(_other, reference.paged_attention, shape.value_dim, **attend)
+            with jax.default_matmul_precision("highest"):
+                exact = [jnp.nan_to_num(x.astype(jnp.float32)) for x in buffers]
+                expected = jax.jit(define)(query.astype(jnp.float32), exact, group)
+            found = jax.jit(kernel)(query, buffers, group).astype(jnp.float32)
+            present = group.present[..., None, None, None]
+            difference = float(jnp.max(jnp.where(present, jnp.abs(found - expected), 0)))
+            error = max(error, difference if np.isfinite(difference) else np.inf)
+            if bool(jnp.any(found[jnp.logical_not(jnp.any(group.present, axis=1))] != 0)):
+                error = np.inf
+            kernel_ms += _time_ms(kernel, query, buffers, group)
+            walk_ms += _time_ms(walk, query, buffers, group)
     return Verdict(device.device_kind, error, _ALLOWED[shape.dtype], kernel_ms, walk_ms)
 
 
-def _cases(
-    shape: _Shape, window: int | None, rng: np.random.Generator
-) -> Iterator[tuple[TokenGroup, jax.Array, list[jax.Array]]]:
-    """Yields decode rows and prompt chunks, their queries, and a cache in which all else is not a number."""
+def _decode_rows(shape: _Shape, rng: np.random.Generator) -> tuple[TokenGroup, jax.Array, list[jax.Array]]:
+    """Returns decode rows, their queries, and a cache in which all else is not a number."""
     page = shape.page_size
-    decode = np.append(rng.integers(1, _CONTEXT, _ROWS - 1), 0)
-    chunks = rng.integers(0, _CONTEXT // page, _CHUNKS) * page
-    for first, length in ((decode, 1), (chunks, page)):
-        lengths = np.where(first > 0, length, 0) if length == 1 else np.full(_CHUNKS, length)
-        stops, columns = np.where(lengths > 0, first + lengths, 0), -(-(_CONTEXT + page) // page)
-        tables = np.full((len(first), columns), NULL_PAGE)
-        order = iter(rng.permutation(np.arange(1, 1 + tables.size)))
-        heads = 1 if shape.latent else shape.heads
-        buffers = [
-            np.full((1 + tables.size, heads, page, width), np.nan, np.float32)
-            for width in ((shape.width,) if shape.latent else (shape.width, shape.value_dim))
-        ]
-        for row, stop in enumerate(stops):
-            for block in range(-(-stop // page)):
-                at = tables[row, block] = next(order)
-                count = min(stop - block * page, page)
-                for buffer in buffers:
-                    buffer[at, :, :count] = rng.normal(size=(heads, count, buffer.shape[3]))
-        group = TokenGroup(
-            jnp.asarray(tables, jnp.int32),
-            jnp.asarray(first[:, None] + np.arange(length), jnp.int32),
-            jnp.asarray(lengths, jnp.int32),
-            chunks=length > 1,
-        )
-        query = rng.normal(size=(len(first), length, shape.heads, shape.per_head, shape.width))
-        yield group, jnp.asarray(query, shape.dtype), [jnp.asarray(x, shape.dtype) for x in buffers]
+    first = np.append(rng.integers(1, _CONTEXT, _ROWS - 1), 0)
+    lengths = (first > 0).astype(np.int32)
+    tables = np.full((_ROWS, -(-(_CONTEXT + page) // page)), NULL_PAGE)
+    order = iter(rng.permutation(np.arange(1, 1 + tables.size)))
+    heads = 1 if shape.latent else shape.heads
+    buffers = [
+        np.full((1 + tables.size, heads, page, width), np.nan, np.float32)
+        for width in ((shape.width,) if shape.latent else (shape.width, shape.value_dim))
+    ]
+    for row, stop in enumerate(np.where(lengths > 0, first + 1, 0)):
+        for block in range(-(-stop // page)):
+            at = tables[row, block] = next(order)
+            count = min(stop - block * page, page)
+            for buffer in buffers:
+                buffer[at, :, :count] = rng.normal(size=(heads, count, buffer.shape[3]))
+    query = rng.normal(size=(_ROWS, 1, shape.heads, shape.per_head, shape.width))
+    arrays = [jnp.asarray(x, jnp.int32) for x in (tables, first[:, None], lengths)]
+    group = TokenGroup(arrays[0], arrays[1], arrays[2])
+    return group, jnp.asarray(query, shape.dtype), [jnp.asarray(x, shape.dtype) for x in buffers]
 
 
 def _pages(value_dim: int, buffers: list[jax.Array]) -> LayerCache | LatentPages:
@@ -237,7 +226,7 @@ def _other(
     group: TokenGroup,
     **attend: Any,
 ) -> jax.Array:
-    """Computes attention by the walk or the definition; a chunk's own keys are those in the cache."""
+    """Computes attention by the walk or the definition; the tokens' own keys are those in the cache."""
     pages = _pages(value_dim, buffers)
     blocks, offsets = jnp.divmod(group.positions, pages.page_size)
     at = jnp.take_along_axis(group.block_tables, blocks, axis=1)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tpjax.engine.block_manager import BlockManager, PageKey
+from tpjax.windows import pages_held
 
 NO_PAGE = 0  # the null page: in a list of pages, a block that has none
 Pages = list[list[int]]  # of each page group, the page of each block; windows' early blocks have ``NO_PAGE``
@@ -43,17 +44,12 @@ class PageGroups:
     def __init__(self, blocks: BlockManager, windows: Sequence[int | None], step_tokens: int) -> None:
         self.blocks = blocks
         self.windows = tuple(windows)
-        self._step_blocks = blocks.pages_for(step_tokens)
+        self._step_tokens = step_tokens
+        self._window = next((window for window in windows if window is not None), None)  # all have the same
 
     def held(self, tokens: int) -> int:
         """Returns the pages that a sequence of so many tokens holds at once, at most."""
-        blocks = self.blocks.pages_for(tokens)
-        return sum(
-            blocks
-            if window is None
-            else min(blocks, self.blocks.pages_for(window - 1) + self._step_blocks + 1)
-            for window in self.windows
-        )
+        return pages_held(tokens, self.windows, self.blocks.page_size, self._step_tokens)
 
     def find(self, keys: Sequence[PageKey]) -> Prefix:
         """Returns the longest cached prefix of ``keys``.
@@ -148,11 +144,13 @@ class PageGroups:
         pages.clear()
 
     def _at_start(self, window: int | None, prefix: Prefix, tokens: int) -> int:
-        blocks = self.blocks.pages_for(tokens)
-        return blocks if window is None else min(blocks, prefix.blocks + self._step_blocks)
+        if window is not None:
+            tokens = min(tokens, prefix.blocks * self.blocks.page_size + self._step_tokens)
+        return self.blocks.pages_for(tokens)
 
     def _first_kept(self, position: int) -> int:
         """Returns the first block that groups with a window keep for the page of ``position``."""
-        window = next((window for window in self.windows if window is not None), None)
+        if self._window is None:
+            return 0
         start = position - position % self.blocks.page_size
-        return 0 if window is None else max(0, start - (window - 1)) // self.blocks.page_size
+        return max(0, start - (self._window - 1)) // self.blocks.page_size

@@ -231,7 +231,7 @@ def _cache(runner: Runner) -> dict[str, Any]:
         for number, window in enumerate(limits.windows)
     ]
     token_bytes = page_bytes // limits.page_size  # in one page group
-    past = limits.windows.count(None) or 1
+    past = limits.windows.count(None)  # groups that keep what no window sees
     return {
         "spec": _spec(cache.spec),
         "shape": cache.shape,

@@ -9,14 +9,15 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from tpjax.cache import ONE_GROUP, Windows, num_entries, page_groups
+from tpjax.cache import num_entries, page_groups
 from tpjax.config import ExpertAxis
 from tpjax.hardware import Hardware
 from tpjax.planning.workload import Workload
 from tpjax.runtime.counts import Counts
-from tpjax.runtime.limits import MAX_PROMPT_TOKENS, PAGE_SIZE, pages_held
+from tpjax.runtime.limits import MAX_PROMPT_TOKENS, PAGE_SIZE
 from tpjax.runtime.memory import DeviceMemory, max_histories, sampler_bytes
 from tpjax.step_time import StepTime
+from tpjax.windows import ONE_GROUP, Windows, pages_held
 
 _ROUTER_BYTES = _SCALE_BYTES = 4  # an element is float32 whatever the dtype
 _MOST_PAGES = 2**20  # of a sequence
@@ -100,9 +101,11 @@ class CostModel(StepTime):
         return bisect_right(range(1, most + 1), usable, key=lambda batch: self.memory(batch, context).total)
 
     def largest_context(self, batch: int) -> int:
-        """Returns the most tokens a sequence, a multiple of the page size, at which ``batch`` of them fit."""
+        """Returns the most tokens a sequence at which ``batch`` of them fit, in whole pages.
+
+        Where only the model limits them, since all its layers have a window, its longest context.
+        """
         usable = self.hardware.usable_bytes
-        pages = range(1, _MOST_PAGES)
-        return PAGE_SIZE * bisect_right(
-            pages, usable, key=lambda count: self.memory(batch, count * PAGE_SIZE).total
-        )
+        most = range(1, _MOST_PAGES)
+        pages = bisect_right(most, usable, key=lambda count: self.memory(batch, count * PAGE_SIZE).total)
+        return PAGE_SIZE * pages if pages < len(most) else self.config.longest_context

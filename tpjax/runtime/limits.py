@@ -10,9 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tpjax.cache import ONE_GROUP, Windows
 from tpjax.config import Dtype, check_choice
 from tpjax.errors import ConfigError
+from tpjax.windows import ONE_GROUP, Windows, pages_held
 
 MASK_BATCH = 16  # slots whose masks one upload sets, at most
 PAGE_SIZE = 128  # positions per cache page
@@ -212,23 +212,6 @@ class Limits:
             (i for i, shape in enumerate(shapes) if shape.tokens >= self.max_model_len), len(shapes) - 1
         )
         return shapes[: enough + 1]
-
-
-def pages_held(tokens: int, windows: Windows, page_size: int, step_tokens: int) -> int:
-    """Returns the pages that a sequence holds at once, at most, in all page groups.
-
-    Args:
-        tokens: length of the sequence.
-        windows: window of each page group.
-        page_size: positions per page.
-        step_tokens: tokens of the sequence that a step runs, at most.
-    """
-    blocks = -(-tokens // page_size)
-    most = (
-        blocks if window is None else -(-(window - 1) // page_size) - (-step_tokens // page_size) + 1
-        for window in windows
-    )
-    return sum(min(blocks, count) for count in most)
 
 
 def resolve_dtype(name: str) -> jnp.dtype:

@@ -19,10 +19,10 @@ from tpjax.runtime.limits import (
     Limits,
     chunk_shapes,
     mixed_chunk_shapes,
-    pages_held,
 )
 from tpjax.sampling import HISTORY_BYTES, mask_words
 from tpjax.sharding import head_plan, pad_to_multiple
+from tpjax.windows import ONE_GROUP, Windows, pages_held
 
 # Bytes of the cache on a CPU, whose memory is shared with everything else, unless one sequence needs more:
 # enough for several long conversations.
@@ -142,7 +142,7 @@ class PagePool:
         page_bytes: bytes of a page on each device.
     """
 
-    windows: kv.Windows
+    windows: Windows
     page_bytes: int
 
     @classmethod
@@ -164,14 +164,14 @@ class PagePool:
         return min(limit, blocks * PAGE_SIZE)
 
 
-def windows_of(config: ModelConfig, max_model_len: int) -> kv.Windows:
+def windows_of(config: ModelConfig, max_model_len: int) -> Windows:
     """Returns the window of each page group of a model whose longest sequence has so many tokens.
 
     Where that is hardly more than a window, all layers form one group: nothing would be given back.
     """
     windows = kv.page_groups(config)
     held = pages_held(max_model_len, windows, PAGE_SIZE, MAX_PROMPT_TOKENS)
-    return windows if held < len(windows) * -(-max_model_len // PAGE_SIZE) else kv.ONE_GROUP
+    return windows if held < len(windows) * -(-max_model_len // PAGE_SIZE) else ONE_GROUP
 
 
 def max_histories(config: ModelConfig, tp: int, max_slots: int, memory: DeviceMemory | None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,11 @@ def modules_with_shapes() -> list[str]:
 jaxtyping.install_import_hook(modules_with_shapes(), "signatures.checked")
 
 import tpjax  # noqa: E402
+
+# A shell has its background jobs ignore interrupts, and all that they start: tests would wait for ends that
+# never come.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The tests compile hundreds of small programs, each for a few calls. LLVM's optimisation costs half of that,
 # and the fusion emitters of jax 0.10 half of the rest; later versions have no others, and end at the flag.

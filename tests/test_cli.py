@@ -155,6 +155,29 @@ def test_help_starts_neither_jax_nor_anything_else_heavy():
         (["generate", "x", "nope", "--profile", f"{__file__}/x"], f"{__file__}/x: Not a directory"),
         (["bench", "serve", "--output", "/nowhere/x"], "/nowhere/x: No such file or directory"),
         (["bench", "serve", "--base-url", "nope"], "nope does not answer as an OpenAI server: "),
+        (
+            ["generate", "x", "nope", "--temperature", "hot"],
+            "Invalid value for '--temperature': 'hot' is ",
+        ),
+        (
+            ["generate", "x", "nope", "--seed", "1.5"],
+            "Invalid value for '--seed': '1.5' is not a whole",
+        ),
+        (
+            ["generate", "x", "nope", "--logit-bias", "5"],
+            "Invalid value for '--logit-bias': '5' is not ID:",
+        ),
+        (["plan", "nope", "--seed", "x"], "Invalid value for '--seed': 'x' is not a whole number"),
+        (["bench", "serve", "--goodput", "ttft"], "Invalid value for '--goodput': 'ttft' is not ttft:MS, "),
+        (
+            ["explain", "llama-3-9b"],
+            "'llama-3-9b' is neither a checkpoint nor a built-in model; did you ",
+        ),
+        (["explain", "none.json"], "none.json: no such file or directory"),
+        (
+            ["bench", str(LLAMA), "--context", "9999999", "--prompt-len", "5"],
+            "--context 9999999 and --prompt-len 5 need sequences of 10000063 tokens, over the model's ",
+        ),
         (["explain"], "give either MODEL or --config FILE"),
         (["explain", "smollm2-135m", "--config", "x.json"], "give either MODEL or --config FILE"),
         (["frobnicate"], "No such command 'frobnicate'. (see `tpjax --help`)"),
@@ -167,6 +190,43 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
     out, err = capsys.readouterr()
     assert err.startswith(f"tpjax: error: {message}"), err
     assert (out, err.count("\n")) == ("", 1)
+
+
+def test_every_number_s_parser_says_what_was_given():
+    """Those of typer itself do not: "Input should be a valid integer, unable to parse string"."""
+    for name, command in typer.main.get_command(cli.app).commands.items():
+        for option in command.params:
+            assert option.type.name not in ("integer", "float"), f"{name} {option.opts}"
+
+
+@pytest.mark.parametrize(("text", "said"), (("[]", "an object, not a list"), ("{}", "model_type=None is ")))
+def test_an_invalid_configuration_is_named(text, said, tmp_path, capsys):
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    for model in (file, tmp_path):
+        assert status("explain", str(model)) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"tpjax: error: {file}: ") and said in err and err.count("\n") == 1
+
+
+def test_a_server_of_something_else_is_one_line(capsys):
+    import http.server
+    import threading
+
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(404)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Other) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{other.server_port}"
+        assert status("bench", "serve", "--base-url", url) == 2
+        other.shutdown()
+    said = f"{url} does not answer as an OpenAI server: /v1/models is 404 Not Found"
+    assert capsys.readouterr().err == f"tpjax: error: {said}\n"
 
 
 @pytest.mark.parametrize("arguments", [["--debug", "pull", "nope"], ["pull", "nope", "--debug"]])
@@ -199,8 +259,7 @@ def test_a_reader_that_leaves_is_no_error():
 def test_interrupting_a_compilation_ends_at_once():
     """A thread in XLA does not stop, as one that sleeps does not."""
     program = (
-        "import signal, time; from tpjax.cli.compiling import wait_for\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs ignore it
+        "import time; from tpjax.cli.compiling import wait_for\n"
         "wait_for(lambda: (print('begun', flush=True), time.sleep(600)), 'compiling')"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -294,6 +353,28 @@ def test_prompts_of_a_file(tmp_path, capsys):
     file.write_text('{"prompt": "a", "max_tokens": -3}\n')
     assert status("generate", "nope", "--prompts", str(file)) == 2
     assert f"{file}, line 1: max_tokens=-3 is not a whole number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    (
+        ('{"prompt": 5}', "prompt=5 is not a string"),
+        ('{"messages": "hi"}', "messages='hi' is not a non-empty list of objects"),
+        (
+            '{"prompt_token_ids": [1, "a"]}',
+            "prompt_token_ids=[1, 'a'] is not a non-empty list of whole ",
+        ),
+        ('{"prompt_token_ids": [99999999]}', "the prompt has token id 99999999, but the vocabulary has "),
+        ('{"messages": [{"role": "user"}]}', "the chat template refused the messages: "),
+    ),
+)
+def test_a_bad_line_of_a_file_is_named(line, message, tmp_path, capsys, smollm2_first_layers):
+    """Whether its file tells, or only the model."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}\n' + line + "\n")
+    assert status("generate", str(smollm2_first_layers), "--prompts", str(file)) == 2
+    err = capsys.readouterr().err
+    assert f"tpjax: error: {file}, line 2: {message}" in err and err.count("tpjax: error") == 1
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,6 @@ import tpjax
 tpjax.fake_devices(2)
 from tpjax import LLM, SamplingParams
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 llm = LLM(sys.argv[1], tp=2, max_model_len=256, max_slots=2)
 prompts = [[*range(2, 131), 5, number] for number in range(6)]
 params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)

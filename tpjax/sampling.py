@@ -291,12 +291,11 @@ def _sample_shard(
 ) -> tuple[Sampled, History]:
     """Samples on one device, which holds a shard of the vocabulary of ``logits`` and ``history``."""
     tokens = _token_ids(logits)
-    has_history = rows.history_rows != NO_HISTORY
-    history_rows = jnp.where(has_history, rows.history_rows, len(history.counts) - 1)
-    past = jax.tree.map(lambda x: x[history_rows], (history.in_prompt, history.counts, history.bias))
-    scores = jnp.where(has_history[:, None], _penalise(logits, rows, *past), logits)
-    scores = _mask(scores, positions < rows.masked_until, _allowed(history.masks[slots], tokens))
-    scores = _perturb(scores, rows, positions, tokens, search)
+    scores, scaled_logits = _distribution(logits, rows, history, slots, positions, tokens, search)
+    with jax.named_scope("gumbel"):
+        perturbed_logits = _perturb(scaled_logits, _gumbel(rows.seeds, positions, tokens))
+        # a NaN is below every threshold, but has to win, so that it reaches the caller
+        scores = jnp.where((rows.temperature > 0) & ~jnp.isnan(scores), perturbed_logits, scores)
     best, token = _best(scores, tokens)
     logit = jnp.take_along_axis(logits, token - tokens[0], axis=1)
     best, token, logit, *summary = _all_gather(best, token, logit, *_summary(logits, tokens))
@@ -306,10 +305,17 @@ def _sample_shard(
         jnp.where(wanted.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
         for x in _logprobs(summary, jnp.take_along_axis(logit, device[:, None, None], axis=1)[:, 0])
     ]
+    has_history, history_rows = _history_rows(rows, history)
     # a token of another device, and one that is not counted, is out of bounds here
     place = jnp.where(has_history & (sampled >= tokens[0]), sampled - tokens[0], len(tokens))
     counts = history.counts.at[history_rows, place].add(1, mode="drop")
     return Sampled(sampled, *logprobs), replace(history, counts=counts)
+
+
+def _history_rows(rows: SamplingRows, history: History) -> tuple[Bool[Array, " B"], Int[Array, " B"]]:
+    """Returns which rows have a history, and the row of each one's: the spare one where there is none."""
+    has_history = rows.history_rows != NO_HISTORY
+    return has_history, jnp.where(has_history, rows.history_rows, len(history.counts) - 1)
 
 
 def _token_ids(logits: Float[Array, "B shard"]) -> Int[Array, " shard"]:
@@ -355,17 +361,24 @@ def _mask(
     return jnp.where(allowed | ~masked[:, None] | jnp.isnan(scores), scores, -jnp.inf)
 
 
-def _perturb(
-    scores: Float[Array, "B shard"],
+def _distribution(
+    logits: Float[Array, "B shard"],
     rows: SamplingRows,
+    history: History,
+    slots: Int[Array, " B"],
     positions: Int[Array, " B"],
     tokens: Int[Array, " shard"],
     search: ThresholdSearch,
-) -> Float[Array, "B shard"]:
-    """Applies temperature, top-k, top-p and min-p, and adds Gumbel noise; greedy rows keep their scores.
+) -> tuple[Float[Array, "B shard"], Float[Array, "B shard"]]:
+    """Returns scores, logits after penalties, biases and masks, and the distribution to sample from.
 
-    The arg-max of the result is a sample from the distribution that is left.
+    The distribution is the softmax of the second: scores over the temperature, relative to the likeliest
+    token, minus infinity for what masks, top-k, top-p and min-p leave out.
     """
+    has_history, history_rows = _history_rows(rows, history)
+    past = jax.tree.map(lambda x: x[history_rows], (history.in_prompt, history.counts, history.bias))
+    scores = jnp.where(has_history[:, None], _penalise(logits, rows, *past), logits)
+    scores = _mask(scores, positions < rows.masked_until, _allowed(history.masks[slots], tokens))
     temperature = rows.temperature
     top_k, top_p = rows.top_k[:, None], rows.top_p
     # the likeliest token is at 0 whatever the temperature: nothing overflows, and noise keeps its digits
@@ -384,13 +397,16 @@ def _perturb(
         floor = jnp.maximum(floor, search.threshold(scaled_logits, mass, target))
     with jax.named_scope("min_p"):
         floor = jnp.maximum(floor, jnp.log(rows.min_p))
-    with jax.named_scope("gumbel"):
-        # masked after the noise too: a token without probability must not win whatever the noise is
-        kept = (scaled_logits >= floor) & (scores > -jnp.inf)
-        noise = _gumbel(rows.seeds, positions, tokens)
-        perturbed_logits = jnp.where(kept, scaled_logits + noise, -jnp.inf)
-        # a NaN is below every threshold, but has to win, so that it reaches the caller
-        return jnp.where((temperature > 0) & ~jnp.isnan(scores), perturbed_logits, scores)
+    kept = (scaled_logits >= floor) & (scores > -jnp.inf)
+    return scores, jnp.where(kept, scaled_logits, -jnp.inf)
+
+
+def _perturb(
+    scaled_logits: Float[Array, "B shard"], noise: Float[Array, "B shard"]
+) -> Float[Array, "B shard"]:
+    """Adds Gumbel noise: the arg-max of the result is a sample from the softmax of ``scaled_logits``."""
+    # masked after the noise too: a token without probability must not win whatever the noise is
+    return jnp.where(scaled_logits > -jnp.inf, scaled_logits + noise, -jnp.inf)
 
 
 def _relative_to(scores: Float[Array, "*n"], top: Float[Array, "*m"]) -> Float[Array, "*n"]:

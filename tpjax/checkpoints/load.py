@@ -115,8 +115,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if orbax.is_orbax(path):
         orbax.check_files(path)
         return _opened(path, orbax.read_config(path), orbax.OrbaxCheckpoint(path), WeightMap())
-    raw = _read_json(path)
-    return _open_safetensors(path, raw, config_from_hf(raw))
+    return _open_safetensors(path, *_read_hf_config(path))
 
 
 def _open_safetensors(path: Path, raw: Mapping[str, Any], config: ModelConfig) -> Checkpoint:
@@ -159,14 +158,22 @@ def read_config(path: Path) -> ModelConfig:
         return orbax.read_config(path)
     if path.suffix.lower() == ".gguf" and path.is_file():
         return open_checkpoint(path).config
-    raw = _read_json(path)
-    config = config_from_hf(raw)
+    raw, config = _read_hf_config(path)
     if config.tie_word_embeddings and path.is_dir() and has_weights(path):
         try:
             return _open_safetensors(path, raw, config).config
         except CheckpointError as error:
             log.info("%s: planned by its configuration alone: %s", path, error)
     return config
+
+
+def _read_hf_config(path: Path) -> tuple[Mapping[str, Any], ModelConfig]:
+    """Returns ``config.json`` of a directory, or a file like it, as it is and as a configuration."""
+    raw = _read_json(path)
+    try:
+        return raw, config_from_hf(raw)
+    except ConfigError as error:
+        raise ConfigError(f"{path / 'config.json' if path.is_dir() else path}: {error}") from error
 
 
 def _read_json(path: Path) -> Any:

@@ -192,7 +192,9 @@ def _discard_stdout() -> None:
 
 
 def _fail(message: str, status: int, debug: bool) -> int:
+    """Prints an error as one line, whatever a library's has."""
     if debug:
         traceback.print_exc()
-    print(f"tpjax: error: {message}", file=sys.stderr)
+    line = " ".join(part.strip() for part in message.splitlines() if part.strip())
+    print(f"tpjax: error: {line}", file=sys.stderr)
     return status

@@ -7,6 +7,7 @@ from typing import Annotated
 from tpjax.cli.console import show_report
 from tpjax.cli.loading import chosen_model, load
 from tpjax.cli.options import Json, Model, ModelOption, Rounds, Sharding, option, positive_int
+from tpjax.errors import RequestError
 from tpjax.planning.workload import LONGEST_DEFAULT_PROMPT, Workload
 
 EXAMPLES = """
@@ -38,15 +39,22 @@ def run(
 ) -> None:
     """Measure decode and prefill here, in float32, next to what plan predicts."""
     from tpjax.checkpoints import hub
+    from tpjax.checkpoints.load import read_config
     from tpjax.planning import step_benchmark
     from tpjax.planning.measure import measured_hardware
     from tpjax.planning.plan import make_plan
     from tpjax.runtime.counts import Counts
 
     name = chosen_model(model, model_option)
-    hub.resolve(name)  # before anything is measured: a misspelt name is reported at once
-    hardware = measured_hardware(tp, rounds=rounds)  # in a process of its own, before this one starts JAX
     workload = Workload(1, context, prompt_len or min(context, LONGEST_DEFAULT_PROMPT), "float32")
+    # before anything is measured: a misspelt name and a context too long are reported at once
+    longest = read_config(hub.resolve(name)).longest_context
+    if step_benchmark.longest(workload) > longest:
+        raise RequestError(
+            f"--context {context} and --prompt-len {workload.prompt_len} need sequences of "
+            f"{step_benchmark.longest(workload)} tokens, over the model's {longest}"
+        )
+    hardware = measured_hardware(tp, rounds=rounds)  # in a process of its own, before this one starts JAX
     llm = load(name, Sharding(tp=tp, dtype="float32", max_model_len=step_benchmark.longest(workload)))
     plan = make_plan(Counts(name, llm.config), hardware, tp, tp, workload)
     show_report(step_benchmark.run(llm.runner, plan, rounds), as_json=as_json)

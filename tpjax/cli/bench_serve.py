@@ -16,6 +16,7 @@ from tpjax.cli.options import (
     NumPrompts,
     Plot,
     RangeRatio,
+    any_int,
     option,
     positive_int,
     rates,
@@ -48,7 +49,7 @@ def run(
     ] = None,
     max_concurrency: MaxConcurrency = None,
     goodput: Goodput = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="S", help="Of prompts and arrivals.")] = 0,
+    seed: Annotated[int, option("--seed", help="Of prompts and arrivals.", parser=any_int, metavar="S")] = 0,
     api_key: Annotated[str | None, typer.Option("--api-key", metavar="KEY", help="Of the server.")] = None,
     as_json: Json = False,
     output: Annotated[

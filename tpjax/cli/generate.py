@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,10 +29,37 @@ EXAMPLES = """
   tpjax generate --prompts prompts.jsonl --model smollm2-135m --json
 """
 MAX_TOKENS = 128
-# fields in a line of --prompts that are not sampling parameters
-_OF_A_PROMPT = {"prompt", "messages", "prompt_token_ids"}
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(type(one) is kind for one in value)
+
+
+# fields in a line of --prompts that are not sampling parameters: what each is, and whether a value is that
+_OF_A_PROMPT: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "messages": ("a non-empty list of objects", lambda value: _is_list_of(dict, value)),
+    "prompt": ("a string", lambda value: isinstance(value, str)),
+    "prompt_token_ids": ("a non-empty list of whole numbers", lambda value: _is_list_of(int, value)),
+}
 
 Prompt = str | list[int]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A prompt as it was given.
+
+    Attributes:
+        place: file and line, for errors; empty on the command line.
+        kind: which of ``_OF_A_PROMPT``.
+        value: the prompt, checked to be of that kind.
+        params: its sampling parameters.
+    """
+
+    place: str
+    kind: str
+    value: Any
+    params: SamplingParams
 
 
 @takes(sharding=Sharding, sampling=Sampling)
@@ -77,7 +104,7 @@ def run(
     params = sampling.params(max_tokens=MAX_TOKENS)
     entries = _entries(prompts, prompt, params)
     if token_ids:
-        entries = [(_as_token_ids(entry), one) for entry, one in entries]
+        entries = [_as_token_ids(entry) for entry in entries]
     name = chosen_model(model, model_option)
     if profile is not None:
         profile.mkdir(parents=True, exist_ok=True)
@@ -86,7 +113,7 @@ def run(
     note_defaults(llm)
     figures = Figures(load_s=time.perf_counter() - start)
     chat = chat or system is not None
-    requests = [(_prompt_of(llm, entry, chat, system), one) for entry, one in entries]
+    requests = [_request(llm, entry, chat, system) for entry in entries]
     with _profiled(profile):
         if prompts is None and not as_json:
             _stream(llm, *requests[0], figures, as_ids=token_ids)
@@ -147,61 +174,77 @@ def _text(one: Completion, as_ids: bool) -> str:
 # --- prompts -----------------------------------------------------------------------------------------------
 
 
-def _entries(
-    file: Path | None, prompt: str | None, params: SamplingParams
-) -> list[tuple[dict[str, Any], SamplingParams]]:
+def _entries(file: Path | None, prompt: str | None, params: SamplingParams) -> list[Entry]:
     """Reads the prompts and their sampling parameters, before the model loads."""
     if file is None:
         if prompt is None:
             raise RequestError("no prompt is given: PROMPT, - for stdin, or --prompts FILE")
-        return [({"prompt": read_text(Path("-")) if prompt == "-" else prompt}, params)]
+        return [Entry("", "prompt", read_text(Path("-")) if prompt == "-" else prompt, params)]
     lines = [line for line in read_text(file).splitlines() if line.strip()]
     if not lines:
         raise RequestError(f"{file}: no prompt in it")
-    if not lines[0].lstrip().startswith("{"):
-        return [({"prompt": line}, params) for line in lines]
-    return [_entry(f"{file}, line {number}", line, params) for number, line in enumerate(lines, start=1)]
+    are_json = lines[0].lstrip().startswith("{")
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        place = f"{file}, line {number}"
+        entries.append(_entry(place, line, params) if are_json else Entry(place, "prompt", line, params))
+    return entries
 
 
-def _entry(where: str, line: str, params: SamplingParams) -> tuple[dict[str, Any], SamplingParams]:
-    import dataclasses
-
+def _entry(place: str, line: str, params: SamplingParams) -> Entry:
+    """Reads a line of JSON."""
     try:
-        fields = json.loads(line)
+        given = json.loads(line)
     except ValueError as error:
-        raise RequestError(f"{where} is not JSON: {error}") from error
-    known = {field.name for field in dataclasses.fields(params)}
-    if not isinstance(fields, dict) or len(_OF_A_PROMPT & set(fields)) != 1:
-        raise RequestError(f"{where}: an object with one of {', '.join(sorted(_OF_A_PROMPT))} is needed")
-    if unknown := set(fields) - known - _OF_A_PROMPT:
-        raise RequestError(f"{where}: unknown field {min(unknown)!r}; known are {', '.join(sorted(known))}")
-    entry = {name: fields.pop(name) for name in _OF_A_PROMPT & set(fields)}
+        raise RequestError(f"{place} is not JSON: {error}") from error
+    known = {field.name for field in fields(params)}
+    if not isinstance(given, dict) or len(_OF_A_PROMPT.keys() & given.keys()) != 1:
+        raise RequestError(f"{place}: an object with one of {', '.join(_OF_A_PROMPT)} is needed")
+    if unknown := given.keys() - known - _OF_A_PROMPT.keys():
+        raise RequestError(f"{place}: unknown field {min(unknown)!r}; known are {', '.join(sorted(known))}")
+    (kind,) = _OF_A_PROMPT.keys() & given.keys()
+    value = given.pop(kind)
+    what, fits = _OF_A_PROMPT[kind]
+    if not fits(value):
+        raise RequestError(f"{place}: {kind}={value!r} is not {what}")
     try:
-        return entry, dataclasses.replace(params, **fields)
+        return Entry(place, kind, value, replace(params, **given))
     except RequestError as error:
-        raise RequestError(f"{where}: {error}") from error
+        raise RequestError(f"{place}: {error}") from error
 
 
-def _as_token_ids(entry: dict[str, Any]) -> dict[str, Any]:
+def _as_token_ids(entry: Entry) -> Entry:
     """Reads the token ids that stand in the place of a prompt."""
-    if "prompt" not in entry:
+    if entry.kind != "prompt":
         return entry
-    words = str(entry["prompt"]).replace(",", " ").split()
+    words = entry.value.replace(",", " ").split()
     if wrong := [word for word in words if not (word.isascii() and word.isdigit())]:
-        raise RequestError(f"--token-ids: {wrong[0]!r} is not a token id")
-    return {"prompt_token_ids": [int(word) for word in words]}
+        place = f"{entry.place}: " if entry.place else ""
+        raise RequestError(f"{place}--token-ids: {wrong[0]!r} is not a token id")
+    return replace(entry, kind="prompt_token_ids", value=[int(word) for word in words])
 
 
-def _prompt_of(llm: LLM, entry: dict[str, Any], chat: bool, system: str | None) -> Prompt:
-    if "prompt_token_ids" in entry:
-        return list(entry["prompt_token_ids"])
-    if "messages" in entry:
-        return llm.chat_prompt(entry["messages"])
-    text = entry["prompt"]
-    if not chat:
-        return str(text)
-    messages = [{"role": "system", "content": system}] if system else []
-    return llm.chat_prompt([*messages, {"role": "user", "content": text}])
+def _request(llm: LLM, entry: Entry, chat: bool, system: str | None) -> tuple[Prompt, SamplingParams]:
+    """Returns the prompt for the model and its parameters, after the model has looked at them."""
+    try:
+        prompt = _prompt_of(llm, entry, chat, system)
+        seed = entry.params.seed or 0  # one that is drawn here would be missing later
+        llm.request(prompt, replace(entry.params, seed=seed))
+    except RequestError as error:
+        if not entry.place:
+            raise
+        raise RequestError(f"{entry.place}: {error}") from error
+    return prompt, entry.params
+
+
+def _prompt_of(llm: LLM, entry: Entry, chat: bool, system: str | None) -> Prompt:
+    if entry.kind == "messages":
+        return llm.chat_prompt(entry.value)
+    if entry.kind == "prompt" and chat:
+        messages = [{"role": "system", "content": system}] if system else []
+        return llm.chat_prompt([*messages, {"role": "user", "content": entry.value}])
+    prompt: Prompt = entry.value
+    return prompt
 
 
 # --- figures -----------------------------------------------------------------------------------------------

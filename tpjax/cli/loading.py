@@ -78,8 +78,10 @@ def ensure(model: str, tp: int | None, *, configuration: bool = False) -> None:
         DeviceError: there are fewer devices.
     """
     from tpjax.checkpoints import hub
-    from tpjax.planning.published import hub_id, is_published
+    from tpjax.planning.published import check_name, hub_id, is_published
 
+    if configuration:
+        check_name(model)
     if is_published(model):
         if not configuration:
             raise CheckpointError(

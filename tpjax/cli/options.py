@@ -101,6 +101,22 @@ def number(what: str, low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+def any_number(text: str | float) -> float:
+    """Parses a number, whose range is checked where it is used."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{str(text)!r} is not a number") from error
+
+
+def any_int(text: str | int) -> int:
+    """Parses a whole number, whose range is checked where it is used."""
+    try:
+        return int(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{str(text)!r} is not a whole number") from error
+
+
 def port(text: str | int) -> int:
     """Parses a TCP port; 0 takes a free one."""
     text = str(text)
@@ -113,17 +129,23 @@ def port(text: str | int) -> int:
 def token_bias(text: str) -> tuple[int, float]:
     """Parses ``ID:BIAS``."""
     token, _, bias = str(text).partition(":")
-    if not (token.isascii() and token.isdigit()):
-        raise typer.BadParameter(f"{text!r} is not ID:BIAS")
-    return int(token), number("ID:BIAS, with a number", -3e38, 3e38)(bias)
+    try:
+        if token.isascii() and token.isdigit() and abs(float(bias)) <= 3e38:
+            return int(token), float(bias)
+    except ValueError:
+        pass
+    raise typer.BadParameter(f"{text!r} is not ID:BIAS, a token id and a number")
 
 
 def goal(text: str) -> tuple[str, float]:
     """Parses ``NAME:MS``, a bound on a latency."""
     name, _, ms = str(text).partition(":")
-    if name not in ("ttft", "tpot", "e2el"):
-        raise typer.BadParameter(f"{text!r} is not ttft:MS, tpot:MS or e2el:MS")
-    return name, number("a number of milliseconds", 0.0, 1e9)(ms)
+    try:
+        if name in ("ttft", "tpot", "e2el") and 0 <= float(ms) <= 1e9:
+            return name, float(ms)
+    except ValueError:
+        pass
+    raise typer.BadParameter(f"{text!r} is not ttft:MS, tpot:MS or e2el:MS, with a number of milliseconds")
 
 
 # --- groups ------------------------------------------------------------------------------------------------
@@ -261,49 +283,84 @@ class Sampling:
     """Sampling parameters, named as in ``SamplingParams``. Those not given have the defaults of the model."""
 
     max_tokens: Annotated[
-        int | None, option("--max-tokens", help="Most tokens to generate (128; 1024 in a chat).", metavar="N")
+        int | None,
+        option(
+            "--max-tokens", help="Most tokens to generate (128; 1024 in a chat).", parser=any_int, metavar="N"
+        ),
     ] = None
     min_tokens: Annotated[
         int | None,
-        option("--min-tokens", help="Least tokens before end-of-text or stop can end it.", metavar="N"),
+        option(
+            "--min-tokens",
+            help="Least tokens before end-of-text or stop can end it.",
+            parser=any_int,
+            metavar="N",
+        ),
     ] = None
     temperature: Annotated[
-        float | None, option("--temperature", help="0 takes the likeliest token.", metavar="T")
+        float | None,
+        option("--temperature", help="0 takes the likeliest token.", parser=any_number, metavar="T"),
     ] = None
     top_k: Annotated[
-        int | None, option("--top-k", help="Keep the K likeliest tokens; 0 keeps all.", metavar="K")
+        int | None,
+        option("--top-k", help="Keep the K likeliest tokens; 0 keeps all.", parser=any_int, metavar="K"),
     ] = None
     top_p: Annotated[
         float | None,
-        option("--top-p", help="Keep the likeliest tokens up to this total probability.", metavar="P"),
+        option(
+            "--top-p",
+            help="Keep the likeliest tokens up to this total probability.",
+            parser=any_number,
+            metavar="P",
+        ),
     ] = None
     min_p: Annotated[
         float | None,
-        option("--min-p", help="Keep tokens at least P times as likely as the likeliest.", metavar="P"),
+        option(
+            "--min-p",
+            help="Keep tokens at least P times as likely as the likeliest.",
+            parser=any_number,
+            metavar="P",
+        ),
     ] = None
     seed: Annotated[
-        int | None, option("--seed", help="The same seed samples the same tokens, at any tp.", metavar="S")
+        int | None,
+        option(
+            "--seed", help="The same seed samples the same tokens, at any tp.", parser=any_int, metavar="S"
+        ),
     ] = None
     stop: Annotated[
         list[str] | None, option("--stop", help="End before this text; may be repeated.", metavar="STR")
     ] = None
     stop_token_ids: Annotated[
-        list[int] | None, option("--stop-token-ids", help="End at these tokens.", metavar="ID")
+        list[int] | None,
+        option("--stop-token-ids", help="End at these tokens.", parser=any_int, metavar="ID"),
     ] = None
     ignore_eos: Annotated[bool, option("--ignore-eos", help="Go on past the end-of-text token.")] = False
     repetition_penalty: Annotated[
         float | None,
-        option("--repetition-penalty", help="Divides logits of tokens seen before.", metavar="X"),
+        option(
+            "--repetition-penalty",
+            help="Divides logits of tokens seen before.",
+            parser=any_number,
+            metavar="X",
+        ),
     ] = None
     presence_penalty: Annotated[
         float | None,
-        option("--presence-penalty", help="Subtracted from logits of tokens generated before.", metavar="X"),
+        option(
+            "--presence-penalty",
+            help="Subtracted from logits of tokens generated before.",
+            parser=any_number,
+            metavar="X",
+        ),
     ] = None
     frequency_penalty: Annotated[
         float | None,
         option(
             "--frequency-penalty",
             help="Subtracted from a logit for each time its token was generated.",
+            parser=any_number,
             metavar="X",
         ),
     ] = None
@@ -313,7 +370,12 @@ class Sampling:
     ] = None
     logprobs: Annotated[
         int | None,
-        option("--logprobs", help="Log-probabilities of this many likeliest tokens, in JSON.", metavar="N"),
+        option(
+            "--logprobs",
+            help="Log-probabilities of this many likeliest tokens, in JSON.",
+            parser=any_int,
+            metavar="N",
+        ),
     ] = None
 
     def params(self, **defaults: Any) -> SamplingParams:

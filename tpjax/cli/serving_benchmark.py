@@ -160,7 +160,8 @@ async def stream_events(client: httpx.AsyncClient, path: str, body: dict[str, An
 
 async def _model(client: httpx.AsyncClient, name: str | None) -> dict[str, Any]:
     response = await client.get("/v1/models")
-    response.raise_for_status()
+    if response.is_error:
+        raise LookupError(f"/v1/models is {response.status_code} {response.reason_phrase}")
     cards: list[dict[str, Any]] = response.json()["data"]
     if name is None:
         return cards[0]

@@ -31,7 +31,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         ConfigError: the family, or a field's value, is not supported, or a field is missing or malformed.
     """
     if not isinstance(raw, Mapping):
-        raise ConfigError(f"config.json holds a {type(raw).__name__}, not an object")
+        raise ConfigError(f"a configuration is an object, not a {type(raw).__name__}")
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(

@@ -54,6 +54,21 @@ def published_config(name: str) -> ModelConfig:
     return config_from_hf(_published()[name]["config"])
 
 
+def check_name(model: str) -> None:
+    """Checks that a name may be one of a configuration: a published model's, a path, or a hub id.
+
+    Raises:
+        CheckpointError: it is not; the message has published models of similar names.
+    """
+    names = published_names()
+    path = Path(model).expanduser()
+    if model in names or "/" in model or path.exists() or path.suffix in (".json", ".gguf"):
+        return
+    close = difflib.get_close_matches(model, names, n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"the built-in ones are {', '.join(names)}"
+    raise CheckpointError(f"{model!r} is neither a checkpoint nor a built-in model; {hint}")
+
+
 def find_config(model: str) -> tuple[str, ModelConfig]:
     """Returns name and architecture of a published model, a local checkpoint or config.json, or a hub id.
 
@@ -66,11 +81,7 @@ def find_config(model: str) -> tuple[str, ModelConfig]:
     """
     if model in _published():
         return model, published_config(model)
+    check_name(model)
     path = Path(model).expanduser()
-    if not path.exists() and "/" not in model:
-        names = published_names()
-        close = difflib.get_close_matches(model, names, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"the built-in ones are {', '.join(names)}"
-        raise CheckpointError(f"{model!r} is neither a checkpoint nor a built-in model; {hint}")
     name = path.name if path.exists() else model
     return name, read_config(resolve(model, configuration=True))

@@ -192,11 +192,19 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
     assert (out, err.count("\n")) == ("", 1)
 
 
-def test_every_number_s_parser_says_what_was_given():
-    """Those of typer itself do not: "Input should be a valid integer, unable to parse string"."""
+def test_an_invalid_value_is_said():
+    """Typer's own parsers do not say it: "Input should be a valid integer, unable to parse string"."""
+    seen = 0
     for name, command in typer.main.get_command(cli.app).commands.items():
         for option in command.params:
-            assert option.type.name not in ("integer", "float"), f"{name} {option.opts}"
+            try:
+                command.make_context(name, [option.opts[0], "zebra"])
+            except cli.TyperException as error:
+                message = error.format_message()
+                if message.startswith("Invalid value"):
+                    seen += 1
+                    assert "'zebra'" in message, f"{name}: {message}"
+    assert seen > 60
 
 
 @pytest.mark.parametrize(("text", "said"), (("[]", "an object, not a list"), ("{}", "model_type=None is ")))
@@ -383,6 +391,7 @@ def test_a_bad_line_of_a_file_is_named(line, message, tmp_path, capsys, smollm2_
         ("serve {model} --port 65536", "'65536' is not a port, 0 to 65535"),
         ("serve {model} --max-slots 0", "'0' is not a whole number of requests, 1 or more"),
         ("serve {model} --api-key-file /nowhere/keys", "/nowhere/keys: No such file or directory"),
+        ("serve {model} --api-key ''", "Invalid value for '--api-key': a key is empty"),
         ("serve {model} --host 203.0.113.1", "port 8000 of 203.0.113.1 cannot be used: "),
         ("bench serve --request-rate 0", "'0' is not a rate above 0, or inf"),
         ("bench serve --goodput itl:3", "'itl:3' is not ttft:MS, tpot:MS or e2el:MS"),
@@ -390,8 +399,15 @@ def test_a_bad_line_of_a_file_is_named(line, message, tmp_path, capsys, smollm2_
     ),
 )
 def test_bad_flags_of_the_server_s_subcommands(arguments, message, capsys):
-    assert status(*arguments.format(model=LLAMA).split()) == 2
+    assert status(*shlex.split(arguments.format(model=LLAMA))) == 2
     assert message in capsys.readouterr().err
+
+
+def test_models_has_titles_of_one_line(capsys):
+    assert status("models") == 0
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert "aliases: fetched with pip, no account is needed" in lines
+    assert "published: plan and explain need no files" in lines
 
 
 def test_pull_prints_the_path(tmp_path, capsys):

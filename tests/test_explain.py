@@ -263,7 +263,7 @@ def test_a_configuration_that_will_not_do_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nope"], "unknown model 'nope'"),
+        (["nope"], "'nope' is neither a checkpoint nor a built-in model"),
         (["none/config.json"], "none/config.json: no such file or directory"),
         (["--config", "none.json"], "none.json: no such file or directory"),
         (["{model}", "--tp", "65"], "tp=65"),

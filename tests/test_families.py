@@ -273,7 +273,7 @@ def test_missing_model_type() -> None:
 
 @pytest.mark.parametrize("raw", ([], None, "llama", 5))
 def test_not_an_object(raw: Any) -> None:
-    assert error_message(raw) == f"config.json holds a {type(raw).__name__}, not an object"
+    assert error_message(raw) == f"a configuration is an object, not a {type(raw).__name__}"
 
 
 UNSUPPORTED: dict[str, Any] = {

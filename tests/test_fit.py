@@ -90,6 +90,17 @@ def test_refusal_has_the_sizes_and_what_would_fit(monkeypatch: pytest.MonkeyPatc
         limits(60 * MIB + workspace_bytes(CONFIG, 3, F32, 4, 512), weights=120 * MIB)
 
 
+def test_fewer_slots_that_fit_are_named() -> None:
+    """Where it is not the model that is too large, but what so many sequences need at once."""
+    free = 100 * MIB + WORK + 11 * PAGE
+    with pytest.raises(ConfigError, match=r"; what would fit: .*max_slots=(\d+)") as error:
+        limits(free, max_slots=100_000)
+    fewer = int(str(error.value).partition("max_slots=")[2].partition(" ")[0])
+    assert limits(free, max_slots=fewer).max_slots == fewer
+    with pytest.raises(ConfigError):
+        limits(free, max_slots=2 * fewer)
+
+
 def test_what_is_said_to_fit_does() -> None:
     free = 100 * MIB + WORK + 11 * PAGE
     assert limits(free, max_model_len=1280).num_pages == 11

@@ -395,12 +395,13 @@ def test_broken_config(tmp_path: Path, text: str) -> None:
 def test_config_that_is_no_object(tmp_path: Path, text: str) -> None:
     path = save(tmp_path / "list", TENSORS)
     (path / "config.json").write_text(text)
-    assert "not an object" in error_message(path, ConfigError)
+    assert error_message(path, ConfigError).startswith(f"{path}/config.json: a configuration is an object, ")
 
 
 def test_unsupported_model_type(tmp_path: Path) -> None:
-    message = error_message(save(tmp_path / "bert", TENSORS, model_type="bert"), ConfigError)
-    assert message.startswith("model_type='bert' is not supported; supported are llama, ")
+    path = save(tmp_path / "bert", TENSORS, model_type="bert")
+    start = f"{path}/config.json: model_type='bert' is not supported; supported are llama, "
+    assert error_message(path, ConfigError).startswith(start)
 
 
 @pytest.mark.parametrize("name", ("pytorch_model.bin", "consolidated.00.pth", "model.pt"))

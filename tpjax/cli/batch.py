@@ -68,10 +68,11 @@ def run(
     answered = read_answered(output_file)
     check_writable(output_file)
     waiting = [request for request in requests if request["custom_id"] not in answered]
+    if waiting:
+        ensure(name, sharding.tp)
     note(f"{len(requests)} requests, {len(requests) - len(waiting)} of them answered before")
     if not waiting:
         return
-    ensure(name, sharding.tp)
 
     def loaded() -> LLM:
         return load(

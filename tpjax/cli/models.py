@@ -64,6 +64,8 @@ def _tables(facts: dict[str, Any]) -> Any:
     )
     for name, identity in facts["published"].items():
         published.add_row(name, identity)
+    for table in (aliases, cached):
+        table.min_width = len(str(table.title))  # a title wraps where its table ends
     families = plain_table("families: any checkpoint of these", "model_type", "for example")
     for model_type, examples in facts["families"].items():
         families.add_row(model_type, examples)

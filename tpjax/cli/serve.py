@@ -41,6 +41,13 @@ def origin(text: str) -> str:
     raise typer.BadParameter(f"{text!r} is no origin: use * or scheme://host[:port], without a path")
 
 
+def key(text: str) -> str:
+    """Parses a key: that of a variable that is not set would let nobody in, or everybody."""
+    if not text.strip():
+        raise typer.BadParameter("a key is empty")
+    return text
+
+
 @takes(sharding=Sharding)
 def run(
     model: Model = None,
@@ -59,8 +66,9 @@ def run(
     ] = 256,
     api_key: Annotated[
         list[str] | None,
-        typer.Option(
+        option(
             "--api-key",
+            parser=key,
             metavar="KEY",
             help="Ask for this key everywhere but at /health, /ping, /ready and /metrics; may be repeated; "
             "shows in the process list. The page asks its user for it.",
@@ -103,7 +111,7 @@ def run(
     except ImportError as error:
         raise ConfigError(f"serving needs more packages ({error}): pip install 'tpjax[serve]'") from error
     name = chosen_model(model, model_option)
-    keys = [*(api_key or ()), *(key for file in api_key_file or () for key in _keys(file))]
+    keys = [*(api_key or ()), *(one for file in api_key_file or () for one in _keys(file))]
     if protect_metrics and not keys:
         raise ConfigError("--protect-metrics needs a key: give --api-key or --api-key-file")
     options = Options(

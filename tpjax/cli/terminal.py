@@ -96,8 +96,10 @@ class Chat:
                     self._save(argument.strip())
                 case _:
                     self._write(f"{command} is no command: try /help\n")
-        except (RequestError, OSError) as error:
+        except RequestError as error:
             self._write(f"{error}\n")
+        except OSError as error:
+            self._write(f"{error.filename}: {error.strerror}\n")
         return True
 
     def _begin(self, system: str | None) -> None:

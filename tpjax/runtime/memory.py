@@ -272,6 +272,10 @@ def _does_not_fit(
     pages = (memory.free - need.total + need.cache) // pool.page_bytes - 1
     if max_model_len is not None and (fitting := pool.longest(pages, max_model_len)):
         ways.append(f"max_model_len={fitting}")
+    for fewer in (slots for slots in _SLOTS if slots < max_slots):
+        if _need(config, tp, dtype, need.weights, memory, fewer).total + need.cache <= memory.free:
+            ways.append(f"max_slots={fewer}")
+            break
     if jnp.dtype(dtype).itemsize == 4 and need.total // 2 <= memory.free:
         ways.append("dtype=bfloat16")
     shared = jax.devices()[0].platform == "cpu"  # more faked devices have no more memory together

@@ -63,8 +63,7 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     """uvicorn's connection with an idle timeout.
 
     uvicorn waits for ever for the head of a request, and for ever for a client to read: idle connections
-        would
-    use up the sockets, and unread responses would hold places in the queue.
+    would use up the sockets, and unread responses would hold places in the queue.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:

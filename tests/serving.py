@@ -116,6 +116,14 @@ def running(
         assert not thread.is_alive()
 
 
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
 def load_tiny(directory: Path, **options: Any) -> LLM:
     """The tiny model at tp=2."""
     return LLM(directory, **({"tp": 2, "max_model_len": CONTEXT, "max_slots": SLOTS} | options))

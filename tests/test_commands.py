@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import typer
 from conftest import COMPILE_FAST
-from serving import WAIT_S, tiny_checkpoint
+from serving import WAIT_S, free_port, tiny_checkpoint
 from test_measure import FIGURES
 
 from tpjax import LLM, SamplingParams
@@ -41,7 +41,8 @@ COMMANDS = {
         "--attention xla "
         "--max-tokens 12 --min-tokens 2 --temperature 0.8 --top-k 40 --top-p 0.95 --min-p 0.001 --seed 7 "
         "--stop zebra --stop quagga --stop-token-ids 3 --ignore-eos --repetition-penalty 1.1 "
-        "--presence-penalty 0.2 --frequency-penalty 0.1 --logit-bias 7:1.5 9:-2 --generation-config none"
+        "--presence-penalty 0.2 --frequency-penalty 0.1 --logit-bias 7:1.5 9:-2 --generation-config none "
+        "--distributed --coordinator 127.0.0.1:{port} --num-processes 1 --process-id 0 --start-timeout-s 60"
     ),
     "generate json": (
         "generate --prompts {prompts} --model {model} --json --logprobs 2 --temperature 0 --max-tokens 4 "
@@ -67,7 +68,8 @@ COMMANDS = {
         "--attention xla --quantize int8 "
         "--host 127.0.0.1 --port 0 --served-model-name tiny --max-slots 2 --max-num-batched-tokens 256 "
         "--max-queue 64 --api-key first --api-key-file {keys} --protect-metrics "
-        "--allow-origin http://localhost:3000 --max-body-mib 1 --drain-s 5 --generation-config none"
+        "--allow-origin http://localhost:3000 --max-body-mib 1 --drain-s 5 --generation-config none "
+        "--distributed --coordinator 127.0.0.1:{port} --num-processes 1 --process-id 0 --start-timeout-s 60"
     ),
     "bench serve": (
         "bench serve --base-url {url} --model tiny --num-prompts 3 --input-len 5 --output-len 4 "
@@ -146,7 +148,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def places(model: Path, cache: Path, tmp_path: Path) -> dict[str, Any]:
-    return {"model": model, "cache": cache, "tmp": tmp_path}
+    return {"model": model, "cache": cache, "tmp": tmp_path, "port": free_port()}
 
 
 @pytest.fixture(scope="module")

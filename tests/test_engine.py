@@ -512,13 +512,13 @@ def test_only_masks_that_changed_are_uploaded(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("tpjax.runtime.limits.MASK_BATCH", 2)
     runner = LLM(GOLDENS / "llama", tp=2, max_model_len=128, max_slots=3).runner
     uploads: list[list[int]] = []
-    dispatch = runner._dispatch
+    dispatch_all = runner._dispatch_all
 
-    def watch(spec: Any, slots: np.ndarray, words: np.ndarray) -> Any:
-        uploads.append([slot for slot in slots.tolist() if slot != 3])
-        return dispatch(spec, slots, words)
+    def watch(spec: Any, calls: list[tuple[np.ndarray, np.ndarray]]) -> Any:
+        uploads.extend([slot for slot in slots.tolist() if slot != 3] for slots, _ in calls)
+        return dispatch_all(spec, calls)
 
-    monkeypatch.setattr(runner, "_dispatch", watch)
+    monkeypatch.setattr(runner, "_dispatch_all", watch)
     masks = {slot: pack_mask(131, [slot, 7, 128 + slot]) for slot in range(3)}
     runner.set_masks(masks)
     assert uploads == [[0, 1], [2]]

@@ -15,6 +15,7 @@ PACKAGE = Path(tpjax.__file__).parent
 # Lowest first. A module imports only from ranks below its own, or from its own sub-package.
 RANKS: tuple[tuple[str, ...], ...] = (
     ("errors", "_version", "old_spellings"),
+    ("distributed",),
     ("mesh", "config", "sandbox"),
     ("interconnect",),
     ("sharding", "sampling_params", "hardware", "windows"),
@@ -39,6 +40,7 @@ RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 # (importer, imported): the package's public names. It names what it exports lazily, hence from below nobody.
 ALLOWED = {
     ("__init__", "_version"),
+    ("__init__", "distributed"),
     ("__init__", "errors"),
     ("__init__", "mesh"),
     ("__init__", "sampling_params"),
@@ -128,7 +130,7 @@ def test_lazy_imports_stay_lazy() -> None:
     for node in list(top_level.body):
         if isinstance(node, ast.FunctionDef):
             top_level.body.remove(node)
-    assert imported_modules(top_level) == {"_version", "errors", "mesh", "sampling_params"}
+    assert imported_modules(top_level) == {"_version", "distributed", "errors", "mesh", "sampling_params"}
     llm = [node for node in MODULES["llm"].body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert "inspect.explain" not in imported_modules(ast.Module(llm, []))  # type: ignore[arg-type]
 
@@ -189,6 +191,7 @@ def test_exports() -> None:
         "TpjaxError",
         "__version__",
         "fake_devices",
+        "initialize_distributed",
         "make_mesh",
     ]
     for name in tpjax.__all__:
@@ -219,6 +222,7 @@ def test_every_error_is_a_tpjax_error() -> None:
         "ConfigError",
         "CheckpointError",
         "DeviceError",
+        "DistributedError",
         "DownloadError",
         "EngineError",
         "RequestError",

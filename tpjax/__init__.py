@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tpjax import errors as _errors
 from tpjax._version import __version__
+from tpjax.distributed import initialize_distributed
 from tpjax.mesh import fake_devices, guard_rendezvous, make_mesh
 from tpjax.sampling_params import SamplingParams
 
@@ -25,6 +26,7 @@ __all__ = [
     "TpjaxError",
     "__version__",
     "fake_devices",
+    "initialize_distributed",
     "make_mesh",
 ]
 

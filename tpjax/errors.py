@@ -21,6 +21,10 @@ class DeviceError(TpjaxError, RuntimeError):
     """The devices that JAX sees cannot form the requested mesh."""
 
 
+class DistributedError(TpjaxError, RuntimeError):
+    """Several processes cannot run one model together: they do not find each other, or differ."""
+
+
 class DownloadError(TpjaxError):
     """A model could not be downloaded, or the download is not the expected file."""
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from tpjax.attention import Backend, Verdict, choose_backend
 from tpjax.checkpoints import generation_config as generation
+from tpjax.checkpoints.digests import digest_of_edges
 from tpjax.checkpoints.hub import cache_dir, resolve
 from tpjax.checkpoints.load import (
     abstract_decoder,
@@ -38,12 +39,12 @@ from tpjax.engine.generation import Generation
 from tpjax.engine.request import FinishReason, Grammar, Request, TokenLogprobs
 from tpjax.engine.token_filter import TokenFilter, word_sequences
 from tpjax.errors import ConfigError, RequestError
-from tpjax.hardware import known_device
 from tpjax.mesh import make_mesh
 from tpjax.old_spellings import accepts_old_spellings
 from tpjax.runtime.device_speed import step_time
 from tpjax.runtime.limits import PAGE_SIZE, resolve_dtype
 from tpjax.runtime.memory import device_memory, plan_limits
+from tpjax.runtime.role import join, tells_failure
 from tpjax.runtime.runner import Runner
 from tpjax.sampling_params import MAX_SEED, MIN_SEED, RANDOM_SEED, SamplingParams
 from tpjax.step_time import StepTime
@@ -132,11 +133,14 @@ class LLM:
         path: the checkpoint on disk.
         runner: the compiled model.
         engine: the step loop over ``runner``.
+        role: the part of this process, if several run the model (:func:`tpjax.initialize_distributed`):
+            process 0 has the requests, the others run what it does, in :meth:`follow`.
 
     Raises:
         TpjaxError: an argument is not supported, the checkpoint is invalid, or the model does not fit.
     """
 
+    @tells_failure
     @accepts_old_spellings
     def __init__(
         self,
@@ -159,6 +163,15 @@ class LLM:
             raise ConfigError(f"seed={seed!r} is not a whole number, {MIN_SEED} to {MAX_SEED}")
         if max_num_batched_tokens is not None and max_num_batched_tokens < 1:
             raise ConfigError(f"max_num_batched_tokens={max_num_batched_tokens} is less than 1")
+        flags = {
+            "dtype": dtype,
+            "quantize": quantize,
+            "max_model_len": max_model_len,
+            "max_slots": max_slots,
+            "expert_parallel": expert_parallel,
+            "sequence_parallel": sequence_parallel,
+            "attention": attention,
+        }
         path = resolve(os.fspath(model))
         checkpoint = open_checkpoint(path).with_expert_parallel(expert_parallel)
         checkpoint.check_quantize(quantize)
@@ -169,7 +182,11 @@ class LLM:
         self.mesh = make_mesh(tp)
         _use_compilation_cache()
         self.dtype = resolve_dtype(dtype)
-        backend = self._attention_backend(attention)
+        self.role = join(
+            {"model": path.name, "checkpoint": digest_of_edges(path), "tp": self.mesh.size, **flags},
+            device_memory(self.mesh.size),
+        )
+        memory, backend = self.role.decide(lambda: self._attention_backend(attention))
         log.info("attention: %s", backend)
         if self.dtype.itemsize < 4 and self.mesh.devices.flat[0].platform == "cpu":
             log.warning(
@@ -183,7 +200,7 @@ class LLM:
             self.mesh.size,
             self.dtype,
             weight_bytes=sum(p.bytes_per_device for p in parameters(decoder, self.mesh)),
-            memory=device_memory(self.mesh.size),
+            memory=memory,
             max_model_len=max_model_len,
             max_slots=max_slots,
         )
@@ -191,7 +208,7 @@ class LLM:
         decoder = load_decoder(checkpoint, decoder, self.mesh)
         self.name = str(model)
         self.path: Path = path
-        self.runner = Runner(decoder, self.mesh, limits, self.dtype, sequence_parallel)
+        self.runner = Runner(decoder, self.mesh, limits, self.dtype, sequence_parallel, self.role.leader)
         self.engine = Engine(self.runner, max_num_batched_tokens, self._step_time())
         self._running: dict[Request, tuple[Generation, deque[Delta]]] = {}
         self._outputs: deque[tuple[Request, list[int]]] = deque()  # of engine steps, not yet delivered
@@ -209,14 +226,12 @@ class LLM:
             folder = cache_dir() / "attention"
             return verdict(self.config, self.mesh.size, self.dtype, PAGE_SIZE, device, folder)
 
-        # measured times would differ between processes, which have to run the same programs
-        several = jax.process_count() > 1
-        return choose_backend(asked, device.platform, self.dtype, None if several else verify)
+        return choose_backend(asked, device.platform, self.dtype, verify)
 
     def _step_time(self) -> StepTime | None:
-        """Returns what predicts the time of a step here; ``None`` if processes could predict differently."""
-        if jax.process_count() > 1 and known_device(self.mesh.devices.flat[0].device_kind) is None:
-            return None  # measured figures would differ, and all processes have to run the same steps
+        """Returns what predicts the time of a step; ``None`` in a process that schedules none."""
+        if self.role.follower is not None:
+            return None
         return step_time(self.config, self.mesh, self.dtype, self.quantize)
 
     def close(self) -> None:
@@ -226,6 +241,23 @@ class LLM:
         second ``close`` does nothing.
         """
         self.engine.close()
+
+    def follow(self) -> None:
+        """Runs what process 0 runs, until that closes the model; in process 0 itself, returns at once.
+
+        A script that is started in several processes calls it before it asks for anything::
+
+            tpjax.initialize_distributed()
+            llm = tpjax.LLM("smollm2-135m")
+            llm.follow()
+            if jax.process_index() == 0:
+                print(llm.generate("The capital of France is")[0].text)
+                llm.close()
+
+        If process 0 is lost, this process ends with exit status 1.
+        """
+        if self.role.follower is not None:
+            self.role.follower.follow(self.runner)
 
     def __enter__(self) -> Self:
         return self

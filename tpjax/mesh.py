@@ -11,6 +11,7 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
+from tpjax.distributed import num_processes, process_id
 from tpjax.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def make_mesh(tp: int | None = None) -> jax.sharding.Mesh:
         tp: number of devices; ``None`` takes all of them.
 
     Raises:
-        DeviceError: if fewer than ``tp`` devices are present.
+        DeviceError: if fewer than ``tp`` devices are present, or a process has none of them.
     """
     import jax
 
@@ -46,6 +47,7 @@ def make_mesh(tp: int | None = None) -> jax.sharding.Mesh:
     _check_tp(tp)
     if tp > len(devices):
         raise DeviceError(_too_few(tp, devices))
+    _check_processes(tp, devices)
     return jax.make_mesh((tp,), (AXIS,), devices=devices[:tp], axis_types=(jax.sharding.AxisType.Auto,))
 
 
@@ -77,15 +79,19 @@ def fake_devices(count: int) -> None:
 def ensure_devices(tp: int) -> None:
     """Makes sure that ``tp`` devices exist: fakes them, with a line on stderr, if the only device is a CPU.
 
+    Of several processes each fakes its part.
+
     Raises:
         DeviceError: if there are too few devices and they cannot be faked.
     """
     _check_tp(tp)
     if not _backend_started():
-        fake_devices(tp)  # touches the CPU backend only: accelerators ignore both variables
+        fake_devices(
+            -(-tp // num_processes())
+        )  # touches the CPU backend only: accelerators ignore both variables
         import jax
 
-        if tp > 1 and jax.default_backend() == "cpu":
+        if tp > 1 and jax.default_backend() == "cpu" and not process_id():
             print(f"tpjax: the only device is a CPU: faking {jax.device_count()} devices", file=sys.stderr)
     import jax
 
@@ -119,6 +125,16 @@ def _pool_threads() -> int:
 def _check_tp(tp: int) -> None:
     if isinstance(tp, bool) or not isinstance(tp, int) or tp < 1:
         raise DeviceError(f"tp={tp!r} is not a whole number of devices, 1 or more")
+
+
+def _check_processes(tp: int, devices: list[jax.Device]) -> None:
+    """Checks that each process has some of the first ``tp`` devices: all of them run every program."""
+    idle = {device.process_index for device in devices} - {device.process_index for device in devices[:tp]}
+    if idle:
+        raise DeviceError(
+            f"tp={tp} leaves process {min(idle)} without a device: the {num_processes()} processes have "
+            f"{len(devices)}; use tp={len(devices)}, or fewer processes"
+        )
 
 
 def _backend_started() -> bool:

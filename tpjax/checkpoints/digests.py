@@ -22,6 +22,7 @@ from tpjax.errors import CheckpointError
 MANIFEST = "MANIFEST.sha256"
 _LAST_LINE = "# SHA-256 of the lines above: "
 _THREADS = 16
+_EDGE_BYTES = 1 << 20
 # A file that changes twice within the clock's grain has the same times before and after: one so young is not
 # remembered. Network file systems count in seconds.
 _GRAIN_NS = 2 * 10**9
@@ -33,6 +34,31 @@ def sha256(path: Path) -> str:
     """Returns the digest of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of_edges(path: Path) -> str:
+    """Returns a digest of names, sizes, and both ends of files: it tells checkpoints apart, quickly.
+
+    Args:
+        path: a file, or a directory with all that is in it.
+    """
+    files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        edges = list(pool.map(_edges, files))
+    digest = hashlib.sha256()
+    for file, edge in zip(files, edges, strict=True):
+        name = file.relative_to(path).as_posix() if file != path else ""
+        digest.update(f"{name}\0{file.stat().st_size}\0{edge}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _edges(file: Path) -> str:
+    """Returns the digest of the first and last ``_EDGE_BYTES`` of a file."""
+    with open(file, "rb") as opened:
+        digest = hashlib.sha256(opened.read(_EDGE_BYTES))
+        opened.seek(max(_EDGE_BYTES, file.stat().st_size - _EDGE_BYTES))
+        digest.update(opened.read())
+    return digest.hexdigest()
 
 
 def write_manifest(directory: Path) -> None:

@@ -33,6 +33,7 @@ from tpjax.cli import (
     serve,
 )
 from tpjax.cli.console import EXIT_INTERRUPTED
+from tpjax.cli.following import abandon
 from tpjax.errors import EngineError, TpjaxError
 from tpjax.inspect.accelerators import leave_out_absent
 from tpjax.old_spellings import translate_arguments
@@ -197,4 +198,5 @@ def _fail(message: str, status: int, debug: bool) -> int:
         traceback.print_exc()
     line = " ".join(part.strip() for part in message.splitlines() if part.strip())
     print(f"tpjax: error: {line}", file=sys.stderr)
+    abandon(line, status)
     return status

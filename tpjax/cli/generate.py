@@ -15,7 +15,8 @@ import typer
 from tpjax.cli.compiling import compile_for, wait_for
 from tpjax.cli.console import note, read_text
 from tpjax.cli.loading import chosen_model, load, note_defaults
-from tpjax.cli.options import GenerationConfig, ModelOption, Sampling, Sharding, takes
+from tpjax.cli.options import GenerationConfig, ModelOption, Processes, Sampling, Sharding, takes
+from tpjax.distributed import process_id
 from tpjax.errors import EngineError, RequestError
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Entry:
     params: SamplingParams
 
 
-@takes(sharding=Sharding, sampling=Sampling)
+@takes(sharding=Sharding, sampling=Sampling, processes=Processes)
 def run(
     prompt: Annotated[
         str | None, typer.Argument(metavar="PROMPT", help="The text to continue; - reads it from stdin.")
@@ -95,12 +96,16 @@ def run(
     *,
     sharding: Sharding,
     sampling: Sampling,
+    processes: Processes,
 ) -> None:
     """Continue a prompt: text on stdout as it comes, figures on stderr."""
     if prompts is not None and prompt is not None:
         if model is not None:
             raise RequestError("--prompts FILE has the prompts: leave PROMPT out")
         prompt, model = None, prompt  # the only argument is the model
+    processes.join()
+    if process_id():
+        load(chosen_model(model, model_option), sharding, generation_config=generation_config)
     params = sampling.params(max_tokens=MAX_TOKENS)
     entries = _entries(prompts, prompt, params)
     if token_ids:

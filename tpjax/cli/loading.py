@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpjax.cli.console import note
+from tpjax.cli.following import attend
 from tpjax.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
@@ -30,12 +31,17 @@ def chosen_model(positional: str | None, option: str | None) -> str:
 
 
 def load(model: str, sharding: Sharding, **options: Any) -> LLM:
-    """Checks the name of the model and the number of devices, then loads the model."""
+    """Checks the name of the model and the number of devices, then loads the model.
+
+    Of several processes only process 0 returns: the others follow it, and then end the subcommand.
+    """
     ensure(model, sharding.tp)
     from tpjax.llm import LLM
 
     _check_compilation_cache()
-    return LLM(model, **asdict(sharding), **options)
+    llm = LLM(model, **asdict(sharding), **options)
+    attend(llm)
+    return llm
 
 
 def _check_compilation_cache() -> None:

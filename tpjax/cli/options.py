@@ -279,6 +279,64 @@ class Sharding:
 
 
 @dataclass
+class Processes:
+    """The processes that run a model together."""
+
+    distributed: Annotated[
+        bool,
+        option(
+            "--distributed",
+            help="One of several processes, as SLURM, Kubernetes, Open MPI or Cloud TPU starts them.",
+        ),
+    ] = False
+    coordinator: Annotated[
+        str | None,
+        option(
+            "--coordinator",
+            help="One of several processes: where process 0 listens, for the others to find it.",
+            metavar="HOST:PORT",
+        ),
+    ] = None
+    num_processes: Annotated[
+        int | None,
+        option(
+            "--num-processes",
+            help="How many there are.",
+            parser=positive_int("processes"),
+            metavar="N",
+        ),
+    ] = None
+    process_id: Annotated[
+        int | None, option("--process-id", help="Which one this is, from 0.", metavar="I")
+    ] = None
+    start_timeout_s: Annotated[
+        float,
+        option(
+            "--start-timeout-s",
+            help="Seconds to wait for all of them.",
+            parser=number("a number of seconds above 0", 1e-3, 1e6),
+            metavar="S",
+        ),
+    ] = 300.0
+
+    def join(self) -> None:
+        """Joins the other processes, if there are to be any; call it before JAX starts.
+
+        Raises:
+            TpjaxError: they cannot be joined.
+        """
+        given = (self.coordinator, self.num_processes, self.process_id)
+        if not self.distributed and given == (None, None, None):
+            return
+        from tpjax.cli.following import handle_signals, keep_stdout
+        from tpjax.distributed import initialize_distributed
+
+        initialize_distributed(*given, timeout_s=self.start_timeout_s)
+        handle_signals()
+        keep_stdout()
+
+
+@dataclass
 class Sampling:
     """Sampling parameters, named as in ``SamplingParams``. Those not given have the defaults of the model."""
 

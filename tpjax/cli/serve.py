@@ -16,6 +16,7 @@ from tpjax.cli.options import (
     MaxSlots,
     Model,
     ModelOption,
+    Processes,
     Sharding,
     number,
     option,
@@ -23,6 +24,7 @@ from tpjax.cli.options import (
     positive_int,
     takes,
 )
+from tpjax.distributed import process_id
 from tpjax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ def key(text: str) -> str:
     return text
 
 
-@takes(sharding=Sharding)
+@takes(sharding=Sharding, processes=Processes)
 def run(
     model: Model = None,
     model_option: ModelOption = None,
@@ -104,6 +106,7 @@ def run(
     generation_config: GenerationConfig = "auto",
     *,
     sharding: Sharding,
+    processes: Processes,
 ) -> None:
     """Serve a model to many: the OpenAI API, metrics, and a web page at /."""
     try:
@@ -125,6 +128,7 @@ def run(
         max_body_bytes=max_body_mib << 20,
         drain_s=drain_s,
     )
+    processes.join()
     ensure(name, sharding.tp)
 
     def loaded() -> LLM:
@@ -136,6 +140,8 @@ def run(
             max_num_batched_tokens=max_num_batched_tokens,
         )
 
+    if process_id():
+        loaded()  # follows process 0, which has the server
     serve(loaded, options, note)
 
 

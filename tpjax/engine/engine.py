@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tpjax.distributed import process_id
 from tpjax.engine.block_manager import BlockManager
 from tpjax.engine.masks import pack_mask, without
 from tpjax.engine.page_groups import NO_PAGE
@@ -231,9 +232,13 @@ class Engine:
         self._state_resets = self.runner.state_resets
 
     def check_open(self) -> None:
-        """Raises an ``EngineError`` if the engine is closed."""
+        """Raises an ``EngineError`` if the engine is closed, or only follows another process."""
         if self._closed:
             raise EngineError("the model is closed: its memory has been given back, and nothing can run")
+        if process_id():
+            raise EngineError(
+                f"process {process_id()} has no requests: it runs what process 0 does, in follow()"
+            )
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
@@ -243,6 +248,8 @@ class Engine:
         try:
             yield
         except BaseException as error:
+            if isinstance(error, Exception):
+                self.runner.fail(error)
             self._reset(_failure(error))
             raise
         self._interrupted = False

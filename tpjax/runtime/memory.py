@@ -60,7 +60,7 @@ def device_memory(tp: int) -> DeviceMemory | None:
 
     Faked devices share the host's memory: each gets an equal part of what is available.
     """
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     if device.platform == "cpu":
         free = _host_memory()
         return None if free is None else DeviceMemory(free // tp, _CPU_CACHE_BYTES // tp)

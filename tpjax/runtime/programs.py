@@ -137,6 +137,8 @@ class Programs:
         limits: fixed sizes.
         dtype: of activations.
         sequence_parallel: as :class:`Runner` takes it.
+        compile_elsewhere: of several processes, starts to compile a program in the others, and returns what
+            waits for them: no program is used before every process has it.
 
     Attributes:
         compiled: the programs compiled so far.
@@ -155,6 +157,7 @@ class Programs:
         limits: Limits,
         dtype: np.dtype,
         sequence_parallel: SequenceParallel,
+        compile_elsewhere: Callable[[ProgramSpec], Callable[[], None]] | None = None,
     ) -> None:
         self.compiled: dict[ProgramSpec, jax.stages.Compiled] = {}
         self.expected: frozenset[ProgramSpec] = frozenset()
@@ -168,6 +171,7 @@ class Programs:
         self._limits = limits
         self._dtype = dtype
         self._sequence_parallel = sequence_parallel
+        self._compile_elsewhere = compile_elsewhere
         self._platform: str = mesh.devices.flat[0].platform
 
     def serving(self) -> list[ProgramSpec]:
@@ -248,8 +252,11 @@ class Programs:
     def _compile(self, spec: ProgramSpec) -> jax.stages.Compiled:
         started = time.perf_counter()
         options = _TPU_COMPILER_OPTIONS if self._platform == "tpu" else None
+        wait = None if self._compile_elsewhere is None else self._compile_elsewhere(spec)
         with jax.set_mesh(self._mesh):
             compiled = self.lower(spec).compile(options)
+        if wait is not None:
+            wait()
         with self._lock:
             self.compiled[spec] = compiled
             count = "program {} of {}: ".format(*self.progress) if spec in self.expected else ""
@@ -302,7 +309,9 @@ class Programs:
                 both = partial(steps.step_and_score, residual=residual, greedy=greedy, mesh=mesh)
                 return Program(both, (packed, packed.token_ids), (REPLICATED, REPLICATED))
             case "score":
-                return Program(partial(steps.score, residual=residual), (packed,), (LOGITS,))
+                # no process can read what is on the devices of another
+                logits = REPLICATED if mesh.is_multi_process else LOGITS
+                return Program(partial(steps.score, residual=residual), (packed,), (logits,))
             case "set_history":
                 shape = self._state.history.bias.shape[1:]
                 history = (np.zeros((1, *shape), dtype) for dtype in (np.bool_, np.int32, np.float32))

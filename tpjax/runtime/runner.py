@@ -16,6 +16,7 @@ from jaxtyping import Float
 from tpjax.attention import Backend
 from tpjax.config import ModelConfig, SequenceParallel
 from tpjax.model import Decoder
+from tpjax.runtime.leader import Leader
 from tpjax.runtime.limits import ChunkShape, Limits
 from tpjax.runtime.programs import ModelGraph, Programs, ProgramSpec
 from tpjax.runtime.rows import Chunk, PackedRows, PackedStep, Row
@@ -86,8 +87,10 @@ class Runner:
         dtype: of the cache.
         sequence_parallel: whether prefill shards the residual over positions: ``on`` (if tp divides the
             chunk), ``off``, or ``auto``: if that is faster.
+        leader: of several processes, in process 0: what sends each dispatch to the others.
 
     Attributes:
+        leader: as given.
         config: the architecture.
         mesh: as given.
         limits: as given.
@@ -106,7 +109,9 @@ class Runner:
         limits: Limits,
         dtype: jnp.dtype,
         sequence_parallel: SequenceParallel = "auto",
+        leader: Leader | None = None,
     ) -> None:
+        self.leader = leader
         self.config: ModelConfig = model.config
         self.backend: Backend = model.backend
         self.mesh = mesh
@@ -122,6 +127,7 @@ class Runner:
             limits=limits,
             dtype=self.dtype,
             sequence_parallel=sequence_parallel,
+            compile_elsewhere=None if leader is None else leader.compile,
         )
         self.state_resets = 0
         self._masks: dict[int, np.ndarray] = {}  # as last uploaded, by slot
@@ -141,12 +147,12 @@ class Runner:
         assert shape is not None
         packed, first_chunks = PackedStep.pack(decode, chunks, self.limits, spec.batch, shape)
         if spec.kind == "step":
-            return StepOutput.of(spec, chunks, first_chunks, *self._dispatch(spec, packed))
+            return StepOutput.of(spec, chunks, first_chunks, *self.dispatch(spec, packed))
         targets = np.zeros(shape, np.int32)
         for first, chunk in zip(first_chunks, chunks, strict=True):
             start = first * shape.length
             targets.reshape(-1)[start : start + len(chunk.targets or ())] = chunk.targets or ()
-        return StepOutput.of(spec, chunks, first_chunks, *self._dispatch(spec, packed, targets))
+        return StepOutput.of(spec, chunks, first_chunks, *self.dispatch(spec, packed, targets))
 
     def decode(self, rows: Sequence[Row], steps: int) -> Sampled:
         """Feeds each row its slot's last token and samples the next, ``steps`` times.
@@ -166,14 +172,14 @@ class Runner:
             (ProgramSpec("decode", size, greedy=one) for size in sizes for one in (greedy, False)),
         )
         sampled: Sampled
-        (sampled,) = self._dispatch(spec, PackedRows.pack(rows, self.limits, spec.batch), np.int32(steps))
+        (sampled,) = self.dispatch(spec, PackedRows.pack(rows, self.limits, spec.batch), np.int32(steps))
         return sampled
 
     def score(self, chunk: Chunk) -> Float[np.ndarray, "S V"]:
         """Runs a part of a prompt and returns the logits after each of its tokens, float32."""
         shape = self.limits.fitting([chunk.span])
         packed, _ = PackedStep.pack([], [chunk], self.limits, 0, shape)
-        (logits,) = self._dispatch(ProgramSpec("score", 0, shape), packed)
+        (logits,) = self.dispatch(ProgramSpec("score", 0, shape), packed)
         return np.asarray(logits)[: len(chunk.token_ids), : self.config.vocab_size]
 
     def _step_spec(self, rows: int, chunks: Sequence[Chunk]) -> ProgramSpec:
@@ -234,7 +240,7 @@ class Runner:
             others[list(params.allowed_token_ids)] = False
             bias[0, others] = -np.inf
         bias[0, list(barred_ids)] = -np.inf
-        self._dispatch(ProgramSpec("set_history"), np.int32(row), in_prompt, counts, bias)
+        self.dispatch(ProgramSpec("set_history"), np.int32(row), in_prompt, counts, bias)
 
     def set_masks(self, masks: Mapping[int, np.ndarray]) -> None:
         """Sets the tokens that slots may sample next; uploads the masks that differ from the last upload.
@@ -247,23 +253,28 @@ class Runner:
             for slot, mask in masks.items()
             if slot not in self._masks or not np.array_equal(self._masks[slot], mask)
         ]
-        spec = ProgramSpec("set_masks", self.limits.mask_batch)
+        spec, calls = ProgramSpec("set_masks", self.limits.mask_batch), []
         for start in range(0, len(changed), spec.batch):
             slots = np.full(spec.batch, self.limits.max_slots, np.int32)  # the spare slot
             words = np.zeros((spec.batch, mask_words(self.config.vocab_size)), np.uint32)
-            part = changed[start : start + spec.batch]
-            for row, (slot, mask) in enumerate(part):
+            for row, (slot, mask) in enumerate(changed[start : start + spec.batch]):
                 slots[row], words[row] = slot, mask
-            self._dispatch(spec, slots, words)
-            self._masks |= {slot: mask.copy() for slot, mask in part}
+            calls.append((slots, words))
+        if calls:
+            self._dispatch_all(spec, calls)
+            self._masks |= {slot: mask.copy() for slot, mask in changed}
 
     def reset(self) -> None:
         """Frees the state; the next dispatch begins with a state of zeros."""
+        if self.leader is not None:
+            self.leader.reset()
         state, self._state = self._state, None
         self._lose(state)
 
     def close(self) -> None:
         """Frees the state, the weights and the programs; nothing can be dispatched any more."""
+        if self.leader is not None:
+            self.leader.close()
         self.reset()
         for weight in self.weights:
             weight.delete()
@@ -339,6 +350,8 @@ class Runner:
     def state(self) -> DeviceState:
         """The state on the devices, allocated when first asked for."""
         if self._state is None:
+            if self.leader is not None:
+                self.leader.allocate()
             self._state = self.abstract_state().zeros()
         return self._state
 
@@ -351,22 +364,39 @@ class Runner:
         """V padded to a multiple of tp."""
         return pad_to_multiple(self.config.vocab_size, self.mesh.size)
 
-    def _dispatch(self, spec: ProgramSpec, *arguments: Any) -> list[Any]:
-        """Donates the state to a program, keeps the state it returns, and returns its results.
+    def dispatch(self, spec: ProgramSpec, *arguments: Any) -> list[Any]:
+        """Calls a program on the state, with host arguments, and returns its results."""
+        return self._dispatch_all(spec, [arguments])
 
-        A call that fails may have consumed the state all the same: the whole state is given up.
+    def _dispatch_all(self, spec: ProgramSpec, calls: Sequence[Sequence[Any]]) -> list[Any]:
+        """Donates the state to a program, keeps the state it returns, and so on; returns the last results.
+
+        Of several processes, process 0 sends the dispatches to the others first. A call that fails may have
+        consumed the state all the same: the whole state is given up.
         """
         program = self.programs.get(spec)
         weights = (self.weights,) if spec.takes_weights else ()
         state = self.state
-        results: list[Any]
+        results: list[Any] = []
         try:
             self._state = None
-            self._state, *results = program(*weights, state, *arguments)
-        except BaseException:
+            if self.leader is not None:
+                self.leader.dispatch(spec, calls)
+            for arguments in calls:
+                state, *results = program(*weights, state, *arguments)
+            self._state = state
+        except BaseException as error:
+            self.fail(error)
             self._lose(state)
             raise
         return results
+
+    def fail(self, error: BaseException) -> None:
+        """Ends all processes if there are several: the others wait for this one in a collective."""
+        if self.leader is not None:
+            kind = "interrupted" if not isinstance(error, Exception) else f"failed: {type(error).__name__}"
+            line = next(iter(str(error).splitlines()), "")[:300]
+            self.leader.fail(f"a dispatch of process 0 {kind} {line}".rstrip())
 
     def _lose(self, state: DeviceState | None) -> None:
         self.state_resets += 1

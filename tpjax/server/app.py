@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from tpjax._version import __version__
+from tpjax.errors import DistributedError
 from tpjax.server.app_state import AppState
 from tpjax.server.chat import ChatResponse
 from tpjax.server.completions import CompletionResponse
@@ -126,8 +127,9 @@ def _add_monitoring(app: FastAPI, state: AppState) -> None:
     @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Response:
-        """Returns 200 unless the engine has failed."""
-        return Response(status_code=503 if service.state == "failed" else 200)
+        """Returns 200 unless the engine has failed; if a process was lost, which and why."""
+        lost = service.error if isinstance(service.error, DistributedError) else ""
+        return Response(f"{lost}", 503 if service.state == "failed" else 200, media_type="text/plain")
 
     @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses=RESPONSES)

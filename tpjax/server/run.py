@@ -18,6 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from tpjax.distributed import shut_down
 from tpjax.errors import ConfigError
 from tpjax.server.app import create_app
 from tpjax.server.logs import log_to_stderr
@@ -134,7 +135,9 @@ class Server(uvicorn.Server):
         asyncio.get_running_loop().call_soon_threadsafe(self.finish)
 
     def finish(self) -> None:
-        """Drains, then shuts down."""
+        """Drains, then shuts down; a second call does nothing."""
+        if self._drain is not None:
+            return
         log.info("draining: running requests have %g s", self._drain_s)
         self._drain = asyncio.ensure_future(self._drained())
 
@@ -189,6 +192,7 @@ def serve(load: Callable[[], LLM], options: Options, announce: Callable[[str], N
             + (f" ({service.compiling} compiles in the background)" if service.compiling else "")
         ),
         on_failure=lambda: server.finish(),
+        on_drain=lambda: server.finish(),
     )
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{host}:{sock.getsockname()[1]}"
@@ -197,5 +201,6 @@ def serve(load: Callable[[], LLM], options: Options, announce: Callable[[str], N
     server.run(sockets=[sock])
     if service.error is not None:
         raise service.error
+    shut_down()
     if not service.loaded or service.compiling:
         os._exit(0)  # a thread is in the compiler: the interpreter could not finalise

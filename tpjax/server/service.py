@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from tpjax.engine.generation import Delta, Generation
+from tpjax.errors import DistributedError
 from tpjax.server.error_responses import ApiError, bad_request, internal_error
 from tpjax.server.json_types import JsonObject
 from tpjax.server.metrics import ChoiceTimings, Metrics
@@ -116,6 +117,7 @@ class Service:
         warm_up: compile programs before requests are accepted, and the rest in the background.
         on_ready: called once, on the event loop, when requests are accepted.
         on_failure: called once, on the event loop, if an exception ends the engine's thread.
+        on_drain: called on the event loop if another process of the model was asked to end.
 
     Attributes:
         state: requests are accepted while it is ``ready``.
@@ -136,6 +138,7 @@ class Service:
         warm_up: bool = False,
         on_ready: Callable[[], None] = lambda: None,
         on_failure: Callable[[], None] = lambda: None,
+        on_drain: Callable[[], None] = lambda: None,
     ) -> None:
         self.state: State = "loading"
         self.error: BaseException | None = None
@@ -149,6 +152,7 @@ class Service:
         self._programs: Programs | None = None
         self._on_ready = on_ready
         self._on_failure = on_failure
+        self._on_drain = on_drain
         self._llm: LLM | None = None
         # on the event loop only
         self._streams: set[Stream] = set()
@@ -254,8 +258,10 @@ class Service:
     async def stop(self) -> None:
         """Ends the engine's thread; a thread that is still loading ends with the process."""
         self._commands.put(None)
-        if self.loaded:
+        if self._llm is not None:
             await asyncio.to_thread(self._thread.join)
+            if self._llm.role.leader is not None:
+                await asyncio.to_thread(self._llm.role.leader.close)
 
     def _deliver(self, outputs: list[tuple[Stream, int, Delta]], now: float) -> None:
         for stream, index, delta in outputs:
@@ -278,11 +284,19 @@ class Service:
         self._fail_streams(internal_error())
         self._on_failure()
 
+    def _lost(self, reason: str) -> None:
+        """Answers all streams: another process is lost, and this one ends in seconds."""
+        self.state, self.error = "failed", DistributedError(reason)
+        self._fail_streams(ApiError(500, f"the model has stopped: {reason}", code="process_lost"))
+
     # --- on the engine's thread --------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
             llm = self._load()
+            if llm.role.leader is not None:
+                llm.role.leader.on_lost = lambda reason: self._call(lambda: self._lost(reason))
+                llm.role.leader.on_drain = lambda: self._call(self._on_drain)
             if self._warm_up:
                 self._programs = llm.runner.programs
                 llm.warm_up(background=True)

@@ -1,0 +1,16 @@
+#!/bin/bash
+# Serves a model over all hosts of a TPU slice: scripts/launch/tpu_vm.sh NAME ZONE MODEL [options of tpjax serve]
+#
+# NAME is of a slice made with `gcloud compute tpus tpu-vm create`, on whose hosts tpjax[tpu,serve] is installed. The
+# server is on worker 0, at its port 8000: ssh -L 8000:localhost:8000.
+set -euo pipefail
+[[ $# -ge 3 ]] || { echo "usage: $0 NAME ZONE MODEL [options of tpjax serve]" >&2; exit 2; }
+name=$1 zone=$2
+shift 2
+options=$(printf '%q ' "$@")
+
+# One process for each host: JAX finds the others in the TPU's metadata. A process that was killed leaves libtpu's lock
+# file, and the next one would say that the TPU is in use; nobody else's process is touched.
+gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker=all --command "
+    pgrep -x tpjax >/dev/null || rm -f /tmp/libtpu_lockfile
+    exec tpjax serve $options --distributed"

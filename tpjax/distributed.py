@@ -1,0 +1,218 @@
+"""Starts several processes that run one model together: JAX's multi-controller runtime.
+
+Each process has its own devices, on one machine or on several, and process 0 has the coordination service,
+through which they find each other. What they run together is :mod:`tpjax.runtime.leader`'s.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+import time
+from typing import Any
+
+from tpjax.errors import DistributedError
+
+START_TIMEOUT_S = 300.0
+_FAILURES = "tpjax/failed/"
+_POLL_S = 0.5
+_joining = threading.Event()
+_NOTE_EVERY_S = 10.0
+_OURS_FIRST_S = 60  # after its own time limit JAX aborts with a stack trace: ours comes earlier
+
+
+def initialize_distributed(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout_s: float = START_TIMEOUT_S,
+) -> None:
+    """Joins the processes that run one model; call it in each of them, before JAX starts.
+
+    Without arguments JAX finds out from the cluster's environment: SLURM, Kubernetes, Open MPI, Cloud TPU.
+    Process 0 waits for the others; each ends if they are not all there in time.
+
+    Args:
+        coordinator: ``HOST:PORT`` of process 0, which listens on that address alone.
+        num_processes: number of processes.
+        process_id: number of this one, 0 to ``num_processes`` - 1.
+        timeout_s: seconds to wait for all processes.
+
+    Raises:
+        DistributedError: an argument is missing or wrong, no cluster was found, the port is in use, or JAX
+            has already started.
+    """
+    from jax._src import xla_bridge
+
+    _check(coordinator, num_processes, process_id)
+    if _state().client is not None:
+        raise DistributedError("initialize_distributed() was called before, in this process")
+    if xla_bridge.backends_are_initialized():
+        raise DistributedError("initialize_distributed() comes too late: JAX has already started")
+    import jax
+
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # the other platforms have their own
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself
+    with _TimeLimit(coordinator, num_processes, process_id, timeout_s):
+        try:
+            jax.distributed.initialize(
+                coordinator,
+                num_processes,
+                process_id,
+                initialization_timeout=int(timeout_s) + _OURS_FIRST_S,
+                coordinator_bind_address=coordinator,
+                cluster_detection_method=None if coordinator is None else "deactivate",
+            )
+        except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
+            raise DistributedError(_failure(error, coordinator)) from error
+    if _state().num_processes > 1:
+        _joining.set()
+        threading.Thread(target=_watch, name="tpjax-failures", daemon=True).start()
+
+
+def shut_down() -> None:
+    """Leaves the other processes, and waits until all do; before a process ends other than by itself."""
+    if num_processes() > 1:
+        import jax
+
+        jax.distributed.shutdown()
+
+
+def num_processes() -> int:
+    """Returns the number of processes, without starting JAX."""
+    return int(_state().num_processes) if "jax" in sys.modules else 1
+
+
+def process_id() -> int:
+    """Returns the number of this process, without starting JAX."""
+    return int(_state().process_id) if "jax" in sys.modules else 0
+
+
+def coordinator_host() -> str:
+    """Returns the host of process 0, as the processes know it."""
+    return _split(_state().coordinator_address)[0]
+
+
+def publish(name: str, value: bytes) -> None:
+    """Stores a value in the coordination service, for all processes."""
+    _state().client.key_value_set_bytes(name, value, allow_overwrite=True)
+
+
+def report_failure(why: str) -> None:
+    """Tells the other processes, which may wait for this one, that it will not come: they end."""
+    publish(f"{_FAILURES}{process_id()}", f"process {process_id()} failed: {why}".encode())
+
+
+def joining(now: bool) -> None:
+    """Says whether this process waits for others, and thus ends if one of them reports a failure."""
+    (_joining.set if now else _joining.clear)()
+
+
+def is_joining() -> bool:
+    """Whether this process has not met the others for a model yet."""
+    return _joining.is_set()
+
+
+def _watch() -> None:
+    """Ends the process when another reports a failure: nothing interrupts JAX, which waits for it."""
+    while True:
+        _joining.wait()
+        if (client := _state().client) is None:  # the processes have parted
+            return
+        reports = [value for _, value in client.key_value_dir_get_bytes(_FAILURES)]
+        if reports and _joining.is_set():
+            print(f"tpjax: error: {reports[0].decode()}", file=sys.stderr, flush=True)
+            os._exit(1)
+        time.sleep(_POLL_S)
+
+
+def stored(name: str) -> bytes | None:
+    """Returns the value that some process has published under a name, or ``None``."""
+    from jax.errors import JaxRuntimeError
+
+    try:
+        return bytes(_state().client.key_value_try_get_bytes(name))
+    except JaxRuntimeError:
+        return None
+
+
+def _state() -> Any:
+    """Returns what JAX knows of the processes: no public call has its store."""
+    from jax._src import distributed
+
+    return distributed.global_state
+
+
+def _check(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == 3:
+        return
+    if missing:
+        raise DistributedError(
+            f"{' and '.join(missing)} missing: give all three of {', '.join(given)}, or none"
+        )
+    assert coordinator is not None and num_processes is not None and process_id is not None
+    _split(coordinator)
+    if num_processes < 1:
+        raise DistributedError(f"num_processes={num_processes} is less than 1")
+    if not 0 <= process_id < num_processes:
+        raise DistributedError(
+            f"process_id={process_id} is not one of num_processes={num_processes}: 0 to {num_processes - 1}"
+        )
+
+
+def _split(address: str) -> tuple[str, int]:
+    """Returns host and port of an address."""
+    found = re.fullmatch(r"(\[[0-9a-fA-F:.%\w]+\]|[^:\[\]\s]+):([0-9]{1,5})", address)
+    if found is None or not 0 < int(found[2]) < 1 << 16:
+        raise DistributedError(f"coordinator={address!r} is not HOST:PORT, such as 10.0.0.1:29500")
+    return found[1].strip("[]"), int(found[2])
+
+
+def _failure(error: Exception, coordinator: str | None) -> str:
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    if (coordinator is None and "should be defined" in line) or "must be defined" in line:
+        return (
+            "no cluster was found in the environment (SLURM, Kubernetes, Open MPI, Cloud TPU): give the "
+            "coordinator's HOST:PORT, the number of processes and this process's number"
+        )
+    return f"the processes could not be joined: {line}"
+
+
+class _TimeLimit:
+    """Says that a block waits, and ends the process if it does for too long: nothing interrupts JAX."""
+
+    def __init__(
+        self, coordinator: str | None, processes: int | None, process: int | None, timeout_s: float
+    ) -> None:
+        self._where = coordinator or "the cluster's coordinator"
+        self._count, self._process, self._timeout_s = processes, process, timeout_s
+        self._done = threading.Event()
+
+    def __enter__(self) -> None:
+        threading.Thread(target=self._watch, name="tpjax-start", daemon=True).start()
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+
+    def _watch(self) -> None:
+        start = time.monotonic()
+        others = "the others" if self._count is None else f"all {self._count} processes"
+        who = "this process" if self._process is None else f"process {self._process}"
+        while not self._done.wait(min(_NOTE_EVERY_S, self._timeout_s)):
+            waited = time.monotonic() - start
+            if waited < self._timeout_s:
+                limit = f"{waited:.0f} of {self._timeout_s:g} s"
+                print(f"tpjax: {who} waits for {others} at {self._where} ({limit})", file=sys.stderr)
+                continue
+            print(
+                f"tpjax: error: {others} were not at {self._where} within {self._timeout_s:g} s: is each "
+                "started, with the same coordinator and number, and are the ports between the machines open?",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(2)

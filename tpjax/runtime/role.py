@@ -1,0 +1,120 @@
+"""The part of this process among those that run one model: alone, leading or following."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import jax
+
+from tpjax._version import __version__
+from tpjax.attention import Backend
+from tpjax.distributed import joining, num_processes, process_id, report_failure
+from tpjax.errors import DistributedError, TpjaxError
+from tpjax.runtime.follower import Follower
+from tpjax.runtime.leader import Leader
+from tpjax.runtime.memory import DeviceMemory
+from tpjax.runtime.processes import Facts
+
+_Load = TypeVar("_Load", bound=Callable[..., None])
+
+
+@dataclass(frozen=True)
+class Role:
+    """The part of this process.
+
+    Attributes:
+        leader: in process 0 of several: what sends each dispatch to the others.
+        follower: in the others: what runs them.
+        memory: memory of this process's devices.
+    """
+
+    memory: DeviceMemory | None = None
+    leader: Leader | None = None
+    follower: Follower | None = None
+
+    def decide(self, backend: Callable[[], Backend]) -> tuple[DeviceMemory | None, Backend]:
+        """Returns what all processes take: the least memory of one, and the backend that process 0 chooses.
+
+        Args:
+            backend: chooses the attention backend; called in process 0.
+        """
+        memory = self.memory
+        if self.follower is not None:
+            decisions = self.follower.decisions()
+            memory = None if decisions["memory"] is None else DeviceMemory(**decisions["memory"])
+            return memory, Backend(**decisions["backend"])
+        chosen = backend()
+        if self.leader is not None:
+            least = [one for one in self.leader.gathered("memory") if one is not None]
+            memory = DeviceMemory(**min(least, key=lambda one: int(one["free"]))) if least else None
+            self.leader.decide(
+                {"memory": None if memory is None else asdict(memory), "backend": asdict(chosen)}
+            )
+        return memory, chosen
+
+    def tell(self, why: str) -> None:
+        """Tells the other processes that this one cannot go on: they would wait for it."""
+        if self.follower is not None:
+            self.follower.tell(why)
+        elif self.leader is not None:
+            self.leader.refuse(f"process 0 failed: {why}")
+        elif num_processes() > 1:
+            report_failure(why)  # they have not met yet
+
+
+def tells_failure(load: _Load) -> _Load:
+    """Decorates what loads a model: if it fails in one of several processes, the others are told.
+
+    Args:
+        load: sets its object's attribute ``role`` as soon as the processes have met.
+    """
+
+    @functools.wraps(load)
+    def loading(model: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            load(model, *args, **kwargs)
+        except Exception as error:
+            why = str(error) if isinstance(error, TpjaxError) else f"{type(error).__name__}: {error}"
+            getattr(model, "role", Role()).tell(why)
+            raise
+
+    return loading  # type: ignore[return-value]
+
+
+def join(facts: Facts, memory: DeviceMemory | None) -> Role:
+    """Joins the other processes, if there are any.
+
+    Args:
+        facts: what must be the same in all of them; versions and the kind of device are added.
+        memory: memory of this process's devices.
+
+    Raises:
+        DistributedError: a process is missing, or would run something else.
+    """
+    if jax.process_count() != num_processes():  # hosts of a TPU slice see each other in any case
+        raise DistributedError(
+            f"JAX sees devices of {jax.process_count()} processes, but {num_processes()} met: call "
+            "initialize_distributed() in each, or give --distributed"
+        )
+    if num_processes() == 1:
+        return Role(memory)
+    same = {
+        "version": __version__,
+        "jax": jax.__version__,
+        "python": platform.python_version_tuple()[:2],
+        "device": jax.local_devices()[0].device_kind,
+        **facts,
+    }
+    own: dict[str, Any] = {"memory": None if memory is None else asdict(memory)}
+    same = {name: list(value) if isinstance(value, tuple) else value for name, value in same.items()}
+    joining(True)
+    if process_id():
+        role = Role(memory, follower=Follower(same, own))
+    else:
+        role = Role(memory, leader=Leader(same, own))
+    joining(False)  # from now on their connection tells
+    return role

@@ -208,7 +208,11 @@ def test_unknown_places(http: httpx.Client) -> None:
     assert error_of(http.post(COMPLETIONS, json=completion(model="gpt-4")), 404)["code"] == "model_not_found"
     assert error_of(http.get("/v1/models/gpt-4"), 404)["code"] == "model_not_found"
     assert error_of(http.get("/nothing"), 404)["type"] == "not_found_error"
-    assert error_of(http.get(COMPLETIONS), 405)
+    embeddings = error_of(http.post("/v1/embeddings", json={"input": "a"}), 404)
+    assert embeddings["message"].startswith("POST /v1/embeddings: Not Found; /openapi.json lists ")
+    assert error_of(http.get(COMPLETIONS), 405)["message"].startswith(
+        "GET /v1/completions: Method Not Allowed"
+    )
     text = http.post(COMPLETIONS, content='{"prompt": "a"}', headers={"content-type": "text/plain"})
     assert "not sent as application/json" in error_of(text, 400)["message"]
 

@@ -34,7 +34,7 @@ guard_rendezvous()  # a user who faked devices through XLA_FLAGS alone is safe t
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({name for name in globals() if name.startswith("__")} | {*__all__})
 
 
 def __getattr__(name: str) -> Any:

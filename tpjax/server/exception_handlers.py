@@ -81,10 +81,15 @@ async def _validation_error(_: Request, error: Exception) -> Response:
     return await _api_error(_, bad_request(message, param))
 
 
-async def _http_error(_: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Reports a body that cannot be read, or a path or method that no route has."""
     assert isinstance(error, HTTPException)
+    message = str(error.detail)
+    if error.status_code in (404, 405):
+        place = f"{request.method} {request.url.path[:200]}"
+        message = f"{place}: {message}; /openapi.json lists what this server has"
     headers = dict(error.headers or {})
-    return await _api_error(_, ApiError(error.status_code, str(error.detail), headers=headers))
+    return await _api_error(request, ApiError(error.status_code, message, headers=headers))
 
 
 async def _unexpected_error(_: Request, error: Exception) -> Response:

@@ -126,6 +126,14 @@ def port(text: str | int) -> int:
     return value
 
 
+def process_number(text: str | int) -> int:
+    """Parses the number of a process."""
+    text = str(text)
+    if not (text.isascii() and text.isdigit()):
+        raise typer.BadParameter(f"{text!r} is not the number of a process, 0 or more")
+    return int(text)
+
+
 def token_bias(text: str) -> tuple[int, float]:
     """Parses ``ID:BIAS``."""
     token, _, bias = str(text).partition(":")
@@ -307,7 +315,8 @@ class Processes:
         ),
     ] = None
     process_id: Annotated[
-        int | None, option("--process-id", help="Which one this is, from 0.", metavar="I")
+        int | None,
+        option("--process-id", help="Which one this is, from 0.", parser=process_number, metavar="I"),
     ] = None
     start_timeout_s: Annotated[
         float,

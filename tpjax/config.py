@@ -18,7 +18,7 @@ RouterScoring = Literal["softmax", "sigmoid"]
 ExpertParallel = Literal["auto", "on", "off"]
 ExpertAxis = Literal["experts", "width"]  # the sharded axis of experts [E, D, F]: E or F
 SequenceParallel = Literal["auto", "on", "off"]
-AttentionBackend = Literal["auto", "reference", "xla", "tpu"]
+AttentionBackend = Literal["auto", "reference", "xla", "tpu", "gpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["int8", "fp8"]
 

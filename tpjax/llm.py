@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import jax
 import numpy as np
 
-from tpjax.attention import Backend, Verdict, choose_backend
+from tpjax.attention import Backend, KernelShape, Verdict, choose_backend
 from tpjax.checkpoints import generation_config as generation
 from tpjax.checkpoints.digests import digest_of_edges
 from tpjax.checkpoints.hub import cache_dir, resolve
@@ -217,16 +217,16 @@ class LLM:
             log.info("defaults of requests: %s (generation_config)", self.describe_defaults())
 
     def _attention_backend(self, asked: AttentionBackend) -> Backend:
-        """Chooses what computes attention; on TPUs, checks the kernel once on each kind of chip."""
+        """Chooses what computes attention; checks the platform's kernel once on each kind of chip."""
         device = self.mesh.local_devices[0]
+        shape = KernelShape.of(self.config, self.mesh.size, self.dtype, PAGE_SIZE)
 
         def verify() -> Verdict:
             from tpjax.attention.selftest import verdict
 
-            folder = cache_dir() / "attention"
-            return verdict(self.config, self.mesh.size, self.dtype, PAGE_SIZE, device, folder)
+            return verdict(device.platform, shape, device, cache_dir() / "attention")
 
-        return choose_backend(asked, device.platform, self.dtype, verify)
+        return choose_backend(asked, device, shape, verify)
 
     def _step_time(self) -> StepTime | None:
         """Returns what predicts the time of a step; ``None`` in a process that schedules none."""

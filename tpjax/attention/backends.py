@@ -2,19 +2,73 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tpjax.attention import reference, xla
 from tpjax.cache import Pages, TokenGroup
-from tpjax.config import AttentionBackend, check_choice
+from tpjax.config import AttentionBackend, ModelConfig, check_choice
 from tpjax.errors import ConfigError
+from tpjax.sharding import head_plan
 
-_KERNEL_DTYPES = ("bfloat16", "float32")
+_KERNEL_DTYPES = {"tpu": ("bfloat16", "float32"), "gpu": ("bfloat16", "float16")}
+_KERNEL_DEVICES = {"tpu": "TPUs", "gpu": "NVIDIA GPUs"}
+_HOPPER = 9  # its products are in no earlier chip, nor in a later one
+
+
+class KernelShape(NamedTuple):
+    """What of a model a kernel depends on, on one device.
+
+    Attributes:
+        heads: KV heads.
+        per_head: query heads of each.
+        width: of keys.
+        value_dim: of values.
+        latent: whether the beginning of each key is the value, and all heads share it.
+        windows: keys that a query sees, of each kind of layer.
+        softcap: bounds the scores.
+        sinks: whether there are sinks.
+        page_size: positions per page.
+        dtype: of activations and cache.
+    """
+
+    heads: int
+    per_head: int
+    width: int
+    value_dim: int
+    latent: bool
+    windows: tuple[int | None, ...]
+    softcap: float | None
+    sinks: bool
+    page_size: int
+    dtype: str
+
+    @classmethod
+    def of(cls, config: ModelConfig, tp: int, dtype: jnp.dtype, page_size: int) -> KernelShape:
+        """Returns that of a model over ``tp`` devices."""
+        attention, plan = config.attention, head_plan(config, tp)
+        latent, width, value_dim = attention.latent, attention.head_dim, attention.head_dim
+        if latent is not None:
+            width, value_dim = latent.kv_lora_rank + config.rotated_dim, latent.kv_lora_rank
+        return cls(
+            plan.head_slots_per_device,
+            plan.group_size,
+            width,
+            value_dim,
+            latent is not None,
+            tuple(dict.fromkeys(attention.window_of(kind) for kind in attention.layer_types)),
+            attention.softcap,
+            attention.sinks,
+            page_size,
+            str(jnp.dtype(dtype)),
+        )
 
 
 @dataclass(frozen=True)
@@ -22,15 +76,15 @@ class Backend:
     """What computes attention, and why.
 
     Attributes:
-        name: ``reference`` (the definition, over gathered pages), ``xla`` (the page walk) or ``tpu`` (a
-            Pallas kernel).
+        name: ``reference`` (the definition, over gathered pages), ``xla`` (the page walk), ``tpu`` or ``gpu``
+            (Pallas kernels).
         why: the reason for the choice, in a sentence without a full stop.
-        interpret: whether the kernel is interpreted: slow, and exact.
+        interpret: how the kernel is interpreted, slow and exact; ``None``: it is compiled.
     """
 
-    name: Literal["reference", "xla", "tpu"]
+    name: Literal["reference", "xla", "tpu", "gpu"]
     why: str = ""
-    interpret: bool = False
+    interpret: Any = None
 
     def __str__(self) -> str:
         return f"{self.name}: {self.why}" if self.why else self.name
@@ -75,42 +129,76 @@ class Verdict:
 XLA = Backend("xla", "it runs on every platform")
 
 
+def kernel_module(name: str) -> ModuleType:
+    """Returns the module of the kernel ``tpu`` or ``gpu``.
+
+    Pallas is imported where it is used: that takes a while.
+    """
+    return importlib.import_module(f"tpjax.attention.{name}")
+
+
 def choose_backend(
-    asked: str,
-    platform: str,
-    dtype: jnp.dtype,
-    verify: Callable[[], Verdict] | None = None,
+    asked: str, device: jax.Device, shape: KernelShape, verify: Callable[[], Verdict] | None = None
 ) -> Backend:
     """Chooses what computes attention.
 
     Args:
-        asked: a backend, or ``auto``: on a TPU the kernel if it was found right and no slower than the page
+        asked: a backend, or ``auto``: the platform's kernel if it was found right and no slower than the page
             walk on this kind of chip, else the walk.
-        platform: of the devices: ``cpu``, ``gpu`` or ``tpu``.
-        dtype: of activations and cache.
-        verify: checks the kernel on these devices; ``None``: they are not here, or cannot tell.
+        device: one of the mesh.
+        shape: what of the model a kernel depends on.
+        verify: checks the platform's kernel on these devices; ``None``: they are not here, or cannot tell.
 
     Raises:
         ConfigError: there is no such backend, or it does not run here.
     """
     check_choice("attention", asked, AttentionBackend)
-    kernel_takes = str(jnp.dtype(dtype)) in _KERNEL_DTYPES
+    platform = device.platform
     if asked == "auto":
-        if platform != "tpu" or not kernel_takes:
+        if platform not in _KERNEL_DTYPES:
             return XLA
+        if (problem := _problem(platform, device, shape)) is not None:
+            return Backend("xla", f"the kernel {problem}")
         if verify is None:
-            return Backend("xla", "the kernel (--attention tpu) is used unasked only where it was checked")
+            return Backend(
+                "xla", f"the kernel (--attention {platform}) is used unasked only where it was checked"
+            )
         verdict = verify()
-        return Backend("tpu" if verdict.use_kernel else "xla", str(verdict))
-    if asked != "tpu":
+        return Backend(_kernel(platform) if verdict.use_kernel else "xla", str(verdict))
+    if asked not in _KERNEL_DTYPES:
         return Backend("xla" if asked == "xla" else "reference", "asked for")
-    if platform not in ("cpu", "tpu"):
-        raise ConfigError(f"attention='tpu' needs TPUs, and the devices are of platform {platform!r}")
-    if not kernel_takes:
-        raise ConfigError(f"attention='tpu' supports {' and '.join(_KERNEL_DTYPES)}, not {jnp.dtype(dtype)}")
+    if platform not in ("cpu", asked):
+        raise ConfigError(
+            f"attention={asked!r} needs {_KERNEL_DEVICES[asked]}, and the devices are of platform "
+            f"{platform!r}"
+        )
+    if (problem := _problem(asked, device, shape)) is not None:
+        raise ConfigError(f"attention={asked!r} {problem}")
     if platform == "cpu":
-        return Backend("tpu", "asked for; interpreted, as there is no TPU", interpret=True)
-    return Backend("tpu", "asked for")
+        return Backend(
+            _kernel(asked),
+            f"asked for; interpreted, as there is no {asked.upper()}",
+            kernel_module(asked).interpreted(),
+        )
+    return Backend(_kernel(asked), "asked for")
+
+
+def _kernel(platform: str) -> Literal["tpu", "gpu"]:
+    return "tpu" if platform == "tpu" else "gpu"
+
+
+def _problem(kernel: str, device: jax.Device, shape: KernelShape) -> str | None:
+    """Returns what keeps a kernel from such a device or model, as the end of a sentence about it."""
+    if shape.dtype not in _KERNEL_DTYPES[kernel]:
+        return f"supports {' and '.join(_KERNEL_DTYPES[kernel])}, not {shape.dtype}"
+    if kernel == "tpu":
+        return None
+    if device.platform == "gpu":
+        capability = str(getattr(device, "compute_capability", _HOPPER))
+        if capability.split(".")[0] != str(_HOPPER):
+            return f"is for compute capability {_HOPPER} (Hopper), and {device.device_kind} has {capability}"
+    problem: str | None = kernel_module("gpu").unsupported(shape)
+    return problem
 
 
 def paged_attention(
@@ -128,8 +216,9 @@ def paged_attention(
 ) -> Float[Array, "B S K G v"]:
     """Computes causal attention of each query to the keys at or before its position.
 
-    Prompt chunks take the page walk where decode rows take the kernel: it computes them too, but where they
-    are written to the cache for it, XLA moves the whole cache on chip and back (v5e, ahead of time).
+    On TPUs prompt chunks take the page walk where decode rows take the kernel: it computes them too, but
+    where they are written to the cache for it, XLA moves the whole cache on chip and back (v5e, ahead of
+    time).
 
     Args:
         query: G query heads for each of the K KV heads.
@@ -148,10 +237,9 @@ def paged_attention(
         The attention output in the query's dtype; softmax and sums are float32. Rows without a token get 0.
     """
     attend = reference.paged_attention if backend.name == "reference" else xla.paged_attention
-    if backend.name == "tpu" and cache.stored is not None and not group.chunks:
-        from tpjax.attention import tpu  # Pallas is imported where it is used: that takes a while
-
-        return tpu.paged_attention(
+    kernel = kernel_module(backend.name) if backend.name in _KERNEL_DTYPES else None
+    if kernel is not None and cache.stored is not None and (kernel.CHUNKS or not group.chunks):
+        output: Array = kernel.paged_attention(
             query,
             value.shape[-1],
             cache.stored,
@@ -162,4 +250,5 @@ def paged_attention(
             sinks=sinks,
             interpret=backend.interpret,
         )
+        return output
     return attend(query, key, value, cache, group, scale=scale, window=window, softcap=softcap, sinks=sinks)

@@ -29,6 +29,7 @@ from tpjax.cache import StoredPages, TokenGroup
 from tpjax.mesh import AXIS
 from tpjax.sharding import PAGES, REPLICATED, pad_to_multiple
 
+CHUNKS = False  # whether it computes prompt chunks too; why not: see tpjax.attention.paged_attention
 KERNEL_NAME = "paged_attention"  # in programs and profiles
 LANES = 128  # a row of a buffer is padded to a multiple of this many elements
 _TINY = float(np.finfo(np.float32).tiny)
@@ -97,7 +98,7 @@ def paged_attention(
     window: int | None,
     softcap: float | None = None,
     sinks: Float[Array, "K G"] | None = None,
-    interpret: Any = False,
+    interpret: Any = None,
 ) -> Float[Array, "B S K G v"]:
     """Computes attention on each device to the pages of its own heads.
 
@@ -138,6 +139,11 @@ def paged_attention(
             check_vma=False,
         )
     return attend(query, stored, sinks, group.block_tables, first, stop)
+
+
+def interpreted() -> Any:
+    """Returns what :func:`paged_attention` takes to interpret the kernel on a CPU."""
+    return True
 
 
 def choose_tiling(
@@ -291,7 +297,7 @@ def _attend(
         ),
         out_shape=jax.ShapeDtypeStruct((batch, heads, rows, value_dim), query.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * 3),
-        interpret=interpret,
+        interpret=interpret or False,
         name=KERNEL_NAME,
     )(*_programs(static, tables, first, stop, length, page_size), *inputs, *buffers)
     return (

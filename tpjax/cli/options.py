@@ -281,7 +281,7 @@ class Sharding:
         AttentionBackend,
         option(
             "--attention",
-            help="What computes attention: xla: any platform; tpu: a kernel; reference: slow; auto: chosen.",
+            help="What computes attention: xla: any platform; tpu, gpu: kernels; reference: slow; auto.",
         ),
     ] = "auto"
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tpjax.attention import choose_backend
+from tpjax.attention import KernelShape, choose_backend
 from tpjax.cache import cache_layout, layer_places, num_entries, page_bytes_per_device
 from tpjax.checkpoints.hub import resolve
 from tpjax.checkpoints.load import (
@@ -34,7 +34,7 @@ from tpjax.inspect.reasons import cache_reason, experts_reason, reason
 from tpjax.mesh import make_mesh
 from tpjax.old_spellings import accepts_old_spellings
 from tpjax.planning.published import is_published, published_config
-from tpjax.runtime.limits import resolve_dtype
+from tpjax.runtime.limits import PAGE_SIZE, resolve_dtype
 from tpjax.runtime.memory import device_memory, plan_limits, workspace_bytes
 from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.runner import Runner
@@ -115,7 +115,9 @@ def explain_model(
         checkpoint.check_quantize(quantize)
     config = config.with_expert_parallel(expert_parallel)
     mesh, kind = make_mesh(tp), resolve_dtype(dtype)
-    backend = choose_backend(attention, mesh.devices.flat[0].platform, kind)
+    backend = choose_backend(
+        attention, mesh.devices.flat[0], KernelShape.of(config, mesh.size, kind, PAGE_SIZE)
+    )
     decoder = abstract_decoder(config, mesh, kind, quantize, backend)
     declared = parameters(decoder, mesh)
     if checkpoint is not None:

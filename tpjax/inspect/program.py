@@ -11,7 +11,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 
-from tpjax.attention import choose_backend
+from tpjax.attention import KernelShape, choose_backend
 from tpjax.attention.tpu import bytes_moved
 from tpjax.checkpoints.hub import resolve
 from tpjax.checkpoints.load import abstract_decoder, check_quantize, parameters, read_config
@@ -28,7 +28,7 @@ from tpjax.inspect.topology_report import ProgramReport, TopologyReport
 from tpjax.old_spellings import accepts_old_spellings
 from tpjax.planning.published import is_published, published_config
 from tpjax.planning.workload import DEFAULT_CONTEXT
-from tpjax.runtime.limits import ChunkShape, Limits, resolve_dtype
+from tpjax.runtime.limits import PAGE_SIZE, ChunkShape, Limits, resolve_dtype
 from tpjax.runtime.memory import DeviceMemory, plan_limits
 from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.runner import Runner
@@ -121,7 +121,9 @@ def abstract_runner(
     """
     mesh, kind = topology.mesh(tp), resolve_dtype("bfloat16" if dtype == "auto" else dtype)
     check_quantize(quantize)
-    backend = choose_backend(attention, mesh.devices.flat[0].platform, kind)
+    backend = choose_backend(
+        attention, mesh.devices.flat[0], KernelShape.of(config, mesh.size, kind, PAGE_SIZE)
+    )
     decoder = abstract_decoder(config, mesh, kind, quantize, backend)
 
     def limits(memory: DeviceMemory | None, longest: int | None) -> Limits:

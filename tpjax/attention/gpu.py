@@ -10,8 +10,6 @@ window or after the last key, none of a row of padding.
 
 The tensor cores multiply 64 rows at once, mostly padding in decode: there is no cheaper product, and it takes
 less time than its keys and values take to arrive.
-
-Mosaic GPU's interface changes between versions of jax. All that touches it is in this file.
 """
 
 from __future__ import annotations
@@ -28,11 +26,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from tpjax import mosaic_gpu
 from tpjax.activations import soft_capped
 from tpjax.attention.backends import KernelShape
 from tpjax.attention.reference import visible_keys
 from tpjax.cache import StoredPages, TokenGroup
-from tpjax.errors import ConfigError
 from tpjax.mesh import AXIS
 from tpjax.sharding import PAGES, REPLICATED, pad_to_multiple
 
@@ -46,9 +44,7 @@ _ROW_MULTIPLE = 8  # rows of a copy to shared memory
 _BLOCK_KEYS = 64
 _WIDTH_MULTIPLE, _MOST_WIDTH = 16, 256  # of heads: a row of a product's layout, and what registers hold
 _COLUMNS = 128  # of values in one product, whose sums have to fit into registers beside those so far
-_SHARED_BYTES = 223 << 10  # of a program; of the 227 KiB some are for barriers and reductions
 _MOST_STAGES = 6
-_PROCESSORS = 132  # of an H100 or H200
 _GOOD_WAVES = 0.85  # share of the processors that work, at which a context is not split further
 
 
@@ -105,11 +101,7 @@ def interpreted() -> Any:
     Raises:
         ConfigError: the installed jax cannot.
     """
-    if not hasattr(plgpu, "InterpretGPUParams"):
-        raise ConfigError(
-            f"attention='gpu' on a CPU is interpreted by jax 0.12 and later, not {jax.__version__}"
-        )
-    return plgpu.InterpretGPUParams()
+    return mosaic_gpu.interpreted("attention='gpu'")
 
 
 def paged_attention(
@@ -179,13 +171,13 @@ def choose_tiling(
     tile = min(_TILE_ROWS, pad_to_multiple(rows, _ROW_MULTIPLE))
     tiles = -(-rows // tile)
     fixed = _TILE_ROWS * (widths[0] * itemsize + 8)
-    stages = (_SHARED_BYTES - fixed) // (_BLOCK_KEYS * sum(widths) * itemsize)
+    stages = (mosaic_gpu.SHARED_BYTES - fixed) // (_BLOCK_KEYS * sum(widths) * itemsize)
     programs = batch * heads * tiles
-    most = max(1, min(_PROCESSORS // programs, positions // (2 * _BLOCK_KEYS)))
+    most = max(1, min(mosaic_gpu.PROCESSORS // programs, positions // (2 * _BLOCK_KEYS)))
 
     def waves(parts: int) -> float:
-        whole = -(-programs * parts // _PROCESSORS)
-        return programs * parts / (whole * _PROCESSORS)
+        whole = -(-programs * parts // mosaic_gpu.PROCESSORS)
+        return programs * parts / (whole * mosaic_gpu.PROCESSORS)
 
     good = (parts for parts in range(1, most + 1) if waves(parts) >= _GOOD_WAVES)
     return Tiling(
@@ -280,11 +272,11 @@ def _call(static: _Static, partial: tuple[int, int, int, int], width: int, dtype
         num_threads=2,
         thread_name="warp_group",
         scratch_types=(
-            _tiled((_TILE_ROWS, width), dtype),
+            mosaic_gpu.tiled((_TILE_ROWS, width), dtype),
             plgpu.RefUnion(  # the sums are written after the last block was read
                 (
-                    _tiled((tiling.stages, tiling.keys, width), dtype),
-                    _tiled((tiling.stages, tiling.keys, static.value_dim), dtype),
+                    mosaic_gpu.tiled((tiling.stages, tiling.keys, width), dtype),
+                    mosaic_gpu.tiled((tiling.stages, tiling.keys, static.value_dim), dtype),
                 ),
                 plgpu.SMEM((_TILE_ROWS, static.value_dim), jnp.float32),
             ),
@@ -292,31 +284,12 @@ def _call(static: _Static, partial: tuple[int, int, int, int], width: int, dtype
             plgpu.SMEM((_TILE_ROWS,), jnp.float32),
             plgpu.Barrier(num_barriers=1),
             *[plgpu.Barrier(num_barriers=tiling.stages)] * 4,
-            *[_tiled((_TILE_ROWS, tiling.keys), dtype)] * static.interpreted,
+            *[mosaic_gpu.tiled((_TILE_ROWS, tiling.keys), dtype)] * static.interpreted,
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name=KERNEL_NAME,
         **({} if interpret is None else {"interpret": interpret}),
     )
-
-
-def _tiled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Returns shared memory in the layout that the tensor cores read."""
-    swizzle = math.gcd(shape[-1] * jnp.dtype(dtype).itemsize, 128)
-    return plgpu.SMEM(
-        shape,
-        dtype,
-        transforms=(
-            plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)),
-            plgpu.SwizzleTransform(swizzle),
-        ),
-    )
-
-
-def _transposed(ref: Any) -> Any:
-    if hasattr(plgpu, "wait_gmem_to_smem"):  # jax 0.11 and later
-        return ref.transpose((1, 0))
-    return plgpu.transpose_ref(ref, (1, 0))
 
 
 def _kernel(
@@ -399,7 +372,7 @@ def _kernel(
             plgpu.barrier_wait(keys_here.at[slot])
 
             scores = pl.run_scoped(
-                functools.partial(_multiply, query_smem, _transposed(keys_smem.at[slot])),
+                functools.partial(mosaic_gpu.multiply, query_smem, mosaic_gpu.transposed(keys_smem.at[slot])),
                 plgpu.ACC((_TILE_ROWS, tiling.keys), jnp.float32),
             )
             plgpu.barrier_arrive(keys_done.at[slot])
@@ -431,7 +404,7 @@ def _kernel(
                 shape = (_TILE_ROWS, columns.stop - columns.start)
                 left, right = (*weights_smem, weights)[0], values_smem.at[slot, :, columns]
                 product = pl.run_scoped(
-                    functools.partial(_multiply, left, right), plgpu.ACC(shape, jnp.float32)
+                    functools.partial(mosaic_gpu.multiply, left, right), plgpu.ACC(shape, jnp.float32)
                 )
                 return sums * jax.lax.broadcast_in_dim(rescale, shape, [0]) + product
 
@@ -463,11 +436,6 @@ def _kernel(
         plgpu.copy_smem_to_gmem(highest_smem.at[here], highest_ref.at[row, head, part, tile_rows])
         plgpu.copy_smem_to_gmem(total_smem.at[here], total_ref.at[row, head, part, tile_rows])
         plgpu.wait_smem_to_gmem(0)
-
-
-def _multiply(left: Any, right: Any, product: Any) -> Any:
-    plgpu.wgmma(product, left, right)
-    return product[...]
 
 
 def _visible(static: _Static, first: Any, tile: Any, begin_key: Any, stop: Any) -> Any:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tpjax.attention import XLA, Backend
 from tpjax.checkpoints import agreement, blocks, orbax
 from tpjax.checkpoints.assemble import Canonical, Order, fill
-from tpjax.checkpoints.gguf import GGUFFile
 from tpjax.checkpoints.quantized import dequantized
 from tpjax.checkpoints.rounding import RoundedSource
 from tpjax.checkpoints.safetensors import MAX_JSON_BYTES, SafetensorsCheckpoint, has_weights
@@ -42,6 +41,9 @@ from tpjax.families.tensor_names import TensorMapping, WeightMap
 from tpjax.layers.weights import QuantizedParameter, quantize_weights
 from tpjax.model import Decoder
 from tpjax.sharding import Layout, WeightLayout
+
+if TYPE_CHECKING:
+    from tpjax.checkpoints.gguf import GGUFFile
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +104,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise CheckpointError(f"{path} is neither a directory nor a .gguf file")
+        from tpjax.checkpoints.gguf import GGUFFile  # of a package that is imported where it is needed
+
         file = GGUFFile(path)
         architecture = gguf_architecture(str(file.metadata.get("general.architecture")))
         config = config_from_gguf(_gguf_view(file, architecture))

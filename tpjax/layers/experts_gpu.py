@@ -1,0 +1,194 @@
+"""The grouped product of routed experts as a Pallas kernel for NVIDIA's Hopper GPUs.
+
+Rows sorted by expert are cut into tiles, each of rows of one expert. One program multiplies a tile by a block
+of columns of its expert's weights: experts without rows are not read, and each of the others once for every
+tile it has. XLA's own ``ragged_dot`` is expanded over all experts there (jaxlib 0.10.2, ahead of time).
+
+A product of the tensor cores has 64 rows, and 8 columns or more. Where experts have few rows, these are the
+columns: the product is computed transposed, and 8 rows take the room of 8.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from tpjax import mosaic_gpu
+
+KERNEL_NAME = "grouped_product"  # in programs and profiles
+_LEAST_ROWS, _MOST_ROWS = 8, 128  # of a tile
+_COLUMNS = 128  # of weights in a program: 64 for each of the warp groups that compute
+_INNER = 64  # elements multiplied at once: a row of 128 bytes
+_MOST_STAGES = 8
+_COMPUTING = 2  # warp groups
+
+
+class Tiles(NamedTuple):
+    """How rows sorted by expert are laid out in tiles.
+
+    Attributes:
+        experts: expert of each tile; their number for tiles without one.
+        places: place of each sorted row among the rows of all tiles.
+        sources: sorted row of each place; any for those without one.
+    """
+
+    experts: Int[Array, " tiles"]
+    places: Int[Array, " M"]
+    sources: Int[Array, " places"]
+
+
+def tile_rows(rows: int, experts: int) -> int:
+    """Returns the rows of a tile: about as many as an expert has, a power of two."""
+    size = _LEAST_ROWS
+    while size < min(_MOST_ROWS, rows / experts):
+        size *= 2
+    return size
+
+
+def lay_out(group_sizes: Int[Array, " E"], rows: int) -> Tiles:
+    """Returns the tiles of rows sorted by expert.
+
+    Args:
+        group_sizes: rows of each expert.
+        rows: all rows; those after the experts' are in no tile, and their places mean nothing.
+    """
+    count = len(group_sizes)
+    size = tile_rows(rows, count)
+    num_tiles = min(count, rows) + rows // size
+    tiles_of = -(-group_sizes // size)
+    last_tiles, last_rows = jnp.cumsum(tiles_of), jnp.cumsum(group_sizes)
+    tiles = jnp.arange(num_tiles, dtype=jnp.int32)
+    experts = jnp.searchsorted(last_tiles, tiles, side="right").astype(jnp.int32)
+    row = jnp.arange(rows, dtype=jnp.int32)
+    expert = jnp.minimum(jnp.searchsorted(last_rows, row, side="right"), count - 1)
+    before = last_rows[expert] - group_sizes[expert]
+    places = (last_tiles[expert] - tiles_of[expert]) * size + row - before
+    present = row < last_rows[-1]
+    at = jnp.where(present, places, num_tiles * size)
+    sources = jnp.zeros(num_tiles * size, jnp.int32).at[at].set(row, mode="drop")
+    return Tiles(experts, jnp.where(present, places, 0), sources)
+
+
+def grouped_product(
+    x: Float[Array, "places D"],
+    weights: Float[Array, "E D F"],
+    experts: Int[Array, " tiles"],
+    *,
+    interpret: Any = None,
+) -> Float[Array, "places F"]:
+    """Multiplies each tile of rows by the weights of its expert; rows of tiles without one are undefined.
+
+    Args:
+        x: rows, tile after tile.
+        weights: of all experts.
+        experts: expert of each tile; their number for tiles without one.
+        interpret: interpret the kernel on a CPU, with these parameters of the installed jax.
+    """
+    places, inner = x.shape
+    columns = weights.shape[2]
+    size = places // len(experts)
+    transposed = size < _MOST_ROWS
+    shape = (columns, places) if transposed else (places, columns)
+    stage = (size + _COLUMNS) * _INNER * x.dtype.itemsize
+    stages = min(_MOST_STAGES, -(-inner // _INNER), (mosaic_gpu.SHARED_BYTES - 4 * size * _COLUMNS) // stage)
+    out = plgpu.kernel(
+        functools.partial(_kernel, stages, transposed),
+        out_type=jax.ShapeDtypeStruct(shape, x.dtype),
+        grid=(-(-columns // _COLUMNS), len(experts)),
+        grid_names=("column", "tile"),
+        num_threads=_COMPUTING + 1,
+        thread_name="warp_group",
+        scratch_types=(
+            mosaic_gpu.tiled((stages, size, _INNER), x.dtype),
+            mosaic_gpu.tiled((stages, _INNER, _COLUMNS), x.dtype),
+            plgpu.SMEM((_COMPUTING, 64, size if transposed else _COLUMNS), x.dtype),
+            *[plgpu.Barrier(num_barriers=stages)] * 2,
+            plgpu.Barrier(num_arrivals=_COMPUTING, num_barriers=stages),
+        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name=KERNEL_NAME,
+        **({} if interpret is None else {"interpret": interpret}),
+    )(experts, x, weights)
+    return out.T if transposed else out
+
+
+def _kernel(
+    stages: int,
+    transposed: bool,
+    experts: Any,
+    x: Any,
+    weights: Any,
+    out: Any,
+    x_smem: Any,
+    weights_smem: Any,
+    out_smem: Any,
+    x_here: Any,
+    weights_here: Any,
+    done: Any,
+) -> None:
+    """Computes one program: the last warp group copies, the others compute half of it each."""
+    size, inner = x_smem.shape[1], x.shape[1]
+    column, tile = jax.lax.axis_index("column"), jax.lax.axis_index("tile")
+    warp_group = jax.lax.axis_index("warp_group")
+    expert = experts[tile]
+    steps = jnp.where(expert < weights.shape[0], -(-inner // _INNER), 0)
+    rows = pl.ds(tile * size, size)
+
+    @pl.when(warp_group == _COMPUTING)
+    def copy() -> None:
+        def copy_block(step: Any, _: None) -> None:
+            slot = jax.lax.rem(step, jnp.int32(stages))
+
+            @pl.when(step >= stages)
+            def wait() -> None:
+                plgpu.barrier_wait(done.at[slot])
+
+            at = pl.ds(step * _INNER, _INNER)
+            plgpu.copy_gmem_to_smem(
+                weights.at[expert, at, pl.ds(column * _COLUMNS, _COLUMNS)],
+                weights_smem.at[slot],
+                weights_here.at[slot],
+            )
+            plgpu.copy_gmem_to_smem(x.at[rows, at], x_smem.at[slot], x_here.at[slot])
+
+        jax.lax.fori_loop(0, steps, copy_block, None)
+
+    @pl.when((warp_group < _COMPUTING) & (steps > 0))
+    def compute() -> None:
+        half = pl.ds(warp_group * 64, 64)
+
+        def accumulate_all(product: Any) -> Any:
+            def accumulate(step: Any, _: None) -> None:
+                slot = jax.lax.rem(step, jnp.int32(stages))
+                plgpu.barrier_wait(weights_here.at[slot])
+                plgpu.barrier_wait(x_here.at[slot])
+                if transposed:
+                    left = mosaic_gpu.transposed(weights_smem.at[slot, :, half])
+                    plgpu.wgmma(product, left, mosaic_gpu.transposed(x_smem.at[slot]))
+                else:
+                    plgpu.wgmma(product, x_smem.at[slot, half], weights_smem.at[slot])
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(done.at[slot])
+
+            jax.lax.fori_loop(0, steps, accumulate, None)
+            return product[...]
+
+        shape = (64, size if transposed else _COLUMNS)
+        result = pl.run_scoped(accumulate_all, plgpu.ACC(shape, jnp.float32))
+        mine = out_smem.at[warp_group]
+        mine[...] = result.astype(out.dtype)
+        plgpu.commit_smem()
+        if transposed:
+            target = out.at[pl.ds(column * _COLUMNS + warp_group * 64, 64), rows]
+        else:
+            target = out.at[
+                pl.ds(tile * size + warp_group * 64, 64), pl.ds(column * _COLUMNS, _COLUMNS)
+            ]
+        plgpu.copy_smem_to_gmem(mine, target)
+        plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,50 @@
+"""What kernels for NVIDIA's Hopper GPUs share: Pallas' Mosaic GPU, whose interface changes between versions of jax."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from tpjax.errors import ConfigError
+
+PROCESSORS = 132  # of an H100 or H200
+SHARED_BYTES = 223 << 10  # of a program; of the 227 KiB some are for barriers and reductions
+
+
+def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Returns shared memory in the layout that the tensor cores read."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = math.gcd(shape[-1] * itemsize, 128)
+    transforms = plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def transposed(ref: Any) -> Any:
+    """Returns a view of a matrix with its axes exchanged."""
+    if hasattr(plgpu, "wait_gmem_to_smem"):  # jax 0.11 and later
+        return ref.transpose((1, 0))
+    return plgpu.transpose_ref(ref, (1, 0))
+
+
+def multiply(left: Any, right: Any, product: Any) -> Any:
+    """Returns what an accumulator holds, a matrix product added: the body of a ``run_scoped``."""
+    plgpu.wgmma(product, left, right)
+    return product[...]
+
+
+def interpreted(what: str) -> Any:
+    """Returns what makes :func:`plgpu.kernel` interpret a kernel on a CPU.
+
+    Args:
+        what: was asked for.
+
+    Raises:
+        ConfigError: the installed jax interprets no such kernel.
+    """
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        raise ConfigError(f"{what} on a CPU is interpreted by jax 0.12 and later, not {jax.__version__}")
+    return plgpu.InterpretGPUParams()

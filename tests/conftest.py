@@ -27,7 +27,8 @@ def modules_with_shapes() -> list[str]:
 
 
 # shapes and dtypes in signatures are checked at each call: while tracing, that is, so once a program
-jaxtyping.install_import_hook(modules_with_shapes(), "signatures.checked")
+if importlib.util.find_spec("beartype"):  # a machine that is lent for its GPU lacks it
+    jaxtyping.install_import_hook(modules_with_shapes(), "signatures.checked")
 
 import tpjax  # noqa: E402
 

@@ -17,7 +17,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("errors", "_version", "old_spellings"),
     ("distributed",),
     ("mesh", "config", "sandbox"),
-    ("interconnect",),
+    ("interconnect", "mosaic_gpu"),
     ("sharding", "sampling_params", "hardware", "windows"),
     ("cache", "activations", "step_time"),
     ("attention",),

@@ -7,19 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import attention_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import Shape
 from conftest import GOLDENS
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from tpjax import LLM
-from tpjax.attention import Backend, Verdict, choose_backend, reference, selftest, tpu
-from tpjax.cache import NULL_PAGE, StoredPages, TokenGroup
+from tpjax.attention import Backend, KernelShape, Verdict, choose_backend, selftest, tpu
 from tpjax.checkpoints.load import read_config
 from tpjax.errors import ConfigError
 
@@ -32,113 +34,10 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tpu, "_MOST_HEADS", 2)
 
 
-class Shape(NamedTuple):
-    """Shape of a call.
-
-    Attributes:
-        lengths: tokens of each row that are not padding.
-        first: position of the first token of each row.
-        length: tokens of each row, padding included.
-        heads: KV heads.
-        per_head: query heads of each.
-        width: of keys.
-        value_dim: of values; ``None``: the beginning of each key is the value.
-        page_size: positions per page.
-        window: keys that a query sees.
-        cyclic: whether block tables are.
-        softcap: bounds the scores.
-        sinks: whether there are sinks.
-        dtype: of everything.
-    """
-
-    lengths: tuple[int, ...]
-    first: tuple[int, ...]
-    length: int = 1
-    heads: int = 1
-    per_head: int = 1
-    width: int = 16
-    value_dim: int | None = 16
-    page_size: int = 8
-    window: int | None = None
-    cyclic: bool = False
-    softcap: float | None = None
-    sinks: bool = False
-    dtype: str = "float32"
-
-
-class Pages(NamedTuple):
-    """Buffers, as :class:`tpjax.cache.Pages` presents them."""
-
-    stored: StoredPages
-    value_dim: int
-
-    @property
-    def page_size(self) -> int:
-        return self.stored.keys.shape[2]
-
-    def read(self, pages: jax.Array) -> tuple[jax.Array, jax.Array]:
-        keys, values = self.stored
-        return keys[pages], (keys[..., : self.value_dim] if values is None else values)[pages]
-
-
-def case(shape: Shape, seed: int) -> tuple[jax.Array, Pages, TokenGroup, jax.Array | None]:
-    """Returns random queries, pages, their tables and sinks. Whatever no query may read is not a number."""
-    rng, batch, page = np.random.default_rng(seed), len(shape.first), shape.page_size
-    window = max(shape.first) + 1 if shape.window is None else shape.window
-    stops = [at + count if count else 0 for at, count in zip(shape.first, shape.lengths, strict=True)]
-    firsts = [max(at - window + 1, 0) // page for at in shape.first]
-    columns = 1 + max(max(shape.first) + shape.length - 1, 0) // page
-    if shape.cyclic:
-        columns = -(-(window + shape.length - 2) // page) + 1
-    needed = [range(first, -(-stop // page)) for first, stop in zip(firsts, stops, strict=True)]
-    num_pages = 2 + sum(map(len, needed))
-    order = iter(rng.permutation(np.arange(1, num_pages)))
-    table = rng.integers(0, num_pages, (batch, columns))
-    if shape.cyclic:
-        table[:] = NULL_PAGE
-    widths = [shape.width] if shape.value_dim is None else [shape.width, shape.value_dim]
-    heads = 1 if shape.value_dim is None else shape.heads
-    buffers = [np.full((num_pages, heads, page, width), np.nan, np.float32) for width in widths]
-    for row, blocks in enumerate(needed):
-        for block in blocks:
-            at = table[row, block % columns] = next(order)
-            count = min(stops[row] - block * page, page)
-            for buffer in buffers:
-                buffer[at, :, :count] = rng.normal(size=(heads, count, buffer.shape[3]))
-    dtype = jnp.dtype(shape.dtype)
-    value_dim = shape.width // 2 if shape.value_dim is None else shape.value_dim
-    parts = [jnp.asarray(buffer, dtype) for buffer in buffers]
-    pages = Pages(StoredPages(parts[0], parts[1] if shape.value_dim else None), value_dim)
-    query = rng.normal(size=(batch, shape.length, shape.heads, shape.per_head, shape.width)) * 2
-    positions = np.asarray(shape.first)[:, None] + np.arange(shape.length)
-    group = TokenGroup(
-        jnp.asarray(table, jnp.int32),
-        jnp.asarray(positions, jnp.int32),
-        jnp.asarray(shape.lengths, jnp.int32),
-        chunks=shape.length > 1,
-        cyclic=shape.cyclic,
-    )
-    sinks = jnp.asarray(rng.normal(size=(shape.heads, shape.per_head)), jnp.float32) if shape.sinks else None
-    return jnp.asarray(query, dtype), pages, group, sinks
-
-
 def check(shape: Shape, seed: int = 0, *, races: bool = False) -> None:
-    query, pages, group, sinks = case(shape, seed)
-    scoring: dict[str, Any] = {"window": shape.window, "softcap": shape.softcap, "sinks": sinks}
-    scoring["scale"] = shape.width**-0.5
     interpret = pltpu.InterpretParams(detect_races=True) if races else True
-    found = tpu.paged_attention(query, pages.value_dim, pages.stored, group, interpret=interpret, **scoring)
+    attention_cases.check(tpu, shape, seed, interpret=interpret)
     assert not races or not interpret_pallas_call.races.races_found
-    assert found.dtype == query.dtype
-    clean = StoredPages(*(x if x is None else jnp.nan_to_num(x).astype(jnp.float32) for x in pages.stored))
-    keys, values = (jnp.zeros((*query.shape[:2], 1, width)) for width in (shape.width, pages.value_dim))
-    exact = Pages(clean, pages.value_dim)
-    expected = reference.paged_attention(query.astype(jnp.float32), keys, values, exact, group, **scoring)
-    result, present = np.asarray(found, np.float32), np.asarray(group.present)
-    assert np.isfinite(result).all()
-    assert not result[~present.any(axis=1)].any()  # rows without a token
-    tolerance = 2e-2 if shape.dtype == "bfloat16" else 2e-5
-    np.testing.assert_allclose(result[present], np.asarray(expected)[present], atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -215,50 +114,114 @@ def test_the_engine_generates_the_same_tokens(name: str) -> None:
 
 # --- which backend is used ---------------------------------------------------------------------------------
 
-F32, RIGHT = np.dtype("float32"), Verdict("TPU v5 lite", 0.001, 0.02, 0.2, 1.5)
+RIGHT = Verdict("TPU v5 lite", 0.001, 0.02, 0.2, 1.5)
+SHAPE = KernelShape(8, 4, 128, 128, False, (None,), None, False, 128, "bfloat16")
 
 
+class Device(NamedTuple):
+    """What is asked of a device."""
+
+    platform: str
+    compute_capability: str = "9.0"
+    device_kind: str = "NVIDIA H100"
+
+
+TPU, GPU, CPU = (Device(platform) for platform in ("tpu", "gpu", "cpu"))
+
+
+@pytest.mark.parametrize("device", (TPU, GPU))
 @pytest.mark.parametrize(
-    ("verdict", "name", "why"),
+    ("verdict", "by_kernel", "why"),
     (
-        (None, "xla", "the kernel (--attention tpu) is used unasked only where it was checked"),
-        (RIGHT, "tpu", "the kernel is right on TPU v5 lite, and takes 0.2 ms where the page walk takes 1.5"),
+        (None, False, "the kernel (--attention {}) is used unasked only where it was checked"),
+        (RIGHT, True, "the kernel is right on TPU v5 lite, and takes 0.2 ms where the page walk takes 1.5"),
         (
             replace(RIGHT, kernel_ms=2.0),
-            "xla",
+            False,
             "the kernel is right on TPU v5 lite, but takes 2 ms where the page walk takes 1.5",
         ),
         (
             replace(RIGHT, error=float("inf")),
-            "xla",
+            False,
             "the kernel is wrong on TPU v5 lite: off by inf, 0.02 allowed",
         ),
     ),
 )
-def test_auto_on_a_tpu(verdict: Verdict | None, name: str, why: str) -> None:
+def test_auto(device: Any, verdict: Verdict | None, by_kernel: bool, why: str) -> None:
     verify = None if verdict is None else lambda: verdict
-    assert choose_backend("auto", "tpu", F32, verify) == Backend(name, why)
+    chosen = choose_backend("auto", device, SHAPE, verify)
+    assert chosen == Backend(device.platform if by_kernel else "xla", why.format(device.platform))
 
 
-def test_other_choices() -> None:
-    assert choose_backend("auto", "cpu", F32).name == choose_backend("auto", "gpu", F32).name == "xla"
-    assert choose_backend("auto", "tpu", np.dtype("float16"), lambda: RIGHT).name == "xla"
-    assert choose_backend("tpu", "tpu", F32) == Backend("tpu", "asked for")
-    assert choose_backend("tpu", "cpu", F32).interpret
+A100 = Device("gpu", "8.0", "NVIDIA A100-SXM4-80GB")
+NOT_HOPPER = "compute capability 9 (Hopper), and NVIDIA A100-SXM4-80GB has 8.0"
+LATENT = SHAPE._replace(latent=True, width=576, value_dim=512)
 
 
 @pytest.mark.parametrize(
-    ("asked", "platform", "dtype", "message"),
+    ("device", "shape", "why"),
     (
-        ("gpu", "gpu", F32, "attention='gpu' is not supported: use auto, reference, xla or tpu"),
-        ("tpu", "gpu", F32, "attention='tpu' needs TPUs, and the devices are of platform 'gpu'"),
-        ("tpu", "tpu", np.dtype("float16"), "attention='tpu' supports bfloat16 and float32, not float16"),
+        (CPU, SHAPE, "it runs on every platform"),
+        (TPU, SHAPE._replace(dtype="float16"), "the kernel supports bfloat16 and float32, not float16"),
+        (GPU, SHAPE._replace(dtype="float32"), "the kernel supports bfloat16 and float16, not float32"),
+        (A100, SHAPE, f"the kernel is for {NOT_HOPPER}"),
+        (
+            GPU,
+            LATENT,
+            "the kernel supports values of at most 256 elements, and latent attention's have 512",
+        ),
+        (
+            GPU,
+            SHAPE._replace(width=72),
+            "the kernel supports heads of a multiple of 16 elements, at most 256, not of 72",
+        ),
+        (
+            GPU,
+            SHAPE._replace(page_size=32),
+            "the kernel supports pages of a multiple of 64 positions, not of 32",
+        ),
     ),
 )
-def test_backends_that_do_not_run(asked: Any, platform: str, dtype: np.dtype, message: str) -> None:
+def test_auto_without_a_kernel(device: Any, shape: KernelShape, why: str) -> None:
+    assert choose_backend("auto", device, shape, lambda: RIGHT) == Backend("xla", why)
+
+
+def test_asked_for() -> None:
+    assert choose_backend("tpu", TPU, SHAPE) == Backend("tpu", "asked for")
+    assert choose_backend("gpu", GPU, SHAPE) == Backend("gpu", "asked for")
+    assert choose_backend("tpu", CPU, SHAPE).interpret
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "shape", "message"),
+    (
+        (
+            "cuda",
+            GPU,
+            SHAPE,
+            "attention='cuda' is not supported: use auto, reference, xla, tpu or gpu",
+        ),
+        ("tpu", GPU, SHAPE, "attention='tpu' needs TPUs, and the devices are of platform 'gpu'"),
+        ("gpu", TPU, SHAPE, "attention='gpu' needs NVIDIA GPUs, and the devices are of platform 'tpu'"),
+        (
+            "tpu",
+            TPU,
+            SHAPE._replace(dtype="float16"),
+            "attention='tpu' supports bfloat16 and float32, not float16",
+        ),
+        ("gpu", A100, SHAPE, f"attention='gpu' is for {NOT_HOPPER}"),
+    ),
+)
+def test_backends_that_do_not_run(asked: Any, device: Any, shape: KernelShape, message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        choose_backend(asked, platform, dtype)
+        choose_backend(asked, device, shape)
     assert str(error.value) == message
+
+
+@pytest.mark.skipif(hasattr(plgpu, "InterpretGPUParams"), reason="this jax can")
+def test_a_gpu_kernel_is_interpreted_by_a_later_jax() -> None:
+    with pytest.raises(ConfigError, match=r"attention='gpu' on a CPU is interpreted by jax 0\.12"):
+        choose_backend("gpu", CPU, SHAPE)
 
 
 @pytest.fixture
@@ -268,8 +231,8 @@ def short_check(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def verdict_of(name: str, folder: Path) -> Verdict:
-    device = jax.devices()[0]
-    return selftest.verdict(read_config(GOLDENS / name), 2, F32, 8, device, folder, interpret=True)
+    shape = KernelShape.of(read_config(GOLDENS / name), 2, np.dtype("float32"), 8)
+    return selftest.verdict("tpu", shape, jax.devices()[0], folder, interpret=True)
 
 
 def test_a_verdict_is_kept(short_check: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ class DecoderLayer(nnx.Module):
         plan: the head plan.
         dtype: dtype of weights and activations.
         sparse: the layer has a mixture of experts in place of the MLP.
-        backend: what computes attention.
+        backend: what computes attention, and on GPUs experts.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class DecoderLayer(nnx.Module):
         attention: Any = LatentAttention if config.attention.latent else Attention
         self.self_attn = attention(config, plan, dtype, backend)
         self.mlp = (
-            MoE(config, plan.tp, dtype)
+            MoE(config, plan.tp, dtype, backend)
             if sparse
             else MLP(config.mlp, config.hidden_size, plan.tp, dtype, partial_sums=config.parallel)
         )

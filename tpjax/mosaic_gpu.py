@@ -1,4 +1,7 @@
-"""What kernels for NVIDIA's Hopper GPUs share: Pallas' Mosaic GPU, whose interface changes between versions of jax."""
+"""What kernels for NVIDIA's Hopper GPUs share.
+
+They use Pallas' Mosaic GPU, whose interface changes between versions of jax: what differs is here.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -73,7 +72,7 @@ class KernelShape(NamedTuple):
 
 @dataclass(frozen=True)
 class Backend:
-    """What computes attention, and why.
+    """What computes attention and, where it is ``gpu``, routed experts; and why.
 
     Attributes:
         name: ``reference`` (the definition, over gathered pages), ``xla`` (the page walk), ``tpu`` or ``gpu``
@@ -138,14 +137,14 @@ def kernel_module(name: str) -> ModuleType:
 
 
 def choose_backend(
-    asked: str, device: jax.Device, shape: KernelShape, verify: Callable[[], Verdict] | None = None
+    asked: str, device: Any, shape: KernelShape, verify: Callable[[], Verdict] | None = None
 ) -> Backend:
     """Chooses what computes attention.
 
     Args:
         asked: a backend, or ``auto``: the platform's kernel if it was found right and no slower than the page
             walk on this kind of chip, else the walk.
-        device: one of the mesh.
+        device: one of the mesh's devices.
         shape: what of the model a kernel depends on.
         verify: checks the platform's kernel on these devices; ``None``: they are not here, or cannot tell.
 
@@ -187,7 +186,7 @@ def _kernel(platform: str) -> Literal["tpu", "gpu"]:
     return "tpu" if platform == "tpu" else "gpu"
 
 
-def _problem(kernel: str, device: jax.Device, shape: KernelShape) -> str | None:
+def _problem(kernel: str, device: Any, shape: KernelShape) -> str | None:
     """Returns what keeps a kernel from such a device or model, as the end of a sentence about it."""
     if shape.dtype not in _KERNEL_DTYPES[kernel]:
         return f"supports {' and '.join(_KERNEL_DTYPES[kernel])}, not {shape.dtype}"

@@ -85,11 +85,12 @@ def unsupported(shape: KernelShape) -> str | None:
     widths = shape.width, shape.value_dim
     if shape.latent:
         return f"supports values of at most {_MOST_WIDTH} elements, and latent attention's have {widths[1]}"
-    if any(width % _WIDTH_MULTIPLE or width > _MOST_WIDTH for width in widths):
-        return (
-            f"supports heads of a multiple of {_WIDTH_MULTIPLE} elements, at most {_MOST_WIDTH}, "
-            f"not of {max(widths)}"
-        )
+    for width in widths:
+        if width % _WIDTH_MULTIPLE or width > _MOST_WIDTH:
+            return (
+                f"supports heads of a multiple of {_WIDTH_MULTIPLE} elements, at most {_MOST_WIDTH}, "
+                f"not of {width}"
+            )
     if shape.page_size % _BLOCK_KEYS:
         return f"supports pages of a multiple of {_BLOCK_KEYS} positions, not of {shape.page_size}"
     return None

@@ -8,13 +8,14 @@ definition that the grouped products are held to.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tpjax.activations import activate
+from tpjax.attention import XLA, Backend
 from tpjax.config import ModelConfig, MoEConfig
 from tpjax.errors import ConfigError
 from tpjax.layers.linear import dot, grouped_dot
@@ -60,7 +61,11 @@ def gated_expert(x: Float[Array, "T D"], expert: ExpertWeights, config: ModelCon
 
 
 def routed_experts(
-    x: Float[Array, "N D"], routing: Routing, experts: ExpertWeights, config: ModelConfig
+    x: Float[Array, "N D"],
+    routing: Routing,
+    experts: ExpertWeights,
+    config: ModelConfig,
+    backend: Backend = XLA,
 ) -> Float[Array, "N D"]:
     """Computes the weighted sum of the outputs of each token's experts, float32.
 
@@ -70,6 +75,7 @@ def routed_experts(
             none, for padding.
         experts: the stack.
         config: the architecture.
+        backend: where it is a kernel for GPUs, so is the grouped product.
     """
     tokens, per_token = routing.experts.shape
     count = experts.gate_up.shape[0]
@@ -83,7 +89,12 @@ def routed_experts(
     tiled = partial(tiled_experts, config=config, tile=min(tokens, _TILE_ROWS))
     ragged = partial(ragged_experts, config=config)
     tpu = tiled if isinstance(experts.gate_up, QuantizedWeight) else ragged
-    out = jax.lax.platform_dependent(sorted_rows, group_sizes, experts, cpu=tiled, tpu=tpu, default=ragged)
+    if backend.name == "gpu" and _kernel_multiplies(experts):
+        out = kernel_experts(sorted_rows, group_sizes, experts, config=config, interpret=backend.interpret)
+    else:
+        out = jax.lax.platform_dependent(
+            sorted_rows, group_sizes, experts, cpu=tiled, tpu=tpu, default=ragged
+        )
     inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
     outputs = out[inverse].reshape(tokens, per_token, -1).astype(jnp.float32)
     outputs = jnp.where(local[..., None], outputs, 0)  # rows of other devices were not computed
@@ -136,6 +147,42 @@ def ragged_experts(
         gate_up = gate_up + experts.gate_up_bias[expert]
     out = grouped_dot(_glu(gate_up, config), experts.down, group_sizes)
     return out if experts.down_bias is None else out + experts.down_bias[expert]
+
+
+def kernel_experts(
+    x: Float[Array, "M D"],
+    group_sizes: Int[Array, " E"],
+    experts: ExpertWeights,
+    *,
+    config: ModelConfig,
+    interpret: Any = None,
+) -> Float[Array, "M D"]:
+    """Computes what :func:`tiled_experts` computes, as two grouped products of the kernel for Hopper GPUs."""
+    from tpjax.layers import experts_gpu  # Pallas is imported where it is used: that takes a while
+
+    tiles = experts_gpu.lay_out(group_sizes, x.shape[0])
+    of_place = jnp.repeat(tiles.experts, tiles.sources.size // tiles.experts.size)
+
+    def product(x: Float[Array, "places D"], weights: Weight) -> Float[Array, "places F"]:
+        assert not isinstance(weights, QuantizedWeight)
+        return experts_gpu.grouped_product(x, weights, tiles.experts, interpret=interpret)
+
+    gate_up = product(x[tiles.sources], experts.gate_up)
+    if experts.gate_up_bias is not None:
+        gate_up = gate_up + experts.gate_up_bias[of_place]
+    out = product(_glu(gate_up, config), experts.down)
+    if experts.down_bias is not None:
+        out = out + experts.down_bias[of_place]
+    return out[tiles.places]
+
+
+def _kernel_multiplies(experts: ExpertWeights) -> bool:
+    """Returns whether the kernel takes such weights: of 16 bits, in rows of whole 16 bytes."""
+    stacks = experts.gate_up, experts.down
+    return all(
+        not isinstance(stack, QuantizedWeight) and stack.dtype.itemsize == 2 and stack.shape[2] % 8 == 0
+        for stack in stacks
+    )
 
 
 def reference_experts(

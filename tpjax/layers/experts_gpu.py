@@ -187,8 +187,6 @@ def _kernel(
         if transposed:
             target = out.at[pl.ds(column * _COLUMNS + warp_group * 64, 64), rows]
         else:
-            target = out.at[
-                pl.ds(tile * size + warp_group * 64, 64), pl.ds(column * _COLUMNS, _COLUMNS)
-            ]
+            target = out.at[pl.ds(tile * size + warp_group * 64, 64), pl.ds(column * _COLUMNS, _COLUMNS)]
         plgpu.copy_smem_to_gmem(mine, target)
         plgpu.wait_smem_to_gmem(0)

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
+from tpjax.attention import XLA, Backend
 from tpjax.config import ExpertAxis, ModelConfig, MoEConfig
 from tpjax.layers.experts import ExpertWeights, Routing, gated_expert, moe_of, routed_experts
 from tpjax.layers.linear import dot
@@ -151,9 +152,10 @@ class MoE(nnx.Module):
         config: the architecture; ``config.moe`` is set.
         tp: devices.
         dtype: dtype of the experts' weights; the router is float32.
+        backend: where it is a kernel for GPUs, so are the products of experts.
     """
 
-    def __init__(self, config: ModelConfig, tp: int, dtype: jnp.dtype) -> None:
+    def __init__(self, config: ModelConfig, tp: int, dtype: jnp.dtype, backend: Backend = XLA) -> None:
         moe, hidden = moe_of(config), config.hidden_size
         self.gate = Router(moe, hidden)
         self.experts = ExpertStack(
@@ -174,6 +176,7 @@ class MoE(nnx.Module):
         )
         self.shared_expert_gate = GateProjection("shared_expert_gate", 1, hidden) if moe.shared_gate else None
         self.config = config
+        self.backend = backend
 
     def __call__(self, x: Float[Array, "N D"], present: Bool[Array, " N"]) -> Float[Array, "*tp N D"]:
         """Returns each device's partial sum over the experts of each token; the caller reduces them.
@@ -222,7 +225,7 @@ class MoE(nnx.Module):
         elif experts.down_bias is not None:  # replicated: added on one device only
             experts = experts._replace(down_bias=jnp.where(device == 0, experts.down_bias, 0))
         with jax.named_scope("experts"):
-            total = routed_experts(x, routing, experts, self.config)
+            total = routed_experts(x, routing, experts, self.config, self.backend)
         if shared is not None:
             with jax.named_scope("shared_expert"):
                 one = jax.tree.map(lambda stack: stack[0], shared)

@@ -1,0 +1,180 @@
+"""The kernels for Hopper GPUs against the definitions: on such a GPU, else interpreted on a CPU.
+
+jax 0.12 and later interpret them. On a GPU ``scripts/on_gpu`` runs these tests.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import attention_cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import Shape
+from conftest import GOLDENS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from tpjax import LLM
+from tpjax.attention import KernelShape, gpu, selftest
+from tpjax.layers import experts_gpu
+
+ON_GPU = jax.default_backend() == "gpu"
+CAN_INTERPRET = hasattr(plgpu, "InterpretGPUParams")
+pytestmark = pytest.mark.skipif(
+    not (ON_GPU or CAN_INTERPRET),
+    reason=f"jax {jax.__version__} interprets no GPU kernel: pip install 'jax>=0.12' (Python 3.12), or a GPU",
+)
+check = partial(attention_cases.check, gpu)
+
+
+def how(*, races: bool = False) -> Any:
+    """How kernels run here."""
+    return None if ON_GPU else plgpu.InterpretGPUParams(detect_races=races)
+
+
+def shape_of(**fields: Any) -> Shape:
+    widths = {"width": 64, "value_dim": 64, "page_size": 64, "dtype": "bfloat16"}
+    return Shape(**(widths | fields))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    (
+        pytest.param(
+            shape_of(lengths=(1, 0, 1), first=(170, 0, 3), heads=2, per_head=3, page_size=128), id="decode"
+        ),
+        pytest.param(
+            shape_of(lengths=(1, 0, 1), first=(370, 0, 3), window=90, cyclic=True, sinks=True, softcap=2.0),
+            id="window",
+        ),
+        pytest.param(
+            shape_of(lengths=(3, 2), first=(62, 150), length=3, per_head=2, width=32, value_dim=48),
+            id="drafts",
+        ),
+        pytest.param(
+            shape_of(lengths=(64, 9, 0), first=(128, 64, 0), length=64, per_head=3, window=70), id="chunks"
+        ),
+        pytest.param(
+            shape_of(lengths=(1, 1), first=(200, 63), width=256, value_dim=256, per_head=9), id="wide heads"
+        ),
+    ),
+)
+def test_attention(shape: Shape) -> None:
+    check(shape, interpret=how())
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> Shape:
+    rows, length = draw(st.integers(1, 4)), draw(st.sampled_from((1, 1, 2, 3, 16, 64)))
+    window = draw(st.none() | st.integers(1, 300))
+    multiples = st.integers(1, 16).map(lambda number: 16 * number)
+    return Shape(
+        lengths=tuple(draw(st.integers(0, length)) for _ in range(rows)),
+        first=tuple(draw(st.integers(0, 400)) for _ in range(rows)),
+        length=length,
+        heads=draw(st.integers(1, 4)),
+        per_head=draw(st.sampled_from((1, 2, 3, 4, 5, 8, 16))),
+        width=draw(multiples),
+        value_dim=draw(multiples),
+        page_size=draw(st.sampled_from((64, 128))),
+        window=window,
+        cyclic=window is not None and draw(st.booleans()),
+        softcap=draw(st.none() | st.just(3.0)),
+        sinks=draw(st.booleans()),
+        dtype=draw(st.sampled_from(("bfloat16", "bfloat16", "float16"))),
+    )
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=15, derandomize=True)
+@given(shape=shapes(), seed=st.integers(0, 2**20))
+def test_random_shapes(shape: Shape, seed: int) -> None:
+    check(shape, seed, interpret=how(races=True))
+
+
+LLAMA3_8B = KernelShape(8, 4, 128, 128, False, (None,), None, False, 128, "bfloat16")
+KERNEL_SHAPES = {
+    "Llama-3-8B": LLAMA3_8B,
+    "Gemma-2-9B": LLAMA3_8B._replace(per_head=2, width=256, value_dim=256, windows=(100, None), softcap=50.0),
+    "gpt-oss-20b": LLAMA3_8B._replace(per_head=8, width=64, value_dim=64, windows=(100, None), sinks=True),
+    "SmolLM2 at tp=3": LLAMA3_8B._replace(heads=1, per_head=3, width=64, value_dim=64),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", KERNEL_SHAPES.values(), ids=KERNEL_SHAPES)
+def test_self_test(shape: KernelShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not ON_GPU:
+        for constant, value in {"_CONTEXT": 150, "_ROWS": 3, "_CALLS": 1, "_ROUNDS": 1}.items():
+            monkeypatch.setattr(selftest, constant, value)
+        shape = shape._replace(heads=1, windows=shape.windows[:1])
+    verdict = selftest._check(gpu, shape, jax.devices()[0], how())
+    print(verdict)
+    assert verdict.right
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("gemma", "gemma3"))
+def test_the_engine_generates_what_the_page_walk_does(name: str) -> None:
+    """In bfloat16 tokens may differ where two are about as likely; logits are as close as rounding."""
+    prompt = [at % 50 for at in range(150)]
+    found = []
+    for attention in ("xla", "gpu"):
+        with LLM(GOLDENS / name, tp=1, dtype="bfloat16", max_model_len=256, attention=attention) as llm:
+            found.append(llm.logits(prompt))
+            assert len(llm.generate([prompt], temperature=0, max_tokens=3)[0].token_ids) == 3
+    assert np.abs(found[1] - found[0]).max() <= 0.05 * np.abs(found[0]).max()
+
+
+# --- experts -----------------------------------------------------------------------------------------------
+
+
+def check_experts(sizes: list[int], inner: int, columns: int, further: int = 0) -> None:
+    rng, experts, rows = np.random.default_rng(0), len(sizes), sum(sizes) + further
+    x = jnp.asarray(rng.normal(size=(rows, inner)), jnp.bfloat16)
+    weights = rng.normal(size=(experts, inner, columns)) * inner**-0.5
+    weights[np.equal(sizes, 0)] = np.nan  # an expert without rows is not read
+    weights = jnp.asarray(weights, jnp.bfloat16)
+    tiles = experts_gpu.lay_out(jnp.asarray(sizes, jnp.int32), rows)
+    out = experts_gpu.grouped_product(x[tiles.sources], weights, tiles.experts, interpret=how())
+    owners, owned = np.repeat(np.arange(experts), sizes), sum(sizes)
+    rows_of, weights_of = np.asarray(x, np.float32)[:owned], np.asarray(weights, np.float32)[owners]
+    found = np.asarray(out[tiles.places], np.float32)[:owned]
+    np.testing.assert_allclose(found, np.einsum("mi,mic->mc", rows_of, weights_of), atol=0.02, rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "inner", "columns", "further"),
+    (
+        pytest.param([3, 0, 9, 1], 128, 256, 0, id="few rows"),
+        pytest.param([0, 0, 5], 192, 128, 4, id="rows of other devices"),
+        pytest.param([130, 0, 70, 1, 128], 128, 128, 0, id="many rows"),
+        pytest.param([40, 30], 64, 128, 0, id="between"),
+    ),
+)
+def test_experts(sizes: list[int], inner: int, columns: int, further: int) -> None:
+    check_experts(sizes, inner, columns, further)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the interpreter knows no copies over an edge")
+@pytest.mark.parametrize("sizes", ([3, 0, 9, 1], [130, 0, 70, 1, 128]))
+def test_experts_of_any_width(sizes: list[int]) -> None:
+    check_experts(sizes, 200, 136)
+
+
+@pytest.mark.parametrize("sizes", ([0, 0], [1], [0, 7, 0, 8, 9], [129, 3]))
+def test_layout(sizes: list[int]) -> None:
+    """Every row has a place of its own, in a tile of its expert."""
+    rows = sum(sizes) + 2
+    tiles = experts_gpu.lay_out(jnp.asarray(sizes, jnp.int32), rows)
+    size = tiles.sources.size // tiles.experts.size
+    owners, owned = np.repeat(np.arange(len(sizes)), sizes), sum(sizes)
+    places = np.asarray(tiles.places)[:owned]
+    assert len(set(places)) == owned
+    assert (np.asarray(tiles.experts)[places // size] == owners).all()
+    assert (np.asarray(tiles.sources)[places] == np.arange(owned)).all()

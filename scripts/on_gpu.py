@@ -1,0 +1,639 @@
+#!/usr/bin/env python
+"""Tests and measures tpjax on one NVIDIA GPU: kernels, sampler, bfloat16, decode, prefill, engine, transformers.
+
+    scripts/on_gpu                        # a machine with an H100 or H200: at most nine minutes
+    scripts/on_gpu --dry-run              # the same code on a CPU, with tiny models: a minute or two
+    scripts/on_gpu --only kernels llama   # some sections
+
+Each section is a process of its own with a limit of time, so that one that fails or hangs takes no other
+along. Results are printed and written to OUT (--out, else $OUT, else build/on_gpu): NAME.json for each section,
+NAME.log, and a profile of decode steps. Models have random weights in the shapes of published ones; nothing is
+downloaded. Bandwidth and rate, which all shares refer to, are measured in the same call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+MINUTES = 9
+CONTEXT = 2048  # tokens in the cache of each sequence that decodes
+BATCHES = {1: CONTEXT, 8: CONTEXT, 64: CONTEXT, 256: 1024}  # whose cache has room beside the weights
+SHORT_CONTEXT = 256  # where transformers is beside it
+PROMPT = 2048
+PAGE = 128
+Result = dict[str, Any]
+
+
+# --- timing ------------------------------------------------------------------------------------------------
+
+
+def seconds(call: Callable[[], Any], rounds: int = 5, calls: int = 1) -> float:
+    """Returns the median time of a call, of several in flight at once; the first is not counted."""
+    import jax
+
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        jax.block_until_ready([call() for _ in range(calls)])
+        times.append((time.perf_counter() - started) / calls)
+    return statistics.median(times)
+
+
+def machine(dry: bool) -> Result:
+    """Measures the bandwidth of a copy and of a sum, and the rate of a product in bfloat16."""
+    import jax
+    import jax.numpy as jnp
+
+    size = 1 << (22 if dry else 31)  # bytes
+    words = jnp.ones(size // 4, jnp.int32)
+    copied = seconds(functools.partial(jax.jit(lambda x: x + 1), words), calls=4)
+    summed = seconds(functools.partial(jax.jit(jnp.sum), words), calls=4)
+    side = 256 if dry else 8192
+    left, right = (jax.random.normal(jax.random.key(k), (side, side), jnp.bfloat16) for k in (0, 1))
+    product = seconds(functools.partial(jax.jit(jnp.dot), left, right), calls=8)
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "copy_bytes_s": 2 * size / copied,
+        "read_bytes_s": size / summed,
+        "product_flops": 2 * side**3 / product,
+        "memory_bytes": (device.memory_stats() or {}).get("bytes_limit"),
+    }
+
+
+# --- kernels and sampler -----------------------------------------------------------------------------------
+
+
+def tests(*arguments: str, dry: bool) -> Result:
+    """Runs tests by pytest, and returns how many passed and which did not."""
+    import pytest
+
+    class Outcomes:
+        def __init__(self) -> None:
+            self.found: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
+
+        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            if report.when == "call" or report.outcome != "passed":
+                self.found[report.outcome].append(report.nodeid)
+
+    outcomes = Outcomes()
+    os.chdir(ROOT)
+    chosen = ["-k", "layout"] if dry else []
+    code = pytest.main(["-q", "-p", "no:cacheprovider", "--all", *arguments, *chosen], [outcomes])
+    found = outcomes.found
+    return {
+        "exit": int(code),
+        "passed": len(found["passed"]),
+        "failed": found["failed"],
+        "skipped": found["skipped"],
+    }
+
+
+def kernels(dry: bool) -> Result:
+    """Tests of the kernels: random shapes against the definition, the self-test, a model's logits."""
+    return tests("tests/test_gpu_kernels.py", dry=dry)
+
+
+def sampler(dry: bool) -> Result:
+    """Tests of draws at real vocabulary sizes, on this device alone."""
+    if dry:
+        return tests("tests/test_gpu_kernels.py", dry=True)
+    return tests(
+        "tests/test_draws.py", "-k", "(one_is_always or masked or ends_of or follow) and not 4", dry=dry
+    )
+
+
+def speed_of_kernels(dry: bool) -> Result:
+    """Times the kernels alone: attention as a share of the bandwidth, experts beside XLA's ragged_dot."""
+    return {"attention": attention_speed(dry), "experts": expert_speed(dry)}
+
+
+def attention_speed(dry: bool) -> list[Result]:
+    """Times attention of decode rows and of a prompt, in Llama-3-8B's shape."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from tpjax.attention import backends, gpu, xla
+    from tpjax.cache import LayerCache, TokenGroup
+
+    heads, per_head, width, calls = 8, 4, 128, 16
+    found = []
+    cases = [(1, 256)] if dry else [(1, 2048), (1, 32768), (8, 2048), (8, 8192), (64, 2048), (256, 1024)]
+    for batch, context in cases:
+        columns = context // PAGE
+        pages = 1 + batch * columns
+        rng = np.random.default_rng(0)
+        tables = jnp.asarray(1 + rng.permutation(batch * columns).reshape(batch, columns), jnp.int32)
+        keys, values = (
+            jax.random.normal(jax.random.key(k), (pages, heads, PAGE, width), jnp.bfloat16) for k in (0, 1)
+        )
+        positions = jnp.full((batch, 1), context - 1, jnp.int32)
+        query = jax.random.normal(jax.random.key(2), (batch, 1, heads, per_head, width), jnp.bfloat16)
+        group = TokenGroup(tables, positions, jnp.ones(batch, jnp.int32))
+
+        def attend(
+            query: jax.Array, keys: jax.Array, values: jax.Array, group: TokenGroup, name: str
+        ) -> jax.Array:
+            for _ in range(calls):  # each waits for the one before
+                backend = backends.Backend(name)
+                own = query[:, :, :, 0]
+                query = query + backends.paged_attention(
+                    query, own, own, LayerCache(keys, values), group, scale=0.1, window=None, backend=backend
+                )
+            return query
+
+        moved = 2 * batch * context * heads * width * 2
+        row: Result = {"batch": batch, "context": context, "bytes": moved}
+        for name in ("xla",) if dry else ("gpu", "xla"):
+            step = jax.jit(functools.partial(attend, name=name))
+            row[f"{name}_us"] = 1e6 * seconds(functools.partial(step, query, keys, values, group)) / calls
+        if not dry:
+            row["tiling"] = gpu.choose_tiling(batch, heads, per_head, context, (width, width), 2)._asdict()
+            row["bytes_s"] = moved / (row["gpu_us"] * 1e-6)
+        found.append(row)
+    assert xla is not None
+    return found
+
+
+def expert_speed(dry: bool) -> list[Result]:
+    """Times the first product of experts, in Qwen3-30B-A3B's shape."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from tpjax.layers import experts_gpu
+
+    experts, inner, columns, active = (4, 64, 128, 2) if dry else (128, 2048, 1536, 8)
+    weights = jax.random.normal(jax.random.key(0), (experts, inner, columns), jnp.bfloat16)
+    found = []
+    for tokens in (1,) if dry else (1, 8, 64, 256, 2048):
+        rng, rows = np.random.default_rng(0), tokens * active
+        chosen = np.concatenate([rng.permutation(experts)[:active] for _ in range(tokens)])
+        sizes = jnp.asarray(np.bincount(chosen, minlength=experts), jnp.int32)
+        x = jax.random.normal(jax.random.key(1), (rows, inner), jnp.bfloat16)
+        distinct = len(set(chosen.tolist()))
+        row: Result = {
+            "tokens": tokens,
+            "experts": distinct,
+            "bytes": 2 * distinct * inner * columns,
+            "flops": 2 * rows * inner * columns,
+        }
+
+        def by_kernel(x: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+            tiles = experts_gpu.lay_out(sizes, x.shape[0])
+            return experts_gpu.grouped_product(x[tiles.sources], weights, tiles.experts)[tiles.places]
+
+        def by_xla(x: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+            return jax.lax.ragged_dot(x, weights, sizes, preferred_element_type=x.dtype)
+
+        ways = {"xla": by_xla} if dry else {"gpu": by_kernel, "xla": by_xla}
+        for name, way in ways.items():
+            call = functools.partial(jax.jit(way), x, weights, sizes)
+            row[f"{name}_us"] = 1e6 * seconds(call, calls=20)
+        found.append(row)
+    return found
+
+
+# --- parity ------------------------------------------------------------------------------------------------
+
+
+def parity(dry: bool) -> Result:
+    """Compares logits in bfloat16 with those in float32; transformers' own distance is the unit."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from rounding import distance, prompts
+
+    from tpjax import LLM
+
+    goldens = ROOT / "tests" / "goldens"
+    of_transformers = json.loads((goldens / "bfloat16.json").read_text())
+    found: Result = {}
+    for name in ("llama",) if dry else ("llama", "gemma", "gemma3", "qwen3_moe", "gpt_oss", "deepseek_v3"):
+        logits = {}
+        for dtype in ("float32", "bfloat16"):
+            with LLM(goldens / name, tp=1, dtype=dtype, max_model_len=128, max_slots=1) as llm:
+                logits[dtype] = [llm.logits(prompt) for prompt in prompts(llm.config.vocab_size)]
+                backend = llm.runner.backend.name
+        away = distance(logits["bfloat16"], logits["float32"])
+        unit = of_transformers[name]
+        found[name] = {"attention": backend} | {key: away[key] / unit[key] for key in unit}
+    return found
+
+
+# --- models ------------------------------------------------------------------------------------------------
+
+
+def random_runner(name: str, dry: bool, slots: int) -> Any:
+    """Makes the runner of a published model with random weights, and everything that it may hold."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from tpjax.attention import KernelShape, choose_backend, selftest
+    from tpjax.families.registry import config_from_hf
+    from tpjax.mesh import make_mesh
+    from tpjax.model import Decoder
+    from tpjax.planning.published import published_config
+    from tpjax.runtime.memory import device_memory, plan_limits
+    from tpjax.runtime.runner import Runner
+
+    config = published_config(name)
+    if dry:
+        small = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 512}
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        fields = json.loads((ROOT / "tpjax" / "planning" / "published.json").read_text())[name]["config"]
+        config = config_from_hf(fields | small | (experts if config.moe else {}))
+    mesh, dtype = make_mesh(1), jnp.dtype("bfloat16")
+    device, shape = mesh.local_devices[0], KernelShape.of(config, 1, dtype, PAGE)
+    folder = Path(os.environ["TPJAX_CACHE"]) / "attention"
+    backend = choose_backend("auto", device, shape, lambda: selftest.verdict("gpu", shape, device, folder))
+    print("attention:", backend, flush=True)
+    with jax.set_mesh(mesh):
+        model = nnx.eval_shape(lambda: Decoder(config, 1, dtype, backend))
+        state = nnx.state(model, nnx.Param)
+        leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Param))
+        for number, leaf in enumerate(leaves):
+            value = leaf.get_value()
+
+            @functools.partial(jax.jit, static_argnums=1)
+            def draw(key: jax.Array, shape: tuple[int, ...], kind: Any = value.dtype) -> jax.Array:
+                fan_in = max(shape[-2:]) if len(shape) > 1 else 1
+                return (jax.random.normal(key, shape, jnp.bfloat16) * fan_in**-0.5).astype(kind)
+
+            leaf.set_value(draw(jax.random.key(number), value.shape))
+        nnx.update(model, state)
+    weight_bytes = sum(leaf.get_value().nbytes for leaf in leaves)
+    limits = plan_limits(
+        config,
+        1,
+        dtype,
+        weight_bytes=0,  # they are in the memory already
+        memory=device_memory(1),
+        max_model_len=CONTEXT + 2 * PAGE,
+        max_slots=slots,
+    )
+    print(
+        f"weights {weight_bytes / 1e9:.1f} GB, {limits.num_pages} pages, {limits.max_slots} slots", flush=True
+    )
+    return Runner(model, mesh, limits, dtype, "off"), weight_bytes
+
+
+def decode_rows(runner: Any, batch: int, context: int) -> list[Any]:
+    """Returns rows at the end of a context; those beyond the cache's pages share the others'."""
+    from tpjax.runtime.rows import Row
+    from tpjax.sampling_params import SamplingParams
+
+    greedy = SamplingParams(temperature=0.0, max_tokens=context)
+    columns = -(-context // PAGE)
+    usable = runner.limits.num_pages - 1
+    return [
+        Row(
+            slot,
+            context - 1,
+            [[1 + (slot * columns + at) % usable for at in range(columns)]],
+            greedy,
+            seed=0,
+            remaining=context,
+            max_length=context,
+        )
+        for slot in range(batch)
+    ]
+
+
+def decode_speed(runner: Any, weight_bytes: int, batches: dict[int, int], bandwidth: float) -> list[Result]:
+    """Times decode steps: bytes of weights and live cache over the time of a step."""
+    from tpjax.cache import page_bytes_per_device
+
+    config, found = runner.config, []
+    page = page_bytes_per_device(config, 1, PAGE, runner.dtype)
+    embedding = config.vocab_size * config.hidden_size * 2  # of which a step reads a row per token
+    read = weight_bytes - (0 if config.tie_word_embeddings else embedding)
+    for batch, context in batches.items():
+        rows = decode_rows(runner, batch, context)
+        if batch > runner.limits.max_slots:
+            continue
+        started = time.perf_counter()
+        step = seconds(lambda rows=rows: runner.decode(rows, 1).tokens, calls=20)
+        cache = batch * context * page / PAGE
+        weights = read - unread_experts(config, batch)
+        found.append(
+            {
+                "batch": batch,
+                "context": context,
+                "ms": 1e3 * step,
+                "tokens_s": batch / step,
+                "weight_bytes": weights,
+                "cache_bytes": cache,
+                "of_bandwidth": (weights + cache) / step / bandwidth,
+                "with_compiling_s": time.perf_counter() - started,
+            }
+        )
+        print(json.dumps(found[-1]), flush=True)
+    return found
+
+
+def unread_experts(config: Any, batch: int) -> float:
+    """Returns the bytes of experts that no token picks, where each picks evenly: an expectation."""
+    if config.moe is None:
+        return 0.0
+    moe = config.moe
+    share = (1 - moe.experts_per_token / moe.num_experts) ** batch
+    return share * config.num_layers * moe.num_experts * 3 * config.hidden_size * moe.expert_width * 2
+
+
+def prefill_speed(runner: Any, weight_bytes: int, flops: float, prompt: int) -> Result:
+    """Times a prompt in one step."""
+    from tpjax.runtime.rows import Chunk
+
+    (row,) = decode_rows(runner, 1, prompt)
+    row.position = 0
+    chunk = Chunk(row, [3] * prompt)
+    started = time.perf_counter()
+    step = seconds(lambda: runner.step([], [chunk]).sampled.tokens)
+    config = runner.config
+    embedding = config.vocab_size * config.hidden_size
+    weights = weight_bytes / 2 - embedding * (1 if config.tie_word_embeddings else 2)
+    if config.moe is not None:
+        moe, width = config.moe, config.moe.expert_width
+        idle = moe.num_experts - moe.experts_per_token
+        weights -= config.num_layers * idle * 3 * config.hidden_size * width
+    attention = 2 * 2 * config.attention.num_heads * config.attention.head_dim * prompt**2 / 2
+    work = 2 * weights * prompt + config.num_layers * attention
+    return {
+        "tokens": prompt,
+        "ms": 1e3 * step,
+        "tokens_s": prompt / step,
+        "flops": work,
+        "of_rate": work / step / flops,
+        "with_compiling_s": time.perf_counter() - started,
+    }
+
+
+def engine_speed(runner: Any, requests: int, prompt: int, answer: int) -> Result:
+    """Times requests that come at once: prompts and decoding share steps."""
+    import numpy as np
+
+    from tpjax.engine.engine import Engine
+    from tpjax.engine.request import Request
+    from tpjax.sampling_params import SamplingParams
+
+    engine, rng = Engine(runner), np.random.default_rng(0)
+    params = SamplingParams(temperature=0.0, max_tokens=answer, ignore_eos=True)
+
+    def run(count: int, tokens: int) -> float:
+        started = time.perf_counter()
+        limited = replace(params, max_tokens=tokens)
+        for number in range(count):
+            ids = rng.integers(3, runner.config.vocab_size, prompt).tolist()
+            engine.add(Request(ids, limited, seed=number))
+        while engine.busy:
+            engine.step()
+        return time.perf_counter() - started
+
+    compiling = run(requests, 4)
+    taken = run(requests, answer)
+    return {
+        "requests": requests,
+        "prompt": prompt,
+        "answer": answer,
+        "seconds": taken,
+        "output_tokens_s": requests * answer / taken,
+        "tokens_s": requests * (prompt + answer) / taken,
+        "first_s": compiling,
+    }
+
+
+def model(name: str, dry: bool, slots: int, ceilings: Result) -> Result:
+    """Decode at several batches, prefill, the engine, and where the time of a decode step goes."""
+    runner, weight_bytes = random_runner(name, dry, 8 if dry else slots)
+    batches = (
+        {1: SHORT_CONTEXT, 2: SHORT_CONTEXT} if dry else {b: c for b, c in BATCHES.items() if b <= slots}
+    )
+    found: Result = {"model": name, "attention": str(runner.backend), "weight_bytes": weight_bytes}
+    found["decode"] = decode_speed(runner, weight_bytes, batches, ceilings["read_bytes_s"])
+    short = dict.fromkeys((1, 8), SHORT_CONTEXT)
+    found["decode_short"] = decode_speed(runner, weight_bytes, short, ceilings["read_bytes_s"])
+    save(found)
+    found["profile"] = profile(runner, 1 if dry else 8)
+    found["prefill"] = prefill_speed(runner, weight_bytes, ceilings["product_flops"], 512 if dry else PROMPT)
+    print(json.dumps(found["prefill"]), flush=True)
+    save(found)
+    found["engine"] = engine_speed(runner, *((2, 40, 4) if dry else (min(64, slots), 512, 128)))
+    return found
+
+
+def profile(runner: Any, batch: int) -> list[Result]:
+    """Returns which kernels take the time of a decode step, and keeps the trace."""
+    import jax
+
+    rows = decode_rows(runner, batch, SHORT_CONTEXT if batch == 1 else CONTEXT)
+    steps, folder = 4, output() / "trace"
+    with jax.profiler.trace(str(folder)):
+        jax.block_until_ready([runner.decode(rows, 1).tokens for _ in range(steps)])
+    (trace,) = folder.rglob("*.xplane.pb")
+    kept = shutil.copy(trace, output() / f"{os.environ['ON_GPU_SECTION']}.xplane.pb")
+    shutil.rmtree(folder)
+    times: dict[str, list[float]] = {}
+    for plane in jax.profiler.ProfileData.from_file(str(kept)).planes:
+        if plane.name.startswith("/device:GPU"):
+            for line in plane.lines:
+                if line.name.startswith("Stream"):
+                    for event in line.events:
+                        times.setdefault(event.name, []).append(event.duration_ns / 1e3)
+    ranked = sorted(times.items(), key=lambda item: -sum(item[1]))
+    return [
+        {"kernel": name, "us_a_step": sum(all_of) / steps, "calls_a_step": len(all_of) / steps}
+        for name, all_of in ranked[:30]
+    ]
+
+
+def llama(dry: bool) -> Result:
+    """Llama-3-8B."""
+    return model("llama-3-8b", dry, 256, ceilings())
+
+
+def moe(dry: bool) -> Result:
+    """Qwen3-30B-A3B: 128 experts, of which a token takes 8."""
+    return model("qwen3-30b-a3b", dry, 64, ceilings())
+
+
+def transformers(dry: bool) -> Result:
+    """Llama-3-8B by transformers, compiled, with a static cache."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(
+        **({"vocab_size": 512, "num_key_value_heads": 2} | small)
+        if dry
+        else dict(
+            vocab_size=128256,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=8192,
+            rope_theta=500000.0,
+        )
+    )
+    device = "cpu" if dry else "cuda"
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        llm = LlamaForCausalLM(config).eval()
+    prompt, answer = (16, 4) if dry else (SHORT_CONTEXT - 64, 128)
+    found: Result = {"prompt": prompt, "answer": answer}
+
+    def generate(batch: int, count: int) -> float:
+        ids = torch.randint(3, config.vocab_size, (batch, prompt), device=device)
+        if not dry:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        with torch.inference_mode():
+            llm.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                min_new_tokens=count,
+                max_new_tokens=count,
+                cache_implementation="static",
+                pad_token_id=0,
+            )
+        if not dry:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    for batch in (1, 8):
+        first = generate(batch, answer)
+        generate(batch, answer)
+        pairs = [(generate(batch, answer), generate(batch, 1)) for _ in range(3)]
+        step = statistics.median((long - short) / (answer - 1) for long, short in pairs)
+        found[str(batch)] = {"ms": 1e3 * step, "tokens_s": batch / step, "first_s": first}
+        print(json.dumps(found[str(batch)]), flush=True)
+        save(found)
+    return found
+
+
+# --- sections ----------------------------------------------------------------------------------------------
+
+# Seconds of each. Compiling is most of it.
+SECTIONS: dict[str, tuple[Callable[[bool], Result], int]] = {
+    "machine": (machine, 40),
+    "speed": (speed_of_kernels, 90),
+    "llama": (llama, 170),
+    "transformers": (transformers, 110),
+    "moe": (moe, 150),
+    "kernels": (kernels, 120),
+    "parity": (parity, 90),
+    "sampler": (sampler, 60),
+}
+
+
+def output() -> Path:
+    return Path(os.environ["ON_GPU_OUT"])
+
+
+def ceilings() -> Result:
+    """Returns what the section ``machine`` measured."""
+    found: Result = json.loads((output() / "machine.json").read_text())
+    return found
+
+
+def save(result: Result) -> None:
+    """Writes what a section has found so far."""
+    (output() / f"{os.environ['ON_GPU_SECTION']}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def run_section(name: str, limit: float, dry: bool) -> tuple[str, float]:
+    """Runs a section as a process, and returns how it ended and after how many seconds."""
+    started = time.perf_counter()
+    environment = os.environ | {"ON_GPU_SECTION": name}
+    if not dry:
+        # the largest model leaves little; what runs beside JAX in a process of its own takes what it needs
+        environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.93"
+    command = [sys.executable, __file__, "--section", name, *(["--dry-run"] if dry else [])]
+    with (output() / f"{name}.log").open("w") as log:
+        try:
+            code = subprocess.run(
+                command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=limit, check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return f"stopped after {limit:.0f} s", time.perf_counter() - started
+    return "ok" if code == 0 else f"exit {code}", time.perf_counter() - started
+
+
+def report(name: str) -> Iterator[str]:
+    """Returns the figures of a section, a line each."""
+    with contextlib.suppress(OSError, ValueError):
+        result = json.loads((output() / f"{name}.json").read_text())
+        result.pop("profile", None)
+        for key, value in result.items():
+            for one in value if isinstance(value, list) else [value]:
+                yield f"  {key}: {shown(one)}"
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if math.isfinite(value) else str(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {shown(one)}" for key, one in value.items())
+    return str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dry-run", action="store_true", help="tiny models on a CPU")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=", ".join(SECTIONS))
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for all sections ({MINUTES})")
+    parser.add_argument("--out", type=Path, help="folder of results ($OUT, else build/on_gpu)")
+    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.section:
+        save(SECTIONS[arguments.section][0](arguments.dry_run))
+        return
+    out = arguments.out or Path(os.environ.get("OUT") or ROOT / "build" / "on_gpu")
+    out.mkdir(parents=True, exist_ok=True)
+    os.environ |= {"ON_GPU_OUT": str(out.resolve()), "TPJAX_CACHE": str(out.resolve() / "cache")}
+    if arguments.dry_run:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    end = time.perf_counter() + 60 * arguments.minutes
+    failed = []
+    for name, (_, limit) in SECTIONS.items():
+        if arguments.only and name not in (*arguments.only, "machine"):
+            continue
+        left = end - time.perf_counter()
+        how, taken = (
+            run_section(name, min(limit, left), arguments.dry_run) if left > 5 else ("no time left", 0.0)
+        )
+        print(f"{name}: {how}, {taken:.0f} s", flush=True)
+        if how != "ok":
+            failed.append(name)
+            with contextlib.suppress(OSError):
+                print("  " + "\n  ".join((out / f"{name}.log").read_text().splitlines()[-6:]), flush=True)
+        print("\n".join(report(name)), flush=True)
+    shutil.rmtree(out / "cache", ignore_errors=True)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Tests and measures tpjax on one NVIDIA GPU: kernels, sampler, bfloat16, decode, prefill, engine, transformers.
+"""Tests and measures tpjax on one NVIDIA GPU: kernels, sampler, decode, prefill, engine, transformers.
 
     scripts/on_gpu                        # a machine with an H100 or H200: at most nine minutes
     scripts/on_gpu --dry-run              # the same code on a CPU, with tiny models: a minute or two
     scripts/on_gpu --only kernels llama   # some sections
 
 Each section is a process of its own with a limit of time, so that one that fails or hangs takes no other
-along. Results are printed and written to OUT (--out, else $OUT, else build/on_gpu): NAME.json for each section,
-NAME.log, and a profile of decode steps. Models have random weights in the shapes of published ones; nothing is
-downloaded. Bandwidth and rate, which all shares refer to, are measured in the same call.
+along. Results are printed and written to OUT (--out, else $OUT, else build/on_gpu): NAME.json and NAME.log of
+each section, and a profile of decode steps. Models have random weights in the shapes of published ones;
+nothing is downloaded. Bandwidth and rate, which all shares refer to, are measured in the same call.
 """
 
 from __future__ import annotations
@@ -122,7 +122,9 @@ def sampler(dry: bool) -> Result:
 
 def speed_of_kernels(dry: bool) -> Result:
     """Times the kernels alone: attention as a share of the bandwidth, experts beside XLA's ragged_dot."""
-    return {"attention": attention_speed(dry), "experts": expert_speed(dry)}
+    experts = expert_speed(dry)
+    save({"experts": experts})
+    return {"experts": experts, "attention": attention_speed(dry)}
 
 
 def attention_speed(dry: bool) -> list[Result]:
@@ -131,7 +133,7 @@ def attention_speed(dry: bool) -> list[Result]:
     import jax.numpy as jnp
     import numpy as np
 
-    from tpjax.attention import backends, gpu, xla
+    from tpjax.attention import backends, gpu
     from tpjax.cache import LayerCache, TokenGroup
 
     heads, per_head, width, calls = 8, 4, 128, 16
@@ -152,12 +154,22 @@ def attention_speed(dry: bool) -> list[Result]:
         def attend(
             query: jax.Array, keys: jax.Array, values: jax.Array, group: TokenGroup, name: str
         ) -> jax.Array:
-            for _ in range(calls):  # each waits for the one before
-                backend = backends.Backend(name)
+            @jax.jit  # lowered once
+            def once(query: jax.Array, keys: jax.Array, values: jax.Array, group: TokenGroup) -> jax.Array:
                 own = query[:, :, :, 0]
-                query = query + backends.paged_attention(
-                    query, own, own, LayerCache(keys, values), group, scale=0.1, window=None, backend=backend
+                return query + backends.paged_attention(
+                    query,
+                    own,
+                    own,
+                    LayerCache(keys, values),
+                    group,
+                    scale=0.1,
+                    window=None,
+                    backend=backends.Backend(name),
                 )
+
+            for _ in range(calls):  # each waits for the one before
+                query = once(query, keys, values, group)
             return query
 
         moved = 2 * batch * context * heads * width * 2
@@ -169,7 +181,7 @@ def attention_speed(dry: bool) -> list[Result]:
             row["tiling"] = gpu.choose_tiling(batch, heads, per_head, context, (width, width), 2)._asdict()
             row["bytes_s"] = moved / (row["gpu_us"] * 1e-6)
         found.append(row)
-    assert xla is not None
+        print(json.dumps(row), flush=True)
     return found
 
 
@@ -187,7 +199,7 @@ def expert_speed(dry: bool) -> list[Result]:
     for tokens in (1,) if dry else (1, 8, 64, 256, 2048):
         rng, rows = np.random.default_rng(0), tokens * active
         chosen = np.concatenate([rng.permutation(experts)[:active] for _ in range(tokens)])
-        sizes = jnp.asarray(np.bincount(chosen, minlength=experts), jnp.int32)
+        assigned = jnp.asarray(chosen, jnp.int32)
         x = jax.random.normal(jax.random.key(1), (rows, inner), jnp.bfloat16)
         distinct = len(set(chosen.tolist()))
         row: Result = {
@@ -197,18 +209,20 @@ def expert_speed(dry: bool) -> list[Result]:
             "flops": 2 * rows * inner * columns,
         }
 
-        def by_kernel(x: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
-            tiles = experts_gpu.lay_out(sizes, x.shape[0])
+        def by_kernel(x: jax.Array, weights: jax.Array, assigned: jax.Array) -> jax.Array:
+            tiles = experts_gpu.lay_out(assigned, experts)
             return experts_gpu.grouped_product(x[tiles.sources], weights, tiles.experts)[tiles.places]
 
-        def by_xla(x: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
-            return jax.lax.ragged_dot(x, weights, sizes, preferred_element_type=x.dtype)
+        def by_xla(x: jax.Array, weights: jax.Array, assigned: jax.Array) -> jax.Array:
+            order, sizes = jnp.argsort(assigned), jnp.zeros(experts, jnp.int32).at[assigned].add(1)
+            return jax.lax.ragged_dot(x[order], weights, sizes, preferred_element_type=x.dtype)
 
         ways = {"xla": by_xla} if dry else {"gpu": by_kernel, "xla": by_xla}
         for name, way in ways.items():
-            call = functools.partial(jax.jit(way), x, weights, sizes)
+            call = functools.partial(jax.jit(way), x, weights, assigned)
             row[f"{name}_us"] = 1e6 * seconds(call, calls=20)
         found.append(row)
+        print(json.dumps(row), flush=True)
     return found
 
 
@@ -265,19 +279,19 @@ def random_runner(name: str, dry: bool, slots: int) -> Any:
     folder = Path(os.environ["TPJAX_CACHE"]) / "attention"
     backend = choose_backend("auto", device, shape, lambda: selftest.verdict("gpu", shape, device, folder))
     print("attention:", backend, flush=True)
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def draw(key: jax.Array, shape: tuple[int, ...], kind: jnp.dtype) -> jax.Array:
+        fan_in = max(shape[-2:]) if len(shape) > 1 else 1
+        return (jax.random.normal(key, shape, jnp.bfloat16) * fan_in**-0.5).astype(kind)
+
     with jax.set_mesh(mesh):
         model = nnx.eval_shape(lambda: Decoder(config, 1, dtype, backend))
         state = nnx.state(model, nnx.Param)
         leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Param))
         for number, leaf in enumerate(leaves):
             value = leaf.get_value()
-
-            @functools.partial(jax.jit, static_argnums=1)
-            def draw(key: jax.Array, shape: tuple[int, ...], kind: Any = value.dtype) -> jax.Array:
-                fan_in = max(shape[-2:]) if len(shape) > 1 else 1
-                return (jax.random.normal(key, shape, jnp.bfloat16) * fan_in**-0.5).astype(kind)
-
-            leaf.set_value(draw(jax.random.key(number), value.shape))
+            leaf.set_value(draw(jax.random.key(number), value.shape, value.dtype))
         nnx.update(model, state)
     weight_bytes = sum(leaf.get_value().nbytes for leaf in leaves)
     limits = plan_limits(
@@ -407,9 +421,11 @@ def engine_speed(runner: Any, requests: int, prompt: int, answer: int) -> Result
             engine.step()
         return time.perf_counter() - started
 
-    compiling = run(requests, 4)
+    compiling = run(requests, answer)  # compiles what such requests need
+    compiled = runner.compile_count
     taken = run(requests, answer)
     return {
+        "compiled_meanwhile": runner.compile_count - compiled,
         "requests": requests,
         "prompt": prompt,
         "answer": answer,
@@ -444,7 +460,7 @@ def profile(runner: Any, batch: int) -> list[Result]:
     import jax
 
     rows = decode_rows(runner, batch, SHORT_CONTEXT if batch == 1 else CONTEXT)
-    steps, folder = 4, output() / "trace"
+    steps, folder = 2, output() / "trace"
     with jax.profiler.trace(str(folder)):
         jax.block_until_ready([runner.decode(rows, 1).tokens for _ in range(steps)])
     (trace,) = folder.rglob("*.xplane.pb")
@@ -483,16 +499,16 @@ def transformers(dry: bool) -> Result:
     config = LlamaConfig(
         **({"vocab_size": 512, "num_key_value_heads": 2} | small)
         if dry
-        else dict(
-            vocab_size=128256,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            max_position_embeddings=8192,
-            rope_theta=500000.0,
-        )
+        else {
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 8192,
+            "rope_theta": 500000.0,
+        }
     )
     device = "cpu" if dry else "cuda"
     torch.set_default_dtype(torch.bfloat16)
@@ -536,12 +552,12 @@ def transformers(dry: bool) -> Result:
 # Seconds of each. Compiling is most of it.
 SECTIONS: dict[str, tuple[Callable[[bool], Result], int]] = {
     "machine": (machine, 40),
-    "speed": (speed_of_kernels, 90),
-    "llama": (llama, 170),
+    "speed": (speed_of_kernels, 60),
+    "llama": (llama, 120),
     "transformers": (transformers, 110),
-    "moe": (moe, 150),
-    "kernels": (kernels, 120),
-    "parity": (parity, 90),
+    "moe": (moe, 120),
+    "kernels": (kernels, 90),
+    "parity": (parity, 60),
     "sampler": (sampler, 60),
 }
 

@@ -134,18 +134,24 @@ def test_the_engine_generates_what_the_page_walk_does(name: str) -> None:
 # --- experts -----------------------------------------------------------------------------------------------
 
 
+def assignments(sizes: list[int], further: int) -> np.ndarray:
+    """Assignments in random order: so many to each expert, and some to none."""
+    assigned = np.repeat(np.arange(len(sizes) + 1), [*sizes, further])
+    return np.random.default_rng(1).permutation(assigned).astype(np.int32)
+
+
 def check_experts(sizes: list[int], inner: int, columns: int, further: int = 0) -> None:
-    rng, experts, rows = np.random.default_rng(0), len(sizes), sum(sizes) + further
-    x = jnp.asarray(rng.normal(size=(rows, inner)), jnp.bfloat16)
-    weights = rng.normal(size=(experts, inner, columns)) * inner**-0.5
-    weights[np.equal(sizes, 0)] = np.nan  # an expert without rows is not read
-    weights = jnp.asarray(weights, jnp.bfloat16)
-    tiles = experts_gpu.lay_out(jnp.asarray(sizes, jnp.int32), rows)
+    rng, experts, assigned = np.random.default_rng(0), len(sizes), assignments(sizes, further)
+    x = jnp.asarray(rng.normal(size=(len(assigned), inner)), jnp.bfloat16)
+    values = rng.normal(size=(experts, inner, columns)) * inner**-0.5
+    values[np.equal(sizes, 0)] = np.nan  # an expert without rows is not read
+    weights = jnp.asarray(values, jnp.bfloat16)
+    tiles = experts_gpu.lay_out(jnp.asarray(assigned), experts)
     out = experts_gpu.grouped_product(x[tiles.sources], weights, tiles.experts, interpret=how())
-    owners, owned = np.repeat(np.arange(experts), sizes), sum(sizes)
-    rows_of, weights_of = np.asarray(x, np.float32)[:owned], np.asarray(weights, np.float32)[owners]
-    found = np.asarray(out[tiles.places], np.float32)[:owned]
-    np.testing.assert_allclose(found, np.einsum("mi,mic->mc", rows_of, weights_of), atol=0.02, rtol=0.01)
+    owned = assigned < experts
+    rows, weights_of = np.asarray(x, np.float32)[owned], np.asarray(weights, np.float32)[assigned[owned]]
+    found = np.asarray(out[tiles.places], np.float32)[owned]
+    np.testing.assert_allclose(found, np.einsum("mi,mic->mc", rows, weights_of), atol=0.02, rtol=0.01)
 
 
 @pytest.mark.parametrize(
@@ -167,14 +173,16 @@ def test_experts_of_any_width(sizes: list[int]) -> None:
     check_experts(sizes, 200, 136)
 
 
+@pytest.mark.parametrize("compared", (4096, 4))
 @pytest.mark.parametrize("sizes", ([0, 0], [1], [0, 7, 0, 8, 9], [129, 3]))
-def test_layout(sizes: list[int]) -> None:
+def test_layout(sizes: list[int], compared: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row has a place of its own, in a tile of its expert."""
-    rows = sum(sizes) + 2
-    tiles = experts_gpu.lay_out(jnp.asarray(sizes, jnp.int32), rows)
+    monkeypatch.setattr(experts_gpu, "_COMPARED", compared)
+    assigned = assignments(sizes, further=2)
+    tiles = experts_gpu.lay_out(jnp.asarray(assigned), len(sizes))
     size = tiles.sources.size // tiles.experts.size
-    owners, owned = np.repeat(np.arange(len(sizes)), sizes), sum(sizes)
-    places = np.asarray(tiles.places)[:owned]
-    assert len(set(places)) == owned
-    assert (np.asarray(tiles.experts)[places // size] == owners).all()
-    assert (np.asarray(tiles.sources)[places] == np.arange(owned)).all()
+    (owned,) = np.nonzero(assigned < len(sizes))
+    places = np.asarray(tiles.places)[owned]
+    assert len(set(places.tolist())) == len(owned)
+    assert (np.asarray(tiles.experts)[places // size] == assigned[owned]).all()
+    assert (np.asarray(tiles.sources)[places] == owned).all()

@@ -81,24 +81,58 @@ def routed_experts(
     count = experts.gate_up.shape[0]
     local = (routing.experts >= 0) & (routing.experts < count)
     assigned = jnp.where(local, routing.experts, count).reshape(-1)
-    order = jnp.argsort(assigned)  # experts of other devices come last
-    group_sizes = jnp.zeros(count, jnp.int32).at[assigned].add(1, mode="drop")
-    sorted_rows = x[order // per_token]
-    # A grouped product is one instruction on TPU and GPU. XLA's CPU backend computes it for every expert, and
-    # a TPU would first write experts of 8 bits to memory in 16 bits: 350 MB a layer of Mixtral at tp=8.
-    tiled = partial(tiled_experts, config=config, tile=min(tokens, _TILE_ROWS))
-    ragged = partial(ragged_experts, config=config)
-    tpu = tiled if isinstance(experts.gate_up, QuantizedWeight) else ragged
     if backend.name == "gpu" and _kernel_multiplies(experts):
-        out = kernel_experts(sorted_rows, group_sizes, experts, config=config, interpret=backend.interpret)
+        out = _experts_by_kernel(x, assigned, experts, config, backend.interpret)
     else:
-        out = jax.lax.platform_dependent(
-            sorted_rows, group_sizes, experts, cpu=tiled, tpu=tpu, default=ragged
-        )
-    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
-    outputs = out[inverse].reshape(tokens, per_token, -1).astype(jnp.float32)
+        out = _experts_in_order(x, assigned, experts, config)
+    outputs = out.reshape(tokens, per_token, -1).astype(jnp.float32)
     outputs = jnp.where(local[..., None], outputs, 0)  # rows of other devices were not computed
     return jnp.einsum("nk,nkd->nd", routing.weights, outputs, precision=jax.lax.Precision.HIGHEST)
+
+
+def _experts_in_order(
+    x: Float[Array, "N D"], assigned: Int[Array, " M"], experts: ExpertWeights, config: ModelConfig
+) -> Float[Array, "M D"]:
+    """Computes each assignment of a token to an expert, by rows sorted by expert."""
+    count, per_token = experts.gate_up.shape[0], len(assigned) // len(x)
+    order = jnp.argsort(assigned)  # experts of other devices come last
+    group_sizes = jnp.zeros(count, jnp.int32).at[assigned].add(1, mode="drop")
+    # A grouped product is one instruction on TPU and GPU. XLA's CPU backend computes it for every expert, and
+    # a TPU would first write experts of 8 bits to memory in 16 bits: 350 MB a layer of Mixtral at tp=8.
+    tiled = partial(tiled_experts, config=config, tile=min(len(x), _TILE_ROWS))
+    ragged = partial(ragged_experts, config=config)
+    tpu = tiled if isinstance(experts.gate_up, QuantizedWeight) else ragged
+    out = jax.lax.platform_dependent(
+        x[order // per_token], group_sizes, experts, cpu=tiled, tpu=tpu, default=ragged
+    )
+    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+    return out[inverse]
+
+
+def _experts_by_kernel(
+    x: Float[Array, "N D"],
+    assigned: Int[Array, " M"],
+    experts: ExpertWeights,
+    config: ModelConfig,
+    interpret: Any,
+) -> Float[Array, "M D"]:
+    """Computes what :func:`_experts_in_order` computes, by the kernel for Hopper GPUs."""
+    from tpjax.layers import experts_gpu  # Pallas is imported where it is used: that takes a while
+
+    tiles = experts_gpu.lay_out(assigned, experts.gate_up.shape[0])
+    of_place = jnp.repeat(tiles.experts, tiles.sources.size // tiles.experts.size)
+
+    def product(x: Float[Array, "places D"], weights: Weight) -> Float[Array, "places F"]:
+        assert not isinstance(weights, QuantizedWeight)
+        return experts_gpu.grouped_product(x, weights, tiles.experts, interpret=interpret)
+
+    gate_up = product(x[tiles.sources // (len(assigned) // len(x))], experts.gate_up)
+    if experts.gate_up_bias is not None:
+        gate_up = gate_up + experts.gate_up_bias[of_place]
+    out = product(_glu(gate_up, config), experts.down)
+    if experts.down_bias is not None:
+        out = out + experts.down_bias[of_place]
+    return out[tiles.places]
 
 
 def tiled_experts(
@@ -147,33 +181,6 @@ def ragged_experts(
         gate_up = gate_up + experts.gate_up_bias[expert]
     out = grouped_dot(_glu(gate_up, config), experts.down, group_sizes)
     return out if experts.down_bias is None else out + experts.down_bias[expert]
-
-
-def kernel_experts(
-    x: Float[Array, "M D"],
-    group_sizes: Int[Array, " E"],
-    experts: ExpertWeights,
-    *,
-    config: ModelConfig,
-    interpret: Any = None,
-) -> Float[Array, "M D"]:
-    """Computes what :func:`tiled_experts` computes, as two grouped products of the kernel for Hopper GPUs."""
-    from tpjax.layers import experts_gpu  # Pallas is imported where it is used: that takes a while
-
-    tiles = experts_gpu.lay_out(group_sizes, x.shape[0])
-    of_place = jnp.repeat(tiles.experts, tiles.sources.size // tiles.experts.size)
-
-    def product(x: Float[Array, "places D"], weights: Weight) -> Float[Array, "places F"]:
-        assert not isinstance(weights, QuantizedWeight)
-        return experts_gpu.grouped_product(x, weights, tiles.experts, interpret=interpret)
-
-    gate_up = product(x[tiles.sources], experts.gate_up)
-    if experts.gate_up_bias is not None:
-        gate_up = gate_up + experts.gate_up_bias[of_place]
-    out = product(_glu(gate_up, config), experts.down)
-    if experts.down_bias is not None:
-        out = out + experts.down_bias[of_place]
-    return out[tiles.places]
 
 
 def _kernel_multiplies(experts: ExpertWeights) -> bool:

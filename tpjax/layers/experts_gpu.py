@@ -1,6 +1,6 @@
 """The grouped product of routed experts as a Pallas kernel for NVIDIA's Hopper GPUs.
 
-Rows sorted by expert are cut into tiles, each of rows of one expert. One program multiplies a tile by a block
+The rows of each expert are laid out in tiles of their own. One program multiplies a tile by a block
 of columns of its expert's weights: experts without rows are not read, and each of the others once for every
 tile it has. XLA's own ``ragged_dot`` is expanded over all experts there (jaxlib 0.10.2, ahead of time).
 
@@ -26,16 +26,17 @@ _LEAST_ROWS, _MOST_ROWS = 8, 128  # of a tile
 _COLUMNS = 128  # of weights in a program: 64 for each of the warp groups that compute
 _INNER = 64  # elements multiplied at once: a row of 128 bytes
 _MOST_STAGES = 8
+_COMPARED = 4096  # assignments up to which each is compared with each, instead of sorting them
 _COMPUTING = 2  # warp groups
 
 
 class Tiles(NamedTuple):
-    """How rows sorted by expert are laid out in tiles.
+    """How assignments of tokens to experts are laid out in tiles.
 
     Attributes:
         experts: expert of each tile; their number for tiles without one.
-        places: place of each sorted row among the rows of all tiles.
-        sources: sorted row of each place; any for those without one.
+        places: place of each assignment among the rows of all tiles.
+        sources: assignment at each place; any where there is none.
     """
 
     experts: Int[Array, " tiles"]
@@ -43,36 +44,51 @@ class Tiles(NamedTuple):
     sources: Int[Array, " places"]
 
 
-def tile_rows(rows: int, experts: int) -> int:
+def tile_rows(assignments: int, experts: int) -> int:
     """Returns the rows of a tile: about as many as an expert has, a power of two."""
     size = _LEAST_ROWS
-    while size < min(_MOST_ROWS, rows / experts):
+    while size < min(_MOST_ROWS, assignments / experts):
         size *= 2
     return size
 
 
-def lay_out(group_sizes: Int[Array, " E"], rows: int) -> Tiles:
-    """Returns the tiles of rows sorted by expert.
+def lay_out(assigned: Int[Array, " M"], count: int) -> Tiles:
+    """Returns the tiles of assignments.
+
+    Sums of comparisons take the place of prefix sums and searches: each is one small kernel, those are many.
 
     Args:
-        group_sizes: rows of each expert.
-        rows: all rows; those after the experts' are in no tile, and their places mean nothing.
+        assigned: expert of each assignment; ``count``: it is in no tile, and its place means nothing.
+        count: experts.
     """
-    count = len(group_sizes)
+    rows = len(assigned)
     size = tile_rows(rows, count)
     num_tiles = min(count, rows) + rows // size
-    tiles_of = -(-group_sizes // size)
-    last_tiles, last_rows = jnp.cumsum(tiles_of), jnp.cumsum(group_sizes)
-    tiles = jnp.arange(num_tiles, dtype=jnp.int32)
-    experts = jnp.searchsorted(last_tiles, tiles, side="right").astype(jnp.int32)
-    row = jnp.arange(rows, dtype=jnp.int32)
-    expert = jnp.minimum(jnp.searchsorted(last_rows, row, side="right"), count - 1)
-    before = last_rows[expert] - group_sizes[expert]
-    places = (last_tiles[expert] - tiles_of[expert]) * size + row - before
-    present = row < last_rows[-1]
+    every = jnp.arange(count, dtype=jnp.int32)
+    sizes = (assigned[:, None] == every).sum(axis=0, dtype=jnp.int32)
+    tiles_of = -(-sizes // size)
+    ends = jnp.where(every[:, None] >= every, tiles_of, 0).sum(axis=1, dtype=jnp.int32)
+    experts = (ends <= jnp.arange(num_tiles, dtype=jnp.int32)[:, None]).sum(axis=1, dtype=jnp.int32)
+    present = assigned < count
+    owner = jnp.minimum(assigned, count - 1)
+    places = (ends - tiles_of)[owner] * size + _earlier(assigned)
     at = jnp.where(present, places, num_tiles * size)
-    sources = jnp.zeros(num_tiles * size, jnp.int32).at[at].set(row, mode="drop")
+    row = jnp.arange(rows, dtype=jnp.int32)
+    sources = jnp.zeros(num_tiles * size, jnp.int32).at[at].set(row, mode="drop", unique_indices=False)
     return Tiles(experts, jnp.where(present, places, 0), sources)
+
+
+def _earlier(assigned: Int[Array, " M"]) -> Int[Array, " M"]:
+    """Returns how many earlier assignments are to the same expert."""
+    row = jnp.arange(len(assigned), dtype=jnp.int32)
+    if len(assigned) <= _COMPARED:
+        same = (assigned[:, None] == assigned) & (row < row[:, None])
+        return same.sum(axis=1, dtype=jnp.int32)
+    order = jnp.argsort(assigned, stable=True)
+    in_order = assigned[order]
+    starts = jnp.where(in_order != jnp.roll(in_order, 1), row, 0).at[0].set(0)
+    earlier = row - jax.lax.cummax(starts)
+    return jnp.zeros_like(row).at[order].set(earlier, unique_indices=True)
 
 
 def grouped_product(

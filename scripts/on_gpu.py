@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -239,7 +240,7 @@ def parity(dry: bool) -> Result:
     goldens = ROOT / "tests" / "goldens"
     of_transformers = json.loads((goldens / "bfloat16.json").read_text())
     found: Result = {}
-    for name in ("llama",) if dry else ("llama", "gemma", "gemma3", "qwen3_moe", "gpt_oss", "deepseek_v3"):
+    for name in ("llama",) if dry else ("gemma", "gemma3", "llama", "qwen3_moe"):
         logits = {}
         for dtype in ("float32", "bfloat16"):
             with LLM(goldens / name, tp=1, dtype=dtype, max_model_len=128, max_slots=1) as llm:
@@ -248,6 +249,8 @@ def parity(dry: bool) -> Result:
         away = distance(logits["bfloat16"], logits["float32"])
         unit = of_transformers[name]
         found[name] = {"attention": backend} | {key: away[key] / unit[key] for key in unit}
+        print(name, found[name], flush=True)
+        save(found)
     return found
 
 
@@ -439,9 +442,7 @@ def engine_speed(runner: Any, requests: int, prompt: int, answer: int) -> Result
 def model(name: str, dry: bool, slots: int, ceilings: Result) -> Result:
     """Decode at several batches, prefill, the engine, and where the time of a decode step goes."""
     runner, weight_bytes = random_runner(name, dry, 8 if dry else slots)
-    batches = (
-        {1: SHORT_CONTEXT, 2: SHORT_CONTEXT} if dry else {b: c for b, c in BATCHES.items() if b <= slots}
-    )
+    batches = {1: SHORT_CONTEXT, 2: SHORT_CONTEXT} if dry else asked_batches(slots)
     found: Result = {"model": name, "attention": str(runner.backend), "weight_bytes": weight_bytes}
     found["decode"] = decode_speed(runner, weight_bytes, batches, ceilings["read_bytes_s"])
     short = dict.fromkeys((1, 8), SHORT_CONTEXT)
@@ -453,6 +454,12 @@ def model(name: str, dry: bool, slots: int, ceilings: Result) -> Result:
     save(found)
     found["engine"] = engine_speed(runner, *((2, 40, 4) if dry else (min(64, slots), 512, 128)))
     return found
+
+
+def asked_batches(slots: int) -> dict[int, int]:
+    """Returns the context of each batch that was asked for and has slots."""
+    asked = map(int, os.environ["ON_GPU_BATCHES"].split())
+    return {batch: BATCHES[batch] for batch in asked if batch <= slots}
 
 
 def profile(runner: Any, batch: int) -> list[Result]:
@@ -549,17 +556,16 @@ def transformers(dry: bool) -> Result:
 
 # --- sections ----------------------------------------------------------------------------------------------
 
-# Seconds of each. Compiling is most of it.
-SECTIONS: dict[str, tuple[Callable[[bool], Result], int]] = {
-    "machine": (machine, 40),
-    "speed": (speed_of_kernels, 60),
-    "llama": (llama, 120),
-    "transformers": (transformers, 110),
-    "moe": (moe, 120),
-    "kernels": (kernels, 90),
-    "parity": (parity, 60),
-    "sampler": (sampler, 60),
-}
+# Seconds of each; compiling is most of it. Those of a group run at once, and time nothing.
+GROUPS: tuple[dict[str, tuple[Callable[[bool], Result], int]], ...] = (
+    {"machine": (machine, 40)},
+    {"kernels": (kernels, 100), "parity": (parity, 100), "sampler": (sampler, 100)},
+    {"speed": (speed_of_kernels, 60)},
+    {"llama": (llama, 110)},
+    {"transformers": (transformers, 100)},
+    {"moe": (moe, 140)},
+)
+SECTIONS = {name: section for group in GROUPS for name, section in group.items()}
 
 
 def output() -> Path:
@@ -577,13 +583,12 @@ def save(result: Result) -> None:
     (output() / f"{os.environ['ON_GPU_SECTION']}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-def run_section(name: str, limit: float, dry: bool) -> tuple[str, float]:
+def run_section(name: str, limit: float, dry: bool, beside: int) -> tuple[str, float]:
     """Runs a section as a process, and returns how it ended and after how many seconds."""
     started = time.perf_counter()
     environment = os.environ | {"ON_GPU_SECTION": name}
-    if not dry:
-        # the largest model leaves little; what runs beside JAX in a process of its own takes what it needs
-        environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.93"
+    if not dry:  # the largest model leaves little
+        environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.93 / (1 + beside):.2f}"
     command = [sys.executable, __file__, "--section", name, *(["--dry-run"] if dry else [])]
     with (output() / f"{name}.log").open("w") as log:
         try:
@@ -593,6 +598,17 @@ def run_section(name: str, limit: float, dry: bool) -> tuple[str, float]:
         except subprocess.TimeoutExpired:
             return f"stopped after {limit:.0f} s", time.perf_counter() - started
     return "ok" if code == 0 else f"exit {code}", time.perf_counter() - started
+
+
+def run_group(names: list[str], left: float, dry: bool) -> Iterator[tuple[str, str, float]]:
+    """Runs sections at once, and returns the name of each, how it ended, and its seconds."""
+    with ThreadPoolExecutor(len(names)) as pool:
+        ends = [
+            pool.submit(run_section, name, min(SECTIONS[name][1], left), dry, len(names) - 1)
+            for name in names
+        ]
+        for name, end in zip(names, ends, strict=True):
+            yield name, *end.result()
 
 
 def report(name: str) -> Iterator[str]:
@@ -621,6 +637,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for all sections ({MINUTES})")
     parser.add_argument("--out", type=Path, help="folder of results ($OUT, else build/on_gpu)")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=list(BATCHES), help="of decode (1 8 64 256)"
+    )
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.section:
@@ -629,23 +648,23 @@ def main() -> None:
     out = arguments.out or Path(os.environ.get("OUT") or ROOT / "build" / "on_gpu")
     out.mkdir(parents=True, exist_ok=True)
     os.environ |= {"ON_GPU_OUT": str(out.resolve()), "TPJAX_CACHE": str(out.resolve() / "cache")}
+    os.environ["ON_GPU_BATCHES"] = " ".join(map(str, arguments.batches))
     if arguments.dry_run:
         os.environ["JAX_PLATFORMS"] = "cpu"
     end = time.perf_counter() + 60 * arguments.minutes
     failed = []
-    for name, (_, limit) in SECTIONS.items():
-        if arguments.only and name not in (*arguments.only, "machine"):
-            continue
+    for group in GROUPS:
+        names = [name for name in group if not arguments.only or name in (*arguments.only, "machine")]
         left = end - time.perf_counter()
-        how, taken = (
-            run_section(name, min(limit, left), arguments.dry_run) if left > 5 else ("no time left", 0.0)
-        )
-        print(f"{name}: {how}, {taken:.0f} s", flush=True)
-        if how != "ok":
-            failed.append(name)
-            with contextlib.suppress(OSError):
+        if left < 5:
+            failed += names
+            continue
+        for name, how, taken in run_group(names, left, arguments.dry_run) if names else ():
+            print(f"{name}: {how}, {taken:.0f} s", flush=True)
+            if how != "ok":
+                failed.append(name)
                 print("  " + "\n  ".join((out / f"{name}.log").read_text().splitlines()[-6:]), flush=True)
-        print("\n".join(report(name)), flush=True)
+            print("\n".join(report(name)), flush=True)
     shutil.rmtree(out / "cache", ignore_errors=True)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")

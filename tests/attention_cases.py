@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -108,15 +109,18 @@ def check(kernel: ModuleType, shape: Shape, seed: int = 0, *, interpret: Any = N
     query, pages, group, sinks = case(shape, seed)
     scoring: dict[str, Any] = {"window": shape.window, "softcap": shape.softcap, "sinks": sinks}
     scoring["scale"] = shape.width**-0.5
-    found = kernel.paged_attention(
-        query, pages.value_dim, pages.stored, group, interpret=interpret, **scoring
-    )
+    attend = functools.partial(kernel.paged_attention, interpret=interpret, **scoring)
+    found = jax.jit(attend, static_argnums=1)(query, pages.value_dim, pages.stored, group)
     assert found.dtype == query.dtype
     clean = StoredPages(*(x if x is None else jnp.nan_to_num(x).astype(jnp.float32) for x in pages.stored))
     keys, values = (jnp.zeros((*query.shape[:2], 1, width)) for width in (shape.width, pages.value_dim))
-    exact = Pages(clean, pages.value_dim)
+
+    def define(query: jax.Array, stored: StoredPages, group: TokenGroup) -> jax.Array:
+        exact = Pages(stored, pages.value_dim)
+        return reference.paged_attention(query, keys, values, exact, group, **scoring)
+
     with jax.default_matmul_precision("highest"):
-        expected = reference.paged_attention(query.astype(jnp.float32), keys, values, exact, group, **scoring)
+        expected = jax.jit(define)(query.astype(jnp.float32), clean, group)
     result, present = np.asarray(found, np.float32), np.asarray(group.present)
     assert np.isfinite(result).all()
     assert not result[~present.any(axis=1)].any()  # rows without a token

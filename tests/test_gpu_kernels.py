@@ -169,8 +169,8 @@ def test_experts(sizes: list[int], inner: int, columns: int, further: int) -> No
 
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter knows no copies over an edge")
 @pytest.mark.parametrize("sizes", ([3, 0, 9, 1], [130, 0, 70, 1, 128]))
-def test_experts_of_any_width(sizes: list[int]) -> None:
-    check_experts(sizes, 200, 136)
+def test_experts_whose_last_block_is_half_full(sizes: list[int]) -> None:
+    check_experts(sizes, 192, 320)
 
 
 @pytest.mark.parametrize("compared", (4096, 4))

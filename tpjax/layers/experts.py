@@ -184,12 +184,11 @@ def ragged_experts(
 
 
 def _kernel_multiplies(experts: ExpertWeights) -> bool:
-    """Returns whether the kernel takes such weights: of 16 bits, in rows of whole 16 bytes."""
+    """Returns whether the kernel takes such weights: of 16 bits, in rows of its layout."""
+    from tpjax.layers import experts_gpu
+
     stacks = experts.gate_up, experts.down
-    return all(
-        not isinstance(stack, QuantizedWeight) and stack.dtype.itemsize == 2 and stack.shape[2] % 8 == 0
-        for stack in stacks
-    )
+    return all(not isinstance(stack, QuantizedWeight) and experts_gpu.supports(stack) for stack in stacks)
 
 
 def reference_experts(

@@ -24,6 +24,7 @@ from tpjax import mosaic_gpu
 KERNEL_NAME = "grouped_product"  # in programs and profiles
 _LEAST_ROWS, _MOST_ROWS = 8, 128  # of a tile
 _COLUMNS = 128  # of weights in a program: 64 for each of the warp groups that compute
+_WIDE_COLUMNS = 256  # where tiles are whole products: each read of a tile's rows serves more columns
 _INNER = 64  # elements multiplied at once: a row of 128 bytes
 _MOST_STAGES = 8
 _COMPARED = 4096  # assignments up to which each is compared with each, instead of sorting them
@@ -42,6 +43,11 @@ class Tiles(NamedTuple):
     experts: Int[Array, " tiles"]
     places: Int[Array, " M"]
     sources: Int[Array, " places"]
+
+
+def supports(weights: Float[Array, "E D F"]) -> bool:
+    """Returns whether the kernel multiplies by such weights: of 16 bits, in whole rows of its layout."""
+    return weights.dtype.itemsize == 2 and all(width % _INNER == 0 for width in weights.shape[1:])
 
 
 def tile_rows(assignments: int, experts: int) -> int:
@@ -110,20 +116,22 @@ def grouped_product(
     columns = weights.shape[2]
     size = places // len(experts)
     transposed = size < _MOST_ROWS
+    block = _COLUMNS if transposed or columns < _WIDE_COLUMNS else _WIDE_COLUMNS
     shape = (columns, places) if transposed else (places, columns)
-    stage = (size + _COLUMNS) * _INNER * x.dtype.itemsize
-    stages = min(_MOST_STAGES, -(-inner // _INNER), (mosaic_gpu.SHARED_BYTES - 4 * size * _COLUMNS) // stage)
+    stage = (size + block) * _INNER * x.dtype.itemsize
+    room = mosaic_gpu.SHARED_BYTES - size * block * x.dtype.itemsize
+    stages = min(_MOST_STAGES, -(-inner // _INNER) + 1, room // stage)
     out = plgpu.kernel(
         functools.partial(_kernel, stages, transposed),
         out_type=jax.ShapeDtypeStruct(shape, x.dtype),
-        grid=(-(-columns // _COLUMNS), len(experts)),
+        grid=(-(-columns // block), len(experts)),
         grid_names=("column", "tile"),
         num_threads=_COMPUTING + 1,
         thread_name="warp_group",
         scratch_types=(
             mosaic_gpu.tiled((stages, size, _INNER), x.dtype),
-            mosaic_gpu.tiled((stages, _INNER, _COLUMNS), x.dtype),
-            plgpu.SMEM((_COMPUTING, 64, size if transposed else _COLUMNS), x.dtype),
+            mosaic_gpu.tiled((stages, _INNER, block), x.dtype),
+            plgpu.SMEM((_COMPUTING, 64, size if transposed else block), x.dtype),
             *[plgpu.Barrier(num_barriers=stages)] * 2,
             plgpu.Barrier(num_arrivals=_COMPUTING, num_barriers=stages),
         ),
@@ -149,7 +157,7 @@ def _kernel(
     done: Any,
 ) -> None:
     """Computes one program: the last warp group copies, the others compute half of it each."""
-    size, inner = x_smem.shape[1], x.shape[1]
+    size, inner, block = x_smem.shape[1], x.shape[1], weights_smem.shape[2]
     column, tile = jax.lax.axis_index("column"), jax.lax.axis_index("tile")
     warp_group = jax.lax.axis_index("warp_group")
     expert = experts[tile]
@@ -167,7 +175,7 @@ def _kernel(
 
             at = pl.ds(step * _INNER, _INNER)
             plgpu.copy_gmem_to_smem(
-                weights.at[expert, at, pl.ds(column * _COLUMNS, _COLUMNS)],
+                weights.at[expert, at, pl.ds(column * block, block)],
                 weights_smem.at[slot],
                 weights_here.at[slot],
             )
@@ -189,20 +197,23 @@ def _kernel(
                     plgpu.wgmma(product, left, mosaic_gpu.transposed(x_smem.at[slot]))
                 else:
                     plgpu.wgmma(product, x_smem.at[slot, half], weights_smem.at[slot])
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(done.at[slot])
+                plgpu.wgmma_wait(1)  # the product of the step before has ended
+
+                @pl.when(step > 0)
+                def release() -> None:
+                    plgpu.barrier_arrive(done.at[jax.lax.rem(step - 1, jnp.int32(stages))])
 
             jax.lax.fori_loop(0, steps, accumulate, None)
             return product[...]
 
-        shape = (64, size if transposed else _COLUMNS)
+        shape = (64, size if transposed else block)
         result = pl.run_scoped(accumulate_all, plgpu.ACC(shape, jnp.float32))
         mine = out_smem.at[warp_group]
         mine[...] = result.astype(out.dtype)
         plgpu.commit_smem()
         if transposed:
-            target = out.at[pl.ds(column * _COLUMNS + warp_group * 64, 64), rows]
+            target = out.at[pl.ds(column * block + warp_group * 64, 64), rows]
         else:
-            target = out.at[pl.ds(tile * size + warp_group * 64, 64), pl.ds(column * _COLUMNS, _COLUMNS)]
+            target = out.at[pl.ds(tile * size + warp_group * 64, 64), pl.ds(column * block, block)]
         plgpu.copy_smem_to_gmem(mine, target)
         plgpu.wait_smem_to_gmem(0)

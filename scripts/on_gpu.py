@@ -37,6 +37,16 @@ BATCHES = {1: CONTEXT, 8: CONTEXT, 64: CONTEXT, 256: 1024}  # whose cache has ro
 SHORT_CONTEXT = 256  # where transformers is beside it
 PROMPT = 2048
 PAGE = 128
+DRAWS = (  # tests of one device
+    "test_noise_is_finite_and_follows_the_gumbel_distribution",
+    "test_a_token_of_probability_one_is_always_sampled[128256-1]",
+    "test_masked_tokens_are_never_sampled[1]",
+    "test_nothing_allowed_is_told[1-0.0]",
+    "test_nothing_allowed_is_told[1-1.0]",
+    "test_numbers_at_the_ends_of_float32[1]",
+    "test_many_draws_follow_the_softmax[128256]",
+    "test_many_draws_follow_the_softmax[262144]",
+)
 Result = dict[str, Any]
 
 
@@ -93,18 +103,15 @@ def tests(*arguments: str, dry: bool) -> Result:
         def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
             if report.when == "call" or report.outcome != "passed":
                 self.found[report.outcome].append(report.nodeid)
+                save({name: len(those) if name == "passed" else those for name, those in self.found.items()})
 
     outcomes = Outcomes()
     os.chdir(ROOT)
-    chosen = ["-k", "layout"] if dry else []
+    chosen = ["-k", "layout or told"] if dry else []
     code = pytest.main(["-q", "-p", "no:cacheprovider", "--all", *arguments, *chosen], [outcomes])
-    found = outcomes.found
-    return {
-        "exit": int(code),
-        "passed": len(found["passed"]),
-        "failed": found["failed"],
-        "skipped": found["skipped"],
-    }
+    if code:
+        raise SystemExit(int(code))
+    return {name: len(those) if name == "passed" else those for name, those in outcomes.found.items()}
 
 
 def kernels(dry: bool) -> Result:
@@ -114,22 +121,11 @@ def kernels(dry: bool) -> Result:
 
 def sampler(dry: bool) -> Result:
     """Tests of draws at real vocabulary sizes, on this device alone."""
-    if dry:
-        return tests("tests/test_gpu_kernels.py", dry=True)
-    return tests(
-        "tests/test_draws.py", "-k", "(one_is_always or masked or ends_of or follow) and not 4", dry=dry
-    )
+    return tests(*(f"tests/test_draws.py::{name}" for name in DRAWS), dry=dry)
 
 
-def speed_of_kernels(dry: bool) -> Result:
-    """Times the kernels alone: attention as a share of the bandwidth, experts beside XLA's ragged_dot."""
-    experts = expert_speed(dry)
-    save({"experts": experts})
-    return {"experts": experts, "attention": attention_speed(dry)}
-
-
-def attention_speed(dry: bool) -> list[Result]:
-    """Times attention of decode rows and of a prompt, in Llama-3-8B's shape."""
+def attention(dry: bool) -> Result:
+    """Times attention of decode rows alone, in Llama-3-8B's shape: the kernel and the page walk."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -138,7 +134,7 @@ def attention_speed(dry: bool) -> list[Result]:
     from tpjax.cache import LayerCache, TokenGroup
 
     heads, per_head, width, calls = 8, 4, 128, 16
-    found = []
+    found: list[Result] = []
     cases = [(1, 256)] if dry else [(1, 2048), (1, 32768), (8, 2048), (8, 8192), (64, 2048), (256, 1024)]
     for batch, context in cases:
         columns = context // PAGE
@@ -183,23 +179,24 @@ def attention_speed(dry: bool) -> list[Result]:
             row["bytes_s"] = moved / (row["gpu_us"] * 1e-6)
         found.append(row)
         print(json.dumps(row), flush=True)
-    return found
+        save({"rows": found})
+    return {"rows": found}
 
 
-def expert_speed(dry: bool) -> list[Result]:
-    """Times the first product of experts, in Qwen3-30B-A3B's shape."""
+def experts(dry: bool) -> Result:
+    """Times the first product of experts alone, in Qwen3-30B-A3B's shape: the kernel and ragged_dot."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from tpjax.layers import experts_gpu
 
-    experts, inner, columns, active = (4, 64, 128, 2) if dry else (128, 2048, 1536, 8)
-    weights = jax.random.normal(jax.random.key(0), (experts, inner, columns), jnp.bfloat16)
-    found = []
+    count, inner, columns, active = (4, 64, 128, 2) if dry else (128, 2048, 1536, 8)
+    weights = jax.random.normal(jax.random.key(0), (count, inner, columns), jnp.bfloat16)
+    found: list[Result] = []
     for tokens in (1,) if dry else (1, 8, 64, 256, 2048):
         rng, rows = np.random.default_rng(0), tokens * active
-        chosen = np.concatenate([rng.permutation(experts)[:active] for _ in range(tokens)])
+        chosen = np.concatenate([rng.permutation(count)[:active] for _ in range(tokens)])
         assigned = jnp.asarray(chosen, jnp.int32)
         x = jax.random.normal(jax.random.key(1), (rows, inner), jnp.bfloat16)
         distinct = len(set(chosen.tolist()))
@@ -211,11 +208,11 @@ def expert_speed(dry: bool) -> list[Result]:
         }
 
         def by_kernel(x: jax.Array, weights: jax.Array, assigned: jax.Array) -> jax.Array:
-            tiles = experts_gpu.lay_out(assigned, experts)
+            tiles = experts_gpu.lay_out(assigned, count)
             return experts_gpu.grouped_product(x[tiles.sources], weights, tiles.experts)[tiles.places]
 
         def by_xla(x: jax.Array, weights: jax.Array, assigned: jax.Array) -> jax.Array:
-            order, sizes = jnp.argsort(assigned), jnp.zeros(experts, jnp.int32).at[assigned].add(1)
+            order, sizes = jnp.argsort(assigned), jnp.zeros(count, jnp.int32).at[assigned].add(1)
             return jax.lax.ragged_dot(x[order], weights, sizes, preferred_element_type=x.dtype)
 
         ways = {"xla": by_xla} if dry else {"gpu": by_kernel, "xla": by_xla}
@@ -224,7 +221,8 @@ def expert_speed(dry: bool) -> list[Result]:
             row[f"{name}_us"] = 1e6 * seconds(call, calls=20)
         found.append(row)
         print(json.dumps(row), flush=True)
-    return found
+        save({"rows": found})
+    return {"rows": found}
 
 
 # --- parity ------------------------------------------------------------------------------------------------
@@ -445,7 +443,7 @@ def model(name: str, dry: bool, slots: int, ceilings: Result) -> Result:
     batches = {1: SHORT_CONTEXT, 2: SHORT_CONTEXT} if dry else asked_batches(slots)
     found: Result = {"model": name, "attention": str(runner.backend), "weight_bytes": weight_bytes}
     found["decode"] = decode_speed(runner, weight_bytes, batches, ceilings["read_bytes_s"])
-    short = dict.fromkeys((1, 8), SHORT_CONTEXT)
+    short = {batch: SHORT_CONTEXT for batch in (1, 8) if dry or batch in batches}
     found["decode_short"] = decode_speed(runner, weight_bytes, short, ceilings["read_bytes_s"])
     save(found)
     found["profile"] = profile(runner, 1 if dry else 8)
@@ -543,7 +541,7 @@ def transformers(dry: bool) -> Result:
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    for batch in (1, 8):
+    for batch in (8, 1):
         first = generate(batch, answer)
         generate(batch, answer)
         pairs = [(generate(batch, answer), generate(batch, 1)) for _ in range(3)]
@@ -559,10 +557,11 @@ def transformers(dry: bool) -> Result:
 # Seconds of each; compiling is most of it. Those of a group run at once, and time nothing.
 GROUPS: tuple[dict[str, tuple[Callable[[bool], Result], int]], ...] = (
     {"machine": (machine, 40)},
-    {"kernels": (kernels, 100), "parity": (parity, 100), "sampler": (sampler, 100)},
-    {"speed": (speed_of_kernels, 60)},
     {"llama": (llama, 110)},
     {"transformers": (transformers, 100)},
+    {"kernels": (kernels, 90), "parity": (parity, 90), "sampler": (sampler, 90)},
+    {"attention": (attention, 50)},
+    {"experts": (experts, 30)},
     {"moe": (moe, 140)},
 )
 SECTIONS = {name: section for group in GROUPS for name, section in group.items()}

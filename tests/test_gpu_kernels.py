@@ -42,95 +42,6 @@ def shape_of(**fields: Any) -> Shape:
     return Shape(**(widths | fields))
 
 
-@pytest.mark.parametrize(
-    "shape",
-    (
-        pytest.param(
-            shape_of(lengths=(1, 0, 1), first=(170, 0, 3), heads=2, per_head=3, page_size=128), id="decode"
-        ),
-        pytest.param(
-            shape_of(lengths=(1, 0, 1), first=(370, 0, 3), window=90, cyclic=True, sinks=True, softcap=2.0),
-            id="window",
-        ),
-        pytest.param(
-            shape_of(lengths=(3, 2), first=(62, 150), length=3, per_head=2, width=32, value_dim=48),
-            id="drafts",
-        ),
-        pytest.param(
-            shape_of(lengths=(64, 9, 0), first=(128, 64, 0), length=64, per_head=3, window=70), id="chunks"
-        ),
-        pytest.param(
-            shape_of(lengths=(1, 1), first=(200, 63), width=256, value_dim=256, per_head=9), id="wide heads"
-        ),
-    ),
-)
-def test_attention(shape: Shape) -> None:
-    check(shape, interpret=how())
-
-
-@st.composite
-def shapes(draw: st.DrawFn) -> Shape:
-    rows, length = draw(st.integers(1, 4)), draw(st.sampled_from((1, 1, 2, 3, 16, 64)))
-    window = draw(st.none() | st.integers(1, 300))
-    multiples = st.integers(1, 16).map(lambda number: 16 * number)
-    return Shape(
-        lengths=tuple(draw(st.integers(0, length)) for _ in range(rows)),
-        first=tuple(draw(st.integers(0, 400)) for _ in range(rows)),
-        length=length,
-        heads=draw(st.integers(1, 4)),
-        per_head=draw(st.sampled_from((1, 2, 3, 4, 5, 8, 16))),
-        width=draw(multiples),
-        value_dim=draw(multiples),
-        page_size=draw(st.sampled_from((64, 128))),
-        window=window,
-        cyclic=window is not None and draw(st.booleans()),
-        softcap=draw(st.none() | st.just(3.0)),
-        sinks=draw(st.booleans()),
-        dtype=draw(st.sampled_from(("bfloat16", "bfloat16", "float16"))),
-    )
-
-
-@pytest.mark.slow
-@settings(deadline=None, max_examples=15, derandomize=True)
-@given(shape=shapes(), seed=st.integers(0, 2**20))
-def test_random_shapes(shape: Shape, seed: int) -> None:
-    check(shape, seed, interpret=how(races=True))
-
-
-LLAMA3_8B = KernelShape(8, 4, 128, 128, False, (None,), None, False, 128, "bfloat16")
-KERNEL_SHAPES = {
-    "Llama-3-8B": LLAMA3_8B,
-    "Gemma-2-9B": LLAMA3_8B._replace(per_head=2, width=256, value_dim=256, windows=(100, None), softcap=50.0),
-    "gpt-oss-20b": LLAMA3_8B._replace(per_head=8, width=64, value_dim=64, windows=(100, None), sinks=True),
-    "SmolLM2 at tp=3": LLAMA3_8B._replace(heads=1, per_head=3, width=64, value_dim=64),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", KERNEL_SHAPES.values(), ids=KERNEL_SHAPES)
-def test_self_test(shape: KernelShape, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not ON_GPU:
-        for constant, value in {"_CONTEXT": 150, "_ROWS": 3, "_CALLS": 1, "_ROUNDS": 1}.items():
-            monkeypatch.setattr(selftest, constant, value)
-        shape = shape._replace(heads=1, windows=shape.windows[:1])
-    verdict = selftest._check(gpu, shape, jax.devices()[0], how())
-    print(verdict)
-    assert verdict.right
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ("gemma", "gemma3"))
-def test_the_engine_generates_what_the_page_walk_does(name: str) -> None:
-    """In bfloat16 tokens may differ where two are about as likely; logits are as close as rounding."""
-    prompt = [at % 50 for at in range(150)]
-    found = []
-    for attention in ("xla", "gpu"):
-        with LLM(GOLDENS / name, tp=1, dtype="bfloat16", max_model_len=256, attention=attention) as llm:
-            found.append(llm.logits(prompt))
-            assert len(llm.generate([prompt], temperature=0, max_tokens=3)[0].token_ids) == 3
-    assert np.abs(found[1] - found[0]).max() <= 0.05 * np.abs(found[0]).max()
-
-
 # --- experts -----------------------------------------------------------------------------------------------
 
 
@@ -186,3 +97,95 @@ def test_layout(sizes: list[int], compared: int, monkeypatch: pytest.MonkeyPatch
     assert len(set(places.tolist())) == len(owned)
     assert (np.asarray(tiles.experts)[places // size] == assigned[owned]).all()
     assert (np.asarray(tiles.sources)[places] == owned).all()
+
+
+# --- attention ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape",
+    (
+        pytest.param(
+            shape_of(lengths=(1, 0, 1), first=(170, 0, 3), heads=2, per_head=3, page_size=128), id="decode"
+        ),
+        pytest.param(
+            shape_of(lengths=(1, 0, 1), first=(370, 0, 3), window=90, cyclic=True, sinks=True, softcap=2.0),
+            id="window",
+        ),
+        pytest.param(
+            shape_of(lengths=(3, 2), first=(62, 150), length=3, per_head=2, width=32, value_dim=48),
+            id="drafts",
+        ),
+        pytest.param(
+            shape_of(lengths=(64, 9, 0), first=(128, 64, 0), length=64, per_head=3, window=70), id="chunks"
+        ),
+        pytest.param(
+            shape_of(lengths=(1, 1), first=(200, 63), width=256, value_dim=256, per_head=9), id="wide heads"
+        ),
+    ),
+)
+def test_attention(shape: Shape) -> None:
+    check(shape, interpret=how())
+
+
+LLAMA3_8B = KernelShape(8, 4, 128, 128, False, (None,), None, False, 128, "bfloat16")
+KERNEL_SHAPES = {
+    "Llama-3-8B": LLAMA3_8B,
+    "Gemma-2-9B": LLAMA3_8B._replace(per_head=2, width=256, value_dim=256, windows=(100, None), softcap=50.0),
+    "gpt-oss-20b": LLAMA3_8B._replace(per_head=8, width=64, value_dim=64, windows=(100, None), sinks=True),
+    "SmolLM2 at tp=3": LLAMA3_8B._replace(heads=1, per_head=3, width=64, value_dim=64),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", KERNEL_SHAPES.values(), ids=KERNEL_SHAPES)
+def test_self_test(shape: KernelShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not ON_GPU:
+        for constant, value in {"_CONTEXT": 150, "_ROWS": 3, "_CALLS": 1, "_ROUNDS": 1}.items():
+            monkeypatch.setattr(selftest, constant, value)
+        shape = shape._replace(heads=1, windows=shape.windows[:1])
+    verdict = selftest._check(gpu, shape, jax.devices()[0], how())
+    print(verdict)
+    assert verdict.right
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("gemma", "gemma3"))
+def test_the_engine_generates_what_the_page_walk_does(name: str) -> None:
+    """In bfloat16 tokens may differ where two are about as likely; logits are as close as rounding."""
+    prompt = [at % 50 for at in range(150)]
+    found = []
+    for attention in ("xla", "gpu"):
+        with LLM(GOLDENS / name, tp=1, dtype="bfloat16", max_model_len=256, attention=attention) as llm:
+            found.append(llm.logits(prompt))
+            assert len(llm.generate([prompt], temperature=0, max_tokens=3)[0].token_ids) == 3
+    assert np.abs(found[1] - found[0]).max() <= 0.05 * np.abs(found[0]).max()
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> Shape:
+    rows, length = draw(st.integers(1, 4)), draw(st.sampled_from((1, 1, 2, 3, 16, 64)))
+    window = draw(st.none() | st.integers(1, 300))
+    multiples = st.integers(1, 16).map(lambda number: 16 * number)
+    return Shape(
+        lengths=tuple(draw(st.integers(0, length)) for _ in range(rows)),
+        first=tuple(draw(st.integers(0, 400)) for _ in range(rows)),
+        length=length,
+        heads=draw(st.integers(1, 4)),
+        per_head=draw(st.sampled_from((1, 2, 3, 4, 5, 8, 16))),
+        width=draw(multiples),
+        value_dim=draw(multiples),
+        page_size=draw(st.sampled_from((64, 128))),
+        window=window,
+        cyclic=window is not None and draw(st.booleans()),
+        softcap=draw(st.none() | st.just(3.0)),
+        sinks=draw(st.booleans()),
+        dtype=draw(st.sampled_from(("bfloat16", "bfloat16", "float16"))),
+    )
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=15, derandomize=True)
+@given(shape=shapes(), seed=st.integers(0, 2**20))
+def test_random_shapes(shape: Shape, seed: int) -> None:
+    check(shape, seed, interpret=how(races=True))

@@ -378,6 +378,41 @@ def test_kernel(name: str, tp: int, kind: str, capfd: pytest.CaptureFixture[str]
         assert 1.0 <= (found.kernel_bytes + found.traffic_bytes) / bandwidth / found.memory_bound_s < 1.2
 
 
+@pytest.mark.parametrize(("tp", "kind"), ((1, "decode"), (3, "decode"), (5, "mixed"), (8, "decode")))
+@needs_gpu
+def test_gpu_kernel(tp: int, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """One call a layer and group of tokens; no loop is left whose end the host would have to ask for."""
+    program, text = compiled_for_h200(LLAMA3_8B, tp, kind)
+    check(program, LLAMA3_8B, tp, capfd.readouterr().err)
+    assert (program.cache_copies, program.weight_copies) == (0, 0)
+    groups = 1 if kind == "decode" else 2
+    assert len(re.findall(r"custom_call_target=\"mosaic_gpu", text)) == groups * LLAMA3_8B.num_layers
+    loops = [line for line in text.splitlines() if " while(" in line]
+    assert all("known_trip_count" in line for line in loops), loops
+    assert len(loops) == 0 if kind == "decode" else len(loops) <= 2  # the sampler's, of eight trips
+    assert " conditional(" not in text
+
+
+@needs_gpu
+def test_gpu_experts() -> None:
+    """Nothing is computed for every expert, and nothing as large as an expert is written."""
+    fields = published._published()["qwen3-30b-a3b"]["config"]
+    config = config_from_hf(fields | {"num_hidden_layers": 1, "vocab_size": 1024})
+    program, text = compiled_for_h200(config, 1, "decode")
+    assert len(re.findall(r"custom_call_target=\"mosaic_gpu", text)) == 3  # attention, and two products
+    assert not [line for line in text.splitlines() if " while(" in line]
+    assert program.temporary_bytes < 8 * 2**20  # all experts take 1.2 GB
+
+
+def compiled_for_h200(config: ModelConfig, tp: int, kind: str) -> tuple[ProgramReport, str]:
+    """A program with the kernels for GPUs, and its text."""
+    chips = parse_topology("h200:8")
+    runner = abstract_runner(config, chips, tp, max_slots=4, sequence_parallel="off", attention="gpu")
+    chunks = None if kind == "decode" else ChunkShape(1, 128)
+    spec = ProgramSpec("decode" if kind == "decode" else "step", 4, chunks, greedy=True)
+    return compile_program(runner, chips, kind, spec), runner.program(spec).as_text()
+
+
 @needs_tpu
 def test_a_model_that_does_not_fit(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -424,7 +424,7 @@ def test_many_draws_follow_the_softmax(vocab: int) -> None:
     """Nine distributions of a vocabulary, 10**5 draws from each.
 
     The parts of the sampler are called one by one: the noise of a key, most of the work, is the same for all
-    nine, and only the tokens that a distribution leaves need theirs. The first draws are compared with the
+    nine, and only the tokens that a distribution leaves need any. The first draws are compared with the
     sampler's own.
     """
     cases = [case_of(name, vocab) for name in NAMES]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Perplexity of a text under a model, and what keeping weights in 8 bits does to it.
+"""Perplexity of a text under a model, and what keeping weights in 8 or 4 bits does to it.
 
     python scripts/perplexity.py smollm2-135m                            # as it is
     python scripts/perplexity.py smollm2-135m --quantize int8 fp8        # and ratios to that
@@ -42,7 +42,7 @@ def main() -> None:
     )
     parser.add_argument("model", help="a name that LLM takes")
     parser.add_argument("text", nargs="?", type=Path, default=TEXT, help="a UTF-8 file (Alice)")
-    parser.add_argument("--quantize", nargs="+", default=[], help="int8, fp8")
+    parser.add_argument("--quantize", nargs="+", default=[], help="int8, fp8, int4")
     parser.add_argument("--window", type=int, default=512, help="tokens read at once (512)")
     parser.add_argument("--tp", type=int, default=1, help="devices (1)")
     arguments = parser.parse_args()

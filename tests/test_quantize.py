@@ -22,6 +22,7 @@ from stepwise import Stepwise
 
 from tpjax import LLM
 from tpjax.checkpoints import rounding
+from tpjax.checkpoints.kept import Kept
 from tpjax.checkpoints.load import (
     abstract_decoder,
     load_decoder,
@@ -36,7 +37,8 @@ from tpjax.hardware import HARDWARE
 from tpjax.inspect.collectives import find_collectives
 from tpjax.inspect.explain import explain_model
 from tpjax.layers.linear import dot, grouped_dot
-from tpjax.layers.weights import QuantizedWeight, split_axis
+from tpjax.layers.weights import FORMATS, QuantizedWeight, split_axis
+from tpjax.layers.widening import product_by_groups
 from tpjax.mesh import make_mesh
 from tpjax.planning.cost_model import CostModel
 from tpjax.planning.workload import Workload
@@ -50,7 +52,14 @@ TOLERANCE = 1e-4
 # Biases, norms with an offset, matrices stored [in, out], parallel blocks, experts, shared ones, latents.
 FAMILIES = ("llama", "qwen2", "gemma3", "gpt2", "cohere", "mixtral", "qwen2_moe", "deepseek_v3")
 FAST = {("llama", 1), ("llama", 3), ("gpt2", 3), ("mixtral", 3), ("deepseek_v3", 3)}  # in the default tier
+GROUP = 12  # inputs that share a scale in int4, in most tests
 PROMPT = np.random.default_rng(5).integers(0, 128, 40)
+
+
+@pytest.fixture
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of 12 inputs in place of 128, of which the goldens' matrices have at most one."""
+    monkeypatch.setitem(FORMATS, "int4", replace(FORMATS["int4"], group=GROUP))
 
 
 def wide(name: str, tp: int) -> tuple[pytest.MarkDecorator, ...]:
@@ -74,17 +83,30 @@ def dequantised(weight: np.ndarray, kind: Quantize) -> np.ndarray:
     return nearest * scale
 
 
+def int4_of(weight: np.ndarray, group: int = GROUP) -> np.ndarray:
+    """What [out, in] is worth in int4: read group by group, each as a tensor of its own."""
+    parts = np.split(weight, range(group, weight.shape[1], group), axis=1)
+    worth = []
+    for part in parts:
+        source = rounded(Arrays(w=np.ascontiguousarray(part)), "int4")
+        values = source.read("w", tuple(slice(0, size) for size in part.shape))
+        scales = source.read("w_scale", (slice(0, len(part)),)).astype(np.float64)
+        worth.append(values * scales[:, None])
+    return np.concatenate(worth, axis=1)
+
+
 @functools.cache
 def expected(name: str, kind: Quantize) -> np.ndarray:
     """Logits of the NumPy model with dequantised weights in place of those that are quantised."""
     checkpoint, mesh = open_checkpoint(GOLDENS / name), make_mesh(1)
     weights = {}
+    worth = int4_of if kind == "int4" else functools.partial(dequantised, kind=kind)
     for parameter in parameters(abstract_decoder(checkpoint.config, mesh, F32, kind), mesh):
         if not parameter.is_scales:
             for source, shape in parameter.layout.canonical_shapes().items():
                 key = parameter.canonical(source)
                 weight = checkpoint.source.read(key, (slice(None),) * len(shape))
-                weights[key] = dequantised(weight, kind) if parameter.is_quantized else weight
+                weights[key] = worth(weight) if parameter.is_quantized else weight
     return reference.logits(checkpoint.config, weights, PROMPT)
 
 
@@ -96,6 +118,18 @@ def test_logits_are_those_of_the_dequantised_weights(name: str, tp: int) -> None
     """A prompt in one chunk; then a token through the cache, which latent attention computes another way."""
     want = expected(name, "int8")
     model = Stepwise(name, tp, max_length=64, quantize="int8")
+    got = np.concatenate([model(PROMPT[:-1].tolist()), model(PROMPT[-1:].tolist())])
+    assert np.abs(got - want).max() <= TOLERANCE * np.abs(want).max()
+
+
+@pytest.mark.parametrize(
+    ("name", "tp"),
+    [pytest.param(name, tp, marks=wide(name, tp)) for name in FAMILIES for tp in (1, 2, 3, 5, 8)],
+)
+def test_logits_in_int4(name: str, tp: int, small_groups: None) -> None:
+    """In groups that neither heads nor slices are multiples of."""
+    want = expected(name, "int4")
+    model = Stepwise(name, tp, max_length=64, quantize="int4")
     got = np.concatenate([model(PROMPT[:-1].tolist()), model(PROMPT[-1:].tolist())])
     assert np.abs(got - want).max() <= TOLERANCE * np.abs(want).max()
 
@@ -151,7 +185,9 @@ def weight_of(
     values = rng.integers(-100, 100, shape).astype(np.float32).astype(dtype)
     scales = rng.uniform(0.5, 2, [1 if axis == inputs else size for axis, size in enumerate(shape)])
     scales = scales.astype(np.float32)
-    weight = QuantizedWeight(jnp.asarray(values), jnp.asarray(scales), PartitionSpec())
+    weight = QuantizedWeight(
+        jnp.asarray(values), jnp.asarray(scales), None, PartitionSpec(), inputs - len(shape)
+    )
     return weight, values.astype(np.float64) * scales
 
 
@@ -183,10 +219,47 @@ def test_dot(subscripts: str, x_shape: Any, shape: Any, inputs: int, dtype: str,
     assert dot(x, weight, subscripts, dtype=jnp.float32).dtype == jnp.float32
 
 
+@pytest.mark.parametrize(
+    ("subscripts", "x_shape", "shape", "inputs"),
+    (
+        ("...i,io->...o", (2, 3, 12), (12, 7), 0),
+        ("...i,oi->...o", (3, 12), (7, 12), 1),
+        ("...ti,tio->t...o", (2, 3, 6), (3, 6, 7), 1),
+        ("td,df->tf", (3, 12), (12, 7), 0),
+        ("bskgn,knr->bskgr", (2, 1, 3, 1, 4), (3, 4, 12), 2),  # outputs are what shares a scale
+        ("bskgr,kvr->bskgv", (2, 1, 3, 1, 12), (3, 4, 12), 2),
+        ("btr,knr->bktn", (2, 6, 12), (3, 4, 12), 2),
+    ),
+)
+@pytest.mark.parametrize("zeros", (False, True))
+@pytest.mark.parametrize("group", (1, 3, 6))
+def test_scales_of_groups(
+    subscripts: str, x_shape: Any, shape: Any, inputs: int, zeros: bool, group: int
+) -> None:
+    """Both ways to compute it: block after block, as on a CPU, and group after group, as on others."""
+    rng = np.random.default_rng(3)
+    values = rng.integers(-8, 8, shape).astype(np.int8)
+    of_scales = [size // group if axis == inputs else size for axis, size in enumerate(shape)]
+    scales, zero = rng.uniform(0.5, 2, of_scales).astype(np.float32), rng.integers(-8, 9, of_scales)
+    zero = zero.astype(np.int8) * zeros
+    weight = QuantizedWeight(*map(jnp.asarray, (values, scales, zero)), PartitionSpec(), inputs - len(shape))
+    weight = weight if zeros else replace(weight, zeros=None)
+    full = values.astype(np.float64) - np.repeat(zero, group, inputs)
+    full *= np.repeat(scales, group, inputs)
+    x = rng.normal(size=x_shape).astype(np.float32)
+    want = np.einsum(subscripts, x.astype(np.float64), full)
+    by_groups = product_by_groups(
+        jnp.asarray(x), weight, subscripts=subscripts, dtype=jnp.float32, precision=None
+    )
+    for got in (dot(jnp.asarray(x), weight, subscripts), by_groups):
+        assert got.shape == want.shape
+        assert np.abs(np.asarray(got) - want).max() <= 2e-6 * np.abs(want).max()
+
+
 def test_float16_products_do_not_overflow() -> None:
     """An output within its range is a sum of unscaled int8 values beyond it."""
     weight = QuantizedWeight(
-        jnp.full((2048, 1), 127, jnp.int8), jnp.full((1, 1), 1e-3, jnp.float32), PartitionSpec()
+        jnp.full((2048, 1), 127, jnp.int8), jnp.full((1, 1), 1e-3, jnp.float32), None, PartitionSpec(), -2
     )
     got = dot(jnp.ones((1, 2048), jnp.float16), weight, "...i,io->...o")
     assert got == pytest.approx(2048 * 0.127, rel=1e-3)
@@ -236,7 +309,9 @@ class Arrays:
 
 
 def rounded(source: Arrays, kind: Quantize = "int8") -> RoundedSource:
-    return RoundedSource(source, kind, {"w": source.arrays["w"].shape}, Path("model"))
+    outputs, inputs = source.arrays["w"].shape
+    kept = Kept((outputs, inputs), FORMATS[kind], None)
+    return RoundedSource(source, {"w": kept}, Path("model"))
 
 
 @pytest.mark.parametrize("kind", ("int8", "fp8"))
@@ -256,6 +331,36 @@ def test_rounding(kind: Quantize, dtype: Any, columns_first: bool, monkeypatch: 
     assert np.array_equal(part.view(np.uint8), values[box].view(np.uint8))
     assert np.allclose(values.astype(np.float64) * scales[:, None], want, rtol=1e-7, atol=0)
     assert np.array_equal(source.read("other", box), weight[box])
+
+
+def test_rounding_to_int4() -> None:
+    """In any boxes: nearest values under the scale, of those tried, with the least squared error."""
+    weight = np.random.default_rng(1).normal(size=(6, 20)).astype(np.float32)
+    weight[5] = 0
+    kept = Kept((6, 20), replace(FORMATS["int4"], group=8), 2)
+    source = RoundedSource(Arrays(w=weight), {"w": kept}, Path("model"))
+    box = (slice(2, 5), slice(5, 9))
+    part, some = source.read("w", box), source.read("w_scale", (slice(2, 5), slice(3, 9)))
+    values, scales = (
+        source.read("w", (slice(0, 6), slice(0, 20))),
+        source.read("w_scale", (slice(0, 6), slice(0, 10))),
+    )
+    assert np.array_equal(part, values[box]) and np.array_equal(some, scales[2:5, 3:9])
+    by_group = [scales[:, start : start + width // 2] for start, width in ((0, 8), (4, 8), (8, 4))]
+    for first, width, repeated in zip((0, 8, 16), (8, 8, 4), by_group, strict=True):
+        part, scale = weight[:, first : first + width].astype(np.float64), repeated[:, :1].astype(np.float64)
+        assert (repeated == repeated[:, :1]).all()
+        signed = part[np.arange(6), np.abs(part).argmax(axis=1)][:, None]
+
+        def worth(scale: np.ndarray, part: np.ndarray = part) -> np.ndarray:
+            return np.clip(np.rint(part / np.where(scale == 0, 1, scale)), -8, 7) * scale
+
+        tried = [signed / -8 * (1 - step / 40) for step in range(13)]
+        errors = [
+            ((worth(one.astype(ml_dtypes.bfloat16).astype(float)) - part) ** 2).sum(axis=1) for one in tried
+        ]
+        assert np.allclose(values[:, first : first + width] * scale, worth(scale))
+        assert np.allclose(((worth(scale) - part) ** 2).sum(axis=1), np.min(errors, axis=0), rtol=1e-4)
 
 
 def test_float8_bits() -> None:
@@ -448,7 +553,7 @@ def test_a_checkpoint_that_is_quantised_already(
         explain_model(str(tmp_path), tp=1, quantize="fp8")
 
 
-@pytest.mark.parametrize("wrong", ("int4", "INT8", "", 8, True))
+@pytest.mark.parametrize("wrong", ("int5", "INT8", "", 8, True))
 def test_unknown_ways_to_quantise(wrong: Any) -> None:
-    with pytest.raises(ConfigError, match=r"^quantize=.* is not supported: use int8 or fp8$"):
+    with pytest.raises(ConfigError, match=r"^quantize=.* is not supported: use int8, fp8 or int4$"):
         LLM(GOLDENS / "llama", tp=1, quantize=wrong)

@@ -20,7 +20,7 @@ ExpertAxis = Literal["experts", "width"]  # the sharded axis of experts [E, D, F
 SequenceParallel = Literal["auto", "on", "off"]
 AttentionBackend = Literal["auto", "reference", "xla", "tpu", "gpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Quantize = Literal["int8", "fp8"]
+Quantize = Literal["int8", "fp8", "int4"]
 
 
 # A Python object is made for each layer, head and expert: a number far beyond any model's is rejected before

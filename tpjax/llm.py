@@ -104,8 +104,9 @@ class LLM:
             context, as far as the cache has room.
         max_slots: sequences decoded at once; more are queued. ``None``: what the devices have room for, up to
             256; 8 on a CPU.
-        quantize: what the weights of attention, MLPs and experts are kept in: ``int8`` or ``fp8`` (e4m3),
-            rounded while they are loaded, with a scale for each output; products widen them to ``dtype``.
+        quantize: what the weights of attention, MLPs and experts are kept in: ``int8`` or ``fp8`` (e4m3)
+            with a scale for each output, or ``int4`` with one for 128 inputs; rounded while they are loaded.
+            Products widen them to ``dtype``.
             ``None``: they are of ``dtype``, as embedding, head, norms and biases always are.
         seed: seed for requests without one of their own; any int64, -1: another one at each start.
         expert_parallel: of a mixture of experts: ``on`` (each device holds some of the experts), ``off``

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tpjax.attention import XLA, Backend
 from tpjax.checkpoints import agreement, blocks, orbax
 from tpjax.checkpoints.assemble import Canonical, Order, fill
+from tpjax.checkpoints.kept import Kept
 from tpjax.checkpoints.quantized import dequantized
 from tpjax.checkpoints.rounding import RoundedSource
 from tpjax.checkpoints.safetensors import MAX_JSON_BYTES, SafetensorsCheckpoint, has_weights
@@ -38,7 +39,7 @@ from tpjax.families.gguf_metadata import GGUFView
 from tpjax.families.quantization import Quantization, quantization_of
 from tpjax.families.registry import FAMILIES, config_from_gguf, config_from_hf, gguf_architecture
 from tpjax.families.tensor_names import TensorMapping, WeightMap
-from tpjax.layers.weights import QuantizedParameter, quantize_weights
+from tpjax.layers.weights import FORMATS, QuantizedParameter, dtype_bits, quantize_weights
 from tpjax.model import Decoder
 from tpjax.sharding import Layout, WeightLayout
 
@@ -225,7 +226,8 @@ def abstract_decoder(
     def declared() -> Decoder:
         model = Decoder(config, mesh.size, dtype, backend)
         if quantize is not None:
-            quantize_weights(model, quantize)
+            kept = FORMATS[quantize]
+            quantize_weights(model, lambda _: kept, mesh.size, mesh.devices.flat[0].platform)
             model.quantize = quantize
         return model
 
@@ -253,6 +255,8 @@ class Parameter:
         layout: the canonical tensors it is made of.
         sharding: the devices of its slices.
         dtype: dtype on the devices.
+        quantized: the quantised weight whose values, scales or zero points it holds; ``None``: of none.
+        row_major: a TPU keeps it in the order of its layout too.
     """
 
     path: tuple[Any, ...]
@@ -260,6 +264,8 @@ class Parameter:
     layout: Layout
     sharding: NamedSharding
     dtype: jnp.dtype
+    quantized: QuantizedParameter | None = None
+    row_major: bool = False
 
     @property
     def name(self) -> str:
@@ -269,12 +275,12 @@ class Parameter:
     @property
     def is_quantized(self) -> bool:
         """Whether it holds the values of a quantised weight."""
-        return self.path != self.attribute and not self.is_scales
+        return self.quantized is not None and self.path[-1] == "values"
 
     @property
     def is_scales(self) -> bool:
-        """Whether it holds the scales of a quantised weight."""
-        return self.path != self.attribute and self.path[-1] == "scales"
+        """Whether it holds the scales or zero points of a quantised weight."""
+        return self.quantized is not None and not self.is_quantized
 
     @property
     def format(self) -> Format | NamedSharding:
@@ -291,12 +297,13 @@ class Parameter:
     def out_first(self) -> bool:
         """Whether a weight [in, out] is kept as [out, in] in memory."""
         platform = self.sharding.mesh.devices.flat[0].platform
-        return platform in _OUT_FIRST and isinstance(self.layout, WeightLayout) and self.layout.transposed
+        transposed = isinstance(self.layout, WeightLayout) and self.layout.transposed
+        return platform in _OUT_FIRST and transposed and not self.row_major
 
     @property
     def bytes_per_device(self) -> int:
         """Bytes of one device's slice."""
-        return math.prod(self.sharding.shard_shape(self.layout.shape)) * np.dtype(self.dtype).itemsize
+        return math.prod(self.sharding.shard_shape(self.layout.shape)) * dtype_bits(self.dtype) // 8
 
     def canonical(self, source: str) -> str:
         """Returns the canonical name of a source of the layout, which is relative to the owner's parent."""
@@ -307,24 +314,30 @@ def parameters(model: Decoder, mesh: Mesh) -> list[Parameter]:
     """Returns every parameter that the model declares, in the order of its state's leaves."""
     state = nnx.state(model, nnx.Param)
     shardings = dict(nnx.to_flat_state(nnx.get_named_sharding(state, mesh)))
-    quantized = {path for path, module in nnx.iter_modules(model) if isinstance(module, QuantizedParameter)}
-    return [
-        Parameter(
+    quantized = {
+        path: module for path, module in nnx.iter_modules(model) if isinstance(module, QuantizedParameter)
+    }
+
+    def declared(path: tuple[Any, ...], variable: nnx.Param) -> Parameter:
+        owner = quantized.get(path[:-1])
+        return Parameter(
             path,
-            path[:-1] if path[:-1] in quantized else path,
+            path if owner is None else path[:-1],
             variable.get_metadata("layout"),
             shardings[path].get_value(),
             variable.dtype,
+            owner,
+            variable.get_metadata("row_major"),
         )
-        for path, variable in nnx.to_flat_state(state)
-    ]
+
+    return [declared(path, variable) for path, variable in nnx.to_flat_state(state)]
 
 
 def load_decoder(checkpoint: Checkpoint, model: Decoder, mesh: Mesh, *, progress: bool = True) -> Decoder:
     """Reads the weights onto the mesh.
 
     Each device gets only its slice. Besides the slices, the host holds the parameters that are being
-    assembled: at most 128 MiB and one more. Weights that the model keeps in 8 bits are rounded block by
+    assembled: at most 128 MiB and one more. Weights that the model keeps in 8 or 4 bits are rounded block by
     block: see :mod:`tpjax.checkpoints.rounding`.
 
     Args:
@@ -340,7 +353,7 @@ def load_decoder(checkpoint: Checkpoint, model: Decoder, mesh: Mesh, *, progress
     check_tensors(checkpoint, declared)
     source: Canonical = checkpoint.source
     if model.quantize is not None:
-        source = RoundedSource(source, model.quantize, _quantized_shapes(declared), checkpoint.path)
+        source = RoundedSource(source, _kept(declared), checkpoint.path)
         declared.sort(key=lambda parameter: parameter.is_scales)  # last: reading the values finds them
     arrays: dict[tuple[Any, ...], jax.Array] = {}
     with _bar(progress) as bar:
@@ -351,12 +364,14 @@ def load_decoder(checkpoint: Checkpoint, model: Decoder, mesh: Mesh, *, progress
     return _with_values(model, arrays)
 
 
-def _quantized_shapes(declared: Iterable[Parameter]) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the canonical tensors that are quantised."""
+def _kept(declared: Iterable[Parameter]) -> dict[str, Kept]:
+    """Returns the canonical tensors that are kept in 8 or 4 bits."""
     return {
-        parameter.canonical(source): shape
+        parameter.canonical(source): Kept(
+            (shape[0], shape[1]), parameter.quantized.kept, parameter.quantized.group
+        )
         for parameter in declared
-        if parameter.is_quantized
+        if parameter.quantized is not None and parameter.is_quantized
         for source, shape in parameter.layout.canonical_shapes().items()
     }
 

@@ -1,12 +1,13 @@
-"""Rounds weights to 8 bits while they are read: int8 or float8 e4m3, with one scale for each output.
+"""Rounds weights to 8 or 4 bits while they are read.
 
-The scale of an output is the largest magnitude among its weights over the largest number of the dtype, so
-that no weight is clipped; values are rounded to nearest, ties to even. It is taken over all inputs of the
-checkpoint's matrix, whatever part of them a device holds: every tp reads the same numbers.
+int8 and float8 e4m3 have one scale for each output, int4 one for each 128 inputs of an output. A scale is
+taken over all its inputs in the checkpoint's matrix, whatever part of them a device holds: every tp reads the
+same numbers. Values are rounded to nearest, ties to even.
 
 A process reads the rows of a matrix in full, once. Two cases read more than without rounding: of a
-row-parallel matrix, a process that holds a part of the inputs reads the others too; and a matrix that the
-file stores input after input (GPT-2's) is read twice, since no part of it before the last has the scales.
+row-parallel matrix with a scale for each output, a process that holds a part of the inputs reads the others
+too; and such a matrix that the file stores input after input (GPT-2's) is read twice, since no part of it
+before the last has the scales. Scales are kept until the last are loaded: 2 bytes for 128 weights of int4.
 """
 
 from __future__ import annotations
@@ -20,18 +21,13 @@ import numpy as np
 
 from tpjax.checkpoints.assemble import Canonical
 from tpjax.checkpoints.blocks import copy_into
+from tpjax.checkpoints.kept import Kept, weight_of
 from tpjax.checkpoints.source import shown
-from tpjax.config import Quantize
 from tpjax.errors import CheckpointError
-from tpjax.sharding import SCALE_SUFFIX
 
-_DTYPES: dict[Quantize, np.dtype] = {
-    "int8": np.dtype(np.int8),
-    "fp8": np.dtype(ml_dtypes.float8_e4m3fn),
-}
-_LARGEST: dict[Quantize, float] = {"int8": 127.0, "fp8": 448.0}
 _ROUNDED_ELEMENTS = 1 << 15  # at once: in the cache, and in memory that is not given back in between
 _MEASURED_ELEMENTS = 1 << 20  # read at once where scales alone are wanted
+_TINY = np.finfo(np.float32).tiny  # stands in for the scale of zeros
 
 
 class RoundedSource:
@@ -39,30 +35,28 @@ class RoundedSource:
 
     Args:
         source: the tensors as they are.
-        kind: what they are rounded to.
-        shapes: outputs and inputs of each tensor ``N`` to be rounded; its scales are the tensor ``N_scale``.
+        kept: the tensors ``N`` to be rounded; the scales of each are the tensor ``N_scale``.
         where: path of the checkpoint in error messages.
     """
 
-    def __init__(
-        self, source: Canonical, kind: Quantize, shapes: Mapping[str, tuple[int, ...]], where: Path
-    ) -> None:
+    def __init__(self, source: Canonical, kept: Mapping[str, Kept], where: Path) -> None:
         self._source = source
-        self._kind = kind
-        self._shapes = shapes
+        self._kept = kept
         self._where = where
         # NaN: not known yet. Threads that find the same rows unknown write the same numbers.
-        self._scales = {name: np.full(shape[0], np.nan, np.float32) for name, shape in shapes.items()}
-        self._locks = {name: threading.Lock() for name in shapes}
+        self._scales = {
+            name: np.full((one.shape[0], one.groups), np.nan, one.kept.scales) for name, one in kept.items()
+        }
+        self._locks = {name: threading.Lock() for name in kept}
 
     def itemsize(self, name: str) -> int:
         """Returns the bytes of an element while it is rounded: blocks are as small as those of float32."""
-        known = name in self._shapes or self._weight_of(name)
-        return 4 if known else self._source.itemsize(name)
+        return 4 if weight_of(name)[0] in self._kept else self._source.itemsize(name)
 
     def outer_axis(self, name: str) -> int:
         """Returns the axis along which a tensor is stored slice after slice."""
-        return 0 if self._weight_of(name) else self._source.outer_axis(name)
+        weight, suffix = weight_of(name)
+        return 0 if suffix and weight in self._kept else self._source.outer_axis(name)
 
     def read(self, name: str, index: tuple[slice, ...], memory: np.ndarray | None = None) -> np.ndarray:
         """Reads a box of a tensor: its rounded values, or its scales.
@@ -70,79 +64,169 @@ class RoundedSource:
         Raises:
             CheckpointError: a weight is not a number, or infinite.
         """
-        if weight := self._weight_of(name):
-            return self._scales_of(weight, index[0])
-        if name not in self._shapes:
+        weight, suffix = weight_of(name)
+        if suffix and weight in self._kept:
+            return self._kept[weight].spread(
+                lambda rows, groups: self._scales_of(weight, rows, groups), index
+            )
+        if name not in self._kept:
             return self._source.read(name, index, memory)
-        rows, columns = index
-        inputs = slice(0, self._shapes[name][1])
-        known = self._scales[name][rows]
-        if self._source.outer_axis(name) == 1 or not np.isnan(known).any():
-            scales = self._scales_of(name, rows)
+        one, (rows, columns) = self._kept[name], index
+        groups = slice(columns.start // one.group, -(-columns.stop // one.group))
+        known = self._scales[name][rows, groups]
+        if self._twice(name) or not np.isnan(known).any():
+            known = self._scales_of(name, rows, groups)
             values = _float32(self._source.read(name, index))
         else:
-            values = _float32(self._source.read(name, (rows, inputs)))
-            scales = self._learn(name, rows, _largest(values))
-            values = values[:, columns]
-        return self._rounded(values, scales, memory)
+            values = self._whole_groups(name, rows, groups)
+            known = self._learn(name, rows, groups, values)
+            first = groups.start * one.group
+            values = values[:, columns.start - first : columns.stop - first]
+        return self._rounded(one, values, columns.start - groups.start * one.group, known, memory)
 
-    def _weight_of(self, name: str) -> str | None:
-        """Returns the tensor that a tensor of scales belongs to; ``None`` if it is none."""
-        weight = name.removesuffix(SCALE_SUFFIX)
-        return weight if weight != name and weight in self._shapes else None
+    def _twice(self, name: str) -> bool:
+        """Whether a tensor is read for its scales, and again for its values."""
+        return self._source.outer_axis(name) == 1 and self._kept[name].groups == 1
 
-    def _scales_of(self, name: str, rows: slice) -> np.ndarray:
-        """Returns the scales of some rows; those not known yet are read for."""
+    def _whole_groups(self, name: str, rows: slice, groups: slice) -> np.ndarray:
+        one = self._kept[name]
+        columns = slice(groups.start * one.group, min(groups.stop * one.group, one.shape[1]))
+        return _float32(self._source.read(name, (rows, columns)))
+
+    def _scales_of(self, name: str, rows: slice, groups: slice) -> np.ndarray:
+        """Returns the scales of some rows and groups; those not known yet are read for."""
         with self._locks[name]:
             known = self._scales[name]
-            if self._source.outer_axis(name) == 1:
-                if np.isnan(known[0]):
-                    self._learn(name, slice(0, len(known)), self._largest_by_columns(name))
+            if self._twice(name):
+                if np.isnan(known[0, 0]):
+                    self._learn_by_columns(name)
             else:
-                unknown = rows.start + np.flatnonzero(np.isnan(known[rows]))
-                step = max(1, _MEASURED_ELEMENTS // self._shapes[name][1])
+                unknown = rows.start + np.flatnonzero(np.isnan(known[rows, groups]).any(axis=1))
+                width = (groups.stop - groups.start) * self._kept[name].group
+                step = max(1, _MEASURED_ELEMENTS // width)
                 for start in range(unknown[0], unknown[-1] + 1, step) if unknown.size else ():
                     part = slice(start, min(start + step, int(unknown[-1]) + 1))
-                    whole = (part, slice(0, self._shapes[name][1]))
-                    self._learn(name, part, _largest(_float32(self._source.read(name, whole))))
-            return known[rows]
+                    self._learn(name, part, groups, self._whole_groups(name, part, groups))
+            return known[rows, groups]
 
-    def _largest_by_columns(self, name: str) -> np.ndarray:
-        """Returns the largest magnitude of each row of a tensor that is stored column after column."""
-        outputs, inputs = self._shapes[name]
+    def _learn_by_columns(self, name: str) -> None:
+        """Finds the scale of each row of a tensor that is stored column after column: none is clipped."""
+        outputs, inputs = self._kept[name].shape
         step, largest = max(1, _MEASURED_ELEMENTS // outputs), np.zeros(outputs, np.float32)
         for start in range(0, inputs, step):
             box = (slice(0, outputs), slice(start, min(start + step, inputs)))
-            np.maximum(largest, _largest(_float32(self._source.read(name, box))), out=largest)
-        return largest
+            np.maximum(largest, np.abs(_float32(self._source.read(name, box))).max(axis=1), out=largest)
+        self._keep(name, slice(0, outputs), slice(0, 1), largest[:, None] / _grid(self._kept[name]).largest)
 
-    def _learn(self, name: str, rows: slice, largest: np.ndarray) -> np.ndarray:
-        """Keeps and returns the scales of rows with these largest magnitudes."""
-        if not np.isfinite(largest).all():
-            row = rows.start + int(np.flatnonzero(~np.isfinite(largest))[0])
+    def _learn(self, name: str, rows: slice, groups: slice, values: np.ndarray) -> np.ndarray:
+        """Finds, keeps and returns the scales of some rows and groups with these values."""
+        one = self._kept[name]
+        if short := -values.shape[1] % one.group:  # the last group: zeros change no scale
+            values = np.pad(values, ((0, 0), (0, short)))
+        grouped = values.reshape(-1, one.group)
+        scales = np.empty(len(grouped), one.kept.scales)
+        step = max(1, _ROUNDED_ELEMENTS // one.group)
+        for start in range(0, len(grouped), step):
+            part = slice(start, start + step)
+            scales[part] = _grid(one).scales_of(grouped[part], one.kept.scales)
+        return self._keep(name, rows, groups, scales.reshape(values.shape[0], -1))
+
+    def _keep(self, name: str, rows: slice, groups: slice, scales: np.ndarray) -> np.ndarray:
+        finite = np.isfinite(scales.astype(np.float32)).all(axis=1)
+        if not finite.all():
+            row = rows.start + int(np.flatnonzero(~finite)[0])
             raise CheckpointError(
                 f"{self._where}: tensor {shown(name)} has a weight in row {row} that is no finite number: "
-                f"it has no {self._kind} scale"
+                f"it has no {_grid(self._kept[name]).name} scale"
             )
-        scales: np.ndarray = largest / np.float32(_LARGEST[self._kind])
-        self._scales[name][rows] = scales
+        self._scales[name][rows, groups] = scales
         return scales
 
-    def _rounded(self, values: np.ndarray, scales: np.ndarray, memory: np.ndarray | None) -> np.ndarray:
-        dtype = _DTYPES[self._kind]
-        # the smallest normal number stands in for the scale of a row of zeros
-        inverse = (1 / np.maximum(scales, np.finfo(np.float32).tiny))[:, None]
-        if memory is None or (memory.shape, memory.dtype) != (values.shape, dtype):
-            memory = np.empty(values.shape, dtype)
+    def _rounded(
+        self, one: Kept, values: np.ndarray, offset: int, scales: np.ndarray, memory: np.ndarray | None
+    ) -> np.ndarray:
+        """Rounds a box of values that begins ``offset`` columns into the first group of ``scales``."""
+        grid = _grid(one)
+        if memory is None or (memory.shape, memory.dtype) != (values.shape, grid.dtype):
+            memory = np.empty(values.shape, grid.dtype)
+        inverse = _inverse(scales.astype(np.float32))
         step = max(1, _ROUNDED_ELEMENTS // values.shape[1])
         for start in range(0, len(values), step):
             rows = slice(start, start + step)
-            scaled = values[rows] * inverse[rows]
-            if self._kind == "int8":
-                np.copyto(memory[rows], np.rint(scaled, out=scaled), casting="unsafe")
-            else:
-                np.copyto(memory[rows].view(np.uint8), float8_bits(scaled), casting="unsafe")
+            factors = inverse[rows]
+            if factors.shape[1] > 1:
+                factors = np.repeat(factors, one.group, axis=1)[:, offset : offset + values.shape[1]]
+            np.copyto(memory[rows].view(grid.bits), grid.nearest(values[rows] * factors), casting="unsafe")
         return memory
+
+
+class _Integers:
+    """int8 or int4 and how weights are rounded to them.
+
+    Args:
+        name: in messages.
+        least: the smallest number used.
+        largest: the largest.
+        shrunk: factors of the scale that clips nothing; the one with the least squared error is taken.
+    """
+
+    dtype = bits = np.dtype(np.int8)
+
+    def __init__(self, name: str, least: int, largest: int, shrunk: tuple[float, ...]) -> None:
+        self.name, self.least, self.largest, self.shrunk = name, least, largest, shrunk
+
+    def scales_of(self, groups: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """Returns the scale of each row of ``groups``."""
+        largest, least = groups.max(axis=1), groups.min(axis=1)
+        whole = np.maximum(largest, -least) / np.float32(self.largest)
+        if -self.least > self.largest:  # the largest magnitude gets the number that has no opposite
+            whole = np.where(largest > -least, largest, least) / np.float32(self.least)
+        best, error = whole.astype(dtype), np.full(len(groups), np.inf, np.float32)
+        for factor in self.shrunk:
+            scales = (whole * np.float32(factor)).astype(dtype)
+            wide = scales.astype(np.float32)[:, None]
+            apart = self.nearest(groups * _inverse(wide))
+            apart *= wide
+            apart -= groups
+            squares = np.einsum("gi,gi->g", apart, apart)
+            better = squares < error
+            best[better], error[better] = scales[better], squares[better]
+        return best
+
+    def nearest(self, scaled: np.ndarray) -> np.ndarray:
+        """Returns the nearest of the numbers; overwrites ``scaled``."""
+        return np.clip(np.rint(scaled, out=scaled), self.least, self.largest, out=scaled)
+
+
+class _Float8:
+    """float8 e4m3 and how weights are rounded to it: the largest magnitude of an output gets 448."""
+
+    name, largest = "fp8", 448
+    dtype, bits = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(np.uint8)
+
+    def scales_of(self, groups: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """Returns the scale of each row of ``groups``."""
+        return (np.maximum(groups.max(axis=1), -groups.min(axis=1)) / np.float32(448)).astype(dtype)
+
+    def nearest(self, scaled: np.ndarray) -> np.ndarray:
+        """Returns the bits of the nearest numbers."""
+        return float8_bits(scaled)
+
+
+_GRIDS: dict[str, _Integers | _Float8] = {
+    "int8": _Integers("int8", -127, 127, ()),
+    "int4": _Integers("int4", -8, 7, tuple(1 - step / 40 for step in range(13))),
+    "float8_e4m3fn": _Float8(),
+}
+
+
+def _grid(one: Kept) -> _Integers | _Float8:
+    return _GRIDS[one.kept.values.name]
+
+
+def _inverse(scales: np.ndarray) -> np.ndarray:
+    """Returns 1 / scales; those of zeros, and so small that they have none, get that of a tiny number."""
+    return 1 / np.where(np.abs(scales) < _TINY, _TINY, scales)
 
 
 def float8_bits(values: np.ndarray) -> np.ndarray:
@@ -167,9 +251,3 @@ def _float32(values: np.ndarray) -> np.ndarray:
     out = np.empty(values.shape, np.float32)
     copy_into(out, values)
     return out
-
-
-def _largest(values: np.ndarray) -> np.ndarray:
-    """Returns the largest magnitude of each row; NaN if a number of the row is."""
-    largest: np.ndarray = np.maximum(values.max(axis=1), -values.min(axis=1))
-    return largest

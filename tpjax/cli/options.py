@@ -259,7 +259,10 @@ class Sharding:
     dtype: Annotated[Dtype, option("--dtype", help="Of weights and cache; auto: float32 on a CPU.")] = "auto"
     quantize: Annotated[
         Quantize | None,
-        option("--quantize", help="Keep weights in 8 bits, a scale for each output; rounded at load."),
+        option(
+            "--quantize",
+            help="Keep weights in 8 bits or 4, rounded at load, with a scale for each output or 128 inputs.",
+        ),
     ] = None
     max_model_len: Annotated[
         int | None,

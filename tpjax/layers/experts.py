@@ -98,12 +98,15 @@ def _experts_in_order(
     order = jnp.argsort(assigned)  # experts of other devices come last
     group_sizes = jnp.zeros(count, jnp.int32).at[assigned].add(1, mode="drop")
     # A grouped product is one instruction on TPU and GPU. XLA's CPU backend computes it for every expert, and
-    # a TPU would first write experts of 8 bits to memory in 16 bits: 350 MB a layer of Mixtral at tp=8.
+    # a TPU would first write experts of 8 bits to memory in 16 bits: 350 MB a layer of Mixtral at tp=8. It
+    # takes no scales for groups of inputs.
     tiled = partial(tiled_experts, config=config, tile=min(len(x), _TILE_ROWS))
     ragged = partial(ragged_experts, config=config)
-    tpu = tiled if isinstance(experts.gate_up, QuantizedWeight) else ragged
+    quantized = [one for one in (experts.gate_up, experts.down) if isinstance(one, QuantizedWeight)]
+    tpu = tiled if quantized else ragged
+    default = ragged if all(one.per_output for one in quantized) else tiled
     out = jax.lax.platform_dependent(
-        x[order // per_token], group_sizes, experts, cpu=tiled, tpu=tpu, default=ragged
+        x[order // per_token], group_sizes, experts, cpu=tiled, tpu=tpu, default=default
     )
     inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
     return out[inverse]

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tpjax.layers.weights import QuantizedWeight, Weight, parameter, split_axis
-from tpjax.layers.widening import place_of, widened_product
+from tpjax.layers.widening import grouped_product, spread, widened_product
 from tpjax.sharding import (
     PARTIAL_SUMS,
     REPLICATED,
@@ -35,7 +35,8 @@ def dot(
     Args:
         x: activations.
         weight: the weight in its stored order. No caller transposes it: that would copy it at every step. One
-            that is kept in 8 bits is widened inside the product, and each output multiplied by its scale.
+            that is kept in 8 or 4 bits is widened inside the product, and each output multiplied by its
+            scale, or the sum over each group of inputs by the group's.
         subscripts: which axes are contracted, as ``einsum`` takes them, activations first: ``...i,io->...o``.
         dtype: dtype of the result; ``None``: that of ``x``, so that an all-reduce of bfloat16 products moves
             bfloat16. Accelerators accumulate in float32 all the same.
@@ -44,34 +45,22 @@ def dot(
     dtype = dtype or x.dtype
     if not isinstance(weight, QuantizedWeight):
         return jnp.einsum(subscripts, x, weight, precision=precision, preferred_element_type=dtype)
-    terms, outputs = subscripts.split("->")
-    inputs, axes = terms.split(",")
     # Products of float16 and unscaled values could exceed its range.
     summed = jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
+    if not weight.per_output:
+        return grouped_product(x, weight, subscripts, dtype=summed, precision=precision).astype(dtype)
+    scales = weight.scales.astype(jnp.float32)
+    terms, outputs = subscripts.split("->")
+    inputs, axes = terms.split(",")
     scales_inputs = any(
         size > 1 and axis not in outputs for axis, size in zip(axes, weight.scales.shape, strict=True)
     )
     if scales_inputs:  # an output of the checkpoint's matrix is summed over here
-        x = _scaled(x, inputs, weight.scales, axes, x.dtype)
-    y = widened_product(x, weight.values, weight.spec, subscripts, dtype=summed, precision=precision)
-    return y.astype(dtype) if scales_inputs else _scaled(y, outputs, weight.scales, axes, dtype)
-
-
-def _scaled(
-    x: Float[Array, "*x"],
-    axes: str,
-    scales: Float[Array, "*scales"],
-    scale_axes: str,
-    dtype: jnp.dtype | type,
-) -> Float[Array, "*x"]:
-    """Multiplies an array by scales, each with its axes as letters; scale axes that it lacks have size 1."""
-    places = {axis: place_of(axes, axis, x.ndim) for axis in scale_axes if axis in axes}
-    order = sorted(range(scales.ndim), key=lambda i: places.get(scale_axes[i], x.ndim))
-    shape = [1] * x.ndim
-    for axis, size in zip(scale_axes, scales.shape, strict=True):
-        if axis in places:
-            shape[places[axis]] = size
-    return (x.astype(jnp.float32) * scales.transpose(order).reshape(shape)).astype(dtype)
+        x = (x.astype(jnp.float32) * spread(scales, axes, inputs, x.ndim)).astype(x.dtype)
+    y = widened_product(x, weight, subscripts, dtype=summed, precision=precision)
+    if not scales_inputs:
+        y = y.astype(jnp.float32) * spread(scales, axes, outputs, y.ndim)
+    return y.astype(dtype)
 
 
 def grouped_dot(
@@ -81,7 +70,7 @@ def grouped_dot(
 
     Args:
         x: rows, sorted by the weight they are multiplied by.
-        weights: the stack [E, D, F].
+        weights: the stack [E, D, F]; of a quantised one each output has one scale.
         group_sizes: rows for each weight.
     """
     if not isinstance(weights, QuantizedWeight):
@@ -89,7 +78,7 @@ def grouped_dot(
     values = weights.values.astype(x.dtype)
     y = jax.lax.ragged_dot(x, values, group_sizes, preferred_element_type=jnp.float32)
     group = jnp.repeat(jnp.arange(group_sizes.size), group_sizes, total_repeat_length=x.shape[0])
-    return (y * weights.scales[:, 0][group]).astype(x.dtype)
+    return (y * weights.scales[:, 0][group].astype(jnp.float32)).astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -147,17 +136,27 @@ class RowLinear(nnx.Module):
         """
         if self.partial_sums is not None:
             return self._partial_sums(x, self.partial_sums)
-        y = dot(x, self.weight[...], "...i,oi->...o")
+        weight = self.weight[...]
+        y = dot(x, weight, "...i,io->...o" if _inputs_first(weight) else "...i,oi->...o")
         return y if self.bias is None else y + self.bias[...]
 
     def _partial_sums(self, x: Float[Array, "*batch in"], tp: int) -> Float[Array, "tp *batch out"]:
         inputs = x.reshape(*x.shape[:-1], tp, -1)
-        weight = split_axis(self.weight[...], 1, (tp, -1))
-        y = constrain(dot(inputs, weight, "...ti,oti->t...o"), PARTIAL_SUMS)
+        weight = self.weight[...]
+        if _inputs_first(weight):
+            y = dot(inputs, split_axis(weight, 0, (tp, -1)), "...ti,tio->t...o")
+        else:
+            y = dot(inputs, split_axis(weight, 1, (tp, -1)), "...ti,oti->t...o")
+        y = constrain(y, PARTIAL_SUMS)
         if self.bias is None:
             return y
         first = (jnp.arange(tp) == 0).reshape(-1, *[1] * (y.ndim - 1))
         return y + jnp.where(first, self.bias[...], 0)
+
+
+def _inputs_first(weight: Weight) -> bool:
+    """Returns whether a row-parallel weight is stored [in, out], as those with scales for groups are."""
+    return isinstance(weight, QuantizedWeight) and weight.inputs == -2
 
 
 class Embedding(nnx.Module):

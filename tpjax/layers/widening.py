@@ -1,4 +1,4 @@
-"""Products with weights of 8 bits, each widened to the activations' dtype inside the product.
+"""Products with weights of 8 or 4 bits, each widened to the activations' dtype inside the product.
 
 TPUs and GPUs fuse the widening into the product: the weight is read as it lies, and no wide copy of it
 exists. XLA's CPU backend writes the copy of every weight of the program to memory first: a decode step of
@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
+from tpjax.layers.weights import QuantizedWeight, specs_of
 from tpjax.mesh import AXIS
 from tpjax.sharding import PARTIAL_SUMS
 
@@ -27,8 +29,7 @@ _LEAST_COLUMNS = 128  # of a weight [in, out], whose rows are read in pieces the
 
 def widened_product(
     x: Float[Array, "*x"],
-    values: Shaped[Array, "*weight"],
-    spec: PartitionSpec,
+    weight: QuantizedWeight,
     subscripts: str,
     *,
     dtype: jnp.dtype | type,
@@ -38,33 +39,97 @@ def widened_product(
 
     Args:
         x: activations; axes that ``subscripts`` do not name are replicated.
-        values: int8 or float8 e4m3.
-        spec: how the values are sharded; inside ``shard_map`` it means nothing.
+        weight: the weight.
         subscripts: as for :func:`tpjax.layers.linear.dot`.
         dtype: dtype of the result.
         precision: precision of the multiplication.
     """
 
-    def at_once(x: Array, values: Array) -> Array:
-        wide = values.astype(x.dtype)
+    def at_once(x: Array, weight: QuantizedWeight) -> Array:
+        wide = weight.values.astype(x.dtype)
         return jnp.einsum(subscripts, x, wide, precision=precision, preferred_element_type=dtype)
 
     by_blocks = partial(product_by_blocks, subscripts=subscripts, dtype=dtype, precision=precision)
-    on_each = partial(_on_each_device, by_blocks, subscripts=subscripts, spec=spec)
-    return jax.lax.platform_dependent(x, values, cpu=on_each, default=at_once)
+    on_each = partial(_on_each_device, by_blocks, subscripts=subscripts)
+    return jax.lax.platform_dependent(x, weight, cpu=on_each, default=at_once)
 
 
-def product_by_blocks(
+def grouped_product(
     x: Float[Array, "*x"],
-    values: Shaped[Array, "*weight"],
+    weight: QuantizedWeight,
+    subscripts: str,
+    *,
+    dtype: jnp.dtype | type,
+    precision: jax.lax.Precision | None,
+) -> Float[Array, "*out"]:
+    """Multiplies activations by a weight with a scale for each group of inputs.
+
+    Args and result as of :func:`widened_product`, scales included.
+    """
+    settings: Any = {"subscripts": subscripts, "dtype": dtype, "precision": precision}
+    by_blocks = partial(product_by_blocks, scaled=True, **settings)
+    on_each = partial(_on_each_device, by_blocks, subscripts=subscripts)
+    by_groups = partial(product_by_groups, **settings)
+    return jax.lax.platform_dependent(x, weight, cpu=on_each, default=by_groups)
+
+
+def product_by_groups(
+    x: Float[Array, "*x"],
+    weight: QuantizedWeight,
     *,
     subscripts: str,
     dtype: jnp.dtype | type,
     precision: jax.lax.Precision | None,
 ) -> Float[Array, "*out"]:
-    """Computes the product on one device in a loop over blocks of outputs."""
+    """Computes one product for each group of inputs, and scales its sums: no widened weight exists.
+
+    Where the product's outputs are the checkpoint's inputs, activations are scaled for each group instead.
+    """
     terms, outputs = subscripts.split("->")
     inputs, axes = terms.split(",")
+    axis = len(axes) + weight.inputs
+    letter, groups = axes[axis], weight.scales.shape[axis]
+    grouped = axes.replace(letter, f"z{letter}")  # z counts the groups
+    of_scales = axes.replace(letter, "z")
+    shape = (*weight.shape[:axis], groups, -1, *weight.shape[axis + 1 :])
+    values = weight.values.reshape(shape).astype(x.dtype)
+    scales = weight.scales.astype(jnp.float32)
+    product = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    exact = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    zeros = None if weight.zeros is None else weight.zeros.astype(jnp.float32)
+    if letter in outputs:
+        scaled = exact(f"{inputs},{of_scales}->{inputs}z", x.astype(jnp.float32), scales)
+        of_y = outputs.replace(letter, f"z{letter}")
+        y = product(f"{inputs}z,{grouped}->{of_y}", scaled.astype(x.dtype), values)
+        at = place_of(outputs, letter, y.ndim - 1)
+        if zeros is not None:
+            zero = exact(f"{inputs}z,{of_scales}->{outputs.replace(letter, 'z')}", scaled, zeros)
+            y = y - jnp.expand_dims(zero, at + 1)
+        return y.reshape(*y.shape[:at], -1, *y.shape[at + 2 :]).astype(dtype)
+    at = place_of(inputs, letter, x.ndim)
+    split = x.reshape(*x.shape[:at], groups, -1, *x.shape[at + 1 :])
+    of_x, of_y = inputs.replace(letter, f"z{letter}"), f"{outputs[:-1]}z{outputs[-1]}"
+    y = product(f"{of_x},{grouped}->{of_y}", split, values)
+    if zeros is not None:
+        sums = split.astype(jnp.float32).sum(at + 1)
+        y = y - exact(f"{of_x.replace(letter, '')},{of_scales}->{of_y}", sums, zeros)
+    y = y * spread(scales, of_scales, of_y, y.ndim)
+    return y.sum(place_of(of_y, "z", y.ndim)).astype(dtype)
+
+
+def product_by_blocks(
+    x: Float[Array, "*x"],
+    weight: QuantizedWeight,
+    *,
+    subscripts: str,
+    dtype: jnp.dtype | type,
+    precision: jax.lax.Precision | None,
+    scaled: bool = False,
+) -> Float[Array, "*out"]:
+    """Computes the product on one device in a loop over blocks of outputs, each scaled or not."""
+    terms, outputs = subscripts.split("->")
+    inputs, axes = terms.split(",")
+    values = weight.values
     letter = next(letter for letter in axes if letter in outputs)
     axis = axes.index(letter)
     size, rows = values.shape[axis], _rows(x, values, axes, inputs, axis)
@@ -79,6 +144,8 @@ def product_by_blocks(
             wide = _float8(part).astype(x.dtype) * jnp.asarray(256, x.dtype)
         else:
             wide = part.astype(x.dtype)
+        if scaled:
+            wide = _scaled_block(wide, weight, axis, start)
         own = x if of_x is None else jax.lax.dynamic_slice_in_dim(x, start, rows, of_x)
         return jnp.einsum(subscripts, own, wide, precision=precision, preferred_element_type=dtype)
 
@@ -93,6 +160,21 @@ def product_by_blocks(
         start = size - size % rows
         out = jax.lax.dynamic_update_slice_in_dim(out, block(start, size % rows), start, at)
     return out
+
+
+def _scaled_block(values: Array, weight: QuantizedWeight, axis: int, start: Array | int) -> Array:
+    """Subtracts the zero points of a block of a weight, from ``start`` along ``axis``, and scales it."""
+    at = values.ndim + weight.inputs
+
+    def of_block(x: Array) -> Array:
+        part = jax.lax.dynamic_slice_in_dim(x, start, values.shape[axis], axis)
+        return jnp.expand_dims(part.astype(jnp.float32), at + 1)
+
+    groups = weight.scales.shape[at]
+    wide = values.reshape(*values.shape[:at], groups, -1, *values.shape[at + 1 :]).astype(jnp.float32)
+    if weight.zeros is not None:
+        wide = wide - of_block(weight.zeros)
+    return (wide * of_block(weight.scales)).reshape(values.shape).astype(values.dtype)
 
 
 def _rows(x: Array, values: Array, axes: str, inputs: str, axis: int) -> int:
@@ -111,28 +193,28 @@ def _float8(bits: Array) -> Array:
 
 
 def _on_each_device(
-    product: Callable[[Array, Array], Array], x: Array, values: Array, *, subscripts: str, spec: PartitionSpec
+    product: Callable[[Array, QuantizedWeight], Array], x: Array, weight: QuantizedWeight, *, subscripts: str
 ) -> Array:
     """Computes a product on each device with its part of the weight.
 
     Where inputs are sharded the devices' sums are added up: an all-reduce follows.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh, spec = jax.sharding.get_abstract_mesh(), weight.spec
     if AXIS not in spec or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
-        return product(x, values)
+        return product(x, weight)
     terms, outputs = subscripts.split("->")
     inputs, axes = terms.split(",")
-    letter, ndim = axes[tuple(spec).index(AXIS)], jax.eval_shape(product, x, values).ndim
-    of_x = _sharded_along(inputs, letter, x.ndim)
+    letter, ndim = axes[tuple(spec).index(AXIS)], jax.eval_shape(product, x, weight).ndim
+    of_x, specs = _sharded_along(inputs, letter, x.ndim), specs_of(weight, spec)
     if letter in outputs:
         of_out = _sharded_along(outputs, letter, ndim)
-        return jax.shard_map(product, in_specs=(of_x, spec), out_specs=of_out, check_vma=False)(x, values)
+        return jax.shard_map(product, in_specs=(of_x, specs), out_specs=of_out, check_vma=False)(x, weight)
     partial_sums = jax.shard_map(
-        lambda x, values: product(x, values)[None],
-        in_specs=(of_x, spec),
+        lambda x, weight: product(x, weight)[None],
+        in_specs=(of_x, specs),
         out_specs=PARTIAL_SUMS,
         check_vma=False,
-    )(x, values)
+    )(x, weight)
     return jax.lax.reduce_sum(partial_sums, (0,))  # all-reduce over tp
 
 
@@ -146,3 +228,21 @@ def place_of(axes: str, letter: str, ndim: int) -> int:
     """Returns the axis that a letter stands for; ``...`` stands for as many as there are."""
     before, _, after = axes.partition("...")
     return before.index(letter) if letter in before else ndim - len(after) + after.index(letter)
+
+
+def spread(x: Array, axes: str, onto: str, ndim: int) -> Array:
+    """Gives an array the order and number of axes of another, so that it broadcasts against that.
+
+    Args:
+        x: the array; axes that the other lacks have size 1.
+        axes: its axes as letters.
+        onto: those of the other.
+        ndim: their number.
+    """
+    places = {axis: place_of(onto, axis, ndim) for axis in axes if axis in onto}
+    shape = [1] * ndim
+    for axis, size in zip(axes, x.shape, strict=True):
+        if axis in places:
+            shape[places[axis]] = size
+    order = sorted(range(x.ndim), key=lambda i: places.get(axes[i], ndim))
+    return x.transpose(order).reshape(shape)

@@ -80,7 +80,7 @@ class CostModel(StepTime):
         workspace = rows * width * itemsize + 8 * batch * math.ceil(config.vocab_size / self.tp)
         histories = max_histories(config, self.tp, batch, DeviceMemory(int(self.hardware.usable_bytes)))
         workspace += sampler_bytes(config, self.tp, batch, histories)
-        return MemoryUse(weights, batch * self.sequence_bytes(context), workspace)
+        return MemoryUse(math.ceil(weights), batch * self.sequence_bytes(context), workspace)
 
     def sequence_bytes(self, context: int) -> int:
         """Returns the cache bytes of one sequence on one device while it decodes."""

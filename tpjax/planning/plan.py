@@ -190,10 +190,12 @@ def does_not_fit(plan: Plan) -> str:
         would.append(f"a batch of {batch}")
         if (context := plan.model.largest_context(plan.batch)) > 0:
             would.append(f"a context of {context}")
-    if workload.weight_bytes > 1:
-        smaller = replace(workload, dtype="int8", cache_dtype="auto")
-        if make_plan(counts, hardware, plan.chips, plan.tp, smaller).fits:
-            would.append("--dtype int8")
+    for dtype in ("int8", "int4"):
+        smaller = replace(workload, dtype=dtype, cache_dtype="auto")
+        less = smaller.weight_bytes < workload.weight_bytes
+        if less and make_plan(counts, hardware, plan.chips, plan.tp, smaller).fits:
+            would.append(f"--dtype {dtype}")
+            break
     for more in (2**power for power in range(13) if not hardware.shared):
         chips = math.ceil(more / hardware.devices_per_chip)
         if more > plan.tp and make_plan(counts, hardware, chips, more, workload).fits:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from tpjax.errors import ConfigError
 from tpjax.step_time import Itemsizes
 
-WeightDtype = Literal["bf16", "int8", "fp8", "float32"]
+WeightDtype = Literal["bf16", "int8", "fp8", "int4", "float32"]
 CacheDtype = Literal["auto", "bf16", "int8", "fp8", "float32"]
-DTYPE_BYTES: dict[str, int] = {"bf16": 2, "int8": 1, "fp8": 1, "float32": 4}
+# int4: with the bfloat16 scale of each 128 inputs of an output
+DTYPE_BYTES: dict[str, float] = {"bf16": 2, "int8": 1, "fp8": 1, "int4": 0.5 + 2 / 128, "float32": 4}
 DEFAULT_CONTEXT = 2048  # tokens
 LONGEST_DEFAULT_PROMPT = 1024  # tokens
 
@@ -25,7 +27,7 @@ class Workload:
         prompt_len: tokens of a prompt.
         dtype: dtype of the weights; norms, embedding and head keep at least 16 bits.
         cache_dtype: dtype of keys and values. ``auto`` is the dtype of the weights, thus 8 bits for 8-bit
-            weights: the published 8-bit measurements ran that way.
+            weights, as the published 8-bit measurements ran, and for those of 4 bits.
     """
 
     batch: int = 1
@@ -44,19 +46,19 @@ class Workload:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not known: use {', '.join(known)}")
 
     @property
-    def weight_bytes(self) -> int:
+    def weight_bytes(self) -> float:
         """Bytes of one element of a matrix of attention, MLPs or experts."""
         return DTYPE_BYTES[self.dtype]
 
     @property
     def activation_bytes(self) -> int:
         """Bytes of one element of an activation, a norm, the embedding or the head."""
-        return max(2, self.weight_bytes)
+        return max(2, math.ceil(self.weight_bytes))
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of one element of the cache."""
-        return DTYPE_BYTES[self.dtype if self.cache_dtype == "auto" else self.cache_dtype]
+        return math.ceil(DTYPE_BYTES[self.dtype if self.cache_dtype == "auto" else self.cache_dtype])
 
     @property
     def itemsizes(self) -> Itemsizes:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from tpjax.config import ModelConfig, Quantize
 from tpjax.hardware import Efficiency, Hardware, known_device
 from tpjax.interconnect import Measured
-from tpjax.layers.weights import STORED_DTYPES
+from tpjax.layers.weights import FORMATS, dtype_bits
 from tpjax.runtime.counts import Counts
 from tpjax.step_time import Itemsizes, StepTime
 
@@ -47,7 +47,7 @@ def step_time(
     )
     itemsize = jnp.dtype(dtype).itemsize
     hardware = device_hardware(mesh.devices.flat[0], dtype)
-    weights = itemsize if quantize is None else STORED_DTYPES[quantize].itemsize
+    weights = itemsize if quantize is None else dtype_bits(FORMATS[quantize].values) / 8
     return StepTime(share, hardware, Itemsizes(weights, itemsize, itemsize))
 
 

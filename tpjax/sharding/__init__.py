@@ -30,6 +30,7 @@ from tpjax.sharding.specs import (
 )
 from tpjax.sharding.weight_layout import (
     SCALE_SUFFIX,
+    ZERO_SUFFIX,
     Content,
     Layout,
     Piece,
@@ -56,6 +57,7 @@ __all__ = [
     "SCALE_SUFFIX",
     "SEQUENCE_PARALLEL",
     "VOCAB",
+    "ZERO_SUFFIX",
     "Content",
     "HeadPlan",
     "Layout",

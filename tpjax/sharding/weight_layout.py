@@ -12,9 +12,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-SCALE_SUFFIX = (
-    "_scale"  # of the name of a tensor with one scale per output of another, as in compressed-tensors
-)
+# Of the names of tensors that belong to a quantised one, as in compressed-tensors.
+SCALE_SUFFIX, ZERO_SUFFIX = "_scale", "_zero_point"
 
 
 def pad_to_multiple(size: int, of: int) -> int:
@@ -120,6 +119,51 @@ class WeightLayout:
         sizes = tuple((source + SCALE_SUFFIX, size) for source, size in self.sizes)
         return WeightLayout((outputs,), 0, segments, sizes)
 
+    def per_group(self, inputs: int, group: int, suffix: str) -> WeightLayout:
+        """Returns the layout of tensors ``<source><suffix>``: one number for each output and group.
+
+        Args:
+            inputs: stored axis of the inputs.
+            group: inputs that share a number, from :meth:`stored_group`.
+            suffix: of the tensors' names.
+        """
+        by = group if self.axis == inputs else 1
+        return WeightLayout(
+            tuple(size // group if axis == inputs else size for axis, size in enumerate(self.shape)),
+            self.axis,
+            tuple(
+                Segment(one.source + suffix, one.start // by, one.size // by, one.offset // by)
+                for one in _joined(self.segments)
+            ),
+            tuple((source + suffix, size // by) for source, size in self.sizes),
+            self.transposed,
+        )
+
+    def stored_group(self, inputs: int, group: int | None, parts: int) -> int:
+        """Returns how many stored inputs in a row share a scale, so that nothing cuts them.
+
+        Args:
+            inputs: stored axis of the inputs.
+            group: inputs that share a scale in the canonical tensor; ``None``: all.
+            parts: devices that the inputs are sharded over.
+
+        Returns:
+            The largest such number that divides ``group``, a device's slice and every segment; without
+            ``group``, the last two.
+        """
+        edges = [self.shape[inputs] // parts]
+        if self.axis == inputs:
+            edges += [size for _, size in self.sizes]
+            for one in _joined(self.segments):
+                edges += [one.start, one.size, one.offset]
+        whole = math.gcd(*edges)
+        alone = parts == 1 and self.axis != inputs
+        return whole if group is None or (alone and group >= whole) else math.gcd(group, whole)
+
+    def swapped(self) -> WeightLayout:
+        """Returns the layout of the transpose of a matrix."""
+        return replace(self, shape=self.shape[::-1], axis=1 - self.axis, transposed=not self.transposed)
+
     def read(
         self,
         read: Callable[[str, tuple[slice, ...]], np.ndarray],
@@ -214,6 +258,14 @@ class StackedLayout:
     def per_output(self, inputs: int) -> StackedLayout:
         """See :meth:`WeightLayout.per_output`; ``inputs`` is 1 or 2 here."""
         return StackedLayout(self.one.per_output(inputs - 1), self.count)
+
+    def per_group(self, inputs: int, group: int, suffix: str) -> StackedLayout:
+        """See :meth:`WeightLayout.per_group`; ``inputs`` is 1 or 2 here."""
+        return StackedLayout(self.one.per_group(inputs - 1, group, suffix), self.count)
+
+    def stored_group(self, inputs: int, group: int | None, parts: int) -> int:
+        """See :meth:`WeightLayout.stored_group`; ``inputs`` is 1 or 2 here."""
+        return self.one.stored_group(inputs - 1, group, parts)
 
     def read(
         self,

@@ -44,7 +44,8 @@ class Stepwise:
         checkpoint = open_checkpoint(GOLDENS / name)
         self.mesh, self.vocab_size = make_mesh(tp), checkpoint.config.vocab_size
         kind, pages = jnp.dtype(dtype), -(-max_length // self.PAGE)
-        model = abstract_decoder(checkpoint.config, self.mesh, kind, quantize)
+        format_of = checkpoint.source.format_of
+        model = abstract_decoder(checkpoint.config, self.mesh, kind, quantize, format_of=format_of)
         model = load_decoder(checkpoint, model, self.mesh, progress=False)
         self.cache = allocate(
             checkpoint.config, self.mesh, num_pages=pages + 1, page_size=self.PAGE, dtype=kind

@@ -298,12 +298,14 @@ def test_fields_that_would_change_the_model(name: str, raw: Mapping[str, Any]) -
 @pytest.mark.parametrize(
     ("settings", "message"),
     (
-        ({"quant_method": "gptq"}, "quant_method='gptq' is not supported; supported are fp8, mxfp4"),
+        (
+            {"quant_method": "hqq"},
+            "quant_method='hqq' is not supported; supported are fp8, mxfp4, compressed-tensors, gptq, awq",
+        ),
         ({"bits": 4}, "field 'quant_method' is missing"),
         ({"quant_method": "fp8", "activation_scheme": "static"}, "activation_scheme='static' is not supp"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt='e5m2' is not supported: use e4m3"),
         ({"quant_method": "fp8", "expert_dtype": "fp4"}, "expert_dtype='fp4' is not supported: use fp8"),
-        ({"quant_method": "fp8", "weight_block_size": None}, "weight_block_size=None is not supported"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size=[128] is not supported"),
         ({"quant_method": "fp8", "kv_cache_scheme": {"bits": 8}}, "kv_cache_scheme={'bits': 8} is not"),
         ({"quant_method": "mxfp4", "group_size": 16}, "group_size=16 is not supported"),
@@ -325,7 +327,7 @@ def test_quantization_of() -> None:
 
     # openai/gpt-oss-20b, as published
     skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    assert read(quant_method="mxfp4", modules_to_not_convert=skipped) == Quantization("mxfp4")
+    assert read(quant_method="mxfp4", modules_to_not_convert=skipped) == Quantization("mxfp4", (1, 32), 4)
     assert read() is None
     # deepseek-ai/DeepSeek-V3.1, as published
     published = {"activation_scheme": "dynamic", "fmt": "e4m3", "scale_fmt": "ue8m0"}

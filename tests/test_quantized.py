@@ -151,7 +151,7 @@ def test_float8_other_misfits() -> None:
 
 # --- MXFP4 -------------------------------------------------------------------------------------------------
 
-MXFP4 = Quantization("mxfp4")
+MXFP4 = Quantization("mxfp4", (1, 32), 4)
 
 
 def fp4_by_hand(code: int) -> float:

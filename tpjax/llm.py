@@ -195,7 +195,9 @@ class LLM:
                 self.dtype,
                 _CPU_HALF_PRECISION_SLOWDOWN,
             )
-        decoder = abstract_decoder(self.config, self.mesh, self.dtype, quantize, backend)
+        decoder = abstract_decoder(
+            self.config, self.mesh, self.dtype, quantize, backend, checkpoint.source.format_of
+        )
         limits = plan_limits(
             self.config,
             self.mesh.size,

@@ -16,6 +16,9 @@ import ml_dtypes
 import numpy as np
 
 _BF16, _F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+_INT8, _INT4 = np.dtype(np.int8), np.dtype(ml_dtypes.int4)
+_E2M1, _E4M3 = np.dtype(ml_dtypes.float4_e2m1fn), np.dtype(ml_dtypes.float8_e4m3fn)
+_E4M3_OF_E2M1 = np.arange(16, dtype=np.uint8).view(_E2M1).astype(np.float32).astype(_E4M3).view(np.uint8)
 _BITS: dict[int, np.dtype] = {
     1: np.dtype(np.uint8),
     2: np.dtype(np.uint16),
@@ -61,6 +64,10 @@ def copy_into(target: np.ndarray, values: np.ndarray) -> None:
         # as integers: numpy copies its own dtypes without the lock, and by the word
         bits = _BITS.get(target.dtype.itemsize, target.dtype)
         target.view(bits)[...] = values.view(bits)
+    elif (values.dtype, target.dtype) == (_INT8, _INT4):  # whose numbers take a byte each on the host
+        np.bitwise_and(values.view(np.uint8), 15, out=target.view(np.uint8))
+    elif (values.dtype, target.dtype) == (_E2M1, _E4M3):
+        target.view(np.uint8)[...] = _E4M3_OF_E2M1[values.view(np.uint8) & 15]
     elif (values.dtype, target.dtype) == (_BF16, _F32):
         # a bfloat16 is the upper half of the float32 of the same value
         np.left_shift(values.view(np.uint16), 16, out=target.view(np.uint32), dtype=np.uint32)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
+from tpjax.checkpoints.assemble import Canonical
+from tpjax.checkpoints.quantized import Part
 from tpjax.layers.weights import WeightFormat
 from tpjax.sharding import SCALE_SUFFIX, ZERO_SUFFIX
 
@@ -57,3 +60,44 @@ def weight_of(name: str) -> tuple[str, str]:
         if name.endswith(suffix):
             return name.removesuffix(suffix), suffix
     return name, ""
+
+
+class CanonicalParts(Canonical, Protocol):
+    """Tensors by canonical names, and the parts of those that are stored in 8 or 4 bits."""
+
+    def read_part(self, name: str, part: Part, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads a box [out, in] of values, or [out, groups] of scales or zero points."""
+        ...
+
+
+class StoredSource:
+    """A checkpoint's tensors by canonical names, some of them as they are stored in 8 or 4 bits.
+
+    Args:
+        source: the tensors.
+        kept: those that are kept ``N``; their scales are ``N_scale``, their zero points ``N_zero_point``.
+    """
+
+    def __init__(self, source: CanonicalParts, kept: Mapping[str, Kept]) -> None:
+        self._source, self._kept = source, kept
+
+    def itemsize(self, name: str) -> int:
+        """Returns the bytes of an element while it is read."""
+        return 4 if weight_of(name)[0] in self._kept else self._source.itemsize(name)
+
+    def outer_axis(self, name: str) -> int:
+        """Returns the axis along which a tensor is stored slice after slice."""
+        weight, suffix = weight_of(name)
+        return self._source.outer_axis(weight if suffix and weight in self._kept else name)
+
+    def read(self, name: str, index: tuple[slice, ...], memory: np.ndarray | None = None) -> np.ndarray:
+        """Reads a box of a tensor: as it is, or its stored values, scales or zero points."""
+        weight, suffix = weight_of(name)
+        if suffix and weight in self._kept:
+            part: Part = "scales" if suffix == SCALE_SUFFIX else "zeros"
+            return self._kept[weight].spread(
+                lambda rows, groups: self._source.read_part(weight, part, (rows, groups)), index
+            )
+        if name in self._kept:
+            return self._source.read_part(name, "values", index)
+        return self._source.read(name, index, memory)

@@ -7,10 +7,11 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tpjax.attention import XLA, Backend
 from tpjax.checkpoints import agreement, blocks, orbax
 from tpjax.checkpoints.assemble import Canonical, Order, fill
-from tpjax.checkpoints.kept import Kept
-from tpjax.checkpoints.quantized import dequantized
+from tpjax.checkpoints.kept import Kept, StoredSource
+from tpjax.checkpoints.quantized import Part, dequantized
 from tpjax.checkpoints.rounding import RoundedSource
 from tpjax.checkpoints.safetensors import MAX_JSON_BYTES, SafetensorsCheckpoint, has_weights
 from tpjax.checkpoints.source import TensorInfo, TensorSource, shown
@@ -39,7 +40,14 @@ from tpjax.families.gguf_metadata import GGUFView
 from tpjax.families.quantization import Quantization, quantization_of
 from tpjax.families.registry import FAMILIES, config_from_gguf, config_from_hf, gguf_architecture
 from tpjax.families.tensor_names import TensorMapping, WeightMap
-from tpjax.layers.weights import FORMATS, QuantizedParameter, dtype_bits, quantize_weights
+from tpjax.layers.weights import (
+    FORMATS,
+    FormatOf,
+    QuantizedParameter,
+    WeightFormat,
+    dtype_bits,
+    quantize_weights,
+)
 from tpjax.model import Decoder
 from tpjax.sharding import Layout, WeightLayout
 
@@ -48,6 +56,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_ReadBox: TypeAlias = Callable[[tuple[slice, ...], np.ndarray | None], np.ndarray]
 _MOST_ROWS_SHOWN = 20
 _ENDS = ("embed_tokens.weight", "lm_head.weight")
 _OUT_FIRST = {"tpu"}  # platforms that keep a weight stored [in, out] as [out, in] in memory
@@ -212,6 +221,7 @@ def abstract_decoder(
     dtype: jnp.dtype,
     quantize: Quantize | None = None,
     backend: Backend = XLA,
+    format_of: FormatOf | None = None,
 ) -> Decoder:
     """Returns the model with shapes, dtypes and shardings, without memory.
 
@@ -221,14 +231,16 @@ def abstract_decoder(
         dtype: dtype of activations, and of weights that are not quantised.
         quantize: what the weights of attention, MLPs and experts are kept in; ``None``: ``dtype``.
         backend: what computes attention.
+        format_of: without ``quantize``: how canonical tensors are kept, as a checkpoint stores them.
     """
+    kept = None if quantize is None else FORMATS[quantize]
 
     def declared() -> Decoder:
         model = Decoder(config, mesh.size, dtype, backend)
-        if quantize is not None:
-            kept = FORMATS[quantize]
-            quantize_weights(model, lambda _: kept, mesh.size, mesh.devices.flat[0].platform)
-            model.quantize = quantize
+        model.quantize = quantize
+        each = format_of if kept is None else lambda _: kept
+        if each is not None:
+            quantize_weights(model, each, mesh.size, mesh.devices.flat[0].platform)
         return model
 
     with jax.set_mesh(mesh):  # a parameter that declares a sharding needs a mesh, even without memory
@@ -352,8 +364,10 @@ def load_decoder(checkpoint: Checkpoint, model: Decoder, mesh: Mesh, *, progress
     declared = parameters(model, mesh)
     check_tensors(checkpoint, declared)
     source: Canonical = checkpoint.source
-    if model.quantize is not None:
-        source = RoundedSource(source, _kept(declared), checkpoint.path)
+    if kept := _kept(declared):
+        source = StoredSource(checkpoint.source, kept)
+        if model.quantize is not None:
+            source = RoundedSource(checkpoint.source, kept, checkpoint.path)
         declared.sort(key=lambda parameter: parameter.is_scales)  # last: reading the values finds them
     arrays: dict[tuple[Any, ...], jax.Array] = {}
     with _bar(progress) as bar:
@@ -488,6 +502,7 @@ class CanonicalSource:
         self._names = names
         self._unlisted = unlisted
         candidates = (*names.prefixes, ("", ""))  # a bare backbone (AutoModel.save_pretrained) has none
+        self._parts: Mapping[str, WeightFormat] = getattr(files, "formats", {})
         self._prefix = next(
             (
                 prefix
@@ -531,6 +546,21 @@ class CanonicalSource:
         """Returns the bytes of an element in what :meth:`read` returns."""
         return self._files.tensors[self.locate(name).name].dtype.itemsize
 
+    def format_of(self, name: str) -> WeightFormat | None:
+        """Returns the format of a tensor that can be kept as it is stored in 8 or 4 bits."""
+        at = self.locate(name)
+        return None if at.offset or at.heads is not None else self._parts.get(at.name)
+
+    def read_part(self, name: str, part: Part, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads a box [out, in] of a kept tensor's values, or [out, groups] of scales or zero points."""
+
+        def read(box: tuple[slice, ...], memory: np.ndarray | None = None) -> np.ndarray:
+            files: Any = self._files
+            found: np.ndarray = files.read_part(self.locate(name).name, part, box)
+            return found
+
+        return self._selected(self.locate(name), index, None, read)
+
     def outer_axis(self, name: str) -> int:
         """Returns the axis along which a tensor is stored slice after slice: such slices are read fastest."""
         at = self.locate(name)
@@ -550,28 +580,35 @@ class CanonicalSource:
         if at.heads is not None:
             values = self._files.read(at.name).reshape(-1)
             return (values if at.rows is None else values[at.rows])[index]
-        if at.rows is None:
-            values = self._read(at, index, None if at.offset else memory)
-        else:
-            wanted = at.rows[index[0]]
-            first = int(wanted.min())
-            values = self._read(at, (slice(first, int(wanted.max()) + 1), *index[1:]))
-            if len(values) != len(wanted) or np.any(np.diff(wanted) != 1):
-                values = values[wanted - first]
+        read = partial(self._files.read, at.name)
+        values = self._selected(at, index, None if at.offset else memory, read)
         return values - at.offset if at.offset else values
 
-    def _read(
-        self, at: TensorMapping, index: tuple[slice, ...], memory: np.ndarray | None = None
+    def _selected(
+        self, at: TensorMapping, index: tuple[slice, ...], memory: np.ndarray | None, read: _ReadBox
     ) -> np.ndarray:
-        if at.transposed:
-            return self._read_box(at, index[::-1], None if memory is None else memory.T).T
-        return self._read_box(at, index, memory)
+        """Reads the rows of an index in their order."""
+        if at.rows is None:
+            return self._ordered(at, index, memory, read)
+        wanted = at.rows[index[0]]
+        first = int(wanted.min())
+        values = self._ordered(at, (slice(first, int(wanted.max()) + 1), *index[1:]), None, read)
+        if len(values) != len(wanted) or np.any(np.diff(wanted) != 1):
+            values = values[wanted - first]
+        return values
 
-    def _read_box(self, at: TensorMapping, box: tuple[slice, ...], memory: np.ndarray | None) -> np.ndarray:
+    def _ordered(
+        self, at: TensorMapping, index: tuple[slice, ...], memory: np.ndarray | None, read: _ReadBox
+    ) -> np.ndarray:
+        """Reads an index of a tensor that may be transposed, or one of a stack."""
+        if at.transposed:
+            index, memory = index[::-1], None if memory is None else memory.T
         if at.place is None:
-            return self._files.read(at.name, box, memory)
-        stacked = None if memory is None else memory[None]
-        return self._files.read(at.name, (slice(at.place, at.place + 1), *box), stacked)[0]
+            values = read(index, memory)
+        else:
+            stacked = None if memory is None else memory[None]
+            values = read((slice(at.place, at.place + 1), *index), stacked)[0]
+        return values.T if at.transposed else values
 
 
 def _gguf_view(file: GGUFFile, architecture: GGUFArchitecture) -> GGUFView:

@@ -1,36 +1,163 @@
-"""Dequantises safetensors weights box by box as they are read.
+"""Reads safetensors weights that are stored in 8 or 4 bits: as they are, or dequantised box by box.
 
-The arithmetic is exact: every product of a stored value and its scale is computed in float32, where a
-power-of-two scale loses nothing. For a device's slice only the blocks and scales that it needs are read.
+Every format is brought to one, ``(values - zeros) * scales``, with a scale for each output and group of
+inputs. Dequantising is exact: every product is computed in float32, where a power-of-two scale loses nothing.
+For a device's slice only the blocks and scales that it needs are read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Protocol, TypeAlias
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from tpjax.checkpoints.source import TensorInfo, TensorSource, lookup, shown, to_box
 from tpjax.errors import CheckpointError
 from tpjax.families.quantization import Quantization
+from tpjax.layers.weights import WeightFormat
+
+Part: TypeAlias = Literal["values", "scales", "zeros"]
 
 _F32 = np.dtype(np.float32)
 _BYTES = np.arange(256, dtype=np.uint8)
-_E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+_E4M3, _E2M1 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float4_e2m1fn)
+_BF16, _I32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.int32)
 # Values by byte: the look-up converts 540 million values a second, ml_dtypes 170 million.
-_E4M3_VALUES = _BYTES.view(_E4M3).astype(_F32)
-_SCALE_DTYPES = tuple(map(np.dtype, (_F32, ml_dtypes.bfloat16, ml_dtypes.float8_e8m0fnu)))
-
+E4M3_VALUES = _BYTES.view(_E4M3).astype(_F32)
+E2M1_VALUES = (_BYTES & 15).view(_E2M1).astype(_F32)
+_SCALE_DTYPES = tuple(map(np.dtype, (_F32, ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e8m0fnu)))
 _FP4_PER_GROUP = 32
-_FP4_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_FP4_VALUES = np.array([*_FP4_MAGNITUDES, *(-value for value in _FP4_MAGNITUDES)], _F32)
-# The two values of a byte, the low half first, in one complex number: one look-up gives both.
-_FP4_PAIRS = np.stack([_FP4_VALUES[_BYTES & 15], _FP4_VALUES[_BYTES >> 4]], axis=1).view(np.complex64)[:, 0]
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the place of each output's 4 bits in a word of 8 outputs
 
 
-def dequantized(source: TensorSource, quantization: Quantization, where: Path) -> TensorSource:
+class QuantizedSource(TensorSource, Protocol):
+    """A checkpoint some of whose tensors are stored in 8 or 4 bits; ``read`` dequantises them."""
+
+    @property
+    def formats(self) -> Mapping[str, WeightFormat]:
+        """The format of each tensor that can be kept as it is stored."""
+        ...
+
+    def read_part(self, name: str, part: Part, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads a box of a tensor's values, or of its scales or zero points.
+
+        Args:
+            name: a key of ``formats``.
+            part: what is read.
+            index: a slice for each axis of the tensor; along that of the inputs, groups of scales.
+
+        Raises:
+            CheckpointError: a scale is no finite number.
+        """
+        ...
+
+
+class Encoding(Protocol):
+    """How one tensor is stored. Rows are outputs and columns inputs, whatever their order in the file."""
+
+    @property
+    def kept(self) -> WeightFormat:
+        """The format."""
+        ...
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the stored tensors."""
+        ...
+
+    def values(self, lead: tuple[slice, ...], rows: slice, columns: slice) -> np.ndarray:
+        """Reads values [*lead, rows, columns]: int8, float8 e4m3 or float4 e2m1."""
+        ...
+
+    def scales(self, lead: tuple[slice, ...], rows: slice, groups: slice) -> np.ndarray:
+        """Reads scales [*lead, rows, groups]."""
+        ...
+
+    def zeros(self, lead: tuple[slice, ...], rows: slice, groups: slice) -> np.ndarray:
+        """Reads zero points, int8."""
+        ...
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tensor that is stored in 8 or 4 bits.
+
+    Attributes:
+        encoding: how it is stored.
+        shape: logical shape.
+        transposed: the logical tensor is [..., in, out].
+    """
+
+    encoding: Encoding
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+    def read(self, part: Part, box: tuple[slice, ...]) -> np.ndarray:
+        """Reads a box of a part; the axis of the inputs counts groups for scales and zero points."""
+        *lead, rows, columns = box
+        rows, columns = (columns, rows) if self.transposed else (rows, columns)
+        found: np.ndarray = getattr(self.encoding, part)(tuple(lead), rows, columns)
+        return found.swapaxes(-1, -2) if self.transposed else found
+
+    def dequantized(self, box: tuple[slice, ...]) -> np.ndarray:
+        """Reads a box as float32."""
+        *lead, rows, columns = box
+        rows, columns = (columns, rows) if self.transposed else (rows, columns)
+        inputs = self.shape[-2] if self.transposed else self.shape[-1]
+        group = min(self.encoding.kept.group or inputs, inputs)
+        groups = slice(columns.start // group, -(-columns.stop // group))
+        of_columns = np.arange(columns.start, columns.stop) // group - groups.start
+        where = (tuple(lead), rows)
+        values = widened(self.encoding.values(*where, columns))
+        if self.encoding.kept.zeros:
+            values -= self.encoding.zeros(*where, groups).astype(_F32)[..., of_columns]
+        values *= self.encoding.scales(*where, groups).astype(_F32)[..., of_columns]
+        return np.ascontiguousarray(values.swapaxes(-1, -2) if self.transposed else values)
+
+
+def widened(values: np.ndarray) -> np.ndarray:
+    """Returns values of 8 or 4 bits as float32."""
+    table = {_E4M3: E4M3_VALUES, _E2M1: E2M1_VALUES}.get(values.dtype)
+    return values.astype(_F32) if table is None else table[values.view(np.uint8)]
+
+
+class QuantizedTensors:
+    """A checkpoint's tensors, those stored in 8 or 4 bits under their logical names."""
+
+    def __init__(self, source: TensorSource, encoded: Mapping[str, Encoded], where: Path) -> None:
+        self._source, self._encoded, self._where = source, encoded, where
+        parts = {name for one in encoded.values() for name in one.encoding.names}
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: info for name, info in source.tensors.items() if name not in parts or name in encoded
+        } | {name: TensorInfo(one.shape, _F32, one.transposed) for name, one in encoded.items()}
+        self.formats: Mapping[str, WeightFormat] = {name: one.encoding.kept for name, one in encoded.items()}
+
+    def read(
+        self, name: str, index: tuple[slice, ...] | None = None, memory: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Reads a tensor or a box of it, dequantised; see `TensorSource.read`."""
+        info = lookup(self.tensors, name, self._where)
+        if name not in self._encoded:
+            return self._source.read(name, index, memory)
+        box = tuple(slice(*bounds) for bounds in to_box(info.shape, index))
+        if any(one.start == one.stop for one in box):
+            return np.empty([one.stop - one.start for one in box], _F32)
+        return self._encoded[name].dequantized(box)
+
+    def read_part(self, name: str, part: Part, index: tuple[slice, ...]) -> np.ndarray:
+        """See :meth:`QuantizedSource.read_part`."""
+        found = self._encoded[name].read(part, index)
+        if part == "scales" and not np.isfinite(found.astype(_F32)).all():
+            raise CheckpointError(f"{self._where}: tensor {shown(name)} has a scale that is no finite number")
+        return found
+
+
+def dequantized(source: TensorSource, quantization: Quantization, where: Path) -> QuantizedTensors:
     """Returns the checkpoint's tensors with quantised ones as float32 of their logical shape.
 
     Args:
@@ -41,106 +168,376 @@ def dequantized(source: TensorSource, quantization: Quantization, where: Path) -
     Raises:
         CheckpointError: values and scales do not fit, or one of the two is missing.
     """
-    if quantization.method == "fp8":
-        return _BlockScaledSource(source, quantization.block, where)
-    return _MXFP4Source(source, where)
+    find = {"mxfp4": _mxfp4_tensors, "gptq": _gptq_tensors, "awq": _awq_tensors}
+    reader = _Reader(source, quantization, where)
+    found = find.get(quantization.method, _scaled_tensors)(reader)
+    return QuantizedTensors(source, found, where)
 
 
-class _BlockScaledSource:
-    """Each float8 tensor ``N`` is multiplied, block by block, by the tensor ``N_scale_inv``.
+@dataclass(frozen=True)
+class _Reader:
+    """The stored tensors of a quantised checkpoint."""
 
-    Blocks run along the last two axes; those at the lower and right edge may be smaller.
+    source: TensorSource
+    quantization: Quantization
+    where: Path
+
+    def info(self, name: str) -> TensorInfo | None:
+        return self.source.tensors.get(name)
+
+    def tensor(self, name: str) -> str:
+        return f"{self.where}: tensor {shown(name)}"
+
+    def ends(self, suffix: str) -> list[str]:
+        """Returns the modules that have a tensor of this name."""
+        return [name.removesuffix(suffix) for name in self.source.tensors if name.endswith(suffix)]
+
+    def beside(self, name: str, other: str, shape: tuple[int, ...], *dtypes: np.dtype) -> TensorInfo:
+        """Returns a tensor that another needs, after a check of its shape and dtype."""
+        info = self.info(other)
+        if info is None:
+            raise CheckpointError(f"{self.tensor(name)} has no {shown(other)} beside it")
+        if info.shape != shape:
+            raise CheckpointError(
+                f"{self.tensor(name)} of shape {list(self.source.tensors[name].shape)} needs {shown(other)} "
+                f"of shape {list(shape)}, which has {list(info.shape)}"
+            )
+        if dtypes and info.dtype not in dtypes:
+            raise CheckpointError(
+                f"{self.tensor(other)} is {info.dtype}, not {' or '.join(map(str, dtypes))}"
+            )
+        return info
+
+
+# --- values as they are, with scales beside them: FP8 in blocks, compressed-tensors ------------------------
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """Values in float8 or int8 and scales for blocks of them: of one tensor, of each row, or smaller.
+
+    Attributes:
+        source: the stored tensors.
+        name: the values.
+        scale: the scales.
+        zero: the zero points; ``None``: all are 0.
+        block: rows and columns that share a scale.
+        kept: the format: rows of a block have its scale each.
     """
 
-    def __init__(self, source: TensorSource, block: tuple[int, int], where: Path) -> None:
-        self._source = source
-        self._block = block
-        self._where = where
-        self._scales = {
-            name: f"{name}_scale_inv" for name in source.tensors if f"{name}_scale_inv" in source.tensors
-        }
-        for name, info in source.tensors.items():
-            if name in self._scales or info.dtype == _E4M3:
-                self._check(name, info)
-        scales = set(self._scales.values())
-        self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(info.shape, _F32) if name in self._scales else info
-            for name, info in source.tensors.items()
-            if name not in scales
-        }
+    source: TensorSource
+    name: str
+    scale: str
+    zero: str | None
+    block: tuple[int, int]
+    kept: WeightFormat
 
-    def _check(self, name: str, info: TensorInfo) -> None:
-        tensor = f"{self._where}: tensor {shown(name)}"
-        if name not in self._scales:
-            raise CheckpointError(f"{tensor} is float8, but {shown(f'{name}_scale_inv')} is missing")
-        scales = self._source.tensors[self._scales[name]]
-        if len(info.shape) < 2:
-            raise CheckpointError(f"{tensor} of shape {list(info.shape)} has no rows and columns to scale")
-        if info.dtype != _E4M3 or scales.dtype not in _SCALE_DTYPES:
+    @property
+    def names(self) -> tuple[str, ...]:
+        activations = f"{self.name.removesuffix('.weight')}.input_scale"  # they are not quantised here
+        return (self.name, self.scale, activations, *([self.zero] if self.zero else []))
+
+    def values(self, lead: tuple[slice, ...], rows: slice, columns: slice) -> np.ndarray:
+        return self.source.read(self.name, (*lead, rows, columns))
+
+    def scales(self, lead: tuple[slice, ...], rows: slice, groups: slice) -> np.ndarray:
+        return self._of_blocks(self.scale, lead, rows, groups).astype(self.kept.scales)
+
+    def zeros(self, lead: tuple[slice, ...], rows: slice, groups: slice) -> np.ndarray:
+        assert self.zero is not None
+        return self._of_blocks(self.zero, lead, rows, groups).astype(np.int8)
+
+    def _of_blocks(self, name: str, lead: tuple[slice, ...], rows: slice, groups: slice) -> np.ndarray:
+        shape, height = self.source.tensors[name].shape, self.block[0]
+        first = rows.start // height
+        if len(shape) == len(lead) + 2:
+            part = self.source.read(name, (*lead, slice(first, -(-rows.stop // height)), groups))
+        else:  # a number for the tensor, or one for each row
+            part = self.source.read(name).reshape(*shape[: len(lead)], -1, 1)
+            part = part[(*lead, slice(first, -(-rows.stop // height)))]
+        return part[..., np.arange(rows.start, rows.stop) // height - first, :]
+
+
+def _scaled_tensors(reader: _Reader) -> dict[str, Encoded]:
+    quantization = reader.quantization
+    found = {}
+    for name in reader.ends("_packed"):
+        found[name] = _packed_tensor(reader, name)
+    for name, info in reader.source.tensors.items():
+        scale = next(
+            (f"{name}{suffix}" for suffix in ("_scale_inv", "_scale") if reader.info(f"{name}{suffix}")), None
+        )
+        if scale is None and info.dtype == _E4M3:
             raise CheckpointError(
-                f"{tensor} of {info.dtype} with scales of {scales.dtype} is not supported: use {_E4M3} with "
-                f"scales of {', '.join(map(str, _SCALE_DTYPES))}"
+                f"{reader.tensor(name)} is float8, but {shown(f'{name}_scale_inv')} is missing"
             )
-        grid = (-(-size // step) for size, step in zip(info.shape[-2:], self._block, strict=True))
-        expected = (*info.shape[:-2], *grid)
-        if scales.shape != expected:
+        if scale is None or name in found:
+            continue
+        scales, size = reader.source.tensors[scale], info.shape
+        if len(size) < 2:
             raise CheckpointError(
-                f"{tensor} of shape {list(info.shape)} in blocks of {list(self._block)} needs scales of "
-                f"shape {list(expected)}, {shown(self._scales[name])} has {list(scales.shape)}"
+                f"{reader.tensor(name)} of shape {list(size)} has no rows and columns to scale"
             )
-
-    def read(
-        self, name: str, index: tuple[slice, ...] | None = None, memory: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Reads a tensor or a box of it; see `TensorSource.read`."""
-        info = lookup(self.tensors, name, self._where)
-        if name not in self._scales:
-            return self._source.read(name, index, memory)
-        *leading, rows, columns = to_box(info.shape, index)
-        box = [slice(*bounds) for bounds in (*leading, rows, columns)]
-        values = _E4M3_VALUES[self._source.read(name, tuple(box)).view(np.uint8)]
-        height, width = self._block
-        first_row, first_column = rows[0] // height, columns[0] // width
-        grid = [
-            *box[:-2],
-            slice(first_row, -(-rows[1] // height)),
-            slice(first_column, -(-columns[1] // width)),
-        ]
-        scales = self._source.read(self._scales[name], tuple(grid)).astype(_F32)
-        scales = scales[..., np.arange(*columns) // width - first_column]
-        for block in range(scales.shape[-2]):
-            # one row of blocks at a time: scales broadcast to the full tensor would double the memory
-            start, stop = (max(0, (first_row + block + side) * height - rows[0]) for side in (0, 1))
-            values[..., start:stop, :] *= scales[..., block : block + 1, :]
-        return values
+        if info.dtype not in (_E4M3, np.int8) or scales.dtype not in _SCALE_DTYPES:
+            raise CheckpointError(
+                f"{reader.tensor(name)} of {info.dtype} with scales of {scales.dtype} is not supported: use "
+                f"{_E4M3} or int8 with scales of {', '.join(map(str, _SCALE_DTYPES))}"
+            )
+        block = _block_of(reader, name, info, scales)
+        zero = f"{name}_zero_point" if quantization.zeros else None
+        if zero is not None:
+            reader.beside(name, zero, scales.shape)
+        per_output = block[1] >= size[-1]
+        kept = WeightFormat(
+            jnp.dtype(info.dtype),
+            None if per_output else block[1],
+            _F32 if per_output else _scale_dtype(scales.dtype),
+            zeros=zero is not None,
+        )
+        found[name] = Encoded(_Scaled(reader.source, name, scale, zero, block, kept), size)
+    return found
 
 
-class _MXFP4Source:
-    """Tensors ``N_blocks`` [E, out, groups, 16] and ``N_scales`` [E, out, groups] as ``N`` [E, in, out].
+def _block_of(reader: _Reader, name: str, info: TensorInfo, scales: TensorInfo) -> tuple[int, int]:
+    """Returns the rows and columns that share a scale, as the configuration and the scales' shape say."""
+    *lead, rows, columns = info.shape
+    block, whole = reader.quantization.block, (rows, columns)
+    if block is None and scales.shape in ((), (1,), tuple(lead), (*lead, 1), (*lead, 1, 1)):
+        return whole
+    if block is None and scales.shape in ((*lead, rows), (*lead, rows, 1)):
+        return 1, columns
+    height, width = block or (1, columns)
+    grid = (*lead, -(-rows // height), -(-columns // width))
+    if scales.shape != grid:
+        raise CheckpointError(
+            f"{reader.tensor(name)} of shape {list(info.shape)} in blocks of {[height, width]} needs scales "
+            f"of shape {list(grid)}, {shown(f'{name}_scale_inv')} has {list(scales.shape)}"
+        )
+    return height, width
 
-    A byte holds two neighbours along the input axis, and 32 values share the scale ``2**(scale - 127)``. The
-    result is transposed, as transformers keeps the experts of gpt-oss.
+
+def _scale_dtype(dtype: np.dtype) -> jnp.dtype:
+    """Returns the dtype that scales are kept in: powers of two in bfloat16, which holds them."""
+    return jnp.dtype(jnp.bfloat16 if dtype == np.dtype(ml_dtypes.float8_e8m0fnu) else dtype)
+
+
+# --- integers packed in words: compressed-tensors, GPTQ, AWQ -----------------------------------------------
+
+
+def _unpacked(words: np.ndarray, bits: int, axis: int, order: tuple[int, ...] | None = None) -> np.ndarray:
+    """Unpacks words of 32 bits along an axis, the lowest bits first, to numbers less 2**(bits - 1), int8.
+
+    Args:
+        words: int32.
+        bits: bits of a number.
+        axis: axis along which numbers follow each other.
+        order: place of each number of a word in it.
+    """
+    count = 32 // bits
+    shifts = np.array(order or range(count), np.uint32) * np.uint32(bits)
+    spread = np.expand_dims(words.view(np.uint32), axis + 1) >> shifts.reshape(
+        -1, *[1] * (words.ndim - 1 - axis)
+    )
+    numbers = (spread & np.uint32(2**bits - 1)).astype(np.int16) - 2 ** (bits - 1)
+    shape = [size * count if i == axis else size for i, size in enumerate(words.shape)]
+    return numbers.astype(np.int8).reshape(shape)
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """Integers packed along one axis, scales and packed zero points.
+
+    Attributes:
+        source: the stored tensors.
+        names: the values, packed along ``axis`` of [out, in], and all other tensors of the weight.
+        scale: the scales.
+        zero: the zero points, packed along the outputs; ``None``: all are 2**(bits - 1).
+        bits: of a number.
+        axis: packed axis of the values, 0 or 1.
+        inputs_first: values, scales and zero points are stored [in, out].
+        order: place of each number of a word in it.
+        shift: is added to stored zero points.
+        kept: the format.
     """
 
-    def __init__(self, source: TensorSource, where: Path) -> None:
-        self._source = source
-        self._where = where
-        tensors = dict(source.tensors)
-        self._quantised = set()
-        for stored in source.tensors:
-            name = stored.removesuffix("_blocks")
-            if name != stored:
-                self._quantised.add(name)
-                tensors[name] = TensorInfo(self._shape(name), _F32, columns_first=True)
-                del tensors[f"{name}_blocks"], tensors[f"{name}_scales"]
-        self.tensors: Mapping[str, TensorInfo] = tensors
+    source: TensorSource
+    names: tuple[str, ...]
+    scale: str
+    zero: str | None
+    bits: int
+    axis: int
+    inputs_first: bool
+    kept: WeightFormat
+    order: tuple[int, ...] | None = None
+    shift: int = 0
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        blocks, scales = (self._source.tensors.get(f"{name}_{part}") for part in ("blocks", "scales"))
-        tensor = f"{self._where}: tensor {shown(f'{name}_blocks')}"
+    def values(self, lead: tuple[slice, ...], rows: slice, columns: slice) -> np.ndarray:
+        return self._integers(self.names[0], self.axis, rows, columns)
+
+    def scales(self, lead: tuple[slice, ...], rows: slice, groups: slice) -> np.ndarray:
+        return self._box(self.scale, rows, groups).astype(self.kept.scales)
+
+    def zeros(self, lead: tuple[slice, ...], rows: slice, groups: slice) -> np.ndarray:
+        assert self.zero is not None
+        return self._integers(self.zero, 0, rows, groups) + np.int8(self.shift)
+
+    def _box(self, name: str, rows: slice, columns: slice) -> np.ndarray:
+        if self.inputs_first:
+            return self.source.read(name, (columns, rows)).T
+        return self.source.read(name, (rows, columns))
+
+    def _integers(self, name: str, axis: int, rows: slice, columns: slice) -> np.ndarray:
+        count, box = 32 // self.bits, [rows, columns]
+        first = box[axis].start // count
+        box[axis] = slice(first, -(-box[axis].stop // count))
+        numbers = _unpacked(np.ascontiguousarray(self._box(name, *box)), self.bits, axis, self.order)
+        wanted = [slice(None), slice(None)]
+        original = (rows, columns)[axis]
+        wanted[axis] = slice(original.start - first * count, original.stop - first * count)
+        return numbers[tuple(wanted)]
+
+
+def _packed_tensor(reader: _Reader, name: str) -> Encoded:
+    """compressed-tensors' pack-quantized: [out, in / 8] words, ``N_shape`` with the sizes."""
+    quantization, packed, scale = reader.quantization, f"{name}_packed", f"{name}_scale"
+    bits, stored = quantization.bits, reader.source.tensors[f"{name}_packed"]
+    if len(stored.shape) != 2 or stored.dtype != _I32:
+        raise CheckpointError(
+            f"{reader.tensor(packed)} of {stored.dtype} and shape {list(stored.shape)} is no matrix of int32"
+        )
+    reader.beside(packed, f"{name}_shape", (2,))
+    rows, columns = (int(size) for size in reader.source.read(f"{name}_shape"))
+    count = 32 // bits
+    if (rows, -(-columns // count)) != stored.shape:
+        raise CheckpointError(
+            f"{reader.tensor(packed)} of shape {list(stored.shape)} has {count} numbers a word: "
+            f"{shown(f'{name}_shape')} says [{rows}, {columns}]"
+        )
+    group = columns if quantization.block is None else quantization.block[1]
+    groups = -(-columns // group)
+    scales = reader.beside(packed, scale, (rows, groups), *_SCALE_DTYPES)
+    zero = f"{name}_zero_point" if quantization.zeros else None
+    if zero is not None:
+        reader.beside(packed, zero, (-(-rows // count), groups), _I32)
+    if (order := reader.info(f"{name}_g_idx")) is not None:
+        raise CheckpointError(
+            f"{reader.tensor(f'{name}_g_idx')} of shape {list(order.shape)} puts inputs in another order "
+            "(actorder), which is not supported"
+        )
+    kept = _integer_format(
+        bits, None if quantization.block is None else group, scales.dtype, zero is not None
+    )
+    names = (packed, scale, f"{name}_shape", f"{name}_zero_point")
+    packing = _Packed(reader.source, names, scale, zero, bits, 1, False, kept)
+    return Encoded(packing, (rows, columns))
+
+
+def _integer_format(bits: int, group: int | None, scales: np.dtype, zeros: bool) -> WeightFormat:
+    kind = jnp.dtype(jnp.int4 if bits == 4 else jnp.int8)
+    return WeightFormat(kind, group, _F32 if group is None and not zeros else _scale_dtype(scales), zeros)
+
+
+def _gptq_tensors(reader: _Reader) -> dict[str, Encoded]:
+    """[in / 8, out] words, ``scales`` and packed ``qzeros`` [groups, out], and the group of each input."""
+    return {
+        f"{module}.weight": _words_tensor(reader, module, packed_inputs=True)
+        for module in reader.ends(".qweight")
+    }
+
+
+def _awq_tensors(reader: _Reader) -> dict[str, Encoded]:
+    """[in, out / 8] words in AWQ's order, ``scales`` and packed ``qzeros`` [groups, out]."""
+    return {
+        f"{module}.weight": _words_tensor(reader, module, packed_inputs=False)
+        for module in reader.ends(".qweight")
+    }
+
+
+def _words_tensor(reader: _Reader, module: str, *, packed_inputs: bool) -> Encoded:
+    quantization, name = reader.quantization, f"{module}.qweight"
+    names = (name, *(f"{module}.{part}" for part in ("scales", "qzeros", "g_idx")))
+    stored, count = reader.source.tensors[name], 32 // quantization.bits
+    if len(stored.shape) != 2 or stored.dtype != _I32:
+        raise CheckpointError(
+            f"{reader.tensor(name)} of {stored.dtype} and shape {list(stored.shape)} is no matrix of int32"
+        )
+    inputs, outputs = (
+        size * (count if packed else 1)
+        for size, packed in zip(stored.shape, (packed_inputs, not packed_inputs), strict=True)
+    )
+    group = inputs if quantization.block is None else quantization.block[1]
+    groups = -(-inputs // group)
+    scales = reader.beside(name, names[1], (groups, outputs), *_SCALE_DTYPES)
+    reader.beside(name, names[2], (groups, -(-outputs // count)), _I32)
+    if packed_inputs and reader.info(names[3]) is not None:
+        reader.beside(name, names[3], (inputs,), _I32)
+        if not np.array_equal(reader.source.read(names[3]), np.arange(inputs) // group):
+            raise CheckpointError(
+                f"{reader.tensor(names[3])} puts inputs in another order than groups of {group} "
+                "(act-order), which is not supported"
+            )
+    kept = _integer_format(
+        quantization.bits, None if quantization.block is None else group, scales.dtype, True
+    )
+    order = None if packed_inputs else _AWQ_ORDER
+    packing = _Packed(
+        reader.source,
+        names,
+        names[1],
+        names[2],
+        quantization.bits,
+        int(packed_inputs),
+        True,
+        kept,
+        order,
+        quantization.zero_shift,
+    )
+    return Encoded(packing, (outputs, inputs))
+
+
+# --- MXFP4 -------------------------------------------------------------------------------------------------
+
+
+_MXFP4_FORMAT = WeightFormat(jnp.dtype(jnp.float4_e2m1fn), _FP4_PER_GROUP, jnp.dtype(jnp.bfloat16))
+
+
+@dataclass(frozen=True)
+class _MXFP4:
+    """``N_blocks`` [E, out, groups, 16] and ``N_scales`` [E, out, groups].
+
+    A byte holds two neighbours along the input axis, the low half first, and 32 values share the scale
+    ``2**(scale - 127)``.
+    """
+
+    source: TensorSource
+    names: tuple[str, ...]
+    kept: WeightFormat = _MXFP4_FORMAT
+
+    def values(self, lead: tuple[slice, ...], rows: slice, columns: slice) -> np.ndarray:
+        first, last = columns.start // _FP4_PER_GROUP, -(-columns.stop // _FP4_PER_GROUP)
+        pairs = self.source.read(self.names[0], (*lead, rows, slice(first, last)))
+        codes = np.stack([pairs & 15, pairs >> 4], axis=-1).view(_E2M1)
+        flat = codes.reshape(*codes.shape[: len(lead) + 1], -1)
+        return flat[..., columns.start - first * _FP4_PER_GROUP : columns.stop - first * _FP4_PER_GROUP]
+
+    def scales(self, lead: tuple[slice, ...], rows: slice, groups: slice) -> np.ndarray:
+        stored = self.source.read(self.names[1], (*lead, rows, groups))
+        return stored.view(ml_dtypes.float8_e8m0fnu).astype(_BF16)
+
+    def zeros(self, lead: tuple[slice, ...], rows: slice, groups: slice) -> np.ndarray:
+        raise NotImplementedError
+
+
+def _mxfp4_tensors(reader: _Reader) -> dict[str, Encoded]:
+    """The logical tensors are [E, in, out], as transformers keeps the experts of gpt-oss."""
+    found = {}
+    for name in reader.ends("_blocks"):
+        names = (f"{name}_blocks", f"{name}_scales")
+        blocks, scales = map(reader.info, names)
+        tensor = reader.tensor(names[0])
         if blocks is None or scales is None:
-            raise CheckpointError(f"{tensor} has no {shown(f'{name}_scales')} beside it")
-        if name in self._source.tensors:
+            raise CheckpointError(f"{tensor} has no {shown(names[1])} beside it")
+        if reader.info(name) is not None:
             raise CheckpointError(f"{tensor} and {shown(name)} are both there: one of them is to be used")
         if blocks.dtype != np.uint8 or scales.dtype != np.uint8:
             raise CheckpointError(
@@ -153,25 +550,9 @@ class _MXFP4Source:
         if scales.shape != blocks.shape[:-1]:
             raise CheckpointError(
                 f"{tensor} of shape {list(blocks.shape)} needs scales of shape {list(blocks.shape[:-1])}, "
-                f"{shown(f'{name}_scales')} has {list(scales.shape)}"
+                f"{shown(names[1])} has {list(scales.shape)}"
             )
         experts, rows, groups, _ = blocks.shape
-        return experts, groups * _FP4_PER_GROUP, rows
-
-    def read(
-        self, name: str, index: tuple[slice, ...] | None = None, memory: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Reads a tensor or a box of it; see `TensorSource.read`."""
-        info = lookup(self.tensors, name, self._where)
-        if name not in self._quantised:
-            return self._source.read(name, index, memory)
-        experts, inputs, outputs = to_box(info.shape, index)
-        first, last = inputs[0] // _FP4_PER_GROUP, -(-inputs[1] // _FP4_PER_GROUP)
-        groups = (slice(*experts), slice(*outputs), slice(first, last))
-        pairs = _FP4_PAIRS[self._source.read(f"{name}_blocks", groups)]
-        exponents = self._source.read(f"{name}_scales", groups).view(ml_dtypes.float8_e8m0fnu)
-        values = pairs.view(_F32)
-        values *= exponents.astype(_F32)[..., None]
-        offset = first * _FP4_PER_GROUP
-        rows = values.reshape(*values.shape[:2], last * _FP4_PER_GROUP - offset)
-        return np.ascontiguousarray(rows[:, :, inputs[0] - offset : inputs[1] - offset].swapaxes(1, 2))
+        shape = (experts, groups * _FP4_PER_GROUP, rows)
+        found[name] = Encoded(_MXFP4(reader.source, names), shape, transposed=True)
+    return found

@@ -22,11 +22,13 @@ import numpy as np
 from tpjax.checkpoints.assemble import Canonical
 from tpjax.checkpoints.blocks import copy_into
 from tpjax.checkpoints.kept import Kept, weight_of
+from tpjax.checkpoints.quantized import E4M3_VALUES
 from tpjax.checkpoints.source import shown
 from tpjax.errors import CheckpointError
 
 _ROUNDED_ELEMENTS = 1 << 15  # at once: in the cache, and in memory that is not given back in between
 _MEASURED_ELEMENTS = 1 << 20  # read at once where scales alone are wanted
+_FLOAT8_FACTORS = np.exp2(np.arange(8, dtype=np.float32) / 8)
 _TINY = np.finfo(np.float32).tiny  # stands in for the scale of zeros
 
 
@@ -128,7 +130,8 @@ class RoundedSource:
         step = max(1, _ROUNDED_ELEMENTS // one.group)
         for start in range(0, len(grouped), step):
             part = slice(start, start + step)
-            scales[part] = _grid(one).scales_of(grouped[part], one.kept.scales)
+            with np.errstate(invalid="ignore"):  # of weights that are no numbers
+                scales[part] = _grid(one).scales_of(grouped[part], one.kept.scales)
         return self._keep(name, rows, groups, scales.reshape(values.shape[0], -1))
 
     def _keep(self, name: str, rows: slice, groups: slice, scales: np.ndarray) -> np.ndarray:
@@ -161,37 +164,30 @@ class RoundedSource:
 
 
 class _Integers:
-    """int8 or int4 and how weights are rounded to them.
+    """int8 or int4 and how weights are rounded to them: none is clipped.
+
+    Clipping int4 so that a group's squared error is least made SmolLM2-135M's perplexity worse: 35% over that
+    of the weights as they are, not 28%. For int8 it made no difference: both 0.6%.
 
     Args:
         name: in messages.
-        least: the smallest number used.
+        least: the smallest number used; where it has no opposite, the largest magnitude gets it.
         largest: the largest.
-        shrunk: factors of the scale that clips nothing; the one with the least squared error is taken.
     """
 
     dtype = bits = np.dtype(np.int8)
 
-    def __init__(self, name: str, least: int, largest: int, shrunk: tuple[float, ...]) -> None:
-        self.name, self.least, self.largest, self.shrunk = name, least, largest, shrunk
+    def __init__(self, name: str, least: int, largest: int) -> None:
+        self.name, self.least, self.largest = name, least, largest
 
     def scales_of(self, groups: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """Returns the scale of each row of ``groups``."""
         largest, least = groups.max(axis=1), groups.min(axis=1)
-        whole = np.maximum(largest, -least) / np.float32(self.largest)
-        if -self.least > self.largest:  # the largest magnitude gets the number that has no opposite
-            whole = np.where(largest > -least, largest, least) / np.float32(self.least)
-        best, error = whole.astype(dtype), np.full(len(groups), np.inf, np.float32)
-        for factor in self.shrunk:
-            scales = (whole * np.float32(factor)).astype(dtype)
-            wide = scales.astype(np.float32)[:, None]
-            apart = self.nearest(groups * _inverse(wide))
-            apart *= wide
-            apart -= groups
-            squares = np.einsum("gi,gi->g", apart, apart)
-            better = squares < error
-            best[better], error[better] = scales[better], squares[better]
-        return best
+        if -self.least > self.largest:
+            scales: np.ndarray = np.where(largest > -least, largest, least) / np.float32(self.least)
+        else:
+            scales = np.maximum(largest, -least) / np.float32(self.largest)
+        return scales.astype(dtype)
 
     def nearest(self, scaled: np.ndarray) -> np.ndarray:
         """Returns the nearest of the numbers; overwrites ``scaled``."""
@@ -199,14 +195,28 @@ class _Integers:
 
 
 class _Float8:
-    """float8 e4m3 and how weights are rounded to it: the largest magnitude of an output gets 448."""
+    """float8 e4m3 and how weights are rounded to it.
+
+    The scale is one of eight, up to twice that which makes the largest magnitude of an output 448: the
+    one with the least squared error, since how far numbers are apart depends on where a power of two falls.
+    SmolLM2-135M's perplexity is 1.0% over that of the weights as they are then, 2.4% by the first scale.
+    """
 
     name, largest = "fp8", 448
     dtype, bits = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(np.uint8)
 
     def scales_of(self, groups: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """Returns the scale of each row of ``groups``."""
-        return (np.maximum(groups.max(axis=1), -groups.min(axis=1)) / np.float32(448)).astype(dtype)
+        first = np.maximum(groups.max(axis=1), -groups.min(axis=1)) / np.float32(self.largest)
+        best, error = first.astype(dtype), np.full(len(groups), np.inf, np.float32)
+        for factor in _FLOAT8_FACTORS:
+            scales = (first * factor).astype(dtype)
+            wide = scales.astype(np.float32)[:, None]
+            apart = E4M3_VALUES[self.nearest(groups * _inverse(wide)).astype(np.uint8)] * wide - groups
+            squares = np.einsum("gi,gi->g", apart, apart)
+            better = squares < error
+            best[better], error[better] = scales[better], squares[better]
+        return best
 
     def nearest(self, scaled: np.ndarray) -> np.ndarray:
         """Returns the bits of the nearest numbers."""
@@ -214,8 +224,8 @@ class _Float8:
 
 
 _GRIDS: dict[str, _Integers | _Float8] = {
-    "int8": _Integers("int8", -127, 127, ()),
-    "int4": _Integers("int4", -8, 7, tuple(1 - step / 40 for step in range(13))),
+    "int8": _Integers("int8", -127, 127),
+    "int4": _Integers("int4", -8, 7),
     "float8_e4m3fn": _Float8(),
 }
 

@@ -3,42 +3,80 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 from tpjax.config import brief, check_size
 from tpjax.errors import ConfigError
 from tpjax.families.config_reader import Fields
 from tpjax.families.unread import QUANTIZATION_NUMERIC
 
-METHODS = ("fp8", "mxfp4")
+Method: TypeAlias = Literal["fp8", "mxfp4", "compressed-tensors", "gptq", "awq"]
+METHODS: tuple[str, ...] = get_args(Method)
 
-# Which tensors are quantised, and the scales' dtype, are read off the tensors themselves.
-_SEEN_IN_TENSORS = frozenset(
-    {"dequantize", "ignored_layers", "modules_to_convert", "modules_to_not_convert", "scale_fmt"}
+# Which tensors are quantised, the scales' dtype, and activations, which are not quantised here, are read off
+# the tensors themselves or play no part.
+_NOT_NEEDED = frozenset(
+    {
+        *("dequantize", "ignored_layers", "modules_to_convert", "modules_to_not_convert", "scale_fmt"),
+        *("ignore", "global_compression_ratio", "quantization_status", "version"),  # compressed-tensors
+        *(
+            "damp_percent",
+            "damp_auto_increment",
+            "dataset",
+            "true_sequential",
+            "static_groups",
+            "meta",
+        ),  # GPTQ
+        *("model_name_or_path", "model_file_base_name", "quantizer", "model_seqlen", "tokenizer", "backend"),
+        *("use_exllama", "exllama_config", "max_input_length", "use_cuda_fp16", "block_name_to_quantize"),
+        *(
+            "module_name_preceding_first_block",
+            "batch_size",
+            "pad_token_id",
+            "disable_exllama",
+            "mse",
+            "lm_head",
+        ),
+        *("do_fuse", "fuse_max_seq_len", "modules_to_fuse"),  # AWQ
+    }
 )
 
+_OF_OBSERVERS = frozenset({"observer", "observer_kwargs", "scale_dtype", "zp_dtype", "block_structure"})
 _BITSANDBYTES_SWITCHES = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a checkpoint's weights are quantised. They are dequantised while they are loaded.
+    """How a checkpoint's weights are quantised. They stay so in memory.
 
     Attributes:
-        method: ``fp8`` (float8 e4m3 with a scale per block: DeepSeek-V3 report, section 3.3) or ``mxfp4``
-            (OCP Microscaling Formats 1.0: 32 values of FP4 e2m1 with a scale of e8m0).
-        block: ``fp8``: rows and columns that share a scale.
+        method: ``fp8`` (float8 e4m3 with a scale per block: DeepSeek-V3 report, section 3.3), ``mxfp4``
+            (OCP Microscaling Formats 1.0: 32 values of FP4 e2m1 with a scale of e8m0), ``gptq``, ``awq``, or
+            ``compressed-tensors``.
+        block: rows and columns that share a scale; ``None``: all columns, of one row or all rows, as the
+            shape of the scales says.
+        bits: of a value.
+        zeros: compressed-tensors: scales have zero points.
+        zero_shift: GPTQ: what is added to stored zero points.
     """
 
-    method: Literal["fp8", "mxfp4"]
-    block: tuple[int, int] = (128, 128)
+    method: Method
+    block: tuple[int, int] | None = (128, 128)
+    bits: int = 8
+    zeros: bool = False
+    zero_shift: int = 0
 
     @property
     def described(self) -> str:
         """Names the format, for an error message."""
         if self.method == "mxfp4":
             return "MXFP4, 4 bits with a scale for 32 values"
-        return f"float8 with a scale for each block of {self.block[0]} × {self.block[1]}"
+        if self.method == "fp8":
+            if self.block is None:
+                return "float8 with a scale for each tensor"
+            return f"float8 with a scale for each block of {self.block[0]} × {self.block[1]}"
+        shared = "each output or tensor" if self.block is None else f"{self.block[1]} inputs"
+        return f"{self.method}, {self.bits} bits with a scale for {shared}"
 
 
 def quantization_of(fields: Fields) -> Quantization | None:
@@ -53,25 +91,130 @@ def quantization_of(fields: Fields) -> Quantization | None:
     method = settings.get("quant_method")
     if method == "bitsandbytes" and not any(settings.get(name, False) for name in _BITSANDBYTES_SWITCHES):
         return None  # switched off: transformers loads plain weights then
+    readers = {"fp8": _fp8, "gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed_tensors}
     if method == "mxfp4":
-        settings.finish(_SEEN_IN_TENSORS, QUANTIZATION_NUMERIC)
-        return Quantization("mxfp4")
-    if method != "fp8":
+        found = Quantization("mxfp4", (1, 32), 4)
+    elif method in readers:
+        found = readers[method](settings)
+    else:
         raise ConfigError(
             f"{settings.where}: quant_method={brief(method)} is not supported; "
             f"supported are {', '.join(METHODS)}"
         )
+    settings.finish(_NOT_NEEDED, QUANTIZATION_NUMERIC)
+    return found
+
+
+def _fp8(settings: Fields) -> Quantization:
     # a static scheme has scales of the activations too; the others define what a stored byte means
-    for name, known in (("activation_scheme", "dynamic"), ("fmt", "e4m3"), ("expert_dtype", "fp8")):
-        value = settings.get(name, known)
-        if value != known:
-            raise ConfigError(f"{settings.where}: {name}={brief(value)} is not supported: use {known}")
+    _need(settings, activation_scheme="dynamic", fmt="e4m3", expert_dtype="fp8")
     block = settings.nullable("weight_block_size", [128, 128])
-    if not isinstance(block, list | tuple) or len(block) != 2:
+    return Quantization("fp8", None if block is None else _block(settings, "weight_block_size", block))
+
+
+def _gptq(settings: Fields) -> Quantization:
+    if settings.get("desc_act", False):
         raise ConfigError(
-            f"{settings.where}: weight_block_size={brief(block)} is not supported: use two sizes"
+            f"{settings.where}: desc_act=True is not supported: act-order puts the inputs of a "
+            "matrix in an order of its own"
         )
+    _need(settings, bits=4, pack_dtype="int32", dynamic=None)
+    settings.get("sym", None)  # zero points are stored in either case
+    kind = settings.get("checkpoint_format", settings.get("format", "gptq"))
+    if kind not in ("gptq", "gptq_v2"):
+        raise ConfigError(
+            f"{settings.where}: checkpoint_format={brief(kind)} is not supported: use gptq or gptq_v2"
+        )
+    return Quantization("gptq", _group(settings), 4, zero_shift=int(kind == "gptq"))
+
+
+def _awq(settings: Fields) -> Quantization:
+    _need(settings, bits=4, zero_point=True)
+    version = settings.get("version", "gemm")
+    if not isinstance(version, str) or version.lower() != "gemm":
+        raise ConfigError(f"{settings.where}: version={brief(version)} is not supported: use gemm")
+    return Quantization("awq", _group(settings), 4)
+
+
+def _compressed_tensors(settings: Fields) -> Quantization:
+    """Reads the groups of compressed-tensors, whose weights must all be quantised in one way."""
+    if (sparse := settings.get("sparsity_config", None)) and sparse.get("format") != "dense":
+        raise ConfigError(f"{settings.where}: sparsity_config={brief(sparse)} is not supported: use dense")
+    layout = settings.get("format")
+    groups = settings.section("config_groups")
+    found = {_of_group(groups.section(name), layout) for name in groups.raw}
+    if len(found) != 1:
+        raise ConfigError(f"{groups.where} has {len(found)} ways to quantise weights: 1 is supported")
+    return found.pop()
+
+
+def _of_group(group: Fields, layout: Any) -> Quantization:
+    layout = group.get("format", layout)
+    weights = group.section("weights")
+    bits, kind, strategy = (
+        weights.integer("num_bits"),
+        weights.get("type", "int"),
+        weights.get("strategy", None),
+    )
+    known = {
+        "pack-quantized": ("int", (4, 8)),
+        "int-quantized": ("int", (8,)),
+        "float-quantized": ("float", (8,)),
+        "naive-quantized": (kind, (8,)),
+    }
+    if (
+        layout not in known
+        or kind != known[layout][0]
+        or bits not in known[layout][1]
+        or kind not in ("int", "float")
+    ):
+        raise ConfigError(
+            f"{weights.where}: {bits} bits of type {brief(kind)} with format={brief(layout)} are not "
+            "supported: use 8 bits in int-quantized or float-quantized, 4 or 8 in pack-quantized"
+        )
+    size = weights.get("group_size", None)
+    strategy = strategy or ("channel" if size in (None, -1) else "group")
+    actorder = weights.get("actorder", None)
+    if actorder not in (None, False, "weight", "static"):
+        raise ConfigError(
+            f"{weights.where}: actorder={brief(actorder)} is not supported: it puts inputs in another order"
+        )
+    if weights.get("dynamic", False):
+        raise ConfigError(f"{weights.where}: dynamic=True is not supported: weights have scales")
+    block: tuple[int, int] | None = None
+    if strategy == "group":
+        check_size("group_size", size)
+        block = (1, size)
+    elif strategy == "block":
+        block = _block(weights, "block_structure", weights.get("block_structure"))
+    elif strategy not in ("tensor", "channel"):
+        known_ones = "tensor, channel, group or block"
+        raise ConfigError(f"{weights.where}: strategy={brief(strategy)} is not supported: use {known_ones}")
+    weights.finish(_OF_OBSERVERS, QUANTIZATION_NUMERIC)
+    zeros = kind == "int" and not weights.get("symmetric", True)
+    return Quantization("compressed-tensors", block, bits, zeros)
+
+
+def _need(settings: Fields, **known: Any) -> None:
+    """Raises a ``ConfigError`` unless each setting is absent or has its one supported value."""
+    for name, only in known.items():
+        value = settings.get(name, only)
+        if value != only and not (only is None and not value):
+            raise ConfigError(f"{settings.where}: {name}={brief(value)} is not supported: use {only}")
+
+
+def _group(settings: Fields) -> tuple[int, int] | None:
+    """Reads ``group_size``; -1 stands for all inputs."""
+    size = settings.get("group_size", 128)
+    if size == -1:
+        return None
+    check_size("group_size", size)
+    return 1, size
+
+
+def _block(settings: Fields, name: str, block: Any) -> tuple[int, int]:
+    if not isinstance(block, list | tuple) or len(block) != 2:
+        raise ConfigError(f"{settings.where}: {name}={brief(block)} is not supported: use two sizes")
     for size in block:
-        check_size("weight_block_size", size)
-    settings.finish(_SEEN_IN_TENSORS, QUANTIZATION_NUMERIC)
-    return Quantization("fp8", (block[0], block[1]))
+        check_size(name, size)
+    return block[0], block[1]

@@ -31,6 +31,7 @@ from tpjax.inspect.budget import collective_budget
 from tpjax.inspect.collectives import find_collectives, summarise
 from tpjax.inspect.explain_report import Report, Step, TensorRow
 from tpjax.inspect.reasons import cache_reason, experts_reason, reason
+from tpjax.layers.weights import dtype_bits
 from tpjax.mesh import make_mesh
 from tpjax.old_spellings import accepts_old_spellings
 from tpjax.planning.published import is_published, published_config
@@ -118,7 +119,8 @@ def explain_model(
     backend = choose_backend(
         attention, mesh.devices.flat[0], KernelShape.of(config, mesh.size, kind, PAGE_SIZE)
     )
-    decoder = abstract_decoder(config, mesh, kind, quantize, backend)
+    format_of = None if checkpoint is None else checkpoint.source.format_of
+    decoder = abstract_decoder(config, mesh, kind, quantize, backend, format_of)
     declared = parameters(decoder, mesh)
     if checkpoint is not None:
         check_tensors(checkpoint, declared)
@@ -175,7 +177,7 @@ def _tensor_rows(runner: Runner) -> list[TensorRow]:
         alike.setdefault((name, one.sharding, one.layout, np.dtype(one.dtype)), []).append(one)
     rows = []
     for (name, sharding, layout, dtype), several in alike.items():
-        contents = _contents(layout, sharding, len(several) * dtype.itemsize)
+        contents = _contents(layout, sharding, len(several) * dtype_bits(dtype))
         held, copied, zeros = (
             sum(getattr(content, kind) for content in contents) for kind in ("held", "copied", "zeros")
         )
@@ -187,7 +189,7 @@ def _tensor_rows(runner: Runner) -> list[TensorRow]:
                 spec=_spec(sharding.spec),
                 shape=layout.shape,
                 shard_shape=sharding.shard_shape(layout.shape),
-                bytes=len(several) * math.prod(layout.shape) * dtype.itemsize,
+                bytes=len(several) * math.prod(layout.shape) * dtype_bits(dtype) // 8,
                 bytes_per_device=bytes_per_device,
                 padding=zeros / held,
                 copies=copied / held,
@@ -199,8 +201,8 @@ def _tensor_rows(runner: Runner) -> list[TensorRow]:
     return rows
 
 
-def _contents(layout: Layout, sharding: NamedSharding, size: int) -> tuple[Content, ...]:
-    """Returns the content of the slice on each device, in bytes, for elements of ``size`` bytes."""
+def _contents(layout: Layout, sharding: NamedSharding, bits: int) -> tuple[Content, ...]:
+    """Returns the content of the slice on each device, in bytes, for elements of ``bits`` bits."""
     contents, seen = [], set()
     slices = sharding.devices_indices_map(layout.shape)
     for device in sharding.mesh.devices.flat:
@@ -209,7 +211,8 @@ def _contents(layout: Layout, sharding: NamedSharding, size: int) -> tuple[Conte
         if (key := str(index)) in seen:
             content = replace(content, held=0, copied=content.held + content.copied)
         seen.add(key)
-        contents.append(Content(size * content.held, size * content.copied, size * content.zeros))
+        held, copied, zeros = (bits * n // 8 for n in (content.held, content.copied, content.zeros))
+        contents.append(Content(held, copied, zeros))
     return tuple(contents)
 
 
@@ -250,7 +253,7 @@ def _cache(runner: Runner) -> dict[str, Any]:
         "bytes_per_past_token": token_bytes * past * mesh.size,
         "bytes_per_past_token_per_device": token_bytes * past,
         "why": cache_reason(config, mesh.size),
-        "devices": _contents(layout, sharding, buffers * runner.dtype.itemsize),
+        "devices": _contents(layout, sharding, 8 * buffers * runner.dtype.itemsize),
     }
 
 

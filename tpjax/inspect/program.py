@@ -9,7 +9,6 @@ import warnings
 from dataclasses import replace
 
 import jax
-import numpy as np
 
 from tpjax.attention import KernelShape, choose_backend
 from tpjax.attention.tpu import bytes_moved
@@ -25,6 +24,7 @@ from tpjax.inspect.estimate import estimate
 from tpjax.inspect.hlo import Module, tpu_array
 from tpjax.inspect.topology import Topology
 from tpjax.inspect.topology_report import ProgramReport, TopologyReport
+from tpjax.layers.weights import dtype_bits
 from tpjax.old_spellings import accepts_old_spellings
 from tpjax.planning.published import is_published, published_config
 from tpjax.planning.workload import DEFAULT_CONTEXT
@@ -286,10 +286,10 @@ def _shard(array: jax.ShapeDtypeStruct) -> tuple[int, ...]:
 def _bytes(array: jax.ShapeDtypeStruct, tiled: bool) -> int:
     """Returns the bytes of an array on one device, tiled as on a TPU or not."""
     dims: tuple[int, ...] = array.sharding.shard_shape(array.shape)
-    itemsize: int = np.dtype(array.dtype).itemsize
+    bits = dtype_bits(array.dtype)
     if not tiled:
-        return math.prod(dims) * itemsize
+        return math.prod(dims) * bits // 8
     layout = array.format.layout
     if layout is not None:
         dims = tuple(dims[axis] for axis in layout.major_to_minor)
-    return tpu_array(f"u{8 * itemsize}", dims, fixed=layout is not None).bytes
+    return tpu_array(f"u{bits}", dims, fixed=layout is not None).bytes

@@ -1,0 +1,329 @@
+"""Checkpoints that are quantised already: what is read, and that it stays so in memory at any tp."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import reference
+from safetensors.numpy import save_file
+from stepwise import Stepwise
+
+from tpjax import LLM
+from tpjax.checkpoints.load import abstract_decoder, open_checkpoint, parameters
+from tpjax.errors import CheckpointError, ConfigError
+from tpjax.mesh import make_mesh
+
+F32 = jnp.dtype("float32")
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 64,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+GROUP = 16
+PROMPT = np.random.default_rng(2).integers(0, 64, 24)
+Tensors = dict[str, np.ndarray]
+Stored = tuple[Tensors, np.ndarray]  # by the part of the name behind the module's, and what they stand for
+RNG = np.random.default_rng(0)
+
+
+def uniform(*shape: int) -> np.ndarray:
+    return RNG.uniform(0.5, 2, shape).astype(np.float32) / 64
+
+
+def spread(scales: np.ndarray, height: int, width: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Repeats the scale of each block for each of its elements."""
+    return np.kron(scales, np.ones((height, width), scales.dtype))[: shape[0], : shape[1]]
+
+
+def float8(shape: tuple[int, int]) -> np.ndarray:
+    return RNG.normal(size=shape).astype(np.float32).astype(E4M3)
+
+
+def fp8_blocks(shape: tuple[int, int]) -> Stored:
+    values, scales = float8(shape), uniform(-(-shape[0] // 12), -(-shape[1] // GROUP))
+    worth = values.astype(np.float32) * spread(scales, 12, GROUP, shape)
+    return {"weight": values, "weight_scale_inv": scales}, worth
+
+
+def fp8_of(*scale_shape: int) -> Callable[[tuple[int, int]], Stored]:
+    """One scale for the tensor, or one for each output."""
+
+    def stored(shape: tuple[int, int]) -> Stored:
+        values, scales = float8(shape), uniform(*(shape[0] if size == -1 else size for size in scale_shape))
+        worth = values.astype(np.float32) * scales.reshape(-1, 1)
+        return {"weight": values, "weight_scale": scales, "input_scale": np.ones(1, np.float32)}, worth
+
+    return stored
+
+
+def fp8_tensor(shape: tuple[int, int]) -> Stored:
+    tensors, worth = fp8_of()(shape)
+    return {"weight": tensors["weight"], "weight_scale_inv": tensors["weight_scale"]}, worth
+
+
+def int8_channels(shape: tuple[int, int]) -> Stored:
+    values, scales = RNG.integers(-128, 128, shape).astype(np.int8), uniform(shape[0], 1)
+    scales = scales.astype(ml_dtypes.bfloat16)
+    worth = values.astype(np.float32) * scales.astype(np.float32)
+    return {"weight": values, "weight_scale": scales}, worth
+
+
+def words(
+    numbers: np.ndarray, axis: int, order: tuple[int, ...] = tuple(range(8)), bits: int = 4
+) -> np.ndarray:
+    """Packs unsigned numbers along an axis one by one; ``order`` has the number at each place of a word."""
+    moved = np.moveaxis(numbers.astype(np.int64), axis, -1)
+    count = 32 // bits
+    out = np.zeros((*moved.shape[:-1], -(-moved.shape[-1] // count)), np.int64)
+    for word in range(out.shape[-1]):
+        for place in range(count):
+            at = word * count + order[place] if count == 8 else word * count + place
+            if at < moved.shape[-1]:
+                out[..., word] |= moved[..., at] << (bits * place)
+    return np.moveaxis(out.astype(np.uint32).view(np.int32), -1, axis)
+
+
+def packed(zeros: bool, bits: int = 4) -> Callable[[tuple[int, int]], Stored]:
+    def stored(shape: tuple[int, int]) -> Stored:
+        half, groups = 2 ** (bits - 1), shape[1] // GROUP
+        values = RNG.integers(-half, half, shape)
+        scales = uniform(shape[0], groups).astype(ml_dtypes.bfloat16)
+        zero = RNG.integers(-half, half, (shape[0], groups)) * zeros
+        worth = values - spread(zero, 1, GROUP, shape).astype(np.float32)
+        worth = worth.astype(np.float32) * spread(scales.astype(np.float32), 1, GROUP, shape)
+        tensors = {
+            "weight_packed": words(values + half, 1, bits=bits),
+            "weight_scale": scales,
+            "weight_shape": np.array(shape, np.int64),
+        }
+        if zeros:
+            tensors["weight_zero_point"] = words(zero + half, 0, bits=bits)
+        return tensors, worth
+
+    return stored
+
+
+def gptq(shift: int) -> Callable[[tuple[int, int]], Stored]:
+    """The first version stores zero points less one."""
+
+    def stored(shape: tuple[int, int]) -> Stored:
+        outputs, inputs = shape
+        values, zero = RNG.integers(0, 16, shape), RNG.integers(shift, 16, (outputs, inputs // GROUP))
+        scales = uniform(outputs, inputs // GROUP).astype(np.float16)
+        worth = (values - spread(zero, 1, GROUP, shape)).astype(np.float32)
+        worth = worth * spread(scales.astype(np.float32), 1, GROUP, shape)
+        return {
+            "qweight": words(values.T, 0),
+            "qzeros": words(zero.T - shift, 1),
+            "scales": np.ascontiguousarray(scales.T),
+            "g_idx": (np.arange(inputs) // GROUP).astype(np.int32),
+        }, worth
+
+    return stored
+
+
+def awq(shape: tuple[int, int]) -> Stored:
+    outputs, inputs = shape
+    values, zero = RNG.integers(0, 16, shape), RNG.integers(0, 16, (outputs, inputs // GROUP))
+    scales = uniform(outputs, inputs // GROUP).astype(np.float16)
+    worth = (values - spread(zero, 1, GROUP, shape)).astype(np.float32)
+    worth = worth * spread(scales.astype(np.float32), 1, GROUP, shape)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    return {
+        "qweight": words(values.T, 1, order),
+        "qzeros": words(zero.T, 1, order),
+        "scales": np.ascontiguousarray(scales.T),
+    }, worth
+
+
+def compressed(layout: str, bits: int, kind: str, strategy: str, **more: Any) -> dict[str, Any]:
+    weights = {
+        "num_bits": bits,
+        "type": kind,
+        "strategy": strategy,
+        "symmetric": True,
+        "observer": "minmax",
+        **more,
+    }
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
+FORMATS: dict[str, tuple[Callable[[tuple[int, int]], Stored], dict[str, Any], str]] = {
+    "fp8-blocks": (fp8_blocks, {"quant_method": "fp8", "weight_block_size": [12, GROUP]}, "float8_e4m3fn"),
+    "fp8-tensor": (fp8_tensor, {"quant_method": "fp8", "weight_block_size": None}, "float8_e4m3fn"),
+    "ct-fp8-tensor": (fp8_of(1), compressed("float-quantized", 8, "float", "tensor"), "float8_e4m3fn"),
+    "ct-fp8-channel": (fp8_of(-1, 1), compressed("float-quantized", 8, "float", "channel"), "float8_e4m3fn"),
+    "ct-int8": (int8_channels, compressed("int-quantized", 8, "int", "channel"), "int8"),
+    "ct-int4": (packed(False), compressed("pack-quantized", 4, "int", "group", group_size=GROUP), "int8"),
+    "ct-int4-zeros": (
+        packed(True),
+        compressed("pack-quantized", 4, "int", "group", group_size=GROUP, symmetric=False),
+        "int8",
+    ),
+    "ct-w8a16": (packed(False, 8), compressed("pack-quantized", 8, "int", "group", group_size=GROUP), "int8"),
+    "gptq": (gptq(1), GPTQ, "int8"),
+    "gptq-v2": (gptq(0), {**GPTQ, "checkpoint_format": "gptq_v2"}, "int8"),
+    "awq": (awq, AWQ, "int8"),
+}  # fmt: skip
+FAST = {("gptq", 3), ("fp8-blocks", 3), ("awq", 3), ("ct-int4-zeros", 3), ("ct-fp8-tensor", 3)}
+
+
+def tensors_of(stored: Callable[[tuple[int, int]], Stored]) -> tuple[Tensors, Tensors]:
+    """A checkpoint's tensors, and its weights as float32 by canonical names."""
+    hidden, width = CONFIG["hidden_size"], CONFIG["intermediate_size"]
+    files: Tensors = {}
+    weights: Tensors = {}
+    for name, shape in {"embed_tokens": (64, hidden), "lm_head": (64, hidden), "norm": (hidden,)}.items():
+        weights[f"{name}.weight"] = RNG.normal(size=shape).astype(np.float32)
+    matrices = {
+        **{f"self_attn.{name}_proj": (48 if name == "q" else 16, hidden) for name in "qkv"},
+        "self_attn.o_proj": (hidden, 48),
+        **{f"mlp.{name}_proj": (width, hidden) for name in ("gate", "up")},
+        "mlp.down_proj": (hidden, width),
+    }
+    for layer in range(2):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"layers.{layer}.{norm}.weight"] = np.ones(hidden, np.float32)
+    files |= {name if name == "lm_head.weight" else f"model.{name}": x for name, x in weights.items()}
+    for layer in range(2):
+        for name, shape in matrices.items():
+            parts, worth = stored(shape)
+            weights[f"layers.{layer}.{name}.weight"] = worth
+            files |= {f"model.layers.{layer}.{name}.{part}": x for part, x in parts.items()}
+    return files, weights
+
+
+def save(path: Path, files: Mapping[str, np.ndarray], settings: dict[str, Any]) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": settings}))
+    save_file({name: np.ascontiguousarray(x) for name, x in files.items()}, path / "model.safetensors")
+    return path
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, Tensors]:
+    stored, settings, _ = FORMATS[request.param]
+    files, weights = tensors_of(stored)
+    return request.param, save(tmp_path_factory.mktemp(request.param), files, settings), weights
+
+
+def test_what_is_read(model: tuple[str, Path, Tensors]) -> None:
+    """Any box of any tensor, dequantised; and that all of them stay as they are stored."""
+    name, path, weights = model
+    checkpoint = open_checkpoint(path)
+    rng = np.random.default_rng(1)
+    for key, want in weights.items():
+        for _ in range(5):
+            box = tuple(
+                slice(*np.sort(rng.choice(size + 1, 2, replace=False)).tolist()) for size in want.shape
+            )
+            np.testing.assert_array_equal(checkpoint.source.read(key, box), want[box], err_msg=f"{key} {box}")
+    mesh = make_mesh(2)
+    model_of = abstract_decoder(checkpoint.config, mesh, F32, format_of=checkpoint.source.format_of)
+    kept = {one.dtype.name for one in parameters(model_of, mesh) if "_proj" in one.name and one.is_quantized}
+    assert kept == {FORMATS[name][2]}
+    assert sum(one.is_quantized for one in parameters(model_of, mesh)) == 8
+
+
+@pytest.mark.parametrize("tp", (1, 3, 5, 8))
+def test_logits(model: tuple[str, Path, Tensors], tp: int, request: pytest.FixtureRequest) -> None:
+    """Those of the weights that the stored ones stand for."""
+    name, path, weights = model
+    if (name, tp) not in FAST and not request.config.getoption("--all"):
+        pytest.skip("--all")
+    want = reference.logits(open_checkpoint(path).config, weights, PROMPT)
+    stepwise = Stepwise(str(path), tp, max_length=64)
+    got = np.concatenate([stepwise(PROMPT[:-1].tolist()), stepwise(PROMPT[-1:].tolist())])
+    assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+
+
+def refusal(path: Path, name: str, change: Callable[[Tensors], None], **settings: Any) -> str:
+    """The error of a checkpoint after a change to its tensors or its configuration."""
+    stored, config, _ = FORMATS[name]
+    files, _ = tensors_of(stored)
+    change(files)
+    with (
+        pytest.raises((CheckpointError, ConfigError)) as error,
+        LLM(save(path, files, {**config, **settings}), tp=1),
+    ):
+        pass
+    return str(error.value)
+
+
+O_PROJ = "model.layers.0.self_attn.o_proj"
+
+
+def test_order_of_inputs(tmp_path: Path) -> None:
+    def shuffle(files: Tensors) -> None:
+        files[f"{O_PROJ}.g_idx"] = files[f"{O_PROJ}.g_idx"][::-1]
+
+    assert refusal(tmp_path, "gptq", shuffle) == (
+        f"{tmp_path}: tensor '{O_PROJ}.g_idx' puts inputs in another order than groups of 16 (act-order), "
+        "which is not supported"
+    )
+    assert "desc_act=True is not supported: act-order" in refusal(
+        tmp_path, "gptq", lambda _: None, desc_act=True
+    )
+
+
+def test_misfits(tmp_path: Path) -> None:
+    def without(part: str) -> Callable[[Tensors], None]:
+        return lambda files: files.__delitem__(f"{O_PROJ}.{part}") and None
+
+    def cut(part: str) -> Callable[[Tensors], None]:
+        return lambda files: files.update({f"{O_PROJ}.{part}": files[f"{O_PROJ}.{part}"][:-1]})
+
+    def spoilt(part: str) -> Callable[[Tensors], None]:
+        def change(files: Tensors) -> None:
+            files[f"{O_PROJ}.{part}"] = files[f"{O_PROJ}.{part}"].copy()
+            files[f"{O_PROJ}.{part}"][0, 0] = np.nan
+
+        return change
+
+    tensor = f"{tmp_path}: tensor '{O_PROJ}"
+    assert (
+        refusal(tmp_path, "awq", without("scales")) == f"{tensor}.qweight' has no '{O_PROJ}.scales' beside it"
+    )
+    assert refusal(tmp_path, "awq", cut("qzeros")) == (
+        f"{tensor}.qweight' of shape [48, 6] needs '{O_PROJ}.qzeros' of shape [3, 6], which has [2, 6]"
+    )
+    assert refusal(tmp_path, "gptq", spoilt("scales")) == (
+        f"{tensor}.weight' has a scale that is no finite number"
+    )
+    assert "has 8 numbers a word" in refusal(tmp_path, "ct-int4", cut("weight_packed"))
+    assert "needs scales of shape [4, 3]" in refusal(tmp_path, "fp8-blocks", cut("weight_scale_inv"))
+    assert f"'{O_PROJ}.weight' is float8, but" in refusal(tmp_path, "fp8-blocks", without("weight_scale_inv"))
+    assert "zero_point=False is not supported: use True" in refusal(
+        tmp_path, "awq", lambda _: None, zero_point=False
+    )
+    assert "version='gemv' is not supported" in refusal(tmp_path, "awq", lambda _: None, version="gemv")
+    assert "bits=3 is not supported: use 4" in refusal(tmp_path, "gptq", lambda _: None, bits=3)
+    assert "needs '" in refusal(tmp_path, "gptq", lambda _: None, group_size=32)

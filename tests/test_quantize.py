@@ -70,7 +70,8 @@ def wide(name: str, tp: int) -> tuple[pytest.MarkDecorator, ...]:
 def dequantised(weight: np.ndarray, kind: Quantize, factor: float = 1) -> np.ndarray:
     """Rounds [out, in] by the definition, one weight at a time, and returns what it stands for, float64."""
     largest = np.abs(weight).max(axis=1, keepdims=True).astype(np.float64)
-    scale = (largest / {"int8": 127, "fp8": 448}[kind] * factor).astype(np.float32).astype(np.float64)
+    scale = (largest / {"int8": 127, "fp8": 448}[kind]).astype(np.float32) * np.float32(factor)
+    scale = scale.astype(np.float64)
     numbers = weight / np.where(scale > 0, scale, 1)
     grid = (
         np.arange(-127, 128)

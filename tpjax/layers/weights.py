@@ -190,7 +190,7 @@ class QuantizedParameter(nnx.Module):
         parts = [*spec, *[None] * (len(layout.shape) - len(spec))]
         dtype = kept.values_on(platform)
         self.group: int | None = None  # stored inputs that share a scale
-        self.zeros: nnx.Param | None = None
+        zeros: nnx.Param | None = None
         if kept.group is None and not kept.zeros:
             self.values = parameter(layout, spec, dtype)
             del parts[inputs]
@@ -205,8 +205,9 @@ class QuantizedParameter(nnx.Module):
                 layout.per_group(inputs, self.group, SCALE_SUFFIX), spec, kept.scales, row_major=True
             )
             if kept.zeros:
-                zeros = layout.per_group(inputs, self.group, ZERO_SUFFIX)
-                self.zeros = parameter(zeros, spec, jnp.dtype(jnp.int8), row_major=True)
+                of_zeros = layout.per_group(inputs, self.group, ZERO_SUFFIX)
+                zeros = parameter(of_zeros, spec, jnp.dtype(jnp.int8), row_major=True)
+        self.zeros = zeros
         self.inputs = inputs
         self.kept = kept
 

@@ -79,25 +79,25 @@ class StoredSource:
     """
 
     def __init__(self, source: CanonicalParts, kept: Mapping[str, Kept]) -> None:
-        self._source, self._kept = source, kept
+        self._source, self._quantized = source, kept
 
     def itemsize(self, name: str) -> int:
         """Returns the bytes of an element while it is read."""
-        return 4 if weight_of(name)[0] in self._kept else self._source.itemsize(name)
+        return 4 if weight_of(name)[0] in self._quantized else self._source.itemsize(name)
 
     def outer_axis(self, name: str) -> int:
         """Returns the axis along which a tensor is stored slice after slice."""
         weight, suffix = weight_of(name)
-        return self._source.outer_axis(weight if suffix and weight in self._kept else name)
+        return self._source.outer_axis(weight if suffix and weight in self._quantized else name)
 
     def read(self, name: str, index: tuple[slice, ...], memory: np.ndarray | None = None) -> np.ndarray:
         """Reads a box of a tensor: as it is, or its stored values, scales or zero points."""
         weight, suffix = weight_of(name)
-        if suffix and weight in self._kept:
+        if suffix and weight in self._quantized:
             part: Part = "scales" if suffix == SCALE_SUFFIX else "zeros"
-            return self._kept[weight].spread(
+            return self._quantized[weight].spread(
                 lambda rows, groups: self._source.read_part(weight, part, (rows, groups)), index
             )
-        if name in self._kept:
+        if name in self._quantized:
             return self._source.read_part(name, "values", index)
         return self._source.read(name, index, memory)

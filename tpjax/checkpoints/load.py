@@ -364,7 +364,7 @@ def load_decoder(checkpoint: Checkpoint, model: Decoder, mesh: Mesh, *, progress
     declared = parameters(model, mesh)
     check_tensors(checkpoint, declared)
     source: Canonical = checkpoint.source
-    if kept := _kept(declared):
+    if kept := _quantized_tensors(declared):
         source = StoredSource(checkpoint.source, kept)
         if model.quantize is not None:
             source = RoundedSource(checkpoint.source, kept, checkpoint.path)
@@ -378,7 +378,7 @@ def load_decoder(checkpoint: Checkpoint, model: Decoder, mesh: Mesh, *, progress
     return _with_values(model, arrays)
 
 
-def _kept(declared: Iterable[Parameter]) -> dict[str, Kept]:
+def _quantized_tensors(declared: Iterable[Parameter]) -> dict[str, Kept]:
     """Returns the canonical tensors that are kept in 8 or 4 bits."""
     return {
         parameter.canonical(source): Kept(

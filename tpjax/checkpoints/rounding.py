@@ -43,7 +43,7 @@ class RoundedSource:
 
     def __init__(self, source: Canonical, kept: Mapping[str, Kept], where: Path) -> None:
         self._source = source
-        self._kept = kept
+        self._quantized = kept
         self._where = where
         # NaN: not known yet. Threads that find the same rows unknown write the same numbers.
         self._scales = {
@@ -53,12 +53,12 @@ class RoundedSource:
 
     def itemsize(self, name: str) -> int:
         """Returns the bytes of an element while it is rounded: blocks are as small as those of float32."""
-        return 4 if weight_of(name)[0] in self._kept else self._source.itemsize(name)
+        return 4 if weight_of(name)[0] in self._quantized else self._source.itemsize(name)
 
     def outer_axis(self, name: str) -> int:
         """Returns the axis along which a tensor is stored slice after slice."""
         weight, suffix = weight_of(name)
-        return 0 if suffix and weight in self._kept else self._source.outer_axis(name)
+        return 0 if suffix and weight in self._quantized else self._source.outer_axis(name)
 
     def read(self, name: str, index: tuple[slice, ...], memory: np.ndarray | None = None) -> np.ndarray:
         """Reads a box of a tensor: its rounded values, or its scales.
@@ -67,13 +67,13 @@ class RoundedSource:
             CheckpointError: a weight is not a number, or infinite.
         """
         weight, suffix = weight_of(name)
-        if suffix and weight in self._kept:
-            return self._kept[weight].spread(
+        if suffix and weight in self._quantized:
+            return self._quantized[weight].spread(
                 lambda rows, groups: self._scales_of(weight, rows, groups), index
             )
-        if name not in self._kept:
+        if name not in self._quantized:
             return self._source.read(name, index, memory)
-        one, (rows, columns) = self._kept[name], index
+        one, (rows, columns) = self._quantized[name], index
         groups = slice(columns.start // one.group, -(-columns.stop // one.group))
         known = self._scales[name][rows, groups]
         if self._twice(name) or not np.isnan(known).any():
@@ -88,10 +88,10 @@ class RoundedSource:
 
     def _twice(self, name: str) -> bool:
         """Whether a tensor is read for its scales, and again for its values."""
-        return self._source.outer_axis(name) == 1 and self._kept[name].groups == 1
+        return self._source.outer_axis(name) == 1 and self._quantized[name].groups == 1
 
     def _whole_groups(self, name: str, rows: slice, groups: slice) -> np.ndarray:
-        one = self._kept[name]
+        one = self._quantized[name]
         columns = slice(groups.start * one.group, min(groups.stop * one.group, one.shape[1]))
         return _float32(self._source.read(name, (rows, columns)))
 
@@ -104,7 +104,7 @@ class RoundedSource:
                     self._learn_by_columns(name)
             else:
                 unknown = rows.start + np.flatnonzero(np.isnan(known[rows, groups]).any(axis=1))
-                width = (groups.stop - groups.start) * self._kept[name].group
+                width = (groups.stop - groups.start) * self._quantized[name].group
                 step = max(1, _MEASURED_ELEMENTS // width)
                 for start in range(unknown[0], unknown[-1] + 1, step) if unknown.size else ():
                     part = slice(start, min(start + step, int(unknown[-1]) + 1))
@@ -113,16 +113,18 @@ class RoundedSource:
 
     def _learn_by_columns(self, name: str) -> None:
         """Finds the scale of each row of a tensor that is stored column after column: none is clipped."""
-        outputs, inputs = self._kept[name].shape
+        outputs, inputs = self._quantized[name].shape
         step, largest = max(1, _MEASURED_ELEMENTS // outputs), np.zeros(outputs, np.float32)
         for start in range(0, inputs, step):
             box = (slice(0, outputs), slice(start, min(start + step, inputs)))
             np.maximum(largest, np.abs(_float32(self._source.read(name, box))).max(axis=1), out=largest)
-        self._keep(name, slice(0, outputs), slice(0, 1), largest[:, None] / _grid(self._kept[name]).largest)
+        self._keep(
+            name, slice(0, outputs), slice(0, 1), largest[:, None] / _grid(self._quantized[name]).largest
+        )
 
     def _learn(self, name: str, rows: slice, groups: slice, values: np.ndarray) -> np.ndarray:
         """Finds, keeps and returns the scales of some rows and groups with these values."""
-        one = self._kept[name]
+        one = self._quantized[name]
         if short := -values.shape[1] % one.group:  # the last group: zeros change no scale
             values = np.pad(values, ((0, 0), (0, short)))
         grouped = values.reshape(-1, one.group)
@@ -140,7 +142,7 @@ class RoundedSource:
             row = rows.start + int(np.flatnonzero(~finite)[0])
             raise CheckpointError(
                 f"{self._where}: tensor {shown(name)} has a weight in row {row} that is no finite number: "
-                f"it has no {_grid(self._kept[name]).name} scale"
+                f"it has no {_grid(self._quantized[name]).name} scale"
             )
         self._scales[name][rows, groups] = scales
         return scales

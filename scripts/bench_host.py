@@ -2,46 +2,89 @@
 """Host time of a dispatch: choosing rows, packing and uploading them, calling a program that does nothing.
 
     python scripts/bench_host.py             # 64 and 256 rows, contexts of up to 131,072 tokens
+    python scripts/bench_host.py --dp 4      # and how many dispatches four replicas' threads do together
 
-The engine dispatches decode steps of a model whose compiled program has been replaced by one that takes the
-same arguments, donates the same state, and computes nothing. What is left is the host's work. Every row holds
+The engine dispatches decode steps of a model whose compiled programs have been replaced by ones that take the
+same arguments, donate the same state, and compute nothing. What is left is the host's work. Every row holds
 the pages of a full context. Medians over many dispatches, each waited for.
+
+With ``--dp`` replicas run behind the router, full, for a second at a time in turn with a single one, and the
+results of each dispatch are there ``--step-ms`` after those of the one before, as if devices took that long:
+waiting for them leaves the interpreter to the other threads, as waiting for a device does.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import tpjax
 
 CONTEXT = 131_072
+SHORT_CONTEXT = 8192  # of --dp
 GOALS = {64: 0.5, 256: 1.5}  # milliseconds
+GOAL = 3.2  # times the dispatches of one replica, at dp=4
 
 
-def milliseconds(rows: int, rounds: int) -> list[float]:
-    """Times dispatches of ``rows`` decode rows."""
+def null_engine(rows: int, context: int, num_pages: int, device: jax.Device | None = None) -> Any:
+    """Returns an engine whose programs do nothing; ``runner.step_s`` sets when their results are there."""
     from tpjax.checkpoints.load import abstract_decoder
     from tpjax.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig
     from tpjax.engine.engine import Engine
-    from tpjax.engine.request import Request
-    from tpjax.engine.scheduler import Step
-    from tpjax.mesh import make_mesh
+    from tpjax.mesh import AXIS
     from tpjax.runtime.limits import Limits
     from tpjax.runtime.programs import ProgramSpec
     from tpjax.runtime.runner import Runner
-    from tpjax.sampling_params import SamplingParams
+
+    class Results:
+        """Tokens that are there at a given time."""
+
+        def __init__(self, tokens: Any, ready: float) -> None:
+            self._tokens, self._ready = tokens, ready
+
+        def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+            time.sleep(max(0.0, self._ready - time.perf_counter()))
+            return np.asarray(self._tokens)
+
+    class NullRunner(Runner):
+        dispatches, step_s, ready = 0, 0.0, 0.0
+
+        def _dispatch_all(self, spec: ProgramSpec, calls: Sequence[Sequence[Any]]) -> list[Any]:
+            if spec not in self.programs.compiled:
+                self.programs.compiled[spec] = self._null_program(spec)
+            results = super()._dispatch_all(spec, calls)
+            self.dispatches += 1
+            if not self.step_s:
+                return results
+            self.ready = max(self.ready, time.perf_counter()) + self.step_s
+            return [dataclasses.replace(one, tokens=Results(one.tokens, self.ready)) for one in results]
+
+        def _null_program(self, spec: ProgramSpec) -> Any:
+            self.weights = ()
+            _, *results = self.programs.lower(spec).out_info
+
+            def nothing(weights: object, state: object, *arguments: object) -> tuple[object, ...]:
+                return state, *jax.tree.map(lambda one: jnp.ones(one.shape, one.dtype), results)
+
+            state, arguments = self.abstract_state(), self.programs.program(spec).arguments
+            null = jax.jit(nothing, donate_argnums=1, keep_unused=True)
+            with jax.set_mesh(self.mesh):
+                return null.lower((), state, *arguments).compile()
 
     config = ModelConfig(
         model_type="llama",
         vocab_size=64,
         hidden_size=8,
         num_layers=1,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
         tie_word_embeddings=True,
         attention=AttentionConfig(
             num_heads=1, num_kv_heads=1, head_dim=8, query_scale=1.0, layer_types=("full_attention",)
@@ -49,20 +92,20 @@ def milliseconds(rows: int, rounds: int) -> list[float]:
         mlp=MLPConfig(intermediate_size=8),
         norm=NormConfig(eps=1e-5),
     )
-    mesh, kind = make_mesh(1), jnp.dtype("float32")
-    limits = Limits(max_slots=rows, max_model_len=CONTEXT, num_pages=CONTEXT // 128 + 1, steps=1)
-    runner = Runner(abstract_decoder(config, mesh, kind), mesh, limits, kind)
-    spec = ProgramSpec("decode", rows)
-    _, *results = runner.programs.lower(spec).out_info
+    devices = [jax.devices()[0] if device is None else device]
+    mesh = jax.make_mesh((1,), (AXIS,), devices=devices, axis_types=(jax.sharding.AxisType.Auto,))
+    kind = jnp.dtype("float32")
+    limits = Limits(max_slots=rows, max_model_len=context, num_pages=num_pages, steps=1)
+    return Engine(NullRunner(abstract_decoder(config, mesh, kind), mesh, limits, kind))
 
-    def nothing(weights: object, state: object, *arguments: object) -> tuple[object, ...]:
-        return state, *jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), results)
 
-    state, arguments = runner.abstract_state(), runner.programs.program(spec).arguments
-    compiled = jax.jit(nothing, donate_argnums=1, keep_unused=True).lower((), state, *arguments)
-    runner.weights = ()
-    runner.programs.compiled[spec] = compiled.compile()
-    engine = Engine(runner)
+def milliseconds(rows: int, rounds: int) -> list[float]:
+    """Times dispatches of ``rows`` decode rows."""
+    from tpjax.engine.request import Request
+    from tpjax.engine.scheduler import Step
+    from tpjax.sampling_params import SamplingParams
+
+    engine = null_engine(rows, CONTEXT, CONTEXT // 128 + 1)
     params = SamplingParams(max_tokens=CONTEXT // 2, temperature=0.7, top_p=0.9, top_k=40, seed=1)
     requests = [
         Request(range(CONTEXT // 2), params, seed=slot, stop_ids=(2, 3), slot=slot) for slot in range(rows)
@@ -79,14 +122,91 @@ def milliseconds(rows: int, rounds: int) -> list[float]:
     return times[10:]
 
 
+class Replicas:
+    """Replicas with null programs behind a router, each with all its slots taken."""
+
+    def __init__(self, dp: int, rows: int) -> None:
+        from tpjax.engine.router import Router
+
+        self.rows = rows * dp
+        pages = rows * SHORT_CONTEXT // 128 + 1
+        self.engines = [null_engine(rows, SHORT_CONTEXT, pages, device) for device in jax.devices()[:dp]]
+        self.router = Router(self.engines)
+        self._left = 0
+
+    def rate(self, step_ms: float, seconds: float = 0.5) -> float:
+        """Returns the dispatches a second."""
+        for engine in self.engines:
+            engine.runner.step_s = 0.0
+        self._fill()
+        before = [engine.runner.dispatches for engine in self.engines]
+        while any(map(self._starting, self.engines, before)):
+            self._step()
+        for engine in self.engines:
+            engine.runner.step_s = step_ms / 1e3
+        first, start = self._dispatches(), time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            self._step()
+        return (self._dispatches() - first) / (time.perf_counter() - start)
+
+    @staticmethod
+    def _starting(engine: Any, before: int) -> bool:
+        """Whether programs are compiled or prompts run."""
+        scheduler = engine.scheduler
+        prompts = scheduler.waiting or any(one.prefilling for one in scheduler.running)
+        return bool(prompts) or engine.runner.dispatches < before + 20
+
+    def _dispatches(self) -> int:
+        return sum(engine.runner.dispatches for engine in self.engines)
+
+    def _step(self) -> None:
+        self.router.step()
+        self._left -= sum(delta.finish_reason is not None for _, delta in self.router.deltas)
+        self.router.deltas.clear()
+        self._fill()
+
+    def _fill(self) -> None:
+        from tpjax.engine.generation import Generation
+        from tpjax.engine.request import Request
+        from tpjax.sampling_params import SamplingParams
+
+        params = SamplingParams(max_tokens=SHORT_CONTEXT - 64, temperature=0.7, top_p=0.9, top_k=40, seed=1)
+        for _ in range(self.rows - self._left):
+            self.router.add(Generation(Request(range(2, 20), params, seed=1), None))
+        self._left = self.rows
+
+
+def replicas(dp: int, rows: int, step_ms: float, rounds: int) -> tuple[float, float, float]:
+    """Returns dispatches a second of one replica and of ``dp``, and their ratio; medians over rounds."""
+    one, several = Replicas(1, rows), Replicas(dp, rows)
+    pairs = [(one.rate(step_ms), several.rate(step_ms)) for _ in range(rounds)]
+    alone, together = zip(*pairs, strict=True)
+    ratio = statistics.median(b / a for a, b in pairs)
+    one.router.close()
+    several.router.close()
+    return statistics.median(alone), statistics.median(together), ratio
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, nargs="+", default=[64, 256], metavar="N", help="(64 256)")
-    parser.add_argument("--rounds", type=int, default=300, help="dispatches (300)")
+    parser.add_argument("--rounds", type=int, default=300, help="dispatches, or pairs with --dp (300, 5)")
+    parser.add_argument("--dp", type=int, metavar="N", help="compare N replicas with one")
+    parser.add_argument(
+        "--step-ms", type=float, nargs="+", default=[0, 1, 2, 4, 8, 16], metavar="T", help="of a device"
+    )
     arguments = parser.parse_args()
-    tpjax.fake_devices(1)
+    tpjax.fake_devices(arguments.dp or 1)
+    if arguments.dp:
+        rounds = 5 if arguments.rounds == 300 else arguments.rounds
+        print(f"dispatches a second of one replica and of {arguments.dp}; goal at dp=4: {GOAL}")
+        for rows in arguments.rows:
+            for step_ms in arguments.step_ms:
+                one, several, ratio = replicas(arguments.dp, rows, step_ms, rounds)
+                print(f"{rows:4} rows, {step_ms:4g} ms{one:9.0f}{several:9.0f}{ratio:7.2f} times", flush=True)
+        return
     print(f"decode rows with {CONTEXT // 128} pages each, ms a dispatch: median, least, most")
     for rows in arguments.rows:
         times = milliseconds(rows, arguments.rounds)

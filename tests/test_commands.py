@@ -37,7 +37,7 @@ PROMPT = "the quick brown fox"
 # is: test_every_option_is_tried says which one is missing.
 COMMANDS = {
     "generate": (
-        "generate '{prompt}' {model} --tp 2 --dtype float32 --max-model-len 64 --expert-parallel off "
+        "generate '{prompt}' {model} --tp 2 --dp 2 --dtype float32 --max-model-len 64 --expert-parallel off "
         "--attention xla "
         "--max-tokens 12 --min-tokens 2 --temperature 0.8 --top-k 40 --top-p 0.95 --min-p 0.001 --seed 7 "
         "--stop zebra --stop quagga --stop-token-ids 3 --ignore-eos --repetition-penalty 1.1 "
@@ -56,7 +56,7 @@ COMMANDS = {
         "--quantize int8"
     ),
     "chat": (
-        "chat --model {model} --tp 2 --dtype float32 --max-model-len 128 --expert-parallel off "
+        "chat --model {model} --tp 2 --dp 1 --dtype float32 --max-model-len 128 --expert-parallel off "
         "--attention auto --quantize int8 "
         "--system brief --max-tokens 6 --min-tokens 1 --temperature 0 --top-k 5 --top-p 0.9 --min-p 0.01 "
         "--seed 3 --stop zebra --stop-token-ids 3 --ignore-eos --repetition-penalty 1.1 "
@@ -64,7 +64,7 @@ COMMANDS = {
         "--generation-config auto"
     ),
     "serve": (
-        "serve --model {model} --tp 2 --dtype float32 --max-model-len 64 --expert-parallel auto "
+        "serve --model {model} --tp 2 --dp 2 --dtype float32 --max-model-len 64 --expert-parallel auto "
         "--attention xla --quantize int8 "
         "--host 127.0.0.1 --port 0 --served-model-name tiny --max-slots 2 --max-num-batched-tokens 256 "
         "--max-queue 64 --api-key first --api-key-file {keys} --protect-metrics "
@@ -80,11 +80,11 @@ COMMANDS = {
         "bench serve --base-url {url} --num-prompts 1 --output-len 2 --input-len 4 --api-key first --json"
     ),
     "batch": (
-        "batch --model {model} --input {requests} --output {tmp}/answers.jsonl --max-slots 2 --tp 2 "
+        "batch --model {model} --input {requests} --output {tmp}/answers.jsonl --max-slots 2 --tp 2 --dp 2 "
         "--max-num-batched-tokens 256 --generation-config auto "
         "--dtype float32 --max-model-len 64 --expert-parallel off --attention xla --quantize int8"
     ),
-    "bench": "bench {model} --tp 2 --context 40 --prompt-len 20 --rounds 1 --json",
+    "bench": "bench {model} --tp 1 --dp 2 --context 40 --prompt-len 20 --rounds 1 --json",
     "bench table": "bench --model {model} --tp 2 --context 40 --rounds 1",
     "plan": (
         "plan --model mixtral-8x7b --hardware mine:4 --hardware-file {chips} --tp 4 --batch 8 --context 512 "
@@ -97,7 +97,7 @@ COMMANDS = {
     "plan trace": "plan llama-3-8b --hardware v6e:4 --serve --trace {trace}",
     "plan measure": "plan {model} --measure --rounds 1 --tp 2 --context 64",
     "explain": (
-        "explain --model {model} --tp 3 --dtype bfloat16 --max-model-len 64 --expert-parallel off "
+        "explain --model {model} --tp 3 --dp 2 --dtype bfloat16 --max-model-len 64 --expert-parallel off "
         "--attention reference --plot {tmp}/shards.png --json"
     ),
     "explain config": "explain --config {model}/config.json --tp 2 --quantize int8",
@@ -187,11 +187,11 @@ def test_generate(places: dict[str, Any], llm: LLM) -> None:
     (completion,) = llm.generate([PROMPT], params)
     assert out == completion.text + "\n" and len(completion.token_ids) > 1
     lines = err.splitlines()
-    assert lines[0] == "tpjax: the only device is a CPU: faking 2 devices"
+    assert lines[0] == "tpjax: the only device is a CPU: faking 4 devices"
     pattern = (
         r"tpjax: loaded in [\d.]+ s, compiled in [\d.]+ s, first token after \d+ ms, \d+ tokens? \(\w+\)"
     )
-    assert re.match(pattern, lines[-1]) and lines[-1].endswith(", tp=2, cpu")
+    assert re.match(pattern, lines[-1]) and lines[-1].endswith(", dp=2, tp=2, cpu")
 
 
 @pytest.mark.slow
@@ -312,7 +312,7 @@ def test_batch(places: dict[str, Any], tmp_path: Path, quantized: LLM) -> None:
 def test_bench(places: dict[str, Any]) -> None:
     out, err = tpjax("bench", places)
     data = json.loads(out)
-    assert (data["model"], data["tp"], data["context"]) == (str(places["model"]), 2, 40)
+    assert (data["model"], data["tp"], data["context"]) == (str(places["model"]), 1, 40)
     assert (data["prompt_len"], data["dtype"], data["device"]) == (20, "float32", "cpu")
     for step in ("decode", "prefill"):
         assert data[step]["measured_ms"] > 0 and data[step]["predicted_ms"] > 0
@@ -364,7 +364,7 @@ def test_plan_measures(places: dict[str, Any]) -> None:
 def test_explain(places: dict[str, Any], tmp_path: Path) -> None:
     out, _ = tpjax("explain", places)
     report = json.loads(out)
-    assert (report["tp"], report["dtype"]) == (3, "bfloat16")
+    assert (report["tp"], report["dp"], report["dtype"]) == (3, 2, "bfloat16")
     assert {step["name"] for step in report["steps"]} >= {"decode"}
     assert (tmp_path / "shards.png").read_bytes().startswith(b"\x89PNG")
 

@@ -32,7 +32,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("inspect",),
     ("llm",),
     ("server",),
-    ("cli",),
+    ("cli", "deploy"),
     ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

@@ -9,7 +9,7 @@ from serving import WAIT_S
 
 from tpjax.cli import console
 from tpjax.errors import DeviceError
-from tpjax.mesh import make_mesh
+from tpjax.mesh import make_mesh, make_meshes
 from tpjax.planning import measure, step_benchmark
 from tpjax.planning.plan import make_plan, recommend
 from tpjax.planning.published import published_config
@@ -157,6 +157,18 @@ def test_bench_sets_measured_next_to_predicted(small, capsys):
     console.show(report)
     table = capsys.readouterr().out
     assert "toy at tp=2 on abacus, float32" in table and "predicted / measured" in table
+
+
+def test_bench_of_replicas_times_them_at_once(small, capsys):
+    first, *others = (measure._zeros_runner(mesh, 1) for mesh in make_meshes(1, 2))
+    hardware, counts = measure.hardware_from(FIGURES), Counts("toy", first.config)
+    plan = make_plan(counts, hardware, 2, 1, Workload(2, 64, 32, "float32"))
+    report = step_benchmark.run(first, plan, rounds=1, beside=others)
+    assert (report.to_dict()["tp"], report.to_dict()["dp"]) == (1, 2)
+    console.show(report)
+    table = capsys.readouterr().out
+    speed = f"{2 * 1e3 / report.decode_ms:.1f}"  # of both
+    assert "toy at dp=2 × tp=1 on abacus, float32" in table and speed in table
 
 
 def test_on_faked_devices_one_is_recommended():

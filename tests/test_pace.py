@@ -14,6 +14,7 @@ from test_engine import PAGE, SHAPES, EveryThird, FakeRunner, alone
 from tpjax import LLM, SamplingParams
 from tpjax.engine.block_manager import BlockManager
 from tpjax.engine.engine import Engine
+from tpjax.engine.replica import Replica
 from tpjax.engine.request import Request
 from tpjax.engine.scheduler import Scheduler
 from tpjax.runtime.rows import Row
@@ -227,7 +228,7 @@ class Watched(Request):
 def tiny() -> LLM:
     llm = LLM(GOLDENS / "llama", tp=1, max_model_len=64, max_slots=4)
     runner: Any = FakeRunner(slots=4, pages=60)
-    llm.engine = Engine(runner)  # the engine and all above it; what the devices would do is counted elsewhere
+    llm.front = Replica(Engine(runner))  # and all above it; what the devices would do is counted elsewhere
     return llm
 
 
@@ -268,7 +269,7 @@ def test_cancelling_thousands_too(tiny: LLM, monkeypatch: pytest.MonkeyPatch) ->
             patch.setattr(tiny.engine, "step", step)
             with pytest.raises(KeyboardInterrupt):
                 generated(tiny, count)
-        assert not tiny.engine.scheduler.busy and not tiny._running
+        assert not tiny.engine.scheduler.busy and not tiny._streams
         return Watched.asked / count
 
     few, many = abandoned(200), abandoned(10_000)

@@ -302,8 +302,8 @@ def sent(server: Running, body: dict[str, Any], receive_buffer: int | None = Non
 def test_a_client_that_goes_frees_its_slots(http: httpx.Client, server: Running, streamed: bool) -> None:
     aborted = server.metric("request_success_total")
     with sent(server, {**LONG, "n": SLOTS, "stream": streamed}):
-        server.until(lambda: server.service.stats is not None and server.service.stats.running == SLOTS)
-    server.until(lambda: server.service.stats is not None and server.service.stats.running == 0)
+        server.until(lambda: [one.stats.running for one in server.service.replicas] == [SLOTS])
+    server.until(lambda: [one.stats.running for one in server.service.replicas] == [0])
     for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         assert server.metric(gauge) == 0
     assert server.service.pending == 0
@@ -326,7 +326,7 @@ def test_a_slow_reader_is_disconnected(
     with sent(server, {**LONG, "stream": True, "n": SLOTS, "logprobs": 20}, 4096):
         server.until(lambda: "too slow" in caplog.text)  # and reads nothing
         server.until(lambda: server.service.pending == 0)
-    server.until(lambda: server.service.stats is not None and server.service.stats.running == 0)
+    server.until(lambda: [one.stats.running for one in server.service.replicas] == [0])
     assert http.post(COMPLETIONS, json=completion()).status_code == 200
 
 

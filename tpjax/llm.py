@@ -21,7 +21,7 @@ from tpjax.checkpoints.hub import cache_dir, resolve
 from tpjax.checkpoints.load import (
     abstract_decoder,
     check_quantize,
-    load_decoder,
+    load_replicas,
     open_checkpoint,
     parameters,
 )
@@ -36,10 +36,12 @@ from tpjax.config import (
 from tpjax.engine.engine import Engine
 from tpjax.engine.generation import Delta as Delta
 from tpjax.engine.generation import Generation
+from tpjax.engine.replica import Replica
 from tpjax.engine.request import FinishReason, Grammar, Request, TokenLogprobs
+from tpjax.engine.router import Router
 from tpjax.engine.token_filter import TokenFilter, word_sequences
 from tpjax.errors import ConfigError, RequestError
-from tpjax.mesh import make_mesh
+from tpjax.mesh import make_meshes
 from tpjax.old_spellings import accepts_old_spellings
 from tpjax.runtime.device_speed import step_time
 from tpjax.runtime.limits import PAGE_SIZE, resolve_dtype
@@ -88,7 +90,7 @@ class Completion:
 
 
 class LLM:
-    """A language model, sharded over a mesh of devices.
+    """A language model, sharded over a mesh of devices, or several replicas of it, each on a mesh of its own.
 
     As a context manager it is closed at the end of the block::
 
@@ -97,7 +99,7 @@ class LLM:
 
     Args:
         model: a built-in alias, a Hugging Face id, a directory (safetensors or Orbax), or a ``.gguf`` file.
-        tp: number of devices; ``None`` takes all of them. It need not divide anything.
+        tp: number of devices of a replica; ``None`` shares all of them out. It need not divide anything.
         dtype: dtype of weights, activations and cache: ``auto`` (bfloat16 on TPU and GPU, float32 on CPU),
             ``float32``, ``bfloat16`` or ``float16``.
         max_model_len: longest sequence, prompt and output together, tokens; ``None``: the model's longest
@@ -119,12 +121,16 @@ class LLM:
         max_num_batched_tokens: tokens of a step, those of decoded sequences and of prompts together; at least
             a page of a prompt, 128, and at most 2,048 run in any case. ``None``: as many as are predicted to
             delay decoded sequences little.
+        dp: number of replicas. Each has its own weights, cache and slots on its own ``tp`` devices, and is
+            stepped by a thread: :mod:`tpjax.engine.router` says how requests are spread, and how many
+            replicas a process can drive.
         generation_config: source of sampling parameters that a request does not give: ``auto``: the
             checkpoint's ``generation_config.json``; ``none``: no source; or another directory or file.
 
     Attributes:
         config: the architecture.
-        mesh: the mesh.
+        dp: number of replicas.
+        mesh: the mesh, of the first replica.
         tokenizer: ``None`` if the checkpoint has none: prompts and completions are then token ids.
         eos_ids: tokens that end a text.
         sampling_defaults: sampling parameters that apply if a request does not give them.
@@ -132,8 +138,8 @@ class LLM:
         quantize: what quantised weights are kept in.
         name: the model as it was given.
         path: the checkpoint on disk.
-        runner: the compiled model.
-        engine: the step loop over ``runner``.
+        engines: the engine of each replica.
+        front: what requests are given to: the replica, or the router of several.
         role: the part of this process, if several run the model (:func:`tpjax.initialize_distributed`):
             process 0 has the requests, the others run what it does, in :meth:`follow`.
 
@@ -157,6 +163,7 @@ class LLM:
         generation_config: str | os.PathLike[str] = "auto",
         max_num_batched_tokens: int | None = None,
         attention: AttentionBackend = "auto",
+        dp: int = 1,
     ) -> None:
         check_quantize(quantize)
         check_choice("sequence_parallel", sequence_parallel, SequenceParallel)
@@ -180,12 +187,13 @@ class LLM:
         self.tokenizer: Tokenizer | None = load_tokenizer(path)
         self.eos_ids = generation.eos_ids(path) if self.tokenizer is None else self.tokenizer.eos_ids
         self.sampling_defaults = generation.sampling_defaults(path, generation_config)
-        self.mesh = make_mesh(tp)
+        meshes = make_meshes(tp, dp)
+        self.dp, self.mesh = dp, meshes[0]
         _use_compilation_cache()
         self.dtype = resolve_dtype(dtype)
         self.role = join(
             {"model": path.name, "checkpoint": digest_of_edges(path), "tp": self.mesh.size, **flags},
-            device_memory(self.mesh.size),
+            device_memory(self.mesh.size * dp),
         )
         memory, backend = self.role.decide(lambda: self._attention_backend(attention))
         log.info("attention: %s", backend)
@@ -195,26 +203,35 @@ class LLM:
                 self.dtype,
                 _CPU_HALF_PRECISION_SLOWDOWN,
             )
-        decoder = abstract_decoder(
-            self.config, self.mesh, self.dtype, quantize, backend, checkpoint.source.format_of
-        )
+        decoders = [
+            abstract_decoder(self.config, mesh, self.dtype, quantize, backend, checkpoint.source.format_of)
+            for mesh in meshes
+        ]
         limits = plan_limits(
             self.config,
             self.mesh.size,
             self.dtype,
-            weight_bytes=sum(p.bytes_per_device for p in parameters(decoder, self.mesh)),
+            weight_bytes=sum(p.bytes_per_device for p in parameters(decoders[0], self.mesh)),
             memory=memory,
             max_model_len=max_model_len,
             max_slots=max_slots,
         )
         self.quantize: Quantize | None = quantize
-        decoder = load_decoder(checkpoint, decoder, self.mesh)
         self.name = str(model)
         self.path: Path = path
-        self.runner = Runner(decoder, self.mesh, limits, self.dtype, sequence_parallel, self.role.leader)
-        self.engine = Engine(self.runner, max_num_batched_tokens, self._step_time())
-        self._running: dict[Request, tuple[Generation, deque[Delta]]] = {}
-        self._outputs: deque[tuple[Request, list[int]]] = deque()  # of engine steps, not yet delivered
+        predicted = self._step_time()
+        decoders, leader = load_replicas(checkpoint, decoders, meshes), self.role.leader
+        engines = [
+            Engine(
+                Runner(decoder, mesh, limits, self.dtype, sequence_parallel, leader),
+                max_num_batched_tokens,
+                predicted,
+            )
+            for decoder, mesh in zip(decoders, meshes, strict=True)
+        ]
+        self.engines = tuple(engines)
+        self.front: Replica | Router = Replica(engines[0]) if dp == 1 else Router(engines)
+        self._streams: dict[Generation, deque[Delta]] = {}  # of running calls: what they have not taken yet
         self._seeds = np.random.default_rng(None if seed == RANDOM_SEED else seed % 2**64)
         if self.sampling_defaults:
             log.info("defaults of requests: %s (generation_config)", self.describe_defaults())
@@ -243,7 +260,7 @@ class LLM:
         Requests that run or wait end with the reason ``error``. Any later call raises an ``EngineError``; a
         second ``close`` does nothing.
         """
-        self.engine.close()
+        self.front.close()
 
     def follow(self) -> None:
         """Runs what process 0 runs, until that closes the model; in process 0 itself, returns at once.
@@ -267,6 +284,22 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, of the first replica that has not failed."""
+        return self.front.engine
+
+    @property
+    def runner(self) -> Runner:
+        """The compiled model that :attr:`engine` steps."""
+        return self.engine.runner
+
+    @property
+    def compile_progress(self) -> tuple[int, int]:
+        """How many programs :meth:`warm_up` has compiled in the background, and how many it compiles."""
+        done, programs = zip(*(engine.runner.programs.progress for engine in self.engines), strict=True)
+        return sum(done), sum(programs)
 
     @property
     def max_model_len(self) -> int:
@@ -304,7 +337,7 @@ class LLM:
         try:
             for generation in running:
                 self._start(generation)
-            unfinished = {generation.request for generation in running}
+            unfinished = set(running)
             while unfinished:
                 unfinished.difference_update(self._step())
         finally:
@@ -406,7 +439,7 @@ class LLM:
             raise RequestError("the list of tokens is empty: at least 1 is needed")
         if len(tokens) > self.max_model_len:
             raise RequestError(f"{len(tokens)} tokens are over max_model_len={self.max_model_len}")
-        return self.engine.logits(tokens)
+        return self.front.run(lambda engine: engine.logits(tokens))
 
     def explain(self) -> Report:
         """Reports what lies on which device, its bytes, and what a decode step moves between devices.
@@ -416,8 +449,8 @@ class LLM:
         """
         from tpjax.inspect.explain import explain
 
-        self.engine.check_open()
-        return explain(self.runner, name=self.name)
+        self.front.check_open()
+        return explain(self.runner, name=self.name, dp=self.dp)
 
     def prepare(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> None:
         """Compiles what :meth:`stream` needs for this prompt, so that its first tokens do not wait.
@@ -426,9 +459,13 @@ class LLM:
             RequestError: the prompt or a parameter is invalid.
         """
         request = self.request(prompt, params or SamplingParams())
-        with self.engine.guarded():
-            spans = self.engine.scheduler.prompt_spans(len(request.prompt_token_ids))
-            self.runner.prepare(spans, greedy=request.params.plain_greedy)
+
+        def prepare(engine: Engine) -> None:
+            with engine.guarded():
+                spans = engine.scheduler.prompt_spans(len(request.prompt_token_ids))
+                engine.runner.prepare(spans, greedy=request.params.plain_greedy)
+
+        self.front.run(prepare)  # of several replicas, that of an only request
 
     def warm_up(self, *, background: bool = False) -> None:
         """Compiles every program that serving can call; afterwards nothing compiles again.
@@ -437,9 +474,13 @@ class LLM:
             background: return when requests can run, with programs for more rows or other prompts than they
                 need, and compile the rest on a thread.
         """
-        self.engine.check_open()
-        with self.engine.guarded():
-            self.runner.warm_up(background=background)
+
+        def warm_up(engine: Engine) -> None:
+            with engine.guarded():
+                engine.runner.warm_up(background=background)
+
+        self.front.check_open()
+        self.front.run_on_all(warm_up)
 
     def request(self, prompt: str | Sequence[int], params: SamplingParams, **extra: Any) -> Request:
         """Returns a request for ``engine``, checked against model, tokenizer, context and cache.
@@ -453,7 +494,7 @@ class LLM:
             RequestError: the prompt or a parameter is invalid.
             EngineError: the model is closed.
         """
-        self.engine.check_open()
+        self.front.check_open()
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError(f"{self.path} has no tokenizer: give the prompt as token ids")
@@ -510,7 +551,9 @@ class LLM:
         try:
             while not ended:
                 if not deltas:
-                    ended = generation.request.finish_reason is not None  # another call may have ended it
+                    ended = not self.front.runs(
+                        generation
+                    )  # an interrupt of another call may have lost its end
                     self._step()
                 while deltas:
                     yield (delta := deltas.popleft())
@@ -519,31 +562,28 @@ class LLM:
             self._end(generation)
 
     def _start(self, generation: Generation) -> deque[Delta]:
-        """Queues a request and returns the queue of its deltas, which any call's steps fill."""
-        self.engine.add(generation.request)
-        self._running[generation.request] = (generation, deque())
-        return self._running[generation.request][1]
+        """Queues a generation and returns the queue of its deltas, which any call's steps fill."""
+        self.front.add(generation)
+        self._streams[generation] = deque()
+        return self._streams[generation]
 
-    def _step(self) -> list[Request]:
-        """Steps the engine and delivers its outputs; returns the requests that ended."""
-        ended = []
-        self._outputs.extend(self.engine.step())
-        while self._outputs:
-            request, tokens = self._outputs.popleft()
-            if request not in self._running:
+    def _step(self) -> list[Generation]:
+        """Steps the front and hands out deltas; returns the generations that ended."""
+        self.front.step()
+        ended, deltas = [], self.front.deltas
+        while deltas:
+            generation, delta = deltas.popleft()
+            if generation not in self._streams:
                 continue  # an interrupt has ended its call
-            generation, deltas = self._running[request]
-            if delta := generation.advance(tokens):
-                deltas.append(delta)
+            self._streams[generation].append(delta)
             if delta.finish_reason is not None:
-                self.engine.cancel(request)
-                ended.append(request)
+                ended.append(generation)
         return ended
 
     def _end(self, generation: Generation) -> None:
-        """Ends a call's request, if it has not ended, and its queue of deltas."""
-        self.engine.cancel(generation.request)
-        self._running.pop(generation.request, None)
+        """Ends a call's generation, if it has not ended, and its queue of deltas."""
+        self.front.cancel(generation)
+        self._streams.pop(generation, None)
 
     def _stop_ids(self, stop: Sequence[str]) -> set[int]:
         """Returns the ids of stop strings that are special tokens: the text would not contain those."""

@@ -40,15 +40,44 @@ def make_mesh(tp: int | None = None) -> jax.sharding.Mesh:
     Raises:
         DeviceError: if fewer than ``tp`` devices are present, or a process has none of them.
     """
+    return make_meshes(tp)[0]
+
+
+def make_meshes(tp: int | None = None, dp: int = 1) -> list[jax.sharding.Mesh]:
+    """Returns a mesh ``("tp",)`` for each of ``dp`` replicas, over disjoint devices, the first ones first.
+
+    Args:
+        tp: number of devices of each; ``None`` shares all devices out.
+        dp: number of replicas.
+
+    Raises:
+        DeviceError: if fewer than ``tp`` times ``dp`` devices are present, or ``dp`` does not divide them
+            and ``tp`` is not given, or there are several processes and several replicas.
+    """
     import jax
 
+    check_dp(dp)
+    if dp > 1 and jax.process_count() > 1:
+        raise DeviceError(
+            f"dp={dp} replicas run in one process, but there are {jax.process_count()}: "
+            f"start each replica by itself"
+        )
     devices = jax.devices()
-    tp = len(devices) if tp is None else tp
-    _check_tp(tp)
-    if tp > len(devices):
-        raise DeviceError(_too_few(tp, devices))
-    _check_processes(tp, devices)
-    return jax.make_mesh((tp,), (AXIS,), devices=devices[:tp], axis_types=(jax.sharding.AxisType.Auto,))
+    if tp is None:
+        tp = max(1, len(devices) // dp)
+        if tp * dp < len(devices):
+            raise DeviceError(
+                f"{len(devices)} devices are not a multiple of dp={dp}: tp={tp} would use {tp * dp} of them"
+            )
+    check_tp(tp)
+    if tp * dp > len(devices):
+        raise DeviceError(_too_few(tp, dp, devices))
+    if dp == 1:
+        _check_processes(tp, devices)
+    return [
+        jax.make_mesh((tp,), (AXIS,), devices=devices[at : at + tp], axis_types=(jax.sharding.AxisType.Auto,))
+        for at in range(0, tp * dp, tp)
+    ]
 
 
 def fake_devices(count: int) -> None:
@@ -59,14 +88,14 @@ def fake_devices(count: int) -> None:
     Raises:
         DeviceError: if JAX has already started with fewer devices, or ``count`` is over 64.
     """
-    _check_tp(count)
+    check_tp(count)
     if count > _MAX_FAKED:
         raise DeviceError(f"tp={count} is over {_MAX_FAKED}, the most devices that a CPU can fake")
     if _backend_started():
         import jax
 
         if len(jax.devices()) < count:
-            raise DeviceError(_too_few(count, jax.devices(), started=True))
+            raise DeviceError(_too_few(count, 1, jax.devices(), started=True))
         return
     flags = os.environ.get("XLA_FLAGS", "")
     if not _COUNT_PATTERN.search(flags):
@@ -76,27 +105,34 @@ def fake_devices(count: int) -> None:
     guard_rendezvous()
 
 
-def ensure_devices(tp: int) -> None:
-    """Makes sure that ``tp`` devices exist: fakes them, with a line on stderr, if the only device is a CPU.
+def ensure_devices(tp: int, dp: int = 1) -> None:
+    """Makes sure that ``dp`` times ``tp`` devices exist.
+
+    If the only device is a CPU they are faked, with a line on stderr.
 
     Of several processes each fakes its part.
 
     Raises:
         DeviceError: if there are too few devices and they cannot be faked.
     """
-    _check_tp(tp)
+    check_tp(tp)
+    check_dp(dp)
     if not _backend_started():
-        fake_devices(
-            -(-tp // num_processes())
-        )  # touches the CPU backend only: accelerators ignore both variables
+        if tp * dp > _MAX_FAKED and dp > 1:
+            raise DeviceError(
+                f"dp={dp} replicas of tp={tp} are {tp * dp} devices, over {_MAX_FAKED}, the most that a CPU "
+                "can fake"
+            )
+        # touches the CPU backend only: accelerators ignore both variables
+        fake_devices(-(-tp * dp // num_processes()))
         import jax
 
-        if tp > 1 and jax.default_backend() == "cpu" and not process_id():
+        if tp * dp > 1 and jax.default_backend() == "cpu" and not process_id():
             print(f"tpjax: the only device is a CPU: faking {jax.device_count()} devices", file=sys.stderr)
     import jax
 
-    if tp > len(jax.devices()):
-        raise DeviceError(_too_few(tp, jax.devices(), started=True))
+    if tp * dp > len(jax.devices()):
+        raise DeviceError(_too_few(tp, dp, jax.devices(), started=True))
 
 
 def guard_rendezvous() -> None:
@@ -122,9 +158,16 @@ def _pool_threads() -> int:
     return int(chosen) if chosen.isdigit() else os.cpu_count() or 1
 
 
-def _check_tp(tp: int) -> None:
+def check_tp(tp: int) -> None:
+    """Raises a ``DeviceError`` unless ``tp`` is a number of devices."""
     if isinstance(tp, bool) or not isinstance(tp, int) or tp < 1:
         raise DeviceError(f"tp={tp!r} is not a whole number of devices, 1 or more")
+
+
+def check_dp(dp: int) -> None:
+    """Raises a ``DeviceError`` unless ``dp`` is a number of replicas."""
+    if isinstance(dp, bool) or not isinstance(dp, int) or dp < 1:
+        raise DeviceError(f"dp={dp!r} is not a whole number of replicas, 1 or more")
 
 
 def _check_processes(tp: int, devices: list[jax.Device]) -> None:
@@ -145,10 +188,12 @@ def _backend_started() -> bool:
     return bool(xla_bridge.backends_are_initialized())
 
 
-def _too_few(tp: int, devices: list[jax.Device], *, started: bool = False) -> str:
-    kind = devices[0].platform.upper()
-    message = f"tp={tp} needs {tp} devices, but JAX sees {len(devices)} ({kind})"
+def _too_few(tp: int, dp: int, devices: list[jax.Device], *, started: bool = False) -> str:
+    kind, needed = devices[0].platform.upper(), tp * dp
+    layout = f"tp={tp} needs {tp}" if dp == 1 else f"dp={dp} replicas of tp={tp} need {needed}"
+    message = f"{layout} devices, but JAX sees {len(devices)} ({kind})"
     if kind != "CPU":
-        return f"{message}; use tp={len(devices)} or fewer"
+        fitting = f"tp={len(devices) // dp}" if len(devices) >= dp else f"dp={len(devices)}"
+        return f"{message}; use {fitting} or fewer"
     when = "; JAX has already started" if started or _backend_started() else ""
-    return f"{message}{when}: call tpjax.fake_devices({tp}) before the first use of JAX"
+    return f"{message}{when}: call tpjax.fake_devices({needed}) before the first use of JAX"

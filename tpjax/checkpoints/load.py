@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -346,7 +346,14 @@ def parameters(model: Decoder, mesh: Mesh) -> list[Parameter]:
 
 
 def load_decoder(checkpoint: Checkpoint, model: Decoder, mesh: Mesh, *, progress: bool = True) -> Decoder:
-    """Reads the weights onto the mesh.
+    """Reads the weights onto the mesh: see :func:`load_replicas`."""
+    return load_replicas(checkpoint, [model], [mesh], progress=progress)[0]
+
+
+def load_replicas(
+    checkpoint: Checkpoint, models: Sequence[Decoder], meshes: Sequence[Mesh], *, progress: bool = True
+) -> list[Decoder]:
+    """Reads the weights once onto several meshes of equal size.
 
     Each device gets only its slice. Besides the slices, the host holds the parameters that are being
     assembled: at most 128 MiB and one more. Weights that the model keeps in 8 or 4 bits are rounded block by
@@ -354,14 +361,14 @@ def load_decoder(checkpoint: Checkpoint, model: Decoder, mesh: Mesh, *, progress
 
     Args:
         checkpoint: from :func:`open_checkpoint`.
-        model: from :func:`abstract_decoder`, for the same mesh; it gets the weights.
-        mesh: ``("tp",)``.
+        models: from :func:`abstract_decoder`, for each mesh; they get the weights.
+        meshes: ``("tp",)``.
         progress: show a progress bar on stderr if that is a terminal.
 
     Raises:
         CheckpointError: configuration and weights disagree; the message lists every difference.
     """
-    declared = parameters(model, mesh)
+    model, declared = models[0], parameters(models[0], meshes[0])
     check_tensors(checkpoint, declared)
     source: Canonical = checkpoint.source
     if kept := _quantized_tensors(declared):
@@ -369,13 +376,15 @@ def load_decoder(checkpoint: Checkpoint, model: Decoder, mesh: Mesh, *, progress
         if model.quantize is not None:
             source = RoundedSource(checkpoint.source, kept, checkpoint.path)
         declared.sort(key=lambda parameter: parameter.is_scales)  # last: reading the values finds them
-    arrays: dict[tuple[Any, ...], jax.Array] = {}
+    arrays: list[dict[tuple[Any, ...], jax.Array]] = [{} for _ in meshes]
     with _bar(progress) as bar:
         task = bar.add_task("loading weights", total=len(declared))
         for order in fill(map(_order, declared), source):
-            arrays[order.what.path] = _array(order.what, order.parts)
+            for mesh, of_replica in zip(meshes, arrays, strict=True):
+                there = replace(order.what, sharding=NamedSharding(mesh, order.what.sharding.spec))
+                of_replica[order.what.path] = _array(there, order.parts)
             bar.advance(task)
-    return _with_values(model, arrays)
+    return [_with_values(model, of_replica) for model, of_replica in zip(models, arrays, strict=True)]
 
 
 def _quantized_tensors(declared: Iterable[Parameter]) -> dict[str, Kept]:

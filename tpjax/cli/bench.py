@@ -12,6 +12,7 @@ from tpjax.planning.workload import LONGEST_DEFAULT_PROMPT, Workload
 
 EXAMPLES = """
   tpjax bench smollm2-135m --tp 2
+  tpjax bench smollm2-135m --dp 2
   tpjax bench smollm2-135m --context 128 --prompt-len 128 --rounds 3 --json
 """
 
@@ -21,6 +22,15 @@ def run(
     model_option: ModelOption = None,
     tp: Annotated[
         int, option("--tp", help="Devices to shard over.", parser=positive_int("devices"), metavar="N")
+    ] = 1,
+    dp: Annotated[
+        int,
+        option(
+            "--dp",
+            help="Replicas at once, a sequence each.",
+            parser=positive_int("replicas"),
+            metavar="N",
+        ),
     ] = 1,
     context: Annotated[
         int, option("--context", help="Tokens in the cache.", parser=positive_int("tokens"), metavar="C")
@@ -46,15 +56,17 @@ def run(
     from tpjax.runtime.counts import Counts
 
     name = chosen_model(model, model_option)
-    workload = Workload(1, context, prompt_len or min(context, LONGEST_DEFAULT_PROMPT), "float32")
+    workload = Workload(dp, context, prompt_len or min(context, LONGEST_DEFAULT_PROMPT), "float32")
     # before anything is measured: a misspelt name and a context too long are reported at once
-    longest = read_config(hub.resolve(name)).longest_context
-    if step_benchmark.longest(workload) > longest:
+    needed, longest = step_benchmark.longest(workload), read_config(hub.resolve(name)).longest_context
+    if needed > longest:
         raise RequestError(
             f"--context {context} and --prompt-len {workload.prompt_len} need sequences of "
-            f"{step_benchmark.longest(workload)} tokens, over the model's {longest}"
+            f"{needed} tokens, over the model's {longest}"
         )
-    hardware = measured_hardware(tp, rounds=rounds)  # in a process of its own, before this one starts JAX
-    llm = load(name, Sharding(tp=tp, dtype="float32", max_model_len=step_benchmark.longest(workload)))
-    plan = make_plan(Counts(name, llm.config), hardware, tp, tp, workload)
-    show_report(step_benchmark.run(llm.runner, plan, rounds), as_json=as_json)
+    # in a process of its own, before this one starts JAX
+    hardware = measured_hardware(tp * dp, rounds=rounds)
+    llm = load(name, Sharding(tp=tp, dp=dp, dtype="float32", max_model_len=needed))
+    plan = make_plan(Counts(name, llm.config), hardware, tp * dp, tp, workload)
+    first, *others = (engine.runner for engine in llm.engines)
+    show_report(step_benchmark.run(first, plan, rounds, others), as_json=as_json)

@@ -80,7 +80,7 @@ def run(
             compiled = explain_topology(name, chips, context=context, **asdict(sharding))
         show_report(compiled, as_json=as_json)
         return
-    ensure(name, sharding.tp, configuration=True)
+    ensure(name, sharding.tp, sharding.dp, configuration=True)
     from tpjax.inspect.explain import explain_model
 
     report = explain_model(name, **asdict(sharding))

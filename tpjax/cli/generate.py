@@ -125,7 +125,8 @@ def run(
         else:
             _all(llm, requests, figures, as_json=as_json, as_ids=token_ids)
     device = llm.mesh.devices.flat[0]
-    note(f"{figures.line()}, tp={llm.mesh.size}, {device.device_kind}")
+    replicas = f"dp={llm.dp}, " if llm.dp > 1 else ""
+    note(f"{figures.line()}, {replicas}tp={llm.mesh.size}, {device.device_kind}")
 
 
 def _stream(llm: LLM, prompt: Prompt, params: SamplingParams, figures: Figures, *, as_ids: bool) -> None:

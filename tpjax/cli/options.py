@@ -256,6 +256,15 @@ class Sharding:
             "--tp", help="Devices to shard over (all of them).", parser=positive_int("devices"), metavar="N"
         ),
     ] = None
+    dp: Annotated[
+        int,
+        option(
+            "--dp",
+            help="Replicas, each on --tp devices of its own (1).",
+            parser=positive_int("replicas"),
+            metavar="N",
+        ),
+    ] = 1
     dtype: Annotated[Dtype, option("--dtype", help="Of weights and cache; auto: float32 on a CPU.")] = "auto"
     quantize: Annotated[
         Quantize | None,

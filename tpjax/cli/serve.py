@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
   tpjax serve smollm2-135m --tp 4
+  tpjax serve smollm2-135m --dp 2 --tp 2
   tpjax serve ./Llama-3.1-8B-Instruct --tp 8 --host 0.0.0.0 --api-key-file keys.txt
 """
 
@@ -129,7 +130,7 @@ def run(
         drain_s=drain_s,
     )
     processes.join()
-    ensure(name, sharding.tp)
+    ensure(name, sharding.tp, sharding.dp)
 
     def loaded() -> LLM:
         return load(

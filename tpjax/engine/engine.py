@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -77,6 +78,21 @@ class Stats:
     prefix_queries: int
     prefix_hits: int
     compiles: int
+
+    @classmethod
+    def of_all(cls, parts: Sequence[Stats]) -> Stats:
+        """Returns the stats of several engines together; the slots of each are numbered after the last's."""
+        first_slots = accumulate((one.slots for one in parts), initial=0)
+        sums = {name: sum(getattr(one, name) for one in parts) for name in _SUMMED}
+        requests = (
+            request._replace(slot=first + request.slot)
+            for first, one in zip(first_slots, parts, strict=False)
+            for request in one.requests
+        )
+        return cls(**sums, kv_cache_usage=sums["pages_in_use"] / sums["pages"], requests=tuple(requests))
+
+
+_SUMMED = [one.name for one in fields(Stats) if one.name not in ("kv_cache_usage", "requests")]
 
 
 @dataclass(frozen=True)
@@ -152,8 +168,21 @@ class Engine:
             EngineError: the engine is closed.
         """
         self.check_open()
-        request.rope_scaling_key = self.runner.config.rope.scaling_key(request.max_length)
+        self._set_rope_scaling(request)
         self.scheduler.add(request)
+
+    def cached_pages(self, request: Request) -> int:
+        """Returns how many full pages of a request's prompt are in the prefix cache now.
+
+        It may be called on another thread than the one that steps the engine.
+        """
+        self._set_rope_scaling(request)
+        size = self.runner.limits.page_size
+        pages = (len(request.prompt_token_ids) - 1) // size
+        return self.scheduler.pages.find(request.page_keys(size, pages)[:pages]).blocks
+
+    def _set_rope_scaling(self, request: Request) -> None:
+        request.rope_scaling_key = self.runner.config.rope.scaling_key(request.max_length)
 
     def cancel(self, request: Request) -> None:
         """Ends a request early and releases what it holds; does nothing if it has ended."""
@@ -230,6 +259,16 @@ class Engine:
             self.scheduler.finish(request)
         self.runner.close()
         self._state_resets = self.runner.state_resets
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` has been called."""
+        return self._closed
+
+    def check_devices(self) -> None:
+        """Runs a step of nothing; it fails if the devices cannot be used any more."""
+        with self.guarded():
+            self.runner.run_nothing()
 
     def check_open(self) -> None:
         """Raises an ``EngineError`` if the engine is closed, or only follows another process."""

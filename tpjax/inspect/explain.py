@@ -32,7 +32,7 @@ from tpjax.inspect.collectives import find_collectives, summarise
 from tpjax.inspect.explain_report import Report, Step, TensorRow
 from tpjax.inspect.reasons import cache_reason, experts_reason, reason
 from tpjax.layers.weights import dtype_bits
-from tpjax.mesh import make_mesh
+from tpjax.mesh import make_meshes
 from tpjax.old_spellings import accepts_old_spellings
 from tpjax.planning.published import is_published, published_config
 from tpjax.runtime.limits import PAGE_SIZE, resolve_dtype
@@ -42,8 +42,11 @@ from tpjax.runtime.runner import Runner
 from tpjax.sharding import Content, Layout, Segment, WeightLayout, head_plan, pad_to_multiple, tensor_layout
 
 
-def explain(runner: Runner, name: str) -> Report:
-    """Describes a runner. It needs no weights; a decode and a prefill step are compiled unless they are."""
+def explain(runner: Runner, name: str, dp: int = 1) -> Report:
+    """Describes a runner, one of ``dp`` replicas.
+
+    It needs no weights; a decode and a prefill step are compiled unless they are.
+    """
     config, mesh, limits = runner.config, runner.mesh, runner.limits
     tensors = _tensor_rows(runner)
     weight_bytes = sum(row.bytes_per_device for row in tensors)
@@ -60,6 +63,7 @@ def explain(runner: Runner, name: str) -> Report:
         model=name,
         model_type=config.model_type,
         tp=mesh.size,
+        dp=dp,
         platform=mesh.devices.flat[0].device_kind,
         dtype=str(jnp.dtype(runner.dtype)),
         quantize=runner.abstract_model().quantize,
@@ -87,18 +91,20 @@ def explain_model(
     expert_parallel: ExpertParallel = "auto",
     quantize: Quantize | None = None,
     attention: AttentionBackend = "auto",
+    dp: int = 1,
 ) -> Report:
     """Describes a checkpoint sharded over ``tp`` devices without reading a weight.
 
     Args:
         model: a name or path that ``LLM`` accepts, the name of a published model, a ``config.json``, or a
             directory that holds one and no weights. From Hugging Face, only ``config.json`` is downloaded.
-        tp: number of devices; ``None``: all of them.
+        tp: number of devices of a replica; ``None``: all of them are shared out.
         dtype: a dtype that ``LLM`` accepts.
         max_model_len: longest sequence, tokens.
         expert_parallel: whether experts are sharded, as for ``LLM``.
         quantize: what weights are kept in, as for ``LLM``.
         attention: what computes attention, as for ``LLM``.
+        dp: number of replicas.
 
     Raises:
         TpjaxError: the checkpoint is not supported, or its configuration and tensors disagree.
@@ -115,7 +121,7 @@ def explain_model(
     if checkpoint is not None:
         checkpoint.check_quantize(quantize)
     config = config.with_expert_parallel(expert_parallel)
-    mesh, kind = make_mesh(tp), resolve_dtype(dtype)
+    mesh, kind = make_meshes(tp, dp)[0], resolve_dtype(dtype)
     backend = choose_backend(
         attention, mesh.devices.flat[0], KernelShape.of(config, mesh.size, kind, PAGE_SIZE)
     )
@@ -124,7 +130,7 @@ def explain_model(
     declared = parameters(decoder, mesh)
     if checkpoint is not None:
         check_tensors(checkpoint, declared)
-    weight_bytes, memory = sum(p.bytes_per_device for p in declared), device_memory(mesh.size)
+    weight_bytes, memory = sum(p.bytes_per_device for p in declared), device_memory(mesh.size * dp)
     if memory is not None and memory.free < 2 * weight_bytes:
         memory = None  # a model that is too large for this machine can be explained too
     limits = plan_limits(
@@ -136,7 +142,7 @@ def explain_model(
         max_model_len=max_model_len,
         max_slots=None,
     )
-    return explain(Runner(decoder, mesh, limits, kind), name=model)
+    return explain(Runner(decoder, mesh, limits, kind), name=model, dp=dp)
 
 
 def _step(runner: Runner, name: str, spec: ProgramSpec) -> Step:

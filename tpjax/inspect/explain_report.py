@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tpjax.inspect.collectives import Collective
-from tpjax.inspect.tables import as_html, collective_table, described_dtype
+from tpjax.inspect.tables import as_html, collective_table, described_dtype, described_layout
 from tpjax.planning.plain_table import plain_table
 from tpjax.runtime.memory import human_bytes
 from tpjax.sharding import Content
@@ -105,7 +105,8 @@ class Report:
     Attributes:
         model: name of the model.
         model_type: its family.
-        tp: number of devices.
+        tp: number of devices of a replica.
+        dp: number of replicas; all else is that of one.
         platform: kind of the devices.
         dtype: dtype of cache, and of weights that are not quantised.
         quantize: what quantised weights are kept in; ``None``: none are.
@@ -124,6 +125,7 @@ class Report:
     model: str
     model_type: str
     tp: int
+    dp: int
     platform: str
     dtype: str
     quantize: str | None
@@ -143,15 +145,17 @@ class Report:
         return asdict(self)
 
     def __repr__(self) -> str:
-        return f"<Report: {self.model} at tp={self.tp}>"  # the tables are for print (rich) and notebooks
+        # the tables are for print (rich) and notebooks
+        return f"<Report: {self.model} at {described_layout(self.tp, self.dp)}>"
 
     def __rich__(self) -> RenderableType:
         return Group(
             Text(
-                f"{self.model} ({self.model_type}) at tp={self.tp} on {self.platform}, "
-                f"{described_dtype(self.dtype, self.quantize)}",
+                f"{self.model} ({self.model_type}) at {described_layout(self.tp, self.dp)} "
+                f"on {self.platform}, {described_dtype(self.dtype, self.quantize)}",
                 style="bold",
             ),
+            *([Text(self._replicas())] if self.dp > 1 else []),
             Text(self.heads["summary"]),
             *([Text(self.experts["summary"])] if self.experts else []),
             Text(f"attention: {self.attention}"),
@@ -167,6 +171,13 @@ class Report:
 
     def _repr_html_(self) -> str:
         return as_html(self)
+
+    def _replicas(self) -> str:
+        return (
+            f"{self.dp} replicas, each as below on {self.tp} devices of its own; nothing moves between them. "
+            f"On all {self.dp * self.tp} devices: {human_bytes(self.dp * self.weight_bytes)} of weights, "
+            f"{human_bytes(self.dp * self.cache['bytes'])} of cache"
+        )
 
     def _tensor_table(self) -> Table:
         numbers = ("shape", "on a device", "bytes there", "zeros", "copies")

@@ -50,6 +50,7 @@ def explain_topology(
     context: int = DEFAULT_CONTEXT,
     quantize: Quantize | None = None,
     attention: AttentionBackend = "auto",
+    dp: int = 1,
 ) -> TopologyReport:
     """Compiles a model's decode and prefill steps for chips that are not here, from shapes alone.
 
@@ -66,6 +67,7 @@ def explain_topology(
             ``max_model_len``.
         quantize: what weights are kept in, as for ``LLM``.
         attention: what computes attention, as for ``LLM``.
+        dp: number of replicas; the programs of each are the same.
 
     Raises:
         TpjaxError: the model is not supported, or its programs cannot be compiled here.
@@ -79,7 +81,7 @@ def explain_topology(
     runner = abstract_runner(
         config.with_expert_parallel(expert_parallel),
         topology,
-        tp,
+        topology.devices_of_replica(tp, dp),
         dtype,
         max_model_len=max_model_len,
         quantize=quantize,
@@ -92,6 +94,7 @@ def explain_topology(
         model=model,
         topology=topology.name,
         tp=runner.mesh.size,
+        dp=dp,
         dtype=str(runner.dtype),
         quantize=quantize,
         attention=str(runner.backend),

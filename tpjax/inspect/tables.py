@@ -60,6 +60,11 @@ def collective_table(name: str, collectives: Sequence[Collective], budget: dict[
     return table
 
 
+def described_layout(tp: int, dp: int) -> str:
+    """Returns ``tp=2``, or ``dp=4 × tp=2`` of several replicas."""
+    return f"tp={tp}" if dp == 1 else f"dp={dp} × tp={tp}"
+
+
 def described_dtype(dtype: str, quantize: str | None) -> str:
     """Names the dtype of a model and, if weights are quantised, what they are kept in."""
     return dtype if quantize is None else f"{dtype} with {quantize} weights"

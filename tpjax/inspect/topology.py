@@ -20,7 +20,7 @@ from tpjax.errors import ConfigError
 from tpjax.hardware import HARDWARE, SHORT_NAMES, Hardware
 from tpjax.inspect.accelerators import has_tpu
 from tpjax.inspect.packages import installed_version
-from tpjax.mesh import AXIS
+from tpjax.mesh import AXIS, check_dp
 
 TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # axes of the chip grid
 # chips of a full pod: beyond it, the compiler aborts the process
@@ -109,6 +109,26 @@ class Topology:
     def memory_bytes(self) -> int:
         """Memory of one device."""
         return int(self.hardware.device.memory_bytes)
+
+    def devices_of_replica(self, tp: int | None, dp: int) -> int | None:
+        """Returns ``tp`` if it is given or there is one replica; else what each of ``dp`` replicas gets.
+
+        Raises:
+            ConfigError: the replicas do not fit the devices.
+        """
+        check_dp(dp)
+        count = math.prod(self.grid) * self.devices_per_chip
+        if dp == 1:
+            return tp
+        if tp is None and count % dp == 0:
+            return count // dp
+        if tp is None:
+            raise ConfigError(f"the {count} devices of {self.name} are not a multiple of dp={dp}")
+        if tp * dp > count:
+            raise ConfigError(
+                f"dp={dp} replicas of tp={tp} are {tp * dp} devices, more than the {count} of {self.name}"
+            )
+        return tp
 
     def mesh(self, tp: int | None = None) -> Mesh:
         """Makes the mesh ``("tp",)`` over the first ``tp`` devices: programs can be compiled for it, not run.

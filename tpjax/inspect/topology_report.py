@@ -12,7 +12,7 @@ from rich.text import Text
 
 from tpjax.inspect.collectives import Collective
 from tpjax.inspect.estimate import KERNEL_SHARE, LOW_KERNEL_SHARE, Estimate
-from tpjax.inspect.tables import as_html, collective_table, described_dtype
+from tpjax.inspect.tables import as_html, collective_table, described_dtype, described_layout
 from tpjax.planning.plain_table import plain_table
 from tpjax.runtime.memory import human_bytes
 
@@ -75,12 +75,13 @@ class TopologyReport:
     Attributes:
         model: name of the model.
         topology: name of the topology, as it was asked for.
-        tp: number of devices.
+        tp: number of devices of a replica.
         dtype: dtype of cache, and of weights that are not quantised.
         quantize: what quantised weights are kept in; ``None``: none are.
         attention: what computes attention, and why.
         memory_bytes: memory of one device.
         programs: decode, then prefill.
+        dp: number of replicas, which all have these programs.
     """
 
     model: str
@@ -91,6 +92,7 @@ class TopologyReport:
     memory_bytes: int
     programs: list[ProgramReport]
     quantize: str | None = None
+    dp: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data, ready for JSON."""
@@ -101,7 +103,8 @@ class TopologyReport:
 
     def __rich__(self) -> RenderableType:
         dtype = described_dtype(self.dtype, self.quantize)
-        title = f"{self.model} at tp={self.tp} on {self.topology}, {dtype}, compiled ahead of time"
+        layout = described_layout(self.tp, self.dp)
+        title = f"{self.model} at {layout} on {self.topology}, {dtype}, compiled ahead of time"
         compiled = [one for one in self.programs if not one.compile_error]
         return Group(
             Text(title, style="bold"),

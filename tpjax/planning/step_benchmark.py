@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,6 +47,7 @@ class BenchReport:
             "model": self.plan.model.counts.name,
             "device": self.plan.model.hardware.name,
             "tp": self.plan.tp,
+            "dp": self.plan.replicas,
             **asdict(self.plan.workload),
             "decode": {"measured_ms": decode, "predicted_ms": decode_plan},
             "prefill": {"measured_ms": prefill, "predicted_ms": prefill_plan},
@@ -52,13 +55,12 @@ class BenchReport:
 
     def __rich__(self) -> RenderableType:
         plan = self.plan
-        title = (
-            f"{plan.model.counts.name} at tp={plan.tp} on {plan.model.hardware.name}, {plan.workload.dtype}"
-        )
+        layout = f"tp={plan.tp}" if plan.replicas == 1 else f"dp={plan.replicas} × tp={plan.tp}"
+        title = f"{plan.model.counts.name} at {layout} on {plan.model.hardware.name}, {plan.workload.dtype}"
         numbers = ("measured ms", "predicted ms", "predicted / measured", "tokens/s")
         table = plain_table(title, "", numbers=numbers)
         for (what, measured, predicted), tokens in zip(self.rows, (1, plan.workload.prompt_len), strict=True):
-            speed = f"{tokens * 1e3 / measured:.1f}"
+            speed = f"{tokens * plan.replicas * 1e3 / measured:.1f}"
             table.add_row(what, f"{measured:.2f}", f"{predicted:.2f}", f"{predicted / measured:.2f}", speed)
         return table
 
@@ -68,22 +70,24 @@ def longest(workload: Workload) -> int:
     return max(workload.context + _DECODE_TOKENS, workload.prompt_len)
 
 
-def run(runner: Any, plan: Plan, rounds: int | None = None) -> BenchReport:
+def run(runner: Any, plan: Plan, rounds: int | None = None, beside: Sequence[Any] = ()) -> BenchReport:
     """Times a runner at the context and prompt of a plan, with one sequence.
 
     Args:
         runner: a runner with room for :func:`longest` tokens.
         plan: the prediction.
         rounds: passed to :func:`best_s`.
+        beside: runners of other replicas, which do the same at the same time; all are waited for.
     """
-    workload = plan.workload
-    timings = best_s(
-        {
-            "decode": lambda: _decode(runner, workload.context),
-            "prefill": lambda: _prefill(runner, workload.prompt_len),
-        },
-        rounds,
-    )
+    workload, runners = plan.workload, (runner, *beside)
+    with ThreadPoolExecutor(len(runners)) as threads:
+        timings = best_s(
+            {
+                "decode": lambda: [*threads.map(lambda one: _decode(one, workload.context), runners)],
+                "prefill": lambda: [*threads.map(lambda one: _prefill(one, workload.prompt_len), runners)],
+            },
+            rounds,
+        )
     return BenchReport(plan, timings["decode"] / _DECODE_TOKENS * 1e3, timings["prefill"] * 1e3)
 
 

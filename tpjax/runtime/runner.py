@@ -310,13 +310,16 @@ class Runner:
         programs = self.programs
         programs.expected = frozenset(programs.serving())
         programs.compile(programs.first() if background else programs.serving())
-        # a first call also compiles the small transfers around a program
-        null = Row(self.limits.max_slots, 0, (), SamplingParams(temperature=0), 0)
-        jax.block_until_ready((self.step([], [Chunk(null, [0])]).sampled, self.decode([null], 1)))
+        self.run_nothing()  # a first call also compiles the small transfers around a program
         if background:
             threading.Thread(target=self._compile_others, name="tpjax-compile", daemon=True).start()
         else:
             programs.expected = frozenset()
+
+    def run_nothing(self) -> None:
+        """Runs a prompt chunk and a decode step of no request, and waits for them."""
+        null = Row(self.limits.max_slots, 0, (), SamplingParams(temperature=0), 0)
+        jax.block_until_ready((self.step([], [Chunk(null, [0])]).sampled, self.decode([null], 1)))
 
     def _compile_others(self) -> None:
         for spec in self.programs.serving():

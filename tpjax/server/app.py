@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from tpjax._version import __version__
 from tpjax.errors import DistributedError
@@ -127,9 +127,12 @@ def _add_monitoring(app: FastAPI, state: AppState) -> None:
     @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Response:
-        """Returns 200 unless the engine has failed; if a process was lost, which and why."""
-        lost = service.error if isinstance(service.error, DistributedError) else ""
-        return Response(f"{lost}", 503 if service.state == "failed" else 200, media_type="text/plain")
+        """Returns 200 unless the engine, or every replica, has failed; and which replicas work."""
+        lost = {"error": f"{service.error}"} if isinstance(service.error, DistributedError) else {}
+        return JSONResponse(
+            {"status": service.state, "replicas": state.replicas()} | lost,
+            status_code=503 if service.state == "failed" else 200,
+        )
 
     @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses=RESPONSES)

@@ -9,6 +9,7 @@ from functools import cached_property
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
+from tpjax.engine.engine import Stats
 from tpjax.server.chat_prompts import ChatPrompts
 from tpjax.server.error_responses import ApiError, bad_request
 from tpjax.server.json_types import Json, JsonObject
@@ -160,16 +161,18 @@ class AppState:
 
     def live(self) -> JsonObject:
         """Returns the figures of ``/stats``: state, slots and pages by request, queue, tokens generated."""
-        stats, service = self.service.stats, self.service
+        service = self.service
         figures = {
             "state": service.state,
             "model": service.model,
             "generated_tokens": service.metrics.generated_tokens,
             "time": time.monotonic(),
         }
-        if stats is None:
+        if not service.replicas:
             return figures
+        stats = Stats.of_all([one.stats for one in service.replicas])
         return figures | {
+            "replicas": self.replicas(),
             "slots": stats.slots,
             "running": stats.running,
             "waiting": stats.waiting,
@@ -181,6 +184,18 @@ class AppState:
             "prefix_hits": stats.prefix_hits,
             "prefix_queries": stats.prefix_queries,
         }
+
+    def replicas(self) -> list[Json]:
+        """Returns which replicas work, and what each has to do."""
+        return [
+            {
+                "state": "ready" if one.error is None else "failed",
+                "running": one.stats.running,
+                "waiting": one.stats.waiting,
+                "slots": one.stats.slots,
+            }
+            for one in self.service.replicas
+        ]
 
     def close(self) -> None:
         """Ends the workers that have been started."""

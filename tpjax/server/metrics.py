@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,12 +11,27 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 if TYPE_CHECKING:
-    from tpjax.engine.engine import Stats
     from tpjax.engine.generation import Delta
+    from tpjax.engine.replica import ReplicaStatus
     from tpjax.engine.request import Request
 
 _FAST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _SLOW = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
+
+# Figures of a replica, which has the label ``engine``, as vLLM calls it.
+_Figures = tuple[tuple[str, str, "Callable[[ReplicaStatus], float]"], ...]
+_GAUGES: _Figures = (
+    ("num_requests_running", "Choices that hold a slot.", lambda one: one.stats.running),
+    ("num_requests_waiting", "Choices in the queue.", lambda one: one.stats.waiting),
+    ("kv_cache_usage_perc", "Cache pages in use; 1 is all.", lambda one: one.stats.kv_cache_usage),
+    ("engine_up", "1 while the replica works, 0 when it has failed.", lambda one: one.error is None),
+)
+_COUNTERS: _Figures = (
+    ("num_preemptions", "Requests that gave their cache pages back.", lambda one: one.stats.preemptions),
+    ("prefix_cache_queries", "Prompt tokens looked up in the cache.", lambda one: one.stats.prefix_queries),
+    ("prefix_cache_hits", "Prompt tokens found in the cache.", lambda one: one.stats.prefix_hits),
+    ("compiles", "Programs compiled.", lambda one: one.stats.compiles),
+)
 
 
 @dataclass
@@ -39,16 +54,16 @@ class Metrics:
 
     Args:
         model: name of the model, a label of every metric.
-        stats: returns the engine's figures; ``None`` while the model loads.
+        replicas: returns the figures of each replica; none while the model loads.
 
     Attributes:
         generated_tokens: tokens generated since the start.
     """
 
-    def __init__(self, model: str, stats: Callable[[], Stats | None]) -> None:
+    def __init__(self, model: str, replicas: Callable[[], Sequence[ReplicaStatus]]) -> None:
         self.generated_tokens = 0
         self._model = model
-        self._stats = stats
+        self._replicas = replicas
         self._registry = CollectorRegistry()
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of choices that began.")
         self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
@@ -91,26 +106,20 @@ class Metrics:
         self._success.labels(self._model, "abort").inc(choices)
 
     def collect(self) -> Iterator[Metric]:
-        """Yields the engine's figures; Prometheus's client calls this at each scrape."""
-        stats = self._stats()
-        if stats is None:
+        """Yields the figures of each replica; Prometheus's client calls this at each scrape."""
+        replicas = self._replicas()
+        if not replicas:
             return
-        for name, value, text in (
-            ("num_requests_running", stats.running, "Choices that hold a slot."),
-            ("num_requests_waiting", stats.waiting, "Choices in the queue."),
-            ("kv_cache_usage_perc", stats.kv_cache_usage, "Cache pages in use; 1 is all."),
-        ):
-            gauge = GaugeMetricFamily(f"tpjax:{name}", text, labels=["model_name"])
-            gauge.add_metric([self._model], value)
+        labels = ["model_name", "engine"]
+        for name, text, value in _GAUGES:
+            gauge = GaugeMetricFamily(f"tpjax:{name}", text, labels=labels)
+            for number, one in enumerate(replicas):
+                gauge.add_metric([self._model, str(number)], value(one))
             yield gauge
-        for name, value, text in (
-            ("num_preemptions", stats.preemptions, "Requests that gave their cache pages back."),
-            ("prefix_cache_queries", stats.prefix_queries, "Prompt tokens looked up in the cache."),
-            ("prefix_cache_hits", stats.prefix_hits, "Prompt tokens found in the cache."),
-            ("compiles", stats.compiles, "Programs compiled."),
-        ):
-            counter = CounterMetricFamily(f"tpjax:{name}", text, labels=["model_name"])
-            counter.add_metric([self._model], value)
+        for name, text, value in _COUNTERS:
+            counter = CounterMetricFamily(f"tpjax:{name}", text, labels=labels)
+            for number, one in enumerate(replicas):
+                counter.add_metric([self._model, str(number)], value(one))
             yield counter
 
     def _counter(self, name: str, text: str) -> Counter:

@@ -1,7 +1,8 @@
 """Runs the engine on its own thread; a queue carries commands to it, callbacks carry deltas back.
 
 One thread owns the model: it loads it and steps its engine, and no other thread touches either. Commands
-(add, cancel) take effect between two steps; the deltas of a step go back to the event loop in one call.
+(add, cancel) take effect between two steps; the deltas of a step go back to the event loop in one call. With
+several replicas, "the engine" is their router, which has a thread for each (:mod:`tpjax.engine.router`).
 """
 
 from __future__ import annotations
@@ -24,10 +25,9 @@ from tpjax.server.metrics import ChoiceTimings, Metrics
 from tpjax.server.shards import shards
 
 if TYPE_CHECKING:
-    from tpjax.engine.engine import Engine, Stats
-    from tpjax.engine.request import Request
+    from tpjax.engine.replica import Replica, ReplicaStatus
+    from tpjax.engine.router import Router
     from tpjax.llm import LLM
-    from tpjax.runtime.programs import Programs
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,6 @@ class Service:
         state: requests are accepted while it is ``ready``.
         error: the exception that ended the engine's thread.
         model: name of the model in the API.
-        stats: the engine's figures after its last step; ``None`` while the model loads.
         shards: how the model is sharded; ``None`` until that is known, shortly after the model is loaded.
         metrics: metrics over all requests.
         max_queue: most choices that may wait for a slot.
@@ -142,14 +141,14 @@ class Service:
     ) -> None:
         self.state: State = "loading"
         self.error: BaseException | None = None
-        self.stats: Stats | None = None
+        self._status: Sequence[ReplicaStatus] = ()  # of an only replica
         self.shards: JsonObject | None = None
         self.model = model
-        self.metrics = Metrics(model, lambda: self.stats)
+        self.metrics = Metrics(model, lambda: self.replicas)
         self.max_queue = max_queue
         self._load = load
         self._warm_up = warm_up
-        self._programs: Programs | None = None
+        self._compiling: LLM | None = None
         self._on_ready = on_ready
         self._on_failure = on_failure
         self._on_drain = on_drain
@@ -158,8 +157,8 @@ class Service:
         self._streams: set[Stream] = set()
         self._preparing = 0
         # on the engine's thread only
-        self._active: dict[Request, tuple[Stream, int]] = {}
-        self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
+        self._active: dict[Generation, tuple[Stream, int]] = {}
+        self._commands: queue.SimpleQueue[Callable[[Replica | Router], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="tpjax-engine", daemon=True)
 
     # --- on the event loop -------------------------------------------------------------------------------
@@ -184,9 +183,16 @@ class Service:
         return self._llm
 
     @property
+    def replicas(self) -> Sequence[ReplicaStatus]:
+        """The figures of each replica after its last step; none while the model loads."""
+        if self._llm is not None and self._llm.dp > 1:  # their threads go on while this one waits
+            return self._llm.front.status()
+        return self._status
+
+    @property
     def compiling(self) -> str:
         """``program 7 of 19`` while programs are being compiled, or nothing."""
-        done, programs = self._programs.progress if self._programs is not None else (0, 0)
+        done, programs = self._compiling.compile_progress if self._compiling is not None else (0, 0)
         return f"program {min(done + 1, programs)} of {programs}" if programs else ""
 
     @property
@@ -205,7 +211,7 @@ class Service:
         Raises:
             ApiError: 429, the queue is full; 503, no requests are accepted.
         """
-        room = self.llm.runner.limits.max_slots + self.max_queue
+        room = self.llm.front.slots + self.max_queue
         if self.pending + choices > room:
             raise ApiError(
                 429,
@@ -237,14 +243,14 @@ class Service:
         self.admit(len(generations))
         stream = Stream(generations, limit)
         self._streams.add(stream)
-        self._commands.put(lambda engine: self._add(engine, stream))
+        self._command(lambda front: self._add(front, stream))
         return stream
 
     def close(self, stream: Stream) -> None:
         """Closes a stream that is read no more; its running generations are cancelled within a step."""
         if stream in self._streams:
             self._streams.remove(stream)
-            self._commands.put(lambda engine: self._cancel(engine, stream))
+            self._command(lambda front: self._cancel(front, stream))
 
     async def drain(self, limit_s: float) -> None:
         """Stops accepting requests and waits for the running ones; after ``limit_s`` seconds they fail."""
@@ -257,11 +263,16 @@ class Service:
 
     async def stop(self) -> None:
         """Ends the engine's thread; a thread that is still loading ends with the process."""
-        self._commands.put(None)
+        self._command(None)
         if self._llm is not None:
             await asyncio.to_thread(self._thread.join)
             if self._llm.role.leader is not None:
                 await asyncio.to_thread(self._llm.role.leader.close)
+
+    def _command(self, command: Callable[[Replica | Router], None] | None) -> None:
+        self._commands.put(command)
+        if self._llm is not None:
+            self._llm.front.wake()
 
     def _deliver(self, outputs: list[tuple[Stream, int, Delta]], now: float) -> None:
         for stream, index, delta in outputs:
@@ -298,18 +309,22 @@ class Service:
                 llm.role.leader.on_lost = lambda reason: self._call(lambda: self._lost(reason))
                 llm.role.leader.on_drain = lambda: self._call(self._on_drain)
             if self._warm_up:
-                self._programs = llm.runner.programs
+                self._compiling = llm
                 llm.warm_up(background=True)
                 # it compiles too, and nobody who asks for tokens should wait for that
                 threading.Thread(target=self._describe, args=(llm,), daemon=True).start()
             else:
                 self._describe(llm)
             self._llm = llm
-            self.stats = llm.engine.stats()
+            self._status = llm.front.status()
             self._call(self._ready)
-            while self._process_commands(llm.engine):
-                self._step(llm.engine)
-                self.stats = llm.engine.stats()
+            while self._process_commands(llm.front):
+                self._step(llm.front)
+                self._status = llm.front.status()
+                llm.front.check_open()
+            for generation in self._active:  # no replica's thread may be at work when the process ends
+                llm.front.cancel(generation)
+            llm.front.run_on_all(lambda engine: None)
         except BaseException as error:
             if self.loaded:  # the command line reports a model that cannot be loaded
                 log.exception("the engine stopped")
@@ -323,53 +338,48 @@ class Service:
         except Exception:  # requests do not need it
             log.exception("the page has no shards to show")
 
-    def _process_commands(self, engine: Engine) -> bool:
+    def _process_commands(self, front: Replica | Router) -> bool:
         """Processes queued commands; blocks while the engine is idle. Returns False on the stop command."""
         while True:
             try:
-                command = self._commands.get(block=not engine.busy)
+                command = self._commands.get(block=not front.busy)
             except queue.Empty:
                 return True
             if command is None:
                 return False
-            command(engine)
-            self.stats = engine.stats()
+            command(front)
+            self._status = front.status()
 
-    def _step(self, engine: Engine) -> None:
+    def _step(self, front: Replica | Router) -> None:
+        front.step()
         outputs = []
-        for request, tokens in engine.step():
-            place = self._active.get(request)
-            if place is None:
-                continue  # cancelled after its dispatch
-            stream, index = place
-            error = getattr(request.grammar, "error", None)
-            if error and request.finish_reason != "length":
-                request.finish_reason, request.error = "error", error
-            delta = stream.generations[index].advance(tokens)
+        while front.deltas:
+            generation, delta = front.deltas.popleft()
+            if generation not in self._active:
+                continue
+            stream, index = self._active[generation]
             if delta.finish_reason is not None:
-                engine.cancel(request)
-                del self._active[request]
-            if delta:
-                outputs.append((stream, index, delta))
+                del self._active[generation]
+            outputs.append((stream, index, delta))
         if outputs:
             now = time.perf_counter()
             self._call(lambda: self._deliver(outputs, now))
 
-    def _add(self, engine: Engine, stream: Stream) -> None:
+    def _add(self, front: Replica | Router, stream: Stream) -> None:
         try:
             for index, generation in enumerate(stream.generations):
-                engine.add(generation.request)
-                self._active[generation.request] = (stream, index)
+                front.add(generation)
+                self._active[generation] = (stream, index)
         except Exception:  # each was checked before: this is a bug, and must not end the other requests
             log.exception("a checked request was refused")
-            self._cancel(engine, stream)
+            self._cancel(front, stream)
             self._call(lambda: stream.fail(internal_error()))
 
-    def _cancel(self, engine: Engine, stream: Stream) -> None:
+    def _cancel(self, front: Replica | Router, stream: Stream) -> None:
         aborted = 0
         for generation in stream.generations:
-            if self._active.pop(generation.request, None) is not None:
-                engine.cancel(generation.request)
+            if self._active.pop(generation, None) is not None:
+                front.cancel(generation)
                 aborted += 1
         if aborted:
             self._call(lambda: self.metrics.record_aborts(aborted))

@@ -50,20 +50,7 @@ DRAWS = (  # tests of one device
 Result = dict[str, Any]
 
 
-# --- timing ------------------------------------------------------------------------------------------------
-
-
-def seconds(call: Callable[[], Any], rounds: int = 5, calls: int = 1) -> float:
-    """Returns the median time of a call, of several in flight at once; the first is not counted."""
-    import jax
-
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        jax.block_until_ready([call() for _ in range(calls)])
-        times.append((time.perf_counter() - started) / calls)
-    return statistics.median(times)
+# --- the device -------------------------------------------------------------------------------------------
 
 
 def machine(dry: bool) -> Result:
@@ -71,20 +58,18 @@ def machine(dry: bool) -> Result:
     import jax
     import jax.numpy as jnp
 
+    from tpjax.inspect.chip_benchmark import product_rate, read_bandwidth, seconds
+
     size = 1 << (22 if dry else 31)  # bytes
     words = jnp.ones(size // 4, jnp.int32)
     copied = seconds(functools.partial(jax.jit(lambda x: x + 1), words), calls=4)
-    summed = seconds(functools.partial(jax.jit(jnp.sum), words), calls=4)
-    side = 256 if dry else 8192
-    left, right = (jax.random.normal(jax.random.key(k), (side, side), jnp.bfloat16) for k in (0, 1))
-    product = seconds(functools.partial(jax.jit(jnp.dot), left, right), calls=8)
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
         "jax": jax.__version__,
         "copy_bytes_s": 2 * size / copied,
-        "read_bytes_s": size / summed,
-        "product_flops": 2 * side**3 / product,
+        "read_bytes_s": read_bandwidth(size),
+        "product_flops": product_rate(256 if dry else 8192, jnp.dtype("bfloat16")),
         "memory_bytes": (device.memory_stats() or {}).get("bytes_limit"),
     }
 
@@ -126,57 +111,19 @@ def sampler(dry: bool) -> Result:
 
 def attention(dry: bool) -> Result:
     """Times attention of decode rows alone, in Llama-3-8B's shape: the kernel and the page walk."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
+    from tpjax.attention import KernelShape
+    from tpjax.attention.backends import Backend
+    from tpjax.inspect.chip_benchmark import attention_s
 
-    from tpjax.attention import backends, gpu
-    from tpjax.cache import LayerCache, TokenGroup
-
-    heads, per_head, width, calls = 8, 4, 128, 16
+    shape = KernelShape(8, 4, 128, 128, False, (None,), None, False, PAGE, "bfloat16")
     found: list[Result] = []
     cases = [(1, 256)] if dry else [(1, 2048), (1, 32768), (8, 2048), (8, 8192), (64, 2048), (256, 1024)]
     for batch, context in cases:
-        columns = context // PAGE
-        pages = 1 + batch * columns
-        rng = np.random.default_rng(0)
-        tables = jnp.asarray(1 + rng.permutation(batch * columns).reshape(batch, columns), jnp.int32)
-        keys, values = (
-            jax.random.normal(jax.random.key(k), (pages, heads, PAGE, width), jnp.bfloat16) for k in (0, 1)
-        )
-        positions = jnp.full((batch, 1), context - 1, jnp.int32)
-        query = jax.random.normal(jax.random.key(2), (batch, 1, heads, per_head, width), jnp.bfloat16)
-        group = TokenGroup(tables, positions, jnp.ones(batch, jnp.int32))
-
-        def attend(
-            query: jax.Array, keys: jax.Array, values: jax.Array, group: TokenGroup, name: str
-        ) -> jax.Array:
-            @jax.jit  # lowered once
-            def once(query: jax.Array, keys: jax.Array, values: jax.Array, group: TokenGroup) -> jax.Array:
-                own = query[:, :, :, 0]
-                return query + backends.paged_attention(
-                    query,
-                    own,
-                    own,
-                    LayerCache(keys, values),
-                    group,
-                    scale=0.1,
-                    window=None,
-                    backend=backends.Backend(name),
-                )
-
-            for _ in range(calls):  # each waits for the one before
-                query = once(query, keys, values, group)
-            return query
-
-        moved = 2 * batch * context * heads * width * 2
+        moved = 2 * batch * context * shape.heads * shape.width * 2
         row: Result = {"batch": batch, "context": context, "bytes": moved}
         for name in ("xla",) if dry else ("gpu", "xla"):
-            step = jax.jit(functools.partial(attend, name=name))
-            row[f"{name}_us"] = 1e6 * seconds(functools.partial(step, query, keys, values, group)) / calls
-        if not dry:
-            row["tiling"] = gpu.choose_tiling(batch, heads, per_head, context, (width, width), 2)._asdict()
-            row["bytes_s"] = moved / (row["gpu_us"] * 1e-6)
+            taken = attention_s(Backend(name), shape, batch, context)
+            row |= {f"{name}_us": 1e6 * taken, f"{name}_bytes_s": moved / taken}
         found.append(row)
         print(json.dumps(row), flush=True)
         save({"rows": found})
@@ -189,6 +136,7 @@ def experts(dry: bool) -> Result:
     import jax.numpy as jnp
     import numpy as np
 
+    from tpjax.inspect.chip_benchmark import seconds
     from tpjax.layers import experts_gpu
 
     count, inner, columns, active = (4, 64, 128, 2) if dry else (128, 2048, 1536, 8)
@@ -255,97 +203,48 @@ def parity(dry: bool) -> Result:
 # --- models ------------------------------------------------------------------------------------------------
 
 
-def random_runner(name: str, dry: bool, slots: int) -> Any:
-    """Makes the runner of a published model with random weights, and everything that it may hold."""
-    import jax
+def model_runner(name: str, dry: bool, slots: int) -> Any:
+    """Makes the runner of a published model with random weights, and all the cache that fits."""
     import jax.numpy as jnp
-    from flax import nnx
 
     from tpjax.attention import KernelShape, choose_backend, selftest
     from tpjax.families.registry import config_from_hf
+    from tpjax.inspect.chip_benchmark import random_runner
     from tpjax.mesh import make_mesh
-    from tpjax.model import Decoder
-    from tpjax.planning.published import published_config
-    from tpjax.runtime.memory import device_memory, plan_limits
-    from tpjax.runtime.runner import Runner
 
-    config = published_config(name)
+    fields = json.loads((ROOT / "tpjax" / "planning" / "published.json").read_text())[name]["config"]
     if dry:
-        small = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 512}
-        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-        fields = json.loads((ROOT / "tpjax" / "planning" / "published.json").read_text())[name]["config"]
-        config = config_from_hf(fields | small | (experts if config.moe else {}))
-    mesh, dtype = make_mesh(1), jnp.dtype("bfloat16")
+        fields |= {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 512}
+        if "num_experts" in fields:
+            fields |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    config, mesh, dtype = config_from_hf(fields), make_mesh(1), jnp.dtype("bfloat16")
     device, shape = mesh.local_devices[0], KernelShape.of(config, 1, dtype, PAGE)
     folder = Path(os.environ["TPJAX_CACHE"]) / "attention"
     backend = choose_backend("auto", device, shape, lambda: selftest.verdict("gpu", shape, device, folder))
-    print("attention:", backend, flush=True)
-
-    @functools.partial(jax.jit, static_argnums=(1, 2))
-    def draw(key: jax.Array, shape: tuple[int, ...], kind: jnp.dtype) -> jax.Array:
-        fan_in = max(shape[-2:]) if len(shape) > 1 else 1
-        return (jax.random.normal(key, shape, jnp.bfloat16) * fan_in**-0.5).astype(kind)
-
-    with jax.set_mesh(mesh):
-        model = nnx.eval_shape(lambda: Decoder(config, 1, dtype, backend))
-        state = nnx.state(model, nnx.Param)
-        leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Param))
-        for number, leaf in enumerate(leaves):
-            value = leaf.get_value()
-            leaf.set_value(draw(jax.random.key(number), value.shape, value.dtype))
-        nnx.update(model, state)
-    weight_bytes = sum(leaf.get_value().nbytes for leaf in leaves)
-    limits = plan_limits(
-        config,
-        1,
-        dtype,
-        weight_bytes=0,  # they are in the memory already
-        memory=device_memory(1),
-        max_model_len=CONTEXT + 2 * PAGE,
-        max_slots=slots,
+    runner, weight_bytes = random_runner(
+        config, mesh, dtype, backend, max_model_len=CONTEXT + 2 * PAGE, max_slots=slots
     )
-    print(
-        f"weights {weight_bytes / 1e9:.1f} GB, {limits.num_pages} pages, {limits.max_slots} slots", flush=True
-    )
-    return Runner(model, mesh, limits, dtype, "off"), weight_bytes
-
-
-def decode_rows(runner: Any, batch: int, context: int) -> list[Any]:
-    """Returns rows at the end of a context; those beyond the cache's pages share the others'."""
-    from tpjax.runtime.rows import Row
-    from tpjax.sampling_params import SamplingParams
-
-    greedy = SamplingParams(temperature=0.0, max_tokens=context)
-    columns = -(-context // PAGE)
-    usable = runner.limits.num_pages - 1
-    return [
-        Row(
-            slot,
-            context - 1,
-            [[1 + (slot * columns + at) % usable for at in range(columns)]],
-            greedy,
-            seed=0,
-            remaining=context,
-            max_length=context,
-        )
-        for slot in range(batch)
-    ]
+    limits = runner.limits
+    print(f"attention: {backend}; {limits.num_pages} pages, {limits.max_slots} slots", flush=True)
+    return runner, weight_bytes
 
 
 def decode_speed(runner: Any, weight_bytes: int, batches: dict[int, int], bandwidth: float) -> list[Result]:
     """Times decode steps: bytes of weights and live cache over the time of a step."""
     from tpjax.cache import page_bytes_per_device
+    from tpjax.inspect.chip_benchmark import decode_s
 
     config, found = runner.config, []
     page = page_bytes_per_device(config, 1, PAGE, runner.dtype)
     embedding = config.vocab_size * config.hidden_size * 2  # of which a step reads a row per token
     read = weight_bytes - (0 if config.tie_word_embeddings else embedding)
     for batch, context in batches.items():
-        rows = decode_rows(runner, batch, context)
         if batch > runner.limits.max_slots:
             continue
+        if config.moe is not None:
+            start_slots(runner, batch)
         started = time.perf_counter()
-        step = seconds(lambda rows=rows: runner.decode(rows, 1).tokens, calls=20)
+        step = decode_s(runner, batch, context)
         cache = batch * context * page / PAGE
         weights = read - unread_experts(config, batch)
         found.append(
@@ -364,6 +263,23 @@ def decode_speed(runner: Any, weight_bytes: int, batches: dict[int, int], bandwi
     return found
 
 
+def start_slots(runner: Any, batch: int) -> None:
+    """Gives each slot a last token of its own: equal ones would pick the same experts."""
+    import numpy as np
+
+    from tpjax.inspect.chip_benchmark import decode_rows
+    from tpjax.runtime.rows import Chunk
+
+    tokens = np.random.default_rng(0).integers(3, runner.config.vocab_size, (batch, 4)).tolist()
+    rows = decode_rows(runner, batch, PAGE)
+    for start in range(0, batch, 8):
+        chunks = []
+        for row, ids in zip(rows[start : start + 8], tokens[start : start + 8], strict=True):
+            row.position = 0
+            chunks.append(Chunk(row, ids))
+        runner.step([], chunks)
+
+
 def unread_experts(config: Any, batch: int) -> float:
     """Returns the bytes of experts that no token picks, where each picks evenly: an expectation."""
     if config.moe is None:
@@ -375,13 +291,10 @@ def unread_experts(config: Any, batch: int) -> float:
 
 def prefill_speed(runner: Any, weight_bytes: int, flops: float, prompt: int) -> Result:
     """Times a prompt in one step."""
-    from tpjax.runtime.rows import Chunk
+    from tpjax.inspect.chip_benchmark import prefill_s
 
-    (row,) = decode_rows(runner, 1, prompt)
-    row.position = 0
-    chunk = Chunk(row, [3] * prompt)
     started = time.perf_counter()
-    step = seconds(lambda: runner.step([], [chunk]).sampled.tokens)
+    step = prefill_s(runner, prompt)
     config = runner.config
     embedding = config.vocab_size * config.hidden_size
     weights = weight_bytes / 2 - embedding * (1 if config.tie_word_embeddings else 2)
@@ -439,7 +352,7 @@ def engine_speed(runner: Any, requests: int, prompt: int, answer: int) -> Result
 
 def model(name: str, dry: bool, slots: int, ceilings: Result) -> Result:
     """Decode at several batches, prefill, the engine, and where the time of a decode step goes."""
-    runner, weight_bytes = random_runner(name, dry, 8 if dry else slots)
+    runner, weight_bytes = model_runner(name, dry, 8 if dry else slots)
     batches = {1: SHORT_CONTEXT, 2: SHORT_CONTEXT} if dry else asked_batches(slots)
     found: Result = {"model": name, "attention": str(runner.backend), "weight_bytes": weight_bytes}
     found["decode"] = decode_speed(runner, weight_bytes, batches, ceilings["read_bytes_s"])
@@ -463,6 +376,8 @@ def asked_batches(slots: int) -> dict[int, int]:
 def profile(runner: Any, batch: int) -> list[Result]:
     """Returns which kernels take the time of a decode step, and keeps the trace."""
     import jax
+
+    from tpjax.inspect.chip_benchmark import decode_rows
 
     rows = decode_rows(runner, batch, SHORT_CONTEXT if batch == 1 else CONTEXT)
     steps, folder = 2, output() / "trace"

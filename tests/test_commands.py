@@ -106,6 +106,7 @@ COMMANDS = {
     "pull": "pull --model smollm2-135m --verify",
     "models": "models --json",
     "doctor": "doctor --json",
+    "doctor measure": "doctor --measure --json",
 }
 SHARED = {"--help", "--debug"}
 
@@ -407,3 +408,13 @@ def test_models_and_doctor(places: dict[str, Any]) -> None:
     out, _ = tpjax("doctor", places)
     facts = json.loads(out)
     assert facts["devices"]["platform"] == "cpu" and str(places["cache"]) in out
+
+
+@pytest.mark.slow
+def test_doctor_measures(places: dict[str, Any]) -> None:
+    out, _ = tpjax("doctor measure", places)
+    report = json.loads(out)
+    figures = {figure["name"]: figure for figure in report["figures"]}
+    assert report["attention"].startswith("xla")
+    assert {"reading memory", "product in float32", "prompt of 512 tokens"} < set(figures)
+    assert all(figure["measured"] > 0 and figure["expected"] is None for figure in figures.values())

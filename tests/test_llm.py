@@ -265,7 +265,7 @@ def test_logits_bounds(tiny: LLM) -> None:
         ({"dtype": "int3"}, ConfigError, "dtype='int3'"),
         ({"max_model_len": 513}, ConfigError, "max_model_len=513 is not between 1 and the model's 512"),
         ({"max_slots": 0}, ConfigError, "max_slots=0"),
-        ({"quantize": "int4"}, ConfigError, "quantize='int4' is not supported: use int8 or fp8"),
+        ({"quantize": "int3"}, ConfigError, "quantize='int3' is not supported: use int8, fp8 or int4"),
         ({"seed": 2**63}, ConfigError, "seed=9223372036854775808"),
         (
             {"sequence_parallel": "rows"},

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import json
+from typing import Annotated
 
-from tpjax.cli.console import show
-from tpjax.cli.options import Json
+from tpjax.cli.console import show, show_report
+from tpjax.cli.options import Json, option
 
 EXAMPLES = """
   tpjax doctor
   tpjax doctor --json
+  tpjax doctor --measure --json > chip.json
 """
 
 
-def run(as_json: Json = False) -> None:
+def run(
+    measure: Annotated[
+        bool,
+        option(
+            "--measure",
+            help="Measure the devices, beside their data sheet and what plan predicts: up to three minutes.",
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Show the devices, versions, settings and caches tpjax sees, and what looks wrong."""
+    if measure:
+        from tpjax.inspect import chip_benchmark
+
+        show_report(chip_benchmark.measure(), as_json=as_json)
+        return
     from tpjax.inspect import doctor
 
     facts = doctor.examine()

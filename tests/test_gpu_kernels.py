@@ -111,16 +111,22 @@ def test_layout(sizes: list[int], compared: int, monkeypatch: pytest.MonkeyPatch
         pytest.param(
             shape_of(lengths=(1, 0, 1), first=(370, 0, 3), window=90, cyclic=True, sinks=True, softcap=2.0),
             id="window",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             shape_of(lengths=(3, 2), first=(62, 150), length=3, per_head=2, width=32, value_dim=48),
             id="drafts",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
-            shape_of(lengths=(64, 9, 0), first=(128, 64, 0), length=64, per_head=3, window=70), id="chunks"
+            shape_of(lengths=(64, 9, 0), first=(128, 64, 0), length=64, per_head=3, window=70),
+            id="chunks",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
-            shape_of(lengths=(1, 1), first=(200, 63), width=256, value_dim=256, per_head=9), id="wide heads"
+            shape_of(lengths=(1, 1), first=(200, 63), width=256, value_dim=256, per_head=9),
+            id="wide heads",
+            marks=pytest.mark.slow,
         ),
     ),
 )

@@ -253,12 +253,18 @@ def test_what_is_read(model: tuple[str, Path, Tensors]) -> None:
     assert sum(one.is_quantized for one in parameters(model_of, mesh)) == 8
 
 
-@pytest.mark.parametrize("tp", (1, 3, 5, 8))
-def test_logits(model: tuple[str, Path, Tensors], tp: int, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    ("model", "tp"),
+    (
+        pytest.param(name, tp, marks=() if (name, tp) in FAST else pytest.mark.slow)
+        for name in FORMATS
+        for tp in (1, 3, 5, 8)
+    ),
+    indirect=["model"],
+)
+def test_logits(model: tuple[str, Path, Tensors], tp: int) -> None:
     """Those of the weights that the stored ones stand for."""
-    name, path, weights = model
-    if (name, tp) not in FAST and not request.config.getoption("--all"):
-        pytest.skip("--all")
+    _, path, weights = model
     want = reference.logits(open_checkpoint(path).config, weights, PROMPT)
     stepwise = Stepwise(str(path), tp, max_length=64)
     got = np.concatenate([stepwise(PROMPT[:-1].tolist()), stepwise(PROMPT[-1:].tolist())])

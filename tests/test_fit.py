@@ -128,7 +128,7 @@ def test_workspace_covers_what_the_compiler_says(tp: int) -> None:
 def test_accelerators_say_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
     stats = {"bytes_limit": 100 * MIB, "bytes_in_use": 20 * MIB}
     device = type("Device", (), {"platform": "gpu", "memory_stats": lambda self: stats})()
-    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
     found = memory_module.device_memory(8)
     assert found == DeviceMemory(int(80 * MIB * 0.92), None, "gpu")  # each has its own: tp divides nothing
     monkeypatch.setattr(device, "memory_stats", lambda: None, raising=False)

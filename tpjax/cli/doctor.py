@@ -11,7 +11,7 @@ from tpjax.cli.options import Json, option
 EXAMPLES = """
   tpjax doctor
   tpjax doctor --json
-  tpjax doctor --measure --json > chip.json
+  tpjax doctor --measure --json
 """
 
 

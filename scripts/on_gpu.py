@@ -2,7 +2,7 @@
 """Tests and measures tpjax on one NVIDIA GPU: kernels, sampler, decode, prefill, engine, transformers.
 
     scripts/on_gpu                        # a machine with an H100 or H200: at most nine minutes
-    scripts/on_gpu --dry-run              # the same code on a CPU, with tiny models: a minute or two
+    scripts/on_gpu --dry-run              # the same code on a CPU, with tiny models: three minutes
     scripts/on_gpu --only kernels llama   # some sections
 
 Each section is a process of its own with a limit of time, so that one that fails or hangs takes no other

@@ -43,7 +43,7 @@ def interpreted(what: str) -> Any:
     """Returns what makes :func:`plgpu.kernel` interpret a kernel on a CPU.
 
     Args:
-        what: was asked for.
+        what: the option that asks for it, for the message.
 
     Raises:
         ConfigError: the installed jax interprets no such kernel.

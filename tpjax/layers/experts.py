@@ -7,6 +7,7 @@ definition that the grouped products are held to.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -129,13 +130,8 @@ def _experts_by_kernel(
         assert not isinstance(weights, QuantizedWeight)
         return experts_gpu.grouped_product(x, weights, tiles.experts, interpret=interpret)
 
-    gate_up = product(x[tiles.sources // (len(assigned) // len(x))], experts.gate_up)
-    if experts.gate_up_bias is not None:
-        gate_up = gate_up + experts.gate_up_bias[of_place]
-    out = product(_glu(gate_up, config), experts.down)
-    if experts.down_bias is not None:
-        out = out + experts.down_bias[of_place]
-    return out[tiles.places]
+    rows = x[tiles.sources // (len(assigned) // len(x))]
+    return _grouped_experts(rows, experts, of_place, product, config)[tiles.places]
 
 
 def tiled_experts(
@@ -179,11 +175,24 @@ def ragged_experts(
 ) -> Float[Array, "M D"]:
     """Computes what :func:`tiled_experts` computes, as two grouped products."""
     expert = jnp.repeat(jnp.arange(group_sizes.size), group_sizes, total_repeat_length=x.shape[0])
-    gate_up = grouped_dot(x, experts.gate_up, group_sizes)
+    return _grouped_experts(
+        x, experts, expert, lambda x, weights: grouped_dot(x, weights, group_sizes), config
+    )
+
+
+def _grouped_experts(
+    x: Float[Array, "M D"],
+    experts: ExpertWeights,
+    of_row: Int[Array, " M"],
+    product: Callable[[Array, Weight], Array],
+    config: ModelConfig,
+) -> Float[Array, "M D"]:
+    """Computes the expert of each row, given the product of all rows with the weights of their experts."""
+    gate_up = product(x, experts.gate_up)
     if experts.gate_up_bias is not None:
-        gate_up = gate_up + experts.gate_up_bias[expert]
-    out = grouped_dot(_glu(gate_up, config), experts.down, group_sizes)
-    return out if experts.down_bias is None else out + experts.down_bias[expert]
+        gate_up = gate_up + experts.gate_up_bias[of_row]
+    out = product(_glu(gate_up, config), experts.down)
+    return out if experts.down_bias is None else out + experts.down_bias[of_row]
 
 
 def _kernel_multiplies(experts: ExpertWeights) -> bool:

@@ -169,6 +169,23 @@ def test_faked_chips_share_their_machine():
     assert CostModel(TINY, CHIP, 2, Workload()).decode(1, 100).weights == pytest.approx(alone.weights / 2)
 
 
+def test_replicas_on_faked_devices_share_their_machine():
+    """As many as have requests; on chips of their own none slows another."""
+    faked = replace(CHIP, shared=True)
+    alone, one, both = (
+        make_plan(TINY, chip, chips, 1, Workload(batch=batch)).decode
+        for chip, chips, batch in ((faked, 1, 1), (faked, 2, 1), (faked, 2, 2))
+    )
+    assert one == alone
+    assert both.weights == pytest.approx(2 * alone.weights) and both.fixed == alone.fixed
+    assert (
+        make_plan(TINY, CHIP, 2, 1, Workload(batch=2)).decode
+        == make_plan(TINY, CHIP, 1, 1, Workload()).decode
+    )
+    plan = make_plan(TINY, faked, 2, 1, Workload(batch=1))
+    assert plan.full.decode(1, plan.workload.context) == both  # what `plan --serve` goes by
+
+
 def test_costs_add_up_and_name_their_bound():
     cost = Cost(weights=1.0, fixed=2.0) + Cost(cache=3.0) * 2
     assert cost.total == 9.0 and cost.bound == "cache"

@@ -94,6 +94,14 @@ def test_replicas_share_the_requests():
     assert two.summary()["total_output_tokens"] == 12
 
 
+def test_a_request_goes_to_the_replica_with_least_to_do():
+    """The third would wait for the first, were they dealt in turn."""
+    arrivals = [Arrival(0.0, 30, 50), Arrival(0.5, 30, 2), Arrival(10.0, 30, 2), Arrival(20.0, 30, 2)]
+    run = simulate(server(slots=1), arrivals, replicas=2)
+    by_length = sorted(run.result.outcomes, key=lambda one: one.output_tokens)
+    assert [one.ttft for one in by_length] == [1.0, 1.0, 1.0, 1.0] and by_length[-1].latency == 50.0
+
+
 def test_a_full_cache_preempts_and_still_answers_all():
     arrivals = [Arrival(0.0, 120, 200)] * 4
     run = simulate(server(pages=6, length=384), arrivals)

@@ -186,16 +186,21 @@ class StepTime:
         share: what each device holds and computes.
         hardware: one device.
         itemsizes: bytes of an element of weights, activations and cache.
+        replicas: replicas that step at the same time. Each has its own devices, but on faked ones they share
+            the machine.
     """
 
-    def __init__(self, share: DeviceShare, hardware: Hardware, itemsizes: Itemsizes) -> None:
+    def __init__(
+        self, share: DeviceShare, hardware: Hardware, itemsizes: Itemsizes, replicas: int = 1
+    ) -> None:
         self.share, self.hardware, self.itemsizes = share, hardware, itemsizes
         self.config, self.tp, self.held = share.config, share.tp, share.held
         self.expert_axis = share.expert_axis
         attention = self.config.attention
         self._windows = Counter(attention.window_of(kind) for kind in attention.layer_types)
         # Faked devices share one machine: their reads and products add up instead of running in parallel.
-        self._sharing = self.tp if hardware.shared else 1
+        self._replicas = replicas if hardware.shared else 1
+        self._sharing = self.tp * self._replicas if hardware.shared else 1
 
     def seconds(
         self, decode_rows: int, context_tokens: int, prompt_tokens: int = 0, prompt_context: int = 0
@@ -267,8 +272,8 @@ class StepTime:
     def overhead(self, tokens: StepTokens) -> Cost:
         """Computes what all layers cost beyond memory traffic, products and collectives."""
         efficiency = self.hardware.efficiency
-        micros = efficiency.layer_us + efficiency.row_us * tokens.rows
-        micros = (micros + efficiency.token_us * tokens.prompt_tokens) * self.config.num_layers
+        each = efficiency.row_us * tokens.rows + efficiency.token_us * tokens.prompt_tokens
+        micros = (efficiency.layer_us + each * self._replicas) * self.config.num_layers
         micros += efficiency.expert_us * sum(self.config.sparse_layers)
         return Cost(fixed=1e-6 * micros)
 

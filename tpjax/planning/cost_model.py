@@ -47,6 +47,7 @@ class CostModel(StepTime):
         workload: provides the dtypes; batch and lengths are arguments of each formula.
         expert_axis: the sharded axis of a mixture's experts: each expert's width, or the experts themselves
             if tp divides their number.
+        replicas: replicas that step at the same time, for faked devices, which share one machine.
     """
 
     def __init__(
@@ -56,8 +57,9 @@ class CostModel(StepTime):
         tp: int,
         workload: Workload,
         expert_axis: ExpertAxis = "width",
+        replicas: int = 1,
     ) -> None:
-        super().__init__(counts.share(tp, expert_axis), hardware, workload.itemsizes)
+        super().__init__(counts.share(tp, expert_axis), hardware, workload.itemsizes, replicas)
         self.counts, self.workload = counts, workload
 
     def memory(self, batch: int, context: int) -> MemoryUse:

@@ -26,7 +26,7 @@ class Plan:
     """A model sharded over the chips at one tp, and its costs.
 
     Attributes:
-        model: the cost model it was computed with.
+        model: the cost model it was computed with, of a replica that has some of the requests.
         hardware: the chip.
         chips: number of chips, over all replicas.
         workload: the requests planned for.
@@ -57,6 +57,14 @@ class Plan:
     def replicas(self) -> int:
         """Number of copies of the model."""
         return self.devices // self.tp
+
+    @property
+    def full(self) -> CostModel:
+        """The cost model where every replica has requests, however few were planned for."""
+        model = self.model
+        return CostModel(
+            model.counts, model.hardware, model.tp, self.workload, model.expert_axis, self.replicas
+        )
 
     @property
     def batch(self) -> int:
@@ -129,12 +137,14 @@ def make_plan(counts: Counts, hardware: Hardware, chips: int, tp: int, workload:
     if tp < 1 or devices % tp:
         fitting = ", ".join(map(str, divisors(devices)))
         raise ConfigError(f"{devices} devices are not a multiple of tp={tp}: use tp={fitting}")
-    batch = math.ceil(workload.batch / (devices // tp))
+    replicas = devices // tp
+    batch = math.ceil(workload.batch / replicas)
     axes: list[ExpertAxis] = ["width"]
     moe = counts.config.moe
     if moe and moe.num_experts % tp == 0:
         axes.append("experts")
-    models = [CostModel(counts, hardware.device, tp, workload, axis) for axis in axes]
+    busy = min(replicas, workload.batch)
+    models = [CostModel(counts, hardware.device, tp, workload, axis, busy) for axis in axes]
     model = min(models, key=lambda model: model.decode(batch, workload.context).total)
     return Plan(
         model,
@@ -206,7 +216,7 @@ def does_not_fit(plan: Plan) -> str:
 
 def frontier(plan: Plan) -> list[tuple[int, float, float]]:
     """Returns (batch, tokens/s a sequence, tokens/s a chip) for batches from 1 to the largest that fits."""
-    model, context = plan.model, plan.workload.context
+    model, context = plan.full, plan.workload.context
     largest = model.largest_batch(context)
     batches = [2**power for power in range(largest.bit_length()) if 2**power < largest]
     points = []

@@ -2,7 +2,8 @@
 
 What ``Engine`` does is done here with the same :class:`Scheduler` and :class:`BlockManager`: the next
 dispatch starts before the outputs of the last are read, and requests that arrive meanwhile wait for the one
-after. Only the devices are missing: a dispatch takes as long as :mod:`tpjax.step_time` says.
+after. Requests are routed to replicas by the function that ``Router`` calls. Only the devices are missing: a
+dispatch takes as long as :mod:`tpjax.step_time` says.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from tpjax.engine.block_manager import BlockManager
 from tpjax.engine.request import Request
+from tpjax.engine.routing import ReplicaLoad, choose
 from tpjax.engine.scheduler import Scheduler, Step
 from tpjax.errors import ConfigError
 from tpjax.planning.arrivals import Arrival
@@ -124,7 +126,7 @@ def simulate(
 
     Args:
         server: the server; each replica is one.
-        arrivals: the requests, in order of arrival. Replicas get them in turn.
+        arrivals: the requests, in order of arrival.
         rate: requests a second, as reported.
         replicas: number of replicas.
         max_concurrency: most requests in flight over all replicas; further ones wait with their clients, and
@@ -134,10 +136,19 @@ def simulate(
     Raises:
         RequestError: a request can never run: it does not fit the context or the cache.
     """
-    runs = []
-    for index in range(min(replicas, len(arrivals))):
-        share = None if max_concurrency is None else max(1, (max_concurrency + index) // replicas)
-        runs.append(_Replica(server, arrivals[index::replicas], share).run())
+    runs = [_Replica(server) for _ in range(replicas)]
+    pending, now = deque(arrivals), 0.0
+    while pending or any(run.busy for run in runs):
+        first = min((run for run in runs if run.busy), key=lambda run: run.next_at, default=None)
+        room = max_concurrency is None or sum(run.requests for run in runs) < max_concurrency
+        if pending and room and (first is None or pending[0].at <= first.next_at):
+            arrival = pending.popleft()
+            sent = arrival.at if max_concurrency is None else max(arrival.at, now)
+            runs[choose([run.load for run in runs])].send(arrival, sent)
+        else:
+            assert first is not None
+            now = first.next_at
+            first.turn()
     duration = max(run.clock for run in runs)
     outcomes = [outcome for run in runs for outcome in run.outcomes]
     busy = sum(run.busy_s for run in runs)
@@ -179,11 +190,19 @@ class _Dispatch:
 
 @dataclass
 class _Replica:
-    """One server with its devices and clients."""
+    """One server with its devices and clients.
+
+    Attributes:
+        server: the server.
+        clock: time of its last turn.
+        busy_s: seconds that its devices computed.
+        usage_s: the same, weighted by the fraction of the cache pages in use.
+        peak_usage: the largest such fraction.
+        outcomes: what clients saw.
+        requests: those that it has and that have not ended.
+    """
 
     server: ServerModel
-    arrivals: Sequence[Arrival]
-    max_concurrency: int | None = None
     clock: float = 0.0
     busy_s: float = 0.0
     usage_s: float = 0.0
@@ -193,38 +212,58 @@ class _Replica:
     def __post_init__(self) -> None:
         self.scheduler = _scheduler(self.server)
         self._clients: dict[Request, _Client] = {}
+        self._in_flight: deque[_Dispatch] = deque()
         self._devices_free = 0.0
         self._tokens_sent = 0
+        self._prompt_pages = 0  # of prompts that have not run
+        self._waits = False  # whether it has done all it can until a dispatch ends
 
-    def run(self) -> _Replica:
-        """Runs all requests to their end."""
-        pending = deque(self.arrivals)
-        in_flight: _Dispatch | None = None
-        while pending or self._clients or in_flight:
-            while pending and pending[0].at <= self.clock and self._has_room():
-                self._send(pending.popleft())
-            dispatched = self._dispatch()
-            if in_flight is not None:
-                self.clock = max(self.clock, in_flight.end)
-                self._read(in_flight)
-            elif dispatched is None and pending:
-                self.clock = max(self.clock, pending[0].at)  # idle
-            in_flight = dispatched
-        return self
+    @property
+    def requests(self) -> int:
+        return len(self._clients)
 
-    def _has_room(self) -> bool:
-        return self.max_concurrency is None or len(self._clients) < self.max_concurrency
+    @property
+    def busy(self) -> bool:
+        """Whether it has anything left to do."""
+        return bool(self._clients or self._in_flight)
 
-    def _send(self, arrival: Arrival) -> None:
+    @property
+    def next_at(self) -> float:
+        """When its next turn is, if it is busy."""
+        return max(self.clock, self._in_flight[0].end) if self._waits else self.clock
+
+    @property
+    def load(self) -> ReplicaLoad:
+        """What a request would meet, as ``Router`` tells it."""
+        free_slot = self.requests < self.server.limits.max_slots
+        return ReplicaLoad(free_slot, self.requests + self._prompt_pages, cached=0)
+
+    def turn(self) -> None:
+        """Reads a dispatch that has ended, starts another, and waits for the one before that."""
+        if self._waits:
+            self.clock = self.next_at
+            self._read(self._in_flight.popleft())
+        before = bool(self._in_flight)
+        if (dispatched := self._dispatch()) is not None:
+            self._in_flight.append(dispatched)
+        self._waits = before
+
+    def send(self, arrival: Arrival, sent: float) -> None:
+        """Adds a request, whose client sends it at a time."""
+        if not self.busy:
+            self.clock = max(self.clock, sent)
         # every prompt has tokens of its own, so that the prefix cache finds nothing
         first, self._tokens_sent = self._tokens_sent, self._tokens_sent + arrival.input_len
         params = SamplingParams(temperature=0, max_tokens=arrival.output_len, ignore_eos=True)
         request = Request(range(first, self._tokens_sent), params, seed=0)
         self.scheduler.add(request)
-        sent = arrival.at if self.max_concurrency is None else self.clock
         outcome = Outcome(prompt_tokens=arrival.input_len)
         self.outcomes.append(outcome)
         self._clients[request] = _Client(sent, outcome)
+        self._prompt_pages += self._pages(request)
+
+    def _pages(self, request: Request) -> int:
+        return -(-len(request.prompt_token_ids) // self.server.limits.page_size)
 
     def _dispatch(self) -> _Dispatch | None:
         """Starts what the scheduler decides, once the devices are free."""
@@ -245,6 +284,8 @@ class _Replica:
     def _read(self, dispatch: _Dispatch) -> None:
         """Appends the outputs of a dispatch to their requests, and ends those that are complete."""
         for request, tokens in dispatch.outputs:
+            if not request.output_token_ids:
+                self._prompt_pages -= self._pages(request)
             for _ in range(tokens):
                 request.append(0)
             self._clients[request].receive(self.clock, tokens)

@@ -90,7 +90,7 @@ def serve_load(
         ConfigError: the model does not fit.
         RequestError: a request does not fit the context or the cache.
     """
-    server = plan_server(plan.model, max_slots=max_slots)
+    server = plan_server(plan.full, max_slots=max_slots)
     runs = [
         simulate(
             server,
@@ -129,7 +129,9 @@ class ServingReport:
         limits, plan = self.server.limits, self.plan
         objective = ", ".join(f"{name} of {ms:g} ms" for name, ms in self.goals.items())
         replicas = (
-            f"{plan.replicas} replicas, which get requests in turn" if plan.replicas > 1 else "one replica"
+            f"{plan.replicas} replicas; a request goes where least is queued"
+            if plan.replicas > 1
+            else "one replica"
         )
         return [
             f"tp={plan.tp} devices; {replicas}; each has {limits.max_slots} slots and "

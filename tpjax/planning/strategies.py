@@ -132,7 +132,7 @@ def _pipelines(counts: Counts, device: Hardware, devices: int, workload: Workloa
         if stages == 1 or stages > layers:
             continue
         depth = math.ceil(layers / stages) / layers  # of the deepest stage, as a fraction of all layers
-        model = CostModel(counts, device, tp, workload)
+        model = CostModel(counts, device, tp, workload, replicas=min(stages, workload.batch))
         part = math.ceil(workload.batch / stages)
 
         def through(blocks: Cost, rest: Cost, tokens: int, rounds: int, depth: float = depth) -> float:
@@ -169,7 +169,10 @@ def _experts(counts: Counts, device: Hardware, devices: int, workload: Workload)
     moe = counts.config.moe
     if moe is None or devices == 1 or moe.num_experts % devices:
         return
-    replicated, sharded = (CostModel(counts, device, tp, workload, "experts") for tp in (1, devices))
+    replicated, sharded = (
+        CostModel(counts, device, tp, workload, "experts", min(devices // tp, workload.batch))
+        for tp in (1, devices)
+    )
 
     def seconds(own: StepTokens, tokens: int) -> float:
         # a device computes attention for its own sequences, and its experts for the tokens of all

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpjax.attention import reference
+from tpjax.attention import kernels, reference
 from tpjax.cache import NULL_PAGE, StoredPages, TokenGroup
 
 
@@ -109,7 +109,7 @@ def check(kernel: ModuleType, shape: Shape, seed: int = 0, *, interpret: Any = N
     query, pages, group, sinks = case(shape, seed)
     scoring: dict[str, Any] = {"window": shape.window, "softcap": shape.softcap, "sinks": sinks}
     scoring["scale"] = shape.width**-0.5
-    attend = functools.partial(kernel.paged_attention, interpret=interpret, **scoring)
+    attend = functools.partial(kernels.paged_attention, kernel, interpret=interpret, **scoring)
     found = jax.jit(attend, static_argnums=1)(query, pages.value_dim, pages.stored, group)
     assert found.dtype == query.dtype
     clean = StoredPages(*(x if x is None else jnp.nan_to_num(x).astype(jnp.float32) for x in pages.stored))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 
-from tpjax.attention import XLA, Backend, paged_attention, xla
+from tpjax.attention import XLA, Backend, page_writer, paged_attention, xla
 from tpjax.attention.reference import reference_attention
 from tpjax.cache import NULL_PAGE, LayerCache, TokenGroup
 from tpjax.inspect.collectives import find_collectives
@@ -25,7 +25,8 @@ TRIALS = 4
 
 paged = jax.jit(paged_attention, static_argnames=("scale", "window", "backend"))
 refer = jax.jit(reference_attention, static_argnames=("scale", "window"))
-write = jax.jit(LayerCache.write)
+write = jax.jit(LayerCache.write, static_argnums=4)
+KERNEL = Backend("tpu", interpret=True)
 
 
 def tables(rng: np.random.Generator, batch: int, used: list[int]) -> np.ndarray:
@@ -97,15 +98,17 @@ def check(case_: tuple[Any, ...], window: int | None, backend: Backend = XLA) ->
     np.testing.assert_array_equal(found, attend(query, keys, values, other, metadata, window, backend))
 
 
-@pytest.mark.parametrize("backend", ("xla", "reference"))
+@pytest.mark.parametrize(
+    "backend", (XLA, Backend("xla", walk_pages=3), Backend("reference")), ids=("xla", "blocks", "reference")
+)
 @pytest.mark.parametrize("window", (None, 3, 17))
 @pytest.mark.parametrize(("batch", "length"), ((1, 1), (3, 1), (1, 4), (2, 8), (3, 16)))
 def test_paged_attention_equals_the_reference(
-    batch: int, length: int, window: int | None, backend: Literal["xla", "reference"]
+    batch: int, length: int, window: int | None, backend: Backend
 ) -> None:
     rng = np.random.default_rng((batch, length, window or 0))
     for trial in range(TRIALS + (length == 1)):
-        check(case(rng, random_positions(rng, batch, length, trial)), window, Backend(backend))
+        check(case(rng, random_positions(rng, batch, length, trial)), window, backend)
 
 
 @pytest.mark.parametrize("length", (1, 16))
@@ -242,19 +245,19 @@ def test_rows_that_do_not_exist_write_to_the_null_page() -> None:
     np.testing.assert_array_equal(written.values[1:], values[1:])
 
 
+@pytest.mark.parametrize("backend", (XLA, KERNEL), ids=("xla", "tpu"))
 @pytest.mark.parametrize(("batch", "length"), ((1, 4), (2, 8), (2, 24)))
-def test_chunk_writes(batch: int, length: int) -> None:
+def test_chunk_writes(batch: int, length: int, backend: Backend) -> None:
     """Whole pages; a chunk shorter than a page fills its beginning; what exceeds the table goes to page 0."""
-    rng = np.random.default_rng(length)
+    rng, writer = np.random.default_rng(length), page_writer(backend)
     for _ in range(TRIALS):
         cache, keys, values = filled(rng)
         table = tables(rng, batch, [BLOCKS] * batch)
         first = rng.integers(0, BLOCKS, batch) * PAGE  # may run over the end of the table
         positions = first[:, None] + np.arange(length)
         new_keys, new_values = new(rng, batch, length)
-        written = write(
-            cache, new_keys, new_values, TokenGroup(jnp.asarray(table), jnp.asarray(positions), chunks=True)
-        )
+        group = TokenGroup(jnp.asarray(table), jnp.asarray(positions), chunks=True)
+        written = write(cache, new_keys, new_values, group, writer)
         for row in range(batch):
             for i, at in enumerate(positions[row]):
                 if at < BLOCKS * PAGE:
@@ -277,18 +280,23 @@ def write_and_attend(
     values: jax.Array,
     metadata: TokenGroup,
     window: int | None,
+    backend: Backend,
 ) -> tuple[jax.Array, LayerCache]:
-    cache = cache.write(keys, values, metadata)
-    return paged_attention(query, keys, values, cache, metadata, scale=SCALE, window=window), cache
+    cache = cache.write(keys, values, metadata, page_writer(backend))
+    attend = functools.partial(paged_attention, scale=SCALE, window=window, backend=backend)
+    return attend(query, keys, values, cache, metadata), cache
 
 
+@pytest.mark.parametrize("backend", (XLA, KERNEL), ids=("xla", "tpu"))
 @pytest.mark.parametrize(("length", "window"), ((1, None), (16, 17)))
-def test_sharded_over_three_devices_is_the_same(length: int, window: int | None) -> None:
+def test_sharded_over_three_devices_is_the_same(length: int, window: int | None, backend: Backend) -> None:
     rng = np.random.default_rng(length)
     query, _, _, cache, _, metadata = case(rng, random_positions(rng, 2, length, 1))
     keys, values = new(rng, 2, length)
-    step = jax.jit(functools.partial(write_and_attend, window=window))
-    expected, expected_cache = step(cache, query, keys, values, metadata)
+    expected, expected_cache = jax.jit(functools.partial(write_and_attend, window=window, backend=XLA))(
+        cache, query, keys, values, metadata
+    )
+    step = jax.jit(functools.partial(write_and_attend, window=window, backend=backend))
 
     mesh: Mesh = make_mesh(3)
     sharded = LayerCache(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
+from tpjax.attention.tpu import Work
 from tpjax.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig
 from tpjax.hardware import HARDWARE
 from tpjax.inspect.collectives import find_collectives
@@ -76,13 +78,19 @@ ENTRY %main (w: bf16[512,1024], x: bf16[2,512], head: bf16[1024,512], c: s32[]) 
   %some = f32[8]{{0:S(1)}} conditional(%c, %y, %y), branch_computations={{%rare, %rare}}
   %sorted = f32[8]{{0:S(1)}} sort(%some), backend_config={{"estimated_cycles":"9223372036854775807"}}
   %kernel = bf16[2,512]{{1,0:S(1)}} custom-call(%fetched), custom_call_target="tpu_custom_call"
+  %write_pages.1 = bf16[64,128,64]{{2,1,0}} custom-call(%c, %cache, %kernel), custom_call_target="tpu_custom_call", output_to_operand_aliasing={{{{}}: (1, {{}})}}
   %sum = bf16[2,512]{{1,0:S(1)}} all-reduce(%kernel), replica_groups={{{{0,1,2,3,4,5,6,7}}}}, to_apply=%add
   ROOT %logits = f32[2,1024]{{1,0}} fusion(%sum, %head), kind=kOutput, calls=%mixed, backend_config={{"estimated_cycles":"9000"}}
 }}
 """  # noqa: E501
 
 
-def estimated(config: ModelConfig = CONFIG, chip: str = "v5e:2x4", context: int = 300) -> Estimate:
+def estimated(
+    config: ModelConfig = CONFIG,
+    chip: str = "v5e:2x4",
+    context: int = 300,
+    kernel_work: Sequence[Work] = (),
+) -> Estimate:
     module = Module(PROGRAM)
     return estimate(
         module,
@@ -96,6 +104,7 @@ def estimated(config: ModelConfig = CONFIG, chip: str = "v5e:2x4", context: int 
         context=context,
         page_size=128,
         caches={(64, 64, 128)},
+        kernel_work=kernel_work,
     )
 
 
@@ -108,11 +117,23 @@ def test_parts() -> None:
     assert found.compute_s == pytest.approx(((2 + 3) * 2000 + 9000) / clock)
     page = 2 * 128 * 64 * 2
     weights, stored, head, logits = 256 * 1024 * 2, 2 * 512 * 2, 1024 * 512 * 2, 2 * 1024 * 4
-    assert found.traffic_bytes == weights + stored + (2 + 3) * page + head + logits
+    written = 2 * 512 * 2  # by a kernel into the cache, whose buffer it does not move
+    assert found.traffic_bytes == weights + stored + (2 + 3) * page + written + head + logits
     assert found.traffic_s == pytest.approx(found.traffic_bytes / 819e9)
     assert found.collectives_s == HARDWARE["v5e"].interconnect.all_reduce_s(8, 2 * 512 * 2)
     assert found.total_s == found.compute_s + found.collectives_s
-    assert found.kernels == 2  # and the sort, whose number is none
+    assert found.kernels == 3  # and the sort, whose number is none
+
+
+def test_kernels() -> None:
+    """The longer of bytes and products of each call, at two assumptions."""
+    calls = (Work(bytes=8190, flops=1970), Work(bytes=819, flops=1_970_000))
+    found = estimated(kernel_work=calls)
+    assert found.kernel_bytes == 9009
+    assert found.kernels_s == pytest.approx(10e-9 / 0.8 + 10e-9 / 0.5)
+    assert found.low_kernels_s == pytest.approx(10e-9 / 0.6 + 10e-9 / 0.3)
+    assert found.total_s == pytest.approx(estimated().total_s + found.kernels_s)
+    assert found.low_total_s == pytest.approx(estimated().total_s + found.low_kernels_s)
 
 
 def test_bounds() -> None:

@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from tpjax import LLM
-from tpjax.attention import Backend, KernelShape, Verdict, choose_backend, selftest, tpu
+from tpjax.attention import Backend, KernelShape, Verdict, choose_backend, selftest, tpu, tpu_write
 from tpjax.checkpoints.load import read_config
 from tpjax.errors import ConfigError
 
@@ -65,6 +65,19 @@ def test_blocks() -> None:
     shape = Shape((16, 9, 0), (24, 8, 0), length=16, heads=3, per_head=4, window=11)
     assert tpu.choose_tiling(3, 4, 16, 8, (16, 16), 4) == (1, 4, 2)
     check(shape)
+
+
+def test_work() -> None:
+    """Pages that a query sees, twice what it multiplies; of a chunk, the blocks that each tile sees."""
+    shape: Any = {"heads": 2, "per_head": 4, "page_size": 8, "widths": (128, 128), "value_dim": 128}
+    row = 128 + 128
+    decode = tpu.work(3, 1, 20, window=None, itemsize=2, **shape)
+    assert decode.bytes == 3 * 2 * 2 * (3 * 8 * row + 4 * row)  # three pages of keys and values
+    assert decode.flops == 2 * 3 * 2 * 4 * 2 * 16 * row  # two blocks of two pages
+    assert tpu.work(3, 1, 20, window=4, itemsize=2, **shape).bytes == 3 * 2 * 2 * (8 + 4) * row
+    chunk = tpu.work(1, 16, 24, window=None, itemsize=2, **shape)  # four tiles of four queries
+    assert chunk.bytes == 2 * 2 * (sum((2, 2, 3, 3)) * 8 * row + 16 * 4 * row)
+    assert chunk.flops == 2 * 2 * 4 * 4 * sum((1, 1, 2, 2)) * 16 * row
 
 
 @st.composite
@@ -150,7 +163,8 @@ TPU, GPU, CPU = (Device(platform) for platform in ("tpu", "gpu", "cpu"))
 def test_auto(device: Any, verdict: Verdict | None, by_kernel: bool, why: str) -> None:
     verify = None if verdict is None else lambda: verdict
     chosen = choose_backend("auto", device, SHAPE, verify)
-    assert chosen == Backend(device.platform if by_kernel else "xla", why.format(device.platform))
+    name = device.platform if by_kernel else "xla"
+    assert chosen == Backend(name, why.format(device.platform), walk_pages=8)
 
 
 A100 = Device("gpu", "8.0", "NVIDIA A100-SXM4-80GB")
@@ -183,12 +197,14 @@ LATENT = SHAPE._replace(latent=True, width=576, value_dim=512)
     ),
 )
 def test_auto_without_a_kernel(device: Any, shape: KernelShape, why: str) -> None:
-    assert choose_backend("auto", device, shape, lambda: RIGHT) == Backend("xla", why)
+    assert choose_backend("auto", device, shape, lambda: RIGHT) == Backend(
+        "xla", why, walk_pages=1 if device is CPU else 8
+    )
 
 
 def test_asked_for() -> None:
-    assert choose_backend("tpu", TPU, SHAPE) == Backend("tpu", "asked for")
-    assert choose_backend("gpu", GPU, SHAPE) == Backend("gpu", "asked for")
+    assert choose_backend("tpu", TPU, SHAPE) == Backend("tpu", "asked for", walk_pages=8)
+    assert choose_backend("gpu", GPU, SHAPE) == Backend("gpu", "asked for", walk_pages=8)
     assert choose_backend("tpu", CPU, SHAPE).interpret
 
 
@@ -250,12 +266,22 @@ def test_a_verdict_is_kept(short_check: None, monkeypatch: pytest.MonkeyPatch, t
 def test_a_wrong_kernel_is_found(
     wrong: float, short_check: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def attend(query: jax.Array, value_dim: int, *_: Any, **__: Any) -> jax.Array:
+    def attend(query: jax.Array, *_: Any, value_dim: int, **__: Any) -> jax.Array:
         return jnp.full((*query.shape[:-1], value_dim), wrong, query.dtype)
 
-    monkeypatch.setattr(tpu, "paged_attention", attend)
+    monkeypatch.setattr(tpu, "attend", attend)
     found = verdict_of("llama", tmp_path)
     assert not found.right and not found.use_kernel
+
+
+def test_pages_that_are_written_elsewhere_are_found(
+    short_check: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def write(buffer: jax.Array, content: jax.Array, pages: jax.Array, **_: Any) -> jax.Array:
+        return buffer.at[pages + 1].set(content)
+
+    monkeypatch.setattr(tpu_write, "write_pages", write)
+    assert verdict_of("llama", tmp_path).error == float("inf")
 
 
 def test_a_kernel_that_hangs_ends_the_process(

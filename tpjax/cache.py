@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,9 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from tpjax.config import ModelConfig
 from tpjax.sharding import PAGES, REPLICATED, head_plan, pad_to_multiple
 from tpjax.windows import ONE_GROUP, Windows
+
+# takes the buffer of one device, whole pages [n, K, page_size, h], and which they are
+PageWriter: TypeAlias = Callable[[Array, Array, Array], Array]
 
 _LANES = {"tpu": 128}  # rows of a buffer are padded to a multiple of this many elements
 NULL_PAGE = 0
@@ -187,10 +191,24 @@ class LayerCache:
         return StoredPages(self.keys, self.values)
 
     def write(
-        self, keys: Float[Array, "B S K h"], values: Float[Array, "B S K h"], group: TokenGroup
+        self,
+        keys: Float[Array, "B S K h"],
+        values: Float[Array, "B S K h"],
+        group: TokenGroup,
+        write_pages: PageWriter | None = None,
     ) -> LayerCache:
-        """Returns the cache with new keys and values stored at their positions."""
-        return LayerCache(_write(self.keys, keys, group), _write(self.values, values, group))
+        """Returns the cache with new keys and values stored at their positions.
+
+        Args:
+            keys: new keys.
+            values: new values.
+            group: where they belong.
+            write_pages: what writes whole pages; ``None``: XLA.
+        """
+        return LayerCache(
+            _write(self.keys, keys, group, PAGES, write_pages),
+            _write(self.values, values, group, PAGES, write_pages),
+        )
 
     def read(
         self, pages: Int[Array, " B"]
@@ -211,9 +229,11 @@ class LatentCache:
         """Positions per page."""
         return self.latents.shape[2]
 
-    def write(self, latents: Float[Array, "B S 1 r"], group: TokenGroup) -> LatentCache:
-        """Returns the cache with new latents stored at their positions."""
-        return LatentCache(_write(self.latents, latents, group))
+    def write(
+        self, latents: Float[Array, "B S 1 r"], group: TokenGroup, write_pages: PageWriter | None = None
+    ) -> LatentCache:
+        """Returns the cache with new latents stored at their positions; ``write_pages`` as for a layer's."""
+        return LatentCache(_write(self.latents, latents, group, REPLICATED, write_pages))
 
     def read(self, pages: Int[Array, " B"]) -> Float[Array, "B 1 page_size r"]:
         """Reads the latents of one page of each sequence."""
@@ -413,9 +433,21 @@ def _read(
 
 
 def _write(
-    buffer: Float[Array, "pages K page_size h"], new: Float[Array, "B S K h"], group: TokenGroup
+    buffer: Float[Array, "pages K page_size h"],
+    new: Float[Array, "B S K h"],
+    group: TokenGroup,
+    spec: PartitionSpec,
+    write_pages: PageWriter | None,
 ) -> Float[Array, "pages K page_size h"]:
-    return (_write_chunks if group.chunks else _write_tokens)(buffer, new, group)
+    if not group.chunks:
+        return _write_tokens(buffer, new, group)
+    if write_pages is None:  # the partitioner lets each device write its heads
+        return _write_chunks(buffer, new, group)
+    write: Callable[..., Array] = partial(_write_chunks, write_pages=write_pages)
+    if not jax.sharding.get_abstract_mesh().empty:
+        heads = PartitionSpec(None, None, *spec[1:2])
+        write = jax.shard_map(write, in_specs=(spec, heads, REPLICATED), out_specs=spec, check_vma=False)
+    return write(buffer, new, group)
 
 
 def _write_tokens(
@@ -429,7 +461,10 @@ def _write_tokens(
 
 
 def _write_chunks(
-    buffer: Float[Array, "pages K page_size h"], new: Float[Array, "B S K h"], group: TokenGroup
+    buffer: Float[Array, "pages K page_size h"],
+    new: Float[Array, "B S K h"],
+    group: TokenGroup,
+    write_pages: PageWriter | None = None,
 ) -> Float[Array, "pages K page_size h"]:
     """Writes whole pages, or one part of a page of each chunk: no scatter by token.
 
@@ -440,6 +475,8 @@ def _write_chunks(
     size = min(length, page_size)
     pages, offsets = _place(group, group.positions[:, ::size], page_size)
     parts = new.reshape(-1, size, *new.shape[2:]).swapaxes(1, 2)  # [parts, K, size, h]
+    if write_pages is not None and size == page_size:
+        return write_pages(buffer, parts, pages.reshape(-1))
     indices = jnp.stack([pages.reshape(-1), offsets.reshape(-1)], axis=1)
     if len(parts) == 1:
         # XLA makes a slice update of a scatter of one part, in another layout than the scatter of tokens

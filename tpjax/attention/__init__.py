@@ -4,6 +4,14 @@ Layers call :func:`paged_attention` with the backend that :func:`choose_backend`
 backend directly. Tests hold each backend to :mod:`tpjax.attention.reference`.
 """
 
-from tpjax.attention.backends import XLA, Backend, KernelShape, Verdict, choose_backend, paged_attention
+from tpjax.attention.backends import (
+    XLA,
+    Backend,
+    KernelShape,
+    Verdict,
+    choose_backend,
+    page_writer,
+    paged_attention,
+)
 
-__all__ = ["XLA", "Backend", "KernelShape", "Verdict", "choose_backend", "paged_attention"]
+__all__ = ["XLA", "Backend", "KernelShape", "Verdict", "choose_backend", "page_writer", "paged_attention"]

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import ModuleType
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tpjax.attention import reference, xla
-from tpjax.cache import Pages, TokenGroup
+from tpjax.attention import kernels, reference, xla
+from tpjax.attention.kernels import kernel_module
+from tpjax.cache import Pages, PageWriter, TokenGroup
 from tpjax.config import AttentionBackend, ModelConfig, check_choice
 from tpjax.errors import ConfigError
 from tpjax.sharding import head_plan
 
 _KERNEL_DTYPES = {"tpu": ("bfloat16", "float32"), "gpu": ("bfloat16", "float16")}
 _KERNEL_DEVICES = {"tpu": "TPUs", "gpu": "NVIDIA GPUs"}
+WALK_PAGES = {"tpu": 8, "gpu": 8}  # by platform; elsewhere 1
 _HOPPER = 9  # its products are in no earlier chip, nor in a later one
 
 
@@ -79,11 +79,14 @@ class Backend:
             (Pallas kernels).
         why: the reason for the choice, in a sentence without a full stop.
         interpret: how the kernel is interpreted, slow and exact; ``None``: it is compiled.
+        walk_pages: pages of a sequence that one iteration of the page walk reads, at most. An iteration takes
+            a TPU some 2,000 cycles for each of its instructions, and lets a GPU wait for the host.
     """
 
     name: Literal["reference", "xla", "tpu", "gpu"]
     why: str = ""
     interpret: Any = None
+    walk_pages: int = 1
 
     def __str__(self) -> str:
         return f"{self.name}: {self.why}" if self.why else self.name
@@ -128,14 +131,6 @@ class Verdict:
 XLA = Backend("xla", "it runs on every platform")
 
 
-def kernel_module(name: str) -> ModuleType:
-    """Returns the module of the kernel ``tpu`` or ``gpu``.
-
-    Pallas is imported where it is used: that takes a while.
-    """
-    return importlib.import_module(f"tpjax.attention.{name}")
-
-
 def choose_backend(
     asked: str, device: Any, shape: KernelShape, verify: Callable[[], Verdict] | None = None
 ) -> Backend:
@@ -152,6 +147,10 @@ def choose_backend(
         ConfigError: there is no such backend, or it does not run here.
     """
     check_choice("attention", asked, AttentionBackend)
+    return replace(_choose(asked, device, shape, verify), walk_pages=WALK_PAGES.get(device.platform, 1))
+
+
+def _choose(asked: str, device: Any, shape: KernelShape, verify: Callable[[], Verdict] | None) -> Backend:
     platform = device.platform
     if asked == "auto":
         if platform not in _KERNEL_DTYPES:
@@ -215,10 +214,6 @@ def paged_attention(
 ) -> Float[Array, "B S K G v"]:
     """Computes causal attention of each query to the keys at or before its position.
 
-    On TPUs prompt chunks take the page walk where decode rows take the kernel: it computes them too, but
-    where they are written to the cache for it, XLA moves the whole cache on chip and back (v5e, ahead of
-    time).
-
     Args:
         query: G query heads for each of the K KV heads.
         key: keys of the same tokens, already in the cache. K may be 1 in keys and values: all heads share it.
@@ -235,19 +230,17 @@ def paged_attention(
     Returns:
         The attention output in the query's dtype; softmax and sums are float32. Rows without a token get 0.
     """
-    attend = reference.paged_attention if backend.name == "reference" else xla.paged_attention
-    kernel = kernel_module(backend.name) if backend.name in _KERNEL_DTYPES else None
-    if kernel is not None and cache.stored is not None and (kernel.CHUNKS or not group.chunks):
-        output: Array = kernel.paged_attention(
-            query,
-            value.shape[-1],
-            cache.stored,
-            group,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-            interpret=backend.interpret,
+    scoring: Any = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+    if backend.name in _KERNEL_DTYPES and cache.stored is not None:
+        kernel, value_dim = kernel_module(backend.name), value.shape[-1]
+        return kernels.paged_attention(
+            kernel, query, value_dim, cache.stored, group, interpret=backend.interpret, **scoring
         )
-        return output
-    return attend(query, key, value, cache, group, scale=scale, window=window, softcap=softcap, sinks=sinks)
+    if backend.name == "reference":
+        return reference.paged_attention(query, key, value, cache, group, **scoring)
+    return xla.paged_attention(query, key, value, cache, group, pages=backend.walk_pages, **scoring)
+
+
+def page_writer(backend: Backend) -> PageWriter | None:
+    """Returns what writes whole pages to a buffer of one device for a backend; ``None``: XLA."""
+    return kernels.page_writer(backend.name, backend.interpret)

@@ -23,18 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from tpjax import mosaic_gpu
 from tpjax.activations import soft_capped
 from tpjax.attention.backends import KernelShape
 from tpjax.attention.reference import visible_keys
-from tpjax.cache import StoredPages, TokenGroup
-from tpjax.mesh import AXIS
-from tpjax.sharding import PAGES, REPLICATED, pad_to_multiple
+from tpjax.cache import StoredPages
+from tpjax.sharding import pad_to_multiple
 
-CHUNKS = True  # whether it computes prompt chunks too
 KERNEL_NAME = "paged_attention"  # in programs and profiles
 _TINY = float(np.finfo(np.float32).tiny)
 _MASKED = -1e30  # finite, so that a block with no visible key gives no NaN
@@ -97,63 +94,12 @@ def unsupported(shape: KernelShape) -> str | None:
 
 
 def interpreted() -> Any:
-    """Returns what :func:`paged_attention` takes to interpret the kernel on a CPU.
+    """Returns what :func:`attend` takes to interpret the kernel on a CPU.
 
     Raises:
         ConfigError: the installed jax cannot.
     """
     return mosaic_gpu.interpreted("attention='gpu'")
-
-
-def paged_attention(
-    query: Float[Array, "B S K G h"],
-    value_dim: int,
-    stored: StoredPages,
-    group: TokenGroup,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None = None,
-    sinks: Float[Array, "K G"] | None = None,
-    interpret: Any = None,
-) -> Float[Array, "B S K G v"]:
-    """Computes attention on each device to the pages of its own heads.
-
-    See :func:`tpjax.attention.paged_attention` for the other arguments.
-
-    Args:
-        query: queries.
-        value_dim: width of the values.
-        stored: the cache, which holds the tokens' own keys and values already.
-        group: pages of each sequence, and positions of the queries.
-        scale: multiplies query-key products.
-        window: keys that a query sees.
-        softcap: bounds the scaled products.
-        sinks: scores of an extra key.
-        interpret: interpret the kernel on a CPU, with these parameters of the installed jax.
-    """
-    attend = functools.partial(
-        _attend,
-        value_dim=value_dim,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        cyclic=group.cyclic,
-        interpret=interpret,
-    )
-    first = group.positions[:, 0]
-    stop = first + group.shape[1]
-    if group.lengths is not None:  # rows of padding read nothing
-        stop = jnp.where(group.lengths > 0, first + group.lengths, 0)
-    if not jax.sharding.get_abstract_mesh().empty:
-        queries = P(None, None, AXIS, None, None)
-        attend = jax.shard_map(
-            attend,
-            in_specs=(queries, PAGES, P(AXIS, None), REPLICATED, REPLICATED, REPLICATED),
-            out_specs=queries,
-            check_vma=False,
-        )
-    return attend(query, stored, sinks, group.block_tables, first, stop)
 
 
 def choose_tiling(
@@ -186,7 +132,7 @@ def choose_tiling(
     )
 
 
-def _attend(
+def attend(
     query: Float[Array, "B S K G h"],
     stored: StoredPages,
     sinks: Float[Array, "K G"] | None,

@@ -25,9 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpjax.attention import reference, xla
-from tpjax.attention.backends import KernelShape, Verdict, kernel_module
-from tpjax.cache import NULL_PAGE, LatentCache, LatentPages, LayerCache, TokenGroup
+from tpjax.attention import kernels, reference, xla
+from tpjax.attention.backends import WALK_PAGES, KernelShape, Verdict
+from tpjax.attention.kernels import kernel_module
+from tpjax.cache import NULL_PAGE, LatentCache, LatentPages, LayerCache, PageWriter, TokenGroup
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +51,11 @@ def verdict(
         folder: where verdicts are kept.
         interpret: how the kernel is interpreted, on a CPU.
     """
-    module = kernel_module(kernel)
     about = {
         "device": device.device_kind,
         "jax": jax.__version__,
         "compiler": device.client.platform_version,
-        "kernel": hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest(),
+        "kernel": hashlib.sha256(_source(kernel)).hexdigest(),
         "shape": shape._asdict(),
     }
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
@@ -63,7 +63,7 @@ def verdict(
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return Verdict(**json.loads(file.read_text())["verdict"])
     with _watchdog(_HANGS_AFTER_S):
-        found = _check(module, shape, device, interpret)
+        found = _check(kernel, shape, device, interpret)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")
@@ -104,11 +104,18 @@ def _watchdog(seconds: float) -> Iterator[None]:
         timer.cancel()
 
 
-def _check(module: ModuleType, shape: KernelShape, device: jax.Device, interpret: Any) -> Verdict:
+def _source(kernel: str) -> bytes:
+    """Returns the source of a kernel, and of what writes pages for it."""
+    module = Path(str(kernel_module(kernel).__file__))
+    return b"".join(file.read_bytes() for file in sorted(module.parent.glob(f"{kernel}*.py")))
+
+
+def _check(kernel_name: str, shape: KernelShape, device: jax.Device, interpret: Any) -> Verdict:
     """Runs the kernel, the page walk and the definition on random data."""
-    error, kernel_ms, walk_ms = 0.0, 0.0, 0.0
+    module, kernel_ms, walk_ms = kernel_module(kernel_name), 0.0, 0.0
     rng = np.random.default_rng(0)
     with jax.default_device(device):
+        error = _write_error(kernels.page_writer(kernel_name, interpret), shape, rng)
         for window in shape.windows:
             attend: dict[str, Any] = {
                 "scale": shape.width**-0.5,
@@ -119,15 +126,31 @@ def _check(module: ModuleType, shape: KernelShape, device: jax.Device, interpret
             if shape.sinks:
                 attend["sinks"] = jnp.asarray(rng.normal(size=(shape.heads, shape.per_head)), jnp.float32)
             kernel = functools.partial(_kernel, module, shape.value_dim, interpret=interpret, **attend)
-            walk = functools.partial(_other, xla.paged_attention, shape.value_dim, **attend)
+            walked = functools.partial(xla.paged_attention, pages=WALK_PAGES.get(device.platform, 1))
+            walk = functools.partial(_other, walked, shape.value_dim, **attend)
             define = functools.partial(_other, reference.paged_attention, shape.value_dim, **attend)
-            for length in (1, shape.page_size) if module.CHUNKS else (1,):
+            for length in (1, shape.page_size):
                 group, query, buffers = _rows(shape, rng, length)
                 error = max(error, _difference(kernel, define, query, buffers, group))
                 if length == 1:
                     kernel_ms += _time_ms(kernel, query, buffers, group)
                     walk_ms += _time_ms(walk, query, buffers, group)
     return Verdict(device.device_kind, error, _ALLOWED[shape.dtype], kernel_ms, walk_ms)
+
+
+def _write_error(write: PageWriter | None, shape: KernelShape, rng: np.random.Generator) -> float:
+    """Returns 0 if pages are written where they belong and nothing else is, else infinity."""
+    if write is None:
+        return 0.0
+    heads, pages = 1 if shape.latent else shape.heads, jnp.asarray([6, 2, 5], jnp.int32)
+    for width in {shape.width} if shape.latent else {shape.width, shape.value_dim}:
+        buffer, content = (
+            jnp.asarray(rng.normal(size=(count, heads, shape.page_size, width)), shape.dtype)
+            for count in (8, len(pages))
+        )
+        if not jnp.array_equal(jax.jit(write)(buffer, content, pages), buffer.at[pages].set(content)):
+            return np.inf
+    return 0.0
 
 
 def _difference(
@@ -196,8 +219,7 @@ def _kernel(
     **attend: Any,
 ) -> jax.Array:
     stored = _pages(value_dim, buffers).stored
-    output: jax.Array = module.paged_attention(query, value_dim, stored, group, **attend)
-    return output
+    return kernels.paged_attention(module, query, value_dim, stored, group, **attend)
 
 
 def _other(

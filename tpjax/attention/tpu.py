@@ -20,16 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from tpjax.activations import soft_capped
 from tpjax.attention.reference import visible_keys
-from tpjax.cache import StoredPages, TokenGroup
-from tpjax.mesh import AXIS
-from tpjax.sharding import PAGES, REPLICATED, pad_to_multiple
+from tpjax.attention.tpu_write import in_main_memory
+from tpjax.cache import StoredPages
+from tpjax.sharding import pad_to_multiple
 
-CHUNKS = False  # whether it computes prompt chunks too; why not: see tpjax.attention.paged_attention
 KERNEL_NAME = "paged_attention"  # in programs and profiles
 LANES = 128  # a row of a buffer is padded to a multiple of this many elements
 _TINY = float(np.finfo(np.float32).tiny)
@@ -88,61 +86,8 @@ class _Programs(NamedTuple):
     following: Int[Array, " items1"]
 
 
-def paged_attention(
-    query: Float[Array, "B S K G h"],
-    value_dim: int,
-    stored: StoredPages,
-    group: TokenGroup,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None = None,
-    sinks: Float[Array, "K G"] | None = None,
-    interpret: Any = None,
-) -> Float[Array, "B S K G v"]:
-    """Computes attention on each device to the pages of its own heads.
-
-    See :func:`tpjax.attention.paged_attention` for the other arguments.
-
-    Args:
-        query: queries.
-        value_dim: width of the values.
-        stored: the cache, which holds the tokens' own keys and values already.
-        group: pages of each sequence, and positions of the queries.
-        scale: multiplies query-key products.
-        window: keys that a query sees.
-        softcap: bounds the scaled products.
-        sinks: scores of an extra key.
-        interpret: ``True``, or ``pltpu.InterpretParams``: interpret the kernel on a CPU.
-    """
-    heads = query.shape[2]
-    attend = functools.partial(
-        _attend_in_parts,
-        value_dim=value_dim,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        cyclic=group.cyclic,
-        interpret=interpret,
-    )
-    first = group.positions[:, 0]
-    stop = first + group.shape[1]
-    if group.lengths is not None:  # rows of padding read nothing
-        stop = jnp.where(group.lengths > 0, first + group.lengths, 0)
-    if not jax.sharding.get_abstract_mesh().empty:
-        queries = P(None, None, AXIS, None, None)
-        pages = PAGES if stored.keys.shape[1] == heads else REPLICATED  # latents: all heads read all of them
-        attend = jax.shard_map(
-            attend,
-            in_specs=(queries, pages, P(AXIS, None), REPLICATED, REPLICATED, REPLICATED),
-            out_specs=queries,
-            check_vma=False,
-        )
-    return attend(query, stored, sinks, group.block_tables, first, stop)
-
-
 def interpreted() -> Any:
-    """Returns what :func:`paged_attention` takes to interpret the kernel on a CPU."""
+    """Returns what :func:`attend` takes to interpret the kernel on a CPU."""
     return True
 
 
@@ -170,7 +115,19 @@ def choose_tiling(
     return Tiling(together, queries, max(1, keys // page_size))
 
 
-def bytes_moved(
+class Work(NamedTuple):
+    """What a call of the kernel does on one device.
+
+    Attributes:
+        bytes: read and written in main memory.
+        flops: of its products, those of masked keys included.
+    """
+
+    bytes: int
+    flops: int
+
+
+def work(
     batch: int,
     length: int,
     context: int,
@@ -182,8 +139,8 @@ def bytes_moved(
     widths: tuple[int, int],
     value_dim: int,
     itemsize: int,
-) -> int:
-    """Returns the bytes that the kernel reads and writes in main memory on one device, in one layer.
+) -> Work:
+    """Returns what the kernel does in one layer.
 
     Args:
         batch: sequences.
@@ -198,20 +155,24 @@ def bytes_moved(
         itemsize: bytes of an element.
     """
     tiling = choose_tiling(heads, per_head, length, page_size, widths, itemsize)
-    pages = 0
+    pages = blocks = 0
     for start in range(context - length, context, tiling.queries):
         first = 0 if window is None else max(start - window + 1, 0) // page_size
-        pages += -(-(start + tiling.queries) // page_size) - first
+        seen = -(-(start + tiling.queries) // page_size) - first
+        pages += seen
+        blocks += -(-seen // tiling.pages)
     key_bytes = sum(pad_to_multiple(width, LANES) for width in widths)
-    row_bytes = pad_to_multiple(widths[0], LANES) + pad_to_multiple(value_dim, LANES)
-    return batch * heads * itemsize * (pages * page_size * key_bytes + length * per_head * row_bytes)
+    width = pad_to_multiple(widths[0], LANES) + pad_to_multiple(value_dim, LANES)
+    moved = pages * page_size * key_bytes + length * per_head * width
+    products = tiling.queries * per_head * blocks * tiling.pages * page_size * width
+    return Work(batch * heads * itemsize * moved, 2 * batch * heads * products)
 
 
 def _largest_divisor(number: int, most: int) -> int:
     return next(divisor for divisor in range(min(number, most), 0, -1) if number % divisor == 0)
 
 
-def _attend_in_parts(
+def attend(
     query: Float[Array, "B S K G h"],
     stored: StoredPages,
     sinks: Float[Array, "K G"] | None,
@@ -264,7 +225,6 @@ def _attend(
             (1, tiling.heads, block_rows, width), lambda row, queries, heads, *_: (row, heads, queries, 0)
         )
 
-    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)  # else XLA moves small caches on chip and back
     inputs = [query.swapaxes(1, 2).reshape(batch, heads, rows, shape[-1])]
     in_specs = [of_program(shape[-1])]
     if tiling.queries > 1:  # which query each row is of: a TPU divides no vectors of integers
@@ -286,7 +246,7 @@ def _attend(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(_Programs._fields),
             grid=(batch, query_blocks, head_blocks),
-            in_specs=[*in_specs, *[in_hbm] * len(buffers)],
+            in_specs=[*in_specs, *[pl.BlockSpec(memory_space=pltpu.HBM)] * len(buffers)],
             out_specs=of_program(value_dim),
             scratch_shapes=[
                 *map(buffer_of, buffers),
@@ -299,7 +259,11 @@ def _attend(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * 3),
         interpret=interpret or False,
         name=KERNEL_NAME,
-    )(*_programs(static, tables, first, stop, length, page_size), *inputs, *buffers)
+    )(
+        *_programs(static, tables, first, stop, length, page_size),
+        *inputs,
+        *(in_main_memory(buffer, interpret) for buffer in buffers),
+    )
     return (
         output.reshape(batch, heads, length, per_head, value_dim)
         .swapaxes(1, 2)

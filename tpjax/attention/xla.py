@@ -16,10 +16,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tpjax.activations import soft_capped
 from tpjax.attention.reference import visible_keys
-from tpjax.cache import Pages, TokenGroup
+from tpjax.cache import NULL_PAGE, Pages, TokenGroup
 
 _TINY = float(np.finfo(np.float32).tiny)
 _MASKED = -1e30  # finite, so that a page with no visible key gives no NaN
+_BLOCK_BYTES = 16 << 20  # of keys and values in one iteration, on one device: a TPU has them on chip
 _QUERY_BLOCK = 128  # queries of a chunk that share one set of visible keys
 
 
@@ -102,8 +103,9 @@ def paged_attention(
     window: int | None,
     softcap: float | None = None,
     sinks: Float[Array, "K G"] | None = None,
+    pages: int = 1,
 ) -> Float[Array, "B S K G v"]:
-    """Walks the pages of all sequences.
+    """Walks the pages of all sequences, up to ``pages`` of each in one iteration.
 
     Single tokens, and the few of a row that verifies drafts, walk all their pages, their own keys' included.
     A chunk walks the pages before it, then attends to its own keys directly, a block of queries at a time and
@@ -119,7 +121,10 @@ def paged_attention(
     stop = group.positions[:, 0] + (0 if group.chunks else length)
     if group.lengths is not None:  # padding walks nothing
         stop = jnp.where(group.lengths > 0, stop, 0)
-    softmax = _walk(rows, row_positions, cache, group, stop, scoring, value.shape[-1])
+    devices = max(1, jax.sharding.get_abstract_mesh().size) if key.shape[2] == heads else 1
+    key_bytes = (head_dim + value.shape[-1]) * key.shape[2] // devices * key.dtype.itemsize
+    several = pages_at_once(pages, batch * cache.page_size * key_bytes, group.block_tables.shape[1])
+    softmax = _walk(rows, row_positions, cache, group, stop, scoring, value.shape[-1], several)
     if group.chunks:
         keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
         softmax = _attend_to_chunk(softmax, rows, row_positions, keys, values, group.positions, scoring)
@@ -129,6 +134,17 @@ def paged_attention(
     normaliser = jnp.maximum(softmax.normaliser, _TINY)
     output = (softmax.weighted_values / normaliser).astype(query.dtype)
     return output.reshape(batch, heads, length, per_head, -1).swapaxes(1, 2)
+
+
+def pages_at_once(most: int, page_bytes: int, columns: int) -> int:
+    """Returns the pages of each sequence that one iteration of the walk reads.
+
+    Args:
+        most: at most so many.
+        page_bytes: keys and values on one device in one page of every sequence.
+        columns: of the block tables.
+    """
+    return min(most, max(1, _BLOCK_BYTES // page_bytes), columns)
 
 
 def _attend_to_chunk(
@@ -164,13 +180,15 @@ def _walk(
     stop: Int[Array, " B"],
     scoring: _Scoring,
     value_dim: int,
+    several: int,
 ) -> _OnlineSoftmax:
     """Attends to the cached positions before ``stop``, each sequence from the first page in its window.
 
-    Sequences walk side by side, each over its own pages: one iteration reads one page of every sequence.
+    Sequences walk side by side, each over its own pages: one iteration reads ``several`` of every sequence.
     Sequences at distant positions do not lengthen each other's walk, and padding, which stops at 0, has none.
     """
     page_size, window = cache.page_size, scoring.window
+    batch = len(stop)
     first, tables = jnp.zeros_like(stop), group.block_tables
     if window is not None:
         first = jnp.maximum(group.positions[:, 0] - (window - 1), 0) // page_size
@@ -179,11 +197,22 @@ def _walk(
             in_window %= tables.shape[1]
         # past its end a row's table repeats the last page, in which the row sees nothing
         tables = jnp.take_along_axis(tables, in_window, axis=1, mode="clip")
+    tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % several)), constant_values=NULL_PAGE)
 
-    def page(step: Int[Array, ""], softmax: _OnlineSoftmax) -> _OnlineSoftmax:
-        pages = jax.lax.dynamic_index_in_dim(tables, step, axis=1, keepdims=False)
-        keys, values = cache.read(pages)
-        positions = ((first + step)[:, None] * page_size + jnp.arange(page_size))[:, None, None, :]
+    def read(step: Int[Array, ""]) -> tuple[Array, Array]:
+        """Returns keys and values of a block of pages, [B, K, T, h]."""
+        block = jax.lax.dynamic_slice_in_dim(tables, step * several, several, axis=1)
+        parts = cache.read(block.reshape(-1))
+        if several == 1:
+            return parts
+        by_row = (part.reshape(batch, several, *part.shape[1:]).swapaxes(1, 2) for part in parts)
+        keys, values = (part.reshape(batch, part.shape[1], -1, part.shape[-1]) for part in by_row)
+        return keys, values
+
+    def accumulate(step: Int[Array, ""], softmax: _OnlineSoftmax) -> _OnlineSoftmax:
+        keys, values = read(step)
+        places = step * several * page_size + jnp.arange(several * page_size)
+        positions = (first[:, None] * page_size + places)[:, None, None, :]
         # a sequence that starts earlier than the batch's latest must not see its own chunk here already
         written = positions < stop[:, None, None, None]
         visible = visible_keys(row_positions, positions, window) & written
@@ -191,6 +220,6 @@ def _walk(
         values = jnp.where(written.swapaxes(2, 3), values, 0)
         return softmax.accumulate(rows, keys, values, visible, scoring)
 
-    num_pages = jnp.max(-(-stop // page_size) - first)
+    num_blocks = jnp.max(-(-(-(-stop // page_size) - first) // several))
     with jax.named_scope("page_walk"):
-        return jax.lax.fori_loop(0, num_pages, page, _OnlineSoftmax.empty(rows, value_dim))
+        return jax.lax.fori_loop(0, num_blocks, accumulate, _OnlineSoftmax.empty(rows, value_dim))

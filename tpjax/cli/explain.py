@@ -12,7 +12,7 @@ from tpjax.cli.console import native_output_hidden, show_report
 from tpjax.cli.loading import ensure
 from tpjax.cli.options import MODEL_HELP, Json, ModelOption, Plot, Sharding, option, positive_int, takes
 from tpjax.errors import RequestError
-from tpjax.planning.workload import DEFAULT_CONTEXT
+from tpjax.planning.workload import DEFAULT_CONTEXT, STEP_BATCH, STEP_PROMPT_LEN
 
 EXAMPLES = """
   tpjax explain smollm2-135m --tp 4
@@ -21,6 +21,7 @@ EXAMPLES = """
   tpjax explain meta-llama/Llama-3.1-8B --tp 8
   tpjax explain --config llama-3-8b/config.json --tp 8
   tpjax explain llama-3-8b --topology v5e:2x4 --context 1024
+  tpjax explain llama-3-8b --topology v5e:2x4 --attention tpu --batch 64 --prompt-len 2048
 """
 
 
@@ -53,6 +54,24 @@ def run(
             metavar="N",
         ),
     ] = DEFAULT_CONTEXT,
+    batch: Annotated[
+        int,
+        option(
+            "--batch",
+            help="Sequences of the decode step, with --topology (8).",
+            parser=positive_int("sequences"),
+            metavar="N",
+        ),
+    ] = STEP_BATCH,
+    prompt_len: Annotated[
+        int,
+        option(
+            "--prompt-len",
+            help="Tokens of the prefill step, with --topology (512): filled up to a step's chunks.",
+            parser=positive_int("tokens"),
+            metavar="N",
+        ),
+    ] = STEP_PROMPT_LEN,
     as_json: Json = False,
     plot: Plot = None,
     *,
@@ -77,7 +96,9 @@ def run(
             from tpjax.inspect.topology import parse_topology
 
             chips = parse_topology(topology)
-            compiled = explain_topology(name, chips, context=context, **asdict(sharding))
+            compiled = explain_topology(
+                name, chips, context=context, batch=batch, prompt_len=prompt_len, **asdict(sharding)
+            )
         show_report(compiled, as_json=as_json)
         return
     ensure(name, sharding.tp, sharding.dp, configuration=True)

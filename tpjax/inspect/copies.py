@@ -41,6 +41,7 @@ def write_backs(module: Module) -> list[Array]:
         and array.space == 0
         and size == array.bytes
         and one.instruction.opcode not in _NO_WRITES
+        and not _in_place(one.instruction)
         and (one.instruction.opcode not in _COPIES or _on_chip(one.instruction))
         and not any(
             inner.opcode in _COPIES
@@ -48,6 +49,11 @@ def write_backs(module: Module) -> list[Array]:
             for inner in module.computations[callee].values()
         )
     ]
+
+
+def _in_place(one: Instruction) -> bool:
+    """Whether a kernel writes to its operand."""
+    return one.opcode == "custom-call" and "output_to_operand_aliasing" in one.line
 
 
 def _on_chip(copy: Instruction) -> bool:

@@ -4,18 +4,21 @@
 
 The compiler annotates fusions with estimated cycles (about 1,800 on the smallest), but neither collectives
 nor the copies that prefetch most weights, and the body of a loop once. Memory traffic is what those copies
-move and what everything else reads and writes in main memory. A kernel has no cycles: its time is the bytes
-that its grid moves over an assumed share of the bandwidth. Nothing here was measured on a chip.
+move and what everything else reads and writes in main memory. A kernel has no cycles: its time is the longer
+of the bytes that its grid moves over an assumed share of the bandwidth, and of its products over an assumed
+share of the peak rate. Nothing here was measured on a chip.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from tpjax.attention.tpu import KERNEL_NAME
+from tpjax.attention.tpu import KERNEL_NAME, Work
+from tpjax.attention.tpu_write import KERNEL_NAME as WRITER_NAME
 from tpjax.config import ExpertAxis, ModelConfig, Quantize
 from tpjax.hardware import Efficiency
 from tpjax.inspect.collectives import Collective
@@ -45,7 +48,16 @@ _IDEAL = Efficiency(
     layer_us=0.0,
     expert_us=0.0,
 )
-KERNEL_SHARE, LOW_KERNEL_SHARE = 0.8, 0.6  # of the bandwidth, assumed of attention kernels
+
+
+class Shares(NamedTuple):
+    """What attention kernels are assumed to reach, as shares of bandwidth and peak rate."""
+
+    bandwidth: float
+    flops: float
+
+
+KERNEL_SHARES, LOW_KERNEL_SHARES = Shares(0.8, 0.5), Shares(0.6, 0.3)
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NO_ESTIMATE = 2**62  # and above: what the compiler writes if it has no estimate
 _DONE = ("slice-done", "copy-done")
@@ -73,7 +85,8 @@ class Estimate:
         bound_s: the longer of both bounds, summed over blocks: no program is faster.
         kernels: number of kernel calls without cycles.
         kernel_bytes: bytes that attention kernels read and write in main memory.
-        kernels_s: those at ``KERNEL_SHARE`` of the bandwidth: assumed.
+        kernels_s: time of attention kernels if they reach ``KERNEL_SHARES``: assumed.
+        low_kernels_s: that if they reach ``LOW_KERNEL_SHARES`` only.
     """
 
     context: int
@@ -89,11 +102,12 @@ class Estimate:
     kernels: int
     kernel_bytes: int = 0
     kernels_s: float = 0.0
+    low_kernels_s: float = 0.0
 
     @property
     def low_total_s(self) -> float:
-        """The time if attention kernels reach ``LOW_KERNEL_SHARE`` of the bandwidth only."""
-        return self.total_s + self.kernels_s * (KERNEL_SHARE / LOW_KERNEL_SHARE - 1)
+        """The time if attention kernels reach ``LOW_KERNEL_SHARES`` only."""
+        return self.total_s + self.low_kernels_s - self.kernels_s
 
 
 def estimate(
@@ -110,7 +124,8 @@ def estimate(
     page_size: int,
     caches: Collection[tuple[int, ...]],
     quantize: Quantize | None = None,
-    kernel_bytes: int = 0,
+    pages_at_once: int = 1,
+    kernel_work: Sequence[Work] = (),
 ) -> Estimate:
     """Estimates one call of a TPU program.
 
@@ -127,13 +142,15 @@ def estimate(
         page_size: tokens of a page.
         caches: dimensions of the cache buffers, in the form of :attr:`Array.sizes`.
         quantize: what quantised weights are kept in.
-        kernel_bytes: bytes that its attention kernels move, which its text does not show.
+        pages_at_once: pages of a sequence that one trip of a loop over the cache reads.
+        kernel_work: what its attention kernels do, call by call, which its text does not show.
     """
     chip, device = topology.hardware, topology.hardware.device
     bandwidth = device.bandwidth_bytes_s
     clock = chip.flops / (2 * _MACS_A_CYCLE[chip.name])
     pages = [
-        _pages(context, config.attention.window_of(kind), page_size) for kind in config.attention.layer_types
+        -(-_pages(context, config.attention.window_of(kind), page_size) // pages_at_once)
+        for kind in config.attention.layer_types
     ]
     cycles, page_cycles, traffic, kernels = 0, 0, 0, 0
     for one in module.executed(pages, caches):
@@ -145,12 +162,16 @@ def estimate(
             page_cycles += int(match[1]) * one.times * one.page_loop
         elif match or "tpu_custom_call" in one.instruction.line:
             kernels += one.times
-        if KERNEL_NAME in one.instruction.line and "tpu_custom_call" in one.instruction.line:
-            continue  # its operand is the whole cache
         traffic += _traffic(module, one) * one.times
     moved = sum(_seconds(one, chip.interconnect, tp) for one in collectives if not one.conditional)
     compute_s, traffic_s = cycles / clock, traffic / bandwidth
-    kernels_s = kernel_bytes / (KERNEL_SHARE * bandwidth)
+    kernels_s, low_kernels_s = (
+        sum(
+            max(call.bytes / (share.bandwidth * bandwidth), call.flops / (share.flops * device.flops))
+            for call in kernel_work
+        )
+        for share in (KERNEL_SHARES, LOW_KERNEL_SHARES)
+    )
 
     def ideal(rate: float) -> Cost:
         perfect = replace(device, bandwidth_bytes_s=rate, efficiency=_IDEAL)
@@ -173,8 +194,9 @@ def estimate(
         compute_bound_s=ideal(math.inf).compute,
         bound_s=best.weights + best.cache + best.compute,
         kernels=kernels,
-        kernel_bytes=kernel_bytes,
+        kernel_bytes=sum(call.bytes for call in kernel_work),
         kernels_s=kernels_s,
+        low_kernels_s=low_kernels_s,
     )
 
 
@@ -194,6 +216,11 @@ def _traffic(module: Module, one: Executed) -> int:
         return size * sum(array.space == 0 for array in start[:2])
     if _FREE.fullmatch(instruction.opcode):
         return 0
+    if "tpu_custom_call" in instruction.line and KERNEL_NAME in instruction.line:
+        return 0  # its operand is the whole cache; what it reads is counted by itself
+    if "tpu_custom_call" in instruction.line and WRITER_NAME in instruction.line:
+        content = body[instruction.operands[-1]].arrays[0]
+        return content.bytes * (1 if content.space else 2)
     total = sum(size for array, size in module.written(instruction) if array.space == 0)
     for name in dict.fromkeys(instruction.operands):
         operand = body.get(name)

@@ -7,11 +7,14 @@ import re
 import time
 import warnings
 from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 import jax
 
 from tpjax.attention import KernelShape, choose_backend
-from tpjax.attention.tpu import bytes_moved
+from tpjax.attention.tpu import Work, work
+from tpjax.attention.xla import pages_at_once
 from tpjax.checkpoints.hub import resolve
 from tpjax.checkpoints.load import abstract_decoder, check_quantize, parameters, read_config
 from tpjax.config import AttentionBackend, ExpertParallel, ModelConfig, Quantize, SequenceParallel
@@ -27,15 +30,14 @@ from tpjax.inspect.topology_report import ProgramReport, TopologyReport
 from tpjax.layers.weights import dtype_bits
 from tpjax.old_spellings import accepts_old_spellings
 from tpjax.planning.published import is_published, published_config
-from tpjax.planning.workload import DEFAULT_CONTEXT
-from tpjax.runtime.limits import PAGE_SIZE, ChunkShape, Limits, resolve_dtype
+from tpjax.planning.workload import DEFAULT_CONTEXT, STEP_BATCH, STEP_PROMPT_LEN
+from tpjax.runtime.limits import MAX_PROMPT_TOKENS, PAGE_SIZE, Limits, resolve_dtype
 from tpjax.runtime.memory import DeviceMemory, plan_limits
 from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.runner import Runner
 from tpjax.runtime.steps import padded_tokens
 from tpjax.sharding import SEQUENCE_PARALLEL, head_plan
 
-_PREFILL = ChunkShape(4, 128)  # the prompt whose step is reported
 _ALIAS = re.compile(r"\{\d*\}: \((\d+), \{\}")
 
 
@@ -48,6 +50,8 @@ def explain_topology(
     max_model_len: int | None = None,
     expert_parallel: ExpertParallel = "auto",
     context: int = DEFAULT_CONTEXT,
+    batch: int = STEP_BATCH,
+    prompt_len: int = STEP_PROMPT_LEN,
     quantize: Quantize | None = None,
     attention: AttentionBackend = "auto",
     dp: int = 1,
@@ -65,6 +69,8 @@ def explain_topology(
         expert_parallel: whether experts are sharded, as for ``LLM``.
         context: tokens in the cache of each decoded sequence, for the time estimate; at most
             ``max_model_len``.
+        batch: sequences of the decode step.
+        prompt_len: tokens of the prefill step; it takes the smallest chunks that hold them.
         quantize: what weights are kept in, as for ``LLM``.
         attention: what computes attention, as for ``LLM``.
         dp: number of replicas; the programs of each are the same.
@@ -72,8 +78,11 @@ def explain_topology(
     Raises:
         TpjaxError: the model is not supported, or its programs cannot be compiled here.
     """
-    if context < 1:
-        raise ConfigError(f"context={context} is less than 1")
+    for name, number in (("context", context), ("batch", batch), ("prompt_len", prompt_len)):
+        if number < 1:
+            raise ConfigError(f"{name}={number} is less than 1")
+    if prompt_len > MAX_PROMPT_TOKENS:
+        raise ConfigError(f"prompt_len={prompt_len} is more than the {MAX_PROMPT_TOKENS} tokens of a step")
     if is_published(model):
         config = published_config(model)
     else:
@@ -84,12 +93,14 @@ def explain_topology(
         topology.devices_of_replica(tp, dp),
         dtype,
         max_model_len=max_model_len,
+        max_slots=batch,
         quantize=quantize,
         attention=attention,
     )
     limits = runner.limits
+    chunks = next(shape for shape in limits.chunk_shapes if shape.tokens >= prompt_len)
     decode = ProgramSpec("decode", limits.max_slots, greedy=True)
-    prefill = ProgramSpec("step", 0, _PREFILL, greedy=True)
+    prefill = ProgramSpec("step", 0, chunks, greedy=True)
     return TopologyReport(
         model=model,
         topology=topology.name,
@@ -113,7 +124,7 @@ def abstract_runner(
     dtype: str = "auto",
     *,
     max_model_len: int | None = None,
-    max_slots: int = 8,
+    max_slots: int = STEP_BATCH,
     sequence_parallel: SequenceParallel = "auto",
     quantize: Quantize | None = None,
     attention: AttentionBackend = "auto",
@@ -240,45 +251,72 @@ def compile_program(
             context=min(context, runner.limits.max_model_len),
             page_size=runner.limits.page_size,
             caches=caches,
-            kernel_bytes=_kernel_bytes(runner, spec, context),
+            pages_at_once=_pages_at_once(runner, batch),
+            kernel_work=_kernel_work(runner, spec, context),
         )
         if topology.is_tpu
         else None,
     )
 
 
-def _kernel_bytes(runner: Runner, spec: ProgramSpec, context: int) -> int:
-    """Returns the bytes that the attention kernels of a program move on one device.
+class _Heads(NamedTuple):
+    """Attention on one device: KV heads, query heads of each, and widths as ``tpu.work`` takes them."""
+
+    heads: int
+    per_head: int
+    widths: tuple[int, int]
+    value_dim: int
+
+
+def _heads(runner: Runner) -> _Heads:
+    attention, latent = runner.config.attention, runner.config.attention.latent
+    plan = head_plan(runner.config, runner.mesh.size)
+    if latent is None:
+        width = attention.head_dim
+        return _Heads(plan.head_slots_per_device, plan.group_size, (width, width), width)
+    width, query_heads = latent.kv_lora_rank + runner.config.rotated_dim, plan.head_slots_per_device
+    # one latent for all heads, which holds key and value
+    return _Heads(1, query_heads * plan.group_size, (width, 0), latent.kv_lora_rank)
+
+
+def _pages_at_once(runner: Runner, batch: int) -> int:
+    """Returns the pages of a sequence that one trip of the page walk of decode rows reads."""
+    heads, _, widths, value_dim = _heads(runner)
+    limits = runner.limits
+    page_bytes = heads * (widths[0] + value_dim) * limits.page_size * runner.dtype.itemsize
+    return pages_at_once(runner.backend.walk_pages, batch * page_bytes, limits.blocks)
+
+
+def _kernel_work(runner: Runner, spec: ProgramSpec, context: int) -> list[Work]:
+    """Returns what the attention kernels of a program do on one device, call by call.
 
     Args:
         runner: the runner.
-        spec: the program. Its prompt chunks take the page walk.
+        spec: the program. Its prompt chunks are the beginning of one prompt.
         context: tokens in the cache of each decoded sequence.
     """
     if runner.backend.name != "tpu":
-        return 0
-    attention, latent = runner.config.attention, runner.config.attention.latent
-    plan = head_plan(runner.config, runner.mesh.size)
-    heads, per_head, widths = plan.head_slots_per_device, plan.group_size, (attention.head_dim,) * 2
-    value_dim = attention.head_dim
-    if latent is not None:  # one latent for all heads, which holds key and value
-        heads, per_head, value_dim = 1, heads * per_head, latent.kv_lora_rank
-        widths = (latent.kv_lora_rank + runner.config.rotated_dim, 0)
-    return sum(
-        bytes_moved(
-            spec.batch,
-            1,
-            min(context, runner.limits.max_model_len),
+        return []
+    attention, limits, calls = runner.config.attention, runner.limits, []
+    heads, per_head, widths, value_dim = _heads(runner)
+    for kind in attention.layer_types:
+        call = partial(
+            work,
             window=attention.window_of(kind),
             heads=heads,
             per_head=per_head,
-            page_size=runner.limits.page_size,
+            page_size=limits.page_size,
             widths=widths,
             value_dim=value_dim,
             itemsize=runner.dtype.itemsize,
         )
-        for kind in attention.layer_types
-    )
+        if spec.batch:
+            calls.append(call(spec.batch, 1, min(context, limits.max_model_len)))
+        if spec.chunks and attention.latent is None:  # chunks of latents take the page walk
+            ends = range(spec.chunks.length, spec.chunks.tokens + 1, spec.chunks.length)
+            rows = [call(1, spec.chunks.length, end) for end in ends]
+            calls.append(Work(*map(sum, zip(*rows, strict=True))))
+    return calls
 
 
 def _shard(array: jax.ShapeDtypeStruct) -> tuple[int, ...]:

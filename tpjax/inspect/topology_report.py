@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tpjax.inspect.collectives import Collective
-from tpjax.inspect.estimate import KERNEL_SHARE, LOW_KERNEL_SHARE, Estimate
+from tpjax.inspect.estimate import KERNEL_SHARES, LOW_KERNEL_SHARES, Estimate
 from tpjax.inspect.tables import as_html, collective_table, described_dtype, described_layout
 from tpjax.planning.plain_table import plain_table
 from tpjax.runtime.memory import human_bytes
@@ -182,8 +182,8 @@ def _above_bound(program: ProgramReport) -> str:
         )
     if one.kernels_s > SHARE * one.total_s:
         causes.append(
-            f"{one.kernels_s * 1e3:.2f} ms are attention kernels, assumed to reach {KERNEL_SHARE:.0%} of the "
-            "bandwidth"
+            f"{one.kernels_s * 1e3:.2f} ms are attention kernels, assumed to reach "
+            f"{KERNEL_SHARES.bandwidth:.0%} of the bandwidth and {KERNEL_SHARES.flops:.0%} of the peak rate"
         )
     if one.collectives_s > SHARE * one.total_s:
         causes.append(
@@ -222,13 +222,14 @@ def _time_table(programs: list[ProgramReport]) -> Table:
     if any(one.kernels for one in estimates):
         rows["kernels without cycles"] = lambda e: str(e.kernels)
     if kernels:
-        share = f"at {KERNEL_SHARE:.0%} of the bandwidth, assumed"
-        rows[f"attention kernels, {share}"] = lambda e: (
+        share, low = (
+            f"{shares.bandwidth:.0%} of bandwidth or {shares.flops:.0%} of peak"
+            for shares in (KERNEL_SHARES, LOW_KERNEL_SHARES)
+        )
+        rows[f"attention kernels, at {share}, assumed"] = lambda e: (
             f"{human_bytes(e.kernel_bytes)}, {e.kernels_s * 1e3:.2f}"
         )
-        rows[f"estimate / bound with kernels at {LOW_KERNEL_SHARE:.0%}"] = lambda e: (
-            f"{e.low_total_s / e.bound_s:.2f}×"
-        )
+        rows[f"estimate / bound with kernels at {low}"] = lambda e: f"{e.low_total_s / e.bound_s:.2f}×"
     for name, show in rows.items():
         table.add_row(name, *(show(one) for one in estimates))
     return table

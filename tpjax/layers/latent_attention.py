@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from tpjax.attention import XLA, Backend, paged_attention
+from tpjax.attention import XLA, Backend, page_writer, paged_attention
 from tpjax.cache import BatchMetadata, LatentCache, LatentPages, TokenGroup
 from tpjax.config import ModelConfig
 from tpjax.layers.linear import Linear, RowLinear, dot
@@ -113,7 +113,7 @@ class LatentAttention(nnx.Module):
         parts = list(zip(metadata.groups, *map(metadata.split, (query, rotary_query, latents)), strict=True))
         with jax.named_scope("cache_write"):  # of all groups first: a chunk may continue another
             for group, _, _, part in parts:
-                cache = cache.write(part, group)
+                cache = cache.write(part, group, page_writer(self.backend))
         outputs = [
             self._attend(group, queries, rotary_queries, part, cache, window)
             for group, queries, rotary_queries, part in parts

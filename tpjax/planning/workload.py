@@ -14,6 +14,7 @@ CacheDtype = Literal["auto", "bf16", "int8", "fp8", "float32"]
 # int4: with the bfloat16 scale of each 128 inputs of an output
 DTYPE_BYTES: dict[str, float] = {"bf16": 2, "int8": 1, "fp8": 1, "int4": 0.5 + 2 / 128, "float32": 4}
 DEFAULT_CONTEXT = 2048  # tokens
+STEP_BATCH, STEP_PROMPT_LEN = 8, 512  # sequences, tokens: of the steps that are compiled to be explained
 LONGEST_DEFAULT_PROMPT = 1024  # tokens
 
 

@@ -3,6 +3,7 @@
 
     python scripts/bench_host.py             # 64 and 256 rows, contexts of up to 131,072 tokens
     python scripts/bench_host.py --dp 4      # and how many dispatches four replicas' threads do together
+    python scripts/bench_host.py --dp 4 --processes    # and how many if each were a process
 
 The engine dispatches decode steps of a model whose compiled programs have been replaced by ones that take the
 same arguments, donate the same state, and compute nothing. What is left is the host's work. Every row holds
@@ -10,16 +11,22 @@ the pages of a full context. Medians over many dispatches, each waited for.
 
 With ``--dp`` replicas run behind the router, full, for a second at a time in turn with a single one, and the
 results of each dispatch are there ``--step-ms`` after those of the one before, as if devices took that long:
-waiting for them leaves the interpreter to the other threads, as waiting for a device does.
+waiting for them leaves the interpreter to the other threads, as waiting for a device does. With
+``--processes`` each replica is a process of its own, with a router of its own. Nothing passes between them:
+no front could have more of this machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -180,11 +187,54 @@ def replicas(dp: int, rows: int, step_ms: float, rounds: int) -> tuple[float, fl
     """Returns dispatches a second of one replica and of ``dp``, and their ratio; medians over rounds."""
     one, several = Replicas(1, rows), Replicas(dp, rows)
     pairs = [(one.rate(step_ms), several.rate(step_ms)) for _ in range(rounds)]
-    alone, together = zip(*pairs, strict=True)
-    ratio = statistics.median(b / a for a, b in pairs)
     one.router.close()
     several.router.close()
-    return statistics.median(alone), statistics.median(together), ratio
+    return medians(pairs)
+
+
+def medians(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
+    """Returns the medians of one, of the other, and of their ratios within a pair."""
+    alone, together = zip(*pairs, strict=True)
+    return statistics.median(alone), statistics.median(together), statistics.median(b / a for a, b in pairs)
+
+
+class Processes:
+    """Processes with one replica each, which measure when they are asked."""
+
+    def __init__(self, count: int) -> None:
+        words, pipe = [sys.executable, __file__, "--worker"], subprocess.PIPE
+        self._all = [subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True) for _ in range(count)]
+
+    def rates(self, count: int, rows: int, step_ms: float) -> float:
+        """Returns the dispatches a second of the first ``count`` of them together."""
+        asked = self._all[:count]
+        for one in asked:
+            assert one.stdin is not None
+            print(rows, step_ms, file=one.stdin, flush=True)
+        return sum(float(one.stdout.readline()) for one in asked if one.stdout is not None)
+
+    def compare(self, rows: int, step_ms: float, rounds: int) -> tuple[float, float, float]:
+        """Does what :func:`replicas` does."""
+        self.rates(len(self._all), rows, step_ms)  # compiles
+        pairs = [
+            (self.rates(1, rows, step_ms), self.rates(len(self._all), rows, step_ms)) for _ in range(rounds)
+        ]
+        return medians(pairs)
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for one in self._all:
+            one.communicate()
+
+
+def work() -> None:
+    """Measures one replica for each line of stdin: rows, and milliseconds of a step."""
+    held: dict[str, Replicas] = {}
+    for line in sys.stdin:
+        rows, step_ms = line.split()
+        if rows not in held:
+            held[rows] = Replicas(1, int(rows))
+        print(held[rows].rate(float(step_ms), seconds=1.0), flush=True)
 
 
 def main() -> None:
@@ -197,15 +247,27 @@ def main() -> None:
     parser.add_argument(
         "--step-ms", type=float, nargs="+", default=[0, 1, 2, 4, 8, 16], metavar="T", help="of a device"
     )
+    parser.add_argument("--processes", action="store_true", help="with --dp: N processes in place of threads")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    tpjax.fake_devices(arguments.dp or 1)
+    if arguments.worker:
+        return work()
     if arguments.dp:
+        compare, apart = partial(replicas, arguments.dp), None
+        if arguments.processes:
+            apart = Processes(arguments.dp)
+            compare = apart.compare
+        else:
+            tpjax.fake_devices(arguments.dp)
         rounds = 5 if arguments.rounds == 300 else arguments.rounds
-        print(f"dispatches a second of one replica and of {arguments.dp}; goal at dp=4: {GOAL}")
+        cores = f"{os.cpu_count()} cores"
+        print(f"dispatches a second of one replica and of {arguments.dp}, {cores}; goal at dp=4: {GOAL}")
         for rows in arguments.rows:
             for step_ms in arguments.step_ms:
-                one, several, ratio = replicas(arguments.dp, rows, step_ms, rounds)
+                one, several, ratio = compare(rows, step_ms, rounds)
                 print(f"{rows:4} rows, {step_ms:4g} ms{one:9.0f}{several:9.0f}{ratio:7.2f} times", flush=True)
+        if apart is not None:
+            apart.close()
         return
     print(f"decode rows with {CONTEXT // 128} pages each, ms a dispatch: median, least, most")
     for rows in arguments.rows:

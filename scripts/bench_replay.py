@@ -93,13 +93,10 @@ def measure(rows: int, count: int, grammars: bool) -> tuple[list[float], list[fl
             for step in steps(rows, count, grammars):
                 start = time.perf_counter()
                 for number in (1, 0):  # as the runner does: the masks at once, then the decode step
-                    bodies = [
-                        [number.to_bytes(4, "little"), *encoders[number].encode(arguments)]
-                        for kind, arguments in step
-                        if kind == number
-                    ]
-                    connection.send_several(Kind.DISPATCH, bodies)
-                    sent += sum(len(part) for parts in bodies for part in parts)
+                    if calls := [arguments for kind, arguments in step if kind == number]:
+                        body = [number.to_bytes(4, "little"), *encoders[number].encode(calls)]
+                        connection.send(Kind.DISPATCH, body)
+                        sent += sum(map(len, body))
                 own.append((time.perf_counter() - start) * 1e3)
                 connection.receive()
                 both.append((time.perf_counter() - start) * 1e3)

@@ -78,19 +78,12 @@ class Connection:
         Raises:
             OSError: the other end is gone.
         """
-        self.send_several(kind, [parts])
-
-    def send_several(self, kind: Kind, bodies: Sequence[Sequence[Buffer]]) -> None:
-        """Sends frames of a kind at once: to wake the other end for each would take longer."""
-        views = []
-        for parts in bodies:
-            body = [memoryview(part).cast("B") for part in parts if len(part)]
-            size = sum(map(len, body))
-            if size > MAX_FRAME_BYTES:
-                raise DistributedError(f"a message of {size} bytes is over {MAX_FRAME_BYTES}")
-            views += [memoryview(_HEAD.pack(kind, size)), *body]
+        body = [memoryview(part).cast("B") for part in parts if len(part)]
+        size = sum(map(len, body))
+        if size > MAX_FRAME_BYTES:
+            raise DistributedError(f"a message of {size} bytes is over {MAX_FRAME_BYTES}")
         with self._lock:
-            self._send_all(views)
+            self._send_all([memoryview(_HEAD.pack(kind, size)), *body])
 
     def _send_all(self, views: list[memoryview]) -> None:
         while views:

@@ -80,16 +80,21 @@ class Follower:
         decisions: dict[str, Any] = from_json(frame.body)
         return decisions
 
-    def follow(self, runner: Runner) -> None:
-        """Replays dispatches until process 0 has no more.
+    def follow(self, runner: Runner | None) -> None:
+        """Replays dispatches until process 0 has no more; a second call returns at once.
 
         If one fails, or process 0 is lost, this process ends at once, with a message.
+
+        Args:
+            runner: runs them; ``None``: there will be none.
         """
+        if self._finished.is_set():
+            return
         self._runner = runner
         self._loaded.set()
         try:
             while (frame := self._dispatches.get()).kind != Kind.STOP:
-                self._replay(runner, frame)
+                self._replay(frame)
         except Exception as error:
             log.exception("a dispatch failed")
             self.fail(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
@@ -118,14 +123,17 @@ class Follower:
         """Asks process 0 to finish what runs and to end all processes."""
         self._connection.send(Kind.DRAIN)
 
-    def _replay(self, runner: Runner, frame: Frame) -> None:
+    def _replay(self, frame: Frame) -> None:
+        runner = self._runner
+        assert runner is not None
         match frame.kind:
             case Kind.DISPATCH:
                 number = int.from_bytes(frame.body[:4], "little")
                 spec = self._specs[number]
                 if (decoder := self._decoders.get(number)) is None:
                     decoder = self._decoders[number] = Decoder(runner.programs.program(spec).arguments)
-                runner.dispatch(spec, *decoder.decode(frame.body[4:]))
+                for arguments in decoder.decode(frame.body[4:]):
+                    runner.dispatch(spec, *arguments)
             case Kind.ALLOCATE:
                 _ = runner.state
             case Kind.RESET:

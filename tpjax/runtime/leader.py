@@ -21,7 +21,7 @@ from typing import Any
 
 from tpjax.distributed import START_TIMEOUT_S, coordinator_host, num_processes, publish
 from tpjax.errors import DistributedError
-from tpjax.runtime.channel import SECRET_BYTES, Connection, Frame, Kind, accept, listen
+from tpjax.runtime.channel import SECRET_BYTES, Buffer, Connection, Frame, Kind, accept, listen
 from tpjax.runtime.processes import (
     EXIT_LOST,
     SILENCE_S,
@@ -157,7 +157,7 @@ class Leader:
         if (encoder := self._encoders.get(spec)) is None:
             encoder = self._encoders[spec] = Encoder()
         number = self._specs[spec].to_bytes(4, "little")
-        self._send(Kind.DISPATCH, *([number, *encoder.encode(arguments)] for arguments in calls))
+        self._send(Kind.DISPATCH, [number, *encoder.encode(calls)])
 
     def allocate(self) -> None:
         """Lets the followers allocate the device state; the caller then does so here."""
@@ -245,11 +245,11 @@ class Leader:
         if not self._closing:
             self.on_drain()
 
-    def _send(self, kind: Kind, *bodies: Sequence[Any]) -> None:
+    def _send(self, kind: Kind, body: Sequence[Buffer] = ()) -> None:
         with self._order:  # all followers get all frames in one order
             for follower in self._followers:
                 try:
-                    follower.connection.send_several(kind, bodies or [()])
+                    follower.connection.send(kind, body)
                 except OSError as error:
                     if not self._closing:
                         self._lose(f"process {follower.process} was lost: {error.strerror or error}")

@@ -33,6 +33,10 @@ from tpjax.planning import measure
 ROOT = Path(app.__file__).parents[2]
 PROMPT = "the quick brown fox"
 
+ALONE = (  # the only one of its processes
+    "--distributed --coordinator 127.0.0.1:{port} --num-processes 1 --process-id 0 --start-timeout-s 60"
+)
+
 # name -> words after `tpjax`; {model}, {tmp} and so on are filled in. Together they use every option there
 # is: test_every_option_is_tried says which one is missing.
 COMMANDS = {
@@ -42,7 +46,7 @@ COMMANDS = {
         "--max-tokens 12 --min-tokens 2 --temperature 0.8 --top-k 40 --top-p 0.95 --min-p 0.001 --seed 7 "
         "--stop zebra --stop quagga --stop-token-ids 3 --ignore-eos --repetition-penalty 1.1 "
         "--presence-penalty 0.2 --frequency-penalty 0.1 --logit-bias 7:1.5 9:-2 --generation-config none "
-        "--distributed --coordinator 127.0.0.1:{port} --num-processes 1 --process-id 0 --start-timeout-s 60"
+        + ALONE
     ),
     "generate json": (
         "generate --prompts {prompts} --model {model} --json --logprobs 2 --temperature 0 --max-tokens 4 "
@@ -61,15 +65,14 @@ COMMANDS = {
         "--system brief --max-tokens 6 --min-tokens 1 --temperature 0 --top-k 5 --top-p 0.9 --min-p 0.01 "
         "--seed 3 --stop zebra --stop-token-ids 3 --ignore-eos --repetition-penalty 1.1 "
         "--presence-penalty 0.1 --frequency-penalty 0.1 --logit-bias 7:1 --logprobs 1 "
-        "--generation-config auto"
+        "--generation-config auto " + ALONE
     ),
     "serve": (
         "serve --model {model} --tp 2 --dp 2 --dtype float32 --max-model-len 64 --expert-parallel auto "
         "--attention xla --quantize int8 "
         "--host 127.0.0.1 --port 0 --served-model-name tiny --max-slots 2 --max-num-batched-tokens 256 "
         "--max-queue 64 --api-key first --api-key-file {keys} --protect-metrics "
-        "--allow-origin http://localhost:3000 --max-body-mib 1 --drain-s 5 --generation-config none "
-        "--distributed --coordinator 127.0.0.1:{port} --num-processes 1 --process-id 0 --start-timeout-s 60"
+        "--allow-origin http://localhost:3000 --max-body-mib 1 --drain-s 5 --generation-config none " + ALONE
     ),
     "bench serve": (
         "bench serve --base-url {url} --model tiny --num-prompts 3 --input-len 5 --output-len 4 "
@@ -82,9 +85,9 @@ COMMANDS = {
     "batch": (
         "batch --model {model} --input {requests} --output {tmp}/answers.jsonl --max-slots 2 --tp 2 --dp 2 "
         "--max-num-batched-tokens 256 --generation-config auto "
-        "--dtype float32 --max-model-len 64 --expert-parallel off --attention xla --quantize int8"
+        "--dtype float32 --max-model-len 64 --expert-parallel off --attention xla --quantize int8 " + ALONE
     ),
-    "bench": "bench {model} --tp 1 --dp 2 --context 40 --prompt-len 20 --rounds 1 --json",
+    "bench": "bench {model} --tp 1 --dp 2 --context 40 --prompt-len 20 --rounds 1 --json " + ALONE,
     "bench table": "bench --model {model} --tp 2 --context 40 --rounds 1",
     "plan": (
         "plan --model mixtral-8x7b --hardware mine:4 --hardware-file {chips} --tp 4 --batch 8 --context 512 "
@@ -98,11 +101,11 @@ COMMANDS = {
     "plan measure": "plan {model} --measure --rounds 1 --tp 2 --context 64",
     "explain": (
         "explain --model {model} --tp 3 --dp 2 --dtype bfloat16 --max-model-len 64 --expert-parallel off "
-        "--attention reference --plot {tmp}/shards.png --json"
+        "--attention reference --plot {tmp}/shards.png --json " + ALONE
     ),
     "explain config": "explain --config {model}/config.json --tp 2 --quantize int8",
     "explain topology": "explain llama-3-8b --topology v5e:99x99 --context 64",
-    "convert": "convert --model {model} {tmp}/orbax --dtype bfloat16",
+    "convert": "convert --model {model} {tmp}/orbax --dtype bfloat16 " + ALONE,
     "pull": "pull --model smollm2-135m --verify",
     "models": "models --json",
     "doctor": "doctor --json",

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import numpy as np
 import openai
 import pytest
 from conftest import COMPILE_FAST
@@ -63,9 +63,11 @@ def processes(
     environments: Sequence[dict[str, str]] = (),
     *,
     python: bool = True,
+    typed: str = "",
 ) -> Iterator[list[Process]]:
-    """Starts a process for each list of arguments; kills those that are left."""
+    """Starts a process for each list of arguments, all with the same stdin; kills those that are left."""
     started = []
+    (tmp_path / "typed").write_text(typed)
     kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
     kept |= {"PYTHONPATH": str(ROOT), "XLA_FLAGS": " ".join(COMPILE_FAST), "JAX_PLATFORMS": "cpu"}
     kept |= {"TPJAX_CACHE": str(tmp_path / "cache")}
@@ -73,10 +75,11 @@ def processes(
         for number, arguments in enumerate(words):
             out, err = tmp_path / f"{number}.out", tmp_path / f"{number}.err"
             own = environments[number] if environments else {}
-            with open(out, "wb") as to, open(err, "wb") as errors:
+            with open(out, "wb") as to, open(err, "wb") as errors, open(tmp_path / "typed", "rb") as stdin:
                 one = subprocess.Popen(
                     [sys.executable, *arguments] if python else arguments,
                     env=kept | own,
+                    stdin=stdin,
                     stdout=to,
                     stderr=errors,
                     cwd=tmp_path,
@@ -89,12 +92,34 @@ def processes(
             each.popen.wait()
 
 
+# counts what is read of a checkpoint, and says so at the end
+COUNTING = """
+import sys
+from tpjax.checkpoints.safetensors import SafetensorsCheckpoint
+read, reads = SafetensorsCheckpoint.read, []
+def reading(*arguments):
+    array = read(*arguments)
+    reads.append(array.nbytes)
+    return array
+SafetensorsCheckpoint.read = reading
+"""
+COMMAND = (
+    COUNTING
+    + """
+from tpjax.cli.app import main
+status = main()
+print(f"read {sum(reads)} bytes", file=sys.stderr)
+sys.exit(status)
+"""
+)
+
+
 def commands(subcommand: Sequence[str], count: int, own: Sequence[Sequence[str]] = ()) -> list[list[str]]:
     """The same command for each process, but for its number, and its own arguments."""
     port = free_port()
     return [
         [
-            *("-m", "tpjax", *subcommand, "--coordinator", f"127.0.0.1:{port}"),
+            *("-c", COMMAND, *subcommand, "--coordinator", f"127.0.0.1:{port}"),
             *("--num-processes", str(count), "--process-id", str(number)),
             *(own[number] if own else ()),
         ]
@@ -112,18 +137,12 @@ def alone(directory: Path) -> LLM:
     return load_tiny(directory, tp=1)
 
 
-SCRIPT = """
-import json, sys
-import numpy as np
+SCRIPT = (
+    COUNTING
+    + """
+import json
 import tpjax
-from tpjax.checkpoints.safetensors import SafetensorsCheckpoint
 number, count, port, directory, prompts, params = sys.argv[1:]
-read, reads = SafetensorsCheckpoint.read, []
-def reading(*arguments):
-    array = read(*arguments)
-    reads.append(array.nbytes)
-    return array
-SafetensorsCheckpoint.read = reading
 tpjax.initialize_distributed(f"127.0.0.1:{port}", int(count), int(number))
 tpjax.fake_devices(2)
 llm = tpjax.LLM(directory, max_model_len=1024, max_slots=4)
@@ -150,6 +169,7 @@ else:
     except tpjax.TpjaxError as error:
         print(error, file=sys.stderr)
 """
+)
 
 
 def params(one: SamplingParams) -> dict[str, Any]:
@@ -195,6 +215,102 @@ def test_generate_prints_the_text_of_one_process_and_nothing_else(
     assert started[1].out.read_text() == ""
 
 
+FAKED = {"XLA_FLAGS": " ".join((*COMPILE_FAST, "--xla_force_host_platform_device_count=2")), "NPROC": "4"}
+
+
+@pytest.mark.slow
+def test_explain_reports_what_one_process_does(directory: Path, tmp_path: Path) -> None:
+    from tpjax.inspect.explain import explain_model
+
+    words = ["explain", str(directory), "--tp", "4", "--max-model-len", "64", "--json"]
+    with processes(tmp_path, commands(words, 2)) as started:
+        assert [one.ended(3 * WAIT_S) for one in started] == [0, 0], started[0].err.read_text()
+        assert started[1].out.read_text() == ""
+        assert started[1].until(r"read (\d+) bytes")[1] == "0"
+    found, alone = json.loads(started[0].out.read_text()), explain_model(str(directory), 4, max_model_len=64)
+    wanted = json.loads(json.dumps(alone.to_dict()))
+    assert found["tensors"] == wanted["tensors"] and found["cache"] == wanted["cache"]
+    for one, other in zip(found["steps"], wanted["steps"], strict=True):
+        assert (one["collectives"], one["argument_bytes"]) == (other["collectives"], other["argument_bytes"])
+
+
+@pytest.mark.slow
+def test_convert_writes_what_one_process_does_and_reads_its_own_part(directory: Path, tmp_path: Path) -> None:
+    from tpjax.checkpoints.convert import convert
+    from tpjax.checkpoints.orbax import OrbaxCheckpoint, check_files
+
+    convert(directory, tmp_path / "alone")
+    words = commands(["convert", str(directory), str(tmp_path / "both")], 2)
+    with processes(tmp_path, words, [FAKED, FAKED]) as started:
+        assert [one.ended(3 * WAIT_S) for one in started] == [0, 0], started[0].err.read_text()
+        stored = (directory / "model.safetensors").stat().st_size
+        assert all(0 < int(one.until(r"read (\d+) bytes")[1]) < 0.6 * stored for one in started)
+    assert [one.out.read_text() for one in started] == [f"{tmp_path / 'both'}\n", ""]
+    check_files(tmp_path / "both")
+    found, wanted = OrbaxCheckpoint(tmp_path / "both"), OrbaxCheckpoint(tmp_path / "alone")
+    assert found.tensors == wanted.tensors
+    for name in wanted.tensors:
+        np.testing.assert_array_equal(found.read(name), wanted.read(name))
+    files = ({one.name for one in (tmp_path / place).iterdir()} for place in ("alone", "both"))
+    assert next(files) == next(files)
+
+
+@pytest.mark.slow
+def test_convert_ends_all_where_process_0_fails(directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    words = commands(["convert", str(directory), str(tmp_path / "there")], 2)
+    with processes(tmp_path, words) as started:
+        assert all(one.ended() for one in started)
+    assert all("exists: name a directory that does not" in one.err.read_text() for one in started)
+
+
+@pytest.mark.slow
+def test_bench_measures_the_mesh_of_all(directory: Path, tmp_path: Path) -> None:
+    words = ["bench", str(directory), "--tp", "2", "--context", "40", "--rounds", "1", "--json"]
+    with processes(tmp_path, commands(words, 2)) as started:
+        assert [one.ended(4 * WAIT_S) for one in started] == [0, 0], started[0].err.read_text()
+    assert "measuring the machines of 2 processes at tp=2" in started[0].err.read_text()
+    found = json.loads(started[0].out.read_text())
+    assert (found["tp"], found["dp"]) == (2, 1) and started[1].out.read_text() == ""
+    for step in ("decode", "prefill"):
+        assert found[step]["measured_ms"] > 0 and found[step]["predicted_ms"] > 0
+
+
+@pytest.mark.slow
+def test_bench_is_refused_where_rounds_differ(directory: Path, tmp_path: Path) -> None:
+    """Process 1 would otherwise wait for a collective that never comes."""
+    words = ["bench", str(directory), "--tp", "2", "--context", "40"]
+    own = (("--rounds", "1"), ("--rounds", "2"))
+    with processes(tmp_path, commands(words, 2, own)) as started:
+        assert all(one.ended() for one in started)
+    why = "process 1 is refused: rounds is 2 in process 1 and 1 in process 0"
+    assert all(why in one.err.read_text() for one in started)
+
+
+@pytest.mark.slow
+def test_batch_answers_in_process_0(directory: Path, alone: LLM, tmp_path: Path) -> None:
+    """A second time there is nothing to do, and nobody waits."""
+    body = {"prompt": PROMPTS[0], "max_tokens": 5, "temperature": 0}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    (tmp_path / "requests.jsonl").write_text(json.dumps(line) + "\n")
+    words = ["batch", str(directory), "--tp", "2", "--input", "requests.jsonl", "--output", "answers.jsonl"]
+    for _ in range(2):
+        with processes(tmp_path, commands(words, 2)) as started:
+            assert [one.ended(3 * WAIT_S) for one in started] == [0, 0], started[0].err.read_text()
+    (answer,) = map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines())
+    wanted = alone.generate(PROMPTS[0], max_tokens=5, temperature=0)[0].text
+    assert answer["response"]["body"]["choices"][0]["text"] == wanted
+
+
+@pytest.mark.slow
+def test_chat_answers_in_process_0(directory: Path, alone: LLM, tmp_path: Path) -> None:
+    words = ["chat", str(directory), "--tp", "2", "--max-tokens", "6", "--temperature", "0"]
+    with processes(tmp_path, commands(words, 2), typed="hi\n/exit\n") as started:
+        assert [one.ended(3 * WAIT_S) for one in started] == [0, 0], started[0].err.read_text()
+    (wanted,) = alone.chat([{"role": "user", "content": "hi"}], max_tokens=6, temperature=0)
+    assert wanted.text in started[0].out.read_text() and started[1].out.read_text() == ""
+
+
 @dataclass
 class Served:
     """A server over two processes."""
@@ -205,13 +321,13 @@ class Served:
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=3 * WAIT_S)
 
-    def begin_stream(self) -> tuple[threading.Thread, list[str]]:
-        """A long stream that has begun, and the lines that come."""
+    def begin_stream(self, tokens: int = 1000) -> tuple[threading.Thread, list[str]]:
+        """A stream that has begun, and the lines that come."""
         lines: list[str] = []
         begun = threading.Event()
 
         def read() -> None:
-            body = {"prompt": [7, 8, 9], "max_tokens": 1000, "ignore_eos": True, "stream": True}
+            body = {"prompt": [7, 8, 9], "max_tokens": tokens, "ignore_eos": True, "stream": True}
             with (
                 httpx.Client(timeout=3 * WAIT_S) as client,
                 client.stream("POST", f"{self.url}/v1/completions", json=body) as response,
@@ -227,28 +343,20 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(directory: Path, tmp_path: Path) -> Iterator[Served]:
-    words = [
-        "serve",
-        str(directory),
-        "--tp",
-        "2",
-        "--port",
-        "0",
-        "--max-slots",
-        "4",
-        "--max-model-len",
-        "1024",
-    ]
-    with processes(tmp_path, commands([*words, "--drain-s", "20"], 2)) as started:
+def served(directory: Path, tmp_path: Path, count: int = 2) -> Iterator[Served]:
+    words = ["serve", str(directory), "--tp", str(count), "--port", "0", "--drain-s", "20"]
+    words += ["--max-slots", "4", "--max-model-len", "1024"]
+    with processes(tmp_path, commands(words, count)) as started:
         url = started[0].until(r"is ready at (http://[^ \n]+)", 4 * WAIT_S)[1]
         yield Served(url, started)
 
 
 @pytest.mark.slow
-def test_a_server_answers_16_clients_and_ends_at_a_followers_sigterm(
-    directory: Path, alone: LLM, tmp_path: Path
+@pytest.mark.parametrize(("ending", "ended"), [(signal.SIGTERM, (1,)), (signal.SIGINT, (0, 1))])
+def test_a_server_answers_16_clients_and_drains_at_a_signal(
+    ending: signal.Signals, ended: Sequence[int], directory: Path, alone: LLM, tmp_path: Path
 ) -> None:
+    """To one follower alone, as a cluster ends a pod, or to all, as Ctrl-C does."""
     prompts = [f"{words} {number}" for number in range(4) for words in PROMPTS]
     wanted = alone.generate(prompts, GREEDY)
     with served(directory, tmp_path) as server, server.client() as client:
@@ -263,8 +371,12 @@ def test_a_server_answers_16_clients_and_ends_at_a_followers_sigterm(
         with ThreadPoolExecutor(16) as pool:
             texts = list(pool.map(ask, prompts))
         assert texts == [one.text for one in wanted]
-        server.started[1].popen.send_signal(signal.SIGTERM)
+        thread, lines = server.begin_stream(tokens=100)
+        for number in ended:
+            server.started[number].popen.send_signal(ending)
+        thread.join(WAIT_S)
         assert [one.ended() for one in server.started] == [0, 0], server.started[0].err.read_text()
+        assert [line for line in lines if line][-1] == "data: [DONE]"  # it ran to its end
 
 
 @pytest.mark.slow
@@ -272,7 +384,7 @@ def test_a_server_answers_16_clients_and_ends_at_a_followers_sigterm(
 def test_a_follower_that_dies_or_hangs_ends_all_with_an_error(
     fault: signal.Signals, directory: Path, tmp_path: Path
 ) -> None:
-    with served(directory, tmp_path) as server:
+    with served(directory, tmp_path, 3) as server:
         thread, lines = server.begin_stream()
         follower = server.started[1].popen
         follower.send_signal(fault)
@@ -284,7 +396,7 @@ def test_a_follower_that_dies_or_hangs_ends_all_with_an_error(
                 health = answer if answer.status_code != 200 else health
             time.sleep(0.1)
         thread.join(LIMIT_S)
-        assert server.started[0].ended() not in (0, None)
+        assert 0 not in (server.started[0].ended(), server.started[2].ended())
         assert time.monotonic() - start < LIMIT_S
         assert health is not None and "process 1 was lost" in health.text
         errors = [line for line in lines if '"error"' in line]
@@ -313,25 +425,24 @@ def test_a_process_that_differs_is_refused_by_name(directory: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_another_checkpoint_is_refused(directory: Path, tmp_path: Path) -> None:
+def test_another_model_checkpoint_and_version_are_refused(directory: Path, tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
-    (tmp_path / directory.name).mkdir()
-    other = tiny_checkpoint(tmp_path / directory.name)
+    (tmp_path / "other").mkdir()
+    other = tiny_checkpoint(tmp_path / "other")
     weights = load_file(other / "model.safetensors")
     weights["lm_head.weight"][-1, -1] += 1
     save_file(weights, other / "model.safetensors")
-    port = free_port()
-    words = [
-        [
-            *("-m", "tpjax", "generate", "fox", str(path), "--tp", "2", "--max-tokens", "1"),
-            *("--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id", str(number)),
-        ]
-        for number, path in enumerate((directory, other))
-    ]
-    with processes(tmp_path, words) as started:
-        assert all(one.ended() for one in started)
-    assert "process 1 is refused: checkpoint is '" in started[0].err.read_text()
+    one, two = commands(["generate", "fox", "--model", "MODEL", "--tp", "2", "--max-tokens", "1"], 2)
+    one[one.index("MODEL")], two[two.index("MODEL")] = str(directory), str(other)
+    two[1] = "import tpjax._version; tpjax._version.__version__ = '9'\n" + two[1]
+    with processes(tmp_path, [one, two]) as started:
+        assert all(process.ended() for process in started)
+    for process in started:
+        said = process.err.read_text()
+        assert "process 1 is refused: version is '9' in process 1 and '" in said
+        assert f"; model is 'other' in process 1 and '{directory.name}' in process 0; " in said
+        assert re.search("; checkpoint is '[0-9a-f]{64}' in process 1 and '[0-9a-f]{64}' in process 0", said)
 
 
 @pytest.mark.slow
@@ -354,25 +465,6 @@ def test_late_processes_are_waited_for_no_longer_than_the_limit(directory: Path,
     with processes(tmp_path, words[:1]) as (only,):
         assert only.ended() == 2
     assert "all 2 processes were not at 127.0.0.1:" in only.err.read_text()
-
-
-@pytest.mark.slow
-def test_slurm_s_environment_is_enough(directory: Path, alone: LLM, tmp_path: Path) -> None:
-    """``--distributed`` and no address: detection is JAX's own."""
-    slurm = {
-        "SLURM_JOB_ID": str(os.getpid()),  # decides the coordinator's port
-        "SLURM_STEP_NODELIST": "localhost,other",
-        "SLURM_NTASKS": "2",
-        "SLURM_STEP_NUM_NODES": "1",
-    }
-    tasks = [slurm | {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)} for number in range(2)]
-    words = ["-m", "tpjax", "generate", PROMPTS[0], str(directory), "--tp", "2", "--temperature", "0"]
-    words += ["--max-tokens", "4", "--ignore-eos", "--distributed"]
-    with processes(tmp_path, [words, words], tasks) as started:
-        assert [one.ended(3 * WAIT_S) for one in started] == [0, 0], started[0].err.read_text()
-    assert (
-        started[0].out.read_text() == alone.generate(PROMPTS[0], temperature=0, max_tokens=4)[0].text + "\n"
-    )
 
 
 @pytest.mark.slow
@@ -406,18 +498,14 @@ def test_processes_in_time_wait_for_one_that_is_late_to_load(directory: Path, tm
     assert "process 0 waits for process 2 to begin to load the model" in started[0].err.read_text()
 
 
-LAUNCH = sorted((ROOT / "scripts" / "launch").glob("*.sh"))
+BESIDE_PYTHON = {"PATH": os.pathsep.join((os.fspath(Path(sys.executable).parent), os.environ["PATH"]))}
 
 
-@pytest.mark.parametrize("script", LAUNCH, ids=[script.name for script in LAUNCH])
-def test_recipes_are_sound_and_say_what_they_need(script: Path) -> None:
-    """Without arguments each prints its usage; shellcheck, of the test extra, finds nothing."""
-    done = subprocess.run([script], capture_output=True, text=True, timeout=WAIT_S)
-    assert done.returncode == 2 and done.stderr.startswith("usage: ") and "MODEL" in done.stderr
-    shellcheck = shutil.which("shellcheck", path=os.fspath(Path(sys.executable).parent))
-    if shellcheck is not None:
-        checked = subprocess.run([shellcheck, script], capture_output=True, text=True, timeout=WAIT_S)
-        assert checked.stdout == ""
+def kill_a_child(process: Process) -> None:
+    """Kills one of the processes that a recipe has started."""
+    words = ["pgrep", "-P", str(process.popen.pid)]
+    children = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
 
 
 @pytest.mark.slow
@@ -429,14 +517,59 @@ def test_the_recipe_by_hand_serves_starts_again_and_ends(directory: Path, tmp_pa
         [script, coordinator, "2", str(number), str(directory), "--tp", "2", "--port", "0"]
         for number in range(2)
     ]
-    path = {"PATH": os.pathsep.join((os.fspath(Path(sys.executable).parent), os.environ["PATH"]))}
-    with processes(tmp_path, words, [path, path], python=False) as started:
+    with processes(tmp_path, words, [BESIDE_PYTHON] * 2, python=False) as started:
         started[0].until(ready, 4 * WAIT_S)
-        children = subprocess.run(
-            ["pgrep", "-P", str(started[1].popen.pid)], capture_output=True, text=True, check=True
-        ).stdout.split()
-        os.kill(int(children[0]), signal.SIGKILL)
+        kill_a_child(started[1])
         started[0].until(rf"starts again(.|\n)*{ready}", 4 * WAIT_S)
         started[1].popen.send_signal(signal.SIGTERM)
         started[0].popen.send_signal(signal.SIGTERM)
         assert [one.ended(2 * WAIT_S) for one in started] == [0, 0], started[0].err.read_text()
+
+
+# srun of two tasks on one node: it makes SLURM's environment, and ends with the highest status of a task
+SRUN = """#!/bin/bash
+while [[ $1 == -* ]]; do shift; done
+export SLURM_STEP_NODELIST=localhost,other SLURM_NTASKS=2 SLURM_STEP_NUM_NODES=1
+trap 'kill -TERM "${tasks[@]}"' TERM
+for task in 0 1; do
+    SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
+    tasks[task]=$!
+done
+echo "${tasks[@]}" >"$SRUN_TASKS"
+highest=0
+for task in "${tasks[@]}"; do
+    while wait "$task"; status=$?; kill -0 "$task" 2>/dev/null; do :; done
+    (( status > highest )) && highest=$status
+done
+exit "$highest"
+"""
+
+
+@pytest.mark.slow
+def test_the_recipe_for_slurm_serves_starts_again_and_ends(
+    directory: Path, alone: LLM, tmp_path: Path
+) -> None:
+    """``--distributed`` and no address: detection is JAX's own, in the environment that srun makes."""
+    (tmp_path / "bin").mkdir()
+    srun, tasks = tmp_path / "bin" / "srun", tmp_path / "tasks"
+    srun.write_text(SRUN)
+    srun.chmod(0o755)
+    slurm = {
+        "SLURM_JOB_ID": str(os.getpid()),  # decides the coordinator's port
+        "SRUN_TASKS": str(tasks),
+        "PATH": os.pathsep.join((str(tmp_path / "bin"), BESIDE_PYTHON["PATH"])),
+    }
+    script, ready = os.fspath(ROOT / "scripts" / "launch" / "slurm.sh"), r"is ready at http://0.0.0.0:(\d+)"
+    words = [script, str(directory), "--tp", "2", "--port", "0", "--served-model-name", "tiny"]
+    with processes(tmp_path, [words], [slurm], python=False) as (job,):
+        job.until(ready, 4 * WAIT_S)
+        os.kill(int(tasks.read_text().split()[1]), signal.SIGKILL)
+        again = job.until(rf"starts again(?:.|\n)*{ready}", 4 * WAIT_S)
+        body = {"model": "tiny", "prompt": PROMPTS[0], "max_tokens": 4, "temperature": 0}
+        url = f"http://127.0.0.1:{again[1]}/v1/completions"
+        answer = httpx.post(url, json=body, timeout=2 * WAIT_S).json()
+        wanted = alone.generate(PROMPTS[0], temperature=0, max_tokens=4)[0].text
+        assert answer["choices"][0]["text"] == wanted
+        for task in tasks.read_text().split():  # as SLURM signals a step
+            os.kill(int(task), signal.SIGTERM)
+        assert job.ended(2 * WAIT_S) == 0, job.err.read_text()

@@ -6,6 +6,7 @@ through which they find each other. What they run together is :mod:`tpjax.runtim
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -19,6 +20,7 @@ START_TIMEOUT_S = 300.0
 _FAILURES = "tpjax/failed/"
 _POLL_S = 0.5
 _joining = threading.Event()
+_barriers = itertools.count()
 _NOTE_EVERY_S = 10.0
 _OURS_FIRST_S = 60  # after its own time limit JAX aborts with a stack trace: ours comes earlier
 
@@ -137,6 +139,21 @@ def stored(name: str) -> bytes | None:
         return bytes(_state().client.key_value_try_get_bytes(name))
     except JaxRuntimeError:
         return None
+
+
+def barrier(timeout_s: float = START_TIMEOUT_S) -> None:
+    """Waits until all processes have come here; all call it equally often.
+
+    Raises:
+        DistributedError: one has not come in time, or is lost.
+    """
+    from jax.errors import JaxRuntimeError
+
+    name = f"tpjax/barrier/{next(_barriers)}"
+    try:
+        _state().client.wait_at_barrier(name, timeout_in_ms=int(1000 * timeout_s))
+    except JaxRuntimeError as error:
+        raise DistributedError(f"the other processes did not come: {str(error).splitlines()[0]}") from error
 
 
 def _state() -> Any:

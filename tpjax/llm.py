@@ -276,8 +276,7 @@ class LLM:
 
         If process 0 is lost, this process ends with exit status 1.
         """
-        if self.role.follower is not None:
-            self.role.follower.follow(self.runner)
+        self.role.follow(self.runner)
 
     def __enter__(self) -> Self:
         return self

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,7 +27,11 @@ from tpjax.checkpoints.config_file import CONFIG_FILE
 from tpjax.checkpoints.hub import cache_dir
 from tpjax.checkpoints.source import TensorInfo, lookup, to_box
 from tpjax.config import ModelConfig
+from tpjax.distributed import process_id
 from tpjax.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import jax
 
 WEIGHTS, VOCABULARY = "weights", "tokenizer.gguf"
 # Small enough that a device's slice is read without its neighbours', large enough for few seeks.
@@ -167,7 +171,7 @@ def new_directory(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target):
             _check_absent(target)
-            partial = target.with_name(f".{target.name}.partial")
+            partial = partial_of(target)
             shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
             try:
                 partial.mkdir()
@@ -177,6 +181,11 @@ def new_directory(target: Path) -> Iterator[Path]:
                 _remove(partial)
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+def partial_of(target: Path) -> Path:
+    """Returns the folder that :func:`new_directory` yields."""
+    return target.with_name(f".{target.name}.partial")
 
 
 def _remove(partial: Path) -> None:
@@ -212,17 +221,19 @@ def _locked(target: Path) -> Iterator[None]:
         lock.release()
 
 
-def write(directory: Path, config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> None:
+def write(directory: Path, config: ModelConfig, tensors: Mapping[str, np.ndarray | jax.Array]) -> None:
     """Writes architecture and weights into an existing directory.
 
     Args:
         directory: the directory.
         config: the architecture.
-        tensors: by canonical name, in canonical shape.
+        tensors: by canonical name, in canonical shape. Several processes call this with the same sharded
+            arrays, and each writes its own shards.
     """
     import orbax.checkpoint as ocp
 
-    config_file.write_config(directory, config)
+    if not process_id():
+        config_file.write_config(directory, config)
     chunks = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in tensors}
     with _write_errors(directory), ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save((directory / WEIGHTS).absolute(), dict(tensors), save_args=chunks)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tpjax.cli.console import check_writable, note, read_text
+from tpjax.cli.following import interrupt
 from tpjax.cli.loading import chosen_model, ensure, load
 from tpjax.cli.options import (
     GenerationConfig,
@@ -20,9 +21,11 @@ from tpjax.cli.options import (
     MaxSlots,
     Model,
     ModelOption,
+    Processes,
     Sharding,
     takes,
 )
+from tpjax.distributed import process_id
 from tpjax.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
@@ -40,7 +43,7 @@ _MOST_SLOTS = 256  # unless told
 _AHEAD = 2  # requests in flight for each slot
 
 
-@takes(sharding=Sharding)
+@takes(sharding=Sharding, processes=Processes)
 def run(
     model: Model = None,
     model_option: ModelOption = None,
@@ -56,6 +59,7 @@ def run(
     generation_config: GenerationConfig = "auto",
     *,
     sharding: Sharding,
+    processes: Processes,
 ) -> None:
     """Answer a file of OpenAI batch requests; run it again to go on where it stopped."""
     try:
@@ -64,15 +68,6 @@ def run(
     except ImportError as error:
         raise ConfigError(f"batch needs more packages ({error}): pip install 'tpjax[serve]'") from error
     name = chosen_model(model, model_option)
-    requests = read_requests(input_file)
-    answered = read_answered(output_file)
-    check_writable(output_file)
-    waiting = [request for request in requests if request["custom_id"] not in answered]
-    if waiting:
-        ensure(name, sharding.tp, sharding.dp)
-    note(f"{len(requests)} requests, {len(requests) - len(waiting)} of them answered before")
-    if not waiting:
-        return
 
     def loaded() -> LLM:
         return load(
@@ -83,8 +78,22 @@ def run(
             max_num_batched_tokens=max_num_batched_tokens,
         )
 
+    processes.join()
+    if process_id():
+        loaded()  # follows process 0, which has the files
+    requests = read_requests(input_file)
+    answered = read_answered(output_file)
+    check_writable(output_file)
+    waiting = [request for request in requests if request["custom_id"] not in answered]
+    if waiting:
+        ensure(name, sharding.tp, sharding.dp)
+    note(f"{len(requests)} requests, {len(requests) - len(waiting)} of them answered before")
+    if not waiting:
+        if processes.several:
+            loaded().close()  # the others wait for it
+        return
     ahead = _AHEAD * (max_slots or _MOST_SLOTS)  # how many there will be is known once it is loaded
-    service = Service(loaded, Path(name).name, max_queue=ahead)
+    service = Service(loaded, Path(name).name, max_queue=ahead, on_drain=interrupt)
     answers = _answer(service, create_app(service), waiting, output_file, ahead)
     try:
         failed = asyncio.run(answers)

@@ -6,7 +6,17 @@ from typing import Annotated
 
 from tpjax.cli.console import show_report
 from tpjax.cli.loading import chosen_model, load
-from tpjax.cli.options import Json, Model, ModelOption, Rounds, Sharding, option, positive_int
+from tpjax.cli.options import (
+    Json,
+    Model,
+    ModelOption,
+    Processes,
+    Rounds,
+    Sharding,
+    option,
+    positive_int,
+    takes,
+)
 from tpjax.errors import RequestError
 from tpjax.planning.workload import LONGEST_DEFAULT_PROMPT, Workload
 
@@ -17,6 +27,7 @@ EXAMPLES = """
 """
 
 
+@takes(processes=Processes)
 def run(
     model: Model = None,
     model_option: ModelOption = None,
@@ -46,6 +57,8 @@ def run(
     ] = None,
     rounds: Rounds = None,
     as_json: Json = False,
+    *,
+    processes: Processes,
 ) -> None:
     """Measure decode and prefill here, in float32, next to what plan predicts."""
     from tpjax.checkpoints import hub
@@ -56,6 +69,7 @@ def run(
     from tpjax.runtime.counts import Counts
 
     name = chosen_model(model, model_option)
+    processes.join()
     workload = Workload(dp, context, prompt_len or min(context, LONGEST_DEFAULT_PROMPT), "float32")
     # before anything is measured: a misspelt name and a context too long are reported at once
     needed, longest = step_benchmark.longest(workload), read_config(hub.resolve(name)).longest_context
@@ -64,7 +78,7 @@ def run(
             f"--context {context} and --prompt-len {workload.prompt_len} need sequences of "
             f"{needed} tokens, over the model's {longest}"
         )
-    # in a process of its own, before this one starts JAX
+    # before this process starts JAX, if it is the only one: measuring has one of its own
     hardware = measured_hardware(tp * dp, rounds=rounds)
     llm = load(name, Sharding(tp=tp, dp=dp, dtype="float32", max_model_len=needed))
     plan = make_plan(Counts(name, llm.config), hardware, tp * dp, tp, workload)

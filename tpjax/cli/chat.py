@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
+import sys
 from typing import Annotated
 
 import typer
 
-from tpjax.cli.console import note
+from tpjax.cli.console import EXIT_INTERRUPTED, note
 from tpjax.cli.loading import chosen_model, load, note_defaults
-from tpjax.cli.options import GenerationConfig, Model, ModelOption, Sampling, Sharding, takes
+from tpjax.cli.options import GenerationConfig, Model, ModelOption, Processes, Sampling, Sharding, takes
+from tpjax.distributed import process_id
 
 EXAMPLES = """
   tpjax chat smollm2-135m --tp 4
@@ -19,7 +22,7 @@ MAX_TOKENS = 1024
 TEMPERATURE = 0.7  # where neither the command line nor the model has one
 
 
-@takes(sharding=Sharding, sampling=Sampling)
+@takes(sharding=Sharding, sampling=Sampling, processes=Processes)
 def run(
     model: Model = None,
     model_option: ModelOption = None,
@@ -30,15 +33,21 @@ def run(
     *,
     sharding: Sharding,
     sampling: Sampling,
+    processes: Processes,
 ) -> None:
     """Talk with a model; Ctrl-C stops an answer, /help shows the commands."""
     from tpjax.cli.terminal import chat, check_template
 
     name = chosen_model(model, model_option)
     params = sampling.params(max_tokens=MAX_TOKENS)
+    processes.join()
+    if process_id():
+        load(name, sharding, max_slots=1, generation_config=generation_config)  # follows process 0
     check_template(name)  # before the weights are read
     llm = load(name, sharding, max_slots=1, generation_config=generation_config)
     note_defaults(llm)
+    if processes.several:  # Ctrl-C stops an answer, SIGTERM, of this process or another, all of them
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_INTERRUPTED))
     if params.temperature is None and "temperature" not in llm.sampling_defaults:
         params = dataclasses.replace(params, temperature=TEMPERATURE)
     note(f"{name} at tp={llm.mesh.size}; /help shows the commands")

@@ -10,7 +10,18 @@ import typer
 
 from tpjax.cli.console import native_output_hidden, show_report
 from tpjax.cli.loading import ensure
-from tpjax.cli.options import MODEL_HELP, Json, ModelOption, Plot, Sharding, option, positive_int, takes
+from tpjax.cli.options import (
+    MODEL_HELP,
+    Json,
+    ModelOption,
+    Plot,
+    Processes,
+    Sharding,
+    option,
+    positive_int,
+    takes,
+)
+from tpjax.distributed import process_id
 from tpjax.errors import RequestError
 from tpjax.planning.workload import DEFAULT_CONTEXT, STEP_BATCH, STEP_PROMPT_LEN
 
@@ -25,7 +36,7 @@ EXAMPLES = """
 """
 
 
-@takes(sharding=Sharding)
+@takes(sharding=Sharding, processes=Processes)
 def run(
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Or a published model's name.")
@@ -76,6 +87,7 @@ def run(
     plot: Plot = None,
     *,
     sharding: Sharding,
+    processes: Processes,
 ) -> None:
     """Show how a model is sharded, and why: specs, bytes, KV cache, memory, and each step's collectives."""
     name = model or model_option
@@ -90,6 +102,8 @@ def run(
     if topology is not None:
         if plot is not None:
             raise RequestError("--plot draws what --topology does not look at: leave one out")
+        if processes.several:
+            raise RequestError("--topology looks at no device here, thus at none of other processes either")
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is run: leave accelerators alone
         with native_output_hidden():
             from tpjax.inspect.program import explain_topology
@@ -101,10 +115,13 @@ def run(
             )
         show_report(compiled, as_json=as_json)
         return
+    processes.join()
     ensure(name, sharding.tp, sharding.dp, configuration=True)
     from tpjax.inspect.explain import explain_model
 
     report = explain_model(name, **asdict(sharding))
+    if process_id():
+        return
     if plot is not None:
         from tpjax.planning.plots import save
 

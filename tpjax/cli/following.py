@@ -21,10 +21,15 @@ if TYPE_CHECKING:
 def handle_signals() -> None:
     """Ends the subcommand at SIGTERM as at Ctrl-C: the other processes are told then."""
 
-    def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    def end(signum: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, end)
+
+
+def interrupt() -> None:
+    """Ends this process's subcommand as a signal does: another process was asked to end."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def keep_stdout() -> None:
@@ -50,7 +55,7 @@ def attend(llm: LLM) -> None:
     ends all. A second signal ends this process at once.
     """
     if llm.role.leader is not None:
-        llm.role.leader.on_drain = lambda: os.kill(os.getpid(), signal.SIGTERM)
+        llm.role.leader.on_drain = interrupt
     follower = llm.role.follower
     if follower is None:
         return

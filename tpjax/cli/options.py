@@ -340,19 +340,27 @@ class Processes:
         ),
     ] = 300.0
 
+    @property
+    def several(self) -> bool:
+        """Whether there are to be any others."""
+        return self.distributed or any(one is not None for one in self._given)
+
+    @property
+    def _given(self) -> tuple[str | None, int | None, int | None]:
+        return self.coordinator, self.num_processes, self.process_id
+
     def join(self) -> None:
         """Joins the other processes, if there are to be any; call it before JAX starts.
 
         Raises:
             TpjaxError: they cannot be joined.
         """
-        given = (self.coordinator, self.num_processes, self.process_id)
-        if not self.distributed and given == (None, None, None):
+        if not self.several:
             return
         from tpjax.cli.following import handle_signals, keep_stdout
         from tpjax.distributed import initialize_distributed
 
-        initialize_distributed(*given, timeout_s=self.start_timeout_s)
+        initialize_distributed(*self._given, timeout_s=self.start_timeout_s)
         handle_signals()
         keep_stdout()
 

@@ -7,6 +7,8 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tpjax.attention import KernelShape, choose_backend
+from tpjax.attention import Backend, KernelShape, choose_backend
 from tpjax.cache import cache_layout, layer_places, num_entries, page_bytes_per_device
 from tpjax.checkpoints.hub import resolve
 from tpjax.checkpoints.load import (
@@ -38,6 +40,7 @@ from tpjax.planning.published import is_published, published_config
 from tpjax.runtime.limits import PAGE_SIZE, resolve_dtype
 from tpjax.runtime.memory import device_memory, plan_limits, workspace_bytes
 from tpjax.runtime.programs import ProgramSpec
+from tpjax.runtime.role import together
 from tpjax.runtime.runner import Runner
 from tpjax.sharding import Content, Layout, Segment, WeightLayout, head_plan, pad_to_multiple, tensor_layout
 
@@ -95,6 +98,8 @@ def explain_model(
 ) -> Report:
     """Describes a checkpoint sharded over ``tp`` devices without reading a weight.
 
+    Each of several processes calls it, and compiles the steps.
+
     Args:
         model: a name or path that ``LLM`` accepts, the name of a published model, a ``config.json``, or a
             directory that holds one and no weights. From Hugging Face, only ``config.json`` is downloaded.
@@ -122,27 +127,42 @@ def explain_model(
         checkpoint.check_quantize(quantize)
     config = config.with_expert_parallel(expert_parallel)
     mesh, kind = make_meshes(tp, dp)[0], resolve_dtype(dtype)
-    backend = choose_backend(
-        attention, mesh.devices.flat[0], KernelShape.of(config, mesh.size, kind, PAGE_SIZE)
-    )
     format_of = None if checkpoint is None else checkpoint.source.format_of
-    decoder = abstract_decoder(config, mesh, kind, quantize, backend, format_of)
-    declared = parameters(decoder, mesh)
-    if checkpoint is not None:
-        check_tensors(checkpoint, declared)
-    weight_bytes, memory = sum(p.bytes_per_device for p in declared), device_memory(mesh.size * dp)
-    if memory is not None and memory.free < 2 * weight_bytes:
-        memory = None  # a model that is too large for this machine can be explained too
-    limits = plan_limits(
-        config,
-        mesh.size,
-        kind,
-        weight_bytes=weight_bytes,
-        memory=memory,
-        max_model_len=max_model_len,
-        max_slots=None,
-    )
-    return explain(Runner(decoder, mesh, limits, kind), name=model, dp=dp)
+
+    def chosen() -> Backend:
+        shape = KernelShape.of(config, mesh.size, kind, PAGE_SIZE)
+        return choose_backend(attention, mesh.local_devices[0], shape)
+
+    flags = {
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "expert_parallel": expert_parallel,
+        "quantize": quantize,
+        "attention": attention,
+    }
+    architecture = sha256(repr(config).encode()).hexdigest()[:16]
+    same = {"work": "explain", "model": Path(model).name, "architecture": architecture, "tp": mesh.size}
+    with together(same | flags, device_memory(mesh.size * dp)) as role:
+        memory, backend = role.decide(chosen)
+        decoder = abstract_decoder(config, mesh, kind, quantize, backend, format_of)
+        declared = parameters(decoder, mesh)
+        if checkpoint is not None:
+            check_tensors(checkpoint, declared)
+        weight_bytes = sum(p.bytes_per_device for p in declared)
+        if memory is not None and memory.free < 2 * weight_bytes:
+            memory = None  # a model that is too large for this machine can be explained too
+        limits = plan_limits(
+            config,
+            mesh.size,
+            kind,
+            weight_bytes=weight_bytes,
+            memory=memory,
+            max_model_len=max_model_len,
+            max_slots=None,
+        )
+        runner = Runner(decoder, mesh, limits, kind, leader=role.leader)
+        role.follow(runner)
+        return explain(runner, name=model, dp=dp)
 
 
 def _step(runner: Runner, name: str, spec: ProgramSpec) -> Step:

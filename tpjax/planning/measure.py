@@ -1,6 +1,7 @@
 """Measures this machine, so that ``plan`` can predict a model on it.
 
 Each tp is measured in a process of its own: how fast a CPU multiplies depends on how many devices it fakes.
+Several processes that run a model together measure their mesh together, in these processes.
 Measured are the bandwidth of reading weights, the rate of large products, the time of a dispatch, all-reduces
 by size over the mesh, and what a decoder layer costs beyond these, from small decoders of two depths. Nothing
 is fitted to the model that is predicted.
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tpjax.checkpoints.hub import cache_dir
+from tpjax.distributed import num_processes, process_id
 from tpjax.errors import DeviceError
 from tpjax.hardware import Efficiency, Hardware
 from tpjax.interconnect import Measured
@@ -63,17 +65,37 @@ def measured_hardware(tp: int, *, fresh: bool = False, rounds: int | None = None
     Raises:
         DeviceError: there are fewer devices, or the measurement failed.
     """
-    file = cache_dir() / "measured.json"
-    figures = _read(file).get(_key(tp))
-    if fresh or figures is None:
-        cached = (rounds or _ROUNDS) >= _ROUNDS
-        if cached:
-            file.parent.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
-        print(f"tpjax: measuring this machine at tp={tp}, once", file=sys.stderr)
-        figures = _measure_apart(tp, rounds)
-        if cached:
-            keep(file, tp, figures)
-    return hardware_from(figures)
+    known = None if fresh else _read(_file()).get(_key(tp))
+    if num_processes() == 1:
+        return hardware_from(known or _measure_and_cache(tp, rounds, _measure_apart))
+    from tpjax.mesh import ensure_devices
+    from tpjax.runtime.role import together
+
+    ensure_devices(tp)
+    with together({"work": "measuring", "tp": tp, "rounds": rounds}) as role:
+        known = role.share(lambda: {"known": known})["known"]  # process 0 has the cache folder
+        if known is None:
+            known = measure(tp, rounds) if process_id() else _measure_and_cache(tp, rounds, measure)
+    return hardware_from(known)
+
+
+def _measure_and_cache(
+    tp: int, rounds: int | None, measure: Callable[[int, int | None], dict[str, Any]]
+) -> dict[str, Any]:
+    """Measures, and adds the figures to the cache folder if they are of enough rounds."""
+    cached = (rounds or _ROUNDS) >= _ROUNDS
+    if cached:
+        _file().parent.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
+    machine = "this machine" if num_processes() == 1 else f"the machines of {num_processes()} processes"
+    print(f"tpjax: measuring {machine} at tp={tp}, once", file=sys.stderr)
+    figures = measure(tp, rounds)
+    if cached:
+        keep(_file(), tp, figures)
+    return figures
+
+
+def _file() -> Path:
+    return cache_dir() / "measured.json"
 
 
 def keep(file: Path, tp: int, figures: dict[str, Any]) -> None:
@@ -124,7 +146,7 @@ def measure(tp: int, rounds: int | None = None) -> dict[str, Any]:
 
     ensure_devices(tp)
     mesh = make_mesh(tp)
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]
     shared = device.platform == "cpu"
     timings = best_s(
         {
@@ -326,7 +348,8 @@ def _measure_apart(tp: int, rounds: int | None) -> dict[str, Any]:
 def _key(tp: int) -> str:
     from importlib.metadata import version
 
-    return f"{_VERSION} {platform.node()} {os.cpu_count()} cores, jax {version('jax')}, tp={tp}"
+    processes = f", {num_processes()} processes" if num_processes() > 1 else ""
+    return f"{_VERSION} {platform.node()} {os.cpu_count()} cores, jax {version('jax')}, tp={tp}{processes}"
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 
@@ -18,6 +19,9 @@ from tpjax.runtime.follower import Follower
 from tpjax.runtime.leader import Leader
 from tpjax.runtime.memory import DeviceMemory
 from tpjax.runtime.processes import Facts
+
+if TYPE_CHECKING:
+    from tpjax.runtime.runner import Runner
 
 _Load = TypeVar("_Load", bound=Callable[..., None])
 
@@ -42,19 +46,49 @@ class Role:
         Args:
             backend: chooses the attention backend; called in process 0.
         """
-        memory = self.memory
+        if self.leader is None and self.follower is None:
+            return self.memory, backend()
+
+        def decide() -> Facts:
+            assert self.leader is not None
+            each = [one for one in self.leader.gathered("memory") if one is not None]
+            least = min(each, key=lambda one: int(one["free"]), default=None)
+            return {"memory": least, "backend": asdict(backend())}
+
+        decisions = self.share(decide)
+        memory = decisions["memory"] and DeviceMemory(**decisions["memory"])
+        return memory, Backend(**decisions["backend"])
+
+    def share(self, decide: Callable[[], Facts]) -> Facts:
+        """Returns what process 0 decides: plain data. The others wait for it.
+
+        Args:
+            decide: called in process 0.
+
+        Raises:
+            DistributedError: process 0 cannot go on.
+        """
         if self.follower is not None:
-            decisions = self.follower.decisions()
-            memory = None if decisions["memory"] is None else DeviceMemory(**decisions["memory"])
-            return memory, Backend(**decisions["backend"])
-        chosen = backend()
+            return self.follower.decisions()
+        decisions = decide()
         if self.leader is not None:
-            least = [one for one in self.leader.gathered("memory") if one is not None]
-            memory = DeviceMemory(**min(least, key=lambda one: int(one["free"]))) if least else None
-            self.leader.decide(
-                {"memory": None if memory is None else asdict(memory), "backend": asdict(chosen)}
-            )
-        return memory, chosen
+            self.leader.decide(decisions)
+        return decisions
+
+    def follow(self, runner: Runner | None = None) -> None:
+        """In a follower, runs what process 0 sends until that has no more; elsewhere returns at once.
+
+        Args:
+            runner: runs it; ``None``: process 0 dispatches and compiles nothing.
+        """
+        if self.follower is not None:
+            self.follower.follow(runner)
+
+    def part(self) -> None:
+        """Lets the processes go on by themselves; waits until all have come this far."""
+        self.follow()
+        if self.leader is not None:
+            self.leader.close()
 
     def tell(self, why: str) -> None:
         """Tells the other processes that this one cannot go on: they would wait for it."""
@@ -78,11 +112,39 @@ def tells_failure(load: _Load) -> _Load:
         try:
             load(model, *args, **kwargs)
         except Exception as error:
-            why = str(error) if isinstance(error, TpjaxError) else f"{type(error).__name__}: {error}"
-            getattr(model, "role", Role()).tell(why)
+            getattr(model, "role", Role()).tell(_reason(error))
             raise
 
     return loading  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def together(facts: Facts, memory: DeviceMemory | None = None) -> Iterator[Role]:
+    """Joins the other processes, if there are any, for the block, which all of them run at the same time.
+
+    They check that they would do the same, and watch each other: if one fails or is lost, all end.
+
+    Args:
+        facts: what must be the same in all of them, for :func:`join`.
+        memory: memory of this process's devices.
+
+    Yields:
+        The part of this process.
+
+    Raises:
+        DistributedError: a process is missing, or would do something else.
+    """
+    role = join(facts, memory)
+    try:
+        yield role
+    except Exception as error:
+        role.tell(_reason(error))
+        raise
+    role.part()
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, TpjaxError) else f"{type(error).__name__}: {error}"
 
 
 def join(facts: Facts, memory: DeviceMemory | None) -> Role:

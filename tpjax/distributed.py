@@ -19,6 +19,7 @@ from tpjax.errors import DistributedError
 START_TIMEOUT_S = 300.0
 _FAILURES = "tpjax/failed/"
 _POLL_S = 0.5
+_start_timeout_s = START_TIMEOUT_S  # as asked for
 _joining = threading.Event()
 _barriers = itertools.count()
 _NOTE_EVERY_S = 10.0
@@ -41,7 +42,7 @@ def initialize_distributed(
         coordinator: ``HOST:PORT`` of process 0, which listens on that address alone.
         num_processes: number of processes.
         process_id: number of this one, 0 to ``num_processes`` - 1.
-        timeout_s: seconds to wait for all processes.
+        timeout_s: seconds to wait for all processes, here and when a model begins to load.
 
     Raises:
         DistributedError: an argument is missing or wrong, no cluster was found, the port is in use, or JAX
@@ -49,7 +50,9 @@ def initialize_distributed(
     """
     from jax._src import xla_bridge
 
+    global _start_timeout_s
     _check(coordinator, num_processes, process_id)
+    _start_timeout_s = timeout_s
     if _state().client is not None:
         raise DistributedError("initialize_distributed() was called before, in this process")
     if xla_bridge.backends_are_initialized():
@@ -91,6 +94,11 @@ def num_processes() -> int:
 def process_id() -> int:
     """Returns the number of this process, without starting JAX."""
     return int(_state().process_id) if "jax" in sys.modules else 0
+
+
+def start_timeout_s() -> float:
+    """Returns the seconds to wait for all processes."""
+    return _start_timeout_s
 
 
 def coordinator_host() -> str:
@@ -141,7 +149,7 @@ def stored(name: str) -> bytes | None:
         return None
 
 
-def barrier(timeout_s: float = START_TIMEOUT_S) -> None:
+def barrier() -> None:
     """Waits until all processes have come here; all call it equally often.
 
     Raises:
@@ -151,7 +159,7 @@ def barrier(timeout_s: float = START_TIMEOUT_S) -> None:
 
     name = f"tpjax/barrier/{next(_barriers)}"
     try:
-        _state().client.wait_at_barrier(name, timeout_in_ms=int(1000 * timeout_s))
+        _state().client.wait_at_barrier(name, timeout_in_ms=int(1000 * start_timeout_s()))
     except JaxRuntimeError as error:
         raise DistributedError(f"the other processes did not come: {str(error).splitlines()[0]}") from error
 

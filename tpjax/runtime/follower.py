@@ -11,7 +11,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from tpjax.distributed import START_TIMEOUT_S, process_id, stored
+from tpjax.distributed import process_id, stored
 from tpjax.errors import DistributedError
 from tpjax.runtime.channel import Frame, Kind, connect
 from tpjax.runtime.limits import ChunkShape
@@ -49,7 +49,7 @@ class Follower:
         DistributedError: process 0 cannot be reached, or refuses this process.
     """
 
-    def __init__(self, facts: Facts, own: Facts, timeout_s: float = START_TIMEOUT_S) -> None:
+    def __init__(self, facts: Facts, own: Facts, timeout_s: float) -> None:
         where = _place(next_place(), timeout_s)
         self._connection = connect(where["host"], where["port"], bytes.fromhex(where["secret"]))
         self._process = process_id()

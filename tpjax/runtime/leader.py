@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tpjax.distributed import START_TIMEOUT_S, coordinator_host, num_processes, publish
+from tpjax.distributed import coordinator_host, num_processes, publish
 from tpjax.errors import DistributedError
 from tpjax.runtime.channel import SECRET_BYTES, Buffer, Connection, Frame, Kind, accept, listen
 from tpjax.runtime.processes import (
@@ -70,7 +70,7 @@ class Leader:
         DistributedError: a follower is missing or differs.
     """
 
-    def __init__(self, facts: Facts, own: Facts, timeout_s: float = START_TIMEOUT_S) -> None:
+    def __init__(self, facts: Facts, own: Facts, timeout_s: float) -> None:
         self.on_lost: Callable[[str], None] = lambda reason: None
         self.on_drain: Callable[[], None] = lambda: None
         self._own = dict(own)

@@ -13,7 +13,7 @@ import jax
 
 from tpjax._version import __version__
 from tpjax.attention import Backend
-from tpjax.distributed import joining, num_processes, process_id, report_failure
+from tpjax.distributed import joining, num_processes, process_id, report_failure, start_timeout_s
 from tpjax.errors import DistributedError, TpjaxError
 from tpjax.runtime.follower import Follower
 from tpjax.runtime.leader import Leader
@@ -175,8 +175,8 @@ def join(facts: Facts, memory: DeviceMemory | None) -> Role:
     same = {name: list(value) if isinstance(value, tuple) else value for name, value in same.items()}
     joining(True)
     if process_id():
-        role = Role(memory, follower=Follower(same, own))
+        role = Role(memory, follower=Follower(same, own, start_timeout_s()))
     else:
-        role = Role(memory, leader=Leader(same, own))
+        role = Role(memory, leader=Leader(same, own, start_timeout_s()))
     joining(False)  # from now on their connection tells
     return role

@@ -343,8 +343,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(directory: Path, tmp_path: Path, count: int = 2) -> Iterator[Served]:
-    words = ["serve", str(directory), "--tp", str(count), "--port", "0", "--drain-s", "20"]
+def served(directory: Path, tmp_path: Path, count: int = 2, devices: int = 1) -> Iterator[Served]:
+    """A server over ``count`` processes of so many devices each."""
+    words = ["serve", str(directory), "--tp", str(count * devices), "--port", "0", "--drain-s", "20"]
     words += ["--max-slots", "4", "--max-model-len", "1024"]
     with processes(tmp_path, commands(words, count)) as started:
         url = started[0].until(r"is ready at (http://[^ \n]+)", 4 * WAIT_S)[1]
@@ -359,7 +360,7 @@ def test_a_server_answers_16_clients_and_drains_at_a_signal(
     """To one follower alone, as a cluster ends a pod, or to all, as Ctrl-C does."""
     prompts = [f"{words} {number}" for number in range(4) for words in PROMPTS]
     wanted = alone.generate(prompts, GREEDY)
-    with served(directory, tmp_path) as server, server.client() as client:
+    with served(directory, tmp_path, devices=2) as server, server.client() as client:
         name = client.models.list().data[0].id
 
         def ask(prompt: str) -> str:

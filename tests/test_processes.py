@@ -469,6 +469,18 @@ def test_late_processes_are_waited_for_no_longer_than_the_limit(directory: Path,
 
 
 @pytest.mark.slow
+def test_a_process_that_does_not_load_is_waited_for_no_longer_than_the_limit(
+    directory: Path, tmp_path: Path
+) -> None:
+    one, _ = commands(["generate", "fox", str(directory), "--start-timeout-s", "10"], 2)
+    address = one[one.index("--coordinator") + 1]
+    idle = f"import time, tpjax; tpjax.initialize_distributed('{address}', 2, 1); time.sleep(100)"
+    with processes(tmp_path, [one, ["-c", idle]]) as started:
+        assert started[0].ended() != 0
+    assert "process 1 did not begin to load the model within 10 s" in started[0].err.read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("signalled", [(0, 1), (1,)])
 def test_a_signal_to_generate_ends_all(signalled: tuple[int, ...], directory: Path, tmp_path: Path) -> None:
     """To all processes, as a launcher sends it, or to a follower alone."""

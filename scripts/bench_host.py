@@ -235,6 +235,8 @@ def work() -> None:
         if rows not in held:
             held[rows] = Replicas(1, int(rows))
         print(held[rows].rate(float(step_ms), seconds=1.0), flush=True)
+    for one in held.values():
+        one.router.close()
 
 
 def main() -> None:

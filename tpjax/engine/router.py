@@ -7,7 +7,7 @@ takes longer on the devices than four dispatches on the host: with steps of 4 ms
 where four processes without a front dispatch 999 times; at 64 rows 427 and 757. With programs that take no
 time processes dispatch 2.0 times as much, which is all that two cores have. A decode step takes that long for
 the models that replicas are for; threads read weights once, ask any prefix cache without a message, and need
-no second runtime on the machine's devices. Where it does not, :mod:`tpjax.deploy.ray` runs a process a replica.
+no second runtime on the machine's devices. Elsewhere :mod:`tpjax.deploy.ray` runs a process a replica.
 """
 
 from __future__ import annotations

@@ -65,9 +65,10 @@ class FakeRunner:
         steps: int = 4,
         histories: int | None = None,
         windows: Windows = ONE_GROUP,
+        stages: int = 1,
     ) -> None:
         sizes = slots, longest, pages + 1, PAGE, SHAPES, SHAPES[:2], steps
-        self.limits = Limits(*sizes, max_histories=histories, windows=windows)
+        self.limits = Limits(*sizes, max_histories=histories, windows=windows, stages=stages)
         self.compile_count = 0
         self.kept = np.full((pages + 1, PAGE), -1)
         self.tokens = np.full(slots + 1, -1)
@@ -91,7 +92,7 @@ class FakeRunner:
             [c.span for c in chunks], [self.limits.score_chunks] if scored else shapes
         )
         rows = [*decode, *(chunk.row for chunk in chunks)]
-        assert len({row.slot for row in rows}) == len(rows)
+        assert len({row.slot for row in rows}) == len(rows) and len(decode) <= self.limits.max_rows
         for row in decode:
             self.keep(row, row.position, self.tokens[row.slot])
         for chunk in chunks:
@@ -115,6 +116,7 @@ class FakeRunner:
     def decode(self, rows: Sequence[Row], steps: int) -> Sampled:
         out = np.full((self.limits.steps, len(rows)), NO_TOKEN)
         assert 1 <= steps <= self.limits.steps and len({row.slot for row in rows}) == len(rows)
+        assert len(rows) <= self.limits.max_rows
         for column, row in enumerate(rows):
             for step in range(min(steps, row.remaining)):
                 self.keep(row, row.position + step, self.tokens[row.slot])
@@ -261,7 +263,7 @@ shapes = st.tuples(
     histories=st.integers(1, 2),
     pages=st.integers(0, 18),
     windows=st.sampled_from((ONE_GROUP, (None, 6, 6), (None, None, 5), (6,))),
-    steps=st.sampled_from((1, 4)),
+    steps_and_stages=st.sampled_from(((1, 1), (4, 1), (1, 2), (1, 3))),
     budget=st.sampled_from((2, 6, 12, None)),
     seed=st.integers(0, 2**16),
 )
@@ -271,14 +273,17 @@ def test_the_same_in_any_mix(
     histories: int,
     pages: int,
     windows: Windows,
-    steps: int,
+    steps_and_stages: tuple[int, int],
     budget: int | None,
     seed: int,
 ) -> None:
     """Arrivals, cancellations, few pages or histories, shared beginnings, ends at any step: all the same."""
     rng = random.Random(seed)
     pages += pages_held(48, windows, PAGE, 8)
-    runner: Any = FakeRunner(slots, pages, steps=steps, histories=min(slots, histories), windows=windows)
+    steps, stages = steps_and_stages
+    runner: Any = FakeRunner(
+        slots, pages, steps=steps, histories=min(slots, histories), windows=windows, stages=stages
+    )
     engine = Engine(runner, max_num_batched_tokens=budget)
     requests = []
     for number, (prompt, tokens, start, salt, extra) in enumerate(shapes):

@@ -140,12 +140,12 @@ def alone(directory: Path) -> LLM:
 SCRIPT = (
     COUNTING
     + """
-import json
+import json, os
 import tpjax
 number, count, port, directory, prompts, params = sys.argv[1:]
 tpjax.initialize_distributed(f"127.0.0.1:{port}", int(count), int(number))
 tpjax.fake_devices(2)
-llm = tpjax.LLM(directory, max_model_len=1024, max_slots=4)
+llm = tpjax.LLM(directory, max_model_len=1024, max_slots=4, pp=int(os.environ.get("STAGES", "1")))
 print(f"read {sum(reads)} bytes", file=sys.stderr)
 llm.follow()
 if number == "0":
@@ -159,7 +159,7 @@ if number == "0":
             for entry in llm.generate("the quick brown", max_tokens=1, prompt_logprobs=1)[0].prompt_logprobs
         ],
         "logits": llm.logits([5, 6, 7, 8]).tolist(),
-        "tp": llm.explain().to_dict()["tp"],
+        "tp": llm.mesh.size if llm.pp > 1 else llm.explain().to_dict()["tp"],
     }
     json.dump(found, sys.stdout)
     llm.close()
@@ -177,16 +177,17 @@ def params(one: SamplingParams) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize(("count", "stages"), ((2, 1), (4, 1), (2, 2)))
 def test_tokens_logits_and_scores_are_those_of_one_process(
-    count: int, directory: Path, alone: LLM, tmp_path: Path
+    count: int, stages: int, directory: Path, alone: LLM, tmp_path: Path
 ) -> None:
+    """Sharded over all devices, or in pipeline stages: a stage of two devices on each process."""
     port, each = free_port(), json.dumps([params(GREEDY), params(SEEDED)])
     words = [
         ["-c", SCRIPT, str(number), str(count), str(port), str(directory), json.dumps(PROMPTS), each]
         for number in range(count)
     ]
-    with processes(tmp_path, words) as started:
+    with processes(tmp_path, words, [{"STAGES": str(stages)}] * count) as started:
         assert [one.ended(5 * WAIT_S) for one in started] == [0] * count, started[0].err.read_text()
     stored = (directory / "model.safetensors").stat().st_size
     for one in started:  # its own slices: what is replicated is small
@@ -200,7 +201,7 @@ def test_tokens_logits_and_scores_are_those_of_one_process(
     assert scored is not None
     assert found["scored"][0] is None
     assert found["scored"][1:] == pytest.approx([entry.logprob for entry in scored[1:] if entry], abs=1e-4)
-    assert found["tp"] == 2 * count
+    assert found["tp"] == 2 * count // stages
     assert "process 1 has no requests" in started[1].err.read_text()
 
 

@@ -391,11 +391,11 @@ def test_explain_counts_the_replicas() -> None:
     assert "llama (llama) at dp=2 × tp=2 on cpu" in shown.getvalue()
     assert "2 replicas, each as below on 2 devices of its own; nothing moves between them" in shown.getvalue()
     chips = parse_topology("v5e:2x4")
-    assert chips.devices_of_replica(None, 2) == 4 and chips.devices_of_replica(None, 1) is None
+    assert chips.devices_of_mesh(None, 2) == 4 and chips.devices_of_mesh(None, 1) is None
     with pytest.raises(ConfigError, match="dp=3 replicas of tp=4 are 12 devices, more than the 8 of v5e:2x4"):
-        chips.devices_of_replica(4, 3)
+        chips.devices_of_mesh(4, 3)
     with pytest.raises(ConfigError, match="the 8 devices of v5e:2x4 are not a multiple of dp=3"):
-        chips.devices_of_replica(None, 3)
+        chips.devices_of_mesh(None, 3)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -533,6 +534,19 @@ class ModelConfig:
     def sparse_layers(self) -> tuple[bool, ...]:
         """For each layer, whether a mixture of experts replaces the MLP."""
         return (False,) * self.num_layers if self.moe is None else self.moe.sparse_layers
+
+    def of_layers(self, layers: Sequence[int]) -> ModelConfig:
+        """Returns the same architecture with only these of its layers, by their numbers."""
+        moe, rotated = self.moe, self.rope.layers
+        return replace(
+            self,
+            num_layers=len(layers),
+            attention=replace(
+                self.attention, layer_types=tuple(self.attention.layer_types[i] for i in layers)
+            ),
+            rope=replace(self.rope, layers=rotated and tuple(rotated[i] for i in layers)),
+            moe=moe and replace(moe, sparse_layers=tuple(moe.sparse_layers[i] for i in layers)),
+        )
 
     def with_expert_parallel(self, expert_parallel: ExpertParallel) -> ModelConfig:
         """Returns the same architecture with :attr:`MoEConfig.expert_parallel` set.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -76,6 +77,26 @@ def initialize_distributed(
     if _state().num_processes > 1:
         _joining.set()
         threading.Thread(target=_watch, name="tpjax-failures", daemon=True).start()
+
+
+def allow_transfers() -> None:
+    """Lets JAX move arrays to the devices of other processes; call it before JAX starts.
+
+    Each process then listens, on a free port, at the address at which it reaches process 0.
+    """
+    import jax
+
+    coordinator = coordinator_host()
+    family = socket.getaddrinfo(coordinator, 1, type=socket.SOCK_DGRAM)[0][0]
+    with socket.socket(family, socket.SOCK_DGRAM) as way:
+        way.connect((coordinator, 1))  # sends nothing: it only finds the way there
+        host = way.getsockname()[0]
+    with socket.socket(family) as free:  # JAX tells the others the port that it is given, so 0 will not do
+        free.bind((host, 0))
+        port = free.getsockname()[1]
+    shown = f"[{host}]" if ":" in host else host
+    jax.config.update("jax_cross_host_transfer_socket_address", f"{shown}:{port}")
+    jax.config.update("jax_cross_host_transport_addresses", f"{shown}:0")
 
 
 def shut_down() -> None:

@@ -41,9 +41,9 @@ from tpjax.engine.request import FinishReason, Grammar, Request, TokenLogprobs
 from tpjax.engine.router import Router
 from tpjax.engine.token_filter import TokenFilter, word_sequences
 from tpjax.errors import ConfigError, RequestError
-from tpjax.mesh import make_meshes
+from tpjax.mesh import make_stage_meshes
 from tpjax.old_spellings import accepts_old_spellings
-from tpjax.runtime.device_speed import step_time
+from tpjax.runtime.device_speed import split_layers, step_time
 from tpjax.runtime.limits import PAGE_SIZE, resolve_dtype
 from tpjax.runtime.memory import device_memory, plan_limits
 from tpjax.runtime.role import join, tells_failure
@@ -55,6 +55,7 @@ from tpjax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from tpjax.inspect.explain_report import Report
+    from tpjax.inspect.pipeline_report import PipelineReport
 
 log = logging.getLogger(__name__)
 
@@ -124,13 +125,17 @@ class LLM:
         dp: number of replicas. Each has its own weights, cache and slots on its own ``tp`` devices, and is
             stepped by a thread: :mod:`tpjax.engine.router` says how requests are spread, and how many
             replicas a process can drive.
+        pp: number of pipeline stages of a replica: its layers are split over ``pp`` meshes of ``tp`` devices,
+            so that each stage takes about as long, embedding and vocabulary projection counted. Stages work
+            at once on different sequences, thus pay with several of them: :mod:`tpjax.runtime.stage`.
         generation_config: source of sampling parameters that a request does not give: ``auto``: the
             checkpoint's ``generation_config.json``; ``none``: no source; or another directory or file.
 
     Attributes:
         config: the architecture.
         dp: number of replicas.
-        mesh: the mesh, of the first replica.
+        pp: number of stages of a replica.
+        mesh: the mesh, of the first replica and its first stage.
         tokenizer: ``None`` if the checkpoint has none: prompts and completions are then token ids.
         eos_ids: tokens that end a text.
         sampling_defaults: sampling parameters that apply if a request does not give them.
@@ -164,6 +169,7 @@ class LLM:
         max_num_batched_tokens: int | None = None,
         attention: AttentionBackend = "auto",
         dp: int = 1,
+        pp: int = 1,
     ) -> None:
         check_quantize(quantize)
         check_choice("sequence_parallel", sequence_parallel, SequenceParallel)
@@ -187,13 +193,14 @@ class LLM:
         self.tokenizer: Tokenizer | None = load_tokenizer(path)
         self.eos_ids = generation.eos_ids(path) if self.tokenizer is None else self.tokenizer.eos_ids
         self.sampling_defaults = generation.sampling_defaults(path, generation_config)
-        meshes = make_meshes(tp, dp)
-        self.dp, self.mesh = dp, meshes[0]
+        meshes = make_stage_meshes(tp, dp, pp)
+        self.dp, self.pp, self.mesh = dp, pp, meshes[0][0]
         _use_compilation_cache()
         self.dtype = resolve_dtype(dtype)
+        flags |= {"tp": self.mesh.size, "pp": pp}
         self.role = join(
-            {"model": path.name, "checkpoint": digest_of_edges(path), "tp": self.mesh.size, **flags},
-            device_memory(self.mesh.size * dp),
+            {"model": path.name, "checkpoint": digest_of_edges(path), **flags},
+            device_memory(self.mesh.size * dp * pp),
         )
         memory, backend = self.role.decide(lambda: self._attention_backend(attention))
         log.info("attention: %s", backend)
@@ -203,18 +210,27 @@ class LLM:
                 self.dtype,
                 _CPU_HALF_PRECISION_SLOWDOWN,
             )
+        layers = split_layers(self.config, self.mesh, pp, self.dtype, quantize)
+        format_of = checkpoint.source.format_of
         decoders = [
-            abstract_decoder(self.config, mesh, self.dtype, quantize, backend, checkpoint.source.format_of)
-            for mesh in meshes
+            [
+                abstract_decoder(self.config, mesh, self.dtype, quantize, backend, format_of, part)
+                for mesh, part in zip(stages, layers, strict=True)
+            ]
+            for stages in meshes
         ]
         limits = plan_limits(
             self.config,
             self.mesh.size,
             self.dtype,
-            weight_bytes=sum(p.bytes_per_device for p in parameters(decoders[0], self.mesh)),
+            weight_bytes=max(
+                sum(p.bytes_per_device for p in parameters(*stage))
+                for stage in zip(decoders[0], meshes[0], strict=True)
+            ),
             memory=memory,
             max_model_len=max_model_len,
             max_slots=max_slots,
+            stages=[self.config.of_layers(part) for part in layers],
         )
         self.quantize: Quantize | None = quantize
         self.name = str(model)
@@ -223,11 +239,11 @@ class LLM:
         decoders, leader = load_replicas(checkpoint, decoders, meshes), self.role.leader
         engines = [
             Engine(
-                Runner(decoder, mesh, limits, self.dtype, sequence_parallel, leader),
+                Runner.of_stages(models, stages, limits, self.dtype, sequence_parallel, leader),
                 max_num_batched_tokens,
                 predicted,
             )
-            for decoder, mesh in zip(decoders, meshes, strict=True)
+            for models, stages in zip(decoders, meshes, strict=True)
         ]
         self.engines = tuple(engines)
         self.front: Replica | Router = Replica(engines[0]) if dp == 1 else Router(engines)
@@ -440,8 +456,10 @@ class LLM:
             raise RequestError(f"{len(tokens)} tokens are over max_model_len={self.max_model_len}")
         return self.front.run(lambda engine: engine.logits(tokens))
 
-    def explain(self) -> Report:
+    def explain(self) -> Report | PipelineReport:
         """Reports what lies on which device, its bytes, and what a decode step moves between devices.
+
+        Of a pipeline it reports each stage, and what moves between them.
 
         Raises:
             EngineError: the model is closed.

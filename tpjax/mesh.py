@@ -11,7 +11,7 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
-from tpjax.distributed import num_processes, process_id
+from tpjax.distributed import allow_transfers, num_processes, process_id
 from tpjax.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -44,19 +44,28 @@ def make_mesh(tp: int | None = None) -> jax.sharding.Mesh:
 
 
 def make_meshes(tp: int | None = None, dp: int = 1) -> list[jax.sharding.Mesh]:
-    """Returns a mesh ``("tp",)`` for each of ``dp`` replicas, over disjoint devices, the first ones first.
+    """Returns a mesh ``("tp",)`` for each of ``dp`` replicas: :func:`make_stage_meshes` with one stage."""
+    return [mesh for (mesh,) in make_stage_meshes(tp, dp)]
+
+
+def make_stage_meshes(tp: int | None = None, dp: int = 1, pp: int = 1) -> list[list[jax.sharding.Mesh]]:
+    """Returns meshes ``("tp",)`` over disjoint devices, the first ones first: for each replica its stages'.
 
     Args:
-        tp: number of devices of each; ``None`` shares all devices out.
+        tp: number of devices of each mesh; ``None`` shares all devices out.
         dp: number of replicas.
+        pp: number of pipeline stages of a replica. Of several processes each has one stage or more.
 
     Raises:
-        DeviceError: if fewer than ``tp`` times ``dp`` devices are present, or ``dp`` does not divide them
-            and ``tp`` is not given, or there are several processes and several replicas.
+        DeviceError: if fewer than ``tp`` times ``pp`` times ``dp`` devices are present, or that many do not
+            divide them and ``tp`` is not given; or there are several processes and several replicas, or a
+            stage with devices of two, or a process without a stage.
     """
     import jax
 
     check_dp(dp)
+    check_pp(pp)
+    _allow_transfers(pp)
     if dp > 1 and jax.process_count() > 1:
         raise DeviceError(
             f"dp={dp} replicas run in one process, but there are {jax.process_count()}: "
@@ -64,20 +73,23 @@ def make_meshes(tp: int | None = None, dp: int = 1) -> list[jax.sharding.Mesh]:
         )
     devices = jax.devices()
     if tp is None:
-        tp = max(1, len(devices) // dp)
-        if tp * dp < len(devices):
+        tp = max(1, len(devices) // (dp * pp))
+        if tp * dp * pp < len(devices):
+            layout = f"dp={dp}" if pp == 1 else f"pp={pp}" if dp == 1 else f"dp={dp} times pp={pp}"
             raise DeviceError(
-                f"{len(devices)} devices are not a multiple of dp={dp}: tp={tp} would use {tp * dp} of them"
+                f"{len(devices)} devices are not a multiple of {layout}: "
+                f"tp={tp} would use {tp * dp * pp} of them"
             )
     check_tp(tp)
-    if tp * dp > len(devices):
-        raise DeviceError(_too_few(tp, dp, devices))
+    if tp * dp * pp > len(devices):
+        raise DeviceError(_too_few(tp, dp, devices, pp=pp))
     if dp == 1:
-        _check_processes(tp, devices)
-    return [
+        _check_processes(tp, devices, pp)
+    meshes = [
         jax.make_mesh((tp,), (AXIS,), devices=devices[at : at + tp], axis_types=(jax.sharding.AxisType.Auto,))
-        for at in range(0, tp * dp, tp)
+        for at in range(0, tp * dp * pp, tp)
     ]
+    return [meshes[at : at + pp] for at in range(0, dp * pp, pp)]
 
 
 def fake_devices(count: int) -> None:
@@ -105,8 +117,8 @@ def fake_devices(count: int) -> None:
     guard_rendezvous()
 
 
-def ensure_devices(tp: int, dp: int = 1) -> None:
-    """Makes sure that ``dp`` times ``tp`` devices exist.
+def ensure_devices(tp: int, dp: int = 1, pp: int = 1) -> None:
+    """Makes sure that ``dp`` times ``pp`` times ``tp`` devices exist.
 
     If the only device is a CPU they are faked, with a line on stderr.
 
@@ -117,22 +129,24 @@ def ensure_devices(tp: int, dp: int = 1) -> None:
     """
     check_tp(tp)
     check_dp(dp)
+    check_pp(pp)
+    _allow_transfers(pp)
+    count = tp * dp * pp
     if not _backend_started():
-        if tp * dp > _MAX_FAKED and dp > 1:
+        if count > _MAX_FAKED and dp * pp > 1:
             raise DeviceError(
-                f"dp={dp} replicas of tp={tp} are {tp * dp} devices, over {_MAX_FAKED}, the most that a CPU "
-                "can fake"
+                f"{_meshes(tp, dp, pp)} are {count} devices, over {_MAX_FAKED}, the most that a CPU can fake"
             )
         # touches the CPU backend only: accelerators ignore both variables
-        fake_devices(-(-tp * dp // num_processes()))
+        fake_devices(-(-count // num_processes()))
         import jax
 
-        if tp * dp > 1 and jax.default_backend() == "cpu" and not process_id():
+        if count > 1 and jax.default_backend() == "cpu" and not process_id():
             print(f"tpjax: the only device is a CPU: faking {jax.device_count()} devices", file=sys.stderr)
     import jax
 
-    if tp * dp > len(jax.devices()):
-        raise DeviceError(_too_few(tp, dp, jax.devices(), started=True))
+    if count > len(jax.devices()):
+        raise DeviceError(_too_few(tp, dp, jax.devices(), started=True, pp=pp))
 
 
 def guard_rendezvous() -> None:
@@ -170,14 +184,49 @@ def check_dp(dp: int) -> None:
         raise DeviceError(f"dp={dp!r} is not a whole number of replicas, 1 or more")
 
 
-def _check_processes(tp: int, devices: list[jax.Device]) -> None:
-    """Checks that each process has some of the first ``tp`` devices: all of them run every program."""
-    idle = {device.process_index for device in devices} - {device.process_index for device in devices[:tp]}
-    if idle:
+def check_pp(pp: int) -> None:
+    """Raises a ``DeviceError`` unless ``pp`` is a number of pipeline stages."""
+    if isinstance(pp, bool) or not isinstance(pp, int) or pp < 1:
+        raise DeviceError(f"pp={pp!r} is not a whole number of pipeline stages, 1 or more")
+
+
+def is_local(mesh: jax.sharding.Mesh) -> bool:
+    """Returns whether this process has devices of a mesh."""
+    return bool(mesh.local_devices)
+
+
+def absent_array(
+    shape: tuple[int, ...], dtype: jax.typing.DTypeLike, sharding: jax.sharding.NamedSharding
+) -> jax.Array:
+    """Returns an array that is on devices of other processes alone, as this process knows it."""
+    import jax
+
+    return jax.make_array_from_single_device_arrays(shape, sharding, [], dtype=dtype)
+
+
+def _allow_transfers(pp: int) -> None:
+    """Lets arrays move between the processes of a pipeline's stages."""
+    if pp > 1 and num_processes() > 1 and not _backend_started():
+        allow_transfers()
+
+
+def _check_processes(tp: int, devices: list[jax.Device], pp: int = 1) -> None:
+    """Checks that each process has a device, and that a stage of several has those of one process."""
+    used = [device.process_index for device in devices[: tp * pp]]
+    if idle := {device.process_index for device in devices} - set(used):
+        layout, remedy = f"tp={tp}", f"tp={len(devices)}, or fewer processes"
+        if pp > 1:
+            layout, remedy = f"pp={pp} stages of tp={tp}", "more of either, or fewer processes"
         raise DeviceError(
-            f"tp={tp} leaves process {min(idle)} without a device: the {num_processes()} processes have "
-            f"{len(devices)}; use tp={len(devices)}, or fewer processes"
+            f"{layout} leave{'s' * (pp == 1)} process {min(idle)} without a device: the {num_processes()} "
+            f"processes have {len(devices)}; use {remedy}"
         )
+    for stage in range(pp if pp > 1 else 0):
+        if len(owners := sorted(set(used[stage * tp : (stage + 1) * tp]))) > 1:
+            raise DeviceError(
+                f"pp={pp} stages of tp={tp}: stage {stage + 1} would have devices of processes {owners[0]} "
+                f"and {owners[1]}, but a stage is of one process: use a tp that divides a process's devices"
+            )
 
 
 def _backend_started() -> bool:
@@ -188,12 +237,20 @@ def _backend_started() -> bool:
     return bool(xla_bridge.backends_are_initialized())
 
 
-def _too_few(tp: int, dp: int, devices: list[jax.Device], *, started: bool = False) -> str:
-    kind, needed = devices[0].platform.upper(), tp * dp
-    layout = f"tp={tp} needs {tp}" if dp == 1 else f"dp={dp} replicas of tp={tp} need {needed}"
+def _too_few(tp: int, dp: int, devices: list[jax.Device], *, started: bool = False, pp: int = 1) -> str:
+    kind, needed = devices[0].platform.upper(), tp * dp * pp
+    layout = f"tp={tp} needs {tp}" if dp * pp == 1 else f"{_meshes(tp, dp, pp)} need {needed}"
     message = f"{layout} devices, but JAX sees {len(devices)} ({kind})"
     if kind != "CPU":
-        fitting = f"tp={len(devices) // dp}" if len(devices) >= dp else f"dp={len(devices)}"
+        meshes = dp * pp
+        fewer = f"pp={len(devices)}" if dp == 1 and pp > 1 else f"dp={len(devices) // pp or 1}"
+        fitting = f"tp={len(devices) // meshes}" if len(devices) >= meshes else fewer
         return f"{message}; use {fitting} or fewer"
     when = "; JAX has already started" if started or _backend_started() else ""
     return f"{message}{when}: call tpjax.fake_devices({needed}) before the first use of JAX"
+
+
+def _meshes(tp: int, dp: int, pp: int) -> str:
+    """Describes the meshes of a layout with several."""
+    stages = f"pp={pp} stages of tp={tp}"
+    return stages if dp == 1 else f"dp={dp} replicas of {f'tp={tp}' if pp == 1 else stages}"

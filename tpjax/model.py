@@ -142,63 +142,94 @@ def _decoder_layer(
 
 
 class Decoder(nnx.Module):
-    """A decoder-only transformer over a paged cache.
+    """A decoder-only transformer over a paged cache, or the part of it that a pipeline stage runs.
+
+    The first stage has the embedding, the last the final norm and the vocabulary projection; a tied embedding
+    is on both. In between, a stage takes hidden states and returns hidden states. Its layers are numbered
+    from 0 in ``layers``, whichever of the model's they are.
 
     Args:
-        config: the architecture.
+        config: the architecture, of the whole model.
         tp: devices of the mesh; decides padding and the order of heads.
         dtype: dtype of weights and activations.
         backend: what computes attention.
+        layers: which of the model's layers these are; ``None``: all.
 
     Attributes:
         quantize: what the weights of attention, MLPs and experts are kept in; ``None``: ``dtype``.
+        layer_range: numbers of its layers in the model.
     """
 
     quantize: Quantize | None = None
 
-    def __init__(self, config: ModelConfig, tp: int, dtype: jnp.dtype, backend: Backend = XLA) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        tp: int,
+        dtype: jnp.dtype,
+        backend: Backend = XLA,
+        layers: range | None = None,
+    ) -> None:
         self.config = config
         self.tp = tp
         self.backend = backend
-        self.embed_tokens = Embedding("embed_tokens.weight", config.vocab_size, config.hidden_size, tp, dtype)
-        if config.position_embedding == "learned":
+        self.layer_range = range(config.num_layers) if layers is None else layers
+        if self.is_first or (self.is_last and config.tie_word_embeddings):
+            self.embed_tokens = Embedding(
+                "embed_tokens.weight", config.vocab_size, config.hidden_size, tp, dtype
+            )
+        if self.is_first and config.position_embedding == "learned":
             self.embed_positions = PositionEmbedding(
                 "embed_positions.weight", config.max_position_embeddings, config.hidden_size, dtype
             )
         plan = head_plan(config, tp)
         self.layers = nnx.List(
             [
-                DecoderLayer(config, plan, dtype, sparse=sparse, backend=backend)
-                for sparse in config.sparse_layers
+                DecoderLayer(config, plan, dtype, sparse=config.sparse_layers[i], backend=backend)
+                for i in self.layer_range
             ]
         )
-        self.norm = Norm("norm", config.hidden_size, config.norm, dtype)
+        if self.is_last:
+            self.norm = Norm("norm", config.hidden_size, config.norm, dtype)
         self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else Embedding("lm_head.weight", config.vocab_size, config.hidden_size, tp, dtype)
+            Embedding("lm_head.weight", config.vocab_size, config.hidden_size, tp, dtype)
+            if self.is_last and not config.tie_word_embeddings
+            else None
         )
+
+    @property
+    def is_first(self) -> bool:
+        """Whether its layers are the model's first: it takes token ids."""
+        return self.layer_range.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether its layers are the model's last: it computes logits."""
+        return self.layer_range.stop == self.config.num_layers
 
     def __call__(
         self,
-        tokens: Int[Array, " N"],
+        tokens: Int[Array, " N"] | Float[Array, "N D"],
         cache: PagedKVCache,
         metadata: Sequence[BatchMetadata],
         residual: PartitionSpec = REPLICATED,
     ) -> tuple[Float[Array, "N D"], PagedKVCache]:
-        """Returns the final hidden states of the tokens, and the cache with their keys and values.
+        """Returns the hidden states of the tokens after its layers, and the cache with keys and values.
+
+        After the model's last layer they are normalised.
 
         Args:
-            tokens: token ids of a step, in the order of the groups of ``metadata``, then padding.
-            cache: the cache of all layers.
+            tokens: token ids of a step, in the order of the groups of ``metadata``, then padding; after the
+                first stage, their hidden states, in the layout ``residual``.
+            cache: the cache of its layers.
             metadata: positions of the tokens and, of each page group, the block tables.
             residual: layout of the residual and of the result: ``REPLICATED`` or ``SEQUENCE_PARALLEL``.
         """
         config = self.config
-        x = self._embed(tokens, metadata[0], residual)
+        x = self._embed(tokens, metadata[0], residual) if self.is_first else tokens
         rotary = self._rotary_embeddings(metadata[0])
         entries = list(cache.entries)
-        for i, (layer, place) in enumerate(zip(self.layers, cache.places, strict=True)):
+        for i, layer, place in zip(self.layer_range, self.layers, cache.places, strict=True):
             kind = config.attention.layer_types[i]
             layer_rotary = rotary[kind] if config.rotates(i) else None
             graph, weights = nnx.split(layer)
@@ -212,7 +243,7 @@ class Decoder(nnx.Module):
                 window=config.attention.window_of(kind),
                 residual=residual,
             )
-        return self.norm(x), cache.with_entries(entries)
+        return self.norm(x) if self.is_last else x, cache.with_entries(entries)
 
     def _embed(
         self, tokens: Int[Array, " N"], metadata: BatchMetadata, residual: PartitionSpec
@@ -237,7 +268,7 @@ class Decoder(nnx.Module):
                     metadata.positions,
                     metadata.max_length,
                 )
-                for kind in dict.fromkeys(config.attention.layer_types)
+                for kind in dict.fromkeys(config.attention.layer_types[i] for i in self.layer_range)
             }
 
     def logits(self, hidden: Float[Array, "N D"]) -> Float[Array, "N V"]:

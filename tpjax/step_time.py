@@ -284,11 +284,17 @@ class StepTime:
             rows: rows that a token is sampled for.
             tokens: tokens that are embedded.
         """
-        itemsize = self.itemsizes.activations
-        reduce = self.hardware.interconnect.all_reduce_s
-        moved = reduce(self.tp, self._message(tokens)) + reduce(self.tp, 8.0 * rows)
+        return self.head(rows) + self.embedding(tokens)
+
+    def embedding(self, tokens: int) -> Cost:
+        """Computes the cost of embedding tokens: one all-reduce."""
+        return Cost(collectives=self.hardware.interconnect.all_reduce_s(self.tp, self._message(tokens)))
+
+    def head(self, rows: int) -> Cost:
+        """Computes the cost of the vocabulary projection and of sampling a token for each of ``rows``."""
+        moved = self.hardware.interconnect.all_reduce_s(self.tp, 8.0 * rows)
         fixed = self.hardware.efficiency.step_us * 1e-6
-        projection = self._product(self.held.head or self.held.embedding, rows, itemsize)
+        projection = self._product(self.held.head or self.held.embedding, rows, self.itemsizes.activations)
         return projection + Cost(collectives=moved, fixed=fixed)
 
     def _collectives(self, tokens: int) -> float:

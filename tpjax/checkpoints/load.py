@@ -48,6 +48,7 @@ from tpjax.layers.weights import (
     dtype_bits,
     quantize_weights,
 )
+from tpjax.mesh import absent_array, is_local
 from tpjax.model import Decoder
 from tpjax.sharding import Layout, WeightLayout
 
@@ -59,6 +60,7 @@ log = logging.getLogger(__name__)
 _ReadBox: TypeAlias = Callable[[tuple[slice, ...], np.ndarray | None], np.ndarray]
 _MOST_ROWS_SHOWN = 20
 _ENDS = ("embed_tokens.weight", "lm_head.weight")
+_LAYER = re.compile(r"layers\.(\d+)(?=\.)")
 _OUT_FIRST = {"tpu"}  # platforms that keep a weight stored [in, out] as [out, in] in memory
 
 
@@ -222,8 +224,9 @@ def abstract_decoder(
     quantize: Quantize | None = None,
     backend: Backend = XLA,
     format_of: FormatOf | None = None,
+    layers: range | None = None,
 ) -> Decoder:
-    """Returns the model with shapes, dtypes and shardings, without memory.
+    """Returns the model, or a pipeline stage's part of it, with shapes, dtypes and shardings, without memory.
 
     Args:
         config: the architecture.
@@ -232,13 +235,17 @@ def abstract_decoder(
         quantize: what the weights of attention, MLPs and experts are kept in; ``None``: ``dtype``.
         backend: what computes attention.
         format_of: without ``quantize``: how canonical tensors are kept, as a checkpoint stores them.
+        layers: numbers of the stage's layers; ``None``: all.
     """
     kept = None if quantize is None else FORMATS[quantize]
+    first = 0 if layers is None else layers.start
 
     def declared() -> Decoder:
-        model = Decoder(config, mesh.size, dtype, backend)
+        model = Decoder(config, mesh.size, dtype, backend, layers)
         model.quantize = quantize
-        each = format_of if kept is None else lambda _: kept
+        each: FormatOf | None = None if kept is None else lambda _: kept
+        if kept is None and format_of is not None:
+            each = lambda name: format_of(_renumbered(name, first))  # noqa: E731
         if each is not None:
             quantize_weights(model, each, mesh.size, mesh.devices.flat[0].platform)
         return model
@@ -269,6 +276,7 @@ class Parameter:
         dtype: dtype on the devices.
         quantized: the quantised weight whose values, scales or zero points it holds; ``None``: of none.
         row_major: a TPU keeps it in the order of its layout too.
+        first_layer: number of the model's layer that the path calls layer 0.
     """
 
     path: tuple[Any, ...]
@@ -278,6 +286,7 @@ class Parameter:
     dtype: jnp.dtype
     quantized: QuantizedParameter | None = None
     row_major: bool = False
+    first_layer: int = 0
 
     @property
     def name(self) -> str:
@@ -319,7 +328,14 @@ class Parameter:
 
     def canonical(self, source: str) -> str:
         """Returns the canonical name of a source of the layout, which is relative to the owner's parent."""
-        return ".".join(map(str, (*self.attribute[:-2], source)))
+        return _renumbered(".".join(map(str, (*self.attribute[:-2], source))), self.first_layer)
+
+
+def _renumbered(name: str, first: int) -> str:
+    """Returns the canonical name of a tensor whose layer is numbered from layer ``first``."""
+    if not first or not (layer := _LAYER.match(name)):
+        return name
+    return f"layers.{int(layer[1]) + first}{name[layer.end() :]}"
 
 
 def parameters(model: Decoder, mesh: Mesh) -> list[Parameter]:
@@ -340,6 +356,7 @@ def parameters(model: Decoder, mesh: Mesh) -> list[Parameter]:
             variable.dtype,
             owner,
             variable.get_metadata("row_major"),
+            model.layer_range.start,
         )
 
     return [declared(path, variable) for path, variable in nnx.to_flat_state(state)]
@@ -347,44 +364,64 @@ def parameters(model: Decoder, mesh: Mesh) -> list[Parameter]:
 
 def load_decoder(checkpoint: Checkpoint, model: Decoder, mesh: Mesh, *, progress: bool = True) -> Decoder:
     """Reads the weights onto the mesh: see :func:`load_replicas`."""
-    return load_replicas(checkpoint, [model], [mesh], progress=progress)[0]
+    return load_replicas(checkpoint, [[model]], [[mesh]], progress=progress)[0][0]
 
 
 def load_replicas(
-    checkpoint: Checkpoint, models: Sequence[Decoder], meshes: Sequence[Mesh], *, progress: bool = True
-) -> list[Decoder]:
-    """Reads the weights once onto several meshes of equal size.
+    checkpoint: Checkpoint,
+    replicas: Sequence[Sequence[Decoder]],
+    meshes: Sequence[Sequence[Mesh]],
+    *,
+    progress: bool = True,
+) -> list[list[Decoder]]:
+    """Reads the weights once onto the meshes of several replicas.
 
-    Each device gets only its slice. Besides the slices, the host holds the parameters that are being
-    assembled: at most 128 MiB and one more. Weights that the model keeps in 8 or 4 bits are rounded block by
-    block: see :mod:`tpjax.checkpoints.rounding`.
+    Each device gets only its slice, of its stage's layers; a process reads nothing of stages that are on
+    devices of others. Besides the slices, the host holds the parameters
+    that are being assembled: at most 128 MiB and one more. Weights that the model keeps in 8 or 4 bits are
+    rounded block by block: see :mod:`tpjax.checkpoints.rounding`. An embedding that is the vocabulary
+    projection too is read for the first stage and for the last.
 
     Args:
         checkpoint: from :func:`open_checkpoint`.
-        models: from :func:`abstract_decoder`, for each mesh; they get the weights.
-        meshes: ``("tp",)``.
+        replicas: from :func:`abstract_decoder`, for each replica the stages of the model, which is one unless
+            it is a pipeline; they get the weights.
+        meshes: ``("tp",)``, for each replica those of its stages; of one stage all are of equal size.
         progress: show a progress bar on stderr if that is a terminal.
 
     Raises:
         CheckpointError: configuration and weights disagree; the message lists every difference.
     """
-    model, declared = models[0], parameters(models[0], meshes[0])
-    check_tensors(checkpoint, declared)
+    stages = [parameters(*one) for one in zip(replicas[0], meshes[0], strict=True)]
+    everything = [parameter for declared in stages for parameter in declared]
+    check_tensors(checkpoint, everything)
     source: Canonical = checkpoint.source
-    if kept := _quantized_tensors(declared):
+    if kept := _quantized_tensors(everything):
         source = StoredSource(checkpoint.source, kept)
-        if model.quantize is not None:
+        if replicas[0][0].quantize is not None:
             source = RoundedSource(checkpoint.source, kept, checkpoint.path)
-        declared.sort(key=lambda parameter: parameter.is_scales)  # last: reading the values finds them
-    arrays: list[dict[tuple[Any, ...], jax.Array]] = [{} for _ in meshes]
+        for declared in stages:  # last: reading the values finds them
+            declared.sort(key=lambda parameter: parameter.is_scales)
+    arrays: list[list[dict[tuple[Any, ...], jax.Array]]] = [[{} for _ in stages] for _ in replicas]
     with _bar(progress) as bar:
-        task = bar.add_task("loading weights", total=len(declared))
-        for order in fill(map(_order, declared), source):
-            for mesh, of_replica in zip(meshes, arrays, strict=True):
-                there = replace(order.what, sharding=NamedSharding(mesh, order.what.sharding.spec))
-                of_replica[order.what.path] = _array(there, order.parts)
-            bar.advance(task)
-    return [_with_values(model, of_replica) for model, of_replica in zip(models, arrays, strict=True)]
+        task = bar.add_task("loading weights", total=len(everything))
+        for number, declared in enumerate(stages):
+            if not is_local(meshes[0][number]):
+                for parameter in declared:
+                    absent = absent_array(parameter.layout.shape, parameter.dtype, parameter.sharding)
+                    arrays[0][number][parameter.path] = absent
+                bar.advance(task, len(declared))
+                continue
+            for order in fill(map(_order, declared), source):
+                for replica, of_replica in zip(meshes, arrays, strict=True):
+                    there = NamedSharding(replica[number], order.what.sharding.spec)
+                    array = _array(replace(order.what, sharding=there), order.parts)
+                    of_replica[number][order.what.path] = array
+                bar.advance(task)
+    return [
+        [_with_values(model, values) for model, values in zip(models, of_replica, strict=True)]
+        for models, of_replica in zip(replicas, arrays, strict=True)
+    ]
 
 
 def _quantized_tensors(declared: Iterable[Parameter]) -> dict[str, Kept]:

@@ -86,7 +86,7 @@ def run(
     check_writable(output_file)
     waiting = [request for request in requests if request["custom_id"] not in answered]
     if waiting:
-        ensure(name, sharding.tp, sharding.dp)
+        ensure(name, sharding.tp, sharding.dp, sharding.pp)
     note(f"{len(requests)} requests, {len(requests) - len(waiting)} of them answered before")
     if not waiting:
         if processes.several:

@@ -23,6 +23,7 @@ from tpjax.planning.workload import LONGEST_DEFAULT_PROMPT, Workload
 EXAMPLES = """
   tpjax bench smollm2-135m --tp 2
   tpjax bench smollm2-135m --dp 2
+  tpjax bench smollm2-135m --tp 2 --pp 2
   tpjax bench smollm2-135m --context 128 --prompt-len 128 --rounds 3 --json
 """
 
@@ -40,6 +41,15 @@ def run(
             "--dp",
             help="Replicas at once, a sequence each.",
             parser=positive_int("replicas"),
+            metavar="N",
+        ),
+    ] = 1,
+    pp: Annotated[
+        int,
+        option(
+            "--pp",
+            help="Pipeline stages, each measured alone on --tp devices.",
+            parser=positive_int("stages"),
             metavar="N",
         ),
     ] = 1,
@@ -63,7 +73,7 @@ def run(
     """Measure decode and prefill here, in float32, next to what plan predicts."""
     from tpjax.checkpoints import hub
     from tpjax.checkpoints.load import read_config
-    from tpjax.planning import step_benchmark
+    from tpjax.planning import stage_benchmark, step_benchmark
     from tpjax.planning.measure import measured_hardware
     from tpjax.planning.plan import make_plan
     from tpjax.runtime.counts import Counts
@@ -78,9 +88,15 @@ def run(
             f"--context {context} and --prompt-len {workload.prompt_len} need sequences of "
             f"{needed} tokens, over the model's {longest}"
         )
+    if dp > 1 and pp > 1:
+        raise RequestError(f"--dp {dp} and --pp {pp} are measured one at a time: leave one out")
     # before this process starts JAX, if it is the only one: measuring has one of its own
     hardware = measured_hardware(tp * dp, rounds=rounds)
-    llm = load(name, Sharding(tp=tp, dp=dp, dtype="float32", max_model_len=needed))
+    llm = load(name, Sharding(tp=tp, dp=dp, pp=pp, dtype="float32", max_model_len=needed))
+    if pp > 1:
+        stages = stage_benchmark.run(llm.runner, name, llm.config, hardware, workload, rounds)
+        show_report(stages, as_json=as_json)
+        return
     plan = make_plan(Counts(name, llm.config), hardware, tp * dp, tp, workload)
     first, *others = (engine.runner for engine in llm.engines)
     show_report(step_benchmark.run(first, plan, rounds, others), as_json=as_json)

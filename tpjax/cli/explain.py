@@ -33,6 +33,8 @@ EXAMPLES = """
   tpjax explain --config llama-3-8b/config.json --tp 8
   tpjax explain llama-3-8b --topology v5e:2x4 --context 1024
   tpjax explain llama-3-8b --topology v5e:2x4 --attention tpu --batch 64 --prompt-len 2048
+  tpjax explain smollm2-135m --tp 2 --pp 2
+  tpjax explain llama-3.1-70b --topology v5e:4x4 --pp 2
 """
 
 
@@ -95,6 +97,8 @@ def run(
         raise RequestError("give either MODEL or --config FILE")
     name = name or config
     assert name is not None
+    if plot is not None and sharding.pp > 1:
+        raise RequestError(f"--plot draws the shards of one mesh, and --pp {sharding.pp} has several")
     if plot is not None:
         from tpjax.planning.plots import check_plot
 
@@ -116,13 +120,14 @@ def run(
         show_report(compiled, as_json=as_json)
         return
     processes.join()
-    ensure(name, sharding.tp, sharding.dp, configuration=True)
+    ensure(name, sharding.tp, sharding.dp, sharding.pp, configuration=True)
     from tpjax.inspect.explain import explain_model
+    from tpjax.inspect.explain_report import Report
 
     report = explain_model(name, **asdict(sharding))
     if process_id():
         return
-    if plot is not None:
+    if plot is not None and isinstance(report, Report):
         from tpjax.planning.plots import save
 
         save(report.figure(), plot)

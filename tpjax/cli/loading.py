@@ -35,7 +35,7 @@ def load(model: str, sharding: Sharding, **options: Any) -> LLM:
 
     Of several processes only process 0 returns: the others follow it, and then end the subcommand.
     """
-    ensure(model, sharding.tp, sharding.dp)
+    ensure(model, sharding.tp, sharding.dp, sharding.pp)
     from tpjax.llm import LLM
 
     _check_compilation_cache()
@@ -69,15 +69,16 @@ def note_defaults(llm: LLM) -> None:
         note(f"where no option says otherwise, {llm.describe_defaults()}")
 
 
-def ensure(model: str, tp: int | None, dp: int = 1, *, configuration: bool = False) -> None:
+def ensure(model: str, tp: int | None, dp: int = 1, pp: int = 1, *, configuration: bool = False) -> None:
     """Checks that the model exists, then that there are the devices.
 
     A misspelt name is reported at once, before JAX starts.
 
     Args:
         model: name of the model.
-        tp: number of devices of a replica; ``None``: all there are.
+        tp: number of devices of a mesh; ``None``: all there are.
         dp: number of replicas.
+        pp: number of pipeline stages of a replica.
         configuration: whether its configuration is enough, without weights.
 
     Raises:
@@ -96,7 +97,7 @@ def ensure(model: str, tp: int | None, dp: int = 1, *, configuration: bool = Fal
             )
     else:
         hub.resolve(model, configuration=configuration)
-    if (tp or 1) * dp > 1:
+    if (tp or 1) * dp * pp > 1:
         from tpjax.mesh import ensure_devices
 
-        ensure_devices(tp or 1, dp)
+        ensure_devices(tp or 1, dp, pp)

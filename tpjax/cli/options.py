@@ -265,6 +265,15 @@ class Sharding:
             metavar="N",
         ),
     ] = 1
+    pp: Annotated[
+        int,
+        option(
+            "--pp",
+            help="Pipeline stages of a replica, each with some of the layers on --tp devices of its own (1).",
+            parser=positive_int("stages"),
+            metavar="N",
+        ),
+    ] = 1
     dtype: Annotated[Dtype, option("--dtype", help="Of weights and cache; auto: float32 on a CPU.")] = "auto"
     quantize: Annotated[
         Quantize | None,

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
   tpjax serve smollm2-135m --tp 4
   tpjax serve smollm2-135m --dp 2 --tp 2
+  tpjax serve smollm2-135m --pp 2 --tp 2
   tpjax serve ./Llama-3.1-8B-Instruct --tp 8 --host 0.0.0.0 --api-key-file keys.txt
 """
 
@@ -130,7 +131,7 @@ def run(
         drain_s=drain_s,
     )
     processes.join()
-    ensure(name, sharding.tp, sharding.dp)
+    ensure(name, sharding.tp, sharding.dp, sharding.pp)
 
     def loaded() -> LLM:
         return load(

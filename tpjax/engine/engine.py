@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
@@ -116,7 +117,8 @@ class Engine:
     """Continues many prompts at once on one runner.
 
     The next dispatch starts before the outputs of the last are read, so that the devices do not wait for the
-    host. Only one thread at a time may use an engine.
+    host; in a pipeline, as many are in flight as there are stages. Only one thread at a time may use an
+    engine.
 
     The device state is donated to each dispatch, so a dispatch that fails leaves no state for anybody: all
     running requests fail, waiting ones keep waiting, and the engine resets: it goes on with a new state and
@@ -153,8 +155,9 @@ class Engine:
             BlockManager(limits.num_pages, limits.page_size),
             limits.windows,
             history_rows=limits.history_rows,
+            stages=limits.stages,
         )
-        self._in_flight: _InFlight | None = None
+        self._in_flight: deque[_InFlight] = deque()  # the earliest first
         self._outputs: list[tuple[Request, list[int]]] = []  # read, but not yet returned by ``step``
         self._interrupted = False  # a guarded block has not run to its end
         self._state_resets = runner.state_resets
@@ -192,7 +195,7 @@ class Engine:
             self.scheduler.finish(request)
 
     def step(self) -> list[tuple[Request, list[int]]]:
-        """Starts the next dispatch and reads the outputs of the one before.
+        """Starts the next dispatch and reads the outputs of the one before; of P stages, P dispatches before.
 
         If that fails, the running requests end with the reason ``error``; an interrupt is raised again.
 
@@ -204,9 +207,10 @@ class Engine:
             with self.guarded():
                 self.scheduler.shapes, self.scheduler.mixed_shapes = self.runner.chunk_shapes()
                 work = self.scheduler.schedule()
-                dispatched = None if work is None else self._dispatch(work)
-                self._read()
-                self._in_flight = dispatched
+                if work is not None:
+                    self._in_flight.append(self._dispatch(work))
+                if work is None or len(self._in_flight) > self.runner.limits.stages:
+                    self._read()
         except Exception as error:
             log.exception("a dispatch failed: the running requests end, and the engine resets")
             if not self._outputs and self.scheduler.waiting:  # with nobody running, the first in line is why
@@ -301,7 +305,7 @@ class Engine:
     def _reset(self, why: str) -> None:
         """Fails the running requests, and drops the device state and the prefix cache."""
         self._interrupted = True
-        self._in_flight = None
+        self._in_flight.clear()
         self.runner.reset()
         for request in self.scheduler.running:
             self._fail(request, why)
@@ -317,7 +321,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether any request waits or runs, or any output has not been returned by :meth:`step`."""
-        return self.scheduler.busy or self._in_flight is not None or bool(self._outputs)
+        return self.scheduler.busy or bool(self._in_flight) or bool(self._outputs)
 
     def stats(self) -> Stats:
         """Returns the present load and the counters."""
@@ -401,13 +405,13 @@ class Engine:
             self.runner.set_masks(masks)
 
     def _read(self) -> None:
-        """Waits for the dispatch in flight and appends its tokens to their requests."""
-        dispatched, self._in_flight = self._in_flight, None
-        if dispatched is None:
+        """Waits for the earliest dispatch in flight and appends its tokens to their requests."""
+        if not self._in_flight:
             return
+        dispatched = self._in_flight.popleft()
         for scores in dispatched.prompt_logprobs:
             scores.read()
-        # [steps, rows]; waits: at most one dispatch is ahead
+        # [steps, rows]; waits: at most as many dispatches as there are stages are ahead
         tokens = np.asarray(dispatched.sampled.tokens)[: dispatched.steps]
         logprobs = None
         if any(request.params.logprobs is not None for _, request in dispatched.requests):

@@ -78,6 +78,7 @@ class Request:
         prefill_start: how many of these were found in the prefix cache.
         prefilled: how many of these are in the cache or in flight.
         dispatched_tokens: output tokens dispatched, read or still in flight.
+        last_step: number of the last step that fed tokens of it, for pipelines.
         inserted_pages: how many of its first pages have been inserted into the prefix cache.
     """
 
@@ -107,6 +108,7 @@ class Request:
     prefill_start: int = 0
     prefilled: int = 0
     dispatched_tokens: int = 0
+    last_step: int = 0
     inserted_pages: int = 0
     _keys: list[PageKey] = field(default_factory=list)
 

@@ -84,6 +84,11 @@ class Scheduler:
     next is dispatched, do not hold up the others. Pages can be reassigned while a dispatch that writes to
     them is in flight: the devices execute dispatches in order.
 
+    In a pipeline of P stages, rows form P groups. A step decodes one of them: of the rows that took part in
+    none of the last P - 1 steps, at most a P-th of all, those first that have waited longest. Its tokens have
+    then passed all stages when it is dispatched, or are about to, while each stage runs another group; steps
+    with parts of prompts count like others. Groups are not kept: rows that come and go even out.
+
     Args:
         max_slots: requests that run at once.
         max_model_len: longest sequence, tokens.
@@ -100,6 +105,7 @@ class Scheduler:
         blocks: the cache pages.
         windows: window of each page group: see :mod:`tpjax.engine.page_groups`.
         history_rows: requests with penalties or biases that run at once; ``None``: ``max_slots``.
+        stages: pipeline stages, P.
 
     Attributes:
         shapes: as given; may change between steps.
@@ -128,6 +134,7 @@ class Scheduler:
         blocks: BlockManager,
         windows: Sequence[int | None] = (None,),
         history_rows: int | None = None,
+        stages: int = 1,
     ) -> None:
         step_tokens = max(shape.rows * shape.length for shape in (*shapes, *mixed_shapes, score_shape))
         self.pages = PageGroups(blocks, windows, step_tokens)
@@ -149,6 +156,8 @@ class Scheduler:
         self._free_slots = list(range(max_slots - 1, -1, -1))
         self._free_history_rows = list(range(self._history_rows - 1, -1, -1))
         self._arrivals = itertools.count()
+        self._stages = stages
+        self._steps = 0  # dispatched so far
         # head of the queue and ``blocks.changes`` when it did not fit: it cannot fit before they change
         self._did_not_fit: tuple[Request, int] | None = None
 
@@ -199,9 +208,12 @@ class Scheduler:
 
     def dispatched(self, step: Step) -> None:
         """Records that a step has been dispatched."""
+        self._steps += 1
         for one in step.decode:
+            one.last_step = self._steps
             one.dispatched_tokens += min(step.steps, one.remaining)
         for chunk in step.chunks:
+            chunk.request.last_step = self._steps
             chunk.request.prefilled = chunk.stop
             chunk.request.dispatched_tokens += chunk.final
             self._insert_prefix(chunk.request)
@@ -223,7 +235,7 @@ class Scheduler:
         self.waiting = deque(one for one in self.waiting if one not in ran)
         for one in (*ran, *self.waiting):
             one.slot, one.history_row, one.row, one.queued = None, None, None, one not in ran
-            one.pages = []
+            one.pages, one.dispatched_tokens = [], len(one.output_token_ids)
         self.blocks.clear()
         self._free_slots = list(range(self._max_slots - 1, -1, -1))
         self._free_history_rows = list(range(self._history_rows - 1, -1, -1))
@@ -259,6 +271,8 @@ class Scheduler:
         if needs_history and not self._free_history_rows:
             return False
         if self._did_not_fit == (request, blocks.changes):
+            return False
+        if request.unread:  # preempted while several steps were in flight: it still has tokens to come
             return False
         tokens, page_size = request.num_tokens, blocks.page_size
         found = self.pages.find(())
@@ -307,8 +321,26 @@ class Scheduler:
         A grammar has to see its row's last token first. Rows with a grammar are dispatched together, once all
         of them have been read; the others go on by themselves in the meantime.
         """
+        if self._stages > 1:
+            return self._next_group()
         unread = any(one.grammar is not None and one.unread for one in self.running)
         return [one for one in self.running if one.decodable and not (unread and one.grammar is not None)]
+
+    def _next_group(self) -> list[Request]:
+        """Returns the rows of a pipeline's next step.
+
+        If all that could go on are in the last steps, there are fewer rows than stages: then those of the
+        earliest of these steps, one step ahead of what has been read.
+        """
+        decoding = [one for one in self.running if not one.prefilling]
+        ready = [one for one in decoding if one.decodable and not (one.grammar is not None and one.unread)]
+        ready.sort(key=lambda one: one.last_step)
+        share = -(-len(decoding) // self._stages)
+        group = [one for one in ready if not one.unread or one.last_step <= self._steps - self._stages + 1]
+        if group or any(one.prefilling for one in self.running):
+            return group[:share]
+        ahead = [one for one in ready if one.dispatched_tokens == len(one.output_token_ids) + 1]
+        return [one for one in ahead if one.last_step == ahead[0].last_step][:share]
 
     def _steps_ahead(self, decoding: list[Request]) -> int:
         """Returns the steps of the next decode dispatch: 1 if something could be done in between."""

@@ -24,6 +24,8 @@ def collective_budget(
     sequence_parallel: bool = False,
     greedy: bool = False,
     platform: str = "cpu",
+    embeds: bool = True,
+    samples: bool = True,
 ) -> dict[str, Any]:
     """Computes the collectives of one call.
 
@@ -39,7 +41,7 @@ def collective_budget(
     top-p. How many rounds there are is known when they run: they count as one.
 
     Args:
-        config: the architecture.
+        config: the architecture; of a pipeline's stage, with its layers only.
         tp: number of devices.
         tokens: tokens that pass through the layers, padding included.
         rows: rows that a token is sampled for.
@@ -47,6 +49,8 @@ def collective_budget(
         sequence_parallel: whether the residual is sharded over tokens.
         greedy: whether the program has the plain variant of :func:`tpjax.sampling.sample`.
         platform: the kind of device, which decides how top-k and top-p are searched for.
+        embeds: whether it embeds tokens: all but the first stage of a pipeline take hidden states.
+        samples: whether it samples, or is of a stage before the last.
 
     Returns:
         The number of each of ``BUDGETED_KINDS`` and of others, the bytes of their results on one device, and
@@ -58,8 +62,8 @@ def collective_budget(
     sums = 1 if config.parallel else 2
     token_bytes = config.hidden_size * itemsize
     reduces, reduced = norms * layers, tokens * norms * layers * 2 * 4
-    scatters, gathers, gathered = 0, 1, tp * rows * 2 * 4
-    if not greedy:
+    scatters, gathers, gathered = 0, int(samples), samples * tp * rows * 2 * 4
+    if samples and not greedy:
         search = ThresholdSearch.on(platform)
         listed = min(MAX_LOGPROBS, pad_to_multiple(config.vocab_size, tp) // tp)
         gathered += tp * rows * (3 + 2 * listed) * 4
@@ -67,12 +71,13 @@ def collective_budget(
         reduces, reduced = reduces + 2 + rounds, reduced + rows * (2 + rounds * search.sums) * 4
     if sequence_parallel:
         moved = f"{sums} all-gathers and {sums} reduce-scatters × {layers} layers"
-        reduces, reduced = reduces + 1, reduced + rows * token_bytes
-        scatters = sums * layers + 1
+        reduces, reduced = reduces + samples, reduced + samples * rows * token_bytes
+        scatters = sums * layers + embeds
         gathers, gathered = gathers + sums * layers, gathered + sums * layers * tokens * token_bytes
     else:
-        moved = f"{sums + norms} × {layers} layers"
-        reduces, reduced = reduces + sums * layers + 1, reduced + (sums * layers + 1) * tokens * token_bytes
+        moved, residuals = f"{sums + norms} × {layers} layers", sums * layers + embeds
+        reduces, reduced = reduces + residuals, reduced + residuals * tokens * token_bytes
+    parts = [moved, *["1 embedding"] * embeds, *["1 sampled rows"] * (sequence_parallel and samples)]
     return {
         "all_reduces": reduces,
         "all_reduce_bytes": reduced,
@@ -81,7 +86,7 @@ def collective_budget(
         "all_gathers": gathers,
         "all_gather_bytes": gathered,
         "others": 0,
-        "rule": f"{moved} + 1 embedding{' + 1 sampled rows' * sequence_parallel}; sampling",
+        "rule": " + ".join(parts) + "; sampling" * samples,
     }
 
 

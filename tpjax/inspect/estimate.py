@@ -28,7 +28,7 @@ from tpjax.interconnect import Interconnect
 from tpjax.planning.cost_model import CostModel
 from tpjax.planning.workload import Workload
 from tpjax.runtime.counts import Counts
-from tpjax.step_time import Cost
+from tpjax.step_time import Cost, StepTokens
 
 # Multiply-adds of a chip in one cycle: its matrix units, 128 or 256 square (How to Scale Your Model, chapter
 # 2, and Google Cloud's pages). Half the peak rate over these is the clock: 1.50 GHz on a v5e, 1.75 on a v6e.
@@ -126,6 +126,7 @@ def estimate(
     quantize: Quantize | None = None,
     pages_at_once: int = 1,
     kernel_work: Sequence[Work] = (),
+    samples: bool = True,
 ) -> Estimate:
     """Estimates one call of a TPU program.
 
@@ -144,6 +145,7 @@ def estimate(
         quantize: what quantised weights are kept in.
         pages_at_once: pages of a sequence that one trip of a loop over the cache reads.
         kernel_work: what its attention kernels do, call by call, which its text does not show.
+        samples: whether the program samples, or is of a pipeline's stage before the last.
     """
     chip, device = topology.hardware, topology.hardware.device
     bandwidth = device.bandwidth_bytes_s
@@ -179,7 +181,8 @@ def estimate(
         workload = Workload(dtype=quantize or kind, cache_dtype=kind)
         expert_axis: ExpertAxis = config.moe.sharded_axis(tp) if config.moe else "width"
         model = CostModel(Counts("", config), perfect, tp, workload, expert_axis)
-        return model.decode(batch, context) if length == 1 else model.prefill(length)
+        tokens = StepTokens(batch, context) if length == 1 else StepTokens(chunks=((0, length),))
+        return model.step(tokens) if samples else model.layers(tokens)
 
     best = ideal(bandwidth)
     return Estimate(

@@ -29,38 +29,66 @@ from tpjax.checkpoints.load import (
     read_config,
 )
 from tpjax.config import AttentionBackend, ExpertParallel, ModelConfig, MoEConfig, Quantize
+from tpjax.errors import ConfigError
 from tpjax.inspect.budget import collective_budget
 from tpjax.inspect.collectives import find_collectives, summarise
 from tpjax.inspect.explain_report import Report, Step, TensorRow
+from tpjax.inspect.pipeline_report import PipelineReport
 from tpjax.inspect.reasons import cache_reason, experts_reason, reason
 from tpjax.layers.weights import dtype_bits
-from tpjax.mesh import make_meshes
+from tpjax.mesh import is_local, make_stage_meshes
 from tpjax.old_spellings import accepts_old_spellings
 from tpjax.planning.published import is_published, published_config
+from tpjax.runtime.device_speed import split_layers
 from tpjax.runtime.limits import PAGE_SIZE, resolve_dtype
 from tpjax.runtime.memory import device_memory, plan_limits, workspace_bytes
 from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.role import together
 from tpjax.runtime.runner import Runner
+from tpjax.runtime.stage import Stage
 from tpjax.sharding import Content, Layout, Segment, WeightLayout, head_plan, pad_to_multiple, tensor_layout
 
 
-def explain(runner: Runner, name: str, dp: int = 1) -> Report:
-    """Describes a runner, one of ``dp`` replicas.
+def explain(runner: Runner, name: str, dp: int = 1) -> Report | PipelineReport:
+    """Describes a runner, one of ``dp`` replicas; of a pipeline each stage, and what moves between them.
 
     It needs no weights; a decode and a prefill step are compiled unless they are.
     """
-    config, mesh, limits = runner.config, runner.mesh, runner.limits
-    tensors = _tensor_rows(runner)
+    if len(runner.stages) == 1:
+        return explain_stage(runner, name, dp)
+    if not all(is_local(stage.mesh) for stage in runner.stages):
+        raise ConfigError("stages of several processes are not explained: run `tpjax explain` in one process")
+    reports = [
+        explain_stage(stage, f"{name}, stage {number} of {len(runner.stages)}")
+        for number, stage in enumerate(runner.stages, 1)
+    ]
+    return PipelineReport(
+        model=name,
+        tp=runner.mesh.size,
+        pp=len(reports),
+        dp=dp,
+        layers=[(stage.layers.start, stage.layers.stop) for stage in runner.stages],
+        stages=reports,
+        rows=runner.limits.max_rows,
+        chunk_tokens=runner.limits.usable_chunk_shapes[-1].tokens,
+        hidden_bytes=runner.config.hidden_size * runner.dtype.itemsize,
+        token_bytes=4 * (runner.limits.max_slots + 1),
+    )
+
+
+def explain_stage(stage: Stage, name: str, dp: int = 1) -> Report:
+    """Describes a stage of a pipeline, or a model in one piece, as :func:`explain` does."""
+    config, mesh, limits = stage.own_config, stage.mesh, stage.limits
+    tensors = _tensor_rows(stage)
     weight_bytes = sum(row.bytes_per_device for row in tensors)
-    cache = _cache(runner)
+    cache = _cache(stage)
     with ThreadPoolExecutor() as pool:  # XLA compiles outside Python's lock
         specs = (
             ProgramSpec("decode", 1, greedy=True),
             ProgramSpec("step", 0, limits.usable_chunk_shapes[-1], greedy=True),
         )
-        steps = list(pool.map(partial(_step, runner), ("decode", "prefill"), specs))
-    state = jax.tree.leaves(runner.abstract_state())
+        steps = list(pool.map(partial(_step, stage), ("decode", "prefill"), specs))
+    state = jax.tree.leaves(stage.abstract_state())
     state_bytes = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in state)
     return Report(
         model=name,
@@ -68,9 +96,9 @@ def explain(runner: Runner, name: str, dp: int = 1) -> Report:
         tp=mesh.size,
         dp=dp,
         platform=mesh.devices.flat[0].device_kind,
-        dtype=str(jnp.dtype(runner.dtype)),
-        quantize=runner.abstract_model().quantize,
-        attention=str(runner.backend),
+        dtype=str(jnp.dtype(stage.dtype)),
+        quantize=stage.abstract_model().quantize,
+        attention=str(stage.backend),
         heads=_heads(config, mesh.size),
         experts=None if config.moe is None else _experts(config.moe, mesh.size),
         tensors=tensors,
@@ -79,7 +107,7 @@ def explain(runner: Runner, name: str, dp: int = 1) -> Report:
         cache=cache,
         state_bytes_per_device=state_bytes - cache["bytes_per_device"],
         workspace_bytes=workspace_bytes(
-            config, mesh.size, runner.dtype, limits.max_slots, limits.largest_chunks.tokens
+            config, mesh.size, stage.dtype, limits.max_slots, limits.largest_chunks.tokens
         ),
         steps=steps,
     )
@@ -95,7 +123,8 @@ def explain_model(
     quantize: Quantize | None = None,
     attention: AttentionBackend = "auto",
     dp: int = 1,
-) -> Report:
+    pp: int = 1,
+) -> Report | PipelineReport:
     """Describes a checkpoint sharded over ``tp`` devices without reading a weight.
 
     Each of several processes calls it, and compiles the steps.
@@ -110,6 +139,7 @@ def explain_model(
         quantize: what weights are kept in, as for ``LLM``.
         attention: what computes attention, as for ``LLM``.
         dp: number of replicas.
+        pp: number of pipeline stages of a replica.
 
     Raises:
         TpjaxError: the checkpoint is not supported, or its configuration and tensors disagree.
@@ -126,12 +156,13 @@ def explain_model(
     if checkpoint is not None:
         checkpoint.check_quantize(quantize)
     config = config.with_expert_parallel(expert_parallel)
-    mesh, kind = make_meshes(tp, dp)[0], resolve_dtype(dtype)
+    meshes, kind = make_stage_meshes(tp, dp, pp)[0], resolve_dtype(dtype)
+    size, layers = meshes[0].size, split_layers(config, meshes[0], pp, kind, quantize)
     format_of = None if checkpoint is None else checkpoint.source.format_of
 
     def chosen() -> Backend:
-        shape = KernelShape.of(config, mesh.size, kind, PAGE_SIZE)
-        return choose_backend(attention, mesh.local_devices[0], shape)
+        shape = KernelShape.of(config, size, kind, PAGE_SIZE)
+        return choose_backend(attention, meshes[0].local_devices[0], shape)
 
     flags = {
         "dtype": dtype,
@@ -141,46 +172,52 @@ def explain_model(
         "attention": attention,
     }
     architecture = sha256(repr(config).encode()).hexdigest()[:16]
-    same = {"work": "explain", "model": Path(model).name, "architecture": architecture, "tp": mesh.size}
-    with together(same | flags, device_memory(mesh.size * dp)) as role:
+    same = {"work": "explain", "model": Path(model).name, "architecture": architecture, "tp": size, "pp": pp}
+    with together(same | flags, device_memory(size * dp * pp)) as role:
         memory, backend = role.decide(chosen)
-        decoder = abstract_decoder(config, mesh, kind, quantize, backend, format_of)
-        declared = parameters(decoder, mesh)
+        decoders = [
+            abstract_decoder(config, mesh, kind, quantize, backend, format_of, part)
+            for mesh, part in zip(meshes, layers, strict=True)
+        ]
+        declared = [parameters(*stage) for stage in zip(decoders, meshes, strict=True)]
         if checkpoint is not None:
-            check_tensors(checkpoint, declared)
-        weight_bytes = sum(p.bytes_per_device for p in declared)
+            check_tensors(checkpoint, [parameter for stage in declared for parameter in stage])
+        weight_bytes = max(sum(p.bytes_per_device for p in stage) for stage in declared)
         if memory is not None and memory.free < 2 * weight_bytes:
             memory = None  # a model that is too large for this machine can be explained too
         limits = plan_limits(
             config,
-            mesh.size,
+            size,
             kind,
             weight_bytes=weight_bytes,
             memory=memory,
             max_model_len=max_model_len,
             max_slots=None,
+            stages=[config.of_layers(part) for part in layers],
         )
-        runner = Runner(decoder, mesh, limits, kind, leader=role.leader)
+        runner = Runner.of_stages(decoders, meshes, limits, kind, leader=role.leader)
         role.follow(runner)
         return explain(runner, name=model, dp=dp)
 
 
-def _step(runner: Runner, name: str, spec: ProgramSpec) -> Step:
+def _step(stage: Stage, name: str, spec: ProgramSpec) -> Step:
     """Compiles a program, and reads its collectives and memory."""
-    compiled = runner.program(spec)
+    compiled = stage.program(stage.own(spec))
     memory = compiled.memory_analysis()
     return Step(
         name=name,
         tokens=spec.tokens,
         collectives=summarise(find_collectives(compiled.as_text())),
         budget=collective_budget(
-            runner.config,
-            runner.mesh.size,
+            stage.own_config,
+            stage.mesh.size,
             tokens=spec.tokens,
             rows=spec.sampled_rows,
-            itemsize=runner.dtype.itemsize,
+            itemsize=stage.dtype.itemsize,
             greedy=spec.greedy,
-            platform=runner.mesh.devices.flat[0].platform,
+            platform=stage.mesh.devices.flat[0].platform,
+            embeds=stage.is_first,
+            samples=stage.is_last,
         ),
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
@@ -195,10 +232,10 @@ def _spec(spec: PartitionSpec) -> str:
     )
 
 
-def _tensor_rows(runner: Runner) -> list[TensorRow]:
-    model, devices = runner.abstract_model(), runner.mesh.size
+def _tensor_rows(stage: Stage) -> list[TensorRow]:
+    model, devices = stage.abstract_model(), stage.mesh.size
     alike: dict[tuple[Any, ...], list[Parameter]] = {}
-    for one in parameters(model, runner.mesh):
+    for one in parameters(model, stage.mesh):
         name = re.sub(r"^layers\.\d+\.", "layers.*.", one.name)
         alike.setdefault((name, one.sharding, one.layout, np.dtype(one.dtype)), []).append(one)
     rows = []
@@ -242,12 +279,12 @@ def _contents(layout: Layout, sharding: NamedSharding, bits: int) -> tuple[Conte
     return tuple(contents)
 
 
-def _cache(runner: Runner) -> dict[str, Any]:
-    config, mesh, limits = runner.config, runner.mesh, runner.limits
+def _cache(stage: Stage) -> dict[str, Any]:
+    config, mesh, limits = stage.own_config, stage.mesh, stage.limits
     cache = cache_layout(config, mesh.size, limits.num_pages, limits.page_size)
     platform = mesh.devices.flat[0].platform
     page_bytes = page_bytes_per_device(
-        config, mesh.size, limits.page_size, runner.dtype, platform, limits.windows
+        config, mesh.size, limits.page_size, stage.dtype, platform, limits.windows
     )
     layout = tensor_layout("latents", cache.shape)
     if config.attention.latent is None:
@@ -279,7 +316,7 @@ def _cache(runner: Runner) -> dict[str, Any]:
         "bytes_per_past_token": token_bytes * past * mesh.size,
         "bytes_per_past_token_per_device": token_bytes * past,
         "why": cache_reason(config, mesh.size),
-        "devices": _contents(layout, sharding, 8 * buffers * runner.dtype.itemsize),
+        "devices": _contents(layout, sharding, 8 * buffers * stage.dtype.itemsize),
     }
 
 

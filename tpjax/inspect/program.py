@@ -31,10 +31,13 @@ from tpjax.layers.weights import dtype_bits
 from tpjax.old_spellings import accepts_old_spellings
 from tpjax.planning.published import is_published, published_config
 from tpjax.planning.workload import DEFAULT_CONTEXT, STEP_BATCH, STEP_PROMPT_LEN
+from tpjax.runtime import layer_split
+from tpjax.runtime.device_speed import itemsizes
 from tpjax.runtime.limits import MAX_PROMPT_TOKENS, PAGE_SIZE, Limits, resolve_dtype
 from tpjax.runtime.memory import DeviceMemory, plan_limits
 from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.runner import Runner
+from tpjax.runtime.stage import Stage
 from tpjax.runtime.steps import padded_tokens
 from tpjax.sharding import SEQUENCE_PARALLEL, head_plan
 
@@ -55,6 +58,7 @@ def explain_topology(
     quantize: Quantize | None = None,
     attention: AttentionBackend = "auto",
     dp: int = 1,
+    pp: int = 1,
 ) -> TopologyReport:
     """Compiles a model's decode and prefill steps for chips that are not here, from shapes alone.
 
@@ -63,7 +67,7 @@ def explain_topology(
     Args:
         model: a name or path that ``LLM`` accepts, the name of a published model, or a ``config.json``.
         topology: the chips.
-        tp: number of devices; ``None``: all of them.
+        tp: number of devices of a stage; ``None``: all of them are shared out.
         dtype: a dtype that ``LLM`` accepts; ``auto`` is bfloat16 here.
         max_model_len: longest sequence, tokens.
         expert_parallel: whether experts are sharded, as for ``LLM``.
@@ -74,6 +78,7 @@ def explain_topology(
         quantize: what weights are kept in, as for ``LLM``.
         attention: what computes attention, as for ``LLM``.
         dp: number of replicas; the programs of each are the same.
+        pp: number of pipeline stages of a replica, whose programs are reported one after the other.
 
     Raises:
         TpjaxError: the model is not supported, or its programs cannot be compiled here.
@@ -90,8 +95,9 @@ def explain_topology(
     runner = abstract_runner(
         config.with_expert_parallel(expert_parallel),
         topology,
-        topology.devices_of_replica(tp, dp),
+        topology.devices_of_mesh(tp, dp, pp),
         dtype,
+        pp=pp,
         max_model_len=max_model_len,
         max_slots=batch,
         quantize=quantize,
@@ -99,22 +105,32 @@ def explain_topology(
     )
     limits = runner.limits
     chunks = next(shape for shape in limits.chunk_shapes if shape.tokens >= prompt_len)
-    decode = ProgramSpec("decode", limits.max_slots, greedy=True)
+    decode = ProgramSpec("decode", limits.max_rows, greedy=True)
     prefill = ProgramSpec("step", 0, chunks, greedy=True)
     return TopologyReport(
         model=model,
         topology=topology.name,
         tp=runner.mesh.size,
         dp=dp,
+        pp=pp,
         dtype=str(runner.dtype),
         quantize=quantize,
         attention=str(runner.backend),
         memory_bytes=topology.memory_bytes,
         programs=[
-            compile_program(runner, topology, "decode", decode, context),
-            compile_program(runner, topology, "prefill", prefill),
+            compile_program(stage, topology, f"{name}{kind}", spec, context if kind == "decode" else 0)
+            for name, stage in zip(_stage_names(runner), runner.stages, strict=True)
+            for kind, spec in (("decode", decode), ("prefill", prefill))
         ],
     )
+
+
+def _stage_names(runner: Runner) -> list[str]:
+    """Returns what the name of a program of each stage begins with."""
+    stages = runner.stages
+    if len(stages) == 1:
+        return [""]
+    return [f"layers {stage.layers.start}-{stage.layers.stop - 1}, " for stage in stages]
 
 
 def abstract_runner(
@@ -128,27 +144,39 @@ def abstract_runner(
     sequence_parallel: SequenceParallel = "auto",
     quantize: Quantize | None = None,
     attention: AttentionBackend = "auto",
+    pp: int = 1,
 ) -> Runner:
     """Makes a runner whose programs can be lowered and compiled for a topology, not run.
 
     If the model does not fit, its cache has the size that it would have without a memory limit.
     """
-    mesh, kind = topology.mesh(tp), resolve_dtype("bfloat16" if dtype == "auto" else dtype)
+    meshes, kind = topology.meshes(tp, pp), resolve_dtype("bfloat16" if dtype == "auto" else dtype)
+    mesh = meshes[0]
     check_quantize(quantize)
     backend = choose_backend(
         attention, mesh.devices.flat[0], KernelShape.of(config, mesh.size, kind, PAGE_SIZE)
     )
-    decoder = abstract_decoder(config, mesh, kind, quantize, backend)
+    layers = layer_split.split_layers(
+        config, mesh.size, pp, itemsizes(kind, quantize), topology.hardware.device
+    )
+    decoders = [
+        abstract_decoder(config, one, kind, quantize, backend, layers=part)
+        for one, part in zip(meshes, layers, strict=True)
+    ]
 
     def limits(memory: DeviceMemory | None, longest: int | None) -> Limits:
         return plan_limits(
             config,
             mesh.size,
             kind,
-            weight_bytes=sum(p.bytes_per_device for p in parameters(decoder, mesh)),
+            weight_bytes=max(
+                sum(p.bytes_per_device for p in parameters(*stage))
+                for stage in zip(decoders, meshes, strict=True)
+            ),
             memory=memory,
             max_model_len=longest,
             max_slots=max_slots,
+            stages=[config.of_layers(part) for part in layers],
         )
 
     platform = mesh.devices.flat[0].platform
@@ -158,41 +186,44 @@ def abstract_runner(
     except ConfigError:  # what else is wrong with the sizes is raised again
         sizes = limits(None, max_model_len or min(config.longest_context, DEFAULT_CONTEXT))
     # several decode steps of one dispatch would be a loop: here one step is looked at
-    return Runner(decoder, mesh, replace(sizes, steps=1), kind, sequence_parallel)
+    return Runner.of_stages(decoders, meshes, replace(sizes, steps=1), kind, sequence_parallel)
 
 
 def compile_program(
-    runner: Runner, topology: Topology, name: str, spec: ProgramSpec, context: int = 0
+    stage: Stage, topology: Topology, name: str, spec: ProgramSpec, context: int = 0
 ) -> ProgramReport:
-    """Compiles a program of a runner and reports what it does.
+    """Compiles a program and reports what it does.
 
     Args:
-        runner: a runner made by :func:`abstract_runner`.
+        stage: a runner made by :func:`abstract_runner`, or a stage of it.
         topology: the topology it was made for.
         name: name in the report.
-        spec: the program.
+        spec: the program, of the last stage; it is compiled what this stage runs for it.
         context: tokens in the cache of each sequence, for the time estimate.
     """
-    state = runner.abstract_state()
+    config = stage.own_config
+    state = stage.abstract_state()
     cache = jax.tree.leaves(state.cache)
-    model = runner.abstract_model()
+    model = stage.abstract_model()
     weights = [
         jax.ShapeDtypeStruct(p.layout.shape, p.dtype, sharding=p.format)
-        for p in parameters(model, runner.mesh)
+        for p in parameters(model, stage.mesh)
     ]
     predicted = sum(_bytes(leaf, topology.is_tpu) for leaf in (*weights, *jax.tree.leaves(state)))
-    residual = runner.programs.residual_spec(spec)
-    tokens = padded_tokens(spec.tokens, residual, runner.mesh.size)
+    residual = stage.programs.residual_spec(spec)
+    tokens = padded_tokens(spec.tokens, residual, stage.mesh.size)
     batch, length = (spec.batch, 1) if spec.chunks is None else (1, tokens)
     budget = collective_budget(
-        runner.config,
-        runner.mesh.size,
+        config,
+        stage.mesh.size,
         tokens=tokens,
         rows=spec.sampled_rows,
-        itemsize=runner.dtype.itemsize,
+        itemsize=stage.dtype.itemsize,
         sequence_parallel=residual == SEQUENCE_PARALLEL,
         greedy=spec.greedy,
         platform="tpu" if topology.is_tpu else "gpu",
+        embeds=stage.is_first,
+        samples=stage.is_last,
     )
     started = time.perf_counter()
     compile_error, compiled = "", None
@@ -200,7 +231,7 @@ def compile_program(
         with warnings.catch_warnings():
             # jax's cache stores programs of chips that are not here, and cannot read them: they compile again
             warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
-            compiled = runner.program(spec)
+            compiled = stage.program(stage.own(spec))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -241,18 +272,19 @@ def compile_program(
         estimate=estimate(
             module,
             collectives,
-            runner.config,
+            config,
             topology,
-            tp=runner.mesh.size,
-            dtype=str(runner.dtype),
+            tp=stage.mesh.size,
+            dtype=str(stage.dtype),
             quantize=model.quantize,
             batch=batch,
             length=length,
-            context=min(context, runner.limits.max_model_len),
-            page_size=runner.limits.page_size,
+            context=min(context, stage.limits.max_model_len),
+            page_size=stage.limits.page_size,
             caches=caches,
-            pages_at_once=_pages_at_once(runner, batch),
-            kernel_work=_kernel_work(runner, spec, context),
+            samples=stage.is_last,
+            pages_at_once=_pages_at_once(stage, batch),
+            kernel_work=_kernel_work(stage, spec, context),
         )
         if topology.is_tpu
         else None,
@@ -268,37 +300,37 @@ class _Heads(NamedTuple):
     value_dim: int
 
 
-def _heads(runner: Runner) -> _Heads:
-    attention, latent = runner.config.attention, runner.config.attention.latent
-    plan = head_plan(runner.config, runner.mesh.size)
+def _heads(stage: Stage) -> _Heads:
+    attention, latent = stage.own_config.attention, stage.own_config.attention.latent
+    plan = head_plan(stage.own_config, stage.mesh.size)
     if latent is None:
         width = attention.head_dim
         return _Heads(plan.head_slots_per_device, plan.group_size, (width, width), width)
-    width, query_heads = latent.kv_lora_rank + runner.config.rotated_dim, plan.head_slots_per_device
+    width, query_heads = latent.kv_lora_rank + stage.own_config.rotated_dim, plan.head_slots_per_device
     # one latent for all heads, which holds key and value
     return _Heads(1, query_heads * plan.group_size, (width, 0), latent.kv_lora_rank)
 
 
-def _pages_at_once(runner: Runner, batch: int) -> int:
+def _pages_at_once(stage: Stage, batch: int) -> int:
     """Returns the pages of a sequence that one trip of the page walk of decode rows reads."""
-    heads, _, widths, value_dim = _heads(runner)
-    limits = runner.limits
-    page_bytes = heads * (widths[0] + value_dim) * limits.page_size * runner.dtype.itemsize
-    return pages_at_once(runner.backend.walk_pages, batch * page_bytes, limits.blocks)
+    heads, _, widths, value_dim = _heads(stage)
+    limits = stage.limits
+    page_bytes = heads * (widths[0] + value_dim) * limits.page_size * stage.dtype.itemsize
+    return pages_at_once(stage.backend.walk_pages, batch * page_bytes, limits.blocks)
 
 
-def _kernel_work(runner: Runner, spec: ProgramSpec, context: int) -> list[Work]:
+def _kernel_work(stage: Stage, spec: ProgramSpec, context: int) -> list[Work]:
     """Returns what the attention kernels of a program do on one device, call by call.
 
     Args:
-        runner: the runner.
+        stage: the stage.
         spec: the program. Its prompt chunks are the beginning of one prompt.
         context: tokens in the cache of each decoded sequence.
     """
-    if runner.backend.name != "tpu":
+    if stage.backend.name != "tpu":
         return []
-    attention, limits, calls = runner.config.attention, runner.limits, []
-    heads, per_head, widths, value_dim = _heads(runner)
+    attention, limits, calls = stage.own_config.attention, stage.limits, []
+    heads, per_head, widths, value_dim = _heads(stage)
     for kind in attention.layer_types:
         call = partial(
             work,
@@ -308,7 +340,7 @@ def _kernel_work(runner: Runner, spec: ProgramSpec, context: int) -> list[Work]:
             page_size=limits.page_size,
             widths=widths,
             value_dim=value_dim,
-            itemsize=runner.dtype.itemsize,
+            itemsize=stage.dtype.itemsize,
         )
         if spec.batch:
             calls.append(call(spec.batch, 1, min(context, limits.max_model_len)))

@@ -87,7 +87,7 @@ def _placement(parameter: Parameter, owner: Any, parent: Any, model: Decoder, tp
         case Embedding() if owner is model.lm_head:
             return "column-parallel: each device scores its own tokens, and logits stay sharded"
         case Embedding():
-            tied = " and scores" if model.lm_head is None else ""
+            tied = " and scores" if model.lm_head is None and model.is_last else ""
             return f"sharded along the vocabulary: each device looks up{tied} its own tokens; one all-reduce"
         case RowLinear(partial_sums=None) if is_bias:
             return "bias of a row-parallel product: added once, after the all-reduce"

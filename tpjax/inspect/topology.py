@@ -20,7 +20,7 @@ from tpjax.errors import ConfigError
 from tpjax.hardware import HARDWARE, SHORT_NAMES, Hardware
 from tpjax.inspect.accelerators import has_tpu
 from tpjax.inspect.packages import installed_version
-from tpjax.mesh import AXIS, check_dp
+from tpjax.mesh import AXIS, check_dp, check_pp
 
 TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # axes of the chip grid
 # chips of a full pod: beyond it, the compiler aborts the process
@@ -110,39 +110,55 @@ class Topology:
         """Memory of one device."""
         return int(self.hardware.device.memory_bytes)
 
-    def devices_of_replica(self, tp: int | None, dp: int) -> int | None:
-        """Returns ``tp`` if it is given or there is one replica; else what each of ``dp`` replicas gets.
+    def devices_of_mesh(self, tp: int | None, dp: int = 1, pp: int = 1) -> int | None:
+        """Returns ``tp`` if it is given or there is one mesh; else what each stage of each replica gets.
+
+        Args:
+            tp: devices of a stage; ``None``: all are shared out.
+            dp: replicas.
+            pp: pipeline stages of a replica.
 
         Raises:
-            ConfigError: the replicas do not fit the devices.
+            ConfigError: the meshes do not fit the devices.
         """
         check_dp(dp)
-        count = math.prod(self.grid) * self.devices_per_chip
-        if dp == 1:
+        check_pp(pp)
+        count, meshes = math.prod(self.grid) * self.devices_per_chip, dp * pp
+        if meshes == 1:
             return tp
-        if tp is None and count % dp == 0:
-            return count // dp
+        if tp is None and count % meshes == 0:
+            return count // meshes
+        named = f"dp={dp}" if pp == 1 else f"pp={pp}" if dp == 1 else f"dp={dp} times pp={pp}"
         if tp is None:
-            raise ConfigError(f"the {count} devices of {self.name} are not a multiple of dp={dp}")
-        if tp * dp > count:
-            raise ConfigError(
-                f"dp={dp} replicas of tp={tp} are {tp * dp} devices, more than the {count} of {self.name}"
-            )
+            raise ConfigError(f"the {count} devices of {self.name} are not a multiple of {named}")
+        if tp * meshes > count:
+            stages = f"pp={pp} stages of tp={tp}" if pp > 1 else f"tp={tp}"
+            layout = stages if dp == 1 else f"dp={dp} replicas of {stages}"
+            raise ConfigError(f"{layout} are {tp * meshes} devices, more than the {count} of {self.name}")
         return tp
 
     def mesh(self, tp: int | None = None) -> Mesh:
-        """Makes the mesh ``("tp",)`` over the first ``tp`` devices: programs can be compiled for it, not run.
+        """Makes the mesh ``("tp",)`` over the first ``tp`` devices: see :meth:`meshes`."""
+        return self.meshes(tp)[0]
+
+    def meshes(self, tp: int | None = None, pp: int = 1) -> list[Mesh]:
+        """Makes meshes ``("tp",)`` of ``tp`` devices for pipeline stages, over the first devices.
+
+        Programs can be compiled for them, not run.
 
         Raises:
-            ConfigError: there are fewer devices than ``tp``, the extra is missing or does not fit this JAX,
-                or the installed compiler cannot target these chips.
+            ConfigError: there are fewer devices, the extra is missing or does not fit this JAX, or the
+                installed compiler cannot target these chips.
         """
         count = math.prod(self.grid) * self.devices_per_chip
-        tp = count if tp is None else tp
+        tp = self.devices_of_mesh(tp, 1, pp) or count
         if tp > count:
             raise ConfigError(f"tp={tp} is more than the {count} devices of {self.name}")
         devices = self._tpus() if self.is_tpu else self._gpus()
-        return Mesh(np.array(devices[:tp]), (AXIS,), axis_types=(AxisType.Auto,))
+        return [
+            Mesh(np.array(devices[at : at + tp]), (AXIS,), axis_types=(AxisType.Auto,))
+            for at in range(0, tp * pp, tp)
+        ]
 
     def _tpus(self) -> list[jax.Device]:
         check_extra("tpu")

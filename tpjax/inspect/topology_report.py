@@ -80,8 +80,9 @@ class TopologyReport:
         quantize: what quantised weights are kept in; ``None``: none are.
         attention: what computes attention, and why.
         memory_bytes: memory of one device.
-        programs: decode, then prefill.
+        programs: decode, then prefill; of each pipeline stage.
         dp: number of replicas, which all have these programs.
+        pp: number of pipeline stages of a replica.
     """
 
     model: str
@@ -93,6 +94,7 @@ class TopologyReport:
     programs: list[ProgramReport]
     quantize: str | None = None
     dp: int = 1
+    pp: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data, ready for JSON."""
@@ -103,7 +105,7 @@ class TopologyReport:
 
     def __rich__(self) -> RenderableType:
         dtype = described_dtype(self.dtype, self.quantize)
-        layout = described_layout(self.tp, self.dp)
+        layout = described_layout(self.tp, self.dp, self.pp)
         title = f"{self.model} at {layout} on {self.topology}, {dtype}, compiled ahead of time"
         compiled = [one for one in self.programs if not one.compile_error]
         return Group(

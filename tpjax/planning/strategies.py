@@ -7,7 +7,7 @@ chapters 7 and 8; Pope et al. 2022, section 3).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ from tpjax.planning.cost_model import CostModel
 from tpjax.planning.plan import divisors, make_plans
 from tpjax.planning.workload import Workload
 from tpjax.runtime.counts import Counts
-from tpjax.step_time import Cost, StepTokens
+from tpjax.runtime.layer_split import layer_seconds, split_layers
+from tpjax.step_time import StepTokens
 
 
 @dataclass(frozen=True)
@@ -123,40 +124,51 @@ def _tensor_and_replicas(
 def _pipelines(counts: Counts, device: Hardware, devices: int, workload: Workload) -> Iterator[Strategy]:
     """Computes pipelines of stages of consecutive layers, each stage sharded over tp devices.
 
-    A token passes all stages before the next token of its sequence starts. The batch is therefore split into
-    one part per stage, and a step takes the slowest stage, which also samples, once per stage.
+    Layers are split as :mod:`tpjax.runtime.layer_split` does when the model runs. The batch forms as many
+    groups as there are stages, which work on one each: a token takes as long as a group takes through all
+    stages, or as the slowest stage takes for all groups. A prompt goes through one stage after the other.
     """
-    layers = counts.config.num_layers
+    config, batch = counts.config, workload.batch
+    hidden_bytes = 1.0 * config.hidden_size * workload.activation_bytes
     for stages in divisors(devices):
         tp = devices // stages
-        if stages == 1 or stages > layers:
+        if stages == 1 or stages > config.num_layers:
             continue
-        depth = math.ceil(layers / stages) / layers  # of the deepest stage, as a fraction of all layers
-        model = CostModel(counts, device, tp, workload, replicas=min(stages, workload.batch))
-        part = math.ceil(workload.batch / stages)
+        parts = split_layers(config, tp, stages, workload.itemsizes, device)
 
-        def through(blocks: Cost, rest: Cost, tokens: int, rounds: int, depth: float = depth) -> float:
-            transfer = device.interconnect.transfer_s(2.0 * tokens * counts.config.hidden_size)
-            return rounds * ((blocks * depth + rest).total + transfer)
+        def of_stages(
+            tokens: StepTokens, busy: int, tp: int = tp, parts: tuple[range, ...] = parts
+        ) -> list[float]:
+            layers = layer_seconds(config, tp, workload.itemsizes, device, tokens, busy)
+            moved = device.interconnect.transfer_s(tokens.total * hidden_bytes)
+            return [sum(layers[i] for i in part) + moved for part in parts]
 
-        rows, prompt = StepTokens(part, workload.context), workload.prompt_len
-        step = through(model.layers(rows), model.embedding_and_head(part, part), part, stages)
-        prefill = through(model.layers(StepTokens(chunks=((0, prompt),))), Cost(), prompt, stages)
-        prefill += model.embedding_and_head(1, prompt).total
-        memory = model.memory(workload.batch, workload.context)
-        # the first stage has the embedding, the last the projection
-        embedding = model.held.embedding * workload.activation_bytes
-        outside = embedding + model.held.head * workload.activation_bytes
-        held = (memory.weights - outside + memory.cache) * depth + embedding + memory.workspace
+        groups = min(stages, batch)
+        seconds = of_stages(StepTokens(math.ceil(batch / groups), workload.context), groups)
+        step = max(sum(seconds), groups * max(seconds))
+        prefill = sum(of_stages(StepTokens(chunks=((0, workload.prompt_len),)), 1))
+        held = max(_stage_bytes(CostModel(counts, device, tp, workload), parts))
         yield Strategy(
             "pipeline",
             f"{stages} pipeline stages" + (f" of tp={tp}" * (tp > 1)),
             step * 1e3,
-            workload.batch / step,
+            batch / step,
             prefill * 1e3,
             held,
             held <= device.usable_bytes,
         )
+
+
+def _stage_bytes(model: CostModel, parts: Sequence[range]) -> list[float]:
+    """Returns the bytes on a device of each stage of a pipeline that shares out the layers."""
+    workload, held = model.workload, model.held
+    memory = model.memory(workload.batch, workload.context)
+    embedding, head = (n * workload.activation_bytes for n in (held.embedding, held.head))
+    a_layer = (memory.weights - embedding - head + memory.cache) / model.config.num_layers
+    stages = [a_layer * len(part) + memory.workspace for part in parts]
+    stages[0] += embedding
+    stages[-1] += head or embedding  # a tied embedding is on both
+    return stages
 
 
 def _experts(counts: Counts, device: Hardware, devices: int, workload: Workload) -> Iterator[Strategy]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -96,16 +96,7 @@ def _elements(config: ModelConfig, tp: int) -> Elements:
 
 def _layers_of(config: ModelConfig, kinds: tuple[bool, ...]) -> ModelConfig:
     """Returns the architecture with one layer of each kind: with experts, and without."""
-    chosen = [config.sparse_layers.index(kind) for kind in kinds]
-    return replace(
-        config,
-        num_layers=len(chosen),
-        attention=replace(
-            config.attention, layer_types=tuple(config.attention.layer_types[i] for i in chosen)
-        ),
-        rope=replace(config.rope, layers=config.rope.layers and tuple(config.rope.layers[i] for i in chosen)),
-        moe=config.moe and replace(config.moe, sparse_layers=kinds),
-    )
+    return config.of_layers([config.sparse_layers.index(kind) for kind in kinds])
 
 
 def _declared(model: Decoder, mesh: AbstractMesh) -> Iterator[tuple[tuple[Any, ...], int, bool, int]]:

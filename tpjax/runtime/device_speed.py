@@ -14,6 +14,7 @@ from tpjax.config import ModelConfig, Quantize
 from tpjax.hardware import Efficiency, Hardware, known_device
 from tpjax.interconnect import Measured
 from tpjax.layers.weights import FORMATS, dtype_bits
+from tpjax.runtime import layer_split
 from tpjax.runtime.counts import Counts
 from tpjax.step_time import Itemsizes, StepTime
 
@@ -45,10 +46,29 @@ def step_time(
     share = Counts(config.model_type, config).share(
         mesh.size, config.moe.sharded_axis(mesh.size) if config.moe else "width"
     )
-    itemsize = jnp.dtype(dtype).itemsize
     hardware = device_hardware(mesh.devices.flat[0], dtype)
+    return StepTime(share, hardware, itemsizes(dtype, quantize))
+
+
+def split_layers(
+    config: ModelConfig, mesh: Mesh, pp: int, dtype: jnp.dtype, quantize: Quantize | None = None
+) -> tuple[range, ...]:
+    """Returns the layers of ``pp`` stages on meshes like this one: see :mod:`tpjax.runtime.layer_split`.
+
+    What is measured of a device that is not known does not count: the split is the same at every start.
+
+    Raises:
+        ConfigError: there are more stages than layers.
+    """
+    known = known_device(mesh.devices.flat[0].device_kind)
+    return layer_split.split_layers(config, mesh.size, pp, itemsizes(dtype, quantize), known)
+
+
+def itemsizes(dtype: jnp.dtype, quantize: Quantize | None) -> Itemsizes:
+    """Returns the bytes of elements in a model of a dtype, whose matrices may be kept in fewer."""
+    itemsize = jnp.dtype(dtype).itemsize
     weights = itemsize if quantize is None else dtype_bits(FORMATS[quantize].values) / 8
-    return StepTime(share, hardware, Itemsizes(weights, itemsize, itemsize))
+    return Itemsizes(weights, itemsize, itemsize)
 
 
 @cache

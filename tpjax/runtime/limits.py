@@ -77,6 +77,8 @@ class Limits:
         steps: decode steps of one dispatch, at most.
         max_histories: sequences with penalties or biases decoded at once; ``None``: ``max_slots``.
         windows: window of each page group: see :mod:`tpjax.cache`.
+        stages: pipeline stages. Decode rows form as many groups, whose dispatches are in flight together, so
+            that all stages work at once; a dispatch has one step.
 
     Raises:
         ConfigError: a size is too small, or two of them do not fit together.
@@ -91,11 +93,16 @@ class Limits:
     steps: int = 4
     max_histories: int | None = None
     windows: Windows = ONE_GROUP
+    stages: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("max_slots", "max_model_len", "page_size", "steps"):
+        for name in ("max_slots", "max_model_len", "page_size", "steps", "stages"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is less than 1")
+        if self.stages > 1 and self.steps > 1:
+            raise ConfigError(
+                f"steps={self.steps} of one dispatch are not supported with stages={self.stages}"
+            )
         if not 1 <= self.history_rows <= self.max_slots:
             raise ConfigError(
                 f"max_histories={self.max_histories} is not between 1 and max_slots={self.max_slots}"
@@ -121,6 +128,11 @@ class Limits:
     def mask_batch(self) -> int:
         """Slots whose masks one upload sets."""
         return min(self.max_slots, MASK_BATCH)
+
+    @property
+    def max_rows(self) -> int:
+        """Decode rows of one dispatch, at most: ``max_slots``, shared by the groups of a pipeline."""
+        return -(-self.max_slots // self.stages)
 
     @property
     def history_rows(self) -> int:
@@ -151,11 +163,11 @@ class Limits:
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
-        """Decode batches: ``max_slots``, a half of it and so on; of more than 8 slots, a quarter and so on.
+        """Decode batches: ``max_rows``, a half of it and so on; of more than 8 rows, a quarter and so on.
 
         Rows of padding walk no page; what else they cost is little where slots are many.
         """
-        fraction, sizes = 2 if self.max_slots <= _FEW_SLOTS else 4, [self.max_slots]
+        fraction, sizes = 2 if self.max_rows <= _FEW_SLOTS else 4, [self.max_rows]
         while sizes[0] > 1:
             sizes.insert(0, -(-sizes[0] // fraction))
         return tuple(sizes)
@@ -163,7 +175,7 @@ class Limits:
     @property
     def mixed_batch_sizes(self) -> tuple[int, ...]:
         """Decode batches of steps that run prompt chunks too."""
-        return self.batch_sizes[-1:] if self.max_slots <= _FEW_SLOTS else self.batch_sizes[-2:]
+        return self.batch_sizes[-1:] if self.max_rows <= _FEW_SLOTS else self.batch_sizes[-2:]
 
     @property
     def mixed_chunk_shapes(self) -> tuple[ChunkShape, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,6 +81,7 @@ def plan_limits(
     memory: DeviceMemory | None,
     max_model_len: int | None,
     max_slots: int | None,
+    stages: Sequence[ModelConfig] = (),
 ) -> Limits:
     """Chooses the sizes of slots, context and cache.
 
@@ -90,11 +92,13 @@ def plan_limits(
         config: the architecture.
         tp: devices.
         dtype: dtype of weights and cache.
-        weight_bytes: bytes of the weights on each device.
+        weight_bytes: bytes of the weights on each device; of the stage that has most.
         memory: memory of each device; ``None``: enough.
         max_model_len: tokens of the longest sequence; ``None``: the model's longest context, if it fits.
         max_slots: sequences decoded at once; ``None``: 8 on a CPU, elsewhere the largest power of two up to
             256 of which each has cache pages for 1,024 tokens, or for ``max_model_len`` if that is less.
+        stages: the layers of each pipeline stage; empty: there is one stage. All stages have as many pages as
+            fit the one with the largest weights and the one with the largest pages.
 
     Raises:
         ConfigError: ``max_model_len`` exceeds the model's longest context, or the model does not fit; the
@@ -106,7 +110,7 @@ def plan_limits(
     if max_slots is not None and max_slots < 1:
         raise ConfigError(f"max_slots={max_slots} is less than 1")
     platform = "cpu" if memory is None else memory.platform
-    pool = PagePool.of(config, tp, dtype, platform, max_model_len or longest)
+    pool = PagePool.of(config, tp, dtype, platform, max_model_len or longest, stages)
     if max_slots is None:
         max_slots = _slots_with_room(config, tp, dtype, weight_bytes, memory, pool, max_model_len or longest)
     length, pages = max_model_len or longest, pool.held(max_model_len or longest) * max_slots
@@ -127,9 +131,10 @@ def plan_limits(
         page_size=PAGE_SIZE,
         chunk_shapes=chunk_shapes(platform),
         mixed_shapes=mixed_chunk_shapes(platform),
-        steps=STEPS.get(platform, 1),
+        steps=1 if len(stages) > 1 else STEPS.get(platform, 1),
         max_histories=max_histories(config, tp, max_slots, memory),
         windows=pool.windows,
+        stages=max(1, len(stages)),
     )
 
 
@@ -147,11 +152,24 @@ class PagePool:
 
     @classmethod
     def of(
-        cls, config: ModelConfig, tp: int, dtype: jnp.dtype, platform: str, max_model_len: int
+        cls,
+        config: ModelConfig,
+        tp: int,
+        dtype: jnp.dtype,
+        platform: str,
+        max_model_len: int,
+        stages: Sequence[ModelConfig] = (),
     ) -> PagePool:
-        """Returns the pool of a model whose longest sequence has so many tokens."""
+        """Returns the pool of a model whose longest sequence has so many tokens.
+
+        Of several stages, the largest page of one counts.
+        """
         windows = windows_of(config, max_model_len)
-        return cls(windows, kv.page_bytes_per_device(config, tp, PAGE_SIZE, dtype, platform, windows))
+        sizes = [
+            kv.page_bytes_per_device(part, tp, PAGE_SIZE, dtype, platform, windows)
+            for part in stages or (config,)
+        ]
+        return cls(windows, max(sizes))
 
     def held(self, tokens: int) -> int:
         """Returns the pages that a sequence of so many tokens holds at once, at most."""

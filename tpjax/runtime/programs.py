@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -22,17 +22,18 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpjax.config import ModelConfig, SequenceParallel
+from tpjax.mesh import absent_array, is_local
 from tpjax.model import Decoder
 from tpjax.runtime import steps
 from tpjax.runtime.limits import ChunkShape, Limits
 from tpjax.runtime.rows import PackedRows, PackedStep
-from tpjax.runtime.state import DeviceState
+from tpjax.runtime.state import DeviceState, StageState
 from tpjax.sampling import mask_words
 from tpjax.sharding import LOGITS, REPLICATED, SEQUENCE_PARALLEL
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["decode", "step", "step_and_score", "score", "set_history", "set_masks"]
+Kind = Literal["decode", "step", "step_and_score", "score", "set_history", "set_masks", "layers"]
 
 # Smallest residual for which sequence parallelism pays. Rows per device: a TPU's tile of bfloat16. Bytes per
 # device: between H100s one kernel sums small messages faster than two can (vLLM's issue 27700 has figures).
@@ -47,7 +48,8 @@ class ProgramSpec(NamedTuple):
     """Identifies a program.
 
     Attributes:
-        kind: what it computes: the function of that name in ``steps.py``.
+        kind: what it computes: the function of that name in ``steps.py``. ``layers`` is what all stages of a
+            pipeline but the last run.
         batch: decode rows, or the rows of ``set_masks``.
         chunks: prompt chunks; ``None``: the kind has none.
         greedy: the sampler only takes the likeliest tokens.
@@ -82,6 +84,11 @@ class ProgramSpec(NamedTuple):
         return self.kind not in ("set_history", "set_masks")
 
     @property
+    def before_last(self) -> ProgramSpec:
+        """What the other stages of a pipeline run before the last one runs this."""
+        return ProgramSpec("layers", self.batch, self.chunks)
+
+    @property
     def donated(self) -> int:
         """Index of the argument that is donated: the state."""
         return int(self.takes_weights)
@@ -96,11 +103,14 @@ class Program:
             returns the next state and its results.
         arguments: host arguments of the shapes and dtypes that it is compiled for.
         results: sharding of each result after the state.
+        inputs: of a pipeline's stage, what comes from another stage after the host arguments: its shape,
+            dtype and sharding.
     """
 
     step: Callable[..., tuple[Any, ...]]
     arguments: tuple[Any, ...]
     results: tuple[PartitionSpec, ...]
+    inputs: tuple[jax.ShapeDtypeStruct, ...] = ()
 
 
 class ModelGraph:
@@ -125,20 +135,48 @@ class ModelGraph:
         return nnx.merge(self._graph, jax.tree.unflatten(self._tree, weights))
 
 
+class AbsentProgram:
+    """Stands for a program on devices of other processes alone: returns what it returns, as seen from here.
+
+    Args:
+        mesh: of those devices.
+        program: the program.
+        lowered: as it was lowered here.
+        state: index of the state among the arguments.
+    """
+
+    def __init__(self, mesh: Mesh, program: Program, lowered: jax.stages.Lowered, state: int) -> None:
+        self._state = state
+        self._results = [
+            _absent(result, NamedSharding(mesh, spec))
+            for spec, result in zip(program.results, lowered.out_info[1:], strict=True)
+        ]
+
+    def __call__(self, *arguments: Any) -> tuple[Any, ...]:
+        """Returns the state as it was given, and the results."""
+        return arguments[self._state], *self._results
+
+
+def _absent(results: Any, sharding: NamedSharding) -> Any:
+    return jax.tree.map(lambda one: absent_array(one.shape, one.dtype, sharding), results)
+
+
 class Programs:
-    """Compiles the programs of one model on one mesh, and keeps them.
+    """Compiles the programs of one model, or of a stage of it, on one mesh, and keeps them.
 
     Args:
         graph: the model without its weights.
         weights: its weights on the devices, or their shapes, dtypes and shardings.
         state: shapes, dtypes and shardings of the device state.
-        config: the architecture.
+        layers: numbers of the stage's layers; all of the model's if it is one piece.
+        config: the architecture, of the whole model.
         mesh: ``("tp",)``.
         limits: fixed sizes.
         dtype: of activations.
         sequence_parallel: as :class:`Runner` takes it.
         compile_elsewhere: of several processes, starts to compile a program in the others, and returns what
-            waits for them: no program is used before every process has it.
+            waits for them: no program is used before every process has it. So with the last stage of a
+            pipeline and the stages before it.
 
     Attributes:
         compiled: the programs compiled so far.
@@ -150,7 +188,8 @@ class Programs:
         self,
         graph: ModelGraph,
         weights: Sequence[Any],
-        state: DeviceState,
+        state: StageState,
+        layers: range,
         *,
         config: ModelConfig,
         mesh: Mesh,
@@ -159,13 +198,14 @@ class Programs:
         sequence_parallel: SequenceParallel,
         compile_elsewhere: Callable[[ProgramSpec], Callable[[], None]] | None = None,
     ) -> None:
-        self.compiled: dict[ProgramSpec, jax.stages.Compiled] = {}
+        self.compiled: dict[ProgramSpec, Any] = {}
         self.expected: frozenset[ProgramSpec] = frozenset()
-        self._compiling: dict[ProgramSpec, Future[jax.stages.Compiled]] = {}
+        self._compiling: dict[ProgramSpec, Future[Any]] = {}
         self._lock = threading.Lock()
         self._graph = graph
         self._weights = weights
         self._state = state
+        self._is_first, self._is_last = layers.start == 0, layers.stop == config.num_layers
         self._config = config
         self._mesh = mesh
         self._limits = limits
@@ -193,7 +233,7 @@ class Programs:
                 for batch in limits.mixed_batch_sizes
                 for chunks in limits.mixed_chunk_shapes
             ),
-            ProgramSpec("step_and_score", limits.max_slots, limits.score_chunks),
+            ProgramSpec("step_and_score", limits.max_rows, limits.score_chunks),
             ProgramSpec("set_history"),
             ProgramSpec("set_masks", limits.mask_batch),
         ]
@@ -202,8 +242,8 @@ class Programs:
         """Returns programs that can stand in for all others, but for prompt log-probabilities."""
         limits = self._limits
         return [
-            ProgramSpec("step", limits.max_slots, limits.mixed_chunk_shapes[-1]),
-            ProgramSpec("decode", limits.max_slots),
+            ProgramSpec("step", limits.max_rows, limits.mixed_chunk_shapes[-1]),
+            ProgramSpec("decode", limits.max_rows),
             ProgramSpec("set_history"),
             ProgramSpec("set_masks", limits.max_slots),
         ]
@@ -227,8 +267,11 @@ class Programs:
             return best
         return next((spec for spec in others if spec in self.compiled), best)
 
-    def get(self, spec: ProgramSpec) -> jax.stages.Compiled:
-        """Returns a program, compiled if it is not yet; waits if another thread is compiling it."""
+    def get(self, spec: ProgramSpec) -> Any:
+        """Returns a program, compiled if it is not yet; waits if another thread is compiling it.
+
+        It is a ``jax.stages.Compiled``, or an :class:`AbsentProgram`.
+        """
         if (compiled := self.compiled.get(spec)) is not None:
             return compiled
         with self._lock:
@@ -249,12 +292,17 @@ class Programs:
         own.set_result(compiled)
         return compiled
 
-    def _compile(self, spec: ProgramSpec) -> jax.stages.Compiled:
+    def _compile(self, spec: ProgramSpec) -> jax.stages.Compiled | AbsentProgram:
+        compiled: jax.stages.Compiled | AbsentProgram
         started = time.perf_counter()
         options = _TPU_COMPILER_OPTIONS if self._platform == "tpu" else None
         wait = None if self._compile_elsewhere is None else self._compile_elsewhere(spec)
         with jax.set_mesh(self._mesh):
-            compiled = self.lower(spec).compile(options)
+            lowered = self.lower(spec)
+        if is_local(self._mesh):
+            compiled = lowered.compile(options)
+        else:
+            compiled = AbsentProgram(self._mesh, self.program(spec), lowered, spec.donated)
         if wait is not None:
             wait()
         with self._lock:
@@ -272,7 +320,7 @@ class Programs:
     def lower(self, spec: ProgramSpec) -> jax.stages.Lowered:
         """Traces a program without compiling it, from shapes alone."""
         program = self.program(spec)
-        step, arguments = program.step, (self._state, *program.arguments)
+        step, arguments = program.step, (self._state, *program.arguments, *program.inputs)
         if spec.takes_weights:
             step, arguments = self._with_weights(program.step), (self._weights, *arguments)
             step.__name__ = spec.kind  # the program's name in profiles
@@ -293,11 +341,33 @@ class Programs:
 
     def program(self, spec: ProgramSpec) -> Program:
         """Returns what a program computes, takes and returns."""
+        program = self._program(spec)
+        if (self._is_first and self._is_last) or not spec.takes_weights:
+            return program
+        program = replace(program, inputs=(self._input(spec),))
+        if not self._is_last:
+            return program
+        return replace(program, step=steps.with_tokens(program.step), results=(*program.results, REPLICATED))
+
+    def _input(self, spec: ProgramSpec) -> jax.ShapeDtypeStruct:
+        """Returns what a stage takes: the last tokens of all slots, or the hidden states of a step."""
+        residual = REPLICATED if self._is_first else self.residual_spec(spec)
+        sharding = NamedSharding(self._mesh, residual)
+        if self._is_first:
+            return jax.ShapeDtypeStruct((self._limits.max_slots + 1,), np.int32, sharding=sharding)
+        shape = steps.padded_tokens(spec.tokens, residual, self._mesh.size), self._config.hidden_size
+        return jax.ShapeDtypeStruct(shape, self._dtype, sharding=sharding)
+
+    def _program(self, spec: ProgramSpec) -> Program:
+        """Returns a program as that of a model in one piece."""
         kind, batch, chunks, greedy = spec
         mesh, limits, residual = self._mesh, self._limits, self.residual_spec(spec)
         if chunks:
             packed, _ = PackedStep.pack([], [], limits, batch, chunks)
         match kind:
+            case "layers":
+                work = packed if chunks else PackedRows.pack([], limits, batch)
+                return Program(partial(steps.layers, residual=residual), (work,), (residual,))
             case "decode":
                 rows = PackedRows.pack([], limits, batch)
                 decode = partial(steps.decode, steps=limits.steps, greedy=greedy, mesh=mesh)
@@ -310,9 +380,10 @@ class Programs:
                 return Program(both, (packed, packed.token_ids), (REPLICATED, REPLICATED))
             case "score":
                 # no process can read what is on the devices of another
-                logits = REPLICATED if mesh.is_multi_process else LOGITS
+                logits = REPLICATED if jax.process_count() > 1 else LOGITS
                 return Program(partial(steps.score, residual=residual), (packed,), (logits,))
             case "set_history":
+                assert isinstance(self._state, DeviceState)
                 shape = self._state.history.bias.shape[1:]
                 history = (np.zeros((1, *shape), dtype) for dtype in (np.bool_, np.int32, np.float32))
                 return Program(steps.set_history, (np.int32(0), *history), ())

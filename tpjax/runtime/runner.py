@@ -1,10 +1,14 @@
-"""The runner: dispatches compiled programs and carries the device state from one to the next."""
+"""The runner: dispatches compiled programs and carries the device state from one to the next.
+
+Of a pipeline it is the last stage, which samples; it drives the others.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,13 +17,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from tpjax.attention import Backend
-from tpjax.config import ModelConfig, SequenceParallel
+from tpjax.config import SequenceParallel
 from tpjax.model import Decoder
 from tpjax.runtime.leader import Leader
 from tpjax.runtime.limits import ChunkShape, Limits
-from tpjax.runtime.programs import ModelGraph, Programs, ProgramSpec
+from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.rows import Chunk, PackedRows, PackedStep, Row
+from tpjax.runtime.stage import Pipeline, Stage
 from tpjax.runtime.state import DeviceState
 from tpjax.sampling import Sampled, mask_words
 from tpjax.sampling_params import SamplingParams
@@ -76,28 +80,21 @@ class StepOutput(NamedTuple):
         )
 
 
-class Runner:
-    """Runs one model on one mesh.
+class Runner(Stage):
+    """Runs one model: on one mesh, or as the last stage of a pipeline, which drives the stages before it.
 
     Args:
         model: the model with its weights, or without (``abstract_decoder``): its programs can then be
-            compiled, but not called.
+            compiled, but not called. Of a pipeline, the part with the last layers.
         mesh: ``("tp",)``.
         limits: fixed sizes.
         dtype: of the cache.
-        sequence_parallel: whether prefill shards the residual over positions: ``on`` (if tp divides the
-            chunk), ``off``, or ``auto``: if that is faster.
+        sequence_parallel: as :class:`Stage` takes it.
         leader: of several processes, in process 0: what sends each dispatch to the others.
+        earlier: stages before the last one.
 
     Attributes:
         leader: as given.
-        config: the architecture.
-        mesh: as given.
-        limits: as given.
-        dtype: as given.
-        backend: what computes attention.
-        weights: flat, in the order of :meth:`ModelGraph.split`.
-        programs: the compiled programs.
         state_resets: how often the state was lost, by a failure or by :meth:`reset`. Whenever it has changed,
             all pages have lost their content.
     """
@@ -110,28 +107,39 @@ class Runner:
         dtype: jnp.dtype,
         sequence_parallel: SequenceParallel = "auto",
         leader: Leader | None = None,
+        earlier: Sequence[Stage] = (),
     ) -> None:
         self.leader = leader
-        self.config: ModelConfig = model.config
-        self.backend: Backend = model.backend
-        self.mesh = mesh
-        self.limits = limits
-        self.dtype = jnp.dtype(dtype)
-        self._graph, self.weights = ModelGraph.split(model)
-        self.programs = Programs(
-            self._graph,
-            self.weights,
-            self.abstract_state(),
-            config=model.config,
-            mesh=mesh,
-            limits=limits,
-            dtype=self.dtype,
-            sequence_parallel=sequence_parallel,
-            compile_elsewhere=None if leader is None else leader.compile,
-        )
+        self._pipeline = Pipeline(tuple(earlier), mesh)
+        elsewhere = [] if leader is None else [leader.compile]
+        if earlier:
+            elsewhere.append(self._pipeline.compile)
+        compile_elsewhere = partial(_start_all, elsewhere) if elsewhere else None
+        super().__init__(model, mesh, limits, dtype, sequence_parallel, compile_elsewhere)
         self.state_resets = 0
         self._masks: dict[int, np.ndarray] = {}  # as last uploaded, by slot
-        self._state: DeviceState | None = None  # allocated at the first dispatch: explain needs no memory
+
+    @classmethod
+    def of_stages(
+        cls,
+        models: Sequence[Decoder],
+        meshes: Sequence[Mesh],
+        limits: Limits,
+        dtype: jnp.dtype,
+        sequence_parallel: SequenceParallel = "auto",
+        leader: Leader | None = None,
+    ) -> Runner:
+        """Returns the runner of a model in parts, each on its mesh, or in one piece."""
+        earlier = [
+            Stage(model, mesh, limits, dtype, sequence_parallel)
+            for model, mesh in zip(models[:-1], meshes[:-1], strict=True)
+        ]
+        return cls(models[-1], meshes[-1], limits, dtype, sequence_parallel, leader, earlier)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """All stages, this one last."""
+        return (*self._pipeline.stages, self)
 
     # --- what the engine calls -----------------------------------------------------------------------------
 
@@ -186,7 +194,7 @@ class Runner:
         """Returns the smallest program that runs these decode rows and chunks, and need not be waited for."""
         limits, spans = self.limits, [chunk.span for chunk in chunks]
         if any(chunk.targets is not None for chunk in chunks):
-            return ProgramSpec("step_and_score", limits.max_slots, limits.score_chunks)
+            return ProgramSpec("step_and_score", limits.max_rows, limits.score_chunks)
         among = limits.mixed_chunk_shapes if rows else limits.usable_chunk_shapes
         batches = [size for size in limits.mixed_batch_sizes if size >= rows]
         smallest = ProgramSpec("step", batches[0] if rows else 0, limits.fitting(spans, among))
@@ -207,7 +215,7 @@ class Runner:
         alone, mixed = limits.usable_chunk_shapes, limits.mixed_chunk_shapes
         if not self.programs.expected:
             return alone, mixed
-        now = tuple(shape for shape in mixed if ProgramSpec("step", limits.max_slots, shape) in compiled)
+        now = tuple(shape for shape in mixed if ProgramSpec("step", limits.max_rows, shape) in compiled)
         alone_now = (s for s in alone if s in now or ProgramSpec("step", 0, s) in compiled)
         return tuple(alone_now) or alone, now or mixed
 
@@ -268,23 +276,20 @@ class Runner:
         """Frees the state; the next dispatch begins with a state of zeros."""
         if self.leader is not None:
             self.leader.reset()
-        state, self._state = self._state, None
-        self._lose(state)
+        self._lose(self._state)
 
     def close(self) -> None:
         """Frees the state, the weights and the programs; nothing can be dispatched any more."""
         if self.leader is not None:
             self.leader.close()
         self.reset()
-        for weight in self.weights:
-            weight.delete()
-        self.weights = ()
-        self.programs.compiled.clear()
+        for stage in self.stages:
+            stage.free()
 
     @property
     def compile_count(self) -> int:
         """Number of programs compiled so far."""
-        return len(self.programs.compiled)
+        return sum(len(stage.programs.compiled) for stage in self.stages)
 
     # --- compiling ahead -----------------------------------------------------------------------------------
 
@@ -298,7 +303,7 @@ class Runner:
         shapes = {self.limits.fitting([span]) for span in spans}
         chunks = (ProgramSpec("step", 0, shape) for shape in sorted(shapes))
         self.programs.compile([ProgramSpec("decode", 1, greedy=greedy), *chunks])
-        jax.block_until_ready(self.state)
+        jax.block_until_ready([stage.state for stage in self.stages])
 
     def warm_up(self, *, background: bool = False) -> None:
         """Compiles every program that serving can call; afterwards nothing compiles again.
@@ -332,35 +337,15 @@ class Runner:
                     log.exception("%s could not be compiled", spec)
         self.programs.expected = frozenset()
 
-    def program(self, spec: ProgramSpec) -> Any:
-        """Returns a program as a ``jax.stages.Compiled``, whose types would call every analysis optional."""
-        return self.programs.get(spec)
-
-    # --- the model and the state ---------------------------------------------------------------------------
-
-    @property
-    def model(self) -> Decoder:
-        """The model with its weights on the devices."""
-        return self._graph.merge(self.weights)
-
-    def abstract_model(self) -> Decoder:
-        """Returns the model without its weights: shapes, dtypes, shardings and tensor mappings."""
-        return self._graph.merge(
-            [jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding) for w in self.weights]
-        )
+    # --- the state and the dispatches -----------------------------------------------------------------------
 
     @property
     def state(self) -> DeviceState:
         """The state on the devices, allocated when first asked for."""
-        if self._state is None:
-            if self.leader is not None:
-                self.leader.allocate()
-            self._state = self.abstract_state().zeros()
-        return self._state
-
-    def abstract_state(self) -> DeviceState:
-        """Returns shapes, dtypes and shardings of the state."""
-        return DeviceState.abstract(self.config, self.mesh, self.limits, self.dtype)
+        if self._state is None and self.leader is not None:
+            self.leader.allocate()
+        state: DeviceState = super().state
+        return state
 
     @property
     def padded_vocab(self) -> int:
@@ -386,7 +371,13 @@ class Runner:
             if self.leader is not None:
                 self.leader.dispatch(spec, calls)
             for arguments in calls:
-                state, *results = program(*weights, state, *arguments)
+                if self._pipeline.stages and weights:
+                    hidden = self._pipeline.run(spec, arguments[0])
+                    state, *results, tokens = program(*weights, state, *arguments, hidden)
+                    self._pipeline.send_back(arguments[0], tokens)
+                    results = self._pipeline.results(results)
+                else:
+                    state, *results = program(*weights, state, *arguments)
             self._state = state
         except BaseException as error:
             self.fail(error)
@@ -404,5 +395,20 @@ class Runner:
     def _lose(self, state: DeviceState | None) -> None:
         self.state_resets += 1
         self._masks.clear()
+        self._state = None
         if state is not None:
             state.delete()
+        self._pipeline.lose()
+
+
+def _start_all(
+    starts: Sequence[Callable[[ProgramSpec], Callable[[], None]]], spec: ProgramSpec
+) -> Callable[[], None]:
+    """Starts to compile a program wherever it is needed; returns what waits for all of them."""
+    waits = [start(spec) for start in starts]
+
+    def wait() -> None:
+        for one in waits:
+            one()
+
+    return wait

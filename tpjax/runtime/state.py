@@ -20,16 +20,64 @@ from tpjax.sharding import REPLICATED, Leaf, pad_to_multiple
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class DeviceState:
-    """What lives on the devices between dispatches; every program takes it by donation and returns the next.
+class StageState:
+    """What lives on the devices of a pipeline stage between dispatches, unless it is the last stage.
+
+    Every program takes the state by donation and returns the next.
 
     Attributes:
-        cache: keys and values.
+        cache: keys and values of the stage's layers.
+    """
+
+    cache: PagedKVCache
+
+    @classmethod
+    def abstract(
+        cls, config: ModelConfig, mesh: Mesh, limits: Limits, dtype: jnp.dtype, layers: range | None = None
+    ) -> StageState:
+        """Returns the state's shapes, dtypes and shardings, without its memory.
+
+        Args:
+            config: the architecture, of the whole model.
+            mesh: the mesh.
+            limits: number of slots and pages.
+            dtype: of the cache.
+            layers: numbers of the stage's layers; ``None``: all.
+        """
+        return cls(_abstract_cache(config, mesh, limits, dtype, layers))
+
+    def formats(self) -> StageState:
+        """Returns the memory layout and sharding of each buffer, as a tree of the same structure."""
+        formats: StageState = jax.tree.map(lambda buffer: buffer.format, self)
+        return formats
+
+    def zeros(self) -> StageState:
+        """Allocates a state of zeros with these shapes; each device allocates only its shards."""
+
+        def zeros() -> Any:
+            state: Any = jax.tree.map(lambda buffer: jnp.zeros(buffer.shape, buffer.dtype), self)
+            return state
+
+        allocated: StageState = jax.jit(zeros, out_shardings=self.formats())()
+        return allocated
+
+    def delete(self) -> None:
+        """Frees the buffers. Dropping references would not: tracebacks may hold some."""
+        for buffer in jax.tree.leaves(self):
+            if not buffer.is_deleted():
+                buffer.delete()
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DeviceState(StageState):
+    """The state of the only or the last stage, which samples.
+
+    Attributes:
         tokens: last token of each slot. The last slot is spare: padding rows use it.
         history: what penalties, biases and masks need; masks have the spare slot too.
     """
 
-    cache: PagedKVCache
     tokens: Int[Leaf, " slots"]
     history: History
 
@@ -39,46 +87,26 @@ class DeviceState:
         return self.tokens.shape[0] - 1
 
     @classmethod
-    def abstract(cls, config: ModelConfig, mesh: Mesh, limits: Limits, dtype: jnp.dtype) -> DeviceState:
-        """Returns the state's shapes, dtypes and shardings, without its memory.
-
-        Args:
-            config: the architecture.
-            mesh: the mesh.
-            limits: number of slots and pages.
-            dtype: of the cache.
-        """
+    def abstract(
+        cls, config: ModelConfig, mesh: Mesh, limits: Limits, dtype: jnp.dtype, layers: range | None = None
+    ) -> DeviceState:
+        """Returns the state's shapes, dtypes and shardings: see :meth:`StageState.abstract`."""
         shape, replicated = (limits.max_slots + 1,), NamedSharding(mesh, REPLICATED)
         tokens: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated)
-        cache = kv.abstract(
-            config,
-            mesh,
-            num_pages=limits.num_pages,
-            page_size=limits.page_size,
-            dtype=dtype,
-            windows=limits.windows,
-        )
         padded_vocab = pad_to_multiple(config.vocab_size, mesh.size)
         history = History.abstract(limits.max_slots, limits.history_rows, padded_vocab, mesh)
-        return cls(cache, tokens, history)
+        return cls(_abstract_cache(config, mesh, limits, dtype, layers), tokens, history)
 
-    def formats(self) -> DeviceState:
-        """Returns the memory layout and sharding of each buffer, as a tree of the same structure."""
-        formats: DeviceState = jax.tree.map(lambda buffer: buffer.format, self)
-        return formats
 
-    def zeros(self) -> DeviceState:
-        """Allocates a state of zeros with these shapes; each device allocates only its shards."""
-
-        def zeros() -> DeviceState:
-            state: DeviceState = jax.tree.map(lambda buffer: jnp.zeros(buffer.shape, buffer.dtype), self)
-            return state
-
-        allocated: DeviceState = jax.jit(zeros, out_shardings=self.formats())()
-        return allocated
-
-    def delete(self) -> None:
-        """Frees the buffers. Dropping references would not: tracebacks may hold some."""
-        for buffer in jax.tree.leaves(self):
-            if not buffer.is_deleted():
-                buffer.delete()
+def _abstract_cache(
+    config: ModelConfig, mesh: Mesh, limits: Limits, dtype: jnp.dtype, layers: range | None
+) -> PagedKVCache:
+    """Returns the cache of some layers; its page groups are those of the whole model."""
+    return kv.abstract(
+        config if layers is None else config.of_layers(layers),
+        mesh,
+        num_pages=limits.num_pages,
+        page_size=limits.page_size,
+        dtype=dtype,
+        windows=limits.windows,
+    )

@@ -2,21 +2,27 @@
 
 Each returns the next device state and then its results. The model comes with its weights. Keyword arguments
 are static: ``programs.py`` binds them and compiles.
+
+Of a pipeline, each stage has its part of the model and its own state. All stages but the last run
+:func:`layers`, which hands hidden states on; the last runs the same steps as a model in one piece, with the
+argument ``hidden`` in place of the tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from tpjax.cache import BatchMetadata, TokenGroup
+from tpjax.cache import BatchMetadata, PagedKVCache, TokenGroup
 from tpjax.model import Decoder
 from tpjax.runtime.rows import NO_TOKEN, PackedRows, PackedStep
-from tpjax.runtime.state import DeviceState
+from tpjax.runtime.state import DeviceState, StageState
 from tpjax.sampling import Sampled, sample
 from tpjax.sampling import score as score_tokens
 from tpjax.sharding import REPLICATED, SEQUENCE_PARALLEL, constrain, pad_to_multiple
@@ -25,11 +31,38 @@ from tpjax.sharding import REPLICATED, SEQUENCE_PARALLEL, constrain, pad_to_mult
 ROWS_PER_DEVICE = 16
 
 
+def layers(
+    model: Decoder,
+    state: StageState,
+    batch: PackedRows | PackedStep,
+    inputs: Int[Array, " slots"] | Float[Array, "N D"],
+    *,
+    residual: PartitionSpec,
+) -> tuple[StageState, Float[Array, "N D"]]:
+    """Runs a stage that is not the last: returns the hidden states of a step's tokens after its layers.
+
+    Args:
+        model: the stage's part of the model, with its weights.
+        state: the stage's state.
+        batch: the rows of a decode step, or those and prompt chunks.
+        inputs: of the first stage the last token of each slot, as the last stage has drawn them; else the
+            hidden states that the stage before returned.
+        residual: sharding of the residual.
+    """
+    if isinstance(batch, PackedRows):
+        alive = batch.remaining > 0
+        hidden, cache = _run_rows(model, state.cache, batch, alive, batch.positions, batch.slots, inputs)
+    else:
+        hidden, cache, _ = _run(model, state.cache, batch, inputs, residual)
+    return replace(state, cache=cache), hidden
+
+
 def decode(
     model: Decoder,
     state: DeviceState,
     rows: PackedRows,
     count: Int[Array, ""],
+    hidden: Float[Array, "N D"] | None = None,
     *,
     steps: int,
     greedy: bool,
@@ -45,13 +78,14 @@ def decode(
         state: device state.
         rows: the rows; those of padding have no remaining tokens.
         count: 1 to ``steps``.
+        hidden: of the last stage of a pipeline, what the stage before returned; ``steps`` is then 1.
         steps: steps at most.
         greedy: all rows take the likeliest token, and nothing else is asked for.
         mesh: the mesh.
     """
     start, remaining = rows.positions, rows.remaining
     if steps == 1:
-        state, sampled = _decode_once(model, state, rows, remaining > 0, start, greedy, mesh)
+        state, sampled = _decode_once(model, state, rows, remaining > 0, start, greedy, mesh, hidden)
         return state, jax.tree.map(lambda x: x[None], sampled)
 
     def body(i: Array, carry: tuple[DeviceState, Array, Sampled]) -> tuple[DeviceState, Array, Sampled]:
@@ -68,10 +102,23 @@ def decode(
     return state, out
 
 
+def with_tokens(
+    step: Callable[..., tuple[Any, ...]],
+) -> Callable[..., tuple[Any, ...]]:
+    """Returns a step of the last stage that also returns the last token of each slot, for the first stage."""
+
+    def step_with_tokens(*arguments: Any) -> tuple[Any, ...]:
+        state, *results = step(*arguments)
+        return state, *results, state.tokens
+
+    return step_with_tokens
+
+
 def step(
     model: Decoder,
     state: DeviceState,
     batch: PackedStep,
+    hidden: Float[Array, "N D"] | None = None,
     *,
     residual: PartitionSpec,
     greedy: bool,
@@ -85,11 +132,12 @@ def step(
         model: with its weights.
         state: device state.
         batch: decode rows, or none, and prompt chunks.
+        hidden: as in :func:`decode`.
         residual: sharding of the residual.
         greedy: as in :func:`decode`.
         mesh: the mesh.
     """
-    state, hidden, metadata = _run(model, state, batch, residual)
+    state, hidden, metadata = _run_last(model, state, batch, hidden, residual)
     return _sample_step(model, state, batch, hidden, metadata, greedy, mesh)
 
 
@@ -98,6 +146,7 @@ def step_and_score(
     state: DeviceState,
     batch: PackedStep,
     targets: Int[Array, "C S"],
+    hidden: Float[Array, "N D"] | None = None,
     *,
     residual: PartitionSpec,
     greedy: bool,
@@ -107,7 +156,7 @@ def step_and_score(
 
     Its results are [C * S, ...].
     """
-    state, hidden, metadata = _run(model, state, batch, residual)
+    state, hidden, metadata = _run_last(model, state, batch, hidden, residual)
     of_chunks = constrain(metadata.split(hidden)[-1], REPLICATED)  # all-gather with sequence parallelism
     logits = model.logits(of_chunks.reshape(targets.size, -1))
     scored = score_tokens(logits, targets.reshape(-1), mesh)
@@ -115,10 +164,15 @@ def step_and_score(
 
 
 def score(
-    model: Decoder, state: DeviceState, batch: PackedStep, *, residual: PartitionSpec
+    model: Decoder,
+    state: DeviceState,
+    batch: PackedStep,
+    hidden: Float[Array, "N D"] | None = None,
+    *,
+    residual: PartitionSpec,
 ) -> tuple[DeviceState, Float[Array, "tokens V"]]:
     """Runs prompt chunks and returns the logits after each of their tokens, sharded over the vocabulary."""
-    state, hidden, _ = _run(model, state, batch, residual)
+    state, hidden, _ = _run_last(model, state, batch, hidden, residual)
     return state, model.logits(constrain(hidden, REPLICATED)[: batch.token_ids.size])
 
 
@@ -149,26 +203,72 @@ def set_masks(
     return (replace(state, history=replace(state.history, masks=masks)),)
 
 
-def _run(
-    model: Decoder, state: DeviceState, batch: PackedStep, residual: PartitionSpec
+def _run_last(
+    model: Decoder,
+    state: DeviceState,
+    batch: PackedStep,
+    hidden: Float[Array, "N D"] | None,
+    residual: PartitionSpec,
 ) -> tuple[DeviceState, Float[Array, "N D"], BatchMetadata]:
-    """Returns the state with the keys and values of a step's tokens, and their hidden states."""
+    """Runs the only or the last stage: see :func:`_run`."""
+    inputs = state.tokens if hidden is None else hidden
+    hidden, cache, metadata = _run(model, state.cache, batch, inputs, residual)
+    return replace(state, cache=cache), hidden, metadata
+
+
+def _run(
+    model: Decoder,
+    cache: PagedKVCache,
+    batch: PackedStep,
+    inputs: Int[Array, " slots"] | Float[Array, "N D"],
+    residual: PartitionSpec,
+) -> tuple[Float[Array, "N D"], PagedKVCache, BatchMetadata]:
+    """Returns the hidden states of a step's tokens, and the cache with their keys and values.
+
+    Args:
+        model: a model, or a stage's part of it.
+        cache: of its layers.
+        batch: decode rows, or none, and prompt chunks.
+        inputs: last token of each slot; after the first stage the hidden states of the tokens.
+        residual: sharding of the residual.
+    """
     rows, decoded = batch.rows[: batch.batch], batch.batch > 0
     chunks, length = batch.rows[batch.batch :], batch.token_ids.shape[1]
-    token_ids = [batch.token_ids.reshape(-1)]
-    if decoded:
-        token_ids.insert(0, state.tokens[rows.slots])
-    tokens = jnp.concatenate(token_ids)
-    padding = padded_tokens(tokens.size, residual, model.tp) - tokens.size
+    if model.is_first:
+        token_ids = [batch.token_ids.reshape(-1)]
+        if decoded:
+            token_ids.insert(0, inputs[rows.slots])
+        inputs = jnp.concatenate(token_ids)
+    size = batch.batch + batch.token_ids.size
+    padding = padded_tokens(size, residual, model.tp) - size
     positions = chunks.positions[:, None] + jnp.arange(length)
     metadata = []
-    for number, window in enumerate(state.cache.windows):
+    for number, window in enumerate(cache.windows):
         groups = [_decode_group(rows, rows.remaining > 0, rows.positions, number, window)] if decoded else []
         tables, cyclic = chunks.block_tables(number), window is not None
         groups.append(TokenGroup(tables, positions, batch.lengths, chunks.max_lengths, True, cyclic))
         metadata.append(BatchMetadata(tuple(groups), padding))
-    hidden, cache = model(jnp.pad(tokens, (0, padding)), state.cache, metadata, residual)
-    return replace(state, cache=cache), hidden, metadata[0]
+    if model.is_first:
+        inputs = jnp.pad(inputs, (0, padding))
+    hidden, cache = model(inputs, cache, metadata, residual)
+    return hidden, cache, metadata[0]
+
+
+def _run_rows(
+    model: Decoder,
+    cache: PagedKVCache,
+    rows: PackedRows,
+    alive: Bool[Array, " B"],
+    positions: Int[Array, " B"],
+    slots: Int[Array, " B"],
+    inputs: Int[Array, " slots"] | Float[Array, "B D"],
+) -> tuple[Float[Array, "B D"], PagedKVCache]:
+    """Returns the hidden states of decode rows at ``positions``, and the cache: see :func:`_run`."""
+    metadata = [
+        BatchMetadata((_decode_group(rows, alive, positions, number, window),))
+        for number, window in enumerate(cache.windows)
+    ]
+    return model(inputs[slots] if model.is_first else inputs, cache, metadata)
 
 
 def padded_tokens(tokens: int, residual: PartitionSpec, tp: int) -> int:
@@ -213,15 +313,13 @@ def _decode_once(
     positions: Int[Array, " B"],
     greedy: bool,
     mesh: Mesh,
+    hidden: Float[Array, "B D"] | None = None,
 ) -> tuple[DeviceState, Sampled]:
     """Feeds each row its slot's last token at ``positions`` and samples the next."""
     # a row that has ended goes on computing, but on the null page and the spare slot
     slots = jnp.where(alive, rows.slots, state.spare_slot)
-    metadata = [
-        BatchMetadata((_decode_group(rows, alive, positions, number, window),))
-        for number, window in enumerate(state.cache.windows)
-    ]
-    hidden, cache = model(state.tokens[slots], state.cache, metadata)
+    inputs = state.tokens if hidden is None else hidden
+    hidden, cache = _run_rows(model, state.cache, rows, alive, positions, slots, inputs)
     state = replace(state, cache=cache)
     return _sample(model, state, rows, hidden, slots, positions + 1, greedy, mesh)
 

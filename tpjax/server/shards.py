@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Literal
 
 from tpjax.inspect.budget import measured
+from tpjax.inspect.explain import explain_stage
 from tpjax.inspect.explain_report import Report, TensorRow
 from tpjax.inspect.tables import source_text
 from tpjax.server.json_types import JsonObject
@@ -30,7 +31,7 @@ _CUTS: dict[str, Cut] = {
 
 
 def shards(llm: LLM) -> JsonObject:
-    """Summarises a model's shardings.
+    """Summarises a model's shardings; of a pipeline those of the first stage.
 
     Returns:
         The mesh: its devices, and the head plan in words; bytes of weights and cache per device; each kind of
@@ -38,7 +39,8 @@ def shards(llm: LLM) -> JsonObject:
         zeros; the cache in the same way; and the collectives of a decode step by source line, next to the
         budget.
     """
-    report = llm.explain()
+    llm.front.check_open()
+    report = explain_stage(llm.runner.stages[0], llm.name)
     return {
         "tp": report.tp,
         "platform": report.platform,

@@ -1,0 +1,408 @@
+"""Layers split over pipeline stages: the tokens and logits of a model in one piece."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import openai
+import pytest
+from conftest import GOLDENS
+from rich.console import Console
+from serving import tiny_checkpoint
+
+from tpjax import LLM, SamplingParams
+from tpjax.checkpoints.load import open_checkpoint, parameters
+from tpjax.config import ModelConfig
+from tpjax.errors import ConfigError, DeviceError
+from tpjax.hardware import HARDWARE
+from tpjax.inspect.budget import measured
+from tpjax.mesh import make_stage_meshes
+from tpjax.planning.published import published_config
+from tpjax.runtime.layer_split import layer_seconds, split_layers
+from tpjax.runtime.limits import Limits
+from tpjax.step_time import Itemsizes, StepTokens
+
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(0, 131, length).tolist() for length in (3, 40, 100, 7, 60, 20, 11)]
+SIZES = {"max_model_len": 128, "max_slots": 4}
+BF16 = Itemsizes(2, 2, 2)
+
+
+def load(name: str, pp: int, **options: Any) -> LLM:
+    return LLM(GOLDENS / name, pp=pp, **({"tp": 2} | SIZES | options))
+
+
+def compare(one: LLM, several: LLM) -> None:
+    """Logits, greedy and seeded tokens, with log-probabilities of the prompt and of what is sampled."""
+    vocab = one.config.vocab_size
+    prompts = [[token % vocab for token in prompt] for prompt in PROMPTS]
+    expected = one.logits(prompts[2])
+    difference = np.abs(several.logits(prompts[2]) - expected).max() / np.abs(expected).max()
+    assert difference < 1e-5
+    params = [
+        SamplingParams(
+            max_tokens=12,
+            ignore_eos=True,
+            temperature=float(number % 2),
+            seed=number,
+            logprobs=2 if number == 1 else None,
+            prompt_logprobs=1 if number == 3 else None,
+        )
+        for number in range(len(prompts))
+    ]
+    wanted, got = one.generate(prompts, params), several.generate(prompts, params)
+    assert [each.token_ids for each in got] == [each.token_ids for each in wanted]
+    assert {each.finish_reason for each in got} == {"length"}
+    for mine, other in (
+        (got[1].logprobs, wanted[1].logprobs),
+        (got[3].prompt_logprobs, wanted[3].prompt_logprobs),
+    ):
+        pairs = [(a, b) for a, b in zip(mine, other, strict=True) if b is not None]
+        assert [a.token_id for a, _ in pairs] == [b.token_id for _, b in pairs] and pairs
+        np.testing.assert_allclose([a.logprob for a, _ in pairs], [b.logprob for _, b in pairs], atol=1e-4)
+
+
+# gemma3: layers with and without windows, a tied embedding; deepseek_v3: latent attention, experts in some
+# layers; gpt2: learned positions; cohere2: attention and MLP in parallel, no rotation in some layers
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "tp", "pp", "options"),
+    (
+        ("llama", 2, 2, {}),
+        ("llama", 2, 2, {"sequence_parallel": "on"}),  # hidden states move as they lie: cut over tokens
+        ("llama", 3, 2, {}),
+        ("llama", 1, 2, {"quantize": "int4"}),
+        ("deepseek_v3", 2, 3, {}),
+        ("gemma3", 1, 3, {}),
+        ("mixtral", 1, 2, {}),
+        ("gpt_oss", 1, 2, {}),
+        ("gpt2", 1, 2, {}),
+        ("cohere2", 1, 3, {}),
+    ),
+)
+def test_as_in_one_piece(name: str, tp: int, pp: int, options: dict[str, Any]) -> None:
+    with load(name, 1, tp=tp, **options) as one, load(name, pp, tp=tp, **options) as several:
+        assert len(several.runner.stages) == pp
+        compare(one, several)
+
+
+class Odd:
+    """Allows odd tokens alone, and ends after nine."""
+
+    def __init__(self, vocab: int) -> None:
+        self.count, self.words = 0, -(-vocab // 32)
+
+    @property
+    def finished(self) -> bool:
+        return self.count == 9
+
+    def mask(self) -> np.ndarray:
+        return np.full(self.words, 0xAAAAAAAA, np.uint32)
+
+    def advance(self, token: int) -> None:
+        assert token % 2
+        self.count += 1
+
+
+@pytest.fixture(scope="module")
+def text_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LLM, LLM]]:
+    path: Path = tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+    sizes = {"max_model_len": 400, "max_slots": 4}
+    with LLM(path, tp=2, **sizes) as one, LLM(path, tp=2, pp=2, **sizes) as two:
+        yield one, two
+
+
+def test_all_that_requests_ask_for(text_models: tuple[LLM, LLM]) -> None:
+    """Penalties, biases, stop strings, minimum lengths, bad words: beside each other, over two groups."""
+    one, two = text_models
+    prompts = ["the quick brown fox", "words become text", "lazy dogs", "tokens", "over the", "jump"]
+    (free,) = one.generate(prompts[2], max_tokens=20, temperature=0)
+    params = [
+        SamplingParams(max_tokens=30, temperature=0, repetition_penalty=1.3, frequency_penalty=0.4),
+        SamplingParams(max_tokens=25, temperature=0.9, seed=5, presence_penalty=0.7, logit_bias={7: 3.0}),
+        SamplingParams(max_tokens=30, temperature=0, stop=free.text[4:8]),
+        SamplingParams(max_tokens=30, temperature=1.0, top_p=0.8, top_k=30, seed=1, min_tokens=9),
+        SamplingParams(max_tokens=30, temperature=0, stop_token_ids=free.token_ids[5:6]),
+        SamplingParams(max_tokens=18, temperature=1.0, min_p=0.02, seed=3, bad_words=["the"]),
+    ]
+    wanted, got = one.generate(prompts, params), two.generate(prompts, params)
+    for mine, other in zip(got, wanted, strict=True):
+        assert (mine.token_ids, mine.text, mine.finish_reason) == (
+            other.token_ids,
+            other.text,
+            other.finish_reason,
+        )
+    assert "stop" in {each.finish_reason for each in got}
+    assert [delta.token_ids for delta in two.stream(prompts[0], params[0])]  # a single row, one step ahead
+
+
+def test_grammars(text_models: tuple[LLM, LLM]) -> None:
+    answers: list[list[list[int]]] = []
+    for llm in text_models:
+        requests = [
+            llm.request([3, 4, number], SamplingParams(max_tokens=14, temperature=1.0, seed=number), **extra)
+            for number, extra in enumerate(({"grammar": Odd(384)}, {}, {"grammar": Odd(384)}, {}))
+        ]
+        for request in requests:
+            llm.engine.add(request)
+        while llm.engine.busy:
+            llm.engine.step()
+        answers.append([request.output_token_ids for request in requests])
+    assert answers[0] == answers[1] and all(token % 2 for token in answers[1][0]) and len(answers[1][0]) == 9
+
+
+def test_prefix_cache_and_preemption(text_models: tuple[LLM, LLM]) -> None:
+    """Few pages, and prompts that share one: what is in flight when a row is preempted is not lost."""
+    one, two = text_models
+    prompts = [[5] * 130 + [number] for number in range(5)]
+    params = SamplingParams(max_tokens=150, temperature=0.8, seed=2, ignore_eos=True)
+    wanted = one.generate(prompts, params)
+    blocks = two.engine.scheduler.blocks
+    kept = blocks.allocate(blocks.free - 6)  # three rows share a page and take one each, then another each
+    got = two.generate(prompts, params)
+    blocks.release(kept)
+    assert [each.token_ids for each in got] == [each.token_ids for each in wanted]
+    stats = two.engine.stats()
+    assert stats.preemptions > 0
+    assert stats.prefix_hits >= 4 * 128
+
+
+def test_a_failure_loses_no_later_request(text_models: tuple[LLM, LLM]) -> None:
+    """The first stage's cache is gone: what runs ends with an error, and then all is as before."""
+    _, two = text_models
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    wanted = two.generate(PROMPTS[:3], params)
+    for buffer in jax.tree.leaves(two.runner.stages[0].state):
+        buffer.delete()
+    lost = two.generate(PROMPTS[:3], params)
+    assert {each.finish_reason for each in lost} == {"error"}
+    again = two.generate(PROMPTS[:3], params)
+    assert [each.token_ids for each in again] == [each.token_ids for each in wanted]
+
+
+@pytest.mark.slow
+def test_after_warm_up_nothing_compiles() -> None:
+    with load("llama", 2, tp=1, max_model_len=64, max_slots=2) as two:
+        two.warm_up()
+        count = two.runner.compile_count
+        two.generate(PROMPTS[:2], max_tokens=5, temperature=0)
+        two.generate(PROMPTS[:1], max_tokens=5, prompt_logprobs=2, presence_penalty=0.3)
+        assert two.runner.compile_count == count
+        first, last = two.runner.stages
+        assert {spec.kind for spec in first.programs.compiled} == {"layers"}
+        needed = {spec.before_last for spec in last.programs.compiled if spec.takes_weights}
+        assert first.programs.compiled.keys() == needed
+
+
+# --- what a stage holds ------------------------------------------------------------------------------------
+
+
+def test_a_stage_holds_its_layers_and_their_cache() -> None:
+    """The embedding is on the first stage and, as it is the projection too, on the last."""
+    with load("llama-bias-tied", 1) as one, load("llama-bias-tied", 2) as two:
+        first, last = two.runner.stages
+        assert (first.layers, last.layers) == (range(1), range(1, 2))
+        devices = [{d for w in stage.weights for d in w.devices()} for stage in two.runner.stages]
+        assert [sorted(d.id for d in some) for some in devices] == [[0, 1], [2, 3]]
+        names = [p.name for p in parameters(one.runner.abstract_model(), one.mesh)]
+        whole, seen = dict(zip(names, one.runner.weights, strict=True)), []
+        for stage in two.runner.stages:
+            declared = parameters(stage.abstract_model(), stage.mesh)
+            for parameter, weight in zip(declared, stage.weights, strict=True):
+                name = parameter.name.replace("layers.0.", f"layers.{stage.layers.start}.")
+                np.testing.assert_array_equal(np.asarray(weight), np.asarray(whole[name]))
+                seen.append(name)
+        (embedding,) = (name for name in names if "embed_tokens" in name)
+        assert sorted(seen) == sorted([*names, embedding])
+        assert len(first.state.cache.entries) == len(last.state.cache.entries) == 1
+        assert not hasattr(first.state, "history")
+
+
+def test_drawn_tokens_wait_for_no_later_step() -> None:
+    """A group is fed what its own last step drew, not what a step in flight after it will draw."""
+    with load("llama", 2) as llm:
+        drawn, fed = llm.runner._pipeline._drawn, []
+        tokens = drawn.tokens
+        drawn.tokens = lambda work: fed.append(tokens(work)) or fed[-1]
+        steps: list[Any] = []
+        send_back = llm.runner._pipeline.send_back
+        llm.runner._pipeline.send_back = lambda work, array: (
+            send_back(work, array) or steps.append(drawn._last[-1][1])
+        )
+        llm.generate(PROMPTS[:4], max_tokens=30, temperature=0, ignore_eos=True)
+        steady = range(len(fed) - 30, len(fed) - 6)
+        assert all(fed[number] is steps[number - 2] for number in steady)
+
+
+# --- the split ---------------------------------------------------------------------------------------------
+
+
+def seconds(config: ModelConfig, tp: int = 1) -> list[float]:
+    return layer_seconds(config, tp, BF16, HARDWARE["v5e"], StepTokens(8, 1024))
+
+
+def split(config: ModelConfig, pp: int) -> list[range]:
+    return list(split_layers(config, 1, pp, BF16, HARDWARE["v5e"]))
+
+
+def test_layers_are_split_by_cost() -> None:
+    """Counted are the projection on the last stage, and that layers with experts take longer."""
+    config = published_config("llama-3-8b")
+    for pp in (1, 2, 3, 5, 32):
+        parts = split(config, pp)
+        assert [i for part in parts for i in part] == list(range(32)) and all(parts) and len(parts) == pp
+    *same, last = seconds(config)
+    assert last > 2 * max(same)  # 525 million elements of the projection beside 218 of a layer
+    assert [len(part) for part in split(config, 2)] == [17, 15]
+    config = published_config("deepseek-v3")
+    first, last_stage = split(config, 2)
+    assert len(first) > len(last_stage) and not any(config.sparse_layers[:3])
+
+
+def test_no_other_split_is_faster() -> None:
+    """Held against all splits of a model with dense and sparse layers."""
+    config = open_checkpoint(GOLDENS / "deepseek_v3").config.of_layers([0, 1, 2, 2, 1, 0, 2])
+    layers = seconds(config)
+    assert len({round(one, 12) for one in layers[1:6]}) > 1
+    for pp in (2, 3, 4):
+        bounds = [(0, *some, 7) for some in itertools.combinations(range(1, 7), pp - 1)]
+        fastest = min(max(sum(layers[a:b]) for a, b in itertools.pairwise(some)) for some in bounds)
+        assert max(sum(layers[i] for i in part) for part in split(config, pp)) == pytest.approx(fastest)
+
+
+# --- what does not go together -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    (
+        ({"pp": 0}, DeviceError, "pp=0 is not a whole number of pipeline stages, 1 or more"),
+        ({"pp": 3}, ConfigError, "pp=3 stages need a layer each, but this model has num_layers=2"),
+        ({"pp": 9}, DeviceError, r"pp=9 stages of tp=2 need 18 devices, but JAX sees 16 \(CPU\)"),
+        ({"pp": 2, "dp": 5}, DeviceError, "dp=5 replicas of pp=2 stages of tp=2 need 20 devices"),
+        ({"pp": 3, "tp": None}, DeviceError, "16 devices are not a multiple of pp=3: tp=5 would use 15"),
+    ),
+)
+def test_layouts_that_do_not_fit(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LLM(GOLDENS / "llama", **({"tp": 2} | options))
+
+
+def test_a_stage_is_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two processes with eight devices each."""
+
+    class Device:
+        def __init__(self, number: int) -> None:
+            self.process_index, self.platform = number // 8, "cpu"
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "devices", lambda: [Device(number) for number in range(16)])
+    with pytest.raises(DeviceError, match="pp=2 stages of tp=3 leave process 1 without a device"):
+        make_stage_meshes(3, 1, 2)
+    with pytest.raises(DeviceError, match="stage 2 would have devices of processes 0 and 1, but a stage is"):
+        make_stage_meshes(5, 1, 3)
+    with pytest.raises(DeviceError, match="dp=2 replicas run in one process, but there are 2"):
+        make_stage_meshes(1, 2, 2)
+
+
+def test_no_dispatches_of_several_steps() -> None:
+    limits = Limits(max_slots=5, max_model_len=128, num_pages=12, steps=1, stages=2)
+    assert limits.max_rows == 3 and limits.batch_sizes == (1, 2, 3)
+    with pytest.raises(ConfigError, match="steps=4 of one dispatch are not supported with stages=2"):
+        replace(limits, steps=4)
+
+
+@pytest.mark.slow
+def test_replicas_of_several_stages() -> None:
+    params = SamplingParams(max_tokens=8, temperature=0.7, seed=4, ignore_eos=True)
+    with load("llama", 1) as one, load("llama", 2, dp=2) as both:
+        meshes: Sequence[Any] = [stage.mesh for engine in both.engines for stage in engine.runner.stages]
+        assert [[d.id for d in mesh.devices.flat] for mesh in meshes] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+        assert [each.token_ids for each in both.generate(PROMPTS, params)] == [
+            each.token_ids for each in one.generate(PROMPTS, params)
+        ]
+
+
+# --- the command line, and reports --------------------------------------------------------------------------
+
+
+def test_explain_shows_each_stage() -> None:
+    from tpjax.inspect.explain import explain_model
+
+    one, two = (explain_model(str(GOLDENS / "llama"), tp=2, max_model_len=400, pp=pp) for pp in (1, 2))
+    shown = io.StringIO()
+    Console(file=shown, width=300).print(two)
+    assert "llama at pp=2 × tp=2" in shown.getvalue().replace(str(GOLDENS) + "/", "")
+    first, last = two.stages
+    assert two.layers == [(0, 1), (1, 2)] and two.rows == 4
+    assert first.weight_bytes_per_device + last.weight_bytes_per_device == one.weight_bytes_per_device
+    assert [one.cache["buffers"], first.cache["buffers"], last.cache["buffers"]] == [4, 2, 2]
+    hidden = open_checkpoint(GOLDENS / "llama").config.hidden_size
+    assert two.hidden_bytes == 4 * hidden and f"{4 * hidden} B a token" in shown.getvalue()
+    for stage, reduces in ((first, 3), (last, 2)):  # two a layer, and the embedding's on the first
+        decode, _ = stage.steps
+        found = measured(decode.collectives)
+        assert found["all_reduces"] == decode.budget["all_reduces"] == reduces
+        assert found["all_reduce_bytes"] == decode.budget["all_reduce_bytes"]
+        assert found["all_gathers"] == decode.budget["all_gathers"] == (stage is last)
+
+
+@pytest.mark.slow
+def test_the_server_answers_as_without_stages(tmp_path: Path) -> None:
+    """``tpjax serve --tp 2 --pp 2`` as a process, and the OpenAI client."""
+    directory = tiny_checkpoint(tmp_path)
+    prompts = [f"the quick brown fox {number}" for number in range(8)]
+    ask: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 24}
+    with LLM(directory, tp=1, **SIZES) as alone:
+        wanted = [c.text for c in alone.generate(prompts, max_tokens=24, temperature=0, ignore_eos=True)]
+    words = ["--tp", "2", "--pp", "2", "--port", "0", "--served-model-name", "tiny", "--max-model-len", "256"]
+    environment = {name: text for name, text in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tpjax", "serve", str(directory), *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        assert server.stderr is not None
+        address = next(
+            found[0] for line in server.stderr if (found := re.search(r"http://127\.0\.0\.1:\d+", line))
+        )
+        threading.Thread(target=server.stderr.read, daemon=True).start()
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=9) as client:
+
+            def answer(prompt: str) -> str:
+                reply = client.completions.create(prompt=prompt, extra_body={"ignore_eos": True}, **ask)
+                return reply.choices[0].text
+
+            with ThreadPoolExecutor(len(prompts)) as pool:
+                assert list(pool.map(answer, prompts)) == wanted
+    finally:
+        server.terminate()
+        assert server.wait(60) == 0
+
+
+@pytest.mark.slow
+def test_generate_says_the_layout() -> None:
+    words = ["3 4 5", "--token-ids", "--max-tokens", "3", "--max-model-len", "128", "--pp", "2", "--tp", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tpjax", "generate", "--model", str(GOLDENS / "llama"), *words],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pp=2, tp=1" in done.stderr

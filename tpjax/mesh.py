@@ -191,8 +191,10 @@ def check_pp(pp: int) -> None:
 
 
 def is_local(mesh: jax.sharding.Mesh) -> bool:
-    """Returns whether this process has devices of a mesh."""
-    return bool(mesh.local_devices)
+    """Returns whether this process has devices of a mesh; an only process has all, described ones too."""
+    import jax
+
+    return jax.process_count() == 1 or bool(mesh.local_devices)
 
 
 def absent_array(

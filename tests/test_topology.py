@@ -14,8 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import GOLDENS
 from rich.console import Console
 
+from tpjax.checkpoints.load import read_config
 from tpjax.cli.app import main
 from tpjax.config import AttentionBackend, ModelConfig, Quantize, SequenceParallel
 from tpjax.errors import ConfigError
@@ -411,6 +413,25 @@ def compiled_for_h200(config: ModelConfig, tp: int, kind: str) -> tuple[ProgramR
     chunks = None if kind == "decode" else ChunkShape(1, 128)
     spec = ProgramSpec("decode" if kind == "decode" else "step", 4, chunks, greedy=True)
     return compile_program(runner, chips, kind, spec), runner.program(spec).as_text()
+
+
+@needs_tpu
+def test_each_stage_of_a_pipeline() -> None:
+    """On the chips of two hosts each: its own layers, and of the collectives what it has to do."""
+    chips, config = parse_topology("v5e:4x4"), read_config(GOLDENS / "deepseek_v3")
+    runner = abstract_runner(config, chips, 8, pp=2, max_model_len=256)
+    ids = [{device.id for device in stage.mesh.devices.flat} for stage in runner.stages]
+    assert [len(one) for one in ids] == [8, 8] and not ids[0] & ids[1]
+    spec = ProgramSpec("decode", 4, greedy=True)
+    programs = [compile_program(stage, chips, "decode", spec) for stage in runner.stages]
+    for stage, program in zip(runner.stages, programs, strict=True):
+        assert program.fits and program.cache_buffers == len(stage.layers)
+        assert program.aliased_cache_buffers == program.cache_buffers
+        assert (program.cache_copies, program.cache_write_backs) == (0, 0)
+        assert measured(program.collectives)["all_reduces"] <= program.budget["all_reduces"]
+    layers = [len(stage.layers) for stage in runner.stages]
+    budgets = [program.budget["all_reduces"] for program in programs]
+    assert budgets == [2 * layers[0] + 1, 2 * layers[1]]  # the first embeds
 
 
 @needs_tpu

@@ -113,24 +113,17 @@ def explain_topology(
         tp=runner.mesh.size,
         dp=dp,
         pp=pp,
+        layers=[(stage.layers.start, stage.layers.stop) for stage in runner.stages] if pp > 1 else [],
         dtype=str(runner.dtype),
         quantize=quantize,
         attention=str(runner.backend),
         memory_bytes=topology.memory_bytes,
         programs=[
-            compile_program(stage, topology, f"{name}{kind}", spec, context if kind == "decode" else 0)
-            for name, stage in zip(_stage_names(runner), runner.stages, strict=True)
-            for kind, spec in (("decode", decode), ("prefill", prefill))
+            compile_program(stage, topology, name, spec, context if name == "decode" else 0)
+            for stage in runner.stages
+            for name, spec in (("decode", decode), ("prefill", prefill))
         ],
     )
-
-
-def _stage_names(runner: Runner) -> list[str]:
-    """Returns what the name of a program of each stage begins with."""
-    stages = runner.stages
-    if len(stages) == 1:
-        return [""]
-    return [f"layers {stage.layers.start}-{stage.layers.stop - 1}, " for stage in stages]
 
 
 def abstract_runner(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -83,6 +83,7 @@ class TopologyReport:
         programs: decode, then prefill; of each pipeline stage.
         dp: number of replicas, which all have these programs.
         pp: number of pipeline stages of a replica.
+        layers: first layer of each stage, and one past its last; empty if there is one stage.
     """
 
     model: str
@@ -95,6 +96,7 @@ class TopologyReport:
     quantize: str | None = None
     dp: int = 1
     pp: int = 1
+    layers: Sequence[tuple[int, int]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data, ready for JSON."""
@@ -107,15 +109,27 @@ class TopologyReport:
         dtype = described_dtype(self.dtype, self.quantize)
         layout = described_layout(self.tp, self.dp, self.pp)
         title = f"{self.model} at {layout} on {self.topology}, {dtype}, compiled ahead of time"
-        compiled = [one for one in self.programs if not one.compile_error]
         return Group(
             Text(title, style="bold"),
             Text(f"attention: {self.attention}"),
-            *(Text(self._does_not_fit(one), style="red") for one in self.programs if not one.fits),
-            self._memory(),
-            *_times(compiled),
-            *(collective_table(_heading(one), one.collectives, one.budget) for one in compiled),
+            *(part for number in range(self.pp) for part in self._stage(number)),
         )
+
+    def _stage(self, number: int) -> Iterator[RenderableType]:
+        """Yields the parts about the programs of a stage; there is one unless it is a pipeline."""
+        a_stage = len(self.programs) // self.pp
+        programs = self.programs[number * a_stage : (number + 1) * a_stage]
+        compiled = [one for one in programs if not one.compile_error]
+        if self.layers:
+            first, stop = self.layers[number]
+            yield Text(f"\nstage {number + 1} of {self.pp}, layers {first} to {stop - 1}", style="bold")
+        for one in programs:
+            if not one.fits:
+                yield Text(self._does_not_fit(one), style="red")
+        yield self._memory(programs)
+        yield from _times(compiled)
+        for one in compiled:
+            yield collective_table(_heading(one), one.collectives, one.budget)
 
     def _repr_html_(self) -> str:
         return as_html(self)
@@ -128,11 +142,11 @@ class TopologyReport:
             f"{human_bytes(self.memory_bytes)}{error}"
         )
 
-    def _memory(self) -> Table:
+    def _memory(self, programs: Sequence[ProgramReport]) -> Table:
         table = plain_table(
             f"per device, of {human_bytes(self.memory_bytes)}",
             "what",
-            numbers=list(map(_heading, self.programs)),
+            numbers=list(map(_heading, programs)),
         )
         rows: dict[str, Callable[[ProgramReport], str]] = {
             "weights, cache and state": lambda p: human_bytes(p.argument_bytes),
@@ -150,8 +164,8 @@ class TopologyReport:
             "all of it": lambda p: "does not fit",
         }
         for name, show in rows.items():
-            cells = (failed.get(name, lambda p: "") if one.compile_error else show for one in self.programs)
-            table.add_row(name, *(cell(one) for cell, one in zip(cells, self.programs, strict=True)))
+            cells = (failed.get(name, lambda p: "") if one.compile_error else show for one in programs)
+            table.add_row(name, *(cell(one) for cell, one in zip(cells, programs, strict=True)))
         return table
 
 

@@ -30,7 +30,9 @@ from tpjax.errors import ConfigError, DeviceError
 from tpjax.hardware import HARDWARE
 from tpjax.inspect.budget import measured
 from tpjax.mesh import make_stage_meshes
+from tpjax.planning import stage_benchmark
 from tpjax.planning.published import published_config
+from tpjax.planning.workload import Workload
 from tpjax.runtime.layer_split import layer_seconds, split_layers
 from tpjax.runtime.limits import Limits
 from tpjax.step_time import Itemsizes, StepTokens
@@ -358,6 +360,23 @@ def test_explain_shows_each_stage() -> None:
         assert found["all_reduces"] == decode.budget["all_reduces"] == reduces
         assert found["all_reduce_bytes"] == decode.budget["all_reduce_bytes"]
         assert found["all_gathers"] == decode.budget["all_gathers"] == (stage is last)
+
+
+def test_each_stage_is_timed_alone(text_models: tuple[LLM, LLM]) -> None:
+    _, two = text_models
+    workload = Workload(1, context=60, prompt_len=30, dtype="float32")
+    report = stage_benchmark.run(two.runner, "tiny", two.config, HARDWARE["v5e"], workload, 1)
+    itemsizes, hidden = workload.itemsizes, two.config.hidden_size
+    decode = layer_seconds(two.config, 2, itemsizes, HARDWARE["v5e"], StepTokens(1, 60))
+    prefill = layer_seconds(two.config, 2, itemsizes, HARDWARE["v5e"], StepTokens(chunks=((0, 30),)))
+    assert [one.layers for one in report.stages] == [(0, 1), (1, 2)]
+    for one, decode_s, prefill_s in zip(report.stages, decode, prefill, strict=True):
+        assert one.decode_plan_ms == pytest.approx(1e3 * decode_s) and one.decode_ms > 0
+        assert one.prefill_plan_ms == pytest.approx(1e3 * prefill_s) and one.prefill_ms > 0
+    assert (report.decode_bytes, report.prefill_bytes) == (4 * hidden, 4 * 32 * hidden)
+    shown = io.StringIO()
+    Console(file=shown, width=120).print(report)
+    assert f"to the next stage: {4 * hidden} bytes of a decoded token" in " ".join(shown.getvalue().split())
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from tpjax.cli.options import (
     positive_int,
     takes,
 )
+from tpjax.distributed import num_processes
 from tpjax.errors import RequestError
 from tpjax.planning.workload import LONGEST_DEFAULT_PROMPT, Workload
 
@@ -90,6 +91,8 @@ def run(
         )
     if dp > 1 and pp > 1:
         raise RequestError(f"--dp {dp} and --pp {pp} are measured one at a time: leave one out")
+    if pp > 1 and num_processes() > 1:
+        raise RequestError(f"--pp {pp}: stages are measured in one process, and there are {num_processes()}")
     # before this process starts JAX, if it is the only one: measuring has one of its own
     hardware = measured_hardware(tp * dp, rounds=rounds)
     llm = load(name, Sharding(tp=tp, dp=dp, pp=pp, dtype="float32", max_model_len=needed))

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Perplexity of a text under a model, and what keeping weights in 8 or 4 bits does to it.
+"""Perplexity of a text under a model, and what keeping weights in 8 or 4 bits, or its cache in 8, does to it.
 
     python scripts/perplexity.py smollm2-135m                            # as it is
     python scripts/perplexity.py smollm2-135m --quantize int8 fp8        # and ratios to that
+    python scripts/perplexity.py smollm2-135m --kv-dtype int8 fp8        # of keys and values
     python scripts/perplexity.py smollm2-135m --quantize int8 --tp 4 my.txt
 
 The text is read in windows of --window tokens, each by itself; the first token of a window is not counted.
@@ -21,12 +22,12 @@ import numpy as np
 TEXT = Path(__file__).parent / "data" / "alice.txt"
 
 
-def losses(model: str, tokens: list[int], window: int, tp: int, quantize: str | None) -> np.ndarray:
+def losses(model: str, tokens: list[int], window: int, tp: int, **kept: str) -> np.ndarray:
     """Returns -log p of each token that counts, in nats."""
     from tpjax import LLM
 
     each = []
-    with LLM(model, tp=tp, quantize=quantize, max_model_len=window, max_slots=1) as llm:
+    with LLM(model, tp=tp, max_model_len=window, max_slots=1, **kept) as llm:
         for start in range(0, len(tokens), window):
             part = tokens[start : start + window]
             logits = llm.logits(part).astype(np.float64)[:-1]
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("model", help="a name that LLM takes")
     parser.add_argument("text", nargs="?", type=Path, default=TEXT, help="a UTF-8 file (Alice)")
     parser.add_argument("--quantize", nargs="+", default=[], help="int8, fp8, int4")
+    parser.add_argument("--kv-dtype", nargs="+", default=[], help="int8, fp8")
     parser.add_argument("--window", type=int, default=512, help="tokens read at once (512)")
     parser.add_argument("--tp", type=int, default=1, help="devices (1)")
     arguments = parser.parse_args()
@@ -58,14 +60,16 @@ def main() -> None:
     tokens = tokenizer.encode(arguments.text.read_text(encoding="utf-8"))
     if len(tokens) < 2:
         parser.error(f"{arguments.text} has {len(tokens)} tokens: at least 2 are needed")
-    plain = losses(arguments.model, tokens, arguments.window, arguments.tp, None)
+    plain = losses(arguments.model, tokens, arguments.window, arguments.tp)
     perplexity = np.exp(plain.mean())
     print(f"{arguments.model}, {len(plain)} tokens of {arguments.text.name}: perplexity {perplexity:.4f}")
-    for kind in arguments.quantize:
-        more = losses(arguments.model, tokens, arguments.window, arguments.tp, kind) - plain
+    variants = [("quantize", kind) for kind in arguments.quantize]
+    variants += [("kv_dtype", kind) for kind in arguments.kv_dtype]
+    for what, kind in variants:
+        more = losses(arguments.model, tokens, arguments.window, arguments.tp, **{what: kind}) - plain
         error = more.std() / np.sqrt(len(more))
         ratio = np.expm1(more.mean())
-        print(f"  {kind}: {perplexity * (1 + ratio):.4f}, {ratio:+.2%} ± {error:.2%}", flush=True)
+        print(f"  {what}={kind}: {perplexity * (1 + ratio):.4f}, {ratio:+.2%} ± {error:.2%}", flush=True)
 
 
 if __name__ == "__main__":

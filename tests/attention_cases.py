@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpjax.attention import kernels, reference
-from tpjax.cache import NULL_PAGE, StoredPages, TokenGroup
+from tpjax.cache import NULL_PAGE, Buffer, StoredPages, TokenGroup
+from tpjax.cache_quantization import QuantizedBuffer, dequantized
+from tpjax.config import KVDtype
 
 
 class Shape(NamedTuple):
@@ -30,7 +32,8 @@ class Shape(NamedTuple):
         cyclic: whether block tables are.
         softcap: bounds the scores.
         sinks: whether there are sinks.
-        dtype: of everything.
+        dtype: of everything but a quantised cache.
+        kv_dtype: what keys and values are kept in; ``auto``: ``dtype``.
     """
 
     lengths: tuple[int, ...]
@@ -46,6 +49,7 @@ class Shape(NamedTuple):
     softcap: float | None = None
     sinks: bool = False
     dtype: str = "float32"
+    kv_dtype: KVDtype = "auto"
 
 
 class Pages(NamedTuple):
@@ -89,7 +93,9 @@ def case(shape: Shape, seed: int) -> tuple[jax.Array, Pages, TokenGroup, jax.Arr
                 buffer[at, :, :count] = rng.normal(size=(heads, count, buffer.shape[3]))
     dtype = jnp.dtype(shape.dtype)
     value_dim = shape.width // 2 if shape.value_dim is None else shape.value_dim
-    parts = [jnp.asarray(buffer, dtype) for buffer in buffers]
+    parts: list[Buffer] = [jnp.asarray(buffer, dtype) for buffer in buffers]
+    if shape.kv_dtype != "auto":
+        parts = [QuantizedBuffer.of(jnp.asarray(buffer, dtype), shape.kv_dtype) for buffer in buffers]
     pages = Pages(StoredPages(parts[0], parts[1] if shape.value_dim else None), value_dim)
     query = rng.normal(size=(batch, shape.length, shape.heads, shape.per_head, shape.width)) * 2
     positions = np.asarray(shape.first)[:, None] + np.arange(shape.length)
@@ -104,6 +110,13 @@ def case(shape: Shape, seed: int) -> tuple[jax.Array, Pages, TokenGroup, jax.Arr
     return jnp.asarray(query, dtype), pages, group, sinks
 
 
+def exact_numbers(buffer: Buffer) -> jax.Array:
+    """What a buffer holds, in float32, and zeros for what is not a number."""
+    if isinstance(buffer, QuantizedBuffer):
+        buffer = dequantized(buffer.values, buffer.scales.swapaxes(0, 1), jnp.dtype(jnp.float32))
+    return jnp.nan_to_num(buffer).astype(jnp.float32)
+
+
 def check(kernel: ModuleType, shape: Shape, seed: int = 0, *, interpret: Any = None) -> None:
     """Holds a kernel to the definition."""
     query, pages, group, sinks = case(shape, seed)
@@ -112,7 +125,7 @@ def check(kernel: ModuleType, shape: Shape, seed: int = 0, *, interpret: Any = N
     attend = functools.partial(kernels.paged_attention, kernel, interpret=interpret, **scoring)
     found = jax.jit(attend, static_argnums=1)(query, pages.value_dim, pages.stored, group)
     assert found.dtype == query.dtype
-    clean = StoredPages(*(x if x is None else jnp.nan_to_num(x).astype(jnp.float32) for x in pages.stored))
+    clean = StoredPages(*(x if x is None else exact_numbers(x) for x in pages.stored))
     keys, values = (jnp.zeros((*query.shape[:2], 1, width)) for width in (shape.width, pages.value_dim))
 
     def define(query: jax.Array, stored: StoredPages, group: TokenGroup) -> jax.Array:

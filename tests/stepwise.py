@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from tpjax.cache import BatchMetadata, TokenGroup, allocate
 from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint
-from tpjax.config import Quantize
+from tpjax.config import KVDtype, Quantize
 from tpjax.mesh import make_mesh
 from tpjax.sharding import REPLICATED
 
@@ -28,6 +28,7 @@ class Stepwise:
         residual: layout of the residual.
         dtype: dtype of weights and cache.
         quantize: what weights are kept in.
+        kv_dtype: what keys and values are kept in.
     """
 
     PAGE = 64
@@ -40,6 +41,7 @@ class Stepwise:
         residual: PartitionSpec = REPLICATED,
         dtype: str = "float32",
         quantize: Quantize | None = None,
+        kv_dtype: KVDtype = "auto",
     ) -> None:
         checkpoint = open_checkpoint(GOLDENS / name)
         self.mesh, self.vocab_size = make_mesh(tp), checkpoint.config.vocab_size
@@ -48,7 +50,12 @@ class Stepwise:
         model = abstract_decoder(checkpoint.config, self.mesh, kind, quantize, format_of=format_of)
         model = load_decoder(checkpoint, model, self.mesh, progress=False)
         self.cache = allocate(
-            checkpoint.config, self.mesh, num_pages=pages + 1, page_size=self.PAGE, dtype=kind
+            checkpoint.config,
+            self.mesh,
+            num_pages=pages + 1,
+            page_size=self.PAGE,
+            dtype=kind,
+            kv_dtype=kv_dtype,
         )
         self.length = 0
         graph, self.weights = nnx.split(model)

@@ -18,7 +18,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("distributed",),
     ("mesh", "config", "sandbox"),
     ("interconnect", "mosaic_gpu"),
-    ("sharding", "sampling_params", "hardware", "windows"),
+    ("sharding", "sampling_params", "hardware", "windows", "cache_quantization"),
     ("cache", "activations", "step_time"),
     ("attention",),
     ("layers",),

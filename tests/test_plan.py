@@ -154,9 +154,9 @@ def test_eight_bit_weights_keep_a_wide_embedding_and_head():
     memory = CostModel(TINY, CHIP, 1, Workload(dtype="int8")).memory(1, 128)
     layers = 2 * (ATTENTION + MLP + 4 * OUTPUTS)  # a float32 scale for each output
     assert memory.weights == layers + 2 * (2 * HEAD + NORMS)
-    assert memory.cache == 128 * 2 * (2 * 2 * 16)
+    assert memory.cache == 128 * 2 * (2 * 2 * (16 + 4))  # a float32 scale for each key and value
     wide = CostModel(TINY, CHIP, 1, Workload(dtype="int8", cache_dtype="bf16")).memory(1, 128)
-    assert wide.cache == 2 * memory.cache
+    assert wide.cache == 128 * 2 * (2 * 2 * 16 * 2)
     tied = CostModel(counted(tie_word_embeddings=True), CHIP, 1, Workload(dtype="int8"))
     untied = CostModel(TINY, CHIP, 1, Workload(dtype="int8"))
     assert tied.decode(1, 1).weights == untied.decode(1, 1).weights  # the head is as wide as the embedding

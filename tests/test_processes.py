@@ -142,10 +142,11 @@ SCRIPT = (
     + """
 import json, os
 import tpjax
-number, count, port, directory, prompts, params = sys.argv[1:]
+number, count, port, directory, prompts, params, kv_dtype = sys.argv[1:]
 tpjax.initialize_distributed(f"127.0.0.1:{port}", int(count), int(number))
 tpjax.fake_devices(2)
-llm = tpjax.LLM(directory, max_model_len=1024, max_slots=4, pp=int(os.environ.get("STAGES", "1")))
+stages = int(os.environ.get("STAGES", "1"))
+llm = tpjax.LLM(directory, max_model_len=1024, max_slots=4, kv_dtype=kv_dtype, pp=stages)
 print(f"read {sum(reads)} bytes", file=sys.stderr)
 llm.follow()
 if number == "0":
@@ -177,14 +178,25 @@ def params(one: SamplingParams) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "stages"), ((2, 1), (4, 1), (2, 2)))
+@pytest.mark.parametrize(("count", "stages", "kv_dtype"), ((2, 1, "int8"), (4, 1, "auto"), (2, 2, "auto")))
 def test_tokens_logits_and_scores_are_those_of_one_process(
-    count: int, stages: int, directory: Path, alone: LLM, tmp_path: Path
+    count: int, stages: int, kv_dtype: str, directory: Path, tmp_path: Path
 ) -> None:
     """Sharded over all devices, or in pipeline stages: a stage of two devices on each process."""
+    alone = load_tiny(directory, tp=1, kv_dtype=kv_dtype)
     port, each = free_port(), json.dumps([params(GREEDY), params(SEEDED)])
     words = [
-        ["-c", SCRIPT, str(number), str(count), str(port), str(directory), json.dumps(PROMPTS), each]
+        [
+            "-c",
+            SCRIPT,
+            str(number),
+            str(count),
+            str(port),
+            str(directory),
+            json.dumps(PROMPTS),
+            each,
+            kv_dtype,
+        ]
         for number in range(count)
     ]
     with processes(tmp_path, words, [{"STAGES": str(stages)}] * count) as started:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.metadata
 import io
+import math
 import os
 import re
 import subprocess
@@ -12,14 +13,16 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
 from conftest import GOLDENS
 from rich.console import Console
 
 from tpjax.checkpoints.load import read_config
 from tpjax.cli.app import main
-from tpjax.config import AttentionBackend, ModelConfig, Quantize, SequenceParallel
+from tpjax.config import AttentionBackend, KVDtype, ModelConfig, Quantize, SequenceParallel
 from tpjax.errors import ConfigError
 from tpjax.families.registry import config_from_hf
 from tpjax.inspect import doctor, topology
@@ -361,6 +364,7 @@ def test_quantised_llama3_8b(
         ("v5e:2x4", 8, "decode"),
         ("v6e:2x4", 8, "decode"),
         ("v5p:2x2x1", 4, "decode"),
+        ("v4:2x2x1", 4, "decode"),
         ("tpu7x:2x2x1", 8, "decode"),
     ),
 )
@@ -378,6 +382,54 @@ def test_kernel(name: str, tp: int, kind: str, capfd: pytest.CaptureFixture[str]
         assert found.pages_s == 0
         bandwidth = found.traffic_bytes / found.traffic_s
         assert 1.0 <= (found.kernel_bytes + found.traffic_bytes) / bandwidth / found.memory_bound_s < 1.2
+
+
+def first_layers(name: str, **fields: Any) -> ModelConfig:
+    """Two layers of a published model."""
+    found = published._published()[name]["config"]
+    return config_from_hf(found | {"num_hidden_layers": 2} | fields)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "tp", "kind", "kv_dtype", "attention"),
+    (
+        pytest.param("llama-3-8b", "v5e:2x4", 8, "decode", "int8", "tpu", marks=needs_tpu),
+        pytest.param("llama-3-8b", "v5e:2x4", 2, "mixed", "fp8", "auto", marks=needs_tpu),
+        pytest.param("llama-3-8b", "h200:8", 8, "decode", "fp8", "auto", marks=needs_gpu),
+        pytest.param("llama-3-8b", "h200:8", 4, "mixed", "int8", "auto", marks=needs_gpu),
+        *(
+            pytest.param(*case, marks=(needs, pytest.mark.slow))
+            for needs, *case in (
+                (needs_tpu, "llama-3-8b", "v5e:2x4", 3, "decode", "fp8", "tpu"),
+                (needs_tpu, "llama-3-8b", "v5e:2x4", 8, "mixed", "fp8", "tpu"),
+                (needs_tpu, "llama-3-8b", "v5p:2x2x1", 4, "decode", "int8", "tpu"),
+                (needs_tpu, "llama-3-8b", "v4:2x2x1", 4, "decode", "int8", "tpu"),
+                (needs_tpu, "llama-3-8b", "tpu7x:2x2x1", 8, "decode", "fp8", "tpu"),
+                (needs_gpu, "deepseek-v3", "h200:8", 8, "decode", "int8", "auto"),
+                (needs_gpu, "gemma-2-9b", "h200:8", 4, "mixed", "fp8", "auto"),
+            )
+        ),
+    ),
+)
+def test_a_cache_of_8_bits(
+    model: str, name: str, tp: int, kind: str, kv_dtype: KVDtype, attention: AttentionBackend
+) -> None:
+    """Values and scales are updated in place, neither copied nor widened, and counted as they are."""
+    fields = {"first_k_dense_replace": 2} if model == "deepseek-v3" else {}
+    chips, config = parse_topology(name), first_layers(model, **fields)
+    runner = abstract_runner(
+        config, chips, tp, max_slots=16, max_model_len=8192, attention=attention, kv_dtype=kv_dtype
+    )
+    chunks = None if kind == "decode" else ChunkShape(1, 128)
+    spec = ProgramSpec("decode" if kind == "decode" else "step", 16, chunks, greedy=True)
+    program = compile_program(runner, chips, kind, spec)
+    buffers = jax.tree.leaves(runner.abstract_state().cache)
+    assert program.aliased_cache_buffers == program.cache_buffers == len(buffers)
+    assert program.cache_copies == 0
+    assert program.predicted_bytes == pytest.approx(program.argument_bytes, rel=0.001)
+    sizes = {math.prod(one.sharding.shard_shape(one.shape)) for one in buffers if one.dtype.itemsize == 1}
+    made = re.findall(r"= (?:f32|bf16|f16)\[([\d,]+)\]", runner.program(spec).as_text())
+    assert not sizes & {math.prod(map(int, dimensions.split(","))) for dimensions in made}
 
 
 @pytest.mark.parametrize(("tp", "kind"), ((1, "decode"), (3, "decode"), (5, "mixed"), (8, "decode")))

@@ -49,6 +49,8 @@ def check(shape: Shape, seed: int = 0, *, races: bool = False) -> None:
         ),
         pytest.param(Shape((1, 1), (9, 30), heads=4, width=24, value_dim=None), id="latents"),
         pytest.param(Shape((3, 2), (6, 15), length=3, per_head=2, dtype="bfloat16"), id="drafts"),
+        pytest.param(Shape((1, 0, 1), (37, 0, 3), heads=3, window=9, kv_dtype="int8"), id="int8"),
+        pytest.param(Shape((1, 1), (9, 30), heads=4, width=24, value_dim=None, kv_dtype="fp8"), id="fp8"),
     ),
 )
 def test_kernel(shape: Shape) -> None:
@@ -70,12 +72,15 @@ def test_blocks() -> None:
 def test_work() -> None:
     """Pages that a query sees, twice what it multiplies; of a chunk, the blocks that each tile sees."""
     shape: Any = {"heads": 2, "per_head": 4, "page_size": 8, "widths": (128, 128), "value_dim": 128}
+    shape["dtype"] = jnp.dtype(jnp.bfloat16)
     row = 128 + 128
-    decode = tpu.work(3, 1, 20, window=None, itemsize=2, **shape)
+    decode = tpu.work(3, 1, 20, window=None, **shape)
     assert decode.bytes == 3 * 2 * 2 * (3 * 8 * row + 4 * row)  # three pages of keys and values
     assert decode.flops == 2 * 3 * 2 * 4 * 2 * 16 * row  # two blocks of two pages
-    assert tpu.work(3, 1, 20, window=4, itemsize=2, **shape).bytes == 3 * 2 * 2 * (8 + 4) * row
-    chunk = tpu.work(1, 16, 24, window=None, itemsize=2, **shape)  # four tiles of four queries
+    eight_bits = tpu.work(3, 1, 20, window=None, kv_dtype="int8", **shape)
+    assert eight_bits.bytes == 3 * 2 * (3 * 8 * (row + 2 * 4) + 2 * 4 * row)
+    assert tpu.work(3, 1, 20, window=4, **shape).bytes == 3 * 2 * 2 * (8 + 4) * row
+    chunk = tpu.work(1, 16, 24, window=None, **shape)  # four tiles of four queries
     assert chunk.bytes == 2 * 2 * (sum((2, 2, 3, 3)) * 8 * row + 16 * 4 * row)
     assert chunk.flops == 2 * 2 * 4 * 4 * sum((1, 1, 2, 2)) * 16 * row
 
@@ -102,6 +107,7 @@ def shapes(draw: st.DrawFn) -> Shape:
         softcap=draw(st.none() | st.just(3.0)),
         sinks=draw(st.booleans()),
         dtype=draw(st.sampled_from(("float32", "float32", "bfloat16"))),
+        kv_dtype=draw(st.sampled_from(("auto", "auto", "int8", "fp8"))),
     )
 
 
@@ -178,6 +184,11 @@ LATENT = SHAPE._replace(latent=True, width=576, value_dim=512)
         (CPU, SHAPE, "it runs on every platform"),
         (TPU, SHAPE._replace(dtype="float16"), "the kernel supports bfloat16 and float32, not float16"),
         (GPU, SHAPE._replace(dtype="float32"), "the kernel supports bfloat16 and float16, not float32"),
+        (
+            GPU,
+            SHAPE._replace(kv_dtype="int8"),
+            "the kernel supports keys and values in bfloat16, not in int8",
+        ),
         (A100, SHAPE, f"the kernel is for {NOT_HOPPER}"),
         (
             GPU,

@@ -5,6 +5,8 @@ attention it keeps one replicated buffer of latents, [pages, 1, page_size, r]: a
 tables say which page holds which positions of which sequence; they are arguments of every call, not state.
 Page 0 is never assigned to a sequence: padding rows and padding positions write to it.
 
+A buffer may be kept in 8 bits, with its scales in a buffer beside it: see :mod:`tpjax.cache_quantization`.
+
 Where some layers see all keys and others only a window, layers form page groups: a sequence has pages of its
 own in each, and those of a group with a window are given back once no query can see them. All groups take
 pages from one pool, and the n-th layers of all groups share a buffer, so that any page can serve any group:
@@ -28,12 +30,15 @@ from jax.experimental.layout import Layout as MemoryLayout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from tpjax.config import ModelConfig
+from tpjax.cache_quantization import QuantizedBuffer, quantized, vector_bytes
+from tpjax.config import KVDtype, ModelConfig
+from tpjax.errors import ConfigError
 from tpjax.sharding import PAGES, REPLICATED, head_plan, pad_to_multiple
 from tpjax.windows import ONE_GROUP, Windows
 
 # takes the buffer of one device, whole pages [n, K, page_size, h], and which they are
 PageWriter: TypeAlias = Callable[[Array, Array, Array], Array]
+Buffer: TypeAlias = Float[Array, "pages K page_size h"] | QuantizedBuffer
 
 _LANES = {"tpu": 128}  # rows of a buffer are padded to a multiple of this many elements
 NULL_PAGE = 0
@@ -147,8 +152,8 @@ class StoredPages(NamedTuple):
         values: of all pages; ``None``: the beginning of each key is the value.
     """
 
-    keys: Float[Array, "pages K page_size h"]
-    values: Float[Array, "pages K page_size v"] | None
+    keys: Buffer
+    values: Buffer | None
 
 
 @runtime_checkable  # tests check types at run time
@@ -177,8 +182,8 @@ class Pages(Protocol):
 class LayerCache:
     """The keys and values of one layer."""
 
-    keys: Float[Array, "pages K page_size h"]
-    values: Float[Array, "pages K page_size h"]
+    keys: Buffer
+    values: Buffer
 
     @property
     def page_size(self) -> int:
@@ -216,13 +221,19 @@ class LayerCache:
         """Reads the keys and values of one page of each sequence."""
         return _read(self.keys, pages), _read(self.values, pages)
 
+    def returned(
+        self, keys: Float[Array, "*tokens K h"], values: Float[Array, "*tokens K h"]
+    ) -> tuple[Float[Array, "*tokens K h"], Float[Array, "*tokens K h"]]:
+        """Returns keys and values as they are read once they were written."""
+        return _returned(self.keys, keys), _returned(self.values, values)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LatentCache:
     """The latents of one layer, each followed by the rotary part of its key."""
 
-    latents: Float[Array, "pages 1 page_size r"]
+    latents: Buffer  # K is 1
 
     @property
     def page_size(self) -> int:
@@ -238,6 +249,10 @@ class LatentCache:
     def read(self, pages: Int[Array, " B"]) -> Float[Array, "B 1 page_size r"]:
         """Reads the latents of one page of each sequence."""
         return _read(self.latents, pages)
+
+    def returned(self, latents: Float[Array, "*tokens 1 r"]) -> Float[Array, "*tokens 1 r"]:
+        """Returns latents as they are read once they were written."""
+        return _returned(self.latents, latents)
 
 
 @dataclass(frozen=True)
@@ -373,13 +388,43 @@ def page_bytes_per_device(
     dtype: jnp.dtype,
     platform: str = "cpu",
     windows: Windows = ONE_GROUP,
+    kv_dtype: KVDtype = "auto",
 ) -> int:
-    """Returns the bytes that one page takes on each device of a platform: of all layers of a page group."""
+    """Returns the bytes that one page takes on each device of a platform: of all layers of a page group.
+
+    Args:
+        config: the architecture.
+        tp: devices.
+        page_size: positions per page.
+        dtype: dtype of activations.
+        platform: of the devices.
+        windows: window of each page group.
+        kv_dtype: what keys and values are kept in; ``auto``: ``dtype``.
+
+    Raises:
+        ConfigError: the platform cannot write such vectors in ``kv_dtype`` in place.
+    """
     layout = cache_layout(config, tp, 1, page_size)
     devices = tp if layout.spec == PAGES else 1
     *rows, width = layout.shape
-    size = math.prod(rows) // devices * pad_to_multiple(width, _LANES.get(platform, 1))
-    return num_entries(config, windows) * layout.count * size * jnp.dtype(dtype).itemsize
+    _check_in_place(config, width, platform, kv_dtype)
+    size = vector_bytes(pad_to_multiple(width, _LANES.get(platform, 1)), kv_dtype, dtype)
+    return num_entries(config, windows) * layout.count * math.prod(rows) // devices * size
+
+
+def _check_in_place(config: ModelConfig, width: int, platform: str, kv_dtype: KVDtype) -> None:
+    """Raises a ``ConfigError`` if XLA would copy a cache of 8 bits to write to it.
+
+    On a TPU it reads rows of 8 bits in tiles of 32 and writes them in tiles of 8. Rows that are wider than a
+    tile lie differently in the two.
+    """
+    most = _LANES.get(platform, width)
+    if kv_dtype != "auto" and width > most:
+        what = "heads" if config.attention.latent is None else "latents"
+        raise ConfigError(
+            f"kv_dtype={kv_dtype!r} on TPUs needs {what} of at most {most} elements, and these have {width}: "
+            "every step would copy the cache"
+        )
 
 
 def allocate(
@@ -390,11 +435,25 @@ def allocate(
     page_size: int,
     dtype: jnp.dtype,
     windows: Windows = ONE_GROUP,
+    kv_dtype: KVDtype = "auto",
 ) -> PagedKVCache:
     """Allocates a cache of zeros; each device allocates its own shard only."""
-    shapes = abstract(config, mesh, num_pages=num_pages, page_size=page_size, dtype=dtype, windows=windows)
-    zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=jax.tree.leaves(shapes)[0].format)
-    cache: PagedKVCache = jax.tree.map(lambda buffer: zeros(buffer.shape, buffer.dtype), shapes)
+    shapes = abstract(
+        config,
+        mesh,
+        num_pages=num_pages,
+        page_size=page_size,
+        dtype=dtype,
+        windows=windows,
+        kv_dtype=kv_dtype,
+    )
+
+    def zeros(buffer: jax.ShapeDtypeStruct) -> Array:
+        return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=buffer.format)(
+            buffer.shape, buffer.dtype
+        )
+
+    cache: PagedKVCache = jax.tree.map(zeros, shapes)
     return cache
 
 
@@ -406,66 +465,138 @@ def abstract(
     page_size: int,
     dtype: jnp.dtype,
     windows: Windows = ONE_GROUP,
+    kv_dtype: KVDtype = "auto",
 ) -> PagedKVCache:
     """Returns the shapes, dtypes and shardings of :func:`allocate`, without the memory."""
     layout = cache_layout(config, mesh.size, num_pages, page_size)
-    buffer: Any = jax.ShapeDtypeStruct(layout.shape, dtype, sharding=_format(mesh, layout))
+    _check_in_place(config, layout.shape[-1], mesh.devices.flat[0].platform, kv_dtype)
+    buffer: Any
+    if kv_dtype == "auto":
+        buffer = jax.ShapeDtypeStruct(layout.shape, dtype, sharding=_format(mesh, layout.spec, 4))
+    else:
+        of_values = _format(mesh, layout.spec, 4)
+        of_scales = _format(mesh, PartitionSpec(*layout.spec[1:2]), 3)
+        buffer = QuantizedBuffer.abstract(layout.shape, kv_dtype, jnp.dtype(dtype), of_values, of_scales)
     entries = (layout.layer(*[buffer] * layout.count) for _ in range(num_entries(config, windows)))
     return PagedKVCache(tuple(entries), layer_places(config, windows), windows)
 
 
-def _format(mesh: Mesh, layout: CacheLayout) -> Format | NamedSharding:
+def _format(mesh: Mesh, spec: PartitionSpec, ndim: int) -> Format | NamedSharding:
     """Returns the sharding of a buffer and, on a TPU, its memory layout.
 
     A TPU would store rows of fewer than 128 elements with positions last, and every step would transpose the
     whole cache to write to it.
     """
-    sharding = NamedSharding(mesh, layout.spec)
+    sharding = NamedSharding(mesh, spec)
     if mesh.devices.flat[0].platform not in _LANES:
         return sharding
-    return Format(MemoryLayout(tuple(range(len(layout.shape)))), sharding)
+    return Format(MemoryLayout(tuple(range(ndim))), sharding)
 
 
-def _read(
-    buffer: Float[Array, "pages K page_size h"], pages: Int[Array, " B"]
-) -> Float[Array, "B K page_size h"]:
+def _read(buffer: Buffer, pages: Int[Array, " B"]) -> Float[Array, "B K page_size h"]:
+    if isinstance(buffer, QuantizedBuffer):
+        return buffer.read(pages)
     return buffer.at[pages].get(mode="promise_in_bounds")
 
 
+def _returned(buffer: Buffer, new: Float[Array, "*tokens h"]) -> Float[Array, "*tokens h"]:
+    return buffer.returned(new) if isinstance(buffer, QuantizedBuffer) else new
+
+
 def _write(
-    buffer: Float[Array, "pages K page_size h"],
+    buffer: Buffer,
     new: Float[Array, "B S K h"],
     group: TokenGroup,
     spec: PartitionSpec,
     write_pages: PageWriter | None,
-) -> Float[Array, "pages K page_size h"]:
+) -> Buffer:
+    heads, in_mesh = PartitionSpec(None, None, *spec[1:2]), not jax.sharding.get_abstract_mesh().empty
+    write: Callable[..., Any]
+    if isinstance(buffer, QuantizedBuffer):
+        write = partial(_write_quantized, write_pages=write_pages)
+        if in_mesh and (spec == PAGES or write_pages is not None):
+            specs = buffer.specs(spec)
+            write = jax.shard_map(
+                write, in_specs=(specs, heads, heads, REPLICATED), out_specs=specs, check_vma=False
+            )
+        written: QuantizedBuffer = write(buffer, *quantized(new, buffer.kind), group)
+        return written
     if not group.chunks:
         return _write_tokens(buffer, new, group)
     if write_pages is None:  # the partitioner lets each device write its heads
         return _write_chunks(buffer, new, group)
-    write: Callable[..., Array] = partial(_write_chunks, write_pages=write_pages)
-    if not jax.sharding.get_abstract_mesh().empty:
-        heads = PartitionSpec(None, None, *spec[1:2])
+    write = partial(_write_chunks, write_pages=write_pages)
+    if in_mesh:
         write = jax.shard_map(write, in_specs=(spec, heads, REPLICATED), out_specs=spec, check_vma=False)
-    return write(buffer, new, group)
+    output: Array = write(buffer, new, group)
+    return output
+
+
+def _write_quantized(
+    buffer: QuantizedBuffer,
+    values: Shaped[Array, "B S K h"],
+    scales: Float[Array, "B S K"],
+    group: TokenGroup,
+    write_pages: PageWriter | None,
+) -> QuantizedBuffer:
+    """Writes on one device: rows of one head each, since a TPU moves a whole buffer to write wider ones."""
+    pages, heads, page_size, width = buffer.shape
+    rows = buffer.scales.reshape(heads * pages, page_size)
+    if group.chunks:
+        size = min(values.shape[1], page_size)
+        of_values = _write_chunks(buffer.values, values, group, write_pages)
+        at, offsets = _place(group, group.positions[:, ::size], page_size)
+        new = scales.reshape(*at.shape, size, heads).swapaxes(2, 3)
+        rows = _write_parts(rows, at[..., None] + pages * jnp.arange(heads), offsets[..., None], new)
+        return buffer.with_parts(of_values, rows.reshape(buffer.scales.shape))
+    at, offsets = _token_places(group, page_size)
+    if heads == 1:  # a CPU would copy the buffer to write to it in another shape
+        of_values = _write_tokens(buffer.values, values, group)
+    else:
+        by_head = buffer.values.reshape(pages * heads, page_size, width)
+        head_pages = at[..., None] * heads + jnp.arange(heads)
+        by_head = by_head.at[head_pages, offsets[..., None]].set(values, mode="promise_in_bounds")
+        of_values = by_head.reshape(buffer.shape)
+    for i in range(values.shape[1]):  # all scales of a page again: it writes rows in place, not elements
+        scale_rows = at[:, i, None] + pages * jnp.arange(heads)
+        here = jnp.arange(page_size) == offsets[:, i, None, None]
+        # read before: fused with the write, GPUs would copy all scales first
+        old = jax.lax.optimization_barrier(rows.at[scale_rows].get(mode="promise_in_bounds"))
+        new = jnp.where(here, scales[:, i, :, None], old)
+        rows = rows.at[scale_rows].set(new, mode="promise_in_bounds")
+    return buffer.with_parts(of_values, rows.reshape(buffer.scales.shape))
+
+
+def _write_parts(
+    rows: Float[Array, "R page_size"],
+    at: Int[Array, "B n K"],
+    offsets: Int[Array, "B n 1"],
+    new: Float[Array, "B n K size"],
+) -> Float[Array, "R page_size"]:
+    """Writes a part of a row, or a whole one, at each place."""
+    if new.shape[-1] == rows.shape[-1]:
+        return rows.at[at].set(new, mode="promise_in_bounds")
+    indices = jnp.stack([at, jnp.broadcast_to(offsets, at.shape)], axis=-1)
+    dimensions = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(3,), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 1)
+    )
+    return jax.lax.scatter(rows, indices, new, dimensions, mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)
 
 
 def _write_tokens(
-    buffer: Float[Array, "pages K page_size h"], new: Float[Array, "B S K h"], group: TokenGroup
-) -> Float[Array, "pages K page_size h"]:
+    buffer: Shaped[Array, "pages K page_size h"], new: Shaped[Array, "B S K h"], group: TokenGroup
+) -> Shaped[Array, "pages K page_size h"]:
     """Writes token by token, wherever each is."""
-    pages, offsets = _place(group, group.positions, buffer.shape[2])
-    if group.lengths is not None:
-        pages = jnp.where(group.present, pages, NULL_PAGE)
+    pages, offsets = _token_places(group, buffer.shape[2])
     return buffer.at[pages, :, offsets].set(new, mode="promise_in_bounds")
 
 
 def _write_chunks(
-    buffer: Float[Array, "pages K page_size h"],
-    new: Float[Array, "B S K h"],
+    buffer: Shaped[Array, "pages K page_size h"],
+    new: Shaped[Array, "B S K h"],
     group: TokenGroup,
     write_pages: PageWriter | None = None,
-) -> Float[Array, "pages K page_size h"]:
+) -> Shaped[Array, "pages K page_size h"]:
     """Writes whole pages, or one part of a page of each chunk: no scatter by token.
 
     The padding at a chunk's end goes to later positions of its own sequence, which nothing has written yet,
@@ -488,6 +619,12 @@ def _write_chunks(
     return jax.lax.scatter(
         buffer, indices, parts, dimensions, mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
     )
+
+
+def _token_places(group: TokenGroup, page_size: int) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
+    """Returns page and offset of each token; those of padding get the null page."""
+    pages, offsets = _place(group, group.positions, page_size)
+    return pages if group.lengths is None else jnp.where(group.present, pages, NULL_PAGE), offsets
 
 
 def _place(

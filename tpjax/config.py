@@ -22,6 +22,7 @@ SequenceParallel = Literal["auto", "on", "off"]
 AttentionBackend = Literal["auto", "reference", "xla", "tpu", "gpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["int8", "fp8", "int4"]
+KVDtype = Literal["auto", "int8", "fp8"]
 
 
 # A Python object is made for each layer, head and expert: a number far beyond any model's is rejected before

@@ -28,6 +28,7 @@ from tpjax.checkpoints.load import (
 from tpjax.config import (
     AttentionBackend,
     ExpertParallel,
+    KVDtype,
     ModelConfig,
     Quantize,
     SequenceParallel,
@@ -130,6 +131,8 @@ class LLM:
             at once on different sequences, thus pay with several of them: :mod:`tpjax.runtime.stage`.
         generation_config: source of sampling parameters that a request does not give: ``auto``: the
             checkpoint's ``generation_config.json``; ``none``: no source; or another directory or file.
+        kv_dtype: what keys and values are kept in: ``int8`` or ``fp8`` (e4m3), rounded as they are written,
+            with a scale for each token and head; ``auto``: they are of ``dtype``.
 
     Attributes:
         config: the architecture.
@@ -141,6 +144,7 @@ class LLM:
         sampling_defaults: sampling parameters that apply if a request does not give them.
         dtype: dtype of activations, cache, and weights that are not quantised.
         quantize: what quantised weights are kept in.
+        kv_dtype: what keys and values are kept in.
         name: the model as it was given.
         path: the checkpoint on disk.
         engines: the engine of each replica.
@@ -170,9 +174,11 @@ class LLM:
         attention: AttentionBackend = "auto",
         dp: int = 1,
         pp: int = 1,
+        kv_dtype: KVDtype = "auto",
     ) -> None:
         check_quantize(quantize)
         check_choice("sequence_parallel", sequence_parallel, SequenceParallel)
+        check_choice("kv_dtype", kv_dtype, KVDtype)
         if isinstance(seed, bool) or not isinstance(seed, int) or not MIN_SEED <= seed <= MAX_SEED:
             raise ConfigError(f"seed={seed!r} is not a whole number, {MIN_SEED} to {MAX_SEED}")
         if max_num_batched_tokens is not None and max_num_batched_tokens < 1:
@@ -180,6 +186,7 @@ class LLM:
         flags = {
             "dtype": dtype,
             "quantize": quantize,
+            "kv_dtype": kv_dtype,
             "max_model_len": max_model_len,
             "max_slots": max_slots,
             "expert_parallel": expert_parallel,
@@ -198,6 +205,7 @@ class LLM:
         _use_compilation_cache()
         self.dtype = resolve_dtype(dtype)
         flags |= {"tp": self.mesh.size, "pp": pp}
+        self.kv_dtype: KVDtype = kv_dtype
         self.role = join(
             {"model": path.name, "checkpoint": digest_of_edges(path), **flags},
             device_memory(self.mesh.size * dp * pp),
@@ -210,7 +218,7 @@ class LLM:
                 self.dtype,
                 _CPU_HALF_PRECISION_SLOWDOWN,
             )
-        layers = split_layers(self.config, self.mesh, pp, self.dtype, quantize)
+        layers = split_layers(self.config, self.mesh, pp, self.dtype, quantize, kv_dtype)
         format_of = checkpoint.source.format_of
         decoders = [
             [
@@ -231,6 +239,7 @@ class LLM:
             max_model_len=max_model_len,
             max_slots=max_slots,
             stages=[self.config.of_layers(part) for part in layers],
+            kv_dtype=kv_dtype,
         )
         self.quantize: Quantize | None = quantize
         self.name = str(model)
@@ -239,7 +248,7 @@ class LLM:
         decoders, leader = load_replicas(checkpoint, decoders, meshes), self.role.leader
         engines = [
             Engine(
-                Runner.of_stages(models, stages, limits, self.dtype, sequence_parallel, leader),
+                Runner.of_stages(models, stages, limits, self.dtype, sequence_parallel, leader, kv_dtype),
                 max_num_batched_tokens,
                 predicted,
             )
@@ -255,7 +264,7 @@ class LLM:
     def _attention_backend(self, asked: AttentionBackend) -> Backend:
         """Chooses what computes attention; checks the platform's kernel once on each kind of chip."""
         device = self.mesh.local_devices[0]
-        shape = KernelShape.of(self.config, self.mesh.size, self.dtype, PAGE_SIZE)
+        shape = KernelShape.of(self.config, self.mesh.size, self.dtype, PAGE_SIZE, self.kv_dtype)
 
         def verify() -> Verdict:
             from tpjax.attention.selftest import verdict
@@ -268,7 +277,7 @@ class LLM:
         """Returns what predicts the time of a step; ``None`` in a process that schedules none."""
         if self.role.follower is not None:
             return None
-        return step_time(self.config, self.mesh, self.dtype, self.quantize)
+        return step_time(self.config, self.mesh, self.dtype, self.quantize, self.kv_dtype)
 
     def close(self) -> None:
         """Gives the memory of the devices back: weights, cache and programs.

@@ -69,6 +69,7 @@ class DeviceShare:
         tp: number of devices.
         held: weight elements.
         cache_elements: cache elements of one token in one layer.
+        cache_vectors: vectors that they form; each has a scale if the cache is quantised.
         attention_flops: FLOPs of one query position with one key and value, one layer.
         expert_axis: the sharded axis of a mixture's experts: each expert's width, or the experts themselves.
     """
@@ -77,6 +78,7 @@ class DeviceShare:
     tp: int
     held: Elements
     cache_elements: int
+    cache_vectors: int
     attention_flops: int
     expert_axis: ExpertAxis = "width"
 
@@ -90,12 +92,14 @@ class Itemsizes:
         activations: of an activation, a norm, the embedding or the head.
         cache: of a key or a value.
         float8: whether products compute in float8, on chips that do.
+        cache_scale: of the scale of a vector of the cache; 0 where it has none.
     """
 
     weights: float
     activations: float
     cache: float
     float8: bool = False
+    cache_scale: int = 0
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,12 @@ class StepTime:
         # Faked devices share one machine: their reads and products add up instead of running in parallel.
         self._replicas = replicas if hardware.shared else 1
         self._sharing = self.tp * self._replicas if hardware.shared else 1
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes of the cache of one token in one layer on one device."""
+        share, sizes = self.share, self.itemsizes
+        return share.cache_elements * sizes.cache + share.cache_vectors * sizes.cache_scale
 
     def seconds(
         self, decode_rows: int, context_tokens: int, prompt_tokens: int = 0, prompt_context: int = 0
@@ -321,7 +331,7 @@ class StepTime:
     def _cache(self, moved: float, pairs: float) -> Cost:
         """Computes the cost of reading or writing ``moved`` keys, and of ``pairs`` of a query and a key."""
         hardware, share = self.hardware, self.share
-        moved_bytes = moved * share.cache_elements * self.itemsizes.cache
+        moved_bytes = moved * self.token_bytes
         read = self._sharing * moved_bytes / (hardware.bandwidth_bytes_s * hardware.efficiency.cache)
         return Cost(
             cache=read, compute=self._beyond(pairs * share.attention_flops, read, low_precision=False)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from tpjax.attention import kernels, reference, xla
 from tpjax.attention.kernels import kernel_module
 from tpjax.cache import Pages, PageWriter, TokenGroup
-from tpjax.config import AttentionBackend, ModelConfig, check_choice
+from tpjax.config import AttentionBackend, KVDtype, ModelConfig, check_choice
 from tpjax.errors import ConfigError
 from tpjax.sharding import head_plan
 
@@ -35,7 +35,8 @@ class KernelShape(NamedTuple):
         softcap: bounds the scores.
         sinks: whether there are sinks.
         page_size: positions per page.
-        dtype: of activations and cache.
+        dtype: of activations, and of a cache that is not quantised.
+        kv_dtype: what keys and values are kept in; ``auto``: ``dtype``.
     """
 
     heads: int
@@ -48,9 +49,12 @@ class KernelShape(NamedTuple):
     sinks: bool
     page_size: int
     dtype: str
+    kv_dtype: KVDtype = "auto"
 
     @classmethod
-    def of(cls, config: ModelConfig, tp: int, dtype: jnp.dtype, page_size: int) -> KernelShape:
+    def of(
+        cls, config: ModelConfig, tp: int, dtype: jnp.dtype, page_size: int, kv_dtype: KVDtype = "auto"
+    ) -> KernelShape:
         """Returns that of a model over ``tp`` devices."""
         attention, plan = config.attention, head_plan(config, tp)
         latent, width, value_dim = attention.latent, attention.head_dim, attention.head_dim
@@ -67,6 +71,7 @@ class KernelShape(NamedTuple):
             attention.sinks,
             page_size,
             str(jnp.dtype(dtype)),
+            kv_dtype,
         )
 
 
@@ -216,8 +221,9 @@ def paged_attention(
 
     Args:
         query: G query heads for each of the K KV heads.
-        key: keys of the same tokens, already in the cache. K may be 1 in keys and values: all heads share it.
-        value: values of the same tokens, already in the cache; their width may differ from the keys'.
+        key: keys of the same tokens, as the cache returns them, which has them already. K may be 1 in keys
+            and values: all heads share it.
+        value: values of the same tokens, as the cache returns them; their width may differ from the keys'.
         cache: keys and values of every position up to the queries' own.
         group: pages of each sequence, and positions of the queries.
         scale: multiplies query-key products.

@@ -80,6 +80,8 @@ class _Static(NamedTuple):
 def unsupported(shape: KernelShape) -> str | None:
     """Returns why the kernel does not compute such attention, as the end of a sentence, or ``None``."""
     widths = shape.width, shape.value_dim
+    if shape.kv_dtype != "auto":
+        return f"supports keys and values in {shape.dtype}, not in {shape.kv_dtype}"
     if shape.latent:
         return f"supports values of at most {_MOST_WIDTH} elements, and latent attention's have {widths[1]}"
     for width in widths:

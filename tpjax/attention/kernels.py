@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from tpjax.cache import PageWriter, StoredPages, TokenGroup
+from tpjax.cache_quantization import QuantizedBuffer
 from tpjax.mesh import AXIS
 from tpjax.sharding import PAGES, REPLICATED
 
@@ -79,17 +80,12 @@ def paged_attention(
         stop = jnp.where(group.lengths > 0, first + group.lengths, 0)
     if not jax.sharding.get_abstract_mesh().empty:
         queries = P(None, None, AXIS, None, None)
-        shared = stored.keys.shape[1] != query.shape[2]  # latents: all heads read all of them
+        # latents: all heads read all of them
+        spec = PAGES if stored.keys.shape[1] == query.shape[2] else REPLICATED
+        pages: Any = [one.specs(spec) if isinstance(one, QuantizedBuffer) else spec for one in stored]
         attend = jax.shard_map(
             attend,
-            in_specs=(
-                queries,
-                REPLICATED if shared else PAGES,
-                P(AXIS, None),
-                REPLICATED,
-                REPLICATED,
-                REPLICATED,
-            ),
+            in_specs=(queries, StoredPages(*pages), P(AXIS, None), REPLICATED, REPLICATED, REPLICATED),
             out_specs=queries,
             check_vma=False,
         )

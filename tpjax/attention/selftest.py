@@ -28,7 +28,8 @@ import numpy as np
 from tpjax.attention import kernels, reference, xla
 from tpjax.attention.backends import WALK_PAGES, KernelShape, Verdict
 from tpjax.attention.kernels import kernel_module
-from tpjax.cache import NULL_PAGE, LatentCache, LatentPages, LayerCache, PageWriter, TokenGroup
+from tpjax.cache import NULL_PAGE, Buffer, LatentCache, LatentPages, LayerCache, PageWriter, TokenGroup
+from tpjax.cache_quantization import QuantizedBuffer, dequantized
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ def _write_error(write: PageWriter | None, shape: KernelShape, rng: np.random.Ge
     heads, pages = 1 if shape.latent else shape.heads, jnp.asarray([6, 2, 5], jnp.int32)
     for width in {shape.width} if shape.latent else {shape.width, shape.value_dim}:
         buffer, content = (
-            jnp.asarray(rng.normal(size=(count, heads, shape.page_size, width)), shape.dtype)
+            _vectors(_stored(rng.normal(size=(count, heads, shape.page_size, width)), shape))
             for count in (8, len(pages))
         )
         if not jnp.array_equal(jax.jit(write)(buffer, content, pages), buffer.at[pages].set(content)):
@@ -157,12 +158,12 @@ def _difference(
     kernel: Callable[..., jax.Array],
     define: Callable[..., jax.Array],
     query: jax.Array,
-    buffers: list[jax.Array],
+    buffers: list[Buffer],
     group: TokenGroup,
 ) -> float:
     """Returns the largest difference of a kernel from the definition; infinite if it is not a number."""
     with jax.default_matmul_precision("highest"):
-        exact = [jnp.nan_to_num(x.astype(jnp.float32)) for x in buffers]
+        exact = list(map(_exact, buffers))
         expected = jax.jit(define)(query.astype(jnp.float32), exact, group)
     found = jax.jit(kernel)(query, buffers, group).astype(jnp.float32)
     present = group.present[..., None, None, None]
@@ -172,9 +173,16 @@ def _difference(
     return difference if np.isfinite(difference) else np.inf
 
 
+def _exact(buffer: Buffer) -> jax.Array:
+    """Returns the numbers of a buffer in float32, and zeros in place of what is not a number."""
+    if isinstance(buffer, QuantizedBuffer):
+        buffer = dequantized(buffer.values, buffer.scales.swapaxes(0, 1), jnp.dtype(jnp.float32))
+    return jnp.nan_to_num(buffer.astype(jnp.float32))
+
+
 def _rows(
     shape: KernelShape, rng: np.random.Generator, length: int
-) -> tuple[TokenGroup, jax.Array, list[jax.Array]]:
+) -> tuple[TokenGroup, jax.Array, list[Buffer]]:
     """Returns rows of ``length`` tokens, their queries, and a cache in which all else is not a number.
 
     A row of several tokens is a prompt chunk, which begins at a page and of which some is padding.
@@ -201,10 +209,21 @@ def _rows(
     positions = first[:, None] + np.arange(length)
     arrays = [jnp.asarray(x, jnp.int32) for x in (tables, positions, lengths)]
     group = TokenGroup(arrays[0], arrays[1], arrays[2], chunks=length > 1)
-    return group, jnp.asarray(query, shape.dtype), [jnp.asarray(x, shape.dtype) for x in buffers]
+    return group, jnp.asarray(query, shape.dtype), [_stored(x, shape) for x in buffers]
 
 
-def _pages(value_dim: int, buffers: list[jax.Array]) -> LayerCache | LatentPages:
+def _stored(x: np.ndarray, shape: KernelShape) -> Buffer:
+    """Returns a buffer of the cache with this content."""
+    content = jnp.asarray(x, shape.dtype)
+    return content if shape.kv_dtype == "auto" else QuantizedBuffer.of(content, shape.kv_dtype)
+
+
+def _vectors(buffer: Buffer) -> jax.Array:
+    """Returns the array that holds keys or values, without their scales."""
+    return buffer.values if isinstance(buffer, QuantizedBuffer) else buffer
+
+
+def _pages(value_dim: int, buffers: list[Buffer]) -> LayerCache | LatentPages:
     if len(buffers) == 2:
         return LayerCache(*buffers)
     return LatentPages(LatentCache(*buffers), value_dim)
@@ -214,7 +233,7 @@ def _kernel(
     module: ModuleType,
     value_dim: int,
     query: jax.Array,
-    buffers: list[jax.Array],
+    buffers: list[Buffer],
     group: TokenGroup,
     **attend: Any,
 ) -> jax.Array:
@@ -226,7 +245,7 @@ def _other(
     attention: Callable[..., jax.Array],
     value_dim: int,
     query: jax.Array,
-    buffers: list[jax.Array],
+    buffers: list[Buffer],
     group: TokenGroup,
     **attend: Any,
 ) -> jax.Array:
@@ -234,17 +253,19 @@ def _other(
     pages = _pages(value_dim, buffers)
     blocks, offsets = jnp.divmod(group.positions, pages.page_size)
     at = jnp.take_along_axis(group.block_tables, blocks, axis=1)
-    own = [buffer[at, :, offsets] for buffer in buffers]
-    return attention(query, own[0], own[-1][..., :value_dim], pages, group, **attend)
+    batch, length = group.shape
+    rows = jnp.arange(batch * length).reshape(batch, length)
+    own = [part[rows, :, offsets] for part in pages.read(at.reshape(-1))]
+    return attention(query, *own, pages, group, **attend)
 
 
 def _time_ms(
-    attend: Callable[..., jax.Array], query: jax.Array, buffers: list[jax.Array], group: TokenGroup
+    attend: Callable[..., jax.Array], query: jax.Array, buffers: list[Buffer], group: TokenGroup
 ) -> float:
     """Returns the time of one call, of several that wait for each other in one dispatch."""
 
     @jax.jit
-    def several(query: jax.Array, buffers: list[jax.Array], group: TokenGroup) -> jax.Array:
+    def several(query: jax.Array, buffers: list[Buffer], group: TokenGroup) -> jax.Array:
         def again(_: int, query: jax.Array) -> jax.Array:
             return query + 0 * attend(query, buffers, group)[:1, :1, :1, :1, :1]
 

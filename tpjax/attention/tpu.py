@@ -4,7 +4,8 @@ One program of the grid computes a block of queries of one sequence and some of 
 pages that these queries see into on-chip memory, a block of pages at a time, and accumulates an online
 softmax (Dao et al. 2022, https://arxiv.org/abs/2205.14135). While one block is computed the next is copied,
 the first block of the next program included. Nothing else of the cache is read: no page before a window or
-after the last key, none of a row of padding.
+after the last key, none of a row of padding. Of a cache in 8 bits a block is widened on the chip; scores and
+weights are multiplied by the scales of keys and values in place of these.
 
 The scalars that say which pages a program reads are computed outside, by XLA, once for all layers alike.
 """
@@ -20,12 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from tpjax.activations import soft_capped
 from tpjax.attention.reference import visible_keys
 from tpjax.attention.tpu_write import in_main_memory
-from tpjax.cache import StoredPages
+from tpjax.cache import Buffer, StoredPages
+from tpjax.cache_quantization import QuantizedBuffer, element_bytes, vector_bytes
+from tpjax.config import KVDtype
 from tpjax.sharding import pad_to_multiple
 
 KERNEL_NAME = "paged_attention"  # in programs and profiles
@@ -102,7 +105,7 @@ def choose_tiling(
         length: queries of a sequence.
         page_size: positions per page.
         widths: of keys and of values; 0: the beginning of each key is the value.
-        itemsize: bytes of an element.
+        itemsize: bytes of an element of the cache.
     """
     key_bytes = sum(pad_to_multiple(width, LANES) for width in widths) * itemsize
     page_bytes = key_bytes * page_size
@@ -138,7 +141,8 @@ def work(
     page_size: int,
     widths: tuple[int, int],
     value_dim: int,
-    itemsize: int,
+    dtype: jnp.dtype,
+    kv_dtype: KVDtype = "auto",
 ) -> Work:
     """Returns what the kernel does in one layer.
 
@@ -152,20 +156,21 @@ def work(
         page_size: positions per page.
         widths: as :func:`choose_tiling` takes it.
         value_dim: width of the values.
-        itemsize: bytes of an element.
+        dtype: dtype of queries and outputs.
+        kv_dtype: what keys and values are kept in; ``auto``: ``dtype``.
     """
-    tiling = choose_tiling(heads, per_head, length, page_size, widths, itemsize)
+    tiling = choose_tiling(heads, per_head, length, page_size, widths, element_bytes(kv_dtype, dtype))
     pages = blocks = 0
     for start in range(context - length, context, tiling.queries):
         first = 0 if window is None else max(start - window + 1, 0) // page_size
         seen = -(-(start + tiling.queries) // page_size) - first
         pages += seen
         blocks += -(-seen // tiling.pages)
-    key_bytes = sum(pad_to_multiple(width, LANES) for width in widths)
+    key_bytes = sum(vector_bytes(pad_to_multiple(width, LANES), kv_dtype, dtype) for width in widths if width)
     width = pad_to_multiple(widths[0], LANES) + pad_to_multiple(value_dim, LANES)
-    moved = pages * page_size * key_bytes + length * per_head * width
+    moved = pages * page_size * key_bytes + length * per_head * width * jnp.dtype(dtype).itemsize
     products = tiling.queries * per_head * blocks * tiling.pages * page_size * width
-    return Work(batch * heads * itemsize * moved, 2 * batch * heads * products)
+    return Work(batch * heads * moved, 2 * batch * heads * products)
 
 
 def _largest_divisor(number: int, most: int) -> int:
@@ -207,7 +212,7 @@ def _attend(
     interpret: Any,
 ) -> Float[Array, "B S K G v"]:
     """Computes attention on one device."""
-    shape, keys = query.shape, stored.keys
+    shape, keys = query.shape, _vectors(stored.keys)
     batch, length, heads = shape[:3]
     if heads != keys.shape[1]:  # all heads read the same keys: they form one group
         heads = keys.shape[1]
@@ -235,21 +240,31 @@ def _attend(
         in_specs.append(
             pl.BlockSpec((tiling.heads, block_rows, 1), lambda row, queries, heads, *_: (heads, 0, 0))
         )
-    buffers = [buffer for buffer in stored if buffer is not None]
-
-    def buffer_of(buffer: Array) -> Any:
-        return pltpu.VMEM((2, tiling.heads, tiling.pages * page_size, buffer.shape[3]), buffer.dtype)
-
+    parts = [buffer for buffer in stored if buffer is not None]
+    vectors = list(map(_vectors, parts))
+    scales = [part.scales for part in parts if isinstance(part, QuantizedBuffer)]
+    buffers = vectors + scales
+    block_keys = tiling.pages * page_size
+    blocks = [pltpu.VMEM((2, tiling.heads, block_keys, one.shape[3]), one.dtype) for one in vectors]
+    blocks += [pltpu.VMEM((2, tiling.heads, 1, block_keys), one.dtype) for one in scales]
     running = [pltpu.VMEM((tiling.heads, block_rows, width), jnp.float32) for width in (1, 1, value_dim)]
     output = pl.pallas_call(
-        functools.partial(_kernel, static, len(inputs), len(buffers), tiling.queries > 1, sinks is not None),
+        functools.partial(
+            _kernel,
+            static,
+            len(inputs),
+            len(vectors),
+            len(scales),
+            tiling.queries > 1,
+            sinks is not None,
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(_Programs._fields),
             grid=(batch, query_blocks, head_blocks),
             in_specs=[*in_specs, *[pl.BlockSpec(memory_space=pltpu.HBM)] * len(buffers)],
             out_specs=of_program(value_dim),
             scratch_shapes=[
-                *map(buffer_of, buffers),
+                *blocks,
                 *running,
                 pltpu.SemaphoreType.DMA((2, len(buffers))),
                 pltpu.SMEM((1,), jnp.int32),
@@ -269,6 +284,11 @@ def _attend(
         .swapaxes(1, 2)
         .reshape(*shape[:4], value_dim)
     )
+
+
+def _vectors(buffer: Buffer) -> Shaped[Array, "pages K page_size h"]:
+    """Returns the array that holds keys or values, whatever their scales."""
+    return buffer.values if isinstance(buffer, QuantizedBuffer) else buffer
 
 
 def _programs(
@@ -292,9 +312,16 @@ def _programs(
 
 
 def _kernel(
-    static: _Static, num_inputs: int, num_buffers: int, several: bool, has_sinks: bool, *refs: Any
+    static: _Static,
+    num_inputs: int,
+    num_vectors: int,
+    num_scales: int,
+    several: bool,
+    has_sinks: bool,
+    *refs: Any,
 ) -> None:
     """Computes one program of the grid."""
+    num_buffers = num_vectors + num_scales
     programs = _Programs(*refs[: len(_Programs._fields)])
     refs = refs[len(_Programs._fields) :]
     inputs, refs = refs[:num_inputs], refs[num_inputs:]
@@ -325,11 +352,14 @@ def _kernel(
                 if static.cyclic:
                     column = jax.lax.rem(column, programs.tables.shape[1])
                 at = programs.tables[row, column]
+                positions = pl.ds(page * page_size, page_size)
+                heads = pl.ds(head_block * tiling.heads, tiling.heads)
                 for kind, (buffer, block_ref) in enumerate(zip(stored, blocks_ref, strict=True)):
-                    source = buffer.at[at]
-                    if static.head_blocks > 1:
-                        source = source.at[pl.ds(head_block * tiling.heads, tiling.heads)]
-                    target = block_ref.at[slot, :, pl.ds(page * page_size, page_size)]
+                    if kind < num_vectors:
+                        source = buffer.at[at] if static.head_blocks == 1 else buffer.at[at, heads]
+                        target = block_ref.at[slot, :, positions]
+                    else:
+                        source, target = buffer.at[heads, at], block_ref.at[slot, :, 0, positions]
                     act(pltpu.make_async_copy(source, target, semaphores.at[slot, kind]))
 
     def start(item: Any, head_block: Any, block: Any, slot: Any) -> None:
@@ -374,8 +404,9 @@ def _kernel(
         @pl.when(begin + block_keys > stop)
         def clear_rest() -> None:
             # what an earlier user left behind may not be a number, and 0 times that is not 0
-            ref = blocks_ref[-1]
-            beyond = begin + jax.lax.broadcasted_iota(jnp.int32, ref.shape[2:], 0) >= stop
+            ref = blocks_ref[-1]  # of values, or of their scales: bytes are all numbers
+            axis = 1 if num_scales else 0
+            beyond = begin + jax.lax.broadcasted_iota(jnp.int32, ref.shape[2:], axis) >= stop
             for head in range(tiling.heads):
                 ref[slot, head] = jnp.where(beyond, jnp.zeros_like(ref[slot, head]), ref[slot, head])
 
@@ -387,12 +418,16 @@ def _kernel(
         visible = visible_keys(positions, key_positions, static.window) & (key_positions < stop)
         for head in range(tiling.heads):
             keys = blocks_ref[0][slot, head]
-            values = blocks_ref[-1][slot, head]
+            values = blocks_ref[num_vectors - 1][slot, head]
+            scales = None
+            if num_scales:
+                scales = blocks_ref[num_vectors][slot, head], blocks_ref[-1][slot, head]
             _accumulate(
                 static,
                 query_ref[0, head],
                 keys,
                 values[:, : static.value_dim],
+                scales,
                 visible,
                 max_ref.at[head],
                 sum_ref.at[head],
@@ -409,21 +444,41 @@ def _kernel(
 def _accumulate(
     static: _Static,
     query: Float[Array, "rows h"],
-    keys: Float[Array, "T h"],
-    values: Float[Array, "T v"],
+    keys: Shaped[Array, "T h"],
+    values: Shaped[Array, "T v"],
+    scales: tuple[Float[Array, "1 T"], Float[Array, "1 T"]] | None,
     visible: Any,
     max_ref: Any,
     sum_ref: Any,
     values_ref: Any,
 ) -> None:
     """Accumulates a block of keys and values into the running softmax of one KV head."""
-    scores = _product(query, keys, 1) * static.scale
+    scores = _product(query, _widened(keys, query.dtype), 1) * static.scale
+    if scales is not None:
+        scores = scores * scales[0]
     scores = jnp.where(visible, soft_capped(scores, static.softcap), _MASKED)
     max_score = jnp.maximum(max_ref[...], scores.max(axis=-1, keepdims=True))
     weights, rescale = jnp.exp(scores - max_score), jnp.exp(max_ref[...] - max_score)
     max_ref[...] = max_score
     sum_ref[...] = sum_ref[...] * rescale + weights.sum(axis=-1, keepdims=True)
+    if scales is not None:
+        weights = weights * scales[1]
+    values = _widened(values, query.dtype)
     values_ref[...] = values_ref[...] * rescale + _product(weights.astype(values.dtype), values, 0)
+
+
+def _widened(x: Shaped[Array, "T h"], dtype: jnp.dtype) -> Float[Array, "T h"]:
+    """Widens int8, or the bytes of float8 e4m3, to a dtype that a TPU multiplies: exact."""
+    if x.dtype == jnp.int8:
+        return x.astype(jnp.float32).astype(dtype)
+    if x.dtype != jnp.uint8:
+        return x
+    # by hand: not every TPU has float8, and a byte that is not a number would make sums of zeros of it none
+    bits = x.astype(jnp.int32)
+    magnitude = bits & 0x7F
+    normal = jax.lax.bitcast_convert_type((magnitude << 20) + (120 << 23), jnp.float32)
+    wide = jnp.where(magnitude < 8, magnitude.astype(jnp.float32) * 2.0**-9, normal)
+    return jnp.where(bits > magnitude, -wide, wide).astype(dtype)
 
 
 def _product(left: Array, right: Array, axis: int) -> Array:

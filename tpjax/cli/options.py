@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tpjax.config import AttentionBackend, Dtype, ExpertParallel, Quantize
+from tpjax.config import AttentionBackend, Dtype, ExpertParallel, KVDtype, Quantize
 
 if TYPE_CHECKING:
     from tpjax.sampling_params import SamplingParams
@@ -282,6 +282,10 @@ class Sharding:
             help="Keep weights in 8 bits or 4, rounded at load, with a scale for each output or 128 inputs.",
         ),
     ] = None
+    kv_dtype: Annotated[
+        KVDtype,
+        option("--kv-dtype", help="Keep keys and values in 8 bits, a scale for each; auto: as --dtype."),
+    ] = "auto"
     max_model_len: Annotated[
         int | None,
         option(

@@ -104,7 +104,7 @@ def run(
     dtype: Annotated[WeightDtype | None, option("--dtype", help="Of the weights (bf16).")] = None,
     cache_dtype: Annotated[
         CacheDtype,
-        option("--cache-dtype", help="Of keys and values; auto: as the weights."),
+        option("--kv-dtype", "--cache-dtype", help="Of keys and values; auto: as the weights."),
     ] = "auto",
     serve: Annotated[
         bool, typer.Option("--serve", help="Simulate a server under load: latencies, goodput, cache use.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tpjax.inspect.hlo import Array, Instruction, Module
 
 _COPIES = ("copy", "copy-start", "transpose")
+_ON_CHIP = (1, 3)  # memory spaces: vector memory, and on a v4 the common memory of both cores
 # pass buffers on, or start what is counted at its end
 _NO_WRITES = ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call")
 
@@ -58,4 +59,4 @@ def _in_place(one: Instruction) -> bool:
 
 def _on_chip(copy: Instruction) -> bool:
     """Whether an asynchronous copy has the on-chip memory of a TPU at one end."""
-    return copy.opcode == "copy-start" and any(array.space == 1 for array in copy.arrays[:2])
+    return copy.opcode == "copy-start" and any(array.space in _ON_CHIP for array in copy.arrays[:2])

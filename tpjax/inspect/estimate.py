@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from tpjax.attention.tpu import KERNEL_NAME, Work
 from tpjax.attention.tpu_write import KERNEL_NAME as WRITER_NAME
-from tpjax.config import ExpertAxis, ModelConfig, Quantize
+from tpjax.config import ExpertAxis, KVDtype, ModelConfig, Quantize
 from tpjax.hardware import Efficiency
 from tpjax.inspect.collectives import Collective
 from tpjax.inspect.hlo import Executed, Module
@@ -124,6 +124,7 @@ def estimate(
     page_size: int,
     caches: Collection[tuple[int, ...]],
     quantize: Quantize | None = None,
+    kv_dtype: KVDtype = "auto",
     pages_at_once: int = 1,
     kernel_work: Sequence[Work] = (),
     samples: bool = True,
@@ -136,13 +137,14 @@ def estimate(
         config: the architecture.
         topology: the chips.
         tp: number of devices.
-        dtype: dtype of weights and cache.
+        dtype: dtype of activations.
         batch: number of sequences.
         length: tokens of each sequence in one call.
         context: tokens in the cache of each sequence before a chunk, or up to the token that is decoded.
         page_size: tokens of a page.
         caches: dimensions of the cache buffers, in the form of :attr:`Array.sizes`.
         quantize: what quantised weights are kept in.
+        kv_dtype: what keys and values are kept in; ``auto``: ``dtype``.
         pages_at_once: pages of a sequence that one trip of a loop over the cache reads.
         kernel_work: what its attention kernels do, call by call, which its text does not show.
         samples: whether the program samples, or is of a pipeline's stage before the last.
@@ -178,7 +180,7 @@ def estimate(
     def ideal(rate: float) -> Cost:
         perfect = replace(device, bandwidth_bytes_s=rate, efficiency=_IDEAL)
         kind = "float32" if dtype == "float32" else "bf16"
-        workload = Workload(dtype=quantize or kind, cache_dtype=kind)
+        workload = Workload(dtype=quantize or kind, cache_dtype=kind if kv_dtype == "auto" else kv_dtype)
         expert_axis: ExpertAxis = config.moe.sharded_axis(tp) if config.moe else "width"
         model = CostModel(Counts("", config), perfect, tp, workload, expert_axis)
         tokens = StepTokens(batch, context) if length == 1 else StepTokens(chunks=((0, length),))

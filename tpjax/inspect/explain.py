@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tpjax.attention import Backend, KernelShape, choose_backend
 from tpjax.cache import cache_layout, layer_places, num_entries, page_bytes_per_device
+from tpjax.cache_quantization import vector_bytes
 from tpjax.checkpoints.hub import resolve
 from tpjax.checkpoints.load import (
     Parameter,
@@ -28,7 +29,15 @@ from tpjax.checkpoints.load import (
     parameters,
     read_config,
 )
-from tpjax.config import AttentionBackend, ExpertParallel, ModelConfig, MoEConfig, Quantize
+from tpjax.config import (
+    AttentionBackend,
+    ExpertParallel,
+    KVDtype,
+    ModelConfig,
+    MoEConfig,
+    Quantize,
+    check_choice,
+)
 from tpjax.errors import ConfigError
 from tpjax.inspect.budget import collective_budget
 from tpjax.inspect.collectives import find_collectives, summarise
@@ -98,6 +107,7 @@ def explain_stage(stage: Stage, name: str, dp: int = 1) -> Report:
         platform=mesh.devices.flat[0].device_kind,
         dtype=str(jnp.dtype(stage.dtype)),
         quantize=stage.abstract_model().quantize,
+        kv_dtype=stage.kv_dtype,
         attention=str(stage.backend),
         heads=_heads(config, mesh.size),
         experts=None if config.moe is None else _experts(config.moe, mesh.size),
@@ -123,6 +133,7 @@ def explain_model(
     quantize: Quantize | None = None,
     attention: AttentionBackend = "auto",
     dp: int = 1,
+    kv_dtype: KVDtype = "auto",
     pp: int = 1,
 ) -> Report | PipelineReport:
     """Describes a checkpoint sharded over ``tp`` devices without reading a weight.
@@ -139,12 +150,14 @@ def explain_model(
         quantize: what weights are kept in, as for ``LLM``.
         attention: what computes attention, as for ``LLM``.
         dp: number of replicas.
+        kv_dtype: what keys and values are kept in, as for ``LLM``.
         pp: number of pipeline stages of a replica.
 
     Raises:
         TpjaxError: the checkpoint is not supported, or its configuration and tensors disagree.
     """
     check_quantize(quantize)
+    check_choice("kv_dtype", kv_dtype, KVDtype)
     checkpoint = None
     if is_published(model):
         config = published_config(model)
@@ -157,11 +170,11 @@ def explain_model(
         checkpoint.check_quantize(quantize)
     config = config.with_expert_parallel(expert_parallel)
     meshes, kind = make_stage_meshes(tp, dp, pp)[0], resolve_dtype(dtype)
-    size, layers = meshes[0].size, split_layers(config, meshes[0], pp, kind, quantize)
+    size, layers = meshes[0].size, split_layers(config, meshes[0], pp, kind, quantize, kv_dtype)
     format_of = None if checkpoint is None else checkpoint.source.format_of
 
     def chosen() -> Backend:
-        shape = KernelShape.of(config, size, kind, PAGE_SIZE)
+        shape = KernelShape.of(config, size, kind, PAGE_SIZE, kv_dtype)
         return choose_backend(attention, meshes[0].local_devices[0], shape)
 
     flags = {
@@ -170,6 +183,7 @@ def explain_model(
         "expert_parallel": expert_parallel,
         "quantize": quantize,
         "attention": attention,
+        "kv_dtype": kv_dtype,
     }
     architecture = sha256(repr(config).encode()).hexdigest()[:16]
     same = {"work": "explain", "model": Path(model).name, "architecture": architecture, "tp": size, "pp": pp}
@@ -193,9 +207,10 @@ def explain_model(
             memory=memory,
             max_model_len=max_model_len,
             max_slots=None,
+            kv_dtype=kv_dtype,
             stages=[config.of_layers(part) for part in layers],
         )
-        runner = Runner.of_stages(decoders, meshes, limits, kind, leader=role.leader)
+        runner = Runner.of_stages(decoders, meshes, limits, kind, leader=role.leader, kv_dtype=kv_dtype)
         role.follow(runner)
         return explain(runner, name=model, dp=dp)
 
@@ -284,13 +299,15 @@ def _cache(stage: Stage) -> dict[str, Any]:
     cache = cache_layout(config, mesh.size, limits.num_pages, limits.page_size)
     platform = mesh.devices.flat[0].platform
     page_bytes = page_bytes_per_device(
-        config, mesh.size, limits.page_size, stage.dtype, platform, limits.windows
+        config, mesh.size, limits.page_size, stage.dtype, platform, limits.windows, stage.kv_dtype
     )
-    layout = tensor_layout("latents", cache.shape)
+    *rows, width = cache.shape
+    stored_shape = (*rows, vector_bytes(width, stage.kv_dtype, stage.dtype))  # in bytes, scales included
+    layout = tensor_layout("latents", stored_shape)
     if config.attention.latent is None:
         stored = enumerate(head_plan(config, mesh.size).stored_kv_heads)
         heads = tuple(Segment("heads", head, 1, place) for place, head in stored if head is not None)
-        layout = WeightLayout(cache.shape, 1, heads, (("heads", config.attention.num_kv_heads),))
+        layout = WeightLayout(stored_shape, 1, heads, (("heads", config.attention.num_kv_heads),))
     sharding = NamedSharding(mesh, cache.spec)
     buffers = cache.count * num_entries(config, limits.windows)
     places = layer_places(config, limits.windows)
@@ -316,7 +333,7 @@ def _cache(stage: Stage) -> dict[str, Any]:
         "bytes_per_past_token": token_bytes * past * mesh.size,
         "bytes_per_past_token_per_device": token_bytes * past,
         "why": cache_reason(config, mesh.size),
-        "devices": _contents(layout, sharding, 8 * buffers * stage.dtype.itemsize),
+        "devices": _contents(layout, sharding, 8 * buffers),
     }
 
 

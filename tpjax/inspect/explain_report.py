@@ -108,8 +108,9 @@ class Report:
         tp: number of devices of a replica.
         dp: number of replicas; all else is that of one.
         platform: kind of the devices.
-        dtype: dtype of cache, and of weights that are not quantised.
+        dtype: dtype of activations, and of weights and cache that are not quantised.
         quantize: what quantised weights are kept in; ``None``: none are.
+        kv_dtype: what keys and values are kept in; ``auto``: ``dtype``.
         attention: what computes attention, and why.
         heads: the head plan, and a sentence about it.
         experts: how experts are sharded, and why; ``None`` if the model has none.
@@ -129,6 +130,7 @@ class Report:
     platform: str
     dtype: str
     quantize: str | None
+    kv_dtype: str
     attention: str
     heads: dict[str, Any]
     experts: dict[str, Any] | None
@@ -152,7 +154,7 @@ class Report:
         return Group(
             Text(
                 f"{self.model} ({self.model_type}) at {described_layout(self.tp, self.dp)} "
-                f"on {self.platform}, {described_dtype(self.dtype, self.quantize)}",
+                f"on {self.platform}, {described_dtype(self.dtype, self.quantize, self.kv_dtype)}",
                 style="bold",
             ),
             *([Text(self._replicas())] if self.dp > 1 else []),

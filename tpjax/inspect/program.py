@@ -17,7 +17,15 @@ from tpjax.attention.tpu import Work, work
 from tpjax.attention.xla import pages_at_once
 from tpjax.checkpoints.hub import resolve
 from tpjax.checkpoints.load import abstract_decoder, check_quantize, parameters, read_config
-from tpjax.config import AttentionBackend, ExpertParallel, ModelConfig, Quantize, SequenceParallel
+from tpjax.config import (
+    AttentionBackend,
+    ExpertParallel,
+    KVDtype,
+    ModelConfig,
+    Quantize,
+    SequenceParallel,
+    check_choice,
+)
 from tpjax.errors import ConfigError
 from tpjax.hardware import USABLE_MEMORY
 from tpjax.inspect.budget import collective_budget
@@ -58,6 +66,7 @@ def explain_topology(
     quantize: Quantize | None = None,
     attention: AttentionBackend = "auto",
     dp: int = 1,
+    kv_dtype: KVDtype = "auto",
     pp: int = 1,
 ) -> TopologyReport:
     """Compiles a model's decode and prefill steps for chips that are not here, from shapes alone.
@@ -78,6 +87,7 @@ def explain_topology(
         quantize: what weights are kept in, as for ``LLM``.
         attention: what computes attention, as for ``LLM``.
         dp: number of replicas; the programs of each are the same.
+        kv_dtype: what keys and values are kept in, as for ``LLM``.
         pp: number of pipeline stages of a replica, whose programs are reported one after the other.
 
     Raises:
@@ -102,6 +112,7 @@ def explain_topology(
         max_slots=batch,
         quantize=quantize,
         attention=attention,
+        kv_dtype=kv_dtype,
     )
     limits = runner.limits
     chunks = next(shape for shape in limits.chunk_shapes if shape.tokens >= prompt_len)
@@ -116,6 +127,7 @@ def explain_topology(
         layers=[(stage.layers.start, stage.layers.stop) for stage in runner.stages] if pp > 1 else [],
         dtype=str(runner.dtype),
         quantize=quantize,
+        kv_dtype=kv_dtype,
         attention=str(runner.backend),
         memory_bytes=topology.memory_bytes,
         programs=[
@@ -137,6 +149,7 @@ def abstract_runner(
     sequence_parallel: SequenceParallel = "auto",
     quantize: Quantize | None = None,
     attention: AttentionBackend = "auto",
+    kv_dtype: KVDtype = "auto",
     pp: int = 1,
 ) -> Runner:
     """Makes a runner whose programs can be lowered and compiled for a topology, not run.
@@ -146,11 +159,11 @@ def abstract_runner(
     meshes, kind = topology.meshes(tp, pp), resolve_dtype("bfloat16" if dtype == "auto" else dtype)
     mesh = meshes[0]
     check_quantize(quantize)
-    backend = choose_backend(
-        attention, mesh.devices.flat[0], KernelShape.of(config, mesh.size, kind, PAGE_SIZE)
-    )
+    check_choice("kv_dtype", kv_dtype, KVDtype)
+    shape = KernelShape.of(config, mesh.size, kind, PAGE_SIZE, kv_dtype)
+    backend = choose_backend(attention, mesh.devices.flat[0], shape)
     layers = layer_split.split_layers(
-        config, mesh.size, pp, itemsizes(kind, quantize), topology.hardware.device
+        config, mesh.size, pp, itemsizes(kind, quantize, kv_dtype), topology.hardware.device
     )
     decoders = [
         abstract_decoder(config, one, kind, quantize, backend, layers=part)
@@ -170,6 +183,7 @@ def abstract_runner(
             max_model_len=longest,
             max_slots=max_slots,
             stages=[config.of_layers(part) for part in layers],
+            kv_dtype=kv_dtype,
         )
 
     platform = mesh.devices.flat[0].platform
@@ -179,7 +193,9 @@ def abstract_runner(
     except ConfigError:  # what else is wrong with the sizes is raised again
         sizes = limits(None, max_model_len or min(config.longest_context, DEFAULT_CONTEXT))
     # several decode steps of one dispatch would be a loop: here one step is looked at
-    return Runner.of_stages(decoders, meshes, replace(sizes, steps=1), kind, sequence_parallel)
+    return Runner.of_stages(
+        decoders, meshes, replace(sizes, steps=1), kind, sequence_parallel, kv_dtype=kv_dtype
+    )
 
 
 def compile_program(
@@ -270,6 +286,7 @@ def compile_program(
             tp=stage.mesh.size,
             dtype=str(stage.dtype),
             quantize=model.quantize,
+            kv_dtype=stage.kv_dtype,
             batch=batch,
             length=length,
             context=min(context, stage.limits.max_model_len),
@@ -333,7 +350,8 @@ def _kernel_work(stage: Stage, spec: ProgramSpec, context: int) -> list[Work]:
             page_size=limits.page_size,
             widths=widths,
             value_dim=value_dim,
-            itemsize=stage.dtype.itemsize,
+            dtype=stage.dtype,
+            kv_dtype=stage.kv_dtype,
         )
         if spec.batch:
             calls.append(call(spec.batch, 1, min(context, limits.max_model_len)))

@@ -65,9 +65,11 @@ def described_layout(tp: int, dp: int = 1, pp: int = 1) -> str:
     return "".join(f"{name}={n} × " for name, n in (("dp", dp), ("pp", pp)) if n > 1) + f"tp={tp}"
 
 
-def described_dtype(dtype: str, quantize: str | None) -> str:
-    """Names the dtype of a model and, if weights are quantised, what they are kept in."""
-    return dtype if quantize is None else f"{dtype} with {quantize} weights"
+def described_dtype(dtype: str, quantize: str | None, kv_dtype: str) -> str:
+    """Names the dtype of a model and what weights and cache are kept in, if they are quantised."""
+    parts = [] if quantize is None else [f"{quantize} weights"]
+    parts += [] if kv_dtype == "auto" else [f"{kv_dtype} keys and values"]
+    return f"{dtype} with {' and '.join(parts)}" if parts else dtype
 
 
 def source_text(source: str) -> str:

@@ -76,8 +76,9 @@ class TopologyReport:
         model: name of the model.
         topology: name of the topology, as it was asked for.
         tp: number of devices of a replica.
-        dtype: dtype of cache, and of weights that are not quantised.
+        dtype: dtype of activations, and of weights and cache that are not quantised.
         quantize: what quantised weights are kept in; ``None``: none are.
+        kv_dtype: what keys and values are kept in; ``auto``: ``dtype``.
         attention: what computes attention, and why.
         memory_bytes: memory of one device.
         programs: decode, then prefill; of each pipeline stage.
@@ -95,6 +96,7 @@ class TopologyReport:
     programs: list[ProgramReport]
     quantize: str | None = None
     dp: int = 1
+    kv_dtype: str = "auto"
     pp: int = 1
     layers: Sequence[tuple[int, int]] = ()
 
@@ -106,7 +108,7 @@ class TopologyReport:
         return f"<TopologyReport: {self.model} on {self.topology}>"
 
     def __rich__(self) -> RenderableType:
-        dtype = described_dtype(self.dtype, self.quantize)
+        dtype = described_dtype(self.dtype, self.quantize, self.kv_dtype)
         layout = described_layout(self.tp, self.dp, self.pp)
         title = f"{self.model} at {layout} on {self.topology}, {dtype}, compiled ahead of time"
         return Group(

@@ -99,7 +99,7 @@ class Attention(nnx.Module):
             for group, _, keys, values in parts:
                 cache = cache.write(keys, values, group, page_writer(self.backend))
         outputs = [
-            paged_attention(queries, keys, values, cache, group, **scoring)
+            paged_attention(queries, *cache.returned(keys, values), cache, group, **scoring)
             for group, queries, keys, values in parts
         ]
         return self.o_proj(metadata.join(outputs).reshape(len(x), -1)), cache

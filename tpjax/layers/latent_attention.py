@@ -115,7 +115,7 @@ class LatentAttention(nnx.Module):
             for group, _, _, part in parts:
                 cache = cache.write(part, group, page_writer(self.backend))
         outputs = [
-            self._attend(group, queries, rotary_queries, part, cache, window)
+            self._attend(group, queries, rotary_queries, cache.returned(part), cache, window)
             for group, queries, rotary_queries, part in parts
         ]
         return self.o_proj(metadata.join(outputs).reshape(len(x), -1)), cache

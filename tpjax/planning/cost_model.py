@@ -93,8 +93,7 @@ class CostModel(StepTime):
 
     def page_bytes(self, windows: Windows) -> int:
         """Returns the bytes of a page on one device."""
-        elements = num_entries(self.config, windows) * self.share.cache_elements
-        return PAGE_SIZE * elements * self.workload.cache_bytes
+        return int(PAGE_SIZE * num_entries(self.config, windows) * self.token_bytes)
 
     def largest_batch(self, context: int) -> int:
         """Returns how many sequences of that length fit a replica."""

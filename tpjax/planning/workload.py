@@ -13,6 +13,7 @@ WeightDtype = Literal["bf16", "int8", "fp8", "int4", "float32"]
 CacheDtype = Literal["auto", "bf16", "int8", "fp8", "float32"]
 # int4: with the bfloat16 scale of each 128 inputs of an output
 DTYPE_BYTES: dict[str, float] = {"bf16": 2, "int8": 1, "fp8": 1, "int4": 0.5 + 2 / 128, "float32": 4}
+_SCALE_BYTES = 4  # float32
 DEFAULT_CONTEXT = 2048  # tokens
 STEP_BATCH, STEP_PROMPT_LEN = 8, 512  # sequences, tokens: of the steps that are compiled to be explained
 LONGEST_DEFAULT_PROMPT = 1024  # tokens
@@ -62,6 +63,17 @@ class Workload:
         return math.ceil(DTYPE_BYTES[self.dtype if self.cache_dtype == "auto" else self.cache_dtype])
 
     @property
+    def cache_scale_bytes(self) -> int:
+        """Bytes of the scale of a key or value, which has one if it is kept in 8 bits."""
+        return _SCALE_BYTES if self.cache_bytes == 1 else 0
+
+    @property
     def itemsizes(self) -> Itemsizes:
         """Bytes of one element of each kind."""
-        return Itemsizes(self.weight_bytes, self.activation_bytes, self.cache_bytes, self.dtype == "fp8")
+        return Itemsizes(
+            self.weight_bytes,
+            self.activation_bytes,
+            self.cache_bytes,
+            self.dtype == "fp8",
+            self.cache_scale_bytes,
+        )

@@ -60,14 +60,19 @@ class Counts:
             tp,
             self.on_device(tp, expert_axis),
             self.cache_elements(tp),
+            self.cache_vectors(tp),
             self.attention_flops(tp),
             expert_axis,
         )
 
+    def cache_vectors(self, tp: int) -> int:
+        """Counts the keys and values, or latents, of one token in one layer on one device."""
+        layout = cache_layout(self.config, tp, 1, 1)
+        return layout.count * layout.shape[1] // (tp if layout.spec == PAGES else 1)
+
     def cache_elements(self, tp: int) -> int:
         """Counts the cache elements of one token in one layer on one device. A latent cache is replicated."""
-        layout = cache_layout(self.config, tp, 1, 1)
-        return layout.count * math.prod(layout.shape) // (tp if layout.spec == PAGES else 1)
+        return self.cache_vectors(tp) * cache_layout(self.config, tp, 1, 1).shape[-1]
 
     def attention_flops(self, tp: int) -> int:
         """Counts the FLOPs of one query position with one key and value: one layer, all heads of a device."""

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tpjax.config import ModelConfig, Quantize
+from tpjax.cache_quantization import element_bytes, scale_bytes
+from tpjax.config import KVDtype, ModelConfig, Quantize
 from tpjax.hardware import Efficiency, Hardware, known_device
 from tpjax.interconnect import Measured
 from tpjax.layers.weights import FORMATS, dtype_bits
@@ -33,25 +34,35 @@ _MEASURED = Efficiency(
 
 
 def step_time(
-    config: ModelConfig, mesh: Mesh, dtype: jnp.dtype, quantize: Quantize | None = None
+    config: ModelConfig,
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    quantize: Quantize | None = None,
+    kv_dtype: KVDtype = "auto",
 ) -> StepTime:
     """Returns what predicts the steps of a model on a mesh.
 
     Args:
         config: the architecture.
         mesh: ``("tp",)``.
-        dtype: dtype of weights and cache.
+        dtype: dtype of activations.
         quantize: what the weights of attention, MLPs and experts are kept in; ``None``: ``dtype``.
+        kv_dtype: what keys and values are kept in; ``auto``: ``dtype``.
     """
     share = Counts(config.model_type, config).share(
         mesh.size, config.moe.sharded_axis(mesh.size) if config.moe else "width"
     )
     hardware = device_hardware(mesh.devices.flat[0], dtype)
-    return StepTime(share, hardware, itemsizes(dtype, quantize))
+    return StepTime(share, hardware, itemsizes(dtype, quantize, kv_dtype))
 
 
 def split_layers(
-    config: ModelConfig, mesh: Mesh, pp: int, dtype: jnp.dtype, quantize: Quantize | None = None
+    config: ModelConfig,
+    mesh: Mesh,
+    pp: int,
+    dtype: jnp.dtype,
+    quantize: Quantize | None = None,
+    kv_dtype: KVDtype = "auto",
 ) -> tuple[range, ...]:
     """Returns the layers of ``pp`` stages on meshes like this one: see :mod:`tpjax.runtime.layer_split`.
 
@@ -61,14 +72,14 @@ def split_layers(
         ConfigError: there are more stages than layers.
     """
     known = known_device(mesh.devices.flat[0].device_kind)
-    return layer_split.split_layers(config, mesh.size, pp, itemsizes(dtype, quantize), known)
+    return layer_split.split_layers(config, mesh.size, pp, itemsizes(dtype, quantize, kv_dtype), known)
 
 
-def itemsizes(dtype: jnp.dtype, quantize: Quantize | None) -> Itemsizes:
-    """Returns the bytes of elements in a model of a dtype, whose matrices may be kept in fewer."""
+def itemsizes(dtype: jnp.dtype, quantize: Quantize | None, kv_dtype: KVDtype = "auto") -> Itemsizes:
+    """Returns the bytes of elements in a model of a dtype, whose matrices and cache may be kept in fewer."""
     itemsize = jnp.dtype(dtype).itemsize
     weights = itemsize if quantize is None else dtype_bits(FORMATS[quantize].values) / 8
-    return Itemsizes(weights, itemsize, itemsize)
+    return Itemsizes(weights, itemsize, element_bytes(kv_dtype, dtype), cache_scale=scale_bytes(kv_dtype))
 
 
 @cache

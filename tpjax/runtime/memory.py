@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from tpjax import cache as kv
-from tpjax.config import ModelConfig
+from tpjax.config import KVDtype, ModelConfig
 from tpjax.errors import ConfigError
 from tpjax.runtime.limits import (
     MAX_PROMPT_TOKENS,
@@ -82,6 +82,7 @@ def plan_limits(
     max_model_len: int | None,
     max_slots: int | None,
     stages: Sequence[ModelConfig] = (),
+    kv_dtype: KVDtype = "auto",
 ) -> Limits:
     """Chooses the sizes of slots, context and cache.
 
@@ -91,7 +92,7 @@ def plan_limits(
     Args:
         config: the architecture.
         tp: devices.
-        dtype: dtype of weights and cache.
+        dtype: dtype of activations.
         weight_bytes: bytes of the weights on each device; of the stage that has most.
         memory: memory of each device; ``None``: enough.
         max_model_len: tokens of the longest sequence; ``None``: the model's longest context, if it fits.
@@ -99,6 +100,7 @@ def plan_limits(
             256 of which each has cache pages for 1,024 tokens, or for ``max_model_len`` if that is less.
         stages: the layers of each pipeline stage; empty: there is one stage. All stages have as many pages as
             fit the one with the largest weights and the one with the largest pages.
+        kv_dtype: what keys and values are kept in; ``auto``: ``dtype``.
 
     Raises:
         ConfigError: ``max_model_len`` exceeds the model's longest context, or the model does not fit; the
@@ -110,7 +112,7 @@ def plan_limits(
     if max_slots is not None and max_slots < 1:
         raise ConfigError(f"max_slots={max_slots} is less than 1")
     platform = "cpu" if memory is None else memory.platform
-    pool = PagePool.of(config, tp, dtype, platform, max_model_len or longest, stages)
+    pool = PagePool.of(config, tp, dtype, platform, max_model_len or longest, stages, kv_dtype)
     if max_slots is None:
         max_slots = _slots_with_room(config, tp, dtype, weight_bytes, memory, pool, max_model_len or longest)
     length, pages = max_model_len or longest, pool.held(max_model_len or longest) * max_slots
@@ -145,10 +147,12 @@ class PagePool:
     Attributes:
         windows: window of each page group.
         page_bytes: bytes of a page on each device.
+        kv_dtype: what keys and values are kept in.
     """
 
     windows: Windows
     page_bytes: int
+    kv_dtype: KVDtype = "auto"
 
     @classmethod
     def of(
@@ -159,6 +163,7 @@ class PagePool:
         platform: str,
         max_model_len: int,
         stages: Sequence[ModelConfig] = (),
+        kv_dtype: KVDtype = "auto",
     ) -> PagePool:
         """Returns the pool of a model whose longest sequence has so many tokens.
 
@@ -166,10 +171,10 @@ class PagePool:
         """
         windows = windows_of(config, max_model_len)
         sizes = [
-            kv.page_bytes_per_device(part, tp, PAGE_SIZE, dtype, platform, windows)
+            kv.page_bytes_per_device(part, tp, PAGE_SIZE, dtype, platform, windows, kv_dtype)
             for part in stages or (config,)
         ]
-        return cls(windows, max(sizes))
+        return cls(windows, max(sizes), kv_dtype)
 
     def held(self, tokens: int) -> int:
         """Returns the pages that a sequence of so many tokens holds at once, at most."""
@@ -299,7 +304,9 @@ def _does_not_fit(
     shared = jax.devices()[0].platform == "cpu"  # more faked devices have no more memory together
     wider = [] if shared else range(tp + 1, _MOST_TP + 1)
     for more in wider:
-        page = kv.page_bytes_per_device(config, more, PAGE_SIZE, dtype, memory.platform, pool.windows)
+        page = kv.page_bytes_per_device(
+            config, more, PAGE_SIZE, dtype, memory.platform, pool.windows, pool.kv_dtype
+        )
         there = replace(
             _need(config, more, dtype, need.weights * tp // more, memory, max_slots),
             cache=need.cache // pool.page_bytes * page,

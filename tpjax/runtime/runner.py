@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from tpjax.config import SequenceParallel
+from tpjax.config import KVDtype, SequenceParallel
 from tpjax.model import Decoder
 from tpjax.runtime.leader import Leader
 from tpjax.runtime.limits import ChunkShape, Limits
@@ -88,10 +88,11 @@ class Runner(Stage):
             compiled, but not called. Of a pipeline, the part with the last layers.
         mesh: ``("tp",)``.
         limits: fixed sizes.
-        dtype: of the cache.
+        dtype: of activations.
         sequence_parallel: as :class:`Stage` takes it.
         leader: of several processes, in process 0: what sends each dispatch to the others.
         earlier: stages before the last one.
+        kv_dtype: as :class:`Stage` takes it.
 
     Attributes:
         leader: as given.
@@ -108,6 +109,7 @@ class Runner(Stage):
         sequence_parallel: SequenceParallel = "auto",
         leader: Leader | None = None,
         earlier: Sequence[Stage] = (),
+        kv_dtype: KVDtype = "auto",
     ) -> None:
         self.leader = leader
         self._pipeline = Pipeline(tuple(earlier), mesh)
@@ -115,7 +117,7 @@ class Runner(Stage):
         if earlier:
             elsewhere.append(self._pipeline.compile)
         compile_elsewhere = partial(_start_all, elsewhere) if elsewhere else None
-        super().__init__(model, mesh, limits, dtype, sequence_parallel, compile_elsewhere)
+        super().__init__(model, mesh, limits, dtype, sequence_parallel, compile_elsewhere, kv_dtype)
         self.state_resets = 0
         self._masks: dict[int, np.ndarray] = {}  # as last uploaded, by slot
 
@@ -128,13 +130,14 @@ class Runner(Stage):
         dtype: jnp.dtype,
         sequence_parallel: SequenceParallel = "auto",
         leader: Leader | None = None,
+        kv_dtype: KVDtype = "auto",
     ) -> Runner:
         """Returns the runner of a model in parts, each on its mesh, or in one piece."""
         earlier = [
-            Stage(model, mesh, limits, dtype, sequence_parallel)
+            Stage(model, mesh, limits, dtype, sequence_parallel, kv_dtype=kv_dtype)
             for model, mesh in zip(models[:-1], meshes[:-1], strict=True)
         ]
-        return cls(models[-1], meshes[-1], limits, dtype, sequence_parallel, leader, earlier)
+        return cls(models[-1], meshes[-1], limits, dtype, sequence_parallel, leader, earlier, kv_dtype)
 
     @property
     def stages(self) -> tuple[Stage, ...]:

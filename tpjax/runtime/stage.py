@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
 from tpjax.attention import Backend
-from tpjax.config import ModelConfig, SequenceParallel
+from tpjax.config import KVDtype, ModelConfig, SequenceParallel
 from tpjax.mesh import absent_array, is_local
 from tpjax.model import Decoder
 from tpjax.runtime.limits import Limits
@@ -43,10 +43,11 @@ class Stage:
             (``abstract_decoder``): its programs can then be compiled, but not called.
         mesh: ``("tp",)``.
         limits: fixed sizes.
-        dtype: of the cache.
+        dtype: of activations.
         sequence_parallel: whether prefill shards the residual over positions: ``on`` (if tp divides the
             chunk), ``off``, or ``auto``: if that is faster.
         compile_elsewhere: as :class:`Programs` takes it.
+        kv_dtype: what keys and values are kept in: ``int8``, ``fp8`` (e4m3), or ``auto``: ``dtype``.
 
     Attributes:
         config: the architecture, of the whole model.
@@ -55,6 +56,7 @@ class Stage:
         mesh: as given.
         limits: as given.
         dtype: as given.
+        kv_dtype: as given.
         backend: what computes attention.
         weights: flat, in the order of :meth:`ModelGraph.split`.
         programs: the compiled programs.
@@ -68,6 +70,7 @@ class Stage:
         dtype: jnp.dtype,
         sequence_parallel: SequenceParallel = "auto",
         compile_elsewhere: Callable[[ProgramSpec], Callable[[], None]] | None = None,
+        kv_dtype: KVDtype = "auto",
     ) -> None:
         self.config: ModelConfig = model.config
         self.layers = model.layer_range
@@ -76,6 +79,7 @@ class Stage:
         self.mesh = mesh
         self.limits = limits
         self.dtype = jnp.dtype(dtype)
+        self.kv_dtype: KVDtype = kv_dtype
         self._graph, self.weights = ModelGraph.split(model)
         self.programs = Programs(
             self._graph,
@@ -119,7 +123,7 @@ class Stage:
     def abstract_state(self) -> StageState:
         """Returns shapes, dtypes and shardings of the state."""
         kind = DeviceState if self.is_last else StageState
-        return kind.abstract(self.config, self.mesh, self.limits, self.dtype, self.layers)
+        return kind.abstract(self.config, self.mesh, self.limits, self.dtype, self.layers, self.kv_dtype)
 
     @property
     def state(self) -> Any:

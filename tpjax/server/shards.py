@@ -46,6 +46,7 @@ def shards(llm: LLM) -> JsonObject:
         "platform": report.platform,
         "dtype": report.dtype,
         "quantize": report.quantize,
+        "kv_dtype": report.kv_dtype,
         "devices": [
             {"id": device.id, "process": device.process_index, "kind": device.device_kind}
             for device in llm.mesh.devices.flat

@@ -23,6 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from tpjax import LLM
 from tpjax.attention import Backend, KernelShape, Verdict, choose_backend, selftest, tpu, tpu_write
 from tpjax.checkpoints.load import read_config
+from tpjax.config import KVDtype
 from tpjax.errors import ConfigError
 
 
@@ -120,12 +121,21 @@ def test_random_shapes(shape: Shape, seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ("llama", "gemma2", "gpt_oss", "deepseek_v3"))
-def test_the_engine_generates_the_same_tokens(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kv_dtype"),
+    (
+        *((name, "auto") for name in ("llama", "gemma2", "gpt_oss", "deepseek_v3")),
+        ("llama", "int8"),
+        ("gpt_oss", "fp8"),
+        ("deepseek_v3", "int8"),
+    ),
+)
+def test_the_engine_generates_the_same_tokens(name: str, kv_dtype: KVDtype) -> None:
     prompts = [[at % 50 for at in range(length)] for length in (150, 3)]
+    options: dict[str, Any] = {"max_model_len": 256, "max_slots": 2, "kv_dtype": kv_dtype}
     texts = []
     for attention in ("xla", "tpu", "reference"):
-        with LLM(GOLDENS / name, tp=2, max_model_len=256, max_slots=2, attention=attention) as llm:
+        with LLM(GOLDENS / name, 2, **options, attention=attention) as llm:
             done = llm.generate(prompts, temperature=0, max_tokens=5, ignore_eos=True)
             texts.append([one.token_ids for one in done])
     assert texts[1] == texts[2] == texts[0]

@@ -222,13 +222,13 @@ def test_the_same_tokens_however_they_are_computed(
 
 
 @pytest.mark.slow
-def test_with_quantised_weights_replicas_and_scores() -> None:
-    """Two replicas generate what one model does; scores of a prompt are those of its logits."""
+def test_with_quantised_weights_replicas_stages_and_scores() -> None:
+    """Replicas and stages generate what one model does; scores of a prompt are those of its logits."""
     prompts = [np.random.default_rng(n).integers(3, 50, 40 * n + 150).tolist() for n in range(3)]
     options: dict[str, Any] = {"max_model_len": 512, "max_slots": 2, "quantize": "int8", "kv_dtype": "int8"}
     asked = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True, prompt_logprobs=1)
     found = []
-    for layout in ({"tp": 1}, {"tp": 3}, {"tp": 1, "dp": 2}):
+    for layout in ({"tp": 1}, {"tp": 3}, {"tp": 1, "dp": 2}, {"tp": 1, "pp": 2}):
         with LLM(GOLDENS / "llama", **layout, **options) as llm:
             found.append(llm.generate(prompts, asked))
             logits = llm.logits(prompts[0])

@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from tpjax import LLM
 from tpjax.attention import KernelShape, gpu, selftest
+from tpjax.config import KVDtype
 from tpjax.layers import experts_gpu
 
 ON_GPU = jax.default_backend() == "gpu"
@@ -124,6 +125,24 @@ def test_layout(sizes: list[int], compared: int, monkeypatch: pytest.MonkeyPatch
             marks=pytest.mark.slow,
         ),
         pytest.param(
+            shape_of(
+                lengths=(1, 0, 1), first=(170, 0, 3), heads=2, per_head=3, page_size=128, kv_dtype="int8"
+            ),
+            id="int8",
+        ),
+        pytest.param(
+            shape_of(lengths=(64, 9, 0), first=(128, 64, 0), length=64, width=128, window=70, kv_dtype="fp8"),
+            id="fp8 chunks",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            shape_of(
+                lengths=(1, 1), first=(200, 63), width=256, value_dim=256, kv_dtype="fp8", dtype="float16"
+            ),
+            id="wide heads in fp8",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             shape_of(lengths=(1, 1), first=(200, 63), width=256, value_dim=256, per_head=9),
             id="wide heads",
             marks=pytest.mark.slow,
@@ -140,6 +159,7 @@ KERNEL_SHAPES = {
     "Gemma-2-9B": LLAMA3_8B._replace(per_head=2, width=256, value_dim=256, windows=(100, None), softcap=50.0),
     "gpt-oss-20b": LLAMA3_8B._replace(per_head=8, width=64, value_dim=64, windows=(100, None), sinks=True),
     "SmolLM2 at tp=3": LLAMA3_8B._replace(heads=1, per_head=3, width=64, value_dim=64),
+    "Llama-3-8B in fp8": LLAMA3_8B._replace(kv_dtype="fp8"),
 }
 
 
@@ -172,7 +192,9 @@ def test_the_engine_generates_what_the_page_walk_does(name: str) -> None:
 def shapes(draw: st.DrawFn) -> Shape:
     rows, length = draw(st.integers(1, 4)), draw(st.sampled_from((1, 1, 2, 3, 16, 64)))
     window = draw(st.none() | st.integers(1, 300))
-    multiples = st.integers(1, 16).map(lambda number: 16 * number)
+    kv_dtype: KVDtype = draw(st.sampled_from(("auto", "auto", "int8", "fp8")))
+    multiple = 16 if kv_dtype == "auto" else 32
+    multiples = st.integers(1, 256 // multiple).map(lambda number: multiple * number)
     return Shape(
         lengths=tuple(draw(st.integers(0, length)) for _ in range(rows)),
         first=tuple(draw(st.integers(0, 400)) for _ in range(rows)),
@@ -187,6 +209,7 @@ def shapes(draw: st.DrawFn) -> Shape:
         softcap=draw(st.none() | st.just(3.0)),
         sinks=draw(st.booleans()),
         dtype=draw(st.sampled_from(("bfloat16", "bfloat16", "float16"))),
+        kv_dtype=kv_dtype,
     )
 
 

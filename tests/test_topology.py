@@ -406,7 +406,8 @@ def first_layers(name: str, **fields: Any) -> ModelConfig:
                 (needs_tpu, "llama-3-8b", "v4:2x2x1", 4, "decode", "int8", "tpu"),
                 (needs_tpu, "llama-3-8b", "tpu7x:2x2x1", 8, "decode", "fp8", "tpu"),
                 (needs_gpu, "deepseek-v3", "h200:8", 8, "decode", "int8", "auto"),
-                (needs_gpu, "gemma-2-9b", "h200:8", 4, "mixed", "fp8", "auto"),
+                (needs_gpu, "gemma-2-9b", "h200:8", 4, "mixed", "fp8", "gpu"),
+                (needs_gpu, "llama-3-8b", "h200:8", 8, "mixed", "int8", "gpu"),
             )
         ),
     ),

@@ -194,11 +194,6 @@ LATENT = SHAPE._replace(latent=True, width=576, value_dim=512)
         (CPU, SHAPE, "it runs on every platform"),
         (TPU, SHAPE._replace(dtype="float16"), "the kernel supports bfloat16 and float32, not float16"),
         (GPU, SHAPE._replace(dtype="float32"), "the kernel supports bfloat16 and float16, not float32"),
-        (
-            GPU,
-            SHAPE._replace(kv_dtype="int8"),
-            "the kernel supports keys and values in bfloat16, not in int8",
-        ),
         (A100, SHAPE, f"the kernel is for {NOT_HOPPER}"),
         (
             GPU,
@@ -209,6 +204,11 @@ LATENT = SHAPE._replace(latent=True, width=576, value_dim=512)
             GPU,
             SHAPE._replace(width=72),
             "the kernel supports heads of a multiple of 16 elements, at most 256, not of 72",
+        ),
+        (
+            GPU,
+            SHAPE._replace(width=80, value_dim=80, kv_dtype="int8"),
+            "the kernel supports heads of a multiple of 32 elements, at most 256, not of 80",
         ),
         (
             GPU,

@@ -97,6 +97,11 @@ class QuantizedBuffer:
             )
         return dequantized(values, read(self.scales, pages), self.dtype)
 
+    @property
+    def numbers(self) -> Shaped[Array, "pages K page_size h"]:
+        """The values as numbers, int8 or float8, where a processor has both."""
+        return self.values if self.kind == "int8" else jax.lax.bitcast_convert_type(self.values, _FLOAT8)
+
     def specs(self, spec: PartitionSpec) -> QuantizedBuffer:
         """Returns the specs of values, sharded as ``spec`` says along K or not at all, and of scales."""
         parts: dict[str, Any] = {"values": spec, "scales": PartitionSpec(*spec[1:2])}

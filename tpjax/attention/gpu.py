@@ -9,13 +9,15 @@ https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Nothing else of the ca
 window or after the last key, none of a row of padding.
 
 The tensor cores multiply 64 rows at once, mostly padding in decode: there is no cheaper product, and it takes
-less time than its keys and values take to arrive.
+less time than its keys and values take to arrive. A block of a cache in 8 bits is copied as it is stored, and
+widened, times its scales, from shared memory to shared memory.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
@@ -23,13 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from tpjax import mosaic_gpu
 from tpjax.activations import soft_capped
 from tpjax.attention.backends import KernelShape
 from tpjax.attention.reference import visible_keys
-from tpjax.cache import StoredPages
+from tpjax.cache import Buffer, StoredPages
+from tpjax.cache_quantization import SCALE_DTYPE, QuantizedBuffer
 from tpjax.sharding import pad_to_multiple
 
 KERNEL_NAME = "paged_attention"  # in programs and profiles
@@ -74,21 +77,21 @@ class _Static(NamedTuple):
     softcap: float | None
     cyclic: bool
     page_size: int
+    dtype: jnp.dtype
+    quantized: bool
     interpreted: bool
 
 
 def unsupported(shape: KernelShape) -> str | None:
     """Returns why the kernel does not compute such attention, as the end of a sentence, or ``None``."""
     widths = shape.width, shape.value_dim
-    if shape.kv_dtype != "auto":
-        return f"supports keys and values in {shape.dtype}, not in {shape.kv_dtype}"
     if shape.latent:
         return f"supports values of at most {_MOST_WIDTH} elements, and latent attention's have {widths[1]}"
+    multiple = _WIDTH_MULTIPLE if shape.kv_dtype == "auto" else 2 * _WIDTH_MULTIPLE  # of bytes in a copy
     for width in widths:
-        if width % _WIDTH_MULTIPLE or width > _MOST_WIDTH:
+        if width % multiple or width > _MOST_WIDTH:
             return (
-                f"supports heads of a multiple of {_WIDTH_MULTIPLE} elements, at most {_MOST_WIDTH}, "
-                f"not of {width}"
+                f"supports heads of a multiple of {multiple} elements, at most {_MOST_WIDTH}, not of {width}"
             )
     if shape.page_size % _BLOCK_KEYS:
         return f"supports pages of a multiple of {_BLOCK_KEYS} positions, not of {shape.page_size}"
@@ -105,7 +108,14 @@ def interpreted() -> Any:
 
 
 def choose_tiling(
-    batch: int, heads: int, rows: int, positions: int, widths: tuple[int, int], itemsize: int
+    batch: int,
+    heads: int,
+    rows: int,
+    positions: int,
+    widths: tuple[int, int],
+    itemsize: int,
+    *,
+    quantized: bool = False,
 ) -> Tiling:
     """Chooses block sizes and parts from the shape on one device.
 
@@ -115,12 +125,15 @@ def choose_tiling(
         rows: queries of a sequence times query heads of one KV head.
         positions: that a block table holds.
         widths: of keys and of values.
-        itemsize: bytes of an element of the cache.
+        itemsize: bytes of an element of queries, and of a cache that is not quantised.
+        quantized: whether the cache has 8 bits, and scales.
     """
     tile = min(_TILE_ROWS, pad_to_multiple(rows, _ROW_MULTIPLE))
     tiles = -(-rows // tile)
-    fixed = _TILE_ROWS * (widths[0] * itemsize + 8)
-    stages = (mosaic_gpu.SHARED_BYTES - fixed) // (_BLOCK_KEYS * sum(widths) * itemsize)
+    fixed, block = _TILE_ROWS * (widths[0] * itemsize + 8), _BLOCK_KEYS * sum(widths) * itemsize
+    if quantized:  # one block is widened at a time
+        fixed, block = fixed + block, _BLOCK_KEYS * (sum(widths) + 2 * SCALE_DTYPE.itemsize)
+    stages = (mosaic_gpu.SHARED_BYTES - fixed) // block
     programs = batch * heads * tiles
     most = max(1, min(mosaic_gpu.PROCESSORS // programs, positions // (2 * _BLOCK_KEYS)))
 
@@ -150,24 +163,47 @@ def attend(
     interpret: Any,
 ) -> Float[Array, "B S K G v"]:
     """Computes attention on one device."""
-    keys, values = stored
-    assert values is not None
+    assert stored.values is not None
+    parts = stored.keys, stored.values
+    vectors = list(map(_vectors, parts))
+    scales = [part.scales for part in parts if isinstance(part, QuantizedBuffer)]
     batch, length, heads, per_head, width = query.shape
-    page_size, rows = keys.shape[2], length * per_head
+    page_size, rows = vectors[0].shape[2], length * per_head
     tiling = choose_tiling(
-        batch, heads, rows, tables.shape[1] * page_size, (width, value_dim), keys.dtype.itemsize
+        batch,
+        heads,
+        rows,
+        tables.shape[1] * page_size,
+        (width, value_dim),
+        query.dtype.itemsize,
+        quantized=bool(scales),
     )
     static = _Static(
-        tiling, per_head, value_dim, scale, window, softcap, cyclic, page_size, interpret is not None
+        tiling,
+        per_head,
+        value_dim,
+        scale,
+        window,
+        softcap,
+        cyclic,
+        page_size,
+        query.dtype,
+        bool(scales),
+        interpret is not None,
     )
     queries = query.swapaxes(1, 2).reshape(batch, heads, rows, width)
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, tiling.rows * tiling.tiles - rows), (0, 0)))
     partial = (batch, heads, tiling.parts, tiling.rows * tiling.tiles)
-    weighted, highest, total = _call(static, partial, width, keys.dtype, interpret)(
-        _programs(static, first, stop, length), tables, queries, keys, values
+    weighted, highest, total = _call(static, partial, width, vectors[0].dtype, interpret)(
+        _programs(static, first, stop, length), tables, queries, *vectors, *scales
     )
     output = _merge(weighted, highest, total, sinks, length)[:, :, :rows].astype(query.dtype)
     return output.reshape(batch, heads, length, per_head, value_dim).swapaxes(1, 2)
+
+
+def _vectors(buffer: Buffer) -> Shaped[Array, "pages K page_size h"]:
+    """Returns the array that holds keys or values, without their scales."""
+    return buffer.numbers if isinstance(buffer, QuantizedBuffer) else buffer
 
 
 def _programs(
@@ -206,9 +242,12 @@ def _merge(
 
 
 def _call(static: _Static, partial: tuple[int, int, int, int], width: int, dtype: Any, interpret: Any) -> Any:
-    """Returns the kernel as a function of programs, tables, queries, keys and values."""
+    """Returns the kernel as a function of programs, tables, queries, keys, values and their scales."""
     batch, heads, parts, _ = partial
-    tiling = static.tiling
+    tiling, widths = static.tiling, (width, static.value_dim)
+    widened = [mosaic_gpu.tiled((tiling.keys, each), static.dtype) for each in widths]
+    scales = [plgpu.SMEM((tiling.stages, tiling.keys), SCALE_DTYPE)] * 2
+    copies = 2 if static.quantized else 1  # of keys, and of their scales
     return plgpu.kernel(
         functools.partial(_kernel, static),
         out_type=(
@@ -221,19 +260,18 @@ def _call(static: _Static, partial: tuple[int, int, int, int], width: int, dtype
         num_threads=2,
         thread_name="warp_group",
         scratch_types=(
-            mosaic_gpu.tiled((_TILE_ROWS, width), dtype),
+            mosaic_gpu.tiled((_TILE_ROWS, width), static.dtype),
             plgpu.RefUnion(  # the sums are written after the last block was read
-                (
-                    mosaic_gpu.tiled((tiling.stages, tiling.keys, width), dtype),
-                    mosaic_gpu.tiled((tiling.stages, tiling.keys, static.value_dim), dtype),
-                ),
+                tuple(mosaic_gpu.tiled((tiling.stages, tiling.keys, each), dtype) for each in widths),
                 plgpu.SMEM((_TILE_ROWS, static.value_dim), jnp.float32),
             ),
             plgpu.SMEM((_TILE_ROWS,), jnp.float32),
             plgpu.SMEM((_TILE_ROWS,), jnp.float32),
             plgpu.Barrier(num_barriers=1),
-            *[plgpu.Barrier(num_barriers=tiling.stages)] * 4,
-            *[mosaic_gpu.tiled((_TILE_ROWS, tiling.keys), dtype)] * static.interpreted,
+            *[plgpu.Barrier(num_arrivals=copies, num_barriers=tiling.stages)] * 2,
+            *[plgpu.Barrier(num_barriers=tiling.stages)] * 2,
+            *[*widened, *scales] * static.quantized,
+            *[mosaic_gpu.tiled((_TILE_ROWS, tiling.keys), static.dtype)] * static.interpreted,
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name=KERNEL_NAME,
@@ -248,22 +286,17 @@ def _kernel(
     queries: Any,
     keys: Any,
     values: Any,
-    weighted_ref: Any,
-    highest_ref: Any,
-    total_ref: Any,
-    query_smem: Any,
-    blocks_or_sums: Any,
-    highest_smem: Any,
-    total_smem: Any,
-    query_here: Any,
-    keys_here: Any,
-    values_here: Any,
-    keys_done: Any,
-    values_done: Any,
-    *weights_smem: Any,
+    *refs: Any,
 ) -> None:
     """Computes one program: warp group 1 copies, warp group 0 computes."""
     tiling = static.tiling
+    rest, eight_bits = iter(refs), 2 * static.quantized
+    scales = list(islice(rest, eight_bits))
+    weighted_ref, highest_ref, total_ref, query_smem = islice(rest, 4)
+    blocks_or_sums, highest_smem, total_smem = islice(rest, 3)
+    query_here, keys_here, values_here, keys_done, values_done = islice(rest, 5)
+    widened, scales_smem = list(islice(rest, eight_bits)), list(islice(rest, eight_bits))
+    weights_smem = list(rest)
     (keys_smem, values_smem), weighted_smem = blocks_or_sums
     row, head = jax.lax.axis_index("row"), jax.lax.axis_index("head")
     tile = jax.lax.div(jax.lax.axis_index("part"), jnp.int32(tiling.parts))
@@ -295,15 +328,18 @@ def _kernel(
             page = tables[row, column]
             positions = pl.ds(jax.lax.rem(block, per_page) * tiling.keys, tiling.keys)
 
-            def copy_part(source: Any, target: Any, done: Any, here: Any) -> None:
+            def copy_part(kind: int, source: Any, target: Any, done: Any, here: Any) -> None:
                 @pl.when(step >= tiling.stages)
                 def wait() -> None:
                     plgpu.barrier_wait(done.at[slot])
 
                 plgpu.copy_gmem_to_smem(source.at[page, head, positions], target.at[slot], here.at[slot])
+                if static.quantized:
+                    source, target = scales[kind].at[head, page, positions], scales_smem[kind].at[slot]
+                    plgpu.copy_gmem_to_smem(source, target, here.at[slot])
 
-            copy_part(keys, keys_smem, keys_done, keys_here)
-            copy_part(values, values_smem, values_done, values_here)
+            copy_part(0, keys, keys_smem, keys_done, keys_here)
+            copy_part(1, values, values_smem, values_done, values_here)
 
         jax.lax.fori_loop(0, count, copy_block, None)
 
@@ -319,12 +355,18 @@ def _kernel(
             begin_key = (begin + step) * tiling.keys
             weighted, highest, total = running
             plgpu.barrier_wait(keys_here.at[slot])
+            block_keys, block_values = keys_smem.at[slot], values_smem.at[slot]
+            if static.quantized:
+                block_keys, block_values = widened
+                _widen(keys_smem.at[slot], scales_smem[0].at[slot], block_keys, stop - begin_key)
+                plgpu.barrier_arrive(keys_done.at[slot])
 
             scores = pl.run_scoped(
-                functools.partial(mosaic_gpu.multiply, query_smem, mosaic_gpu.transposed(keys_smem.at[slot])),
+                functools.partial(mosaic_gpu.multiply, query_smem, mosaic_gpu.transposed(block_keys)),
                 plgpu.ACC((_TILE_ROWS, tiling.keys), jnp.float32),
             )
-            plgpu.barrier_arrive(keys_done.at[slot])
+            if not static.quantized:
+                plgpu.barrier_arrive(keys_done.at[slot])
             scores = soft_capped(scores * static.scale, static.softcap) * _LOG2_E
             visible = _visible(static, first, tile, begin_key, stop)
             scores = jnp.where(visible, scores, _MASKED)
@@ -334,31 +376,36 @@ def _kernel(
             total = total * rescale + weights.sum(axis=1)
             plgpu.barrier_wait(values_here.at[slot])
 
-            @pl.when(begin_key + tiling.keys > stop)
-            def clear_rest() -> None:
-                # what an earlier user left behind may not be a number, and 0 times that is not 0
-                block = values_smem.at[slot]
-                shape = (tiling.keys, static.value_dim)
-                at = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-                stored = block[...]
-                block[...] = jnp.where(at < stop - begin_key, stored, jnp.zeros_like(stored))
-                plgpu.commit_smem()
+            if static.quantized:
+                _widen(values_smem.at[slot], scales_smem[1].at[slot], block_values, stop - begin_key)
+                plgpu.barrier_arrive(values_done.at[slot])
+            else:
 
-            weights = weights.astype(keys.dtype)
+                @pl.when(begin_key + tiling.keys > stop)
+                def clear_rest() -> None:
+                    # what an earlier user left behind may not be a number, and 0 times that is not 0
+                    shape = (tiling.keys, static.value_dim)
+                    at = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+                    stored = block_values[...]
+                    block_values[...] = jnp.where(at < stop - begin_key, stored, jnp.zeros_like(stored))
+                    plgpu.commit_smem()
+
+            weights = weights.astype(static.dtype)
             for ref in weights_smem:  # the interpreter multiplies nothing from registers
                 ref[...] = weights
                 plgpu.commit_smem()
 
             def add(columns: slice, sums: Any) -> Any:
                 shape = (_TILE_ROWS, columns.stop - columns.start)
-                left, right = (*weights_smem, weights)[0], values_smem.at[slot, :, columns]
+                left, right = (*weights_smem, weights)[0], block_values.at[:, columns]
                 product = pl.run_scoped(
                     functools.partial(mosaic_gpu.multiply, left, right), plgpu.ACC(shape, jnp.float32)
                 )
                 return sums * jax.lax.broadcast_in_dim(rescale, shape, [0]) + product
 
             weighted = tuple(map(add, columns, weighted))
-            plgpu.barrier_arrive(values_done.at[slot])
+            if not static.quantized:
+                plgpu.barrier_arrive(values_done.at[slot])
             return weighted, most, total
 
         def rows_of(value: float) -> Any:
@@ -385,6 +432,34 @@ def _kernel(
         plgpu.copy_smem_to_gmem(highest_smem.at[here], highest_ref.at[row, head, part, tile_rows])
         plgpu.copy_smem_to_gmem(total_smem.at[here], total_ref.at[row, head, part, tile_rows])
         plgpu.wait_smem_to_gmem(0)
+
+
+def _widen(source: Any, scales: Any, target: Any, count: Any) -> None:
+    """Writes vectors of 8 bits times their scales in the dtype of the products; zeros after the first ones.
+
+    What an earlier user left behind there may not be a number, and 0 times that is not 0.
+
+    Args:
+        source: vectors in shared memory, int8 or float8.
+        scales: their scales.
+        target: where they go, in shared memory.
+        count: vectors that are a token's.
+    """
+    keys, width = source.shape
+    layout = plgpu.Layout.WGMMA_UPCAST_2X
+    scale = plgpu.layout_cast(scales[...], layout.reduce(1))
+    for start in range(0, width, _COLUMNS):
+        some = slice(start, min(start + _COLUMNS, width))
+        shape = (keys, some.stop - some.start)
+        numbers = plgpu.layout_cast(source[:, some], layout)
+        if numbers.dtype == jnp.int8:  # exact, and faster than at once
+            numbers = numbers.astype(jnp.bfloat16)
+        each = plgpu.layout_cast(jax.lax.broadcast_in_dim(scale, shape, [0]), layout)
+        wide = numbers.astype(jnp.float32) * each
+        at = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
+        wide = jnp.where(at < count, wide, jnp.zeros_like(wide)).astype(target.dtype)
+        target[:, some] = plgpu.layout_cast(wide, plgpu.Layout.WGMMA)
+    plgpu.commit_smem()
 
 
 def _visible(static: _Static, first: Any, tile: Any, begin_key: Any, stop: Any) -> Any:

@@ -105,7 +105,7 @@ COMMANDS = {
         "--attention reference --plot {tmp}/shards.png --json " + ALONE
     ),
     "explain config": "explain --config {model}/config.json --tp 2 --quantize int8 --kv-dtype int8",
-    "explain topology": "explain llama-3-8b --topology v5e:99x99 --context 64",
+    "explain topology": "explain llama-3-8b --topology v5e:99x99 --context 64 --batch 8 --prompt-len 64",
     "convert": "convert --model {model} {tmp}/orbax --dtype bfloat16 " + ALONE,
     "pull": "pull --model smollm2-135m --verify",
     "models": "models --json",

@@ -54,6 +54,66 @@ def test_scripts_are_sound_and_say_what_they_need(script: Path) -> None:
         assert checked.stdout == ""
 
 
+def run_with_stand_ins(
+    tmp_path: Path, script: str, arguments: list[str], stand_ins: dict[str, str]
+) -> tuple[int, list[list[str]]]:
+    """Runs a script with commands that only write down what they were given, and then do as told.
+
+    Returns:
+        Its exit status, and the words of each call, the command's name first.
+    """
+    for name, then in stand_ins.items():
+        file = tmp_path / name
+        file.write_text(
+            f'#!/bin/bash\n(printf "%s\\x1f" {name} "$@"; printf "\\x1e\\n") >>"$CALLS"\n{then}\n'
+        )
+        file.chmod(0o755)
+    calls = tmp_path / "calls"
+    calls.touch()
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls), "HOME": str(tmp_path)}
+    done = subprocess.run([LAUNCH / script, *arguments], env=environment, timeout=WAIT_S)
+    return done.returncode, [call.split("\x1f")[:-1] for call in calls.read_text().split("\x1e\n")[:-1]]
+
+
+FAILS_ONCE = '[[ $(grep -c ^tpjax "$CALLS") -gt 1 ]]'
+
+
+@pytest.mark.parametrize(("then", "status", "runs"), [(FAILS_ONCE, 0, 2), ("exit 2", 2, 1)])
+def test_hosts_of_a_tpu_slice_start_again_but_not_with_bad_input(
+    then: str, status: int, runs: int, tmp_path: Path
+) -> None:
+    """``gcloud`` runs on this machine what it would run on each host."""
+    stand_ins = {"gcloud": 'bash -c "${@: -1}"', "tpjax": then, "pgrep": "exit 1", "rm": "", "sleep": ""}
+    odd = ["--served-model-name", "it's $5"]  # has to survive two shells
+    ended, calls = run_with_stand_ins(tmp_path, "tpu_vm.sh", ["slice", "us-east5-a", "/m", *odd], stand_ins)
+    assert ended == status
+    gcloud, *others = calls
+    assert gcloud[1:8] == ["compute", "tpus", "tpu-vm", "ssh", "slice", "--zone", "us-east5-a"]
+    assert [one[1:] for one in others if one[0] == "tpjax"] == [["serve", "/m", *odd, "--distributed"]] * runs
+    assert [one[1:] for one in others if one[0] == "rm"] == [["-f", "/tmp/libtpu_lockfile"]] * runs
+
+
+@pytest.mark.slow
+def test_ray_s_own_command_line_takes_what_its_script_gives_it(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="pip install -e '.[ray]'")
+    from ray.scripts.scripts import cli as ray
+    from ray.serve.scripts import cli as serve
+
+    from tpjax.deploy.ray import Arguments
+
+    stand_ins = {"ray": "", "serve": ""}
+    given = ["tp=4", "accelerator=GPU", "max_replicas=8"]
+    _, calls = run_with_stand_ins(tmp_path, "ray.sh", ["head", "/m", *given], stand_ins)
+    assert [one[:2] for one in calls] == [["ray", "start"], ["serve", "start"], ["serve", "run"]]
+    (tmp_path / "calls").unlink()
+    _, joined = run_with_stand_ins(tmp_path, "ray.sh", ["join", "10.0.0.1:6379"], stand_ins)
+    for name, subcommand, *words in [*calls, *joined]:
+        {"ray": ray, "serve": serve}[name].commands[subcommand].make_context(subcommand, list(words))
+    application, *arguments = calls[-1][2:]
+    assert application == "tpjax.deploy.ray:build_app"
+    assert Arguments(**dict(one.split("=") for one in arguments)).max_replicas == 8
+
+
 def documents(manifest: Path) -> list[dict[str, Any]]:
     yaml = pytest.importorskip("yaml", reason="pip install -e '.[test]'")
     return list(yaml.safe_load_all(manifest.read_text()))

@@ -301,6 +301,18 @@ def test_bench_is_refused_where_rounds_differ(directory: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_replicas_of_several_processes_are_refused_before_anything_is_measured(
+    directory: Path, tmp_path: Path
+) -> None:
+    words = ["bench", str(directory), "--dp", "2", "--context", "40", "--rounds", "1"]
+    with processes(tmp_path, commands(words, 2)) as started:
+        assert all(one.ended() for one in started)
+    said = started[0].err.read_text() + started[1].err.read_text()
+    assert "dp=2 replicas run in one process, but there are 2: start each replica by itself" in said
+    assert "measuring" not in said
+
+
+@pytest.mark.slow
 def test_batch_answers_in_process_0(directory: Path, alone: LLM, tmp_path: Path) -> None:
     """A second time there is nothing to do, and nobody waits."""
     body = {"prompt": PROMPTS[0], "max_tokens": 5, "temperature": 0}
@@ -482,15 +494,23 @@ def test_late_processes_are_waited_for_no_longer_than_the_limit(directory: Path,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        ("", "all 2 processes were not at 127.0.0.1:"),
+        ("import jax; jax.devices()", "process 1 did not begin to load the model within 10 s"),
+    ],
+)
 def test_a_process_that_does_not_load_is_waited_for_no_longer_than_the_limit(
-    directory: Path, tmp_path: Path
+    last: str, said: str, directory: Path, tmp_path: Path
 ) -> None:
+    """Whatever it did last: JAX itself would wait for its devices for minutes, and say nothing."""
     one, _ = commands(["generate", "fox", str(directory), "--start-timeout-s", "10"], 2)
     address = one[one.index("--coordinator") + 1]
-    idle = f"import time, tpjax; tpjax.initialize_distributed('{address}', 2, 1); time.sleep(100)"
+    idle = f"import time, tpjax; tpjax.initialize_distributed('{address}', 2, 1); {last}\ntime.sleep(100)"
     with processes(tmp_path, [one, ["-c", idle]]) as started:
         assert started[0].ended() != 0
-    assert "process 1 did not begin to load the model within 10 s" in started[0].err.read_text()
+    assert said in started[0].err.read_text()
 
 
 @pytest.mark.slow

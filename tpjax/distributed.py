@@ -6,6 +6,7 @@ through which they find each other. What they run together is :mod:`tpjax.runtim
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -170,6 +171,16 @@ def stored(name: str) -> bytes | None:
         return None
 
 
+def time_limit() -> contextlib.AbstractContextManager[None]:
+    """Says, in one of several processes, that a block waits for the others; ends the process if for too long.
+
+    For what JAX waits in without a message, such as its own start, in which it collects the devices of all.
+    """
+    if num_processes() == 1:
+        return contextlib.nullcontext()
+    return _TimeLimit(_state().coordinator_address, num_processes(), process_id(), _start_timeout_s)
+
+
 def barrier() -> None:
     """Waits until all processes have come here; all call it equally often.
 
@@ -229,7 +240,7 @@ def _failure(error: Exception, coordinator: str | None) -> str:
     return f"the processes could not be joined: {line}"
 
 
-class _TimeLimit:
+class _TimeLimit(contextlib.AbstractContextManager[None]):
     """Says that a block waits, and ends the process if it does for too long: nothing interrupts JAX."""
 
     def __init__(

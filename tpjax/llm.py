@@ -34,6 +34,7 @@ from tpjax.config import (
     SequenceParallel,
     check_choice,
 )
+from tpjax.distributed import num_processes
 from tpjax.engine.engine import Engine
 from tpjax.engine.generation import Delta as Delta
 from tpjax.engine.generation import Generation
@@ -193,6 +194,8 @@ class LLM:
             "sequence_parallel": sequence_parallel,
             "attention": attention,
         }
+        if num_processes() > 1:
+            make_stage_meshes(tp, dp, pp)  # JAX starts in all of them at once, before one fetches the model
         path = resolve(os.fspath(model))
         checkpoint = open_checkpoint(path).with_expert_parallel(expert_parallel)
         checkpoint.check_quantize(quantize)

@@ -11,7 +11,7 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
-from tpjax.distributed import allow_transfers, num_processes, process_id
+from tpjax.distributed import allow_transfers, num_processes, process_id, time_limit
 from tpjax.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -66,12 +66,9 @@ def make_stage_meshes(tp: int | None = None, dp: int = 1, pp: int = 1) -> list[l
     check_dp(dp)
     check_pp(pp)
     _allow_transfers(pp)
-    if dp > 1 and jax.process_count() > 1:
-        raise DeviceError(
-            f"dp={dp} replicas run in one process, but there are {jax.process_count()}: "
-            f"start each replica by itself"
-        )
-    devices = jax.devices()
+    with time_limit():
+        devices = jax.devices()
+    _check_one_process(dp, jax.process_count())
     if tp is None:
         tp = max(1, len(devices) // (dp * pp))
         if tp * dp * pp < len(devices):
@@ -132,6 +129,7 @@ def ensure_devices(tp: int, dp: int = 1, pp: int = 1) -> None:
     check_pp(pp)
     _allow_transfers(pp)
     count = tp * dp * pp
+    _check_one_process(dp, num_processes())
     if not _backend_started():
         if count > _MAX_FAKED and dp * pp > 1:
             raise DeviceError(
@@ -141,6 +139,8 @@ def ensure_devices(tp: int, dp: int = 1, pp: int = 1) -> None:
         fake_devices(-(-count // num_processes()))
         import jax
 
+        with time_limit():
+            jax.devices()
         if count > 1 and jax.default_backend() == "cpu" and not process_id():
             print(f"tpjax: the only device is a CPU: faking {jax.device_count()} devices", file=sys.stderr)
     import jax
@@ -210,6 +210,14 @@ def _allow_transfers(pp: int) -> None:
     """Lets arrays move between the processes of a pipeline's stages."""
     if pp > 1 and num_processes() > 1 and not _backend_started():
         allow_transfers()
+
+
+def _check_one_process(dp: int, processes: int) -> None:
+    """Raises a ``DeviceError`` for several replicas in several processes."""
+    if dp > 1 and processes > 1:
+        raise DeviceError(
+            f"dp={dp} replicas run in one process, but there are {processes}: start each replica by itself"
+        )
 
 
 def _check_processes(tp: int, devices: list[jax.Device], pp: int = 1) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from tpjax.cli.console import show_report
-from tpjax.cli.loading import chosen_model, load
+from tpjax.cli.loading import chosen_model, ensure, load
 from tpjax.cli.options import (
     Json,
     Model,
@@ -81,6 +81,12 @@ def run(
 
     name = chosen_model(model, model_option)
     processes.join()
+    if dp > 1 and pp > 1:
+        raise RequestError(f"--dp {dp} and --pp {pp} are measured one at a time: leave one out")
+    if pp > 1 and num_processes() > 1:
+        raise RequestError(f"--pp {pp}: stages are measured in one process, and there are {num_processes()}")
+    if processes.several:
+        ensure(name, tp, dp)
     workload = Workload(dp, context, prompt_len or min(context, LONGEST_DEFAULT_PROMPT), "float32")
     # before anything is measured: a misspelt name and a context too long are reported at once
     needed, longest = step_benchmark.longest(workload), read_config(hub.resolve(name)).longest_context
@@ -89,10 +95,6 @@ def run(
             f"--context {context} and --prompt-len {workload.prompt_len} need sequences of "
             f"{needed} tokens, over the model's {longest}"
         )
-    if dp > 1 and pp > 1:
-        raise RequestError(f"--dp {dp} and --pp {pp} are measured one at a time: leave one out")
-    if pp > 1 and num_processes() > 1:
-        raise RequestError(f"--pp {pp}: stages are measured in one process, and there are {num_processes()}")
     # before this process starts JAX, if it is the only one: measuring has one of its own
     hardware = measured_hardware(tp * dp, rounds=rounds)
     llm = load(name, Sharding(tp=tp, dp=dp, pp=pp, dtype="float32", max_model_len=needed))

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from tpjax.cli.console import EXIT_INTERRUPTED, note
-from tpjax.cli.loading import chosen_model, load, note_defaults
+from tpjax.cli.loading import chosen_model, ensure, load, note_defaults
 from tpjax.cli.options import GenerationConfig, Model, ModelOption, Processes, Sampling, Sharding, takes
 from tpjax.distributed import process_id
 
@@ -43,6 +43,8 @@ def run(
     processes.join()
     if process_id():
         load(name, sharding, max_slots=1, generation_config=generation_config)  # follows process 0
+    if processes.several:
+        ensure(name, sharding.tp, sharding.dp, sharding.pp)
     check_template(name)  # before the weights are read
     llm = load(name, sharding, max_slots=1, generation_config=generation_config)
     note_defaults(llm)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from tpjax.cli.loading import ensure
 from tpjax.cli.options import MODEL_HELP, ModelOption, Processes, option, takes
 from tpjax.distributed import process_id
 from tpjax.errors import RequestError
@@ -41,6 +42,9 @@ def run(
         raise RequestError("no target is given: convert MODEL TARGET, a directory that does not exist yet")
     processes.join()
     from tpjax.checkpoints import hub
+
+    if processes.several:
+        ensure(model, 1)
 
     path = hub.resolve(model)
     import jax.numpy as jnp

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tpjax.cli.console import note
 from tpjax.cli.following import attend
+from tpjax.distributed import num_processes
 from tpjax.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
@@ -86,7 +87,11 @@ def ensure(model: str, tp: int | None, dp: int = 1, pp: int = 1, *, configuratio
         DeviceError: there are fewer devices.
     """
     from tpjax.checkpoints import hub
+    from tpjax.mesh import ensure_devices
     from tpjax.planning.published import check_name, hub_id, is_published
+
+    if num_processes() > 1:  # JAX starts in all of them at once, before one that has no model yet fetches it
+        ensure_devices(tp or 1, dp, pp)
 
     if configuration:
         check_name(model)
@@ -98,6 +103,4 @@ def ensure(model: str, tp: int | None, dp: int = 1, pp: int = 1, *, configuratio
     else:
         hub.resolve(model, configuration=configuration)
     if (tp or 1) * dp * pp > 1:
-        from tpjax.mesh import ensure_devices
-
         ensure_devices(tp or 1, dp, pp)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -11,7 +12,6 @@ from tpjax.config import MLPConfig
 from tpjax.layers.linear import Linear, RowLinear
 from tpjax.sharding import (
     COLUMN,
-    GATE_UP,
     REPLICATED,
     constrain,
     gate_up_layout,
@@ -57,15 +57,19 @@ class MLP(nnx.Module):
         )
         self.activation = config.activation
         self.gated = config.gated
-        self.tp = tp
 
     def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "*tp N D"]:
         """Returns each device's partial sum over F; the caller reduces them."""
         x = constrain(x, REPLICATED)  # all-gather over tp with sequence parallelism
         if self.gated:
-            gate_up = self.gate_up_proj(x).reshape(len(x), self.tp, 2, -1)
-            gate_up = constrain(gate_up, GATE_UP)
-            inner = activate(gate_up[..., 0, :], self.activation) * gate_up[..., 1, :]
+            # on each device: of an axis of its own for gate and up, a TPU would make a copy
+            gate = jax.shard_map(self._gate, in_specs=COLUMN, out_specs=COLUMN, check_vma=False)
+            inner = gate(self.gate_up_proj(x))
         else:
             inner = activate(self.up_proj(x), self.activation)
-        return self.down_proj(inner.reshape(len(x), -1))
+        return self.down_proj(inner)
+
+    def _gate(self, gate_up: Float[Array, "N F2"]) -> Float[Array, "N F2//2"]:
+        """Multiplies the features of one device by their gates."""
+        gate, up = jnp.split(gate_up, 2, axis=-1)
+        return activate(gate, self.activation) * up

@@ -14,7 +14,6 @@ from tpjax.sharding.projections import (
 from tpjax.sharding.specs import (
     BIAS,
     COLUMN,
-    GATE_UP,
     HEAD_ROWS,
     HEADS,
     LOGITS,
@@ -46,7 +45,6 @@ from tpjax.sharding.weight_layout import (
 __all__ = [
     "BIAS",
     "COLUMN",
-    "GATE_UP",
     "HEADS",
     "HEAD_ROWS",
     "LOGITS",

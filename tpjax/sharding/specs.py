@@ -25,7 +25,6 @@ PARTIAL_SUMS = P(AXIS)  # [tp, ...]: one partial sum per device
 SEQUENCE_PARALLEL = P(AXIS, None)  # [N, D]: a residual of which each device holds some tokens
 LOGITS = P(None, AXIS)  # [B, V]
 HEADS = P(None, AXIS, None, None)  # [N, K, parts of a head slot, h]
-GATE_UP = P(None, AXIS, None, None)  # [N, tp, 2, F / tp]
 PAGES = P(None, AXIS, None, None)  # [pages, K, page_size, h]
 
 

@@ -10,7 +10,6 @@ import pytest
 from tpjax.attention.tpu import Work
 from tpjax.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig
 from tpjax.hardware import HARDWARE
-from tpjax.inspect.collectives import find_collectives
 from tpjax.inspect.estimate import Estimate, estimate
 from tpjax.inspect.hlo import Module
 from tpjax.inspect.topology import parse_topology
@@ -90,11 +89,11 @@ def estimated(
     chip: str = "v5e:2x4",
     context: int = 300,
     kernel_work: Sequence[Work] = (),
+    text: str = PROGRAM,
 ) -> Estimate:
-    module = Module(PROGRAM)
+    module = Module(text)
     return estimate(
         module,
-        find_collectives(module),
         config,
         parse_topology(chip),
         tp=8,
@@ -158,3 +157,63 @@ def test_a_chip_that_shows_as_two_devices() -> None:
 
 def test_an_empty_cache_is_not_walked() -> None:
     assert estimated(context=0).pages_s == 0
+
+
+GATHER = "all-gather(%{}), channel_id=1, replica_groups={{{{0,1,2,3,4,5,6,7}}}}, dimensions={{0}}"
+CHAIN = ', frontend_attributes={chain_id="0"}'
+OVERLAPPED = f"""HloModule jit_step
+
+%started (a: bf16[128,4096]) -> (bf16[128,4096], bf16[1024,4096]) {{
+  %a = bf16[128,4096]{{1,0:S(1)}} parameter(0)
+  %ga = bf16[1024,4096]{{1,0:S(1)}} {GATHER.format("a")}{CHAIN}
+  ROOT %sa = (bf16[128,4096]{{1,0:S(1)}}, bf16[1024,4096]{{1,0:S(1)}}) custom-call(%ga), custom_call_target="AsyncCollectiveStart"
+}}
+
+%async_collective_fusion.3 (b: bf16[128,4096]) -> bf16[1024,3584] {{
+  %b = bf16[128,4096]{{1,0:S(1)}} parameter(0)
+  %gb = bf16[1024,4096]{{1,0:S(1)}} {GATHER.format("b")}{CHAIN}
+  ROOT %cb = bf16[1024,3584]{{1,0:S(1)}} convolution(%gb, %b), dim_labels=bf_oi->bf
+}}
+
+%ended (c: bf16[128,4096]) -> bf16[1024,4096] {{
+  %c = bf16[128,4096]{{1,0:S(1)}} parameter(0)
+  %gc = bf16[1024,4096]{{1,0:S(1)}} {GATHER.format("c")}{CHAIN}
+  ROOT %dc = bf16[1024,4096]{{1,0:S(1)}} custom-call(%gc), custom_call_target="AsyncCollectiveDone"
+}}
+
+ENTRY %main (x: bf16[128,4096]) -> bf16[1024,4096] {{
+  %x = bf16[128,4096]{{1,0:S(1)}} parameter(0)
+  %first = bf16[1024,4096]{{1,0:S(1)}} {GATHER.format("x")}
+  %start = (bf16[128,4096]{{1,0:S(1)}}, bf16[1024,4096]{{1,0:S(1)}}) fusion(%x), kind=kCustom, calls=%started
+  %part = bf16[128,4096]{{1,0:S(1)}} get-tuple-element(%start), index=0
+  %product = bf16[1024,3584]{{1,0:S(1)}} fusion(%part), kind=kOutput, calls=%async_collective_fusion.3, backend_config={{"estimated_cycles":"30000"}}
+  ROOT %done = bf16[1024,4096]{{1,0:S(1)}} fusion(%part), kind=kCustom, calls=%ended
+}}
+"""  # noqa: E501
+
+
+def test_a_collective_beside_a_product() -> None:
+    """Two gathers: of the second, the computation waits for what is left when its product has ended."""
+    found = estimated(text=OVERLAPPED)
+    gather_s = HARDWARE["v5e"].interconnect.all_reduce_s(8, 1024 * 4096 * 2) / 2
+    product_s = 30000 / (197e12 / 2 / (4 * 128 * 128))
+    assert product_s < gather_s
+    assert found.collectives_s == pytest.approx(2 * gather_s)
+    assert found.exposed_s == pytest.approx(2 * gather_s - product_s)
+    assert found.total_s == pytest.approx(product_s + found.exposed_s)
+    assert estimated().exposed_s == estimated().collectives_s
+
+
+def test_a_permute_beside_more_than_it_takes() -> None:
+    text = """HloModule jit_step
+
+ENTRY %main (x: bf16[128,4096]) -> bf16[128,4096] {
+  %x = bf16[128,4096]{1,0:S(1)} parameter(0)
+  %sent = (bf16[128,4096]{1,0:S(1)}, bf16[128,4096]{1,0:S(1)}, u32[], u32[]) collective-permute-start(%x)
+  %busy = f32[8]{0:S(1)} fusion(%x), kind=kLoop, calls=%none, backend_config={"estimated_cycles":"90000"}
+  ROOT %here = bf16[128,4096]{1,0:S(1)} collective-permute-done(%sent)
+}
+"""
+    found = estimated(text=text)
+    assert found.collectives_s == HARDWARE["v5e"].interconnect.transfer_s(128 * 4096 * 2)
+    assert found.exposed_s == 0

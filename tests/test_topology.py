@@ -529,11 +529,14 @@ def test_a_report_says_why_an_estimate_is_above_its_bound() -> None:
         pages_s=7.3e-3,
         traffic_s=2.7e-3,
         collectives_s=0.2e-3,
+        exposed_s=0.2e-3,
         total_s=9.0e-3,
         bound_s=2.7e-3,
         **parts,
     )
-    prefill = replace(decode, pages_s=0.0, collectives_s=5.6e-3, total_s=14.4e-3, bound_s=4.8e-3)
+    prefill = replace(
+        decode, pages_s=0.0, collectives_s=6.0e-3, exposed_s=5.6e-3, total_s=14.4e-3, bound_s=4.8e-3
+    )
     near = replace(decode, compute_s=2.7e-3, pages_s=0.1e-3, total_s=2.9e-3)
 
     def shown(**estimates: Estimate | None) -> str:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from tpjax.inspect.hlo import DTYPE_BITS, Array, Instruction, Module
+from tpjax.inspect.hlo import DTYPE_BITS, Array, Executed, Instruction, Module
 
 KINDS = (
     "all-reduce",
@@ -25,6 +25,7 @@ _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[([^\
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _FRAME = re.compile(r"stack_frame_id=(\d+)")
 _SCATTER = "all-reduce-scatter"  # prefix of the computation that a fused reduce-scatter of a TPU calls
+CONTINUED, ASYNC_DONE = "async_collective_fusion", "AsyncCollectiveDone"  # of a TPU: see placed_collectives
 _VIEWS = ("bitcast", "reshape", "copy", "get-tuple-element", "all-reduce-done")
 
 
@@ -64,6 +65,14 @@ def find_collectives(hlo: str | Module) -> list[Collective]:
         hlo: an optimised module, or its text as returned by ``Compiled.as_text()``.
     """
     module = Module(hlo) if isinstance(hlo, str) else hlo
+    return [collective for _, collective in placed_collectives(module)]
+
+
+def placed_collectives(module: Module) -> list[tuple[Executed, Collective]]:
+    """Lists collectives with the instructions that start them, or are them.
+
+    One that runs beside products on a TPU is spread over several fusions: it counts where it starts.
+    """
     sources = source_lines(module.text)
     found = []
     for one in module.executed():
@@ -76,6 +85,8 @@ def find_collectives(hlo: str | Module) -> list[Collective]:
             kind = "reduce-scatter"
         elif one.computation.startswith(_SCATTER):
             continue  # counted as the fusion that calls it
+        elif one.fused and _continues(module, one.computation):
+            continue
         arrays = _results(instruction)
         size = _group_size(instruction.line)
         if callee:
@@ -83,19 +94,24 @@ def find_collectives(hlo: str | Module) -> list[Collective]:
         if kind == "all-reduce" and (kept := _kept_part(module, one.computation, instruction, size)):
             kind, arrays = "reduce-scatter", kept
         name = _OP_NAME.search(instruction.line)
-        found.append(
-            Collective(
-                kind=kind,
-                shapes=" ".join(f"{a.dtype}[{','.join(map(str, a.dims))}]" for a in arrays),
-                bytes=sum(a.elements * DTYPE_BITS[a.dtype] // 8 for a in arrays),
-                group_size=size,
-                count=one.times,
-                conditional=one.conditional,
-                op_name=name[1] if name else "",
-                source=_source(instruction.line, sources),
-            )
+        collective = Collective(
+            kind=kind,
+            shapes=" ".join(f"{a.dtype}[{','.join(map(str, a.dims))}]" for a in arrays),
+            bytes=sum(a.elements * DTYPE_BITS[a.dtype] // 8 for a in arrays),
+            group_size=size,
+            count=one.times,
+            conditional=one.conditional,
+            op_name=name[1] if name else "",
+            source=_source(instruction.line, sources),
         )
+        found.append((one, collective))
     return found
+
+
+def _continues(module: Module, fused: str) -> bool:
+    """Whether a fused computation continues or ends a collective that another one started."""
+    body = module.computations[fused].values()
+    return fused.startswith(CONTINUED) or any(ASYNC_DONE in one.line for one in body)
 
 
 def summarise(collectives: Iterable[Collective]) -> list[Collective]:

@@ -1,19 +1,20 @@
 """Estimates the time of a TPU program from the cycles that its compiler predicts.
 
-    time = max(cycles / clock, memory traffic / bandwidth) + attention kernels + collectives
+    time = max(cycles / clock, memory traffic / bandwidth) + attention kernels + exposed collectives
 
 The compiler annotates fusions with estimated cycles (about 1,800 on the smallest), but neither collectives
 nor the copies that prefetch most weights, and the body of a loop once. Memory traffic is what those copies
 move and what everything else reads and writes in main memory. A kernel has no cycles: its time is the longer
 of the bytes that its grid moves over an assumed share of the bandwidth, and of its products over an assumed
-share of the peak rate. Nothing here was measured on a chip.
+share of the peak rate. A collective is exposed for as long as it has nothing to run beside: the instructions
+scheduled between its start and its end take their cycles. Nothing here was measured on a chip.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -21,8 +22,8 @@ from tpjax.attention.tpu import KERNEL_NAME, Work
 from tpjax.attention.tpu_write import KERNEL_NAME as WRITER_NAME
 from tpjax.config import ExpertAxis, KVDtype, ModelConfig, Quantize
 from tpjax.hardware import Efficiency
-from tpjax.inspect.collectives import Collective
-from tpjax.inspect.hlo import Executed, Module
+from tpjax.inspect.collectives import ASYNC_DONE, Collective, placed_collectives
+from tpjax.inspect.hlo import Executed, Instruction, Module
 from tpjax.inspect.topology import Topology
 from tpjax.interconnect import Interconnect
 from tpjax.planning.cost_model import CostModel
@@ -60,6 +61,7 @@ class Shares(NamedTuple):
 KERNEL_SHARES, LOW_KERNEL_SHARES = Shares(0.8, 0.5), Shares(0.6, 0.3)
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NO_ESTIMATE = 2**62  # and above: what the compiler writes if it has no estimate
+_CHAIN, _ASYNC_START = re.compile(r'chain_id="\d+"'), "AsyncCollectiveStart"
 _DONE = ("slice-done", "copy-done")
 # no memory traffic: bookkeeping, starts whose end is counted, and collectives, which are timed separately
 _FREE = re.compile(
@@ -79,7 +81,8 @@ class Estimate:
         traffic_bytes: bytes read and written in main memory, but for attention kernels.
         traffic_s: those over the bandwidth.
         collectives_s: collectives, by the interconnect model of ``plan``.
-        total_s: the longer of compute and memory traffic, plus attention kernels and collectives.
+        exposed_s: the part of ``collectives_s`` that nothing runs beside.
+        total_s: the longer of compute and memory traffic, plus attention kernels and exposed collectives.
         memory_bound_s: reading weights and cache once.
         compute_bound_s: products at the peak rate.
         bound_s: the longer of both bounds, summed over blocks: no program is faster.
@@ -95,6 +98,7 @@ class Estimate:
     traffic_bytes: int
     traffic_s: float
     collectives_s: float
+    exposed_s: float
     total_s: float
     memory_bound_s: float
     compute_bound_s: float
@@ -112,7 +116,6 @@ class Estimate:
 
 def estimate(
     module: Module,
-    collectives: Iterable[Collective],
     config: ModelConfig,
     topology: Topology,
     *,
@@ -133,7 +136,6 @@ def estimate(
 
     Args:
         module: the program.
-        collectives: its collectives.
         config: the architecture.
         topology: the chips.
         tp: number of devices.
@@ -160,14 +162,14 @@ def estimate(
     for one in module.executed(pages, caches):
         if one.conditional or one.fused:
             continue
-        match = _CYCLES.search(one.instruction.line)
-        if match and int(match[1]) < _NO_ESTIMATE:
-            cycles += int(match[1]) * one.times
-            page_cycles += int(match[1]) * one.times * one.page_loop
-        elif match or "tpu_custom_call" in one.instruction.line:
+        one_cycles = _cycles(one.instruction)
+        if one_cycles is not None:
+            cycles += one_cycles * one.times
+            page_cycles += one_cycles * one.times * one.page_loop
+        elif _CYCLES.search(one.instruction.line) or "tpu_custom_call" in one.instruction.line:
             kernels += one.times
         traffic += _traffic(module, one) * one.times
-    moved = sum(_seconds(one, chip.interconnect, tp) for one in collectives if not one.conditional)
+    clocks = _follow(module, chip.interconnect, tp, clock)
     compute_s, traffic_s = cycles / clock, traffic / bandwidth
     kernels_s, low_kernels_s = (
         sum(
@@ -193,8 +195,9 @@ def estimate(
         pages_s=page_cycles / clock,
         traffic_bytes=traffic,
         traffic_s=traffic_s,
-        collectives_s=moved,
-        total_s=max(compute_s, traffic_s) + kernels_s + moved,
+        collectives_s=clocks.moved,
+        exposed_s=clocks.exposed,
+        total_s=max(compute_s, traffic_s) + kernels_s + clocks.exposed,
         memory_bound_s=best.weights + best.cache,
         compute_bound_s=ideal(math.inf).compute,
         bound_s=best.weights + best.cache + best.compute,
@@ -203,6 +206,78 @@ def estimate(
         kernels_s=kernels_s,
         low_kernels_s=low_kernels_s,
     )
+
+
+def _cycles(instruction: Instruction) -> int | None:
+    """Returns the cycles that the compiler expects an instruction to take; ``None``: it does not say."""
+    match = _CYCLES.search(instruction.line)
+    return int(match[1]) if match and int(match[1]) < _NO_ESTIMATE else None
+
+
+@dataclass
+class _Clocks:
+    """Follows a schedule: when computation is, and when the links, which carry one collective at a time.
+
+    Attributes:
+        now: seconds that computation took so far, waiting included.
+        links_free: when the links have carried what was started.
+        moved: seconds of all collectives.
+        exposed: seconds that computation waited for them.
+    """
+
+    now: float = 0.0
+    links_free: float = 0.0
+    moved: float = 0.0
+    exposed: float = 0.0
+
+    def send(self, seconds: float, times: int) -> float:
+        """Starts a collective; returns when it ends."""
+        self.moved += seconds * times
+        self.links_free = max(self.links_free, self.now) + seconds
+        return self.links_free
+
+    def wait(self, until: float, times: int) -> None:
+        """Lets computation wait."""
+        pause = max(0.0, until - self.now)
+        self.now += pause
+        self.exposed += pause * times
+
+
+def _follow(module: Module, links: Interconnect, tp: int, clock: float) -> _Clocks:
+    """Returns the clocks at the end of a program."""
+    placed = {(one.computation, one.instruction.name): found for one, found in placed_collectives(module)}
+    clocks, ends = _Clocks(), dict[str, float]()
+    for one in module.executed():
+        if one.conditional:
+            continue
+        if not one.fused:
+            clocks.now += (_cycles(one.instruction) or 0) / clock
+        starts, ended = _asynchronous(module, one)
+        if ended in ends:
+            clocks.wait(ends[ended], one.times)
+        found = placed.get((one.computation, one.instruction.name))
+        if found is None:
+            continue
+        end = clocks.send(_seconds(replace(found, count=1), links, tp), one.times)
+        if starts:
+            ends[starts] = end
+        else:
+            clocks.wait(end, one.times)
+    return clocks
+
+
+def _asynchronous(module: Module, one: Executed) -> tuple[str, str]:
+    """Returns the name of the collective that an instruction starts, and of that which it ends, or ``""``."""
+    instruction = one.instruction
+    if not one.fused:
+        starts = instruction.name if instruction.opcode.endswith("-start") else ""
+        return starts, instruction.operands[0] if instruction.opcode.endswith("-done") else ""
+    chain = _CHAIN.search(instruction.line)
+    if chain is None:
+        return "", ""
+    lines = [inner.line for inner in module.computations[one.computation].values()]
+    starts, ended = (chain[0] * any(mark in line for line in lines) for mark in (_ASYNC_START, ASYNC_DONE))
+    return starts, ended
 
 
 def _pages(context: int, window: int | None, page_size: int) -> int:

@@ -280,7 +280,6 @@ def compile_program(
         weight_copy_bytes=sum(moved),
         estimate=estimate(
             module,
-            collectives,
             config,
             topology,
             tp=stage.mesh.size,

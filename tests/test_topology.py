@@ -229,13 +229,20 @@ LLAMA3_8B = llama(4096, 14336, 32, 8, 128256, layers=2)
 
 
 def compiled(
+    config: ModelConfig, name: str, tp: int, kind: str, quantize: Quantize | None = None
+) -> ProgramReport:
+    return compiled_text(config, name, tp, kind, quantize=quantize)[0]
+
+
+def compiled_text(
     config: ModelConfig,
     name: str,
     tp: int,
     kind: str,
-    quantize: Quantize | None = None,
     attention: AttentionBackend = "auto",
-) -> ProgramReport:
+    quantize: Quantize | None = None,
+) -> tuple[ProgramReport, str]:
+    """A program and its text."""
     runner = abstract_runner(
         config,
         parse_topology(name),
@@ -249,7 +256,8 @@ def compiled(
     spec = ProgramSpec(
         "decode" if kind == "decode" else "step", 0 if kind == "prefill" else 4, chunks, greedy=True
     )
-    return compile_program(runner, parse_topology(name), kind, spec, context=256 * (kind == "decode"))
+    program = compile_program(runner, parse_topology(name), kind, spec, context=256 * (kind == "decode"))
+    return program, runner.program(spec).as_text()
 
 
 def check(program: ProgramReport, config: ModelConfig, tp: int, remarks: str) -> None:
@@ -362,24 +370,26 @@ def test_quantised_llama3_8b(
         ("v5e:2x4", 3, "decode"),
         ("v5e:2x4", 5, "mixed"),
         ("v5e:2x4", 8, "decode"),
+        ("v5e:2x4", 8, "prefill"),
         ("v6e:2x4", 8, "decode"),
-        ("v5p:2x2x1", 4, "decode"),
+        ("v6e:2x4", 3, "prefill"),
+        ("v5p:2x2x1", 4, "mixed"),
         ("v4:2x2x1", 4, "decode"),
-        ("tpu7x:2x2x1", 8, "decode"),
+        ("tpu7x:2x2x1", 8, "mixed"),
     ),
 )
 @needs_tpu
 def test_kernel(name: str, tp: int, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """One call a layer in place of the loop over the pages of decode rows; nothing else changes."""
-    program = compiled(LLAMA3_8B, name, tp, kind, attention="tpu")
-    # small caches fit on chip, where XLA writes to them; at 8 x 8,192 positions it does not
-    check(replace(program, cache_write_backs=0), LLAMA3_8B, tp, capfd.readouterr().err)
+    """One call for each group of tokens in place of a loop over pages, and one for each buffer of a chunk."""
+    program, text = compiled_text(LLAMA3_8B, name, tp, kind, "tpu")
+    check(program, LLAMA3_8B, tp, capfd.readouterr().err)
     assert (program.cache_copies, program.weight_copies) == (0, 0)
+    assert "page_walk" not in text
     found = program.estimate
     assert found is not None
-    assert found.kernels == LLAMA3_8B.num_layers
+    calls = {"decode": 1, "prefill": 1 + 2, "mixed": 2 + 2}
+    assert found.kernels == calls[kind] * LLAMA3_8B.num_layers
     if kind == "decode":  # little more than weights, and two pages of each sequence
-        assert found.pages_s == 0
         bandwidth = found.traffic_bytes / found.traffic_s
         assert 1.0 <= (found.kernel_bytes + found.traffic_bytes) / bandwidth / found.memory_bound_s < 1.2
 
@@ -437,7 +447,7 @@ def test_a_cache_of_8_bits(
 @needs_gpu
 def test_gpu_kernel(tp: int, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
     """One call a layer and group of tokens; no loop is left whose end the host would have to ask for."""
-    program, text = compiled_for_h200(LLAMA3_8B, tp, kind)
+    program, text = compiled_text(LLAMA3_8B, "h200:8", tp, kind, "gpu")
     check(program, LLAMA3_8B, tp, capfd.readouterr().err)
     assert (program.cache_copies, program.weight_copies) == (0, 0)
     groups = 1 if kind == "decode" else 2
@@ -453,19 +463,10 @@ def test_gpu_experts() -> None:
     """Nothing is computed for every expert, and nothing as large as an expert is written."""
     fields = published._published()["qwen3-30b-a3b"]["config"]
     config = config_from_hf(fields | {"num_hidden_layers": 1, "vocab_size": 1024})
-    program, text = compiled_for_h200(config, 1, "decode")
+    program, text = compiled_text(config, "h200:8", 1, "decode", "gpu")
     assert len(re.findall(r"custom_call_target=\"mosaic_gpu", text)) == 3  # attention, and two products
     assert not [line for line in text.splitlines() if " while(" in line]
     assert program.temporary_bytes < 8 * 2**20  # all experts take 1.2 GB
-
-
-def compiled_for_h200(config: ModelConfig, tp: int, kind: str) -> tuple[ProgramReport, str]:
-    """A program with the kernels for GPUs, and its text."""
-    chips = parse_topology("h200:8")
-    runner = abstract_runner(config, chips, tp, max_slots=4, sequence_parallel="off", attention="gpu")
-    chunks = None if kind == "decode" else ChunkShape(1, 128)
-    spec = ProgramSpec("decode" if kind == "decode" else "step", 4, chunks, greedy=True)
-    return compile_program(runner, chips, kind, spec), runner.program(spec).as_text()
 
 
 @needs_tpu

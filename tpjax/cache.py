@@ -521,11 +521,9 @@ def _write(
             )
         written: QuantizedBuffer = write(buffer, *quantized(new, buffer.kind), group)
         return written
-    if not group.chunks:
-        return _write_tokens(buffer, new, group)
     if write_pages is None:  # the partitioner lets each device write its heads
-        return _write_chunks(buffer, new, group)
-    write = partial(_write_chunks, write_pages=write_pages)
+        return (_write_chunks if group.chunks else _write_tokens)(buffer, new, group)
+    write = partial(_write_chunks, write_pages=write_pages) if group.chunks else _write_rows
     if in_mesh:
         write = jax.shard_map(write, in_specs=(spec, heads, REPLICATED), out_specs=spec, check_vma=False)
     output: Array = write(buffer, new, group)
@@ -550,13 +548,8 @@ def _write_quantized(
         rows = _write_parts(rows, at[..., None] + pages * jnp.arange(heads), offsets[..., None], new)
         return buffer.with_parts(of_values, rows.reshape(buffer.scales.shape))
     at, offsets = _token_places(group, page_size)
-    if heads == 1:  # a CPU would copy the buffer to write to it in another shape
-        of_values = _write_tokens(buffer.values, values, group)
-    else:
-        by_head = buffer.values.reshape(pages * heads, page_size, width)
-        head_pages = at[..., None] * heads + jnp.arange(heads)
-        by_head = by_head.at[head_pages, offsets[..., None]].set(values, mode="promise_in_bounds")
-        of_values = by_head.reshape(buffer.shape)
+    # of one head a CPU would copy the buffer to write to it in another shape
+    of_values = (_write_tokens if heads == 1 else _write_rows)(buffer.values, values, group)
     for i in range(values.shape[1]):  # all scales of a page again: it writes rows in place, not elements
         scale_rows = at[:, i, None] + pages * jnp.arange(heads)
         here = jnp.arange(page_size) == offsets[:, i, None, None]
@@ -589,6 +582,22 @@ def _write_tokens(
     """Writes token by token, wherever each is."""
     pages, offsets = _token_places(group, buffer.shape[2])
     return buffer.at[pages, :, offsets].set(new, mode="promise_in_bounds")
+
+
+def _write_rows(
+    buffer: Shaped[Array, "pages K page_size h"], new: Shaped[Array, "B S K h"], group: TokenGroup
+) -> Shaped[Array, "pages K page_size h"]:
+    """Writes what :func:`_write_tokens` writes, on one device, in rows of one head.
+
+    Where a token's heads are one row, XLA for TPUs keeps the cache in a layout in which they are, and copies
+    it at every layer for a kernel that reads it.
+    """
+    num_pages, heads, page_size, width = buffer.shape
+    pages, offsets = _token_places(group, page_size)
+    rows = buffer.reshape(num_pages * heads, page_size, width)
+    places = pages[..., None] * heads + jnp.arange(heads, dtype=pages.dtype)
+    rows = rows.at[places, offsets[..., None]].set(new, mode="promise_in_bounds")
+    return rows.reshape(buffer.shape)
 
 
 def _write_chunks(

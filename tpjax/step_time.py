@@ -259,7 +259,20 @@ class StepTime:
         return self._product(self.held.mlp, tokens)
 
     def mixture(self, tokens: int) -> Cost:
-        """Computes the cost of routed experts in all layers; only weights of chosen experts are read.
+        """Computes the cost of routed experts in all layers; only weights of chosen experts are read."""
+        moe = self.config.moe
+        if moe is None:
+            return Cost()
+        count, active, read = moe.num_experts, moe.experts_per_token, self.experts_read(tokens)
+        if self.expert_axis == "width":
+            one, computed = self.held.experts / count, float(tokens * active)
+        else:
+            one, even = self.held.experts * self.tp / count, count * self._chosen(tokens) / self.tp
+            computed = tokens * active / self.tp * read / even
+        return self._block(read * one, 2.0 * computed * one) + self._product(self.held.routers, tokens)
+
+    def experts_read(self, tokens: int) -> float:
+        """Returns how many experts of a layer a device reads.
 
         A token chooses k of E experts at random, so that T tokens choose E (1 - (1 - k/E)^T) of them. If the
         experts are sharded, devices have uneven numbers of chosen ones: the step waits for the device with
@@ -267,17 +280,15 @@ class StepTime:
         """
         moe = self.config.moe
         if moe is None:
-            return Cost()
-        count, active = moe.num_experts, moe.experts_per_token
-        chosen = 1 - (1 - active / count) ** tokens
+            return 0.0
         if self.expert_axis == "width":
-            one, read = self.held.experts / count, count * chosen
-            computed = float(tokens * active)
-        else:
-            one, even = self.held.experts * self.tp / count, count * chosen / self.tp
-            read = busiest(count / self.tp, chosen, self.tp)
-            computed = tokens * active / self.tp * read / even
-        return self._block(read * one, 2.0 * computed * one) + self._product(self.held.routers, tokens)
+            return moe.num_experts * self._chosen(tokens)
+        return busiest(moe.num_experts / self.tp, self._chosen(tokens), self.tp)
+
+    def _chosen(self, tokens: int) -> float:
+        """Returns the share of all experts that tokens choose."""
+        moe = self.config.moe
+        return 0.0 if moe is None else 1 - (1 - moe.experts_per_token / moe.num_experts) ** tokens
 
     def overhead(self, tokens: StepTokens) -> Cost:
         """Computes what all layers cost beyond memory traffic, products and collectives."""

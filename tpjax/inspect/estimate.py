@@ -62,6 +62,7 @@ KERNEL_SHARES, LOW_KERNEL_SHARES = Shares(0.8, 0.5), Shares(0.6, 0.3)
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NO_ESTIMATE = 2**62  # and above: what the compiler writes if it has no estimate
 _CHAIN, _ASYNC_START = re.compile(r'chain_id="\d+"'), "AsyncCollectiveStart"
+_GROUPED = "ragged-dot"  # a grouped product, which XLA has as a kernel of its own
 _DONE = ("slice-done", "copy-done")
 # no memory traffic: bookkeeping, starts whose end is counted, and collectives, which are timed separately
 _FREE = re.compile(
@@ -158,6 +159,15 @@ def estimate(
         -(-_pages(context, config.attention.window_of(kind), page_size) // pages_at_once)
         for kind in config.attention.layer_types
     ]
+
+    def cost_model(rate: float) -> CostModel:
+        perfect = replace(device, bandwidth_bytes_s=rate, efficiency=_IDEAL)
+        kind = "float32" if dtype == "float32" else "bf16"
+        workload = Workload(dtype=quantize or kind, cache_dtype=kind if kv_dtype == "auto" else kv_dtype)
+        expert_axis: ExpertAxis = config.moe.sharded_axis(tp) if config.moe else "width"
+        return CostModel(Counts("", config), perfect, tp, workload, expert_axis)
+
+    experts_read = cost_model(bandwidth).experts_read(batch * length)
     cycles, page_cycles, traffic, kernels = 0, 0, 0, 0
     for one in module.executed(pages, caches):
         if one.conditional or one.fused:
@@ -168,7 +178,7 @@ def estimate(
             page_cycles += one_cycles * one.times * one.page_loop
         elif _CYCLES.search(one.instruction.line) or "tpu_custom_call" in one.instruction.line:
             kernels += one.times
-        traffic += _traffic(module, one) * one.times
+        traffic += _traffic(module, one, experts_read) * one.times
     clocks = _follow(module, chip.interconnect, tp, clock)
     compute_s, traffic_s = cycles / clock, traffic / bandwidth
     kernels_s, low_kernels_s = (
@@ -180,11 +190,7 @@ def estimate(
     )
 
     def ideal(rate: float) -> Cost:
-        perfect = replace(device, bandwidth_bytes_s=rate, efficiency=_IDEAL)
-        kind = "float32" if dtype == "float32" else "bf16"
-        workload = Workload(dtype=quantize or kind, cache_dtype=kind if kv_dtype == "auto" else kv_dtype)
-        expert_axis: ExpertAxis = config.moe.sharded_axis(tp) if config.moe else "width"
-        model = CostModel(Counts("", config), perfect, tp, workload, expert_axis)
+        model = cost_model(rate)
         tokens = StepTokens(batch, context) if length == 1 else StepTokens(chunks=((0, length),))
         return model.step(tokens) if samples else model.layers(tokens)
 
@@ -286,8 +292,11 @@ def _pages(context: int, window: int | None, page_size: int) -> int:
     return -(-context // page_size) - first
 
 
-def _traffic(module: Module, one: Executed) -> int:
-    """Returns the bytes that an instruction reads and writes in main memory each time it runs."""
+def _traffic(module: Module, one: Executed, experts_read: float) -> int:
+    """Returns the bytes that an instruction reads and writes in main memory each time it runs.
+
+    Of a grouped product's stack of experts it reads ``experts_read``: its grid has no others.
+    """
     instruction, body = one.instruction, module.computations[one.computation]
     if instruction.opcode in _DONE:
         start = body[instruction.operands[0]].arrays
@@ -305,7 +314,9 @@ def _traffic(module: Module, one: Executed) -> int:
     for name in dict.fromkeys(instruction.operands):
         operand = body.get(name)
         if operand is not None and [array.space for array in operand.arrays] == [0]:
-            total += module.read(one.computation, name, instruction)
+            read = module.read(one.computation, name, instruction)
+            stack = operand.arrays[0].dims if instruction.name.startswith(_GROUPED) else ()
+            total += int(read * min(1.0, experts_read / stack[0])) if len(stack) == 3 else read
     return total
 
 

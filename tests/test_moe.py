@@ -429,3 +429,18 @@ def test_explain_says_how_experts_are_sharded(name: str, tp: int, sharding: Any,
     assert rows["layers.*.mlp.experts.down_proj"].spec == (
         "(tp, -, -)" if report.experts["sharded_by"] == "experts" else "(-, tp, -)"
     )
+
+
+def test_tiles_on_a_device_with_some_of_the_experts() -> None:
+    """Tiles are as high as an expert has rows, whatever part of all experts is here."""
+    from tpjax.layers.experts_gpu import lay_out
+
+    assigned = np.random.default_rng(0).integers(0, 32, 256)
+    local = np.where(assigned < 4, assigned, 4)
+    experts, places, sources = (np.asarray(x) for x in lay_out(jnp.asarray(local), 4, 32))
+    size = len(sources) // len(experts)
+    assert size == 8
+    here = np.flatnonzero(local < 4)
+    np.testing.assert_array_equal(experts[places[here] // size], local[here])
+    np.testing.assert_array_equal(sources[places[here]], here)
+    assert (experts < 4).sum() == sum(-(-np.bincount(local[here]) // size))

@@ -123,7 +123,8 @@ def _experts_by_kernel(
     """Computes what :func:`_experts_in_order` computes, by the kernel for Hopper GPUs."""
     from tpjax.layers import experts_gpu  # Pallas is imported where it is used: that takes a while
 
-    tiles = experts_gpu.lay_out(assigned, experts.gate_up.shape[0])
+    count = experts.gate_up.shape[0]
+    tiles = experts_gpu.lay_out(assigned, count, moe_of(config).num_experts)
     of_place = jnp.repeat(tiles.experts, tiles.sources.size // tiles.experts.size)
 
     def product(x: Float[Array, "places D"], weights: Weight) -> Float[Array, "places F"]:

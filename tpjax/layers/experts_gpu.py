@@ -58,7 +58,7 @@ def tile_rows(assignments: int, experts: int) -> int:
     return size
 
 
-def lay_out(assigned: Int[Array, " M"], count: int) -> Tiles:
+def lay_out(assigned: Int[Array, " M"], count: int, total: int | None = None) -> Tiles:
     """Returns the tiles of assignments.
 
     Sums of comparisons take the place of prefix sums and searches: each is one small kernel, those are many.
@@ -66,9 +66,10 @@ def lay_out(assigned: Int[Array, " M"], count: int) -> Tiles:
     Args:
         assigned: expert of each assignment; ``count``: it is in no tile, and its place means nothing.
         count: experts.
+        total: experts on all devices, to which these are the assignments; ``None``: ``count``.
     """
     rows = len(assigned)
-    size = tile_rows(rows, count)
+    size = tile_rows(rows, total or count)
     num_tiles = min(count, rows) + rows // size
     every = jnp.arange(count, dtype=jnp.int32)
     sizes = (assigned[:, None] == every).sum(axis=0, dtype=jnp.int32)

@@ -214,15 +214,17 @@ def new(rng: np.random.Generator, batch: int, length: int) -> tuple[np.ndarray, 
     return rng.normal(size=shape).astype(np.float32), rng.normal(size=shape).astype(np.float32)
 
 
+@pytest.mark.parametrize("backend", (XLA, KERNEL), ids=("xla", "tpu"))
 @pytest.mark.parametrize("batch", (1, 3))
-def test_token_writes(batch: int) -> None:
+def test_token_writes(batch: int, backend: Backend) -> None:
     rng = np.random.default_rng(batch)
     for trial in range(TRIALS):
         cache, keys, values = filled(rng)
         positions = random_positions(rng, batch, 1, trial)
         table = tables(rng, batch, [BLOCKS] * batch)
         new_keys, new_values = new(rng, batch, 1)
-        written = write(cache, new_keys, new_values, TokenGroup(jnp.asarray(table), jnp.asarray(positions)))
+        group = TokenGroup(jnp.asarray(table), jnp.asarray(positions))
+        written = write(cache, new_keys, new_values, group, page_writer(backend))
         for row, at in enumerate(positions[:, 0]):
             page = table[row, at // PAGE]
             keys[page, :, at % PAGE], values[page, :, at % PAGE] = new_keys[row, 0], new_values[row, 0]

@@ -120,7 +120,7 @@ def test_parts() -> None:
     assert found.traffic_bytes == weights + stored + (2 + 3) * page + written + head + logits
     assert found.traffic_s == pytest.approx(found.traffic_bytes / 819e9)
     assert found.collectives_s == HARDWARE["v5e"].interconnect.all_reduce_s(8, 2 * 512 * 2)
-    assert found.total_s == found.compute_s + found.collectives_s
+    assert found.total_s == pytest.approx(found.compute_s + found.collectives_s)
     assert found.kernels == 3  # and the sort, whose number is none
 
 
@@ -201,7 +201,7 @@ def test_a_collective_beside_a_product() -> None:
     assert found.collectives_s == pytest.approx(2 * gather_s)
     assert found.exposed_s == pytest.approx(2 * gather_s - product_s)
     assert found.total_s == pytest.approx(product_s + found.exposed_s)
-    assert estimated().exposed_s == estimated().collectives_s
+    assert estimated().exposed_s == pytest.approx(estimated().collectives_s)
 
 
 def test_a_permute_beside_more_than_it_takes() -> None:

@@ -538,7 +538,7 @@ def _write_quantized(
     write_pages: PageWriter | None,
 ) -> QuantizedBuffer:
     """Writes on one device: rows of one head each, since a TPU moves a whole buffer to write wider ones."""
-    pages, heads, page_size, width = buffer.shape
+    pages, heads, page_size, _ = buffer.shape
     rows = buffer.scales.reshape(heads * pages, page_size)
     if group.chunks:
         size = min(values.shape[1], page_size)

@@ -29,6 +29,7 @@ class Stepwise:
         dtype: dtype of weights and cache.
         quantize: what weights are kept in.
         kv_dtype: what keys and values are kept in.
+        quantize_head: embedding and head are kept so too.
     """
 
     PAGE = 64
@@ -42,12 +43,20 @@ class Stepwise:
         dtype: str = "float32",
         quantize: Quantize | None = None,
         kv_dtype: KVDtype = "auto",
+        quantize_head: bool = False,
     ) -> None:
         checkpoint = open_checkpoint(GOLDENS / name)
         self.mesh, self.vocab_size = make_mesh(tp), checkpoint.config.vocab_size
         kind, pages = jnp.dtype(dtype), -(-max_length // self.PAGE)
         format_of = checkpoint.source.format_of
-        model = abstract_decoder(checkpoint.config, self.mesh, kind, quantize, format_of=format_of)
+        model = abstract_decoder(
+            checkpoint.config,
+            self.mesh,
+            kind,
+            quantize,
+            format_of=format_of,
+            quantize_head=quantize_head,
+        )
         model = load_decoder(checkpoint, model, self.mesh, progress=False)
         self.cache = allocate(
             checkpoint.config,

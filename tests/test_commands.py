@@ -57,11 +57,11 @@ COMMANDS = {
     ),
     "generate chat": (
         "generate '{prompt}' {model} --system 'Be brief.' --temperature 0 --max-tokens 4 --max-model-len 128 "
-        "--quantize int8 --kv-dtype int8"
+        "--quantize int8 --quantize-head --kv-dtype int8"
     ),
     "chat": (
         "chat --model {model} --tp 2 --dp 1 --dtype float32 --max-model-len 128 --expert-parallel off "
-        "--attention auto --quantize int8 --kv-dtype int8 "
+        "--attention auto --quantize int8 --quantize-head --kv-dtype int8 "
         "--system brief --max-tokens 6 --min-tokens 1 --temperature 0 --top-k 5 --top-p 0.9 --min-p 0.01 "
         "--seed 3 --stop zebra --stop-token-ids 3 --ignore-eos --repetition-penalty 1.1 "
         "--presence-penalty 0.1 --frequency-penalty 0.1 --logit-bias 7:1 --logprobs 1 "
@@ -69,7 +69,7 @@ COMMANDS = {
     ),
     "serve": (
         "serve --model {model} --tp 2 --dp 2 --dtype float32 --max-model-len 64 --expert-parallel auto "
-        "--attention xla --quantize int8 --kv-dtype int8 "
+        "--attention xla --quantize int8 --quantize-head --kv-dtype int8 "
         "--host 127.0.0.1 --port 0 --served-model-name tiny --max-slots 2 --max-num-batched-tokens 256 "
         "--max-queue 64 --api-key first --api-key-file {keys} --protect-metrics "
         "--allow-origin http://localhost:3000 --max-body-mib 1 --drain-s 5 --generation-config none " + ALONE
@@ -86,7 +86,7 @@ COMMANDS = {
         "batch --model {model} --input {requests} --output {tmp}/answers.jsonl --max-slots 2 --tp 2 --dp 2 "
         "--max-num-batched-tokens 256 --generation-config auto "
         "--dtype float32 --max-model-len 64 --expert-parallel off --attention xla --quantize int8 "
-        "--kv-dtype int8 " + ALONE
+        "--quantize-head --kv-dtype int8 " + ALONE
     ),
     "bench": "bench {model} --tp 1 --dp 2 --context 40 --prompt-len 20 --rounds 1 --json " + ALONE,
     "bench table": "bench --model {model} --tp 2 --context 40 --rounds 1",
@@ -104,9 +104,13 @@ COMMANDS = {
         "explain --model {model} --tp 3 --dp 2 --dtype bfloat16 --max-model-len 64 --expert-parallel off "
         "--attention reference --plot {tmp}/shards.png --json " + ALONE
     ),
-    "explain config": "explain --config {model}/config.json --tp 2 --quantize int8 --kv-dtype int8",
+    "explain config": (
+        "explain --config {model}/config.json --tp 2 --quantize int8 --quantize-head --kv-dtype int8"
+    ),
     "explain topology": "explain llama-3-8b --topology v5e:99x99 --context 64 --batch 8 --prompt-len 64",
-    "convert": "convert --model {model} {tmp}/orbax --dtype bfloat16 " + ALONE,
+    "convert": (
+        "convert --model {model} {tmp}/orbax --dtype bfloat16 --quantize int8 --format orbax " + ALONE
+    ),
     "pull": "pull --model smollm2-135m --verify",
     "models": "models --json",
     "doctor": "doctor --json",
@@ -163,7 +167,15 @@ def llm(model: Path) -> LLM:
 
 @pytest.fixture(scope="module")
 def quantized(model: Path) -> LLM:
-    return LLM(model, tp=1, max_model_len=128, max_slots=2, quantize="int8", kv_dtype="int8")
+    return LLM(
+        model,
+        tp=1,
+        max_model_len=128,
+        max_slots=2,
+        quantize="int8",
+        quantize_head=True,
+        kv_dtype="int8",
+    )
 
 
 def test_every_option_is_tried() -> None:

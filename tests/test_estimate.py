@@ -13,6 +13,7 @@ from tpjax.hardware import HARDWARE
 from tpjax.inspect.estimate import Estimate, estimate
 from tpjax.inspect.hlo import Module
 from tpjax.inspect.topology import parse_topology
+from tpjax.step_time import Itemsizes
 
 CONFIG = ModelConfig(
     model_type="llama",
@@ -97,7 +98,7 @@ def estimated(
         config,
         parse_topology(chip),
         tp=8,
-        dtype="bfloat16",
+        itemsizes=Itemsizes(2, 2, 2),
         batch=2,
         length=1,
         context=context,

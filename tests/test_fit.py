@@ -90,6 +90,18 @@ def test_refusal_has_the_sizes_and_what_would_fit(monkeypatch: pytest.MonkeyPatc
         limits(60 * MIB + workspace_bytes(CONFIG, 3, F32, 4, 512), weights=120 * MIB)
 
 
+def test_rounding_that_fits_is_named() -> None:
+    """The mildest, and only if weights can be rounded."""
+    free = 30 * MIB + WORK + 2 * PAGE
+    sizes = {"int8": 25 * MIB, "int4": 13 * MIB}
+    with pytest.raises(ConfigError, match=r"; what would fit: dtype=bfloat16 or quantize='int8'$"):
+        limits(free, weights=40 * MIB, quantized_bytes=sizes.__getitem__)
+    with pytest.raises(ConfigError, match=r"quantize='int4'$"):
+        limits(free - 10 * MIB, weights=100 * MIB, quantized_bytes=sizes.__getitem__)
+    with pytest.raises(ConfigError, match=r"; what would fit: dtype=bfloat16$"):
+        limits(free, weights=40 * MIB)
+
+
 def test_fewer_slots_that_fit_are_named() -> None:
     """Where it is not the model that is too large, but what so many sequences need at once."""
     free = 100 * MIB + WORK + 11 * PAGE

@@ -12,13 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from conftest import GOLDENS
+from flax import nnx
+from stepwise import Stepwise
 
-from tpjax.checkpoints.load import open_checkpoint
+from tpjax.checkpoints.gguf import GGUFFile
+from tpjax.checkpoints.load import abstract_decoder, open_checkpoint, parameters
 from tpjax.checkpoints.safetensors import SafetensorsCheckpoint
 from tpjax.config import ModelConfig
+from tpjax.errors import CheckpointError
+from tpjax.mesh import make_mesh
+
+F32 = jnp.dtype("float32")
 
 ARCHITECTURES = {
     "qwen2": gguf.MODEL_ARCH.QWEN2,
@@ -131,3 +140,105 @@ def test_a_head_that_is_the_embedding_is_tied(same: bool, tmp_path: Path) -> Non
     assert original.config.tie_word_embeddings and found.config.tie_word_embeddings == same
     if not same:
         np.testing.assert_array_equal(found.source.read("lm_head.weight", everything), head)
+
+
+# --- kept as they are stored -------------------------------------------------------------------------------
+
+PROMPT = np.random.default_rng(2).integers(0, 64, 24)
+SIZES = {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64)}
+SIZES |= {"ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96)}
+
+
+def quantized_llama(path: Path, kinds: dict[str, str], default: str) -> Path:
+    """Writes a random Llama of two layers whose matrices are of ggml's types."""
+    rng = np.random.default_rng(1)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(64)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+
+    def add(name: str, shape: tuple[int, int], kind: str) -> None:
+        values = rng.normal(size=shape).astype(np.float32) / 8
+        raw_dtype = gguf.GGMLQuantizationType[kind]
+        if kind == "F32":
+            writer.add_tensor(name, values)
+        else:
+            writer.add_tensor(name, gguf.quants.quantize(values, raw_dtype), raw_dtype=raw_dtype)
+
+    add("token_embd.weight", (64, 64), kinds.get("token_embd", "F32"))
+    add("output.weight", (64, 64), kinds.get("output", "F32"))
+    writer.add_tensor("output_norm.weight", np.ones(64, np.float32))
+    for layer in range(2):
+        for norm in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{layer}.{norm}.weight", np.ones(64, np.float32))
+        for name, shape in SIZES.items():
+            add(f"blk.{layer}.{name}.weight", shape, kinds.get(name, default))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def dequantised_logits(path: Path) -> np.ndarray:
+    """Those of the NumPy model with every weight as the gguf package dequantises it."""
+    checkpoint, mesh = open_checkpoint(path), make_mesh(1)
+    weights = {}
+    for parameter in parameters(abstract_decoder(checkpoint.config, mesh, F32), mesh):
+        for source, shape in parameter.layout.canonical_shapes().items():
+            name = parameter.canonical(source)
+            weights[name] = checkpoint.source.read(name, tuple(slice(0, size) for size in shape))
+    return reference.logits(checkpoint.config, weights, PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tp"),
+    (
+        ("Q4_0", 3),
+        *(pytest.param(kind, tp, marks=pytest.mark.slow) for kind in ("Q8_0", "Q4_0") for tp in (1, 2, 5, 8)),
+    ),
+)
+def test_types_that_are_kept(kind: str, tp: int, tmp_path: Path) -> None:
+    """Values and scales stay as they are stored, in groups that slices and heads cut."""
+    path = quantized_llama(tmp_path / "tiny.gguf", {}, kind)
+    kept = open_checkpoint(path).source.format_of("layers.0.self_attn.q_proj.weight")
+    assert kept is not None and (kept.group, kept.scales.name) == (32, "float16")
+    assert kept.values.name == {"Q8_0": "int8", "Q4_0": "int4"}[kind]
+    model = Stepwise(str(path), tp, max_length=64)
+    stored = {leaf.get_value().dtype.name for _, leaf in nnx.to_flat_state(model.weights)}
+    assert stored == {"float32", "int8", "float16"}  # on a CPU 4 bits take a byte
+    want = dequantised_logits(path)
+    got = np.concatenate([model(PROMPT[:-1].tolist()), model(PROMPT[-1:].tolist())])
+    assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+
+
+def test_fused_tensors_of_several_types_are_widened(tmp_path: Path) -> None:
+    """Queries, keys and values are one matrix; an embedding stays as it is stored if that is asked for."""
+    kinds = {"attn_v": "Q8_0", "ffn_up": "Q4_1", "token_embd": "Q8_0", "output": "Q8_0"}
+    path = quantized_llama(tmp_path / "tiny.gguf", kinds, "Q4_0")
+    checkpoint, mesh = open_checkpoint(path), make_mesh(2)
+    layers = {f"layers.{i}.{name}" for i in range(2) for name in ("self_attn.o_proj", "mlp.down_proj")}
+    for head, ends in ((False, set()), (True, {"embed_tokens", "lm_head"})):
+        model = abstract_decoder(
+            checkpoint.config, mesh, F32, format_of=checkpoint.source.format_of, quantize_head=head
+        )
+        kept = {one.name for one in parameters(model, mesh) if one.is_quantized}
+        assert kept == {f"{name}.weight.values" for name in layers | ends}
+    want = dequantised_logits(path)
+    got = Stepwise(str(path), 3, max_length=64, quantize_head=True)(PROMPT.tolist())
+    assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+
+
+def test_a_scale_that_is_no_number(tmp_path: Path) -> None:
+    path = quantized_llama(tmp_path / "tiny.gguf", {}, "Q8_0")
+    start = GGUFFile(path)._tensors["blk.1.ffn_down.weight"].start
+    data = bytearray(path.read_bytes())
+    data[start : start + 2] = np.float16(np.nan).tobytes()
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"'blk\.1\.ffn_down\.weight' has a scale that is no finite"):
+        Stepwise(str(path), 2, max_length=64)

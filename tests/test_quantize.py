@@ -24,6 +24,7 @@ from tpjax import LLM
 from tpjax.checkpoints import rounding
 from tpjax.checkpoints.kept import Kept
 from tpjax.checkpoints.load import (
+    ENDS,
     abstract_decoder,
     load_decoder,
     open_checkpoint,
@@ -43,6 +44,7 @@ from tpjax.mesh import make_mesh
 from tpjax.planning.cost_model import CostModel
 from tpjax.planning.workload import Workload
 from tpjax.runtime.counts import Counts
+from tpjax.runtime.device_speed import step_time
 from tpjax.runtime.limits import Limits
 from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.runner import Runner
@@ -98,16 +100,19 @@ def worth_of(weight: np.ndarray, kind: Quantize) -> np.ndarray:
 
 
 @functools.cache
-def expected(name: str, kind: Quantize) -> np.ndarray:
+def expected(name: str, kind: Quantize, head: bool = False) -> np.ndarray:
     """Logits of the NumPy model with dequantised weights in place of those that are quantised."""
     checkpoint, mesh = open_checkpoint(GOLDENS / name), make_mesh(1)
     weights = {}
-    for parameter in parameters(abstract_decoder(checkpoint.config, mesh, F32, kind), mesh):
+    model = abstract_decoder(checkpoint.config, mesh, F32, kind, quantize_head=head)
+    for parameter in parameters(model, mesh):
         if not parameter.is_scales:
             for source, shape in parameter.layout.canonical_shapes().items():
                 key = parameter.canonical(source)
                 weight = checkpoint.source.read(key, (slice(None),) * len(shape))
-                weights[key] = worth_of(weight, kind) if parameter.is_quantized else weight
+                as_int8: Quantize = "int8" if key in ENDS and kind == "int4" else kind
+                weights[key] = worth_of(weight, as_int8) if parameter.is_quantized else weight
+    assert head == (parameters(model, mesh)[0].quantized is not None)
     return reference.logits(checkpoint.config, weights, PROMPT)
 
 
@@ -140,6 +145,43 @@ def test_logits_in_fp8(name: str) -> None:
     want = expected(name, "fp8")
     got = Stepwise(name, 2, max_length=64, quantize="fp8")(PROMPT.tolist())
     assert np.abs(got - want).max() <= TOLERANCE * np.abs(want).max()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "tp"),
+    (
+        ("llama", "int4", 3),
+        pytest.param("gemma3", "int8", 2),
+        *(
+            pytest.param(name, kind, tp, marks=pytest.mark.slow)
+            for name in ("llama", "gemma3", "llama-bias-tied", "cohere")
+            for kind in ("int8", "fp8", "int4")
+            for tp in (1, 5, 8)
+        ),
+    ),
+)
+def test_logits_with_embedding_and_head(name: str, kind: Quantize, tp: int, small_groups: None) -> None:
+    """Apart or one matrix; with int4 these are int8."""
+    want = expected(name, kind, True)
+    got = Stepwise(name, tp, max_length=64, quantize=kind, quantize_head=True)(PROMPT.tolist())
+    assert np.abs(got - want).max() <= TOLERANCE * np.abs(want).max()
+
+
+def test_a_quantised_head_is_sharded_and_counted() -> None:
+    config, mesh = read_config(GOLDENS / "llama"), make_mesh(3)
+    declared = {
+        p.name: p for p in parameters(abstract_decoder(config, mesh, F32, "int4", quantize_head=True), mesh)
+    }
+    for name in ("embed_tokens", "lm_head"):
+        values, scales = (declared[f"{name}.weight.{part}"] for part in ("values", "scales"))
+        assert (values.dtype, tuple(values.sharding.spec)) == (jnp.int8, ("tp", None))
+        assert (scales.dtype, tuple(scales.sharding.spec)) == (F32, ("tp",))
+    times = step_time(config, mesh, F32, declared.values())
+    hidden = declared["lm_head.weight.values"].layout.shape[1]
+    assert times.itemsizes.head == pytest.approx(1 + 4 / hidden)
+    held = sum(p.bytes_per_device for p in declared.values() if p.path[0] == "layers" and p.quantized)
+    elements = times.held.attention + times.held.mlp
+    assert times.itemsizes.weights == pytest.approx(held / elements)
 
 
 def test_logits_of_experts_with_biases() -> None:
@@ -557,3 +599,14 @@ def test_a_checkpoint_that_is_quantised_already(
 def test_unknown_ways_to_quantise(wrong: Any) -> None:
     with pytest.raises(ConfigError, match=r"^quantize=.* is not supported: use int8, fp8 or int4$"):
         LLM(GOLDENS / "llama", tp=1, quantize=wrong)
+
+
+def test_a_head_that_nothing_quantises() -> None:
+    message = (
+        "^quantize_head=True keeps embedding and head as quantize says or as they are stored: quantize=None, "
+        "and .*llama does not store them in 8 or 4 bits$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        LLM(GOLDENS / "llama", tp=1, quantize_head=True)
+    with pytest.raises(ConfigError, match=message):
+        explain_model(str(GOLDENS / "llama"), tp=1, quantize_head=True)

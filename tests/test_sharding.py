@@ -25,6 +25,7 @@ from tpjax.sharding import (
     pad_to_multiple,
     qkv_layout,
     tensor_layout,
+    width_per_device,
 )
 
 QUICK = settings(max_examples=200, deadline=None, derandomize=True)
@@ -159,6 +160,15 @@ def test_bad_plans() -> None:
         value = min(arguments)
         with pytest.raises(ConfigError, match=rf"^{name}={value} is less than 1$"):
             HeadPlan(*arguments)
+
+
+def test_widths_that_groups_of_inputs_divide() -> None:
+    """As large a power of two, up to 128, as adds at most a 64th; others stay as they are."""
+    shares = {(13824, 7): 1984, (11008, 3): 3712, (11008, 8): 1376, (14336, 8): 1792, (18944, 8): 2368}
+    shares |= {(20, 3): 7, (96, 5): 20, (1536, 5): 312, (1, 8): 1}
+    assert {key: width_per_device(*key) for key in shares} == shares
+    layout = tensor_layout("down_proj.weight", (64, 13824), padded=7 * 1984, axis=1)
+    assert layout.stored_group(1, 128, 7) == 64
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,14 @@ from safetensors.numpy import save_file
 from stepwise import Stepwise
 
 from tpjax import LLM
-from tpjax.checkpoints.load import abstract_decoder, open_checkpoint, parameters
+from tpjax.checkpoints.declared import declared_formats
+from tpjax.checkpoints.load import abstract_decoder, open_checkpoint, parameters, read_config
 from tpjax.errors import CheckpointError, ConfigError
+from tpjax.layers.weights import FormatOf, WeightFormat, dtype_bits
 from tpjax.mesh import make_mesh
+from tpjax.planning.published import find_model
+from tpjax.runtime.counts import Counts, stored_bytes
+from tpjax.runtime.device_speed import stored_itemsizes
 
 F32 = jnp.dtype("float32")
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -253,6 +260,57 @@ def test_what_is_read(model: tuple[str, Path, Tensors]) -> None:
     assert sum(one.is_quantized for one in parameters(model_of, mesh)) == 8
 
 
+def test_a_configuration_alone(model: tuple[str, Path, Tensors]) -> None:
+    """It says the same formats, up to the dtype of scales, and the same bytes."""
+    _, path, weights = model
+    checkpoint = open_checkpoint(path)
+    declared = declared_formats(path / "config.json", checkpoint.config)
+    assert declared is not None
+    for name in weights:
+        if "_proj" in name or not name.startswith("layers"):
+            said, stored = declared(name), checkpoint.source.format_of(name)
+            said = said and replace(said, scales=F32)
+            assert said == (stored and replace(stored, scales=F32)), name
+    wide = partial(_with_scales_of, declared, checkpoint.source.format_of)
+    mesh = make_mesh(1)
+    kept = abstract_decoder(checkpoint.config, mesh, jnp.dtype("bfloat16"), format_of=wide)
+    held = Counts("", checkpoint.config).on_device(1)
+    sizes = stored_itemsizes(held, jnp.dtype("bfloat16"), parameters(kept, mesh))
+    bits = {p.quantized.kept.values for p in parameters(kept, mesh) if p.quantized is not None}
+    if dtype_bits(bits.pop()) == 8:  # on a CPU 4 bits take a byte
+        assert stored_bytes(checkpoint.config, wide) == pytest.approx(sizes.weights)
+    known = find_model(str(path / "config.json"))
+    assert known.quantization == checkpoint.quantization and known.stored_bytes is not None
+    with pytest.raises(ConfigError, match=r"config\.json has them as .*, and rounding those to int8 would"):
+        known.check_quantize("int8", quantize_head=False)
+
+
+def _with_scales_of(declared: FormatOf, stored: FormatOf, name: str) -> WeightFormat | None:
+    said, found = declared(name), stored(name)
+    return said if said is None or found is None else replace(said, scales=found.scales)
+
+
+def test_modules_that_are_not_quantised(tmp_path: Path) -> None:
+    """By name, by the name of what they are in, and by a regular expression."""
+
+    def formats(**settings: Any) -> set[str]:
+        (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": settings}))
+        declared = declared_formats(tmp_path, read_config(tmp_path))
+        assert declared is not None
+        modules = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj")
+        names = [f"layers.{layer}.{module}.weight" for layer in range(2) for module in modules]
+        return {name.removesuffix(".weight") for name in names if declared(name) is not None}
+
+    fp8 = {"quant_method": "fp8"}
+    everything = formats(**fp8)
+    assert len(everything) == 6
+    skipped = {"layers.0.self_attn.q_proj", "layers.0.self_attn.o_proj"}
+    assert formats(**fp8, modules_to_not_convert=["model.layers.0.self_attn"]) == everything - skipped
+    assert formats(**fp8, ignored_layers=["o_proj"]) == {name for name in everything if "o_proj" not in name}
+    ignored = compressed("int-quantized", 8, "int", "channel") | {"ignore": ["re:.*mlp.*", "lm_head"]}
+    assert formats(**ignored) == {name for name in everything if "mlp" not in name}
+
+
 @pytest.mark.parametrize(
     ("model", "tp"),
     (
@@ -333,3 +391,73 @@ def test_misfits(tmp_path: Path) -> None:
     assert "version='gemv' is not supported" in refusal(tmp_path, "awq", lambda _: None, version="gemv")
     assert "bits=3 is not supported: use 4" in refusal(tmp_path, "gptq", lambda _: None, bits=3)
     assert "needs '" in refusal(tmp_path, "gptq", lambda _: None, group_size=32)
+
+
+def test_zero_points_of_a_method_that_has_none(tmp_path: Path) -> None:
+    """Where they are 0 they change nothing, and some tools write them."""
+
+    def added(zero: np.ndarray) -> Callable[[Tensors], None]:
+        return lambda files: files.update({f"{O_PROJ}.weight_zero_point": zero})
+
+    tensor, says = f"{tmp_path}: tensor '{O_PROJ}.weight_zero_point'", "symmetric=True says that all are 0"
+    for name, zero, shown in (
+        ("ct-int8", np.full((48, 1), 3, np.int8), "from 3 to 3"),
+        ("ct-fp8-channel", np.eye(48, 1, dtype=np.int8), "from 0 to 1"),
+        ("ct-int4", words(np.eye(48, 3, dtype=np.int64) + 7, 0), "from -1 to 0"),
+    ):
+        message = refusal(tmp_path, name, added(zero))
+        assert message == f"{tensor} has zero points {shown}, and {says}"
+    files, _ = tensors_of(packed(False))
+    added(words(np.full((48, 3), 8), 0))(files)
+    with LLM(save(tmp_path, files, FORMATS["ct-int4"][1]), tp=1, max_model_len=32):
+        pass
+
+
+def test_settings_that_are_not_known(tmp_path: Path) -> None:
+    def refused(name: str, **settings: Any) -> str:
+        return refusal(tmp_path, name, lambda _: None, **settings)
+
+    file = f"{tmp_path}/config.json"
+    assert refused("gptq", group_size=0) == f"{file}: group_size=0 is not a whole number, 1 or more"
+    methods = "fp8, mxfp4, compressed-tensors, gptq, awq"
+    assert refused("gptq", quant_method="quip") == (
+        f"{file}: quantization_config: quant_method='quip' is not supported; supported are {methods}"
+    )
+    strange = compressed("int-quantized", 8, "int", "token")
+    message = "strategy='token' is not supported: use tensor, channel, group or block"
+    assert message in refused("ct-int8", **strange)
+    mixed = dict(FORMATS["ct-int8"][1])
+    other = compressed("pack-quantized", 4, "int", "group", group_size=GROUP)["config_groups"]["group_0"]
+    mixed["config_groups"] = {**mixed["config_groups"], "group_1": {**other, "format": "pack-quantized"}}
+    assert "has 2 ways to quantise weights: 1 is supported" in refused("ct-int8", **mixed)
+
+
+# --- read by transformers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model",
+    ("fp8-blocks", "ct-fp8-tensor", "ct-fp8-channel", "ct-int8", "ct-int4", "ct-int4-zeros", "ct-w8a16"),
+    indirect=True,
+)
+def test_transformers_reads_the_same(model: tuple[str, Path, Tensors]) -> None:
+    """Its logits are those of the weights that tpjax reads: of bfloat16 ones where scales are bfloat16."""
+    torch = pytest.importorskip("torch", reason="pip install -e '.[parity]'")
+    transformers = pytest.importorskip("transformers", reason="pip install -e '.[parity]'")
+    name, path, weights = model
+    options: dict[str, Any] = {}
+    if name.startswith("ct-"):
+        pytest.importorskip("compressed_tensors", reason="pip install -e '.[parity]'")
+    else:
+        options["quantization_config"] = transformers.FineGrainedFP8Config(
+            weight_block_size=(12, GROUP), dequantize=True
+        )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
+    with torch.no_grad():
+        got = theirs(torch.tensor(PROMPT[None])).logits[0].float().numpy()
+    if name in ("ct-int8", "ct-int4", "ct-int4-zeros", "ct-w8a16"):
+        rounded = {key: x.astype(ml_dtypes.bfloat16).astype(np.float32) for key, x in weights.items()}
+        weights = {key: rounded[key] if "_proj" in key else x for key, x in weights.items()}
+    want = reference.logits(open_checkpoint(path).config, weights, PROMPT)
+    assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()

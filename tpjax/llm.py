@@ -19,6 +19,7 @@ from tpjax.checkpoints import generation_config as generation
 from tpjax.checkpoints.digests import digest_of_edges
 from tpjax.checkpoints.hub import cache_dir, resolve
 from tpjax.checkpoints.load import (
+    Parameter,
     abstract_decoder,
     check_quantize,
     load_replicas,
@@ -112,7 +113,9 @@ class LLM:
         quantize: what the weights of attention, MLPs and experts are kept in: ``int8`` or ``fp8`` (e4m3)
             with a scale for each output, or ``int4`` with one for 128 inputs; rounded while they are loaded.
             Products widen them to ``dtype``.
-            ``None``: they are of ``dtype``, as embedding, head, norms and biases always are.
+            ``None``: they are as they are stored, in 8 or 4 bits or in ``dtype``.
+        quantize_head: embedding and head are kept so too (with ``int4`` in ``int8``); otherwise they are of
+            ``dtype``, as norms, routers and biases always are.
         seed: seed for requests without one of their own; any int64, -1: another one at each start.
         expert_parallel: of a mixture of experts: ``on`` (each device holds some of the experts), ``off``
             (each expert's width is sharded), or ``auto``: ``on`` if ``tp`` divides the number of experts.
@@ -176,6 +179,7 @@ class LLM:
         dp: int = 1,
         pp: int = 1,
         kv_dtype: KVDtype = "auto",
+        quantize_head: bool = False,
     ) -> None:
         check_quantize(quantize)
         check_choice("sequence_parallel", sequence_parallel, SequenceParallel)
@@ -188,6 +192,7 @@ class LLM:
             "dtype": dtype,
             "quantize": quantize,
             "kv_dtype": kv_dtype,
+            "quantize_head": quantize_head,
             "max_model_len": max_model_len,
             "max_slots": max_slots,
             "expert_parallel": expert_parallel,
@@ -198,7 +203,7 @@ class LLM:
             make_stage_meshes(tp, dp, pp)  # JAX starts in all of them at once, before one fetches the model
         path = resolve(os.fspath(model))
         checkpoint = open_checkpoint(path).with_expert_parallel(expert_parallel)
-        checkpoint.check_quantize(quantize)
+        checkpoint.check_quantize(quantize, quantize_head)
         self.config: ModelConfig = checkpoint.config
         self.tokenizer: Tokenizer | None = load_tokenizer(path)
         self.eos_ids = generation.eos_ids(path) if self.tokenizer is None else self.tokenizer.eos_ids
@@ -225,29 +230,39 @@ class LLM:
         format_of = checkpoint.source.format_of
         decoders = [
             [
-                abstract_decoder(self.config, mesh, self.dtype, quantize, backend, format_of, part)
+                abstract_decoder(
+                    self.config, mesh, self.dtype, quantize, backend, format_of, part, quantize_head
+                )
                 for mesh, part in zip(stages, layers, strict=True)
             ]
             for stages in meshes
         ]
+        declared = [parameters(*stage) for stage in zip(decoders[0], meshes[0], strict=True)]
+
+        def quantized_bytes(kind: Quantize) -> int:
+            stages = (
+                parameters(abstract_decoder(self.config, mesh, self.dtype, kind, backend, layers=part), mesh)
+                for mesh, part in zip(meshes[0], layers, strict=True)
+            )
+            return max(sum(p.bytes_per_device for p in stage) for stage in stages)
+
+        rounded = quantize is not None or checkpoint.quantization is not None
         limits = plan_limits(
             self.config,
             self.mesh.size,
             self.dtype,
-            weight_bytes=max(
-                sum(p.bytes_per_device for p in parameters(*stage))
-                for stage in zip(decoders[0], meshes[0], strict=True)
-            ),
+            weight_bytes=max(sum(p.bytes_per_device for p in stage) for stage in declared),
             memory=memory,
             max_model_len=max_model_len,
             max_slots=max_slots,
             stages=[self.config.of_layers(part) for part in layers],
             kv_dtype=kv_dtype,
+            quantized_bytes=None if rounded else quantized_bytes,
         )
         self.quantize: Quantize | None = quantize
         self.name = str(model)
         self.path: Path = path
-        predicted = self._step_time()
+        predicted = self._step_time([parameter for stage in declared for parameter in stage])
         decoders, leader = load_replicas(checkpoint, decoders, meshes), self.role.leader
         engines = [
             Engine(
@@ -276,11 +291,11 @@ class LLM:
 
         return choose_backend(asked, device, shape, verify)
 
-    def _step_time(self) -> StepTime | None:
+    def _step_time(self, declared: Sequence[Parameter]) -> StepTime | None:
         """Returns what predicts the time of a step; ``None`` in a process that schedules none."""
         if self.role.follower is not None:
             return None
-        return step_time(self.config, self.mesh, self.dtype, self.quantize, self.kv_dtype)
+        return step_time(self.config, self.mesh, self.dtype, declared, self.kv_dtype)
 
     def close(self) -> None:
         """Gives the memory of the devices back: weights, cache and programs.

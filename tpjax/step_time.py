@@ -89,10 +89,11 @@ class Itemsizes:
 
     Attributes:
         weights: of a matrix of attention, MLPs or experts; 0.5 for 4 bits.
-        activations: of an activation, a norm, the embedding or the head.
+        activations: of an activation, a norm or the embedding.
         cache: of a key or a value.
         float8: whether products compute in float8, on chips that do.
         cache_scale: of the scale of a vector of the cache; 0 where it has none.
+        head: of the head; ``None``: as of an activation.
     """
 
     weights: float
@@ -100,6 +101,7 @@ class Itemsizes:
     cache: float
     float8: bool = False
     cache_scale: int = 0
+    head: float | None = None
 
 
 @dataclass(frozen=True)
@@ -313,9 +315,10 @@ class StepTime:
 
     def head(self, rows: int) -> Cost:
         """Computes the cost of the vocabulary projection and of sampling a token for each of ``rows``."""
+        itemsize = self.itemsizes.activations if self.itemsizes.head is None else self.itemsizes.head
         moved = self.hardware.interconnect.all_reduce_s(self.tp, 8.0 * rows)
         fixed = self.hardware.efficiency.step_us * 1e-6
-        projection = self._product(self.held.head or self.held.embedding, rows, self.itemsizes.activations)
+        projection = self._product(self.held.head or self.held.embedding, rows, itemsize)
         return projection + Cost(collectives=moved, fixed=fixed)
 
     def _collectives(self, tokens: int) -> float:

@@ -7,6 +7,7 @@ the names that they had in it.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -17,6 +18,7 @@ from tpjax.old_spellings import KEYWORDS
 
 CONFIG_FILE = "model_config.json"
 _FORMAT = 2
+_QUANTIZATION = "quantization_config"
 
 # group -> {name of a field in format 1: its name in the group}
 _FORMAT_1: dict[str, dict[str, str]] = {
@@ -41,10 +43,23 @@ _FORMAT_1: dict[str, dict[str, str]] = {
 T = TypeVar("T")
 
 
-def write_config(directory: Path, config: ModelConfig) -> None:
-    """Writes the architecture into an existing directory."""
-    text = json.dumps({"format": _FORMAT, **asdict(config)}, indent=1)
+def write_config(directory: Path, config: ModelConfig, quantization: Mapping[str, Any] | None = None) -> None:
+    """Writes the architecture into an existing directory.
+
+    Args:
+        directory: the directory.
+        config: the architecture.
+        quantization: how weights are quantised, as ``config.json`` has it; ``None``: they are not.
+    """
+    settings = {} if quantization is None else {_QUANTIZATION: quantization}
+    text = json.dumps({"format": _FORMAT, **settings, **asdict(config)}, indent=1)
     (directory / CONFIG_FILE).write_text(text + "\n")
+
+
+def read_quantization(file: Path) -> dict[str, Any]:
+    """Returns an object with the ``quantization_config`` of a file, or ``{}`` if it has none."""
+    raw = json.loads(file.read_text())
+    return {_QUANTIZATION: raw[_QUANTIZATION]} if _QUANTIZATION in raw else {}
 
 
 def read_config(file: Path) -> ModelConfig:
@@ -57,6 +72,7 @@ def read_config(file: Path) -> ModelConfig:
     try:
         raw = json.loads(file.read_text())
         version = raw.pop("format")
+        raw.pop(_QUANTIZATION, None)
         if version not in (1, _FORMAT):
             raise CheckpointError(f"{file}: is of format {version!r}; this tpjax reads 1 and {_FORMAT}")
         return _decoded(ModelConfig, _grouped(raw) if version == 1 else raw)

@@ -70,6 +70,14 @@ def write_manifest(directory: Path) -> None:
     (directory / MANIFEST).write_bytes(_render(listed))
 
 
+def has_manifest(directory: Path) -> bool:
+    """Returns whether :func:`write_manifest` made the manifest of a directory; others have such files too."""
+    try:
+        return _LAST_LINE.encode() in (directory / MANIFEST).read_bytes()
+    except OSError:
+        return False
+
+
 def read_manifest(directory: Path) -> dict[str, str] | None:
     """Returns the digest of each file that a directory was written with; ``None``: it has no manifest.
 

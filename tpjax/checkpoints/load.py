@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tpjax.attention import XLA, Backend
-from tpjax.checkpoints import agreement, blocks, orbax
+from tpjax.checkpoints import agreement, blocks, digests, orbax
 from tpjax.checkpoints.assemble import Canonical, Order, fill
 from tpjax.checkpoints.kept import Kept, StoredSource
 from tpjax.checkpoints.quantized import Part, dequantized
@@ -41,12 +41,12 @@ from tpjax.families.quantization import Quantization, quantization_of
 from tpjax.families.registry import FAMILIES, config_from_gguf, config_from_hf, gguf_architecture
 from tpjax.families.tensor_names import TensorMapping, WeightMap
 from tpjax.layers.weights import (
-    FORMATS,
     FormatOf,
     QuantizedParameter,
     WeightFormat,
     dtype_bits,
     quantize_weights,
+    rounded_format,
 )
 from tpjax.mesh import absent_array, is_local
 from tpjax.model import Decoder
@@ -59,7 +59,7 @@ log = logging.getLogger(__name__)
 
 _ReadBox: TypeAlias = Callable[[tuple[slice, ...], np.ndarray | None], np.ndarray]
 _MOST_ROWS_SHOWN = 20
-_ENDS = ("embed_tokens.weight", "lm_head.weight")
+ENDS = ("embed_tokens.weight", "lm_head.weight")
 _LAYER = re.compile(r"layers\.(\d+)(?=\.)")
 _OUT_FIRST = {"tpu"}  # platforms that keep a weight stored [in, out] as [out, in] in memory
 
@@ -85,25 +85,50 @@ class Checkpoint:
         """Returns the same checkpoint with :meth:`ModelConfig.with_expert_parallel` applied."""
         return replace(self, config=self.config.with_expert_parallel(expert_parallel))
 
-    def check_quantize(self, quantize: Quantize | None) -> None:
+    def check_quantize(self, quantize: Quantize | None, quantize_head: bool = False) -> None:
         """Checks that weights can be quantised while they are loaded.
 
         Raises:
-            ConfigError: ``quantize`` is not known, or the checkpoint's weights are quantised already.
+            ConfigError: ``quantize`` is not known, the checkpoint's weights are quantised already, or
+                ``quantize_head`` would change nothing.
         """
-        check_quantize(quantize)
-        if quantize is not None and self.quantization is not None:
-            raise ConfigError(
-                f"quantize={quantize!r} would round weights that are quantised already: {self.path} has them "
-                f"as {self.quantization.described}, and rounding those to {quantize} would lose more of the "
-                "original: use quantize=None, which computes with exactly what is stored"
-            )
+        check_stored(self.path, self.quantization, self.source.format_of, quantize, quantize_head)
 
 
 def check_quantize(quantize: Quantize | None) -> None:
     """Raises a ``ConfigError`` unless ``quantize`` is ``None`` or known."""
     if quantize is not None:
         check_choice("quantize", quantize, Quantize)
+
+
+def check_stored(
+    where: str | Path,
+    quantization: Quantization | None,
+    format_of: FormatOf | None,
+    quantize: Quantize | None,
+    quantize_head: bool,
+) -> None:
+    """Checks how weights are to be kept against how they are stored: see :meth:`Checkpoint.check_quantize`.
+
+    Args:
+        where: the model in error messages.
+        quantization: how its configuration says that it is quantised.
+        format_of: how it stores canonical tensors.
+        quantize: what weights are to be rounded to.
+        quantize_head: whether embedding and head are to be quantised.
+    """
+    check_quantize(quantize)
+    if quantize is not None and quantization is not None:
+        raise ConfigError(
+            f"quantize={quantize!r} would round weights that are quantised already: {where} has them "
+            f"as {quantization.described}, and rounding those to {quantize} would lose more of the "
+            "original: use quantize=None, which computes with exactly what is stored"
+        )
+    if quantize_head and quantize is None and not (format_of and any(map(format_of, ENDS))):
+        raise ConfigError(
+            "quantize_head=True keeps embedding and head as quantize says or as they are stored: "
+            f"quantize=None, and {where} does not store them in 8 or 4 bits"
+        )
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -130,20 +155,33 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _opened(path, config, file, names)
     if orbax.is_orbax(path):
         orbax.check_files(path)
-        return _opened(path, orbax.read_config(path), orbax.OrbaxCheckpoint(path), WeightMap())
+        config, quantization = orbax.read_config(path), orbax.read_quantization(path)
+        return _opened_stored(path, config, orbax.OrbaxCheckpoint(path), WeightMap(), quantization)
     return _open_safetensors(path, *_read_hf_config(path))
 
 
 def _open_safetensors(path: Path, raw: Mapping[str, Any], config: ModelConfig) -> Checkpoint:
+    if digests.has_manifest(path):  # `tpjax convert` wrote it
+        orbax.check_files(path)
     stored = SafetensorsCheckpoint(path)
-    files: TensorSource = stored
-    quantization = quantization_of(Fields(raw))
-    if quantization is not None:
-        files = dequantized(files, quantization, path)
     if (path / "adapter_config.json").is_file():
         log.warning("%s: the adapter beside the weights, adapter_config.json, is not applied", path)
     names = FAMILIES[config.model_type].names(config)
-    return replace(_opened(path, config, files, names, stored.unlisted), quantization=quantization)
+    return _opened_stored(path, config, stored, names, quantization_of(Fields(raw)), stored.unlisted)
+
+
+def _opened_stored(
+    path: Path,
+    config: ModelConfig,
+    files: TensorSource,
+    names: WeightMap,
+    quantization: Quantization | None,
+    unlisted: frozenset[str] = frozenset(),
+) -> Checkpoint:
+    """Builds the checkpoint of tensors that may be quantised as a configuration says."""
+    if quantization is not None:
+        files = dequantized(files, quantization, path)
+    return replace(_opened(path, config, files, names, unlisted), quantization=quantization)
 
 
 def _opened(
@@ -181,6 +219,13 @@ def read_config(path: Path) -> ModelConfig:
         except CheckpointError as error:
             log.info("%s: planned by its configuration alone: %s", path, error)
     return config
+
+
+def read_quantization(path: Path) -> Quantization | None:
+    """Returns how the weights of a directory, or of a bare ``config.json``, are quantised, if they are."""
+    if orbax.is_orbax(path):
+        return orbax.read_quantization(path)
+    return quantization_of(Fields(_read_json(path)))
 
 
 def _read_hf_config(path: Path) -> tuple[Mapping[str, Any], ModelConfig]:
@@ -225,6 +270,7 @@ def abstract_decoder(
     backend: Backend = XLA,
     format_of: FormatOf | None = None,
     layers: range | None = None,
+    quantize_head: bool = False,
 ) -> Decoder:
     """Returns the model, or a pipeline stage's part of it, with shapes, dtypes and shardings, without memory.
 
@@ -236,18 +282,22 @@ def abstract_decoder(
         backend: what computes attention.
         format_of: without ``quantize``: how canonical tensors are kept, as a checkpoint stores them.
         layers: numbers of the stage's layers; ``None``: all.
+        quantize_head: embedding and head are kept so too, not in ``dtype``.
     """
-    kept = None if quantize is None else FORMATS[quantize]
     first = 0 if layers is None else layers.start
+
+    def kept(name: str) -> WeightFormat | None:
+        head = name in ENDS
+        if head and not quantize_head:
+            return None
+        if quantize is not None:
+            return rounded_format(quantize, head=head)
+        return None if format_of is None else format_of(_renumbered(name, first))
 
     def declared() -> Decoder:
         model = Decoder(config, mesh.size, dtype, backend, layers)
         model.quantize = quantize
-        each: FormatOf | None = None if kept is None else lambda _: kept
-        if kept is None and format_of is not None:
-            each = lambda name: format_of(_renumbered(name, first))  # noqa: E731
-        if each is not None:
-            quantize_weights(model, each, mesh.size, mesh.devices.flat[0].platform)
+        quantize_weights(model, kept, mesh.size, mesh.devices.flat[0].platform)
         return model
 
     with jax.set_mesh(mesh):  # a parameter that declares a sharding needs a mesh, even without memory
@@ -396,7 +446,7 @@ def load_replicas(
     everything = [parameter for declared in stages for parameter in declared]
     check_tensors(checkpoint, everything)
     source: Canonical = checkpoint.source
-    if kept := _quantized_tensors(everything):
+    if kept := quantized_tensors(everything):
         source = StoredSource(checkpoint.source, kept)
         if replicas[0][0].quantize is not None:
             source = RoundedSource(checkpoint.source, kept, checkpoint.path)
@@ -424,7 +474,7 @@ def load_replicas(
     ]
 
 
-def _quantized_tensors(declared: Iterable[Parameter]) -> dict[str, Kept]:
+def quantized_tensors(declared: Iterable[Parameter]) -> dict[str, Kept]:
     """Returns the canonical tensors that are kept in 8 or 4 bits."""
     return {
         parameter.canonical(source): Kept(
@@ -559,11 +609,11 @@ class CanonicalSource:
             candidates[0],
         )
         self._tied = config.tie_word_embeddings
-        own, head = (names.locate(name, self._prefix).name for name in _ENDS)
-        self._embedding = _ENDS[self._tied and own not in files.tensors and head in files.tensors]
+        own, head = (names.locate(name, self._prefix).name for name in ENDS)
+        self._embedding = ENDS[self._tied and own not in files.tensors and head in files.tensors]
         self.layer = re.compile(re.escape(f"{self._prefix[0]}{names.layers}.") + r"(\d+)\.")
         ignored = [re.compile(pattern) for pattern in (*names.ignored, *agreement.BUFFERS)]
-        if self._tied and self._embedding != _ENDS[1]:
+        if self._tied and self._embedding != ENDS[1]:
             ignored.append(re.compile(re.escape(head)))
         self.stored: Mapping[str, TensorInfo] = {
             name: info
@@ -573,11 +623,11 @@ class CanonicalSource:
 
     def locate(self, name: str) -> TensorMapping:
         """Returns the place of a tensor in the checkpoint."""
-        return self._names.locate(self._embedding if name == _ENDS[0] else name, self._prefix)
+        return self._names.locate(self._embedding if name == ENDS[0] else name, self._prefix)
 
     def has_other_head(self) -> bool:
         """Returns whether embedding and head are both stored and differ; reads up to the first difference."""
-        own, head = (self._names.locate(name, self._prefix).name for name in _ENDS)
+        own, head = (self._names.locate(name, self._prefix).name for name in ENDS)
         both = own in self._files.tensors and head in self._files.tensors
         return both and not agreement.are_equal(self._files, own, head)
 

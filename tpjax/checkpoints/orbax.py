@@ -2,6 +2,7 @@
 
 ``tpjax convert`` writes one: `model_config.json` (the architecture), `weights/` (an Orbax pytree of
 canonical, unpadded tensors, so that what was converted once loads at every tp) and the tokenizer's own files.
+Quantised weights are in it as compressed-tensors stores them, under canonical names.
 A GGUF file's vocabulary becomes `tokenizer.gguf`, a GGUF file without tensors, as llama.cpp's vocabulary
 files are. `MANIFEST.sha256` has the digest of each: Orbax has no checksums of its own.
 """
@@ -29,6 +30,8 @@ from tpjax.checkpoints.source import TensorInfo, lookup, to_box
 from tpjax.config import ModelConfig
 from tpjax.distributed import process_id
 from tpjax.errors import CheckpointError
+from tpjax.families.config_reader import Fields
+from tpjax.families.quantization import Quantization, quantization_of
 
 if TYPE_CHECKING:
     import jax
@@ -127,8 +130,17 @@ def read_config(path: Path) -> ModelConfig:
     return config_file.read_config(path / CONFIG_FILE)
 
 
+def read_quantization(path: Path) -> Quantization | None:
+    """Returns how the weights of an Orbax directory are quantised, ``None`` if they are not.
+
+    Raises:
+        ConfigError: not in a way that is known.
+    """
+    return quantization_of(Fields(config_file.read_quantization(path / CONFIG_FILE)))
+
+
 def check_files(directory: Path) -> None:
-    """Compares every file of an Orbax directory with its manifest, if it has one.
+    """Compares every file of a converted directory with its manifest, if it has one.
 
     A file is read again only after it has changed. Files that the manifest does not list change no weight; a
     warning names those that tpjax reads nevertheless.
@@ -221,7 +233,12 @@ def _locked(target: Path) -> Iterator[None]:
         lock.release()
 
 
-def write(directory: Path, config: ModelConfig, tensors: Mapping[str, np.ndarray | jax.Array]) -> None:
+def write(
+    directory: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, np.ndarray | jax.Array],
+    quantization: Mapping[str, Any] | None = None,
+) -> None:
     """Writes architecture and weights into an existing directory.
 
     Args:
@@ -229,11 +246,12 @@ def write(directory: Path, config: ModelConfig, tensors: Mapping[str, np.ndarray
         config: the architecture.
         tensors: by canonical name, in canonical shape. Several processes call this with the same sharded
             arrays, and each writes its own shards.
+        quantization: how weights are quantised, as ``config.json`` has it; ``None``: they are not.
     """
     import orbax.checkpoint as ocp
 
     if not process_id():
-        config_file.write_config(directory, config)
+        config_file.write_config(directory, config, quantization)
     chunks = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in tensors}
     with _write_errors(directory), ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save((directory / WEIGHTS).absolute(), dict(tensors), save_args=chunks)

@@ -20,6 +20,7 @@ from tpjax.checkpoints.source import TensorInfo, TensorSource, lookup, shown, to
 from tpjax.errors import CheckpointError
 from tpjax.families.quantization import Quantization
 from tpjax.layers.weights import WeightFormat
+from tpjax.sharding import ZERO_SUFFIX
 
 Part: TypeAlias = Literal["values", "scales", "zeros"]
 
@@ -208,6 +209,23 @@ class _Reader:
             )
         return info
 
+    def refuse_zeros(self, zero: str, bits: int | None = None) -> None:
+        """Checks that there are no zero points but 0, for a method that has none.
+
+        Args:
+            zero: the tensor that would have them.
+            bits: of each, packed along the first axis; ``None``: they are not packed.
+        """
+        if self.info(zero) is None:
+            return
+        stored = self.source.read(zero)
+        points = stored if bits is None else _unpacked(stored, bits, 0)
+        if np.any(points):
+            raise CheckpointError(
+                f"{self.tensor(zero)} has zero points from {points.min()} to {points.max()}, and "
+                "symmetric=True says that all are 0"
+            )
+
 
 # --- values as they are, with scales beside them: FP8 in blocks, compressed-tensors ------------------------
 
@@ -235,7 +253,7 @@ class _Scaled:
     @property
     def names(self) -> tuple[str, ...]:
         activations = f"{self.name.removesuffix('.weight')}.input_scale"  # they are not quantised here
-        return (self.name, self.scale, activations, *([self.zero] if self.zero else []))
+        return (self.name, self.scale, activations, f"{self.name}{ZERO_SUFFIX}")
 
     def values(self, lead: tuple[slice, ...], rows: slice, columns: slice) -> np.ndarray:
         return self.source.read(self.name, (*lead, rows, columns))
@@ -284,9 +302,11 @@ def _scaled_tensors(reader: _Reader) -> dict[str, Encoded]:
                 f"{_E4M3} or int8 with scales of {', '.join(map(str, _SCALE_DTYPES))}"
             )
         block = _block_of(reader, name, info, scales)
-        zero = f"{name}_zero_point" if quantization.zeros else None
+        zero = f"{name}{ZERO_SUFFIX}" if quantization.zeros else None
         if zero is not None:
             reader.beside(name, zero, scales.shape)
+        else:
+            reader.refuse_zeros(f"{name}{ZERO_SUFFIX}")
         per_output = block[1] >= size[-1]
         kept = WeightFormat(
             jnp.dtype(info.dtype),
@@ -416,9 +436,11 @@ def _packed_tensor(reader: _Reader, name: str) -> Encoded:
     group = columns if quantization.block is None else quantization.block[1]
     groups = -(-columns // group)
     scales = reader.beside(packed, scale, (rows, groups), *_SCALE_DTYPES)
-    zero = f"{name}_zero_point" if quantization.zeros else None
+    zero = f"{name}{ZERO_SUFFIX}" if quantization.zeros else None
     if zero is not None:
         reader.beside(packed, zero, (-(-rows // count), groups), _I32)
+    else:
+        reader.refuse_zeros(f"{name}{ZERO_SUFFIX}", bits)
     if (order := reader.info(f"{name}_g_idx")) is not None:
         raise CheckpointError(
             f"{reader.tensor(f'{name}_g_idx')} of shape {list(order.shape)} puts inputs in another order "
@@ -427,7 +449,7 @@ def _packed_tensor(reader: _Reader, name: str) -> Encoded:
     kept = _integer_format(
         bits, None if quantization.block is None else group, scales.dtype, zero is not None
     )
-    names = (packed, scale, f"{name}_shape", f"{name}_zero_point")
+    names = (packed, scale, f"{name}_shape", f"{name}{ZERO_SUFFIX}")
     packing = _Packed(reader.source, names, scale, zero, bits, 1, False, kept)
     return Encoded(packing, (rows, columns))
 

@@ -193,7 +193,10 @@ class _Integers:
 
     def nearest(self, scaled: np.ndarray) -> np.ndarray:
         """Returns the nearest of the numbers; overwrites ``scaled``."""
-        return np.clip(np.rint(scaled, out=scaled), self.least, self.largest, out=scaled)
+        np.rint(scaled, out=scaled)
+        if -self.least == self.largest:  # scales are float32: none is beyond the largest
+            return scaled
+        return np.clip(scaled, self.least, self.largest, out=scaled)
 
 
 class _Float8:

@@ -9,12 +9,14 @@ import typer
 
 from tpjax.cli.loading import ensure
 from tpjax.cli.options import MODEL_HELP, ModelOption, Processes, option, takes
+from tpjax.config import Quantize
 from tpjax.distributed import process_id
 from tpjax.errors import RequestError
 
 EXAMPLES = """
   tpjax convert gemma3-270m gemma3-270m-bf16 --dtype bfloat16
   tpjax convert ./Llama-3.1-8B-Instruct llama-3.1-8b-orbax
+  tpjax convert ./Llama-3.1-8B-Instruct llama-3.1-8b-int8 --quantize int8 --format safetensors
 """
 
 
@@ -32,12 +34,25 @@ def run(
             help="Of the weights; stored: as in the checkpoint, quantised ones as float32.",
         ),
     ] = "stored",
+    quantize: Annotated[
+        Quantize | None,
+        option("--quantize", help="Round the weights to 8 bits or 4, as generate and serve do at load."),
+    ] = None,
+    target_format: Annotated[
+        Literal["orbax", "safetensors"],
+        option(
+            "--format",
+            help="safetensors: a quantised Hugging Face directory, as compressed-tensors stores it.",
+        ),
+    ] = "orbax",
     *,
     processes: Processes,
 ) -> None:
-    """Write a model as an Orbax directory, dequantised: it loads at any --tp."""
+    """Write a model as a directory that loads at any --tp: dequantised, or quantised anew."""
     if target is None and model_option is not None:
         model, target = model_option, model
+    if target_format == "safetensors" and quantize is None:
+        raise RequestError("--format safetensors needs --quantize: int8, fp8 or int4")
     if target is None:
         raise RequestError("no target is given: convert MODEL TARGET, a directory that does not exist yet")
     processes.join()
@@ -55,8 +70,9 @@ def run(
 
     digest = digest_of_edges(path) if processes.several else None  # reads both ends of every file
     facts = {"work": "convert", "model": path.name, "checkpoint": digest, "dtype": dtype}
-    with together(facts) as role:
+    with together(facts | {"quantize": quantize, "format": target_format}) as role:
         role.share(dict)  # from now on a process that fails ends the others
-        convert(path, Path(target), None if dtype == "stored" else jnp.dtype(dtype))
+        kind = None if dtype == "stored" else jnp.dtype(dtype)
+        convert(path, Path(target), kind, quantize, target_format)
     if not process_id():
         print(target)

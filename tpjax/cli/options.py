@@ -282,6 +282,10 @@ class Sharding:
             help="Keep weights in 8 bits or 4, rounded at load, with a scale for each output or 128 inputs.",
         ),
     ] = None
+    quantize_head: Annotated[
+        bool,
+        option("--quantize-head", help="Keep embedding and head in 8 bits too, or as they are stored."),
+    ] = False
     kv_dtype: Annotated[
         KVDtype,
         option("--kv-dtype", help="Keep keys and values in 8 bits, a scale for each; auto: as --dtype."),

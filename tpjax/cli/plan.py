@@ -101,7 +101,10 @@ def run(
             metavar="P",
         ),
     ] = None,
-    dtype: Annotated[WeightDtype | None, option("--dtype", help="Of the weights (bf16).")] = None,
+    dtype: Annotated[
+        WeightDtype | None,
+        option("--dtype", help="Of the weights (bf16; of a quantised checkpoint: stored)."),
+    ] = None,
     cache_dtype: Annotated[
         CacheDtype,
         option("--kv-dtype", "--cache-dtype", help="Of keys and values; auto: as the weights."),
@@ -139,7 +142,7 @@ def run(
     from tpjax.hardware import parse_hardware
     from tpjax.planning.plan import does_not_fit, make_plan, make_plans, recommend
     from tpjax.planning.plots import check_plot
-    from tpjax.planning.published import find_config
+    from tpjax.planning.published import find_named
     from tpjax.planning.report import PlanReport, plot_frontier
     from tpjax.planning.serving_figures import plot as plot_figures
     from tpjax.planning.serving_report import ServingLoad, serve_load
@@ -150,13 +153,16 @@ def run(
         check_plot(plot)
     if measure == (hardware is not None):
         raise RequestError("give either --hardware NAME:CHIPS or --measure")
-    counts = Counts(*find_config(chosen_model(model, model_option)))
+    known = find_named(chosen_model(model, model_option))
+    counts = Counts(known.name, known.config)
+    stored = None if known.quantization is None else known.stored_bytes
     load = None
     if serve:
         load = ServingLoad(trace, lengths, num_prompts, range_ratio, seed)  # type: ignore[arg-type]  # parsed
         context = load.longest  # of the plan that chooses tp
     prompt = prompt_len or min(context, LONGEST_DEFAULT_PROMPT)
-    workload = Workload(batch, context, prompt, dtype or ("float32" if measure else "bf16"), cache_dtype)
+    dtype = dtype or ("stored" if stored is not None else "float32" if measure else "bf16")
+    workload = Workload(batch, context, prompt, dtype, cache_dtype, stored)
     comparison = None
     if hardware is None:
         from tpjax.planning.measure import measured_hardware

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 from tpjax.config import brief, check_size
@@ -13,12 +13,14 @@ from tpjax.families.unread import QUANTIZATION_NUMERIC
 Method: TypeAlias = Literal["fp8", "mxfp4", "compressed-tensors", "gptq", "awq"]
 METHODS: tuple[str, ...] = get_args(Method)
 
+_SKIPPED = ("ignored_layers", "modules_to_not_convert", "ignore")
+
 # Which tensors are quantised, the scales' dtype, and activations, which are not quantised here, are read off
 # the tensors themselves or play no part.
 _NOT_NEEDED = frozenset(
     {
-        *("dequantize", "ignored_layers", "modules_to_convert", "modules_to_not_convert", "scale_fmt"),
-        *("ignore", "global_compression_ratio", "quantization_status", "version"),  # compressed-tensors
+        *("dequantize", "modules_to_convert", "scale_fmt"),
+        *("global_compression_ratio", "quantization_status", "version"),  # compressed-tensors
         *(
             "damp_percent",
             "damp_auto_increment",
@@ -58,6 +60,8 @@ class Quantization:
         bits: of a value.
         zeros: compressed-tensors: scales have zero points.
         zero_shift: GPTQ: what is added to stored zero points.
+        is_float: compressed-tensors: values are floating-point numbers.
+        skipped: modules that are not quantised, by name, or by a regular expression behind ``re:``.
     """
 
     method: Method
@@ -65,6 +69,8 @@ class Quantization:
     bits: int = 8
     zeros: bool = False
     zero_shift: int = 0
+    is_float: bool = False
+    skipped: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def described(self) -> str:
@@ -101,8 +107,10 @@ def quantization_of(fields: Fields) -> Quantization | None:
             f"{settings.where}: quant_method={brief(method)} is not supported; "
             f"supported are {', '.join(METHODS)}"
         )
+    lists = (settings.get(name, None) for name in _SKIPPED)
+    skipped = tuple(str(name) for one in lists if isinstance(one, list) for name in one)
     settings.finish(_NOT_NEEDED, QUANTIZATION_NUMERIC)
-    return found
+    return replace(found, skipped=skipped)
 
 
 def _fp8(settings: Fields) -> Quantization:
@@ -192,7 +200,7 @@ def _of_group(group: Fields, layout: Any) -> Quantization:
         raise ConfigError(f"{weights.where}: strategy={brief(strategy)} is not supported: use {known_ones}")
     weights.finish(_OF_OBSERVERS, QUANTIZATION_NUMERIC)
     zeros = kind == "int" and not weights.get("symmetric", True)
-    return Quantization("compressed-tensors", block, bits, zeros)
+    return Quantization("compressed-tensors", block, bits, zeros, is_float=kind == "float")
 
 
 def _need(settings: Fields, **known: Any) -> None:

@@ -20,16 +20,14 @@ from typing import NamedTuple
 
 from tpjax.attention.tpu import KERNEL_NAME, Work
 from tpjax.attention.tpu_write import KERNEL_NAME as WRITER_NAME
-from tpjax.config import ExpertAxis, KVDtype, ModelConfig, Quantize
+from tpjax.config import ExpertAxis, ModelConfig
 from tpjax.hardware import Efficiency
 from tpjax.inspect.collectives import ASYNC_DONE, Collective, placed_collectives
 from tpjax.inspect.hlo import Executed, Instruction, Module
 from tpjax.inspect.topology import Topology
 from tpjax.interconnect import Interconnect
-from tpjax.planning.cost_model import CostModel
-from tpjax.planning.workload import Workload
 from tpjax.runtime.counts import Counts
-from tpjax.step_time import Cost, StepTokens
+from tpjax.step_time import Cost, Itemsizes, StepTime, StepTokens
 
 # Multiply-adds of a chip in one cycle: its matrix units, 128 or 256 square (How to Scale Your Model, chapter
 # 2, and Google Cloud's pages). Half the peak rate over these is the clock: 1.50 GHz on a v5e, 1.75 on a v6e.
@@ -121,14 +119,12 @@ def estimate(
     topology: Topology,
     *,
     tp: int,
-    dtype: str,
     batch: int,
     length: int,
     context: int,
     page_size: int,
     caches: Collection[tuple[int, ...]],
-    quantize: Quantize | None = None,
-    kv_dtype: KVDtype = "auto",
+    itemsizes: Itemsizes,
     pages_at_once: int = 1,
     kernel_work: Sequence[Work] = (),
     samples: bool = True,
@@ -140,14 +136,12 @@ def estimate(
         config: the architecture.
         topology: the chips.
         tp: number of devices.
-        dtype: dtype of activations.
         batch: number of sequences.
         length: tokens of each sequence in one call.
         context: tokens in the cache of each sequence before a chunk, or up to the token that is decoded.
         page_size: tokens of a page.
         caches: dimensions of the cache buffers, in the form of :attr:`Array.sizes`.
-        quantize: what quantised weights are kept in.
-        kv_dtype: what keys and values are kept in; ``auto``: ``dtype``.
+        itemsizes: bytes of an element of weights, activations and cache.
         pages_at_once: pages of a sequence that one trip of a loop over the cache reads.
         kernel_work: what its attention kernels do, call by call, which its text does not show.
         samples: whether the program samples, or is of a pipeline's stage before the last.
@@ -160,14 +154,12 @@ def estimate(
         for kind in config.attention.layer_types
     ]
 
-    def cost_model(rate: float) -> CostModel:
+    def step_time(rate: float) -> StepTime:
         perfect = replace(device, bandwidth_bytes_s=rate, efficiency=_IDEAL)
-        kind = "float32" if dtype == "float32" else "bf16"
-        workload = Workload(dtype=quantize or kind, cache_dtype=kind if kv_dtype == "auto" else kv_dtype)
         expert_axis: ExpertAxis = config.moe.sharded_axis(tp) if config.moe else "width"
-        return CostModel(Counts("", config), perfect, tp, workload, expert_axis)
+        return StepTime(Counts("", config).share(tp, expert_axis), perfect, itemsizes)
 
-    experts_read = cost_model(bandwidth).experts_read(batch * length)
+    experts_read = step_time(bandwidth).experts_read(batch * length)
     cycles, page_cycles, traffic, kernels = 0, 0, 0, 0
     for one in module.executed(pages, caches):
         if one.conditional or one.fused:
@@ -190,7 +182,7 @@ def estimate(
     )
 
     def ideal(rate: float) -> Cost:
-        model = cost_model(rate)
+        model = step_time(rate)
         tokens = StepTokens(batch, context) if length == 1 else StepTokens(chunks=((0, length),))
         return model.step(tokens) if samples else model.layers(tokens)
 

@@ -27,7 +27,6 @@ from tpjax.checkpoints.load import (
     check_tensors,
     open_checkpoint,
     parameters,
-    read_config,
 )
 from tpjax.config import (
     AttentionBackend,
@@ -47,7 +46,7 @@ from tpjax.inspect.reasons import cache_reason, experts_reason, reason
 from tpjax.layers.weights import dtype_bits
 from tpjax.mesh import is_local, make_stage_meshes
 from tpjax.old_spellings import accepts_old_spellings
-from tpjax.planning.published import is_published, published_config
+from tpjax.planning.published import find_model, is_published
 from tpjax.runtime.device_speed import split_layers
 from tpjax.runtime.limits import PAGE_SIZE, resolve_dtype
 from tpjax.runtime.memory import device_memory, plan_limits, workspace_bytes
@@ -55,7 +54,7 @@ from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.role import together
 from tpjax.runtime.runner import Runner
 from tpjax.runtime.stage import Stage
-from tpjax.sharding import Content, Layout, Segment, WeightLayout, head_plan, pad_to_multiple, tensor_layout
+from tpjax.sharding import Content, Layout, Segment, WeightLayout, head_plan, tensor_layout, width_per_device
 
 
 def explain(runner: Runner, name: str, dp: int = 1) -> Report | PipelineReport:
@@ -135,6 +134,7 @@ def explain_model(
     dp: int = 1,
     kv_dtype: KVDtype = "auto",
     pp: int = 1,
+    quantize_head: bool = False,
 ) -> Report | PipelineReport:
     """Describes a checkpoint sharded over ``tp`` devices without reading a weight.
 
@@ -152,6 +152,7 @@ def explain_model(
         dp: number of replicas.
         kv_dtype: what keys and values are kept in, as for ``LLM``.
         pp: number of pipeline stages of a replica.
+        quantize_head: whether embedding and head are kept so too, as for ``LLM``.
 
     Raises:
         TpjaxError: the checkpoint is not supported, or its configuration and tensors disagree.
@@ -159,19 +160,20 @@ def explain_model(
     check_quantize(quantize)
     check_choice("kv_dtype", kv_dtype, KVDtype)
     checkpoint = None
-    if is_published(model):
-        config = published_config(model)
-    else:
+    if not is_published(model):
         path = resolve(model, configuration=True)
         bare = path.suffix == ".json" or (path.is_dir() and not any(path.glob("*.safetensors*")))
         checkpoint = None if bare else open_checkpoint(path)
-        config = read_config(path) if checkpoint is None else checkpoint.config
-    if checkpoint is not None:
-        checkpoint.check_quantize(quantize)
+    if checkpoint is None:
+        known = find_model(model)
+        known.check_quantize(quantize, quantize_head)
+        config, format_of = known.config, known.format_of
+    else:
+        config, format_of = checkpoint.config, checkpoint.source.format_of
+        checkpoint.check_quantize(quantize, quantize_head)
     config = config.with_expert_parallel(expert_parallel)
     meshes, kind = make_stage_meshes(tp, dp, pp)[0], resolve_dtype(dtype)
     size, layers = meshes[0].size, split_layers(config, meshes[0], pp, kind, quantize, kv_dtype)
-    format_of = None if checkpoint is None else checkpoint.source.format_of
 
     def chosen() -> Backend:
         shape = KernelShape.of(config, size, kind, PAGE_SIZE, kv_dtype)
@@ -182,6 +184,7 @@ def explain_model(
         "max_model_len": max_model_len,
         "expert_parallel": expert_parallel,
         "quantize": quantize,
+        "quantize_head": quantize_head,
         "attention": attention,
         "kv_dtype": kv_dtype,
     }
@@ -190,7 +193,7 @@ def explain_model(
     with together(same | flags, device_memory(size * dp * pp)) as role:
         memory, backend = role.decide(chosen)
         decoders = [
-            abstract_decoder(config, mesh, kind, quantize, backend, format_of, part)
+            abstract_decoder(config, mesh, kind, quantize, backend, format_of, part, quantize_head)
             for mesh, part in zip(meshes, layers, strict=True)
         ]
         declared = [parameters(*stage) for stage in zip(decoders, meshes, strict=True)]
@@ -373,7 +376,7 @@ def _experts(moe: MoEConfig, tp: int) -> dict[str, Any]:
     if axis == "experts":
         what = f"each device has {count // tp} of its own"
     else:
-        padded = pad_to_multiple(width, tp)
+        padded = tp * width_per_device(width, tp)
         what = f"each device has {padded // tp} of every expert's {width} features" + (
             f" (padded to {padded})" if padded > width else ""
         )

@@ -15,8 +15,7 @@ import jax
 from tpjax.attention import KernelShape, choose_backend
 from tpjax.attention.tpu import Work, work
 from tpjax.attention.xla import pages_at_once
-from tpjax.checkpoints.hub import resolve
-from tpjax.checkpoints.load import abstract_decoder, check_quantize, parameters, read_config
+from tpjax.checkpoints.load import abstract_decoder, check_quantize, parameters
 from tpjax.config import (
     AttentionBackend,
     ExpertParallel,
@@ -35,12 +34,13 @@ from tpjax.inspect.estimate import estimate
 from tpjax.inspect.hlo import Module, tpu_array
 from tpjax.inspect.topology import Topology
 from tpjax.inspect.topology_report import ProgramReport, TopologyReport
-from tpjax.layers.weights import dtype_bits
+from tpjax.layers.weights import FormatOf, dtype_bits
 from tpjax.old_spellings import accepts_old_spellings
-from tpjax.planning.published import is_published, published_config
+from tpjax.planning.published import find_model
 from tpjax.planning.workload import DEFAULT_CONTEXT, STEP_BATCH, STEP_PROMPT_LEN
 from tpjax.runtime import layer_split
-from tpjax.runtime.device_speed import itemsizes
+from tpjax.runtime.counts import Counts
+from tpjax.runtime.device_speed import itemsizes, stored_itemsizes
 from tpjax.runtime.limits import MAX_PROMPT_TOKENS, PAGE_SIZE, Limits, resolve_dtype
 from tpjax.runtime.memory import DeviceMemory, plan_limits
 from tpjax.runtime.programs import ProgramSpec
@@ -48,6 +48,7 @@ from tpjax.runtime.runner import Runner
 from tpjax.runtime.stage import Stage
 from tpjax.runtime.steps import padded_tokens
 from tpjax.sharding import SEQUENCE_PARALLEL, head_plan
+from tpjax.step_time import Itemsizes
 
 _ALIAS = re.compile(r"\{\d*\}: \((\d+), \{\}")
 
@@ -68,6 +69,7 @@ def explain_topology(
     dp: int = 1,
     kv_dtype: KVDtype = "auto",
     pp: int = 1,
+    quantize_head: bool = False,
 ) -> TopologyReport:
     """Compiles a model's decode and prefill steps for chips that are not here, from shapes alone.
 
@@ -89,6 +91,7 @@ def explain_topology(
         dp: number of replicas; the programs of each are the same.
         kv_dtype: what keys and values are kept in, as for ``LLM``.
         pp: number of pipeline stages of a replica, whose programs are reported one after the other.
+        quantize_head: whether embedding and head are kept so too, as for ``LLM``.
 
     Raises:
         TpjaxError: the model is not supported, or its programs cannot be compiled here.
@@ -98,12 +101,10 @@ def explain_topology(
             raise ConfigError(f"{name}={number} is less than 1")
     if prompt_len > MAX_PROMPT_TOKENS:
         raise ConfigError(f"prompt_len={prompt_len} is more than the {MAX_PROMPT_TOKENS} tokens of a step")
-    if is_published(model):
-        config = published_config(model)
-    else:
-        config = read_config(resolve(model, configuration=True))
+    known = find_model(model)
+    known.check_quantize(quantize, quantize_head)
     runner = abstract_runner(
-        config.with_expert_parallel(expert_parallel),
+        known.config.with_expert_parallel(expert_parallel),
         topology,
         topology.devices_of_mesh(tp, dp, pp),
         dtype,
@@ -113,6 +114,8 @@ def explain_topology(
         quantize=quantize,
         attention=attention,
         kv_dtype=kv_dtype,
+        quantize_head=quantize_head,
+        format_of=known.format_of,
     )
     limits = runner.limits
     chunks = next(shape for shape in limits.chunk_shapes if shape.tokens >= prompt_len)
@@ -151,6 +154,8 @@ def abstract_runner(
     attention: AttentionBackend = "auto",
     kv_dtype: KVDtype = "auto",
     pp: int = 1,
+    quantize_head: bool = False,
+    format_of: FormatOf | None = None,
 ) -> Runner:
     """Makes a runner whose programs can be lowered and compiled for a topology, not run.
 
@@ -166,7 +171,7 @@ def abstract_runner(
         config, mesh.size, pp, itemsizes(kind, quantize, kv_dtype), topology.hardware.device
     )
     decoders = [
-        abstract_decoder(config, one, kind, quantize, backend, layers=part)
+        abstract_decoder(config, one, kind, quantize, backend, format_of, part, quantize_head)
         for one, part in zip(meshes, layers, strict=True)
     ]
 
@@ -283,9 +288,7 @@ def compile_program(
             config,
             topology,
             tp=stage.mesh.size,
-            dtype=str(stage.dtype),
-            quantize=model.quantize,
-            kv_dtype=stage.kv_dtype,
+            itemsizes=_itemsizes(stage),
             batch=batch,
             length=length,
             context=min(context, stage.limits.max_model_len),
@@ -326,6 +329,13 @@ def _pages_at_once(stage: Stage, batch: int) -> int:
     limits = stage.limits
     page_bytes = heads * (widths[0] + value_dim) * limits.page_size * stage.dtype.itemsize
     return pages_at_once(stage.backend.walk_pages, batch * page_bytes, limits.blocks)
+
+
+def _itemsizes(stage: Stage) -> Itemsizes:
+    """Returns the bytes of an element of the weights, as they are kept, and of activations and cache."""
+    config, tp = stage.own_config, stage.mesh.size
+    held = Counts("", config).on_device(tp, config.moe.sharded_axis(tp) if config.moe else "width")
+    return stored_itemsizes(held, stage.dtype, parameters(stage.abstract_model(), stage.mesh), stage.kv_dtype)
 
 
 def _kernel_work(stage: Stage, spec: ProgramSpec, context: int) -> list[Work]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tpjax.layers.weights import QuantizedWeight, Weight, parameter, split_axis
-from tpjax.layers.widening import grouped_product, spread, widened_product
+from tpjax.layers.widening import Terms, quantized_rows, spread, widened_product
 from tpjax.sharding import (
     PARTIAL_SUMS,
     REPLICATED,
@@ -47,17 +49,17 @@ def dot(
         return jnp.einsum(subscripts, x, weight, precision=precision, preferred_element_type=dtype)
     # Products of float16 and unscaled values could exceed its range.
     summed = jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
+    product = partial(widened_product, subscripts=subscripts, dtype=summed, precision=precision)
     if not weight.per_output:
-        return grouped_product(x, weight, subscripts, dtype=summed, precision=precision).astype(dtype)
+        return product(x, weight, scaled=True).astype(dtype)
     scales = weight.scales.astype(jnp.float32)
-    terms, outputs = subscripts.split("->")
-    inputs, axes = terms.split(",")
+    inputs, axes, outputs = Terms.of(subscripts)
     scales_inputs = any(
         size > 1 and axis not in outputs for axis, size in zip(axes, weight.scales.shape, strict=True)
     )
     if scales_inputs:  # an output of the checkpoint's matrix is summed over here
         x = (x.astype(jnp.float32) * spread(scales, axes, inputs, x.ndim)).astype(x.dtype)
-    y = widened_product(x, weight, subscripts, dtype=summed, precision=precision)
+    y = product(x, weight, scaled=False)
     if not scales_inputs:
         y = y.astype(jnp.float32) * spread(scales, axes, outputs, y.ndim)
     return y.astype(dtype)
@@ -172,11 +174,16 @@ class Embedding(nnx.Module):
 
     def __init__(self, source: str, vocab_size: int, hidden_size: int, tp: int, dtype: jnp.dtype) -> None:
         padded = pad_to_multiple(vocab_size, tp)
-        self.weight = parameter(tensor_layout(source, (vocab_size, hidden_size), padded=padded), VOCAB, dtype)
+        layout = tensor_layout(source, (vocab_size, hidden_size), padded=padded)
+        self.weight = parameter(layout, VOCAB, dtype, inputs=1)
+        self.dtype = dtype
 
     def __call__(self, tokens: Int[Array, " N"]) -> Float[Array, "N D"]:
         """Looks up the rows of tokens."""
-        return self.weight[...].at[tokens].get(mode="clip")
+        weight = self.weight[...]
+        if isinstance(weight, QuantizedWeight):
+            return quantized_rows(weight, tokens, self.dtype)
+        return weight.at[tokens].get(mode="clip")
 
     def attend(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Computes the logits of the padded vocabulary, float32, sharded along V."""

@@ -15,8 +15,8 @@ from tpjax.sharding import (
     REPLICATED,
     constrain,
     gate_up_layout,
-    pad_to_multiple,
     tensor_layout,
+    width_per_device,
 )
 
 
@@ -49,8 +49,9 @@ class MLP(nnx.Module):
             self.gate_up_proj = projection
         else:
             self.up_proj = projection
+        padded = tp * width_per_device(width, tp)
         self.down_proj = RowLinear(
-            tensor_layout("down_proj.weight", (hidden, width), padded=pad_to_multiple(width, tp), axis=1),
+            tensor_layout("down_proj.weight", (hidden, width), padded=padded, axis=1),
             tensor_layout("down_proj.bias", (hidden,)) if config.bias else None,
             dtype,
             partial_sums=tp if partial_sums else None,

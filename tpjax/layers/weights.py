@@ -66,7 +66,18 @@ FORMATS: dict[Quantize, WeightFormat] = {
     "fp8": WeightFormat(jnp.dtype(jnp.float8_e4m3fn)),
     "int4": WeightFormat(jnp.dtype(jnp.int4), 128, jnp.dtype(jnp.bfloat16)),
 }
+_HEAD_FORMATS: dict[Quantize, Quantize] = {"int8": "int8", "fp8": "fp8", "int4": "int8"}
 FormatOf: TypeAlias = Callable[[str], WeightFormat | None]  # of a canonical tensor; None: it stays as it is
+
+
+def rounded_format(quantize: Quantize, *, head: bool = False) -> WeightFormat:
+    """Returns what weights are rounded to: embedding and head to 8 bits at least.
+
+    Args:
+        quantize: the user's choice.
+        head: of embedding and head.
+    """
+    return FORMATS[_HEAD_FORMATS[quantize] if head else quantize]
 
 
 @jax.tree_util.register_dataclass

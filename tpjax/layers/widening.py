@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from tpjax.layers.weights import QuantizedWeight, specs_of
 from tpjax.mesh import AXIS
@@ -27,6 +27,27 @@ _FEW_TOKENS, _LARGE_BLOCK_ELEMENTS = 32, 1 << 20  # a product of more tokens wan
 _LEAST_COLUMNS = 128  # of a weight [in, out], whose rows are read in pieces then: two cache lines or more
 
 
+class Terms(NamedTuple):
+    """The axes of a product with a weight, a letter each; ``...`` stands for as many as there are.
+
+    Attributes:
+        x: axes of the activations.
+        weight: axes of the weight.
+        out: axes of the result.
+    """
+
+    x: str
+    weight: str
+    out: str
+
+    @classmethod
+    def of(cls, subscripts: str) -> Terms:
+        """Splits what ``einsum`` takes, activations first."""
+        terms, out = subscripts.split("->")
+        x, weight = terms.split(",")
+        return cls(x, weight, out)
+
+
 def widened_product(
     x: Float[Array, "*x"],
     weight: QuantizedWeight,
@@ -34,8 +55,9 @@ def widened_product(
     *,
     dtype: jnp.dtype | type,
     precision: jax.lax.Precision | None,
+    scaled: bool,
 ) -> Float[Array, "*out"]:
-    """Multiplies activations by the values of a weight, without its scales.
+    """Multiplies activations by a weight.
 
     Args:
         x: activations; axes that ``subscripts`` do not name are replicated.
@@ -43,34 +65,25 @@ def widened_product(
         subscripts: as for :func:`tpjax.layers.linear.dot`.
         dtype: dtype of the result.
         precision: precision of the multiplication.
+        scaled: by the weight, which has scales for groups of inputs; else by its values alone.
     """
-
-    def at_once(x: Array, weight: QuantizedWeight) -> Array:
-        wide = weight.values.astype(x.dtype)
-        return jnp.einsum(subscripts, x, wide, precision=precision, preferred_element_type=dtype)
-
-    by_blocks = partial(product_by_blocks, subscripts=subscripts, dtype=dtype, precision=precision)
+    settings: Any = {"subscripts": subscripts, "dtype": dtype, "precision": precision}
+    by_blocks = partial(product_by_blocks, scaled=scaled, **settings)
     on_each = partial(_on_each_device, by_blocks, subscripts=subscripts)
-    return jax.lax.platform_dependent(x, weight, cpu=on_each, default=at_once)
+    default = partial(product_by_groups if scaled else _product_at_once, **settings)
+    return jax.lax.platform_dependent(x, weight, cpu=on_each, default=default)
 
 
-def grouped_product(
+def _product_at_once(
     x: Float[Array, "*x"],
     weight: QuantizedWeight,
-    subscripts: str,
     *,
+    subscripts: str,
     dtype: jnp.dtype | type,
     precision: jax.lax.Precision | None,
 ) -> Float[Array, "*out"]:
-    """Multiplies activations by a weight with a scale for each group of inputs.
-
-    Args and result as of :func:`widened_product`, scales included.
-    """
-    settings: Any = {"subscripts": subscripts, "dtype": dtype, "precision": precision}
-    by_blocks = partial(product_by_blocks, scaled=True, **settings)
-    on_each = partial(_on_each_device, by_blocks, subscripts=subscripts)
-    by_groups = partial(product_by_groups, **settings)
-    return jax.lax.platform_dependent(x, weight, cpu=on_each, default=by_groups)
+    wide = weight.values.astype(x.dtype)
+    return jnp.einsum(subscripts, x, wide, precision=precision, preferred_element_type=dtype)
 
 
 def product_by_groups(
@@ -85,8 +98,7 @@ def product_by_groups(
 
     Where the product's outputs are the checkpoint's inputs, activations are scaled for each group instead.
     """
-    terms, outputs = subscripts.split("->")
-    inputs, axes = terms.split(",")
+    inputs, axes, outputs = Terms.of(subscripts)
     axis = len(axes) + weight.inputs
     letter, groups = axes[axis], weight.scales.shape[axis]
     grouped = axes.replace(letter, f"z{letter}")  # z counts the groups
@@ -127,8 +139,7 @@ def product_by_blocks(
     scaled: bool = False,
 ) -> Float[Array, "*out"]:
     """Computes the product on one device in a loop over blocks of outputs, each scaled or not."""
-    terms, outputs = subscripts.split("->")
-    inputs, axes = terms.split(",")
+    inputs, axes, outputs = Terms.of(subscripts)
     values = weight.values
     letter = next(letter for letter in axes if letter in outputs)
     axis = axes.index(letter)
@@ -202,8 +213,7 @@ def _on_each_device(
     mesh, spec = jax.sharding.get_abstract_mesh(), weight.spec
     if AXIS not in spec or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
         return product(x, weight)
-    terms, outputs = subscripts.split("->")
-    inputs, axes = terms.split(",")
+    inputs, axes, outputs = Terms.of(subscripts)
     letter, ndim = axes[tuple(spec).index(AXIS)], jax.eval_shape(product, x, weight).ndim
     of_x, specs = _sharded_along(inputs, letter, x.ndim), specs_of(weight, spec)
     if letter in outputs:
@@ -216,6 +226,42 @@ def _on_each_device(
         check_vma=False,
     )(x, weight)
     return jax.lax.reduce_sum(partial_sums, (0,))  # all-reduce over tp
+
+
+def quantized_rows(
+    weight: QuantizedWeight, tokens: Int[Array, " N"], dtype: jnp.dtype
+) -> Float[Array, "N D"]:
+    """Looks up the rows of tokens in an embedding [V, D], sharded along V, and widens them.
+
+    Where it is sharded, the rows that other devices have are zeros, and are added up: an all-reduce follows.
+    """
+
+    def rows(weight: QuantizedWeight, tokens: Int[Array, " N"]) -> Float[Array, "N D"]:
+        # as bytes: XLA's CPU backend would widen all of a float8 array before it takes rows
+        stored = weight.values.dtype
+        encoded = weight.values
+        if stored == jnp.float8_e4m3fn:
+            encoded = jax.lax.bitcast_convert_type(encoded, jnp.uint8)
+        values = encoded.at[tokens].get(mode="clip")
+        if values.dtype != stored:
+            values = jax.lax.bitcast_convert_type(values, stored)
+        scales = weight.scales.at[tokens].get(mode="clip").astype(jnp.float32)
+        wide = values.astype(jnp.float32).reshape(*scales.shape, -1)
+        if weight.zeros is not None:
+            wide = wide - weight.zeros.at[tokens].get(mode="clip")[..., None].astype(jnp.float32)
+        return (wide * scales[..., None]).reshape(values.shape).astype(dtype)
+
+    def own_rows(weight: QuantizedWeight, tokens: Int[Array, " N"]) -> Float[Array, "1 N D"]:
+        local = tokens - jax.lax.axis_index(AXIS) * weight.shape[0]
+        inside = (local >= 0) & (local < weight.shape[0])
+        return jnp.where(inside[:, None], rows(weight, local), 0)[None]
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+        return rows(weight, tokens)
+    specs = (specs_of(weight, weight.spec), PartitionSpec())
+    partial_sums = jax.shard_map(own_rows, in_specs=specs, out_specs=PARTIAL_SUMS, check_vma=False)
+    return jax.lax.reduce_sum(partial_sums(weight, tokens), (0,))  # all-reduce over tp
 
 
 def _sharded_along(axes: str, letter: str, ndim: int) -> PartitionSpec:

@@ -200,7 +200,7 @@ def does_not_fit(plan: Plan) -> str:
         would.append(f"a batch of {batch}")
         if (context := plan.model.largest_context(plan.batch)) > 0:
             would.append(f"a context of {context}")
-    for dtype in ("int8", "int4"):
+    for dtype in ("int8", "int4") if workload.dtype != "stored" else ():  # which is not rounded once more
         smaller = replace(workload, dtype=dtype, cache_dtype="auto")
         less = smaller.weight_bytes < workload.weight_bytes
         if less and make_plan(counts, hardware, plan.chips, plan.tp, smaller).fits:

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import difflib
 import json
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from tpjax.checkpoints.declared import declared_formats
 from tpjax.checkpoints.hub import ALIASES, resolve
-from tpjax.checkpoints.load import read_config
-from tpjax.config import ModelConfig
+from tpjax.checkpoints.load import check_stored, read_config, read_quantization
+from tpjax.config import ModelConfig, Quantize
 from tpjax.errors import CheckpointError
+from tpjax.families.quantization import Quantization
 from tpjax.families.registry import config_from_hf
+from tpjax.layers.weights import FormatOf
+from tpjax.runtime.counts import stored_bytes
 
 
 @cache
@@ -69,19 +74,63 @@ def check_name(model: str) -> None:
     raise CheckpointError(f"{model!r} is neither a checkpoint nor a built-in model; {hint}")
 
 
-def find_config(model: str) -> tuple[str, ModelConfig]:
-    """Returns name and architecture of a published model, a local checkpoint or config.json, or a hub id.
+@dataclass(frozen=True)
+class KnownModel:
+    """A model that is known by its configuration.
 
-    From Hugging Face, only ``config.json`` is downloaded.
+    Attributes:
+        name: in reports.
+        config: the architecture.
+        quantization: how its configuration says that weights are quantised; ``None``: they are not.
+        format_of: how canonical tensors are stored in 8 or 4 bits; ``None``: none are.
+    """
+
+    name: str
+    config: ModelConfig
+    quantization: Quantization | None = None
+    format_of: FormatOf | None = None
+
+    @property
+    def stored_bytes(self) -> float | None:
+        """Mean bytes of an element of the layers' matrices, scales included; ``None``: not 8 or 4 bits."""
+        return None if self.format_of is None else stored_bytes(self.config, self.format_of)
+
+    def check_quantize(self, quantize: Quantize | None, quantize_head: bool) -> None:
+        """Checks how weights are to be kept, as :meth:`Checkpoint.check_quantize` does."""
+        check_stored(self.name, self.quantization, self.format_of, quantize, quantize_head)
+
+
+def find_model(model: str) -> KnownModel:
+    """Finds a published model, a local checkpoint or config.json, or a hub id: its ``config.json`` is enough.
 
     Raises:
         CheckpointError: ``model`` is none of these, or not a checkpoint.
         DownloadError: the configuration cannot be downloaded.
         ConfigError: the architecture is not supported.
     """
-    if model in _published():
-        return model, published_config(model)
-    check_name(model)
+    if is_published(model):
+        return KnownModel(model, published_config(model))
     path = Path(model).expanduser()
     name = path.name if path.exists() else model
-    return name, read_config(resolve(model, configuration=True))
+    found = resolve(model, configuration=True)
+    config = read_config(found)
+    quantization = None if found.suffix.lower() == ".gguf" else read_quantization(found)
+    return KnownModel(name, config, quantization, declared_formats(found, config))
+
+
+def find_config(model: str) -> tuple[str, ModelConfig]:
+    """Returns name and architecture of what :func:`find_model` finds, and of a built-in alias."""
+    known = find_named(model)
+    return known.name, known.config
+
+
+def find_named(model: str) -> KnownModel:
+    """Finds a model as :func:`find_model` does, a built-in alias without its weights.
+
+    Raises:
+        CheckpointError: there is none; the message has published models of similar names.
+    """
+    if model in _published():
+        return KnownModel(model, published_config(model))
+    check_name(model)
+    return find_model(model)

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from tpjax.errors import ConfigError
 from tpjax.step_time import Itemsizes
 
-WeightDtype = Literal["bf16", "int8", "fp8", "int4", "float32"]
+WeightDtype = Literal["bf16", "int8", "fp8", "int4", "float32", "stored"]
 CacheDtype = Literal["auto", "bf16", "int8", "fp8", "float32"]
 # int4: with the bfloat16 scale of each 128 inputs of an output
 DTYPE_BYTES: dict[str, float] = {"bf16": 2, "int8": 1, "fp8": 1, "int4": 0.5 + 2 / 128, "float32": 4}
@@ -27,9 +27,11 @@ class Workload:
         batch: sequences decoded at once, over all replicas.
         context: tokens of each sequence in the cache.
         prompt_len: tokens of a prompt.
-        dtype: dtype of the weights; norms, embedding and head keep at least 16 bits.
+        dtype: dtype of the weights; norms, embedding and head keep at least 16 bits. ``stored``: as a
+            quantised checkpoint stores them.
         cache_dtype: dtype of keys and values. ``auto`` is the dtype of the weights, thus 8 bits for 8-bit
-            weights, as the published 8-bit measurements ran, and for those of 4 bits.
+            weights, as the published 8-bit measurements ran, and for those of 4 bits; 16 for ``stored``.
+        stored_bytes: mean bytes of an element of ``stored`` weights, scales included.
     """
 
     batch: int = 1
@@ -37,6 +39,7 @@ class Workload:
     prompt_len: int = LONGEST_DEFAULT_PROMPT
     dtype: str = "bf16"
     cache_dtype: str = "auto"
+    stored_bytes: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch", "context", "prompt_len"):
@@ -46,11 +49,13 @@ class Workload:
         for name, known in (("dtype", get_args(WeightDtype)), ("cache_dtype", get_args(CacheDtype))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not known: use {', '.join(known)}")
+        if self.dtype == "stored" and self.stored_bytes is None:
+            raise ConfigError("dtype='stored' needs a model that is stored in 8 or 4 bits: this one is not")
 
     @property
     def weight_bytes(self) -> float:
         """Bytes of one element of a matrix of attention, MLPs or experts."""
-        return DTYPE_BYTES[self.dtype]
+        return DTYPE_BYTES[self.dtype] if self.dtype != "stored" else self.stored_bytes or 0.0
 
     @property
     def activation_bytes(self) -> int:
@@ -60,7 +65,8 @@ class Workload:
     @property
     def cache_bytes(self) -> int:
         """Bytes of one element of the cache."""
-        return math.ceil(DTYPE_BYTES[self.dtype if self.cache_dtype == "auto" else self.cache_dtype])
+        of_weights = "bf16" if self.dtype == "stored" else self.dtype
+        return math.ceil(DTYPE_BYTES[of_weights if self.cache_dtype == "auto" else self.cache_dtype])
 
     @property
     def cache_scale_bytes(self) -> int:

@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, u
 
 from tpjax.cache import cache_layout
 from tpjax.config import ExpertAxis, ModelConfig
+from tpjax.layers.weights import FormatOf, WeightFormat, dtype_bits
 from tpjax.mesh import AXIS
 from tpjax.model import Decoder
 from tpjax.sharding import PAGES, StackedLayout, head_plan
@@ -84,12 +85,40 @@ class Counts:
         return 4 * plan.head_slots_per_device * plan.group_size * config.attention.head_dim
 
 
+def stored_bytes(config: ModelConfig, format_of: FormatOf) -> float:
+    """Returns the mean bytes of an element of attention, MLPs and experts as they are stored, with scales.
+
+    Args:
+        config: the architecture.
+        format_of: how canonical tensors are kept; the others take 16 bits.
+    """
+    elements, stored = 0, 0.0
+    for path, variable in nnx.to_flat_state(nnx.state(_abstract_model(config, 1), nnx.Param)):
+        if path[0] != "layers" or variable.get_metadata("inputs") is None:
+            continue
+        for source, (outputs, inputs) in variable.get_metadata("layout").canonical_shapes().items():
+            kept = format_of(".".join(map(str, (*path[:-2], source))))
+            elements += outputs * inputs
+            stored += outputs * (2 * inputs if kept is None else _row_bytes(kept, inputs))
+    return stored / elements
+
+
+def _row_bytes(kept: WeightFormat, inputs: int) -> float:
+    groups = 1 if kept.group is None else math.ceil(inputs / kept.group)
+    return inputs * dtype_bits(kept.values) / 8 + groups * (kept.scales.itemsize + kept.zeros)
+
+
+def _abstract_model(config: ModelConfig, tp: int) -> Decoder:
+    mesh = AbstractMesh((tp,), (AXIS,), axis_types=(AxisType.Auto,))
+    with use_abstract_mesh(mesh):  # a parameter that declares a sharding needs a mesh, even without memory
+        return nnx.eval_shape(lambda: Decoder(config, tp, jnp.dtype(jnp.bfloat16)))
+
+
 @lru_cache(maxsize=256)
 def _elements(config: ModelConfig, tp: int) -> Elements:
     kinds = tuple(dict.fromkeys(config.sparse_layers))
     mesh = AbstractMesh((tp,), (AXIS,), axis_types=(AxisType.Auto,))
-    with use_abstract_mesh(mesh):  # a parameter that declares a sharding needs a mesh, even without memory
-        model = nnx.eval_shape(lambda: Decoder(_layers_of(config, kinds), tp, jnp.dtype(jnp.bfloat16)))
+    model = _abstract_model(_layers_of(config, kinds), tp)
     sums: dict[str, int] = {}
     for path, elements, matrix, outputs in _declared(model, mesh):
         name = _part(path) if matrix else "vectors"
@@ -110,7 +139,7 @@ def _declared(model: Decoder, mesh: AbstractMesh) -> Iterator[tuple[tuple[Any, .
         layout, spec = variable.get_metadata("layout"), PartitionSpec(*variable.get_metadata("out_sharding"))
         one = layout.one if isinstance(layout, StackedLayout) else layout
         shard = NamedSharding(mesh, spec).shard_shape(layout.shape)
-        inputs = variable.get_metadata("inputs")
+        inputs = variable.get_metadata("inputs") if path[0] == "layers" else None
         outputs = 0 if inputs is None else math.prod(shard) // shard[inputs]
         yield path, math.prod(shard), len(one.shape) > 1, outputs
 

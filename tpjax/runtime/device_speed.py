@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -11,13 +14,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tpjax.cache_quantization import element_bytes, scale_bytes
+from tpjax.checkpoints.load import Parameter
 from tpjax.config import KVDtype, ModelConfig, Quantize
 from tpjax.hardware import Efficiency, Hardware, known_device
 from tpjax.interconnect import Measured
 from tpjax.layers.weights import FORMATS, dtype_bits
 from tpjax.runtime import layer_split
 from tpjax.runtime.counts import Counts
-from tpjax.step_time import Itemsizes, StepTime
+from tpjax.step_time import Elements, Itemsizes, StepTime
 
 _WIDTH = 2048  # of a square weight: 16 MB in float32, more than a core's caches hold
 _TOKENS = 128
@@ -37,7 +41,7 @@ def step_time(
     config: ModelConfig,
     mesh: Mesh,
     dtype: jnp.dtype,
-    quantize: Quantize | None = None,
+    declared: Iterable[Parameter] = (),
     kv_dtype: KVDtype = "auto",
 ) -> StepTime:
     """Returns what predicts the steps of a model on a mesh.
@@ -45,15 +49,45 @@ def step_time(
     Args:
         config: the architecture.
         mesh: ``("tp",)``.
-        dtype: dtype of activations.
-        quantize: what the weights of attention, MLPs and experts are kept in; ``None``: ``dtype``.
+        dtype: dtype of activations, and of weights that are not quantised.
+        declared: the model's parameters: those of 8 or 4 bits count as they are stored, with their scales.
         kv_dtype: what keys and values are kept in; ``auto``: ``dtype``.
     """
     share = Counts(config.model_type, config).share(
         mesh.size, config.moe.sharded_axis(mesh.size) if config.moe else "width"
     )
     hardware = device_hardware(mesh.devices.flat[0], dtype)
-    return StepTime(share, hardware, itemsizes(dtype, quantize, kv_dtype))
+    return StepTime(share, hardware, stored_itemsizes(share.held, dtype, declared, kv_dtype))
+
+
+def stored_itemsizes(
+    held: Elements, dtype: jnp.dtype, declared: Iterable[Parameter], kv_dtype: KVDtype = "auto"
+) -> Itemsizes:
+    """Returns the mean bytes of an element: of layers' matrices, of the head, and of everything else.
+
+    Args:
+        held: elements on a device.
+        dtype: dtype of what is not quantised.
+        declared: the parameters of the model, or of all its stages.
+        kv_dtype: what keys and values are kept in; ``auto``: ``dtype``.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    quantized = [one for one in declared if one.quantized is not None]
+
+    def mean(elements: int, parts: Iterable[Parameter]) -> float:
+        parts = list(parts)
+        values = sum(
+            math.prod(one.sharding.shard_shape(one.layout.shape)) for one in parts if one.is_quantized
+        )
+        stored = sum(one.bytes_per_device for one in parts)
+        return (stored + (elements - values) * itemsize) / elements
+
+    of_layers = (one for one in quantized if one.path[0] == "layers")
+    name = "lm_head" if held.head else "embed_tokens"
+    of_head = {one.path: one for one in quantized if one.path[0] == name}  # a last stage may have a copy
+    weights = mean(held.attention + held.mlp + held.experts, of_layers)
+    head = mean(held.head or held.embedding, of_head.values()) if of_head else None
+    return replace(itemsizes(dtype, None, kv_dtype), weights=weights, head=head)
 
 
 def split_layers(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from tpjax import cache as kv
-from tpjax.config import KVDtype, ModelConfig
+from tpjax.config import KVDtype, ModelConfig, Quantize
 from tpjax.errors import ConfigError
 from tpjax.runtime.limits import (
     MAX_PROMPT_TOKENS,
@@ -22,7 +22,7 @@ from tpjax.runtime.limits import (
     mixed_chunk_shapes,
 )
 from tpjax.sampling import HISTORY_BYTES, mask_words
-from tpjax.sharding import head_plan, pad_to_multiple
+from tpjax.sharding import head_plan, pad_to_multiple, width_per_device
 from tpjax.windows import ONE_GROUP, Windows, pages_held
 
 # Bytes of the cache on a CPU, whose memory is shared with everything else, unless one sequence needs more:
@@ -83,6 +83,7 @@ def plan_limits(
     max_slots: int | None,
     stages: Sequence[ModelConfig] = (),
     kv_dtype: KVDtype = "auto",
+    quantized_bytes: Callable[[Quantize], int] | None = None,
 ) -> Limits:
     """Chooses the sizes of slots, context and cache.
 
@@ -101,6 +102,8 @@ def plan_limits(
         stages: the layers of each pipeline stage; empty: there is one stage. All stages have as many pages as
             fit the one with the largest weights and the one with the largest pages.
         kv_dtype: what keys and values are kept in; ``auto``: ``dtype``.
+        quantized_bytes: returns the bytes of quantised weights on each device, for an error's advice;
+            ``None``: they cannot be quantised.
 
     Raises:
         ConfigError: ``max_model_len`` exceeds the model's longest context, or the model does not fit; the
@@ -122,7 +125,10 @@ def plan_limits(
         least = pool.held(PAGE_SIZE if max_model_len is None else length)
         if room < least:
             need = replace(need, cache=(least + 1) * pool.page_bytes)
-            raise ConfigError(_does_not_fit(config, tp, dtype, need, memory, pool, max_model_len, max_slots))
+            lighter = _quantized_that_fits(need, memory, quantized_bytes)
+            raise ConfigError(
+                _does_not_fit(config, tp, dtype, need, memory, pool, max_model_len, max_slots, lighter)
+            )
         cap = memory.cache_cap
         pages = min(pages, room if cap is None else min(room, max(least, cap // pool.page_bytes)))
         length = pool.longest(pages, length)
@@ -259,7 +265,7 @@ def workspace_bytes(
     """
     plan = head_plan(config, tp)
     qkv = plan.num_head_slots * (plan.group_size + 2) * config.attention.head_dim
-    gate_up = 2 * pad_to_multiple(config.mlp.intermediate_size, tp)
+    gate_up = 2 * tp * width_per_device(config.mlp.intermediate_size, tp)
     itemsize = max(jnp.dtype(dtype).itemsize, 2)
     prefill = prompt_tokens * itemsize * (8 * config.hidden_size + 5 * (qkv + gate_up) // tp)
     logits = pad_to_multiple(config.vocab_size, tp) // tp * 4
@@ -290,6 +296,7 @@ def _does_not_fit(
     pool: PagePool,
     max_model_len: int | None,
     max_slots: int,
+    lighter: Quantize | None,
 ) -> str:
     ways = []
     pages = (memory.free - need.total + need.cache) // pool.page_bytes - 1
@@ -301,6 +308,8 @@ def _does_not_fit(
             break
     if jnp.dtype(dtype).itemsize == 4 and need.total // 2 <= memory.free:
         ways.append("dtype=bfloat16")
+    if lighter is not None:
+        ways.append(f"quantize={lighter!r}")
     shared = jax.devices()[0].platform == "cpu"  # more faked devices have no more memory together
     wider = [] if shared else range(tp + 1, _MOST_TP + 1)
     for more in wider:
@@ -322,6 +331,21 @@ def _does_not_fit(
         f"{human_bytes(need.sampler)} for penalties and masks and {human_bytes(need.cache)} to cache "
         f"{length}, together {human_bytes(need.total)}, and has "
         f"{human_bytes(memory.free)}; {advice}"
+    )
+
+
+def _quantized_that_fits(
+    need: MemoryNeed, memory: DeviceMemory, quantized_bytes: Callable[[Quantize], int] | None
+) -> Quantize | None:
+    """Returns the mildest rounding of weights with which a model fits."""
+    kinds: tuple[Quantize, ...] = () if quantized_bytes is None else ("int8", "int4")
+    return next(
+        (
+            kind
+            for kind in kinds
+            if quantized_bytes and need.total - need.weights + quantized_bytes(kind) <= memory.free
+        ),
+        None,
     )
 
 

@@ -40,6 +40,7 @@ from tpjax.sharding.weight_layout import (
     pad_to_multiple,
     row_layout,
     tensor_layout,
+    width_per_device,
 )
 
 __all__ = [
@@ -79,4 +80,5 @@ __all__ = [
     "reduce_partials",
     "row_layout",
     "tensor_layout",
+    "width_per_device",
 ]

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tpjax.sharding.head_plan import HeadPlan
-from tpjax.sharding.weight_layout import Segment, WeightLayout, column_layout, pad_to_multiple, row_layout
+from tpjax.sharding.weight_layout import (
+    Segment,
+    WeightLayout,
+    column_layout,
+    row_layout,
+    width_per_device,
+)
 
 
 def qkv_layout(plan: HeadPlan, head_dim: int, in_features: int | None) -> WeightLayout:
@@ -119,13 +125,13 @@ def gate_up_layout(modules: Sequence[str], width: int, tp: int, in_features: int
 
     Args:
         modules: canonical modules: gate and up, or up alone.
-        width: F; padded with zeros to a multiple of ``tp``.
+        width: F; padded with zeros: :func:`width_per_device`.
         tp: devices that F is sharded over.
         in_features: inputs of the weights; ``None``: the layout of the biases.
     """
     kind = "bias" if in_features is None else "weight"
     names = [f"{module}.{kind}" for module in modules]
-    shard = pad_to_multiple(width, tp) // tp
+    shard = width_per_device(width, tp)
     segments = [
         Segment(name, start, min(shard, width - start), len(names) * start + part * shard)
         for start in range(0, width, shard)
@@ -141,9 +147,9 @@ def down_layout(name: str, width: int, tp: int, out_features: int) -> WeightLayo
 
     Args:
         name: the canonical tensor, [out, F].
-        width: F; padded with zeros to a multiple of ``tp``.
+        width: F; padded with zeros: :func:`width_per_device`.
         tp: devices that F is sharded over.
         out_features: outputs.
     """
-    shape, segment = (pad_to_multiple(width, tp), out_features), Segment(name, 0, width, 0)
+    shape, segment = (tp * width_per_device(width, tp), out_features), Segment(name, 0, width, 0)
     return WeightLayout(shape, 0, (segment,), ((name, width),), transposed=True)

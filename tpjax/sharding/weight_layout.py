@@ -21,6 +21,17 @@ def pad_to_multiple(size: int, of: int) -> int:
     return -(-size // of) * of
 
 
+def width_per_device(width: int, tp: int) -> int:
+    """Returns the features of an MLP's width F that each of ``tp`` devices holds, zeros included.
+
+    Its share is rounded up to a multiple of 128, or of as large a power of two below as adds at most a 64th:
+    a share that is odd would leave each input of a quantised weight a scale of its own.
+    """
+    share = -(-width // tp)
+    units = (unit for unit in (128, 64, 32, 16, 8, 4, 2) if pad_to_multiple(share, unit) * 64 <= share * 65)
+    return pad_to_multiple(share, next(units, 1))
+
+
 @dataclass(frozen=True)
 class Segment:
     """A run of rows of a canonical tensor.

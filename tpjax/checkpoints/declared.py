@@ -1,0 +1,90 @@
+"""How weights are kept in 8 or 4 bits, as a configuration alone says: no tensor is there to tell."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from tpjax.checkpoints import orbax
+from tpjax.checkpoints.load import ENDS, open_checkpoint, read_quantization
+from tpjax.config import ModelConfig
+from tpjax.families.quantization import Quantization
+from tpjax.families.registry import FAMILIES
+from tpjax.families.tensor_names import WeightMap
+from tpjax.layers.weights import FormatOf, WeightFormat
+
+_BF16, _F16, _F32 = (jnp.dtype(kind) for kind in (jnp.bfloat16, jnp.float16, jnp.float32))
+_E4M3, _E2M1 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float4_e2m1fn)
+
+
+def declared_formats(path: Path, config: ModelConfig) -> FormatOf | None:
+    """Returns how canonical tensors of a checkpoint, or of a bare ``config.json``, are kept.
+
+    Args:
+        path: a directory or a file that :func:`tpjax.checkpoints.load.read_config` takes.
+        config: its architecture.
+
+    Returns:
+        ``None`` if they are not quantised.
+    """
+    if path.suffix.lower() == ".gguf":
+        return open_checkpoint(path).source.format_of
+    quantization = read_quantization(path)
+    if quantization is None:
+        return None
+    names = WeightMap() if orbax.is_orbax(path) else FAMILIES[config.model_type].names(config)
+    return formats_of(quantization, names)
+
+
+def formats_of(quantization: Quantization, names: WeightMap) -> FormatOf:
+    """Returns how canonical tensors are kept that are quantised in one way.
+
+    Dtypes of scales, which no configuration has, are those that the formats' own tools write. Embedding and
+    head count as not quantised, as nearly everywhere.
+
+    Args:
+        quantization: the way.
+        names: the checkpoint's names.
+    """
+    kept = _format_of(quantization)
+
+    def format_of(canonical: str) -> WeightFormat | None:
+        if canonical in ENDS or (quantization.method == "mxfp4" and ".experts." not in canonical):
+            return None
+        at = names.locate(canonical, names.prefixes[0])
+        return None if _is_skipped(at.name.removesuffix(".weight"), quantization.skipped) else kept
+
+    return format_of
+
+
+def _format_of(quantization: Quantization) -> WeightFormat:
+    group = None if quantization.block is None else quantization.block[1]
+    match quantization.method:
+        case "fp8":
+            return WeightFormat(_E4M3, group, _F32)
+        case "mxfp4":
+            return WeightFormat(_E2M1, group, _BF16)
+        case "gptq" | "awq":
+            return WeightFormat(jnp.dtype(jnp.int4), group, _F16, zeros=True)
+        case "compressed-tensors":
+            integer = jnp.dtype(jnp.int4 if quantization.bits == 4 else jnp.int8)
+            values = _E4M3 if quantization.is_float else integer
+            return WeightFormat(values, group, _F32 if group is None else _BF16, quantization.zeros)
+
+
+def _is_skipped(module: str, skipped: tuple[str, ...]) -> bool:
+    """Returns whether a module is one of those that are not quantised.
+
+    Names stand for themselves and for all modules inside of them, wherever they begin, and ``*`` for any part
+    of one; behind ``re:`` is a regular expression.
+    """
+    for name in skipped:
+        pattern = name.removeprefix("re:")
+        if name == pattern:
+            inside = "[^.]*".join(map(re.escape, name.split("*")))
+            pattern = rf"(.*\.)?{inside}(\..*)?$"
+        if re.match(pattern, module):
+            return True
+    return False

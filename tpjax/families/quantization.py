@@ -198,8 +198,8 @@ def _of_group(group: Fields, layout: Any) -> Quantization:
     elif strategy not in ("tensor", "channel"):
         known_ones = "tensor, channel, group or block"
         raise ConfigError(f"{weights.where}: strategy={brief(strategy)} is not supported: use {known_ones}")
+    zeros = not weights.get("symmetric", True) and kind == "int"
     weights.finish(_OF_OBSERVERS, QUANTIZATION_NUMERIC)
-    zeros = kind == "int" and not weights.get("symmetric", True)
     return Quantization("compressed-tensors", block, bits, zeros, is_float=kind == "float")
 
 

@@ -1,7 +1,5 @@
 """Reads GGUF files: metadata decoded, tensors dequantised to float32 a block of rows at a time.
 
-Those of the types Q8_0 and Q4_0 can be read as they are stored, too: 32 inputs of an output share a scale.
-
 The layout is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is parsed
 here rather than by `gguf.GGUFReader`, which trusts every count in the file and takes seconds over a
 large vocabulary; the arithmetic of each quantisation comes from the `gguf` package.
@@ -15,12 +13,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from tpjax.checkpoints.quantized import Part
 from tpjax.checkpoints.source import (
     Box,
     TensorInfo,
@@ -33,7 +29,6 @@ from tpjax.checkpoints.source import (
     to_box,
 )
 from tpjax.errors import CheckpointError
-from tpjax.layers.weights import WeightFormat
 
 # Every type that gguf.quants can dequantise; an older gguf package may lack the last ones.
 SUPPORTED_TYPES: tuple[str, ...] = tuple(
@@ -64,13 +59,6 @@ _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _MIN_PAIR_BYTES, _MIN_TENSOR_BYTES = 13, 32
 
 
-_SCALE_BYTES = 2  # of the float16 that a block of Q8_0 or Q4_0 begins with
-_FORMATS = {
-    GGMLQuantizationType.Q8_0: WeightFormat(jnp.dtype(jnp.int8), 32, jnp.dtype(jnp.float16)),
-    GGMLQuantizationType.Q4_0: WeightFormat(jnp.dtype(jnp.int4), 32, jnp.dtype(jnp.float16)),
-}
-
-
 class _Tensor(NamedTuple):
     """A tensor as the header describes it; `start` counts from the beginning of the file once placed."""
 
@@ -97,7 +85,6 @@ class GGUFFile:
         path: the file.
         metadata: every key with its value as str, int, float, bool or a list of one of these.
         tensors: every tensor by its GGUF name, numpy-order shape, always float32.
-        formats: the format of each tensor that :meth:`read_part` reads.
     """
 
     def __init__(self, path: Path) -> None:
@@ -117,11 +104,6 @@ class GGUFFile:
         self.metadata: dict[str, Any] = header.metadata
         self._tensors = header.tensors
         self.tensors: Mapping[str, TensorInfo] = {name: t.info for name, t in self._tensors.items()}
-        self.formats: Mapping[str, WeightFormat] = {
-            name: _FORMATS[tensor.kind]
-            for name, tensor in self._tensors.items()
-            if tensor.kind in _FORMATS and len(tensor.info.shape) > 1
-        }
 
     def quantization(self, name: str) -> str:
         """Returns the ggml name of the tensor's stored type, such as `"Q4_K"` or `"F32"`."""
@@ -158,31 +140,21 @@ class GGUFFile:
                 ]
         return out
 
-    def read_part(self, name: str, part: Part, index: tuple[slice, ...]) -> np.ndarray:
-        """Reads a box of stored values or of scales; see `QuantizedSource.read_part`."""
+    def read_blocks(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads quantisation blocks as they are stored.
+
+        Args:
+            name: name of the tensor.
+            index: a slice for each axis; along the last, blocks are counted.
+
+        Returns:
+            The bytes of each block along a new last axis, uint8.
+        """
         tensor = self._tensors[name]
-        block_size, type_size = GGML_QUANT_SIZES[tensor.kind]
-        *lead, columns = index
-        groups = columns
-        if part == "values":
-            groups = slice(columns.start // block_size, -(-columns.stop // block_size))
         file, _ = open_regular(self.path)
         with file:
-            raw = self._blocks(file, tensor, tuple((one.start, one.stop) for one in (*lead, groups)))
-        raw = raw.reshape(*raw.shape[:-1], -1, type_size)
-        if part == "scales":
-            scales = np.ascontiguousarray(raw[..., :_SCALE_BYTES]).view(np.float16)[..., 0]
-            if not np.isfinite(scales).all():
-                raise CheckpointError(
-                    f"{self.path}: tensor {shown(name)} has a scale that is no finite number"
-                )
-            return scales
-        stored = raw[..., _SCALE_BYTES:]
-        if tensor.kind == GGMLQuantizationType.Q4_0:  # the first half of a block has the low bits
-            stored = np.concatenate([stored & 15, stored >> 4], axis=-1) - np.uint8(8)
-        values = stored.view(np.int8).reshape(*raw.shape[:-2], -1)
-        first = groups.start * block_size
-        return values[..., columns.start - first : columns.stop - first]
+            raw = self._blocks(file, tensor, tuple((one.start, one.stop) for one in index))
+        return raw.reshape(*raw.shape[:-1], -1, GGML_QUANT_SIZES[tensor.kind][1])
 
     def _blocks(self, file: FileIO, tensor: _Tensor, box: Box) -> np.ndarray:
         """Reads the bytes of a box whose last axis counts blocks."""

@@ -142,6 +142,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if path.suffix.lower() != ".gguf":
             raise CheckpointError(f"{path} is neither a directory nor a .gguf file")
         from tpjax.checkpoints.gguf import GGUFFile  # of a package that is imported where it is needed
+        from tpjax.checkpoints.gguf_blocks import GGUFBlocks
 
         file = GGUFFile(path)
         architecture = gguf_architecture(str(file.metadata.get("general.architecture")))
@@ -152,7 +153,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         ):  # the format has no such field, and some files hold the embedding twice
             tied = replace(config, tie_word_embeddings=True)
             config = config if CanonicalSource(file, names, tied).has_other_head() else tied
-        return _opened(path, config, file, names)
+        return _opened(path, config, GGUFBlocks(file), names)
     if orbax.is_orbax(path):
         orbax.check_files(path)
         config, quantization = orbax.read_config(path), orbax.read_quantization(path)

@@ -443,9 +443,9 @@ def test_settings_that_are_not_known(tmp_path: Path) -> None:
 def logits_of_transformers(path: Path, **options: Any) -> np.ndarray:
     torch = pytest.importorskip("torch", reason="pip install -e '.[parity]'")
     transformers = pytest.importorskip("transformers", reason="pip install -e '.[parity]'")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
+    reader = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
     with torch.no_grad():
-        found: np.ndarray = theirs(torch.tensor(PROMPT[None])).logits[0].float().numpy()
+        found: np.ndarray = reader(torch.tensor(PROMPT[None])).logits[0].float().numpy()
     return found
 
 

@@ -14,6 +14,7 @@ from tpjax.hardware import HARDWARE
 from tpjax.inspect import chip_benchmark
 
 
+@pytest.mark.slow
 def test_expectations_are_those_of_the_chip(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the devices were H100s: the data sheet, and ``plan``'s times."""
     chip = HARDWARE["h100-sxm"].device

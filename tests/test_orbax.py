@@ -315,7 +315,7 @@ sys.exit(main(["convert", sys.argv[2], sys.argv[3]]))
 """
 
 
-@pytest.mark.parametrize("limit", (0, 3_000, 60_000))
+@pytest.mark.parametrize("limit", (0, 3_000, pytest.param(60_000, marks=pytest.mark.slow)))
 def test_a_full_disk_is_one_line(tmp_path: Path, limit: int) -> None:
     """A limit on files stands for the disk: the configuration does not fit, or Orbax's files do not."""
     target = tmp_path / "out"

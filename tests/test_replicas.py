@@ -147,7 +147,7 @@ def test_weights_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert totals[0] == totals[1] > 0
 
 
-@pytest.mark.parametrize("params", (GREEDY, SAMPLED))
+@pytest.mark.parametrize("params", (pytest.param(GREEDY, marks=pytest.mark.slow), SAMPLED))
 def test_tokens_do_not_depend_on_the_replica(one: LLM, two: LLM, params: SamplingParams) -> None:
     """Neither those of seeds that the front draws, wherever a request runs and whatever runs beside it."""
     outputs, before = [], queries(two)
@@ -367,6 +367,7 @@ def tpjax_command(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_generate_with_dp(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     lines = [{"prompt_token_ids": prompt, "max_tokens": 6, "ignore_eos": True} for prompt in PROMPTS]

@@ -21,7 +21,7 @@ _MAX_FORMATS = 64  # chat formats kept: requests may bring templates
 # Rendering takes a millisecond, and a tenth of a second for megabytes. With more processes a conversation
 # waits less behind others whose template does not end: each of those holds one for QUICK_LIMIT_S, or, where
 # many wait, for CROWDED_LIMIT_S. They start on demand.
-QUICK_RENDERERS = max(2, min(8, (os.cpu_count() or 2) // 2))
+QUICK_RENDERERS = max(4, min(8, (os.cpu_count() or 4) // 2))
 SLOW_RENDERERS, QUICK_LIMIT_S, CROWDED_LIMIT_S = 2, 0.5, 0.15
 
 # Template variables that have a field of their own in a request.

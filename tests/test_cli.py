@@ -182,7 +182,7 @@ def test_help_starts_neither_jax_nor_anything_else_heavy():
         (["explain", "smollm2-135m", "--config", "x.json"], "give either MODEL or --config FILE"),
         (["frobnicate"], "No such command 'frobnicate'. (see `tpjax --help`)"),
         (["generat"], "No such command 'generat'. Did you mean 'generate'? (see `tpjax --help`)"),
-        (["explain", "x", "--tpp", "3"], "No such option: --tpp (did you mean --dp, --dtype, --tp?)"),
+        (["explain", "x", "--tpp", "3"], "No such option: --tpp (did you mean --dtype, --pp, --tp?)"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):

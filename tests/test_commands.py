@@ -53,14 +53,14 @@ COMMANDS = {
         "--max-model-len 64 --chat --profile {tmp}/profile"
     ),
     "generate ids": (
-        "generate - {model} --token-ids --temperature 0 --max-tokens 4 --max-model-len 64 --ignore-eos"
+        "generate - {model} --pp 2 --token-ids --temperature 0 --max-tokens 4 --max-model-len 64 --ignore-eos"
     ),
     "generate chat": (
         "generate '{prompt}' {model} --system 'Be brief.' --temperature 0 --max-tokens 4 --max-model-len 128 "
         "--quantize int8 --quantize-head --kv-dtype int8"
     ),
     "chat": (
-        "chat --model {model} --tp 2 --dp 1 --dtype float32 --max-model-len 128 --expert-parallel off "
+        "chat --model {model} --tp 2 --dp 1 --pp 2 --dtype float32 --max-model-len 128 --expert-parallel off "
         "--attention auto --quantize int8 --quantize-head --kv-dtype int8 "
         "--system brief --max-tokens 6 --min-tokens 1 --temperature 0 --top-k 5 --top-p 0.9 --min-p 0.01 "
         "--seed 3 --stop zebra --stop-token-ids 3 --ignore-eos --repetition-penalty 1.1 "
@@ -68,7 +68,7 @@ COMMANDS = {
         "--generation-config auto " + ALONE
     ),
     "serve": (
-        "serve --model {model} --tp 2 --dp 2 --dtype float32 --max-model-len 64 --expert-parallel auto "
+        "serve --model {model} --tp 2 --dp 2 --pp 1 --dtype float32 --max-model-len 64 --expert-parallel auto "
         "--attention xla --quantize int8 --quantize-head --kv-dtype int8 "
         "--host 127.0.0.1 --port 0 --served-model-name tiny --max-slots 2 --max-num-batched-tokens 256 "
         "--max-queue 64 --api-key first --api-key-file {keys} --protect-metrics "
@@ -83,13 +83,13 @@ COMMANDS = {
         "bench serve --base-url {url} --num-prompts 1 --output-len 2 --input-len 4 --api-key first --json"
     ),
     "batch": (
-        "batch --model {model} --input {requests} --output {tmp}/answers.jsonl --max-slots 2 --tp 2 --dp 2 "
+        "batch --model {model} --input {requests} --output {tmp}/answers.jsonl --max-slots 2 --tp 2 --dp 2 --pp 1 "
         "--max-num-batched-tokens 256 --generation-config auto "
         "--dtype float32 --max-model-len 64 --expert-parallel off --attention xla --quantize int8 "
         "--quantize-head --kv-dtype int8 " + ALONE
     ),
     "bench": "bench {model} --tp 1 --dp 2 --context 40 --prompt-len 20 --rounds 1 --json " + ALONE,
-    "bench table": "bench --model {model} --tp 2 --context 40 --rounds 1",
+    "bench table": "bench --model {model} --tp 2 --pp 1 --context 40 --rounds 1",
     "plan": (
         "plan --model mixtral-8x7b --hardware mine:4 --hardware-file {chips} --tp 4 --batch 8 --context 512 "
         "--prompt-len 128 --dtype int8 --kv-dtype fp8 --plot {tmp}/frontier.svg --json"
@@ -105,7 +105,7 @@ COMMANDS = {
         "--attention reference --plot {tmp}/shards.png --json " + ALONE
     ),
     "explain config": (
-        "explain --config {model}/config.json --tp 2 --quantize int8 --quantize-head --kv-dtype int8"
+        "explain --config {model}/config.json --tp 2 --pp 2 --quantize int8 --quantize-head --kv-dtype int8"
     ),
     "explain topology": "explain llama-3-8b --topology v5e:99x99 --context 64 --batch 8 --prompt-len 64",
     "convert": (

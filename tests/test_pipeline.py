@@ -244,7 +244,7 @@ def test_drawn_tokens_wait_for_no_later_step() -> None:
         llm.runner._pipeline.send_back = lambda work, array: (
             send_back(work, array) or steps.append(drawn._last[-1][1])
         )
-        llm.generate(PROMPTS[:4], max_tokens=30, temperature=0, ignore_eos=True)
+        llm.generate(PROMPTS[:4], max_tokens=28, temperature=0, ignore_eos=True)
         steady = range(len(fed) - 30, len(fed) - 6)
         assert all(fed[number] is steps[number - 2] for number in steady)
 

@@ -68,8 +68,8 @@ COMMANDS = {
         "--generation-config auto " + ALONE
     ),
     "serve": (
-        "serve --model {model} --tp 2 --dp 2 --pp 1 --dtype float32 --max-model-len 64 --expert-parallel auto "
-        "--attention xla --quantize int8 --quantize-head --kv-dtype int8 "
+        "serve --model {model} --tp 2 --dp 2 --pp 1 --dtype float32 --max-model-len 64 "
+        "--expert-parallel auto --attention xla --quantize int8 --quantize-head --kv-dtype int8 "
         "--host 127.0.0.1 --port 0 --served-model-name tiny --max-slots 2 --max-num-batched-tokens 256 "
         "--max-queue 64 --api-key first --api-key-file {keys} --protect-metrics "
         "--allow-origin http://localhost:3000 --max-body-mib 1 --drain-s 5 --generation-config none " + ALONE
@@ -83,8 +83,8 @@ COMMANDS = {
         "bench serve --base-url {url} --num-prompts 1 --output-len 2 --input-len 4 --api-key first --json"
     ),
     "batch": (
-        "batch --model {model} --input {requests} --output {tmp}/answers.jsonl --max-slots 2 --tp 2 --dp 2 --pp 1 "
-        "--max-num-batched-tokens 256 --generation-config auto "
+        "batch --model {model} --input {requests} --output {tmp}/answers.jsonl --max-slots 2 --tp 2 --dp 2 "
+        "--pp 1 --max-num-batched-tokens 256 --generation-config auto "
         "--dtype float32 --max-model-len 64 --expert-parallel off --attention xla --quantize int8 "
         "--quantize-head --kv-dtype int8 " + ALONE
     ),

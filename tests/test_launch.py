@@ -236,5 +236,5 @@ def test_kuberay_s_application_takes_its_arguments() -> None:
     deploy.build_app(arguments)
     (workers,) = document["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     (container,) = workers["template"]["spec"]["containers"]
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == arguments.tp
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == arguments.tp * arguments.pp
     assert workers["maxReplicas"] == arguments.max_replicas

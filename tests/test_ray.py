@@ -160,7 +160,7 @@ def test_answers_and_streams_and_the_loss_of_a_replica(cluster: Cluster, directo
 
 def test_what_a_deployment_asks_ray_for() -> None:
     arguments = Arguments(
-        model="m", tp=4, accelerator="TPU", max_slots=64, max_queue=100, min_replicas=2, max_replicas=6
+        model="m", tp=2, pp=2, accelerator="TPU", max_slots=64, max_queue=100, min_replicas=2, max_replicas=6
     )
     deployment = build_app(arguments)._bound_deployment
     assert deployment.max_ongoing_requests == 164

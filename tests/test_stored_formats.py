@@ -426,7 +426,7 @@ def test_settings_that_are_not_known(tmp_path: Path) -> None:
     assert refused("gptq", group_size=0) == f"{file}: group_size=0 is not a whole number, 1 or more"
     methods = "supported are fp8, mxfp4, compressed-tensors, gptq, awq"
     assert refused("gptq", quant_method="quip") == (
-        f"{file}: config.json: quantization_config: quant_method='quip' is not supported; {methods}"
+        f"{file}: quantization_config: quant_method='quip' is not supported; {methods}"
     )
     strange = compressed("int-quantized", 8, "int", "token")
     message = "strategy='token' is not supported: use tensor, channel, group or block"

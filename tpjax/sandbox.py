@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -38,7 +39,7 @@ _WALL_CLOCK_FACTOR = 6
 _STACK_BYTES = 512 << 10
 _LARGE_BYTES = 1 << 20  # after a message of this length the worker releases freed memory
 _MAX_ERROR_CHARS = 4096  # callers may show less
-_NICENESS = 5  # the model's own threads go first
+NICENESS = 5  # of workers: the model's own threads go first
 _ENVIRONMENT = ("PATH", "PYTHONDONTWRITEBYTECODE", "LD_LIBRARY_PATH", "LANG", "TZ", "TPJAX_CACHE")
 # One thread per library: further stacks and arenas would count against the limit of address space.
 _SINGLE = {f"{name}_NUM_THREADS": "1" for name in ("RAYON", "OMP", "OPENBLAS")} | {"MALLOC_ARENA_MAX": "1"}
@@ -212,7 +213,7 @@ def main() -> None:
 
     signal.alarm(_START_LIMIT_S)  # the default action of the alarms ends the process
     limit = int(sys.argv[1])
-    os.nice(_NICENESS)
+    _give_way()
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.stack_size(_STACK_BYTES)
@@ -222,6 +223,18 @@ def main() -> None:
     worker = threading.Thread(target=_work, args=(stdin, stdout))
     worker.start()
     worker.join()
+
+
+def _give_way() -> None:
+    """Lets other processes go first, and those of other sessions, which some kernels share the cores among."""
+    os.nice(NICENESS)
+    with contextlib.suppress(OSError):  # not such a kernel
+        for _ in range(5):
+            try:
+                Path("/proc/self/autogroup").write_text(str(NICENESS))
+                return
+            except BlockingIOError:  # one process in a tenth of a second may do this
+                time.sleep(0.1)
 
 
 def _work(stdin: IO[bytes], stdout: IO[bytes]) -> None:

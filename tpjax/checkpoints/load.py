@@ -235,7 +235,8 @@ def _read_hf_config(path: Path) -> tuple[Mapping[str, Any], ModelConfig]:
     try:
         return raw, config_from_hf(raw)
     except ConfigError as error:
-        raise ConfigError(f"{path / 'config.json' if path.is_dir() else path}: {error}") from error
+        file, message = path / "config.json" if path.is_dir() else path, str(error)
+        raise ConfigError(f"{file}: {message.removeprefix('config.json: ')}") from error
 
 
 def _read_json(path: Path) -> Any:

@@ -32,7 +32,8 @@ class Arguments(BaseModel):
     Attributes:
         model: what ``LLM`` takes; on every machine, or at Hugging Face.
         served_model_name: the model's name in the API; ``None``: ``model``.
-        tp: devices of a replica.
+        tp: devices of each pipeline stage of a replica.
+        pp: pipeline stages of a replica.
         accelerator: Ray's resource that counts devices; ``CPU``: they are faked.
         max_slots: sequences that a replica decodes at once.
         max_queue: choices that may wait at a replica.
@@ -47,6 +48,7 @@ class Arguments(BaseModel):
     model: str
     served_model_name: str | None = None
     tp: int = Field(default=1, ge=1)
+    pp: int = Field(default=1, ge=1)
     accelerator: Literal["CPU", "GPU", "TPU"] = "CPU"
     max_slots: int = Field(default=8, ge=1)
     max_queue: int = Field(default=256, ge=1)
@@ -93,10 +95,11 @@ class Replica:
 
 def _load(arguments: Arguments) -> Any:
     if arguments.accelerator == "CPU":
-        ensure_devices(arguments.tp)
+        ensure_devices(arguments.tp, pp=arguments.pp)
     from tpjax.llm import LLM
 
-    return LLM(arguments.model, tp=arguments.tp, max_slots=arguments.max_slots, **arguments.options)
+    sizes = {"tp": arguments.tp, "pp": arguments.pp, "max_slots": arguments.max_slots}
+    return LLM(arguments.model, **sizes, **arguments.options)
 
 
 def build_app(arguments: Arguments) -> serve.Application:
@@ -115,13 +118,14 @@ def build_app(arguments: Arguments) -> serve.Application:
         raise ConfigError(
             f"min_replicas={arguments.min_replicas} is over max_replicas={arguments.max_replicas}"
         )
+    devices = arguments.tp * arguments.pp
     match arguments.accelerator:
         case "CPU":
             resources: dict[str, Any] = {"num_cpus": 1}
         case "GPU":
-            resources = {"num_gpus": arguments.tp}
+            resources = {"num_gpus": devices}
         case "TPU":
-            resources = {"resources": {"TPU": arguments.tp}}
+            resources = {"resources": {"TPU": devices}}
     deployment = serve.deployment(
         Replica,
         name="tpjax",

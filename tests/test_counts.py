@@ -83,7 +83,7 @@ def test_a_device_holds_padded_heads_and_widths():
     three, two, five = (counts.on_device(tp) for tp in (3, 2, 5))
     assert three.attention == 30 * 576 * 64 * (2 * 3 + 2)
     assert two.attention == 30 * 576 * 64 * 2 * (2 * 3 + 2)  # two slots of three queries: one is padding
-    assert five.mlp == 30 * 3 * 576 * 308  # 1536 / 5 = 307.2
+    assert five.mlp == 30 * 3 * 576 * 312  # 1536 / 5 = 307.2, to a multiple of 8
     assert five.embedding == 576 * 9831 and five.head == 0  # 49152 / 5 = 9830.4, tied
     assert five.vectors == (2 * 30 + 1) * 576
     assert counts.cache_elements(3) == 2 * 64
@@ -95,7 +95,7 @@ def test_experts_are_sharded_by_width_or_whole():
     one = 3 * 4096 * 14_336
     assert counts.on_device(1).experts == 32 * 8 * one
     assert counts.on_device(4, "experts").experts == counts.on_device(4, "width").experts == 32 * 2 * one
-    assert counts.on_device(3, "width").experts == 32 * 8 * 3 * 4096 * 4779  # 14336 / 3 = 4778.7
+    assert counts.on_device(3, "width").experts == 32 * 8 * 3 * 4096 * 4800  # 14336 / 3 = 4778.7
     assert counts.on_device(4).routers == 32 * 8 * 4096  # replicated
 
 

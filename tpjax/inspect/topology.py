@@ -9,6 +9,7 @@ import importlib.metadata
 import math
 import os
 import re
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # axes of the chip g
 _POD = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}
 # further libtpu versions that were tried and work, by jax version
 _ALSO_FITS = {"0.12.0.1": ("0.0.51",)}
+_LOADING = threading.Lock()  # two threads that load a compiler at once get an error from JAX
 _CORES_PER_DEVICE = {"v4": {"chip_config_name": "megacore"}}  # else libtpu shows v4's two cores apart
 # Without a TPU, libtpu need not ask the metadata server of the cloud, and complains of what it then does not
 # know of this machine. Programs are the same whatever these say.
@@ -246,7 +248,8 @@ def _describe(name: str, platform: str, topology_name: str, options: dict[str, A
 
     jax.devices()  # registers the plugins
     try:
-        described = topologies.get_topology_desc(platform=platform, topology_name=topology_name, **options)
+        with _LOADING:
+            described = topologies.get_topology_desc(topology_name, platform, **options)
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"the installed compiler cannot target topology {name!r}: {reason}") from error

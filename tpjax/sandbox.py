@@ -226,7 +226,7 @@ def main() -> None:
 
 
 def _give_way() -> None:
-    """Lets other processes go first, and those of other sessions, which some kernels share the cores among."""
+    """Lets other processes go first, also those of other sessions: some kernels share cores among these."""
     os.nice(NICENESS)
     with contextlib.suppress(OSError):  # not such a kernel
         for _ in range(5):

@@ -249,7 +249,9 @@ def _describe(name: str, platform: str, topology_name: str, options: dict[str, A
     jax.devices()  # registers the plugins
     try:
         with _LOADING:
-            described = topologies.get_topology_desc(topology_name, platform, **options)
+            described = topologies.get_topology_desc(
+                platform=platform, topology_name=topology_name, **options
+            )
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"the installed compiler cannot target topology {name!r}: {reason}") from error

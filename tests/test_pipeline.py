@@ -389,29 +389,31 @@ def test_the_server_answers_as_without_stages(tmp_path: Path) -> None:
         wanted = [c.text for c in alone.generate(prompts, max_tokens=24, temperature=0, ignore_eos=True)]
     words = ["--tp", "2", "--pp", "2", "--port", "0", "--served-model-name", "tiny", "--max-model-len", "256"]
     environment = {name: text for name, text in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
-    server = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "tpjax", "serve", str(directory), *words],
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
-    )
-    try:
-        assert server.stderr is not None
-        address = next(
-            found[0] for line in server.stderr if (found := re.search(r"http://127\.0\.0\.1:\d+", line))
-        )
-        threading.Thread(target=server.stderr.read, daemon=True).start()
-        with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=9) as client:
+    ) as server:
+        try:
+            assert server.stderr is not None
+            address = next(
+                found[0] for line in server.stderr if (found := re.search(r"http://127\.0\.0\.1:\d+", line))
+            )
+            reader = threading.Thread(target=server.stderr.read)
+            reader.start()
+            with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=9) as client:
 
-            def answer(prompt: str) -> str:
-                reply = client.completions.create(prompt=prompt, extra_body={"ignore_eos": True}, **ask)
-                return reply.choices[0].text
+                def answer(prompt: str) -> str:
+                    reply = client.completions.create(prompt=prompt, extra_body={"ignore_eos": True}, **ask)
+                    return reply.choices[0].text
 
-            with ThreadPoolExecutor(len(prompts)) as pool:
-                assert list(pool.map(answer, prompts)) == wanted
-    finally:
-        server.terminate()
-        assert server.wait(60) == 0
+                with ThreadPoolExecutor(len(prompts)) as pool:
+                    assert list(pool.map(answer, prompts)) == wanted
+        finally:
+            server.terminate()
+            assert server.wait(60) == 0
+        reader.join()
 
 
 @pytest.mark.slow

@@ -535,10 +535,8 @@ def test_processes_in_time_wait_for_one_that_is_late_to_load(directory: Path, tm
     late = SCRIPT.replace(
         "llm = tpjax.LLM(", "import time, jax; jax.devices(); time.sleep(25)\nllm = tpjax.LLM("
     )
-    words = [
-        ["-c", late if number == 2 else SCRIPT, str(number), "3", str(port), str(directory), '["fox"]', each]
-        for number in range(3)
-    ]
+    rest = ["3", str(port), str(directory), '["fox"]', each, "auto"]
+    words = [["-c", late if number == 2 else SCRIPT, str(number), *rest] for number in range(3)]
     with processes(tmp_path, words) as started:
         assert [one.ended(5 * WAIT_S) for one in started] == [0, 0, 0], started[0].err.read_text()
     assert "process 0 waits for process 2 to begin to load the model" in started[0].err.read_text()

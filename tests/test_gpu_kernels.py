@@ -170,7 +170,7 @@ def test_self_test(shape: KernelShape, monkeypatch: pytest.MonkeyPatch) -> None:
         for constant, value in {"_CONTEXT": 150, "_ROWS": 3, "_CALLS": 1, "_ROUNDS": 1}.items():
             monkeypatch.setattr(selftest, constant, value)
         shape = shape._replace(heads=1, windows=shape.windows[:1])
-    verdict = selftest._check(gpu, shape, jax.devices()[0], how())
+    verdict = selftest._check("gpu", shape, jax.devices()[0], how())
     print(verdict)
     assert verdict.right
 

@@ -98,8 +98,9 @@ def _load(arguments: Arguments) -> Any:
         ensure_devices(arguments.tp, pp=arguments.pp)
     from tpjax.llm import LLM
 
-    own = arguments
-    return LLM(own.model, tp=own.tp, pp=own.pp, max_slots=own.max_slots, **own.options)
+    return LLM(
+        arguments.model, tp=arguments.tp, pp=arguments.pp, max_slots=arguments.max_slots, **arguments.options
+    )
 
 
 def build_app(arguments: Arguments) -> serve.Application:

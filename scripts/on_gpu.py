@@ -37,6 +37,7 @@ BATCHES = {1: CONTEXT, 8: CONTEXT, 64: CONTEXT, 256: 1024}  # whose cache has ro
 SHORT_CONTEXT = 256  # where transformers is beside it
 PROMPT = 2048
 PAGE = 128
+PROFILED = 2  # runs of each in a profile
 DRAWS = (  # tests of one device
     "test_noise_is_finite_and_follows_the_gumbel_distribution",
     "test_a_token_of_probability_one_is_always_sampled[128256-1]",
@@ -203,7 +204,9 @@ def parity(dry: bool) -> Result:
 # --- models ------------------------------------------------------------------------------------------------
 
 
-def model_runner(name: str, dry: bool, slots: int) -> Any:
+def model_runner(
+    name: str, dry: bool, slots: int, quantize: str | None = None, kv_dtype: str = "auto"
+) -> Any:
     """Makes the runner of a published model with random weights, and all the cache that fits."""
     import jax.numpy as jnp
 
@@ -218,11 +221,18 @@ def model_runner(name: str, dry: bool, slots: int) -> Any:
         if "num_experts" in fields:
             fields |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     config, mesh, dtype = config_from_hf(fields), make_mesh(1), jnp.dtype("bfloat16")
-    device, shape = mesh.local_devices[0], KernelShape.of(config, 1, dtype, PAGE)
+    device, shape = mesh.local_devices[0], KernelShape.of(config, 1, dtype, PAGE, kv_dtype)
     folder = Path(os.environ["TPJAX_CACHE"]) / "attention"
     backend = choose_backend("auto", device, shape, lambda: selftest.verdict("gpu", shape, device, folder))
     runner, weight_bytes = random_runner(
-        config, mesh, dtype, backend, max_model_len=CONTEXT + 2 * PAGE, max_slots=slots
+        config,
+        mesh,
+        dtype,
+        backend,
+        max_model_len=CONTEXT + 2 * PAGE,
+        max_slots=slots,
+        quantize=quantize,
+        kv_dtype=kv_dtype,
     )
     limits = runner.limits
     print(f"attention: {backend}; {limits.num_pages} pages, {limits.max_slots} slots", flush=True)
@@ -235,7 +245,7 @@ def decode_speed(runner: Any, weight_bytes: int, batches: dict[int, int], bandwi
     from tpjax.inspect.chip_benchmark import decode_s
 
     config, found = runner.config, []
-    page = page_bytes_per_device(config, 1, PAGE, runner.dtype)
+    page = page_bytes_per_device(config, 1, PAGE, runner.dtype, kv_dtype=runner.kv_dtype)
     embedding = config.vocab_size * config.hidden_size * 2  # of which a step reads a row per token
     read = weight_bytes - (0 if config.tie_word_embeddings else embedding)
     for batch, context in batches.items():
@@ -359,8 +369,9 @@ def model(name: str, dry: bool, slots: int, ceilings: Result) -> Result:
     short = {batch: SHORT_CONTEXT for batch in (1, 8) if dry or batch in batches}
     found["decode_short"] = decode_speed(runner, weight_bytes, short, ceilings["read_bytes_s"])
     save(found)
-    found["profile"] = profile(runner, 1 if dry else 8)
-    found["prefill"] = prefill_speed(runner, weight_bytes, ceilings["product_flops"], 512 if dry else PROMPT)
+    prompt = 512 if dry else PROMPT
+    found["prefill"] = prefill_speed(runner, weight_bytes, ceilings["product_flops"], prompt)
+    found["profile"] = profiles(runner, {1: SHORT_CONTEXT} if dry else {1: CONTEXT, 8: CONTEXT}, prompt)
     print(json.dumps(found["prefill"]), flush=True)
     save(found)
     found["engine"] = engine_speed(runner, *((2, 40, 4) if dry else (min(64, slots), 512, 128)))
@@ -373,21 +384,28 @@ def asked_batches(slots: int) -> dict[int, int]:
     return {batch: BATCHES[batch] for batch in asked if batch <= slots}
 
 
-def profile(runner: Any, batch: int) -> list[Result]:
-    """Returns which kernels take the time of a decode step, and keeps the trace."""
+def profile(runs: dict[str, Callable[[], Any]]) -> dict[str, list[Result]]:
+    """Returns which kernels take the time of each run, and keeps the traces."""
     import jax
 
-    from tpjax.inspect.chip_benchmark import decode_rows
+    found, folder = {}, output() / "trace"
+    for at, (name, run) in enumerate(runs.items()):
+        run()
+        with jax.profiler.trace(str(folder)):
+            jax.block_until_ready([run() for _ in range(PROFILED)])
+        (trace,) = folder.rglob("*.xplane.pb")
+        kept = shutil.copy(trace, output() / f"{os.environ['ON_GPU_SECTION']}-{at}.xplane.pb")
+        shutil.rmtree(folder)
+        found[name] = kernel_times(Path(kept))
+    return found
 
-    rows = decode_rows(runner, batch, SHORT_CONTEXT if batch == 1 else CONTEXT)
-    steps, folder = 2, output() / "trace"
-    with jax.profiler.trace(str(folder)):
-        jax.block_until_ready([runner.decode(rows, 1).tokens for _ in range(steps)])
-    (trace,) = folder.rglob("*.xplane.pb")
-    kept = shutil.copy(trace, output() / f"{os.environ['ON_GPU_SECTION']}.xplane.pb")
-    shutil.rmtree(folder)
+
+def kernel_times(trace: Path) -> list[Result]:
+    """Returns the time of the kernels of a trace in a run, those that take most first."""
+    import jax
+
     times: dict[str, list[float]] = {}
-    for plane in jax.profiler.ProfileData.from_file(str(kept)).planes:
+    for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
         if plane.name.startswith("/device:GPU"):
             for line in plane.lines:
                 if line.name.startswith("Stream"):
@@ -395,9 +413,23 @@ def profile(runner: Any, batch: int) -> list[Result]:
                         times.setdefault(event.name, []).append(event.duration_ns / 1e3)
     ranked = sorted(times.items(), key=lambda item: -sum(item[1]))
     return [
-        {"kernel": name, "us_a_step": sum(all_of) / steps, "calls_a_step": len(all_of) / steps}
+        {"kernel": name, "us": sum(all_of) / PROFILED, "calls": len(all_of) / PROFILED}
         for name, all_of in ranked[:30]
     ]
+
+
+def profiles(runner: Any, decode: dict[int, int], prompt: int | None = None) -> dict[str, list[Result]]:
+    """Profiles decode steps at the given batches and contexts, and a prompt of so many tokens."""
+    from tpjax.inspect.chip_benchmark import decode_rows, prompt_step
+
+    def decoding(batch: int, context: int) -> Callable[[], Any]:
+        rows = decode_rows(runner, batch, context)
+        return lambda: runner.decode(rows, 1).tokens
+
+    runs = {f"decode, {batch} of {context}": decoding(batch, context) for batch, context in decode.items()}
+    if prompt is not None:
+        runs[f"prompt of {prompt}"] = prompt_step(runner, prompt)
+    return profile(runs)
 
 
 def llama(dry: bool) -> Result:
@@ -408,6 +440,36 @@ def llama(dry: bool) -> Result:
 def moe(dry: bool) -> Result:
     """Qwen3-30B-A3B: 128 experts, of which a token takes 8."""
     return model("qwen3-30b-a3b", dry, 64, ceilings())
+
+
+def quantized(dry: bool, quantize: str | None, kv_dtype: str) -> Result:
+    """Llama-3-8B with weights or cache of 8 or 4 bits: decode steps."""
+    import jax
+
+    slots, batches = (8, {1: SHORT_CONTEXT}) if dry else (64, {1: CONTEXT, 8: CONTEXT, 64: CONTEXT})
+    runner, weight_bytes = model_runner("llama-3-8b", dry, slots, quantize, kv_dtype)
+    found: Result = {
+        "weights": quantize or "bfloat16",
+        "cache": kv_dtype,
+        "attention": str(runner.backend),
+        "weight_bytes": weight_bytes,
+        "memory_in_use": (jax.devices()[0].memory_stats() or {}).get("bytes_in_use"),
+    }
+    found["decode"] = decode_speed(runner, weight_bytes, batches, ceilings()["read_bytes_s"])
+    save(found)
+    found["profile"] = profiles(runner, {1: SHORT_CONTEXT} if dry else {8: CONTEXT})
+    return found
+
+
+def doctor(dry: bool) -> Result:
+    """What `tpjax doctor --measure` shows."""
+    from rich import print as show
+
+    from tpjax.inspect.chip_benchmark import measure
+
+    report = measure()
+    show(report)
+    return report.to_dict()
 
 
 def transformers(dry: bool) -> Result:
@@ -478,6 +540,11 @@ GROUPS: tuple[dict[str, tuple[Callable[[bool], Result], int]], ...] = (
     {"attention": (attention, 50)},
     {"experts": (experts, 30)},
     {"moe": (moe, 140)},
+    {"int4": (functools.partial(quantized, quantize="int4", kv_dtype="auto"), 60)},
+    {"int8": (functools.partial(quantized, quantize="int8", kv_dtype="auto"), 60)},
+    {"fp8": (functools.partial(quantized, quantize="fp8", kv_dtype="fp8"), 60)},
+    {"cache": (functools.partial(quantized, quantize=None, kv_dtype="int8"), 60)},
+    {"doctor": (doctor, 90)},
 )
 SECTIONS = {name: section for group in GROUPS for name, section in group.items()}
 

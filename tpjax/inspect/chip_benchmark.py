@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from rich.console import Group, RenderableType
@@ -25,9 +26,10 @@ from tpjax.attention import Backend, KernelShape, Verdict, choose_backend, paged
 from tpjax.attention.selftest import verdict
 from tpjax.cache import LayerCache, TokenGroup
 from tpjax.checkpoints.load import abstract_decoder
-from tpjax.config import ModelConfig
+from tpjax.config import KVDtype, ModelConfig, Quantize
 from tpjax.families.registry import config_from_hf
 from tpjax.hardware import Hardware, known_device
+from tpjax.layers.weights import dtype_bits
 from tpjax.mesh import AXIS, make_mesh
 from tpjax.planning.plain_table import plain_table
 from tpjax.planning.plan import make_plan
@@ -221,16 +223,20 @@ def random_runner(
     *,
     max_model_len: int,
     max_slots: int | None,
+    quantize: Quantize | None = None,
+    kv_dtype: KVDtype = "auto",
 ) -> tuple[Runner, int]:
     """Makes a runner of random weights, with the cache that fits beside them.
 
     Returns:
         The runner, and the bytes of the weights on all devices.
     """
-    graph, state = nnx.split(abstract_decoder(config, mesh, dtype, backend=backend))
+    graph, state = nnx.split(abstract_decoder(config, mesh, dtype, quantize, backend))
 
     def draw(key: jax.Array, shape: tuple[int, ...], kind: jnp.dtype) -> jax.Array:
         fan_in = max(shape[-2:]) if len(shape) > 1 else 1
+        if jnp.issubdtype(kind, jnp.integer):  # values of a quantised weight
+            return jax.random.randint(key, shape, -7, 8, jnp.int8).astype(kind)
         numbers: jax.Array = jax.random.normal(key, shape, jnp.bfloat16) * fan_in**-0.5
         return numbers.astype(kind)
 
@@ -253,9 +259,11 @@ def random_runner(
         memory=device_memory(mesh.size),
         max_model_len=max_model_len,
         max_slots=max_slots,
+        kv_dtype=kv_dtype,
     )
     model = nnx.merge(graph, jax.tree.unflatten(tree, arrays))
-    return Runner(model, mesh, limits, dtype), sum(array.nbytes for array in arrays)
+    weight_bytes = sum(array.size * dtype_bits(array.dtype) // 8 for array in arrays)
+    return Runner(model, mesh, limits, dtype, kv_dtype=kv_dtype), weight_bytes
 
 
 def decode_rows(runner: Runner, batch: int, context: int) -> list[Row]:
@@ -282,11 +290,17 @@ def decode_s(runner: Runner, batch: int, context: int) -> float:
     return seconds(lambda: runner.decode(rows, 1).tokens, calls=10)
 
 
-def prefill_s(runner: Runner, tokens: int) -> float:
-    """Returns the time of a prompt that fits into one step."""
+def prompt_step(runner: Runner, tokens: int) -> Callable[[], jax.Array]:
+    """Returns what runs a prompt that fits into one step; of random tokens, which pick experts evenly."""
     (row,) = decode_rows(runner, 1, tokens)
     row.position = 0
-    return seconds(lambda: runner.step([], [Chunk(row, [3] * tokens)]).sampled.tokens)
+    ids = np.random.default_rng(0).integers(3, runner.config.vocab_size, tokens).tolist()
+    return lambda: runner.step([], [Chunk(row, ids)]).sampled.tokens
+
+
+def prefill_s(runner: Runner, tokens: int) -> float:
+    """Returns the time of a prompt that fits into one step."""
+    return seconds(prompt_step(runner, tokens))
 
 
 def _model(platform: str, room: int | None, dtype: jnp.dtype) -> ModelConfig:

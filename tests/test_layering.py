@@ -148,7 +148,7 @@ MAY_COMPILE = {
     "runtime.state",
     "runtime.device_speed",
     "attention.selftest",
-    "cache",
+    "cache.paged_cache",
     "model",  # within a program that is traced: equal layers once
     "checkpoints.load",
     "planning.measure",
@@ -169,8 +169,8 @@ def test_only_the_programs_compile_for_serving() -> None:
     assert users <= MAY_COMPILE
 
 
-# Sub-packages that are used under one name: layouts, and attention whatever computes it.
-FACADES = ("attention.__init__", "sharding.__init__")
+# Sub-packages that are used under one name: layouts, the cache, and attention whatever computes it.
+FACADES = ("attention.__init__", "cache.__init__", "sharding.__init__")
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.endswith(".__init__")])

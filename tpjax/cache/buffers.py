@@ -1,0 +1,193 @@
+"""One buffer of the cache: pages are read from it, and new vectors are written to it in place.
+
+It is one array or, where the cache is kept in 8 bits, a :class:`~tpjax.cache_quantization.QuantizedBuffer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int, Shaped
+
+from tpjax.cache.token_groups import TokenGroup
+from tpjax.cache_quantization import QuantizedBuffer, quantized
+from tpjax.sharding import PAGES, REPLICATED
+
+# takes the buffer of one device, whole pages [n, K, page_size, h], and which they are
+PageWriter: TypeAlias = Callable[[Array, Array, Array], Array]
+Buffer: TypeAlias = Float[Array, "pages K page_size h"] | QuantizedBuffer
+
+NULL_PAGE = 0
+
+
+def read(buffer: Buffer, pages: Int[Array, " B"]) -> Float[Array, "B K page_size h"]:
+    """Reads one page of each sequence."""
+    if isinstance(buffer, QuantizedBuffer):
+        return buffer.read(pages)
+    return buffer.at[pages].get(mode="promise_in_bounds")
+
+
+def returned(buffer: Buffer, new: Float[Array, "*tokens h"]) -> Float[Array, "*tokens h"]:
+    """Returns vectors as they are read once they were written."""
+    return buffer.returned(new) if isinstance(buffer, QuantizedBuffer) else new
+
+
+def write(
+    buffer: Buffer,
+    new: Float[Array, "B S K h"],
+    group: TokenGroup,
+    spec: PartitionSpec,
+    write_pages: PageWriter | None,
+) -> Buffer:
+    """Returns the buffer with new vectors stored at their positions.
+
+    Args:
+        buffer: of all devices.
+        new: the vectors.
+        group: where they belong.
+        spec: sharding of the buffer.
+        write_pages: what writes whole pages; ``None``: XLA.
+    """
+    heads, in_mesh = PartitionSpec(None, None, *spec[1:2]), not jax.sharding.get_abstract_mesh().empty
+    on_device: Callable[..., Any]
+    if isinstance(buffer, QuantizedBuffer):
+        on_device = partial(_write_quantized, write_pages=write_pages)
+        if in_mesh and (spec == PAGES or write_pages is not None):
+            specs = buffer.specs(spec)
+            on_device = jax.shard_map(
+                on_device, in_specs=(specs, heads, heads, REPLICATED), out_specs=specs, check_vma=False
+            )
+        written: QuantizedBuffer = on_device(buffer, *quantized(new, buffer.kind), group)
+        return written
+    if write_pages is None:  # the partitioner lets each device write its heads
+        return (_write_chunks if group.chunks else _write_tokens)(buffer, new, group)
+    on_device = partial(_write_chunks, write_pages=write_pages) if group.chunks else _write_rows
+    if in_mesh:
+        on_device = jax.shard_map(
+            on_device, in_specs=(spec, heads, REPLICATED), out_specs=spec, check_vma=False
+        )
+    output: Array = on_device(buffer, new, group)
+    return output
+
+
+def _write_quantized(
+    buffer: QuantizedBuffer,
+    values: Shaped[Array, "B S K h"],
+    scales: Float[Array, "B S K"],
+    group: TokenGroup,
+    write_pages: PageWriter | None,
+) -> QuantizedBuffer:
+    """Writes on one device: rows of one head each, since a TPU moves a whole buffer to write wider ones."""
+    pages, heads, page_size, _ = buffer.shape
+    rows = buffer.scales.reshape(heads * pages, page_size)
+    if group.chunks:
+        size = min(values.shape[1], page_size)
+        of_values = _write_chunks(buffer.values, values, group, write_pages)
+        at, offsets = _place(group, group.positions[:, ::size], page_size)
+        new = scales.reshape(*at.shape, size, heads).swapaxes(2, 3)
+        rows = _write_parts(rows, at[..., None] + pages * jnp.arange(heads), offsets[..., None], new)
+        return buffer.with_parts(of_values, rows.reshape(buffer.scales.shape))
+    at, offsets = _token_places(group, page_size)
+    # of one head a CPU would copy the buffer to write to it in another shape
+    of_values = (_write_tokens if heads == 1 else _write_rows)(buffer.values, values, group)
+    for i in range(values.shape[1]):  # all scales of a page again: it writes rows in place, not elements
+        scale_rows = at[:, i, None] + pages * jnp.arange(heads)
+        here = jnp.arange(page_size) == offsets[:, i, None, None]
+        # read before: fused with the write, GPUs would copy all scales first
+        old = jax.lax.optimization_barrier(rows.at[scale_rows].get(mode="promise_in_bounds"))
+        new = jnp.where(here, scales[:, i, :, None], old)
+        rows = rows.at[scale_rows].set(new, mode="promise_in_bounds")
+    return buffer.with_parts(of_values, rows.reshape(buffer.scales.shape))
+
+
+def _write_parts(
+    rows: Float[Array, "R page_size"],
+    at: Int[Array, "B n K"],
+    offsets: Int[Array, "B n 1"],
+    new: Float[Array, "B n K size"],
+) -> Float[Array, "R page_size"]:
+    """Writes a part of a row, or a whole one, at each place."""
+    if new.shape[-1] == rows.shape[-1]:
+        return rows.at[at].set(new, mode="promise_in_bounds")
+    indices = jnp.stack([at, jnp.broadcast_to(offsets, at.shape)], axis=-1)
+    dimensions = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(3,), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 1)
+    )
+    return jax.lax.scatter(rows, indices, new, dimensions, mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+
+
+def _write_tokens(
+    buffer: Shaped[Array, "pages K page_size h"], new: Shaped[Array, "B S K h"], group: TokenGroup
+) -> Shaped[Array, "pages K page_size h"]:
+    """Writes token by token, wherever each is."""
+    pages, offsets = _token_places(group, buffer.shape[2])
+    return buffer.at[pages, :, offsets].set(new, mode="promise_in_bounds")
+
+
+def _write_rows(
+    buffer: Shaped[Array, "pages K page_size h"], new: Shaped[Array, "B S K h"], group: TokenGroup
+) -> Shaped[Array, "pages K page_size h"]:
+    """Writes what :func:`_write_tokens` writes, on one device, in rows of one head.
+
+    Where a token's heads are one row, XLA for TPUs keeps the cache in a layout in which they are, and copies
+    it at every layer for a kernel that reads it.
+    """
+    num_pages, heads, page_size, width = buffer.shape
+    pages, offsets = _token_places(group, page_size)
+    rows = buffer.reshape(num_pages * heads, page_size, width)
+    places = pages[..., None] * heads + jnp.arange(heads, dtype=pages.dtype)
+    rows = rows.at[places, offsets[..., None]].set(new, mode="promise_in_bounds")
+    return rows.reshape(buffer.shape)
+
+
+def _write_chunks(
+    buffer: Shaped[Array, "pages K page_size h"],
+    new: Shaped[Array, "B S K h"],
+    group: TokenGroup,
+    write_pages: PageWriter | None = None,
+) -> Shaped[Array, "pages K page_size h"]:
+    """Writes whole pages, or one part of a page of each chunk: no scatter by token.
+
+    The padding at a chunk's end goes to later positions of its own sequence, which nothing has written yet,
+    or to the null page.
+    """
+    page_size, length = buffer.shape[2], new.shape[1]
+    size = min(length, page_size)
+    pages, offsets = _place(group, group.positions[:, ::size], page_size)
+    parts = new.reshape(-1, size, *new.shape[2:]).swapaxes(1, 2)  # [parts, K, size, h]
+    if write_pages is not None and size == page_size:
+        return write_pages(buffer, parts, pages.reshape(-1))
+    indices = jnp.stack([pages.reshape(-1), offsets.reshape(-1)], axis=1)
+    if len(parts) == 1:
+        # XLA makes a slice update of a scatter of one part, in another layout than the scatter of tokens
+        # beside it: a TPU would copy the whole cache at every step. A second part goes to the null page.
+        parts, indices = jnp.repeat(parts, 2, axis=0), jnp.concatenate([indices, jnp.zeros_like(indices)])
+    dimensions = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2, 3), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 2)
+    )
+    return jax.lax.scatter(
+        buffer, indices, parts, dimensions, mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    )
+
+
+def _token_places(group: TokenGroup, page_size: int) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
+    """Returns page and offset of each token; those of padding get the null page."""
+    pages, offsets = _place(group, group.positions, page_size)
+    return pages if group.lengths is None else jnp.where(group.present, pages, NULL_PAGE), offsets
+
+
+def _place(
+    group: TokenGroup, positions: Int[Array, "B n"], page_size: int
+) -> tuple[Int[Array, "B n"], Int[Array, "B n"]]:
+    """Returns page and offset of positions; those past the end of the block table get the null page."""
+    blocks, offsets = jnp.divmod(positions, page_size)
+    columns = group.block_tables.shape[1]
+    if group.cyclic:  # columns of blocks without a page have the null page
+        return jnp.take_along_axis(group.block_tables, blocks % columns, axis=1), offsets
+    pages = jnp.take_along_axis(group.block_tables, blocks, axis=1, mode="clip")
+    return jnp.where(blocks < columns, pages, NULL_PAGE), offsets

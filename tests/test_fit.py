@@ -16,7 +16,7 @@ from tpjax.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig
 from tpjax.errors import ConfigError
 from tpjax.mesh import make_mesh
 from tpjax.runtime import memory as memory_module
-from tpjax.runtime.limits import ChunkShape, Limits
+from tpjax.runtime.limits import ChunkShape, Limits, chunk_shapes
 from tpjax.runtime.memory import DeviceMemory, max_histories, plan_limits, sampler_bytes, workspace_bytes
 from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.runner import Runner
@@ -40,9 +40,16 @@ PAGE = page_bytes_per_device(CONFIG, 1, 128, F32)  # 2 · 2 layers · 4 heads ·
 WORK = workspace_bytes(CONFIG, 1, F32, 4, 512) + sampler_bytes(CONFIG, 1, 4, 4)
 
 
-def limits(free: int | None, cap: int | None = None, *, weights: int = 100 * MIB, **options: Any) -> Limits:
+def limits(
+    free: int | None,
+    cap: int | None = None,
+    *,
+    weights: int = 100 * MIB,
+    platform: str = "cpu",
+    **options: Any,
+) -> Limits:
     options = {"max_model_len": None, "max_slots": 4, **options}
-    memory = None if free is None else DeviceMemory(free, cap)
+    memory = None if free is None else DeviceMemory(free, cap, platform)
     return plan_limits(CONFIG, 1, F32, weight_bytes=weights, memory=memory, **options)
 
 
@@ -70,7 +77,7 @@ def test_a_cap_holds_unless_one_sequence_needs_more() -> None:
     assert limits(2**40, 10 * PAGE).max_model_len == 1280
 
 
-def test_refusal_has_the_sizes_and_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusal_has_the_sizes_and_what_would_fit() -> None:
     with pytest.raises(ConfigError) as error:
         limits(100 * MIB + WORK + 11 * PAGE, max_model_len=4000)
     assert str(error.value) == (
@@ -84,10 +91,15 @@ def test_refusal_has_the_sizes_and_what_would_fit(monkeypatch: pytest.MonkeyPatc
     )
     with pytest.raises(ConfigError, match=r"to cache 128 tokens, .*; nothing smaller fits$"):
         limits(10 * MIB)
-    device = type("Device", (), {"platform": "tpu"})
-    monkeypatch.setattr(jax, "devices", lambda: [device])
+
+
+def test_more_devices_that_fit_are_named() -> None:
+    """Of faked devices more have no more memory together."""
+    free = 60 * MIB + workspace_bytes(CONFIG, 3, F32, 4, chunk_shapes("tpu")[-1].tokens)
     with pytest.raises(ConfigError, match=r"; what would fit: tp=3$"):
-        limits(60 * MIB + workspace_bytes(CONFIG, 3, F32, 4, 512), weights=120 * MIB)
+        limits(free, weights=120 * MIB, platform="tpu")
+    with pytest.raises(ConfigError, match=r"; nothing smaller fits$"):
+        limits(free, weights=120 * MIB)
 
 
 def test_rounding_that_fits_is_named() -> None:

@@ -310,8 +310,8 @@ def _does_not_fit(
         ways.append("dtype=bfloat16")
     if lighter is not None:
         ways.append(f"quantize={lighter!r}")
-    shared = jax.devices()[0].platform == "cpu"  # more faked devices have no more memory together
-    wider = [] if shared else range(tp + 1, _MOST_TP + 1)
+    # more faked devices have no more memory together
+    wider = [] if memory.platform == "cpu" else range(tp + 1, _MOST_TP + 1)
     for more in wider:
         page = kv.page_bytes_per_device(
             config, more, PAGE_SIZE, dtype, memory.platform, pool.windows, pool.kv_dtype

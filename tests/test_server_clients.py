@@ -38,6 +38,8 @@ def server(directory: Path) -> Iterator[Running]:
 # --- schemathesis
 
 
+# the server's threads use `random`, too, while a strategy draws: hypothesis would blame the strategy
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 def test_no_500_whatever_the_document_allows(server: Running, request: pytest.FixtureRequest) -> None:
     """Every operation of the served document, with what it allows and what it does not."""
     count = 15 if request.config.getoption("--all") else 4

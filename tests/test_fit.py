@@ -98,7 +98,7 @@ def test_more_devices_that_fit_are_named() -> None:
     free = 60 * MIB + workspace_bytes(CONFIG, 3, F32, 4, chunk_shapes("tpu")[-1].tokens)
     with pytest.raises(ConfigError, match=r"; what would fit: tp=3$"):
         limits(free, weights=120 * MIB, platform="tpu")
-    with pytest.raises(ConfigError, match=r"; nothing smaller fits$"):
+    with pytest.raises(ConfigError, match=r"; what would fit: dtype=bfloat16$"):
         limits(free, weights=120 * MIB)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -39,7 +40,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # The tests compile hundreds of small programs, each for a few calls. LLVM's optimisation costs half of that,
 # and the fusion emitters of jax 0.10 half of the rest; later versions have no others, and end at the flag.
-COMPILE_FAST = ["--xla_backend_optimization_level=0"]
+# Code in one part is generated once, not in 32 parts that two cores share: a tenth of the rest.
+COMPILE_FAST = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     COMPILE_FAST.append("--xla_cpu_use_fusion_emitters=false")
 flags = os.environ.get("XLA_FLAGS", "")
@@ -86,6 +88,14 @@ def strict_jax(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     # of each process its own: two that write one entry at once could read half of it
     jax.config.update("jax_compilation_cache_dir", os.fspath(tmp_path_factory.mktemp("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # one for the processes that tests start, some of them at once: a limit makes JAX lock it
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": os.fspath(tmp_path_factory.mktemp("xla_of_processes")),
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**32),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    gc.collect()
+    gc.freeze()  # what was imported stays: a full collection would look through it for a third of a second
     yield
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 
-from tpjax.attention import XLA, Backend, page_writer, paged_attention, xla
+from tpjax.attention import XLA, Backend, page_writer, paged_attention, tpu, xla
 from tpjax.attention.reference import reference_attention
 from tpjax.cache import NULL_PAGE, LayerCache, TokenGroup
 from tpjax.inspect.collectives import find_collectives
@@ -291,7 +291,10 @@ def write_and_attend(
 
 @pytest.mark.parametrize("backend", (XLA, KERNEL), ids=("xla", "tpu"))
 @pytest.mark.parametrize(("length", "window"), ((1, None), (16, 17)))
-def test_sharded_over_three_devices_is_the_same(length: int, window: int | None, backend: Backend) -> None:
+def test_sharded_over_three_devices_is_the_same(
+    length: int, window: int | None, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tpu, "_BLOCK_KEYS", 2 * PAGE)  # the kernel has a copy of each page of a block
     rng = np.random.default_rng(length)
     query, _, _, cache, _, metadata = case(rng, random_positions(rng, 2, length, 1))
     keys, values = new(rng, 2, length)

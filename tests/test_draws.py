@@ -551,7 +551,7 @@ def test_neighbouring_keys_draw_independently(step: Any) -> None:
 
 @pytest.fixture(scope="module")
 def smollm2(smollm2_gguf: Path) -> Iterator[LLM]:
-    yield LLM(smollm2_gguf, tp=1, max_model_len=512, max_slots=4)
+    yield LLM(smollm2_gguf, tp=1, max_model_len=512, max_slots=32)
 
 
 @pytest.mark.parametrize("seed", (1, 263, 427, 1174, 1580, 2015))

@@ -196,8 +196,7 @@ def run(
     ("name", "kind", "tps"),
     (
         ("llama", "int8", (2,)),
-        pytest.param("llama", "fp8", (1, 3), marks=pytest.mark.slow),
-        pytest.param("llama", "int8", (1, 8), marks=pytest.mark.slow),
+        pytest.param("llama", "fp8", (1, 8), marks=pytest.mark.slow),
         pytest.param("gemma3", "int8", (1, 4), marks=pytest.mark.slow),
         pytest.param("deepseek_v3", "int8", (1, 3), marks=pytest.mark.slow),
     ),
@@ -214,6 +213,9 @@ def test_the_same_tokens_however_they_are_computed(
         alone = [run(llm, [prompt], 120, None)[0][0] for prompt in prompts]
         expected = expected or alone
         assert alone == expected
+        if tp != tps[-1]:  # of several, the others are what the last is held to
+            llm.close()
+            continue
         assert run(llm, prompts[1:], 120, 128)[0] == expected[1:]
         few, engine = run(llm, prompts, 120, 32, pages=4 * len(llm.runner.limits.windows))
         assert few == expected

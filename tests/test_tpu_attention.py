@@ -113,7 +113,7 @@ def shapes(draw: st.DrawFn) -> Shape:
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=24, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shape=shapes(), seed=st.integers(0, 2**20))
 @example(shape=Shape((0, 0), (0, 0)), seed=0)  # nothing but padding
 def test_random_shapes(shape: Shape, seed: int) -> None:
@@ -124,8 +124,7 @@ def test_random_shapes(shape: Shape, seed: int) -> None:
 @pytest.mark.parametrize(
     ("name", "kv_dtype"),
     (
-        *((name, "auto") for name in ("llama", "gemma2", "gpt_oss", "deepseek_v3")),
-        ("llama", "int8"),
+        *((name, "auto") for name in ("llama", "gemma2", "deepseek_v3")),
         ("gpt_oss", "fp8"),
         ("deepseek_v3", "int8"),
     ),
@@ -134,11 +133,11 @@ def test_the_engine_generates_the_same_tokens(name: str, kv_dtype: KVDtype) -> N
     prompts = [[at % 50 for at in range(length)] for length in (150, 3)]
     options: dict[str, Any] = {"max_model_len": 256, "max_slots": 2, "kv_dtype": kv_dtype}
     texts = []
-    for attention in ("xla", "tpu", "reference"):
+    for attention in ("xla", "tpu", "reference") if name == "llama" else ("xla", "tpu"):
         with LLM(GOLDENS / name, 2, **options, attention=attention) as llm:
             done = llm.generate(prompts, temperature=0, max_tokens=5, ignore_eos=True)
             texts.append([one.token_ids for one in done])
-    assert texts[1] == texts[2] == texts[0]
+    assert all(one == texts[0] for one in texts)
 
 
 # --- which backend is used ---------------------------------------------------------------------------------

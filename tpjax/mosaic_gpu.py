@@ -22,7 +22,9 @@ def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
     """Returns shared memory in the layout that the tensor cores read."""
     itemsize = jnp.dtype(dtype).itemsize
     swizzle = math.gcd(shape[-1] * itemsize, 128)
-    transforms = plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
+    tiling: Any = plgpu.TilingTransform  # to a type checker they are abstract
+    swizzling: Any = plgpu.SwizzleTransform
+    transforms = tiling((8, swizzle // itemsize)), swizzling(swizzle)
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 

@@ -175,7 +175,7 @@ class History:
     def abstract(cls, slots: int, rows: int, padded_vocab: int, mesh: Mesh) -> History:
         """Returns shapes, dtypes and shardings, without memory, of that many slots and rows and the spare."""
 
-        def buffer(dtype: type) -> Any:
+        def buffer(dtype: jax.typing.DTypeLike) -> Any:
             return jax.ShapeDtypeStruct((rows + 1, padded_vocab), dtype, sharding=NamedSharding(mesh, LOGITS))
 
         # one word more than there are tokens for: a shard that does not begin at a word reads two halves

@@ -187,7 +187,7 @@ class Embedding(nnx.Module):
 
     def attend(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Computes the logits of the padded vocabulary, float32, sharded along V."""
-        return dot(x, self.weight[...], "...d,vd->...v", dtype=jnp.float32)
+        return dot(x, self.weight[...], "...d,vd->...v", dtype=jnp.dtype(jnp.float32))
 
 
 class PositionEmbedding(nnx.Module):

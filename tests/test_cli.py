@@ -528,6 +528,7 @@ def test_doctor_sizes(count, text):
 # --- with models -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_generate_at_tp3(smollm2_gguf: Path) -> None:
     out = tpjax(
         *("generate", "The capital of France is", "--model", "smollm2-135m", "--tp", "3"),

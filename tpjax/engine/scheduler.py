@@ -438,16 +438,20 @@ class Scheduler:
         """
         pages, blocks = self.pages, self.blocks
 
-        def stop(one: Request) -> int:
-            return one.next_position + min(steps, one.remaining)
+        def short(steps: int) -> list[tuple[Request, int, int]]:
+            """Decoded requests that lack pages, where their positions end, and how many pages they lack."""
+            ends = ((one, one.next_position + min(steps, one.remaining)) for one in decoding)
+            counted = ((one, end, pages.missing(one.pages, end)) for one, end in ends)
+            return [each for each in counted if each[2]]
 
         for one in decoding:
             self._give_back(one, one.next_position)
         for chunk in chunks:
             self._give_back(chunk.request, chunk.start)
-        if sum(pages.missing(one.pages, stop(one)) for one in decoding) > blocks.free:
-            steps = 1
-        for one, end in [*((one, stop(one)) for one in decoding), *((c.request, c.stop) for c in chunks)]:
+        growing = short(steps)
+        if sum(missing for *_, missing in growing) > blocks.free:
+            steps, growing = 1, short(1)
+        for one, end in [*((one, end) for one, end, _ in growing), *((c.request, c.stop) for c in chunks)]:
             while one.slot is not None and pages.missing(one.pages, end) > blocks.free:
                 self._preempt(self.running[-1])
             if one.slot is not None:

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax.experimental.layout import Format
 from jax.experimental.layout import Layout as MemoryLayout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
 
 from tpjax.cache.layer_cache import LatentCache, LayerCache
 from tpjax.cache.layer_places import LayerPlace, layer_places, num_entries
@@ -138,7 +137,7 @@ def allocate(
         kv_dtype=kv_dtype,
     )
 
-    def zeros(buffer: jax.ShapeDtypeStruct) -> Array:
+    def zeros(buffer: jax.ShapeDtypeStruct) -> jax.Array:
         return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=buffer.format)(
             buffer.shape, buffer.dtype
         )

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import COMPILE_FAST
 
 from tpjax.inspect.topology import extra_problem
 
@@ -57,7 +56,7 @@ def test_notebook(path: Path, smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatc
     nbclient = pytest.importorskip("nbclient", reason="pip install -e '.[notebook]'")
     if path.stem.startswith("4_") and (problem := extra_problem("tpu") or extra_problem("gpu")):
         pytest.skip(problem)
-    monkeypatch.setenv("XLA_FLAGS", " ".join(COMPILE_FAST))  # the notebook fakes its own devices
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # the notebook fakes its own devices
     monkeypatch.delenv("NPROC", raising=False)
     saved, fresh = (nbformat.read(path, as_version=4) for _ in range(2))
     here = {"metadata": {"path": str(path.parent)}}

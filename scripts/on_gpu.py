@@ -174,6 +174,52 @@ def experts(dry: bool) -> Result:
     return {"rows": found}
 
 
+def products(dry: bool) -> Result:
+    """Times products with weights of 8 and 4 bits alone, in Llama-3-8B's shapes: the kernel and XLA's."""
+    import jax
+    import jax.numpy as jnp
+
+    from tpjax.inspect.chip_benchmark import seconds
+    from tpjax.layers.quantized_gpu import quantized_product
+
+    def by_xla(x: jax.Array, values: jax.Array, scales: jax.Array | None) -> jax.Array:
+        if scales is None:
+            return jnp.einsum("ni,oi->no", x, values.astype(x.dtype), preferred_element_type=jnp.float32)
+        split = values.reshape(len(values), len(scales), -1).astype(x.dtype)
+        of_x = x.reshape(len(x), len(scales), -1)
+        sums = jnp.einsum("ngi,ogi->ngo", of_x, split, preferred_element_type=jnp.float32)
+        return (sums * scales).sum(1)
+
+    def chained(product: Callable[..., jax.Array], x: jax.Array, *weight: Any) -> jax.Array:
+        for _ in range(8):  # each waits for the one before
+            x = x + 0 * product(x, *weight)[:, :1].astype(x.dtype)
+        return x
+
+    ways = {"xla": by_xla} if dry else {"gpu": quantized_product, "xla": by_xla}
+    found: list[Result] = []
+    for outputs, inputs in [(128, 256)] if dry else [(28672, 4096), (4096, 14336), (6144, 4096)]:
+        numbers = jax.random.randint(jax.random.key(0), (outputs, inputs), -8, 8, jnp.int8)
+        for kind, tokens in (("int4", 8), ("int4", 64), ("int8", 8), ("bfloat16", 8)):
+            x = jax.random.normal(jax.random.key(1), (tokens, inputs), jnp.bfloat16)
+            scales = jnp.ones((inputs // 128, outputs), jnp.bfloat16) if kind == "int4" else None
+            size = outputs * inputs * {"int4": 4, "int8": 8, "bfloat16": 16}[kind] // 8
+            row: Result = {
+                "kind": kind,
+                "tokens": tokens,
+                "outputs": outputs,
+                "inputs": inputs,
+                "bytes": size,
+            }
+            for name, way in ways.items():
+                if (name, kind) != ("gpu", "bfloat16"):
+                    call = functools.partial(jax.jit(chained, static_argnums=0), way, x, numbers.astype(kind))
+                    row[f"{name}_us"] = 1e6 * seconds(functools.partial(call, scales), calls=10) / 8
+            found.append(row)
+            print(json.dumps(row), flush=True)
+            save({"rows": found})
+    return {"rows": found}
+
+
 # --- parity ------------------------------------------------------------------------------------------------
 
 
@@ -539,6 +585,7 @@ GROUPS: tuple[dict[str, tuple[Callable[[bool], Result], int]], ...] = (
     {"kernels": (kernels, 90), "parity": (parity, 90), "sampler": (sampler, 90)},
     {"attention": (attention, 50)},
     {"experts": (experts, 30)},
+    {"products": (products, 60)},
     {"moe": (moe, 140)},
     {"int4": (functools.partial(quantized, quantize="int4", kv_dtype="auto"), 60)},
     {"int8": (functools.partial(quantized, quantize="int8", kv_dtype="auto"), 60)},

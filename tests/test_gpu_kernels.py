@@ -5,7 +5,9 @@ jax 0.12 and later interpret them. On a GPU ``scripts/on_gpu`` runs these tests.
 
 from __future__ import annotations
 
+import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import attention_cases
@@ -18,11 +20,12 @@ from conftest import GOLDENS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from safetensors.numpy import save_file
 
 from tpjax import LLM
 from tpjax.attention import KernelShape, gpu, selftest
 from tpjax.config import KVDtype
-from tpjax.layers import experts_gpu
+from tpjax.layers import experts_gpu, quantized_gpu
 
 ON_GPU = jax.default_backend() == "gpu"
 CAN_INTERPRET = hasattr(plgpu, "InterpretGPUParams")
@@ -98,6 +101,94 @@ def test_layout(sizes: list[int], compared: int, monkeypatch: pytest.MonkeyPatch
     assert len(set(places.tolist())) == len(owned)
     assert (np.asarray(tiles.experts)[places // size] == assigned[owned]).all()
     assert (np.asarray(tiles.sources)[places] == owned).all()
+
+
+# --- weights of 8 and 4 bits ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "outputs", "kind", "group"),
+    (
+        pytest.param(3, 640, 136, "int4", 128, id="int4"),
+        pytest.param(9, 512, 128, "int8", 256, id="groups of two blocks"),
+        pytest.param(130, 128, 128, "int4", 64, id="half a block, many tokens", marks=pytest.mark.slow),
+        pytest.param(2, 384, 256, "int8", 32, id="a quarter of a block", marks=pytest.mark.slow),
+        pytest.param(1, 1152, 128, "fp8", 128, id="fp8, parts", marks=pytest.mark.slow),
+        pytest.param(5, 320, 128, "int8", None, id="without scales", marks=pytest.mark.slow),
+    ),
+)
+def test_quantized_product(tokens: int, inputs: int, outputs: int, kind: str, group: int | None) -> None:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(tokens, inputs)), jnp.bfloat16)
+    values = {
+        "int4": lambda: jnp.asarray(rng.integers(-8, 8, (outputs, inputs)), jnp.int4),
+        "int8": lambda: jnp.asarray(rng.integers(-128, 128, (outputs, inputs)), jnp.int8),
+        "fp8": lambda: jnp.asarray(rng.normal(size=(outputs, inputs)) * 16, jnp.float8_e4m3fn),
+    }[kind]()
+    wide = np.asarray(values.astype(jnp.float32))
+    scales = None
+    if group is not None:
+        scales = jnp.asarray(rng.uniform(0.5, 2, (inputs // group, outputs)), jnp.bfloat16)
+        wide = wide * np.repeat(np.asarray(scales, np.float32), group, axis=0).T
+    found = quantized_gpu.quantized_product(x, values, scales, interpret=how())
+    expected = np.asarray(x, np.float32) @ wide.T
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def llama_of_whole_groups(folder: Path) -> Path:
+    """A Llama whose matrices have whole groups of 128 inputs; the goldens' are smaller."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 64,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    layer = "model.layers.0"
+    shapes = {
+        f"{layer}.self_attn.q_proj": (128, 128),
+        f"{layer}.self_attn.k_proj": (64, 128),
+        f"{layer}.self_attn.v_proj": (64, 128),
+        f"{layer}.self_attn.o_proj": (128, 128),
+        f"{layer}.mlp.gate_proj": (256, 128),
+        f"{layer}.mlp.up_proj": (256, 128),
+        f"{layer}.mlp.down_proj": (128, 256),
+        "model.embed_tokens": (64, 128),
+    }
+    rng = np.random.default_rng(0)
+    tensors = {f"{name}.weight": rng.normal(size=shape) * 0.1 for name, shape in shapes.items()}
+    for norm in (f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm", "model.norm"):
+        tensors[f"{norm}.weight"] = np.ones(128)
+    save_file({name: x.astype(np.float32) for name, x in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_model_in_int4_multiplies_by_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits are those of XLA's products of the same weights, up to rounding in bfloat16."""
+    product, calls = quantized_gpu.quantized_product, []
+
+    def counted(*arguments: Any, **named: Any) -> jax.Array:
+        calls.append(arguments)
+        return product(*arguments, **named)
+
+    monkeypatch.setattr(quantized_gpu, "quantized_product", counted)
+    folder, prompt, found = llama_of_whole_groups(tmp_path), [at % 50 for at in range(70)], []
+    for attention in ("xla", "gpu"):
+        calls.clear()
+        settings: Any = {"dtype": "bfloat16", "max_model_len": 128, "max_slots": 1, "quantize": "int4"}
+        with LLM(folder, tp=1, attention=attention, **settings) as llm:
+            found.append(llm.logits(prompt))
+        assert bool(calls) == (attention == "gpu")
+    assert np.abs(found[1] - found[0]).max() <= 0.02 * np.abs(found[0]).max()
 
 
 # --- attention ----------------------------------------------------------------------------------------------

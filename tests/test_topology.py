@@ -458,6 +458,20 @@ def test_gpu_kernel(tp: int, kind: str, capfd: pytest.CaptureFixture[str]) -> No
     assert " conditional(" not in text
 
 
+@pytest.mark.parametrize(("tp", "kind"), ((1, "decode"), (5, "mixed"), (8, "decode")))
+@needs_gpu
+def test_gpu_product_in_int4(tp: int, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """A call for each matrix of a layer; neither a wide weight nor the sums of groups are written."""
+    program, text = compiled_text(LLAMA3_8B, "h200:8", tp, kind, "gpu", "int4")
+    check(program, LLAMA3_8B, tp, capfd.readouterr().err)
+    assert (program.cache_copies, program.weight_copies) == (0, 0)
+    products = re.findall(r"custom_call_target=\"mosaic_gpu.*quantized_product", text)
+    assert len(products) == 4 * LLAMA3_8B.num_layers
+    groups, rows = 4096 // 128, 4 if kind == "decode" else 132
+    made = {math.prod(map(int, one.split(","))) for one in re.findall(r"= f32\[([\d,]+)\]", text)}
+    assert max(made) < groups * rows * 2 * 14336 // tp
+
+
 @needs_gpu
 def test_gpu_experts() -> None:
     """Nothing is computed for every expert, and nothing as large as an expert is written."""

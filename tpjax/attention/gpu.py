@@ -358,14 +358,17 @@ def _kernel(
             block_keys, block_values = keys_smem.at[slot], values_smem.at[slot]
             if static.quantized:
                 block_keys, block_values = widened
-                _widen(keys_smem.at[slot], scales_smem[0].at[slot], block_keys, stop - begin_key)
+                key_scale = _of_tokens(scales_smem[0].at[slot], stop - begin_key)
+                _widen(keys_smem.at[slot], block_keys, stop - begin_key)
                 plgpu.barrier_arrive(keys_done.at[slot])
 
             scores = pl.run_scoped(
                 functools.partial(mosaic_gpu.multiply, query_smem, mosaic_gpu.transposed(block_keys)),
                 plgpu.ACC((_TILE_ROWS, tiling.keys), jnp.float32),
             )
-            if not static.quantized:
+            if static.quantized:
+                scores = scores * jax.lax.broadcast_in_dim(key_scale, scores.shape, [1])
+            else:
                 plgpu.barrier_arrive(keys_done.at[slot])
             scores = soft_capped(scores * static.scale, static.softcap) * _LOG2_E
             visible = _visible(static, first, tile, begin_key, stop)
@@ -377,7 +380,9 @@ def _kernel(
             plgpu.barrier_wait(values_here.at[slot])
 
             if static.quantized:
-                _widen(values_smem.at[slot], scales_smem[1].at[slot], block_values, stop - begin_key)
+                value_scale = _of_tokens(scales_smem[1].at[slot], stop - begin_key)
+                _widen(values_smem.at[slot], block_values, stop - begin_key)
+                weights = weights * jax.lax.broadcast_in_dim(value_scale, weights.shape, [1])
                 plgpu.barrier_arrive(values_done.at[slot])
             else:
 
@@ -434,31 +439,40 @@ def _kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
-def _widen(source: Any, scales: Any, target: Any, count: Any) -> None:
-    """Writes vectors of 8 bits times their scales in the dtype of the products; zeros after the first ones.
+def _of_tokens(scales: Any, count: Any) -> Any:
+    """Returns the scales of a block's vectors; zeros after the first ones, which no token has.
+
+    Scores and weights are scaled, which are fewer than elements of keys and values.
+
+    Args:
+        scales: in shared memory.
+        count: vectors that are a token's.
+    """
+    layout = plgpu.Layout.WGMMA.reduce(0)
+    scale = plgpu.layout_cast(scales[...], layout)
+    at = plgpu.broadcasted_iota(jnp.int32, scale.shape, 0, layout=layout)
+    return jnp.where(at < count, scale, jnp.zeros_like(scale))
+
+
+def _widen(source: Any, target: Any, count: Any) -> None:
+    """Writes vectors of 8 bits in the dtype of the products; of float8, zeros after the first ones.
 
     What an earlier user left behind there may not be a number, and 0 times that is not 0.
 
     Args:
         source: vectors in shared memory, int8 or float8.
-        scales: their scales.
         target: where they go, in shared memory.
         count: vectors that are a token's.
     """
     keys, width = source.shape
-    layout = plgpu.Layout.WGMMA_UPCAST_2X
-    scale = plgpu.layout_cast(scales[...], layout.reduce(1))
     for start in range(0, width, _COLUMNS):
         some = slice(start, min(start + _COLUMNS, width))
-        shape = (keys, some.stop - some.start)
-        numbers = plgpu.layout_cast(source[:, some], layout)
-        if numbers.dtype == jnp.int8:  # exact, and faster than at once
-            numbers = numbers.astype(jnp.bfloat16)
-        each = plgpu.layout_cast(jax.lax.broadcast_in_dim(scale, shape, [0]), layout)
-        wide = numbers.astype(jnp.float32) * each
-        at = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
-        wide = jnp.where(at < count, wide, jnp.zeros_like(wide)).astype(target.dtype)
-        target[:, some] = plgpu.layout_cast(wide, plgpu.Layout.WGMMA)
+        wide = mosaic_gpu.widen(source[:, some], target.dtype)
+        if source.dtype == jnp.float8_e4m3fn:
+            shape = (keys, some.stop - some.start)
+            at = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+            wide = jnp.where(at < count, wide, jnp.zeros_like(wide))
+        target[:, some] = wide
     plgpu.commit_smem()
 
 

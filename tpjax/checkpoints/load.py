@@ -299,7 +299,7 @@ def abstract_decoder(
     def declared() -> Decoder:
         model = Decoder(config, mesh.size, dtype, backend, layers)
         model.quantize = quantize
-        quantize_weights(model, kept, mesh.size, mesh.devices.flat[0].platform)
+        quantize_weights(model, kept, mesh.size, mesh.devices.flat[0].platform, backend)
         return model
 
     with jax.set_mesh(mesh):  # a parameter that declares a sharding needs a mesh, even without memory

@@ -102,7 +102,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Returns the outputs, sharded as ``spec`` says."""
-        y = dot(x, self.weight[...], "...i,io->...o")
+        weight = self.weight[...]
+        y = dot(x, weight, f"...i,{_axes(weight, 'io')}->...o")
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -139,13 +140,13 @@ class RowLinear(nnx.Module):
         if self.partial_sums is not None:
             return self._partial_sums(x, self.partial_sums)
         weight = self.weight[...]
-        y = dot(x, weight, "...i,io->...o" if _inputs_first(weight) else "...i,oi->...o")
+        y = dot(x, weight, f"...i,{_axes(weight, 'oi')}->...o")
         return y if self.bias is None else y + self.bias[...]
 
     def _partial_sums(self, x: Float[Array, "*batch in"], tp: int) -> Float[Array, "tp *batch out"]:
         inputs = x.reshape(*x.shape[:-1], tp, -1)
         weight = self.weight[...]
-        if _inputs_first(weight):
+        if _axes(weight, "oi") == "io":
             y = dot(inputs, split_axis(weight, 0, (tp, -1)), "...ti,tio->t...o")
         else:
             y = dot(inputs, split_axis(weight, 1, (tp, -1)), "...ti,oti->t...o")
@@ -156,9 +157,16 @@ class RowLinear(nnx.Module):
         return y + jnp.where(first, self.bias[...], 0)
 
 
-def _inputs_first(weight: Weight) -> bool:
-    """Returns whether a row-parallel weight is stored [in, out], as those with scales for groups are."""
-    return isinstance(weight, QuantizedWeight) and weight.inputs == -2
+def _axes(weight: Weight, unquantized: str) -> str:
+    """Returns the order in which a matrix is stored: ``io`` or ``oi``; with scales for groups it is another.
+
+    Args:
+        weight: the matrix.
+        unquantized: the order of one that is not quantised.
+    """
+    if not isinstance(weight, QuantizedWeight):
+        return unquantized
+    return "io" if weight.inputs == -2 else "oi"
 
 
 class Embedding(nnx.Module):

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
+from tpjax.attention import XLA, Backend
 from tpjax.config import Quantize
 from tpjax.sharding import SCALE_SUFFIX, ZERO_SUFFIX, Layout, WeightLayout
 
@@ -91,6 +92,7 @@ class QuantizedWeight:
         zeros: zero points, int8, in the shape of the scales; ``None``: all are 0.
         spec: how ``values`` are sharded; means nothing inside ``shard_map``, where each device has its own.
         inputs: axis of the checkpoint's inputs, counted from the last, -1.
+        backend: where it is a kernel for GPUs, so is the product with scales for groups of inputs.
     """
 
     values: Shaped[Array, "*weight"]
@@ -98,6 +100,7 @@ class QuantizedWeight:
     zeros: Int[Array, "*scales"] | None
     spec: PartitionSpec = field(metadata={"static": True})
     inputs: int = field(metadata={"static": True})
+    backend: Backend = field(default=XLA, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -187,6 +190,7 @@ class QuantizedParameter(nnx.Module):
         inputs: stored axis of the inputs.
         tp: devices.
         platform: of the devices.
+        backend: as of :class:`QuantizedWeight`.
     """
 
     def __init__(
@@ -197,10 +201,12 @@ class QuantizedParameter(nnx.Module):
         inputs: int,
         tp: int,
         platform: str,
+        backend: Backend = XLA,
     ) -> None:
         parts = [*spec, *[None] * (len(layout.shape) - len(spec))]
         dtype = kept.values_on(platform)
         self.group: int | None = None  # stored inputs that share a scale
+        self.by_kernel = False
         zeros: nnx.Param | None = None
         if kept.group is None and not kept.zeros:
             self.values = parameter(layout, spec, dtype)
@@ -209,30 +215,53 @@ class QuantizedParameter(nnx.Module):
             self.scales = parameter(layout.per_output(inputs), spec, kept.scales)
         else:
             self.group = layout.stored_group(inputs, kept.group, tp if parts[inputs] else 1)
-            if isinstance(layout, WeightLayout) and inputs == 1 and not any(parts[:1]):
-                layout, spec, inputs = layout.swapped(), PartitionSpec(*reversed(parts)), 0
+            if isinstance(layout, WeightLayout):
+                outputs = layout.shape[1 - inputs] // (tp if parts[1 - inputs] else 1)
+                self.by_kernel = _kernel_takes(backend, dtype, self.group, outputs)
+                inputs_first = not self.by_kernel and (inputs == 0 or not any(parts[:1]))
+                if inputs_first != (inputs == 0):
+                    layout, spec, inputs = layout.swapped(), PartitionSpec(*reversed(parts)), 1 - inputs
+                    parts.reverse()
             self.values = parameter(layout, spec, dtype, row_major=True)
-            self.scales = parameter(
-                layout.per_group(inputs, self.group, SCALE_SUFFIX), spec, kept.scales, row_major=True
+            axis = inputs
+            if self.by_kernel and isinstance(layout, WeightLayout):
+                layout, spec, axis = layout.swapped(), PartitionSpec(*reversed(parts)), 0
+            of_scales, of_zeros = (
+                layout.per_group(axis, self.group, suffix) for suffix in (SCALE_SUFFIX, ZERO_SUFFIX)
             )
+            self.scales = parameter(of_scales, spec, kept.scales, row_major=True)
             if kept.zeros:
-                of_zeros = layout.per_group(inputs, self.group, ZERO_SUFFIX)
                 zeros = parameter(of_zeros, spec, jnp.dtype(jnp.int8), row_major=True)
         self.zeros = zeros
         self.inputs = inputs
         self.kept = kept
+        self.backend = backend
 
     def __getitem__(self, index: EllipsisType) -> QuantizedWeight:
         """Returns the weight."""
         spec = PartitionSpec(*self.values.get_metadata("out_sharding"))
         values, scales = self.values[index], self.scales[index]
+        zeros = None if self.zeros is None else self.zeros[index]
         if self.group is None:
             scales = jnp.expand_dims(scales, self.inputs)
-        zeros = None if self.zeros is None else self.zeros[index]
-        return QuantizedWeight(values, scales, zeros, spec, self.inputs - len(values.shape))
+        if self.by_kernel:
+            scales, zeros = scales.T, None if zeros is None else zeros.T
+        backend = self.backend if self.by_kernel else XLA
+        return QuantizedWeight(values, scales, zeros, spec, self.inputs - len(values.shape), backend)
 
 
-def quantize_weights(model: nnx.Module, format_of: FormatOf, tp: int, platform: str) -> None:
+def _kernel_takes(backend: Backend, values: jnp.dtype, group: int, outputs: int) -> bool:
+    """Returns whether a kernel multiplies by a matrix of such values with scales for groups of inputs."""
+    if backend.name != "gpu":
+        return False
+    from tpjax.layers import quantized_gpu  # Pallas is imported where it is used: that takes a while
+
+    return quantized_gpu.supports(dtype_bits(values), group, outputs)
+
+
+def quantize_weights(
+    model: nnx.Module, format_of: FormatOf, tp: int, platform: str, backend: Backend = XLA
+) -> None:
     """Replaces parameters that declare their inputs by values of 8 or 4 bits and their scales, all zeros.
 
     The loader fills them. A parameter whose canonical tensors are not all kept in one format stays as it is.
@@ -242,6 +271,7 @@ def quantize_weights(model: nnx.Module, format_of: FormatOf, tp: int, platform: 
         format_of: returns how a canonical tensor is kept.
         tp: devices.
         platform: of the devices.
+        backend: where it is a kernel for GPUs, so are products with scales for groups of inputs.
     """
     for path, module in list(nnx.iter_modules(model)):
         for name, value in list(vars(module).items()):
@@ -254,4 +284,5 @@ def quantize_weights(model: nnx.Module, format_of: FormatOf, tp: int, platform: 
             kept = formats.pop()
             if kept is not None and not formats:
                 spec = PartitionSpec(*value.get_metadata("out_sharding"))
-                setattr(module, name, QuantizedParameter(layout, spec, kept, inputs, tp, platform))
+                quantized = QuantizedParameter(layout, spec, kept, inputs, tp, platform, backend)
+                setattr(module, name, quantized)

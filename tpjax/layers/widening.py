@@ -68,6 +68,9 @@ def widened_product(
         scaled: by the weight, which has scales for groups of inputs; else by its values alone.
     """
     settings: Any = {"subscripts": subscripts, "dtype": dtype, "precision": precision}
+    if weight.backend.name == "gpu" and subscripts == "...i,oi->...o" and x.dtype.itemsize == 2:
+        by_kernel = partial(product_by_kernel, dtype=dtype, scaled=scaled)
+        return _on_each_device(by_kernel, x, weight, subscripts=subscripts)
     by_blocks = partial(product_by_blocks, scaled=scaled, **settings)
     on_each = partial(_on_each_device, by_blocks, subscripts=subscripts)
     default = partial(product_by_groups if scaled else _product_at_once, **settings)
@@ -127,6 +130,23 @@ def product_by_groups(
         y = y - exact(f"{of_x.replace(letter, '')},{of_scales}->{of_y}", sums, zeros)
     y = y * spread(scales, of_scales, of_y, y.ndim)
     return y.sum(place_of(of_y, "z", y.ndim)).astype(dtype)
+
+
+def product_by_kernel(
+    x: Float[Array, "*batch D"], weight: QuantizedWeight, *, dtype: jnp.dtype | type, scaled: bool
+) -> Float[Array, "*batch F"]:
+    """Computes the product with a matrix [F, D] on one device by the kernel for GPUs, scaled or not."""
+    from tpjax.layers.quantized_gpu import quantized_product  # Pallas is imported where it is used
+
+    rows = x.reshape(-1, x.shape[-1])
+    scales = weight.scales.T if scaled else None
+    y = quantized_product(rows, weight.values, scales, interpret=weight.backend.interpret)
+    if scaled and weight.zeros is not None:
+        groups = weight.scales.shape[1]
+        sums = rows.reshape(len(rows), groups, -1).astype(jnp.float32).sum(2)
+        zeros = weight.zeros.astype(jnp.float32) * weight.scales.astype(jnp.float32)
+        y = y - jnp.einsum("ng,fg->nf", sums, zeros, precision=jax.lax.Precision.HIGHEST)
+    return y.astype(dtype).reshape(*x.shape[:-1], -1)
 
 
 def product_by_blocks(

@@ -2,6 +2,11 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -135,6 +140,25 @@ def test_figures_are_kept(monkeypatch, tmp_path, capsys):
     measure.keep(file, 2, FIGURES)
     assert measure.measured_hardware(2) == measure.hardware_from(FIGURES)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("others", "kept"), ((0.04, True), (0.4, False)))
+def test_figures_of_a_busy_machine_are_not_kept(others, kept, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TPJAX_CACHE", str(tmp_path))
+    measured = measure._measure_and_cache(1, None, lambda tp, rounds: FIGURES | {"others": others})
+    assert measured == FIGURES
+    assert (tmp_path / "measured.json").exists() == kept
+    told = "tpjax: other programs took 40% of the processors meanwhile: these figures are not kept\n"
+    assert (told in capsys.readouterr().err) == (not kept)
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="only Linux tells how busy all processors are")
+def test_other_programs_are_noticed():
+    started, others = time.perf_counter(), measure._others_s()
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        time.sleep(1)
+        busy.kill()
+    assert measure._others_s() - others > 0.3 * (time.perf_counter() - started) / os.cpu_count()
 
 
 def test_a_failed_measurement_says_why(monkeypatch):

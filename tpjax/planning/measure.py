@@ -17,6 +17,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,9 @@ _ROUNDS = 15
 _PAGES = 4  # of 128 positions: the longest sequence of the small decoders
 _CHAIN = 32  # all-reduces timed together
 _STEPS = 16  # decode steps timed together
+_MOST_OTHERS = (
+    0.1  # share of the processors that other programs may take: figures that are kept hold for long
+)
 # A layer with 12 MB of weights: large enough that its products use all cores, as those of a model do.
 _LAYER = {
     "model_type": "llama",
@@ -60,7 +64,8 @@ def measured_hardware(tp: int, *, fresh: bool = False, rounds: int | None = None
     Args:
         tp: number of devices, faked if the only one is a CPU.
         fresh: measure even if the cache folder has figures.
-        rounds: passed to :func:`best_s`; figures of fewer rounds than its default are not cached.
+        rounds: passed to :func:`best_s`; figures of fewer rounds than its default are not cached, nor those
+            of a machine on which other programs ran.
 
     Raises:
         DeviceError: there are fewer devices, or the measurement failed.
@@ -82,14 +87,18 @@ def measured_hardware(tp: int, *, fresh: bool = False, rounds: int | None = None
 def _measure_and_cache(
     tp: int, rounds: int | None, measure: Callable[[int, int | None], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Measures, and adds the figures to the cache folder if they are of enough rounds."""
+    """Measures, and adds the figures to the cache folder if they are of enough rounds of a quiet machine."""
     cached = (rounds or _ROUNDS) >= _ROUNDS
     if cached:
         _file().parent.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
     machine = "this machine" if num_processes() == 1 else f"the machines of {num_processes()} processes"
     print(f"tpjax: measuring {machine} at tp={tp}, once", file=sys.stderr)
     figures = measure(tp, rounds)
-    if cached:
+    others = figures.pop("others", 0.0)
+    if others > _MOST_OTHERS:
+        busy = f"other programs took {others:.0%} of the processors meanwhile"
+        print(f"tpjax: {busy}: these figures are not kept", file=sys.stderr)
+    elif cached:
         keep(_file(), tp, figures)
     return figures
 
@@ -148,6 +157,7 @@ def measure(tp: int, rounds: int | None = None) -> dict[str, Any]:
     mesh = make_mesh(tp)
     device = mesh.local_devices[0]
     shared = device.platform == "cpu"
+    started, busy_before = time.perf_counter(), _others_s()
     timings = best_s(
         {
             **{f"reduce {size}": _all_reduces(mesh, size) for size in _MESSAGES if tp > 1},
@@ -162,8 +172,24 @@ def measure(tp: int, rounds: int | None = None) -> dict[str, Any]:
         "device": device.device_kind,
         "shared": shared,
         "memory_bytes": _memory_bytes(device) / (tp if shared else 1),
+        "others": (_others_s() - busy_before) / (time.perf_counter() - started) / (os.cpu_count() or 1),
         **fit(timings, tp, machine=1 if shared else tp),
     }
+
+
+def _others_s() -> float:
+    """Returns the processor seconds of all programs but this one so far; 0 where nobody tells, or of several.
+
+    Processes that run a model together measure together: one's neighbour is no other program.
+    """
+    try:
+        ticks = [int(one) for one in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except (OSError, ValueError):
+        return 0.0
+    if num_processes() > 1:
+        return 0.0
+    waiting = sum(ticks[3:5])  # idle, and for input and output
+    return (sum(ticks) - waiting) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:2])
 
 
 def fit(timings: Mapping[str, float], tp: int, machine: int) -> dict[str, Any]:

@@ -208,7 +208,7 @@ def test_generate(places: dict[str, Any], llm: LLM) -> None:
     pattern = (
         r"tpjax: loaded in [\d.]+ s, compiled in [\d.]+ s, first token after \d+ ms, \d+ tokens? \(\w+\)"
     )
-    assert re.match(pattern, lines[-1]) and lines[-1].endswith(", dp=2, tp=2, cpu")
+    assert re.match(pattern, lines[-1]) and lines[-1].endswith(", dp=2 × tp=2, cpu")
 
 
 @pytest.mark.slow

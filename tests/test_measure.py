@@ -62,7 +62,7 @@ def small(monkeypatch):
 
 
 def test_measure_gives_positive_figures(small):
-    figures = measure.measure(3)  # does not divide 126
+    figures = measure.measure(make_mesh(3))  # does not divide 126
     assert figures["shared"] is True and figures["device"] == "cpu"
     for name in ("memory_bytes", "bandwidth_bytes_s", "flops"):
         assert figures[name] > 0

@@ -424,4 +424,4 @@ def test_generate_says_the_layout() -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert "pp=2, tp=1" in done.stderr
+    assert "pp=2 × tp=1" in done.stderr

@@ -378,7 +378,7 @@ def test_generate_with_dp(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert [len(json.loads(line)["token_ids"]) for line in done.stdout.splitlines()] == [6] * len(PROMPTS)
-    assert "dp=2, tp=2" in done.stderr
+    assert "dp=2 × tp=2" in done.stderr
 
 
 def test_explain_counts_the_replicas() -> None:
@@ -392,11 +392,11 @@ def test_explain_counts_the_replicas() -> None:
     assert "llama (llama) at dp=2 × tp=2 on cpu" in shown.getvalue()
     assert "2 replicas, each as below on 2 devices of its own; nothing moves between them" in shown.getvalue()
     chips = parse_topology("v5e:2x4")
-    assert chips.devices_of_mesh(None, 2) == 4 and chips.devices_of_mesh(None, 1) is None
+    assert chips.devices_of_meshes(None, 2) == (4,) and chips.devices_of_meshes(None) == (8,)
     with pytest.raises(ConfigError, match="dp=3 replicas of tp=4 are 12 devices, more than the 8 of v5e:2x4"):
-        chips.devices_of_mesh(4, 3)
+        chips.devices_of_meshes(4, 3)
     with pytest.raises(ConfigError, match="the 8 devices of v5e:2x4 are not a multiple of dp=3"):
-        chips.devices_of_mesh(None, 3)
+        chips.devices_of_meshes(None, 3)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ _POLL_S = 0.5
 _start_timeout_s = START_TIMEOUT_S  # as asked for
 _joining = threading.Event()
 _barriers = itertools.count()
+_gatherings = itertools.count()
 _NOTE_EVERY_S = 10.0
 _OURS_FIRST_S = 60  # after its own time limit JAX aborts with a stack trace: ours comes earlier
 
@@ -181,14 +182,30 @@ def time_limit() -> contextlib.AbstractContextManager[None]:
     return _TimeLimit(_state().coordinator_address, num_processes(), process_id(), _start_timeout_s)
 
 
+def gather(value: bytes) -> list[bytes]:
+    """Returns what each process gives, in the order of their numbers; all call it equally often.
+
+    Raises:
+        DistributedError: one has not come in time, or is lost.
+    """
+    if num_processes() == 1:
+        return [value]
+    name = f"tpjax/gathered/{next(_gatherings)}"
+    publish(f"{name}/{process_id()}", value)
+    barrier()
+    return [stored(f"{name}/{number}") or b"" for number in range(num_processes())]
+
+
 def barrier() -> None:
-    """Waits until all processes have come here; all call it equally often.
+    """Waits until all processes have come here; all call it equally often. One alone does not wait.
 
     Raises:
         DistributedError: one has not come in time, or is lost.
     """
     from jax.errors import JaxRuntimeError
 
+    if num_processes() == 1:
+        return
     name = f"tpjax/barrier/{next(_barriers)}"
     try:
         _state().client.wait_at_barrier(name, timeout_in_ms=int(1000 * start_timeout_s()))

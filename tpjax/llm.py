@@ -44,11 +44,11 @@ from tpjax.engine.request import FinishReason, Grammar, Request, TokenLogprobs
 from tpjax.engine.router import Router
 from tpjax.engine.token_filter import TokenFilter, word_sequences
 from tpjax.errors import ConfigError, RequestError
-from tpjax.mesh import make_stage_meshes
+from tpjax.mesh import describe_layout, describe_tp, make_stage_meshes
 from tpjax.old_spellings import accepts_old_spellings
 from tpjax.runtime.device_speed import split_layers, step_time
 from tpjax.runtime.limits import PAGE_SIZE, resolve_dtype
-from tpjax.runtime.memory import device_memory, plan_limits
+from tpjax.runtime.memory import MeshShare, device_memory, plan_stages
 from tpjax.runtime.role import join, tells_failure
 from tpjax.runtime.runner import Runner
 from tpjax.sampling_params import MAX_SEED, MIN_SEED, RANDOM_SEED, SamplingParams
@@ -103,7 +103,8 @@ class LLM:
 
     Args:
         model: a built-in alias, a Hugging Face id, a directory (safetensors or Orbax), or a ``.gguf`` file.
-        tp: number of devices of a replica; ``None`` shares all of them out. It need not divide anything.
+        tp: number of devices of a replica; ``None`` shares all of them out. It need not divide anything. Of
+            pipeline stages it is the number for each of them, or one for each stage: ``(3, 1)``.
         dtype: dtype of weights, activations and cache: ``auto`` (bfloat16 on TPU and GPU, float32 on CPU),
             ``float32``, ``bfloat16`` or ``float16``.
         max_model_len: longest sequence, prompt and output together, tokens; ``None``: the model's longest
@@ -131,8 +132,9 @@ class LLM:
             stepped by a thread: :mod:`tpjax.engine.router` says how requests are spread, and how many
             replicas a process can drive.
         pp: number of pipeline stages of a replica: its layers are split over ``pp`` meshes of ``tp`` devices,
-            so that each stage takes about as long, embedding and vocabulary projection counted. Stages work
-            at once on different sequences, thus pay with several of them: :mod:`tpjax.runtime.stage`.
+            so that each stage takes about as long, embedding and vocabulary projection counted; one of more
+            devices gets more layers. Stages work at once on different sequences, thus pay with several of
+            them: :mod:`tpjax.runtime.stage`.
         generation_config: source of sampling parameters that a request does not give: ``auto``: the
             checkpoint's ``generation_config.json``; ``none``: no source; or another directory or file.
         kv_dtype: what keys and values are kept in: ``int8`` or ``fp8`` (e4m3), rounded as they are written,
@@ -142,6 +144,7 @@ class LLM:
         config: the architecture.
         dp: number of replicas.
         pp: number of stages of a replica.
+        layout: the numbers of replicas, stages and devices of each, such as ``pp=2 × tp=4``.
         mesh: the mesh, of the first replica and its first stage.
         tokenizer: ``None`` if the checkpoint has none: prompts and completions are then token ids.
         eos_ids: tokens that end a text.
@@ -165,7 +168,7 @@ class LLM:
     def __init__(
         self,
         model: str | os.PathLike[str],
-        tp: int | None = None,
+        tp: int | Sequence[int] | None = None,
         dtype: str = "auto",
         max_model_len: int | None = None,
         max_slots: int | None = None,
@@ -209,53 +212,56 @@ class LLM:
         self.eos_ids = generation.eos_ids(path) if self.tokenizer is None else self.tokenizer.eos_ids
         self.sampling_defaults = generation.sampling_defaults(path, generation_config)
         meshes = make_stage_meshes(tp, dp, pp)
-        self.dp, self.pp, self.mesh = dp, pp, meshes[0][0]
+        self.dp, self.pp, self.mesh, tps = dp, pp, meshes[0][0], [mesh.size for mesh in meshes[0]]
+        self.layout = describe_layout(tps, dp, pp)
         _use_compilation_cache()
         self.dtype = resolve_dtype(dtype)
-        flags |= {"tp": self.mesh.size, "pp": pp}
+        flags |= {"tp": describe_tp(tps), "pp": pp}
         self.kv_dtype: KVDtype = kv_dtype
         self.role = join(
             {"model": path.name, "checkpoint": digest_of_edges(path), **flags},
-            device_memory(self.mesh.size * dp * pp),
+            device_memory(sum(tps) * dp),
         )
-        memory, backend = self.role.decide(lambda: self._attention_backend(attention))
-        log.info("attention: %s", backend)
+        memory, backends = self.role.decide(lambda: self._attention_backends(attention, tps))
+        for backend in dict.fromkeys(backends):
+            log.info("attention: %s", backend)
         if self.dtype.itemsize < 4 and self.mesh.devices.flat[0].platform == "cpu":
             log.warning(
                 "dtype=%s is slow on a CPU: SmolLM2-135M takes %d times as long per token as in float32",
                 self.dtype,
                 _CPU_HALF_PRECISION_SLOWDOWN,
             )
-        layers = split_layers(self.config, self.mesh, pp, self.dtype, quantize, kv_dtype)
+        layers = split_layers(self.config, meshes[0], self.dtype, quantize, kv_dtype)
         format_of = checkpoint.source.format_of
         decoders = [
             [
                 abstract_decoder(
                     self.config, mesh, self.dtype, quantize, backend, format_of, part, quantize_head
                 )
-                for mesh, part in zip(stages, layers, strict=True)
+                for mesh, part, backend in zip(stages, layers, backends, strict=True)
             ]
             for stages in meshes
         ]
         declared = [parameters(*stage) for stage in zip(decoders[0], meshes[0], strict=True)]
 
-        def quantized_bytes(kind: Quantize) -> int:
+        def quantized_bytes(kind: Quantize) -> list[int]:
             stages = (
-                parameters(abstract_decoder(self.config, mesh, self.dtype, kind, backend, layers=part), mesh)
+                parameters(abstract_decoder(self.config, mesh, self.dtype, kind, layers=part), mesh)
                 for mesh, part in zip(meshes[0], layers, strict=True)
             )
-            return max(sum(p.bytes_per_device for p in stage) for stage in stages)
+            return [sum(p.bytes_per_device for p in stage) for stage in stages]
 
         rounded = quantize is not None or checkpoint.quantization is not None
-        limits = plan_limits(
+        limits = plan_stages(
             self.config,
-            self.mesh.size,
+            [
+                MeshShare(self.config.of_layers(part), tp, sum(p.bytes_per_device for p in stage))
+                for part, tp, stage in zip(layers, tps, declared, strict=True)
+            ],
             self.dtype,
-            weight_bytes=max(sum(p.bytes_per_device for p in stage) for stage in declared),
             memory=memory,
             max_model_len=max_model_len,
             max_slots=max_slots,
-            stages=[self.config.of_layers(part) for part in layers],
             kv_dtype=kv_dtype,
             quantized_bytes=None if rounded else quantized_bytes,
         )
@@ -279,17 +285,22 @@ class LLM:
         if self.sampling_defaults:
             log.info("defaults of requests: %s (generation_config)", self.describe_defaults())
 
-    def _attention_backend(self, asked: AttentionBackend) -> Backend:
-        """Chooses what computes attention; checks the platform's kernel once on each kind of chip."""
+    def _attention_backends(self, asked: AttentionBackend, tps: Sequence[int]) -> list[Backend]:
+        """Chooses what computes attention in each stage; checks the platform's kernel once on each chip."""
         device = self.mesh.local_devices[0]
-        shape = KernelShape.of(self.config, self.mesh.size, self.dtype, PAGE_SIZE, self.kv_dtype)
 
-        def verify() -> Verdict:
-            from tpjax.attention.selftest import verdict
+        def choose(tp: int) -> Backend:
+            shape = KernelShape.of(self.config, tp, self.dtype, PAGE_SIZE, self.kv_dtype)
 
-            return verdict(device.platform, shape, device, cache_dir() / "attention")
+            def verify() -> Verdict:
+                from tpjax.attention.selftest import verdict
 
-        return choose_backend(asked, device, shape, verify)
+                return verdict(device.platform, shape, device, cache_dir() / "attention")
+
+            return choose_backend(asked, device, shape, verify)
+
+        chosen = {tp: choose(tp) for tp in dict.fromkeys(tps)}
+        return [chosen[tp] for tp in tps]
 
     def _step_time(self, declared: Sequence[Parameter]) -> StepTime | None:
         """Returns what predicts the time of a step; ``None`` in a process that schedules none."""

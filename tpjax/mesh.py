@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from tpjax.distributed import allow_transfers, num_processes, process_id, time_limit
@@ -48,18 +50,35 @@ def make_meshes(tp: int | None = None, dp: int = 1) -> list[jax.sharding.Mesh]:
     return [mesh for (mesh,) in make_stage_meshes(tp, dp)]
 
 
-def make_stage_meshes(tp: int | None = None, dp: int = 1, pp: int = 1) -> list[list[jax.sharding.Mesh]]:
+def describe_tp(tp: int | Sequence[int]) -> str:
+    """Returns ``2`` for stages of two devices each, ``3,1`` for one of three devices and one of one."""
+    each = (tp,) if isinstance(tp, int) else tp
+    return str(each[0]) if len(set(each)) == 1 else ",".join(map(str, each))
+
+
+def describe_layout(tp: int | Sequence[int], dp: int = 1, pp: int = 1) -> str:
+    """Returns ``tp=2``; of several replicas and stages ``dp=4 × pp=2 × tp=2``, or ``pp=2 × tp=3,1``."""
+    meshes = "".join(f"{name}={n} × " for name, n in (("dp", dp), ("pp", pp)) if n > 1)
+    return f"{meshes}tp={describe_tp(tp)}"
+
+
+def make_stage_meshes(
+    tp: int | Sequence[int] | None = None, dp: int = 1, pp: int = 1
+) -> list[list[jax.sharding.Mesh]]:
     """Returns meshes ``("tp",)`` over disjoint devices, the first ones first: for each replica its stages'.
 
+    Of several processes each has one stage or more, in their order, and a stage has devices of one.
+
     Args:
-        tp: number of devices of each mesh; ``None`` shares all devices out.
+        tp: number of devices of each mesh, or of each of the stages; ``None`` shares all devices out.
         dp: number of replicas.
-        pp: number of pipeline stages of a replica. Of several processes each has one stage or more.
+        pp: number of pipeline stages of a replica.
 
     Raises:
         DeviceError: if fewer than ``tp`` times ``pp`` times ``dp`` devices are present, or that many do not
-            divide them and ``tp`` is not given; or there are several processes and several replicas, or a
-            stage with devices of two, or a process without a stage.
+            divide them and ``tp`` is not given; or it is given for another number of stages; or there are
+            several processes and several replicas, or a process without a stage, or one with too few devices
+            for its stage.
     """
     import jax
 
@@ -69,24 +88,55 @@ def make_stage_meshes(tp: int | None = None, dp: int = 1, pp: int = 1) -> list[l
     with time_limit():
         devices = jax.devices()
     _check_one_process(dp, jax.process_count())
-    if tp is None:
-        tp = max(1, len(devices) // (dp * pp))
-        if tp * dp * pp < len(devices):
-            layout = f"dp={dp}" if pp == 1 else f"pp={pp}" if dp == 1 else f"dp={dp} times pp={pp}"
-            raise DeviceError(
-                f"{len(devices)} devices are not a multiple of {layout}: "
-                f"tp={tp} would use {tp * dp * pp} of them"
-            )
-    check_tp(tp)
-    if tp * dp * pp > len(devices):
-        raise DeviceError(_too_few(tp, dp, devices, pp=pp))
-    if dp == 1:
-        _check_processes(tp, devices, pp)
+    each = _shared_out(len(devices), dp, pp) if tp is None else devices_of_stages(tp, pp)
+    if sum(each) * dp > len(devices):
+        raise DeviceError(_too_few(each, dp, devices))
+    if pp > 1 and jax.process_count() > 1:
+        stages = _within_processes(each, devices)
+    else:
+        stages = [devices[start:stop] for start, stop in pairwise(accumulate(each * dp, initial=0))]
+        if dp == 1:
+            _check_no_idle_process(each[0], devices)
     meshes = [
-        jax.make_mesh((tp,), (AXIS,), devices=devices[at : at + tp], axis_types=(jax.sharding.AxisType.Auto,))
-        for at in range(0, tp * dp * pp, tp)
+        jax.make_mesh((len(own),), (AXIS,), devices=own, axis_types=(jax.sharding.AxisType.Auto,))
+        for own in stages
     ]
     return [meshes[at : at + pp] for at in range(0, dp * pp, pp)]
+
+
+def make_own_mesh(tp: int) -> jax.sharding.Mesh:
+    """Returns a mesh ``("tp",)`` over the first ``tp`` devices of this process.
+
+    Raises:
+        DeviceError: it has fewer.
+    """
+    import jax
+
+    own = jax.local_devices()
+    if tp > len(own):
+        raise DeviceError(f"tp={tp} needs {tp} devices of process {process_id()}, which has {len(own)}")
+    return jax.make_mesh((tp,), (AXIS,), devices=own[:tp], axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def devices_of_stages(tp: int | Sequence[int], pp: int) -> tuple[int, ...]:
+    """Returns the number of devices of each pipeline stage.
+
+    Args:
+        tp: of each, or of all alike.
+        pp: number of stages.
+
+    Raises:
+        DeviceError: a number of devices is not one, or there is another number of them than of stages.
+    """
+    check_pp(pp)
+    if isinstance(tp, str) or not isinstance(tp, Sequence):
+        check_tp(tp)
+        return (tp,) * pp
+    for one in tp:
+        check_tp(one)
+    if len(tp) != pp:
+        raise DeviceError(f"tp={','.join(map(str, tp))} is of {len(tp)} stages, but pp={pp}")
+    return tuple(tp)
 
 
 def fake_devices(count: int) -> None:
@@ -104,7 +154,7 @@ def fake_devices(count: int) -> None:
         import jax
 
         if len(jax.devices()) < count:
-            raise DeviceError(_too_few(count, 1, jax.devices(), started=True))
+            raise DeviceError(_too_few((count,), 1, jax.devices(), started=True))
         return
     flags = os.environ.get("XLA_FLAGS", "")
     if not _COUNT_PATTERN.search(flags):
@@ -114,29 +164,32 @@ def fake_devices(count: int) -> None:
     guard_rendezvous()
 
 
-def ensure_devices(tp: int, dp: int = 1, pp: int = 1) -> None:
-    """Makes sure that ``dp`` times ``pp`` times ``tp`` devices exist.
+def ensure_devices(tp: int | Sequence[int], dp: int = 1, pp: int = 1) -> None:
+    """Makes sure that the devices of ``dp`` replicas of ``pp`` stages of ``tp`` devices exist.
 
-    If the only device is a CPU they are faked, with a line on stderr.
+    If the only device is a CPU they are faked, with a line on stderr. Of several processes each fakes its
+    part.
 
-    Of several processes each fakes its part.
+    Args:
+        tp: number of devices of each mesh, or of each of the stages.
+        dp: number of replicas.
+        pp: number of pipeline stages of a replica.
 
     Raises:
         DeviceError: if there are too few devices and they cannot be faked.
     """
-    check_tp(tp)
+    each = devices_of_stages(tp, pp)
     check_dp(dp)
-    check_pp(pp)
     _allow_transfers(pp)
-    count = tp * dp * pp
+    count = sum(each) * dp
     _check_one_process(dp, num_processes())
     if not _backend_started():
         if count > _MAX_FAKED and dp * pp > 1:
             raise DeviceError(
-                f"{_meshes(tp, dp, pp)} are {count} devices, over {_MAX_FAKED}, the most that a CPU can fake"
+                f"{_meshes(each, dp)} are {count} devices, over {_MAX_FAKED}, the most that a CPU can fake"
             )
         # touches the CPU backend only: accelerators ignore both variables
-        fake_devices(-(-count // num_processes()))
+        fake_devices(_of_a_process(each, dp))
         import jax
 
         with time_limit():
@@ -146,7 +199,7 @@ def ensure_devices(tp: int, dp: int = 1, pp: int = 1) -> None:
     import jax
 
     if count > len(jax.devices()):
-        raise DeviceError(_too_few(tp, dp, jax.devices(), started=True, pp=pp))
+        raise DeviceError(_too_few(each, dp, jax.devices(), started=True))
 
 
 def guard_rendezvous() -> None:
@@ -220,23 +273,65 @@ def _check_one_process(dp: int, processes: int) -> None:
         )
 
 
-def _check_processes(tp: int, devices: list[jax.Device], pp: int = 1) -> None:
-    """Checks that each process has a device, and that a stage of several has those of one process."""
-    used = [device.process_index for device in devices[: tp * pp]]
-    if idle := {device.process_index for device in devices} - set(used):
-        layout, remedy = f"tp={tp}", f"tp={len(devices)}, or fewer processes"
-        if pp > 1:
-            layout, remedy = f"pp={pp} stages of tp={tp}", "more of either, or fewer processes"
+def _shared_out(count: int, dp: int, pp: int) -> tuple[int, ...]:
+    """Returns the devices of each stage where ``count`` of them are shared out evenly."""
+    tp, rest = divmod(count, dp * pp)
+    tp = max(1, tp)
+    if rest and count > dp * pp:
+        layout = f"dp={dp}" if pp == 1 else f"pp={pp}" if dp == 1 else f"dp={dp} times pp={pp}"
+        every = f", tp={describe_tp([tp + (i < rest) for i in range(pp)])} all" if dp == 1 else ""
+        used = tp * dp * pp
         raise DeviceError(
-            f"{layout} leave{'s' * (pp == 1)} process {min(idle)} without a device: the {num_processes()} "
-            f"processes have {len(devices)}; use {remedy}"
+            f"{count} devices are not a multiple of {layout}: tp={tp} would use {used} of them{every}"
         )
-    for stage in range(pp if pp > 1 else 0):
-        if len(owners := sorted(set(used[stage * tp : (stage + 1) * tp]))) > 1:
+    return (tp,) * pp
+
+
+def _of_a_process(each: Sequence[int], dp: int) -> int:
+    """Returns the devices that each process fakes for stages of so many devices."""
+    processes = num_processes()
+    if len(each) == 1 or processes == 1:
+        return -(-sum(each) * dp // processes)
+    return sum(sorted(each)[-len(each) // processes :])  # whichever stages it has
+
+
+def _within_processes(each: Sequence[int], devices: list[jax.Device]) -> list[list[jax.Device]]:
+    """Returns the devices of each stage, all of one process.
+
+    A process has as many stages as its devices are enough for, or fewer if otherwise a later one had none.
+    """
+    by_process: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        by_process.setdefault(device.process_index, []).append(device)
+    processes, at, used, stages = list(by_process.items()), 0, 0, []
+    for number, tp in enumerate(each):
+        later, left = len(processes) - at - 1, len(each) - number
+        if used and later and (used + tp > len(processes[at][1]) or left <= later):
+            at, used = at + 1, 0
+        process, own = processes[at]
+        if used + tp > len(own):
             raise DeviceError(
-                f"pp={pp} stages of tp={tp}: stage {stage + 1} would have devices of processes {owners[0]} "
-                f"and {owners[1]}, but a stage is of one process: use a tp that divides a process's devices"
+                f"{_meshes(each, 1)}: stage {number + 1} needs {tp} devices of one process, but process "
+                f"{process} has {len(own) - used} left of {len(own)}"
             )
+        stages.append(own[used : used + tp])
+        used += tp
+    if at + 1 < len(processes):
+        raise DeviceError(
+            f"{_meshes(each, 1)} leave process {processes[at + 1][0]} without a device: the "
+            f"{len(processes)} processes have {len(devices)}; use more stages, or fewer processes"
+        )
+    return stages
+
+
+def _check_no_idle_process(tp: int, devices: list[jax.Device]) -> None:
+    """Checks that a mesh of the first ``tp`` devices has some of each process."""
+    used = {device.process_index for device in devices[:tp]}
+    if idle := {device.process_index for device in devices} - used:
+        raise DeviceError(
+            f"tp={tp} leaves process {min(idle)} without a device: the {num_processes()} "
+            f"processes have {len(devices)}; use tp={len(devices)}, or fewer processes"
+        )
 
 
 def _backend_started() -> bool:
@@ -247,20 +342,19 @@ def _backend_started() -> bool:
     return bool(xla_bridge.backends_are_initialized())
 
 
-def _too_few(tp: int, dp: int, devices: list[jax.Device], *, started: bool = False, pp: int = 1) -> str:
-    kind, needed = devices[0].platform.upper(), tp * dp * pp
-    layout = f"tp={tp} needs {tp}" if dp * pp == 1 else f"{_meshes(tp, dp, pp)} need {needed}"
+def _too_few(each: Sequence[int], dp: int, devices: list[jax.Device], *, started: bool = False) -> str:
+    kind, needed, meshes = devices[0].platform.upper(), sum(each) * dp, len(each) * dp
+    layout = f"tp={needed} needs {needed}" if meshes == 1 else f"{_meshes(each, dp)} need {needed}"
     message = f"{layout} devices, but JAX sees {len(devices)} ({kind})"
     if kind != "CPU":
-        meshes = dp * pp
-        fewer = f"pp={len(devices)}" if dp == 1 and pp > 1 else f"dp={len(devices) // pp or 1}"
+        fewer = f"pp={len(devices)}" if dp == 1 and len(each) > 1 else f"dp={len(devices) // len(each) or 1}"
         fitting = f"tp={len(devices) // meshes}" if len(devices) >= meshes else fewer
         return f"{message}; use {fitting} or fewer"
     when = "; JAX has already started" if started or _backend_started() else ""
     return f"{message}{when}: call tpjax.fake_devices({needed}) before the first use of JAX"
 
 
-def _meshes(tp: int, dp: int, pp: int) -> str:
+def _meshes(each: Sequence[int], dp: int) -> str:
     """Describes the meshes of a layout with several."""
-    stages = f"pp={pp} stages of tp={tp}"
-    return stages if dp == 1 else f"dp={dp} replicas of {f'tp={tp}' if pp == 1 else stages}"
+    stages = f"pp={len(each)} stages of tp={describe_tp(each)}"
+    return stages if dp == 1 else f"dp={dp} replicas of {stages if len(each) > 1 else f'tp={each[0]}'}"

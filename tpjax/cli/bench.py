@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 from tpjax.cli.console import show_report
-from tpjax.cli.loading import chosen_model, ensure, load
+from tpjax.cli.following import attend
+from tpjax.cli.loading import chosen_model, ensure, load, load_everywhere
 from tpjax.cli.options import (
     Json,
     Model,
@@ -13,18 +15,20 @@ from tpjax.cli.options import (
     Processes,
     Rounds,
     Sharding,
+    mesh_devices,
     option,
     positive_int,
     takes,
 )
-from tpjax.distributed import num_processes
 from tpjax.errors import RequestError
+from tpjax.mesh import devices_of_stages
 from tpjax.planning.workload import LONGEST_DEFAULT_PROMPT, Workload
 
 EXAMPLES = """
   tpjax bench smollm2-135m --tp 2
   tpjax bench smollm2-135m --dp 2
   tpjax bench smollm2-135m --tp 2 --pp 2
+  tpjax bench smollm2-135m --tp 3,1 --pp 2
   tpjax bench smollm2-135m --context 128 --prompt-len 128 --rounds 3 --json
 """
 
@@ -34,7 +38,13 @@ def run(
     model: Model = None,
     model_option: ModelOption = None,
     tp: Annotated[
-        int, option("--tp", help="Devices to shard over.", parser=positive_int("devices"), metavar="N")
+        Any,  # an integer, or one for each stage
+        option(
+            "--tp",
+            help="Devices to shard over; of unlike pipeline stages those of each: 3,1.",
+            parser=mesh_devices,
+            metavar="N",
+        ),
     ] = 1,
     dp: Annotated[
         int,
@@ -74,7 +84,7 @@ def run(
     """Measure decode and prefill here, in float32, next to what plan predicts."""
     from tpjax.checkpoints import hub
     from tpjax.checkpoints.load import read_config
-    from tpjax.planning import stage_benchmark, step_benchmark
+    from tpjax.planning import step_benchmark
     from tpjax.planning.measure import measured_hardware
     from tpjax.planning.plan import make_plan
     from tpjax.runtime.counts import Counts
@@ -83,10 +93,9 @@ def run(
     processes.join()
     if dp > 1 and pp > 1:
         raise RequestError(f"--dp {dp} and --pp {pp} are measured one at a time: leave one out")
-    if pp > 1 and num_processes() > 1:
-        raise RequestError(f"--pp {pp}: stages are measured in one process, and there are {num_processes()}")
+    tps = devices_of_stages(tp, pp)
     if processes.several:
-        ensure(name, tp, dp)
+        ensure(name, tp, dp, pp)
     workload = Workload(dp, context, prompt_len or min(context, LONGEST_DEFAULT_PROMPT), "float32")
     # before anything is measured: a misspelt name and a context too long are reported at once
     needed, longest = step_benchmark.longest(workload), read_config(hub.resolve(name)).longest_context
@@ -95,13 +104,34 @@ def run(
             f"--context {context} and --prompt-len {workload.prompt_len} need sequences of "
             f"{needed} tokens, over the model's {longest}"
         )
+    sharding = Sharding(tp=tp, dp=dp, pp=pp, dtype="float32", max_model_len=needed)
     # before this process starts JAX, if it is the only one: measuring has one of its own
-    hardware = measured_hardware(tp * dp, rounds=rounds)
-    llm = load(name, Sharding(tp=tp, dp=dp, pp=pp, dtype="float32", max_model_len=needed))
     if pp > 1:
-        stages = stage_benchmark.run(llm.runner, name, llm.config, hardware, workload, rounds)
-        show_report(stages, as_json=as_json)
+        show_stages(name, sharding, tps, workload, rounds, as_json=as_json)
         return
-    plan = make_plan(Counts(name, llm.config), hardware, tp * dp, tp, workload)
+    hardware = measured_hardware(tps[0] * dp, rounds=rounds)
+    llm = load(name, sharding)
+    plan = make_plan(Counts(name, llm.config), hardware, tps[0] * dp, tps[0], workload)
     first, *others = (engine.runner for engine in llm.engines)
     show_report(step_benchmark.run(first, plan, rounds, others), as_json=as_json)
+
+
+def show_stages(
+    name: str,
+    sharding: Sharding,
+    tps: Sequence[int],
+    workload: Workload,
+    rounds: int | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Measures pipeline stages of ``tps`` devices; of several processes each its own."""
+    from tpjax.planning import stage_benchmark
+    from tpjax.planning.measure import measured_stages
+
+    lengths = {"context": workload.context, "prompt_len": workload.prompt_len}
+    hardware = measured_stages(tps, lengths, rounds=rounds)
+    llm = load_everywhere(name, sharding)
+    report = stage_benchmark.run(llm.runner, name, llm.config, hardware, workload, rounds)
+    attend(llm)
+    show_report(report, as_json=as_json)

@@ -52,5 +52,5 @@ def run(
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_INTERRUPTED))
     if params.temperature is None and "temperature" not in llm.sampling_defaults:
         params = dataclasses.replace(params, temperature=TEMPERATURE)
-    note(f"{name} at tp={llm.mesh.size}; /help shows the commands")
+    note(f"{name} at {llm.layout}; /help shows the commands")
     chat(llm, params, system)

@@ -27,7 +27,7 @@ def compile_for(llm: LLM, prompt: str | Sequence[int], params: SamplingParams) -
         RequestError: the prompt or a parameter is invalid.
     """
     start = time.perf_counter()
-    wait_for(lambda: llm.prepare(prompt, params), f"compiling decode and prefill for tp={llm.mesh.size}")
+    wait_for(lambda: llm.prepare(prompt, params), f"compiling decode and prefill for {llm.layout}")
     return time.perf_counter() - start
 
 

@@ -125,9 +125,7 @@ def run(
         else:
             _all(llm, requests, figures, as_json=as_json, as_ids=token_ids)
     device = llm.mesh.devices.flat[0]
-    counts = (("dp", llm.dp), ("pp", llm.pp))
-    meshes = "".join(f"{name}={count}, " for name, count in counts if count > 1)
-    note(f"{figures.line()}, {meshes}tp={llm.mesh.size}, {device.device_kind}")
+    note(f"{figures.line()}, {llm.layout}, {device.device_kind}")
 
 
 def _stream(llm: LLM, prompt: Prompt, params: SamplingParams, figures: Figures, *, as_ids: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,13 +37,18 @@ def load(model: str, sharding: Sharding, **options: Any) -> LLM:
 
     Of several processes only process 0 returns: the others follow it, and then end the subcommand.
     """
+    llm = load_everywhere(model, sharding, **options)
+    attend(llm)
+    return llm
+
+
+def load_everywhere(model: str, sharding: Sharding, **options: Any) -> LLM:
+    """Loads a model as :func:`load` does, but returns in all processes."""
     ensure(model, sharding.tp, sharding.dp, sharding.pp)
     from tpjax.llm import LLM
 
     _check_compilation_cache()
-    llm = LLM(model, **asdict(sharding), **options)
-    attend(llm)
-    return llm
+    return LLM(model, **asdict(sharding), **options)
 
 
 def _check_compilation_cache() -> None:
@@ -70,14 +76,21 @@ def note_defaults(llm: LLM) -> None:
         note(f"where no option says otherwise, {llm.describe_defaults()}")
 
 
-def ensure(model: str, tp: int | None, dp: int = 1, pp: int = 1, *, configuration: bool = False) -> None:
+def ensure(
+    model: str,
+    tp: int | Sequence[int] | None,
+    dp: int = 1,
+    pp: int = 1,
+    *,
+    configuration: bool = False,
+) -> None:
     """Checks that the model exists, then that there are the devices.
 
     A misspelt name is reported at once, before JAX starts.
 
     Args:
         model: name of the model.
-        tp: number of devices of a mesh; ``None``: all there are.
+        tp: number of devices of a mesh, or of each pipeline stage; ``None``: all there are.
         dp: number of replicas.
         pp: number of pipeline stages of a replica.
         configuration: whether its configuration is enough, without weights.
@@ -87,7 +100,7 @@ def ensure(model: str, tp: int | None, dp: int = 1, pp: int = 1, *, configuratio
         DeviceError: there are fewer devices.
     """
     from tpjax.checkpoints import hub
-    from tpjax.mesh import ensure_devices
+    from tpjax.mesh import devices_of_stages, ensure_devices
     from tpjax.planning.published import check_name, hub_id, is_published
 
     if num_processes() > 1:  # JAX starts in all of them at once, before one that has no model yet fetches it
@@ -102,5 +115,5 @@ def ensure(model: str, tp: int | None, dp: int = 1, pp: int = 1, *, configuratio
             )
     else:
         hub.resolve(model, configuration=configuration)
-    if (tp or 1) * dp * pp > 1:
+    if sum(devices_of_stages(tp or 1, pp)) * dp > 1:
         ensure_devices(tp or 1, dp, pp)

@@ -86,6 +86,13 @@ def positive_int(unit: str) -> Callable[[str], int]:
     return parse
 
 
+def mesh_devices(text: str | int) -> int | tuple[int, ...]:
+    """Parses a number of devices, or one for each pipeline stage: ``3,1``."""
+    parse = positive_int("devices")
+    each = tuple(parse(one) for one in str(text).split(","))
+    return each[0] if len(each) == 1 else each
+
+
 def number(what: str, low: float, high: float) -> Callable[[str], float]:
     """Makes a parser of numbers from ``low`` to ``high``; ``what`` describes them in an error."""
 
@@ -251,9 +258,12 @@ class Sharding:
     """Devices, dtype, sharding and attention of a model."""
 
     tp: Annotated[
-        int | None,
+        Any,  # an integer, or one for each stage
         option(
-            "--tp", help="Devices to shard over (all of them).", parser=positive_int("devices"), metavar="N"
+            "--tp",
+            help="Devices to shard over (all of them); of unlike pipeline stages those of each: 3,1.",
+            parser=mesh_devices,
+            metavar="N",
         ),
     ] = None
     dp: Annotated[

@@ -9,13 +9,13 @@ serve`` runs, without its socket: the OpenAI API at Ray's address, streamed thro
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tpjax.errors import ConfigError
-from tpjax.mesh import ensure_devices
+from tpjax.mesh import devices_of_stages, ensure_devices
 from tpjax.server.app import create_app
 from tpjax.server.middleware import MAX_BODY_BYTES, ServerMiddleware
 from tpjax.server.service import Service
@@ -32,7 +32,7 @@ class Arguments(BaseModel):
     Attributes:
         model: what ``LLM`` takes; on every machine, or at Hugging Face.
         served_model_name: the model's name in the API; ``None``: ``model``.
-        tp: devices of each pipeline stage of a replica.
+        tp: devices of a replica; of several pipeline stages those of each alike, or one number for each.
         pp: pipeline stages of a replica.
         accelerator: Ray's resource that counts devices; ``CPU``: they are faked.
         max_slots: sequences that a replica decodes at once.
@@ -47,7 +47,7 @@ class Arguments(BaseModel):
 
     model: str
     served_model_name: str | None = None
-    tp: int = Field(default=1, ge=1)
+    tp: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], ...] = 1
     pp: int = Field(default=1, ge=1)
     accelerator: Literal["CPU", "GPU", "TPU"] = "CPU"
     max_slots: int = Field(default=8, ge=1)
@@ -119,7 +119,7 @@ def build_app(arguments: Arguments) -> serve.Application:
         raise ConfigError(
             f"min_replicas={arguments.min_replicas} is over max_replicas={arguments.max_replicas}"
         )
-    devices = arguments.tp * arguments.pp
+    devices = sum(devices_of_stages(arguments.tp, arguments.pp))
     match arguments.accelerator:
         case "CPU":
             resources: dict[str, Any] = {"num_cpus": 1}

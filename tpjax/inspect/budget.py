@@ -26,6 +26,7 @@ def collective_budget(
     platform: str = "cpu",
     embeds: bool = True,
     samples: bool = True,
+    hands_on_whole: bool = False,
 ) -> dict[str, Any]:
     """Computes the collectives of one call.
 
@@ -51,6 +52,8 @@ def collective_budget(
         platform: the kind of device, which decides how top-k and top-p are searched for.
         embeds: whether it embeds tokens: all but the first stage of a pipeline take hidden states.
         samples: whether it samples, or is of a stage before the last.
+        hands_on_whole: whether the next stage has another number of devices: what is sharded over tokens is
+            gathered for it.
 
     Returns:
         The number of each of ``BUDGETED_KINDS`` and of others, the bytes of their results on one device, and
@@ -73,7 +76,8 @@ def collective_budget(
         moved = f"{sums} all-gathers and {sums} reduce-scatters × {layers} layers"
         reduces, reduced = reduces + samples, reduced + samples * rows * token_bytes
         scatters = sums * layers + embeds
-        gathers, gathered = gathers + sums * layers, gathered + sums * layers * tokens * token_bytes
+        gathered_again = sums * layers + hands_on_whole
+        gathers, gathered = gathers + gathered_again, gathered + gathered_again * tokens * token_bytes
     else:
         moved, residuals = f"{sums + norms} × {layers} layers", sums * layers + embeds
         reduces, reduced = reduces + residuals, reduced + residuals * tokens * token_bytes

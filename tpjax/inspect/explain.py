@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -44,12 +45,12 @@ from tpjax.inspect.explain_report import Report, Step, TensorRow
 from tpjax.inspect.pipeline_report import PipelineReport
 from tpjax.inspect.reasons import cache_reason, experts_reason, reason
 from tpjax.layers.weights import dtype_bits
-from tpjax.mesh import is_local, make_stage_meshes
+from tpjax.mesh import describe_tp, is_local, make_own_mesh, make_stage_meshes
 from tpjax.old_spellings import accepts_old_spellings
 from tpjax.planning.published import find_model, is_published
 from tpjax.runtime.device_speed import split_layers
 from tpjax.runtime.limits import PAGE_SIZE, resolve_dtype
-from tpjax.runtime.memory import device_memory, plan_limits, workspace_bytes
+from tpjax.runtime.memory import MeshShare, device_memory, plan_stages, workspace_bytes
 from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.role import together
 from tpjax.runtime.runner import Runner
@@ -65,14 +66,16 @@ def explain(runner: Runner, name: str, dp: int = 1) -> Report | PipelineReport:
     if len(runner.stages) == 1:
         return explain_stage(runner, name, dp)
     if not all(is_local(stage.mesh) for stage in runner.stages):
-        raise ConfigError("stages of several processes are not explained: run `tpjax explain` in one process")
+        raise ConfigError(
+            "stages of other processes cannot be explained while they run: use `tpjax explain` in each process"
+        )
     reports = [
         explain_stage(stage, f"{name}, stage {number} of {len(runner.stages)}")
         for number, stage in enumerate(runner.stages, 1)
     ]
     return PipelineReport(
         model=name,
-        tp=runner.mesh.size,
+        tp=[stage.mesh.size for stage in runner.stages],
         pp=len(reports),
         dp=dp,
         layers=[(stage.layers.start, stage.layers.stop) for stage in runner.stages],
@@ -125,7 +128,7 @@ def explain_stage(stage: Stage, name: str, dp: int = 1) -> Report:
 @accepts_old_spellings
 def explain_model(
     model: str,
-    tp: int | None = None,
+    tp: int | Sequence[int] | None = None,
     dtype: str = "auto",
     max_model_len: int | None = None,
     expert_parallel: ExpertParallel = "auto",
@@ -138,12 +141,13 @@ def explain_model(
 ) -> Report | PipelineReport:
     """Describes a checkpoint sharded over ``tp`` devices without reading a weight.
 
-    Each of several processes calls it, and compiles the steps.
+    Each of several processes calls it, and compiles the steps; those of pipeline stages that run in other
+    processes for devices of its own, which are of the same kind.
 
     Args:
         model: a name or path that ``LLM`` accepts, the name of a published model, a ``config.json``, or a
             directory that holds one and no weights. From Hugging Face, only ``config.json`` is downloaded.
-        tp: number of devices of a replica; ``None``: all of them are shared out.
+        tp: number of devices of a mesh, or of each stage, as for ``LLM``; ``None``: all are shared out.
         dtype: a dtype that ``LLM`` accepts.
         max_model_len: longest sequence, tokens.
         expert_parallel: whether experts are sharded, as for ``LLM``.
@@ -173,11 +177,13 @@ def explain_model(
         checkpoint.check_quantize(quantize, quantize_head)
     config = config.with_expert_parallel(expert_parallel)
     meshes, kind = make_stage_meshes(tp, dp, pp)[0], resolve_dtype(dtype)
-    size, layers = meshes[0].size, split_layers(config, meshes[0], pp, kind, quantize, kv_dtype)
+    if pp > 1:
+        meshes = [mesh if is_local(mesh) else make_own_mesh(mesh.size) for mesh in meshes]
+    tps, layers = [mesh.size for mesh in meshes], split_layers(config, meshes, kind, quantize, kv_dtype)
 
-    def chosen() -> Backend:
-        shape = KernelShape.of(config, size, kind, PAGE_SIZE, kv_dtype)
-        return choose_backend(attention, meshes[0].local_devices[0], shape)
+    def chosen() -> list[Backend]:
+        shapes = (KernelShape.of(config, tp, kind, PAGE_SIZE, kv_dtype) for tp in tps)
+        return [choose_backend(attention, meshes[0].local_devices[0], shape) for shape in shapes]
 
     flags = {
         "dtype": dtype,
@@ -189,32 +195,36 @@ def explain_model(
         "kv_dtype": kv_dtype,
     }
     architecture = sha256(repr(config).encode()).hexdigest()[:16]
-    same = {"work": "explain", "model": Path(model).name, "architecture": architecture, "tp": size, "pp": pp}
-    with together(same | flags, device_memory(size * dp * pp)) as role:
-        memory, backend = role.decide(chosen)
+    same = {"work": "explain", "model": Path(model).name, "architecture": architecture}
+    same |= {"tp": describe_tp(tps), "pp": pp}
+    with together(same | flags, device_memory(sum(tps) * dp)) as role:
+        memory, backends = role.decide(chosen)
         decoders = [
             abstract_decoder(config, mesh, kind, quantize, backend, format_of, part, quantize_head)
-            for mesh, part in zip(meshes, layers, strict=True)
+            for mesh, part, backend in zip(meshes, layers, backends, strict=True)
         ]
         declared = [parameters(*stage) for stage in zip(decoders, meshes, strict=True)]
         if checkpoint is not None:
             check_tensors(checkpoint, [parameter for stage in declared for parameter in stage])
-        weight_bytes = max(sum(p.bytes_per_device for p in stage) for stage in declared)
-        if memory is not None and memory.free < 2 * weight_bytes:
+        shares = [
+            MeshShare(config.of_layers(part), tp, sum(p.bytes_per_device for p in stage))
+            for part, tp, stage in zip(layers, tps, declared, strict=True)
+        ]
+        if memory is not None and memory.free < 2 * max(share.weight_bytes for share in shares):
             memory = None  # a model that is too large for this machine can be explained too
-        limits = plan_limits(
+        limits = plan_stages(
             config,
-            size,
+            shares,
             kind,
-            weight_bytes=weight_bytes,
             memory=memory,
             max_model_len=max_model_len,
             max_slots=None,
             kv_dtype=kv_dtype,
-            stages=[config.of_layers(part) for part in layers],
         )
-        runner = Runner.of_stages(decoders, meshes, limits, kind, leader=role.leader, kv_dtype=kv_dtype)
-        role.follow(runner)
+        leader = role.leader if pp == 1 else None  # all stages are here
+        runner = Runner.of_stages(decoders, meshes, limits, kind, leader=leader, kv_dtype=kv_dtype)
+        if pp == 1:
+            role.follow(runner)
         return explain(runner, name=model, dp=dp)
 
 
@@ -236,6 +246,7 @@ def _step(stage: Stage, name: str, spec: ProgramSpec) -> Step:
             platform=stage.mesh.devices.flat[0].platform,
             embeds=stage.is_first,
             samples=stage.is_last,
+            hands_on_whole=stage.hands_on_whole(spec),
         ),
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tpjax.inspect.collectives import Collective
-from tpjax.inspect.tables import as_html, collective_table, described_dtype, described_layout
+from tpjax.inspect.tables import as_html, collective_table, described_dtype
+from tpjax.mesh import describe_layout
 from tpjax.planning.plain_table import plain_table
 from tpjax.runtime.memory import human_bytes
 from tpjax.sharding import Content
@@ -148,12 +149,12 @@ class Report:
 
     def __repr__(self) -> str:
         # the tables are for print (rich) and notebooks
-        return f"<Report: {self.model} at {described_layout(self.tp, self.dp)}>"
+        return f"<Report: {self.model} at {describe_layout(self.tp, self.dp)}>"
 
     def __rich__(self) -> RenderableType:
         return Group(
             Text(
-                f"{self.model} ({self.model_type}) at {described_layout(self.tp, self.dp)} "
+                f"{self.model} ({self.model_type}) at {describe_layout(self.tp, self.dp)} "
                 f"on {self.platform}, {described_dtype(self.dtype, self.quantize, self.kv_dtype)}",
                 style="bold",
             ),

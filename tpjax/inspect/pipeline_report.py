@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tpjax.inspect.explain_report import Report
-from tpjax.inspect.tables import as_html, described_layout
+from tpjax.inspect.tables import as_html
+from tpjax.mesh import describe_layout
 from tpjax.planning.plain_table import plain_table
 from tpjax.runtime.memory import human_bytes
 
@@ -21,7 +22,7 @@ class PipelineReport:
 
     Attributes:
         model: name of the model.
-        tp: devices of each stage.
+        tp: devices of each of the stages.
         pp: number of stages.
         dp: number of replicas; all else is that of one.
         layers: first layer of each stage, and one past its last.
@@ -33,7 +34,7 @@ class PipelineReport:
     """
 
     model: str
-    tp: int
+    tp: list[int]
     pp: int
     dp: int
     layers: list[tuple[int, int]]
@@ -48,12 +49,12 @@ class PipelineReport:
         return asdict(self)
 
     def __repr__(self) -> str:
-        return f"<PipelineReport: {self.model} at {described_layout(self.tp, self.dp, self.pp)}>"
+        return f"<PipelineReport: {self.model} at {describe_layout(self.tp, self.dp, self.pp)}>"
 
     def __rich__(self) -> RenderableType:
         decode, prefill = (human_bytes(n * self.hidden_bytes) for n in (self.rows, self.chunk_tokens))
         return Group(
-            Text(f"{self.model} at {described_layout(self.tp, self.dp, self.pp)}", style="bold"),
+            Text(f"{self.model} at {describe_layout(self.tp, self.dp, self.pp)}", style="bold"),
             Text(
                 f"{self.pp} stages work at once, each on a group of up to {self.rows} decoded rows or on a "
                 f"prompt chunk. Between stages move {human_bytes(self.hidden_bytes)} a token: up to {decode} "

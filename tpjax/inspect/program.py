@@ -6,6 +6,7 @@ import math
 import re
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -42,7 +43,7 @@ from tpjax.runtime import layer_split
 from tpjax.runtime.counts import Counts
 from tpjax.runtime.device_speed import itemsizes, stored_itemsizes
 from tpjax.runtime.limits import MAX_PROMPT_TOKENS, PAGE_SIZE, Limits, resolve_dtype
-from tpjax.runtime.memory import DeviceMemory, plan_limits
+from tpjax.runtime.memory import DeviceMemory, MeshShare, plan_stages
 from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.runner import Runner
 from tpjax.runtime.stage import Stage
@@ -57,7 +58,7 @@ _ALIAS = re.compile(r"\{\d*\}: \((\d+), \{\}")
 def explain_topology(
     model: str,
     topology: Topology,
-    tp: int | None = None,
+    tp: int | Sequence[int] | None = None,
     dtype: str = "auto",
     max_model_len: int | None = None,
     expert_parallel: ExpertParallel = "auto",
@@ -78,7 +79,7 @@ def explain_topology(
     Args:
         model: a name or path that ``LLM`` accepts, the name of a published model, or a ``config.json``.
         topology: the chips.
-        tp: number of devices of a stage; ``None``: all of them are shared out.
+        tp: number of devices of a stage, or of each, as for ``LLM``; ``None``: all are shared out.
         dtype: a dtype that ``LLM`` accepts; ``auto`` is bfloat16 here.
         max_model_len: longest sequence, tokens.
         expert_parallel: whether experts are sharded, as for ``LLM``.
@@ -106,7 +107,7 @@ def explain_topology(
     runner = abstract_runner(
         known.config.with_expert_parallel(expert_parallel),
         topology,
-        topology.devices_of_mesh(tp, dp, pp),
+        topology.devices_of_meshes(tp, dp, pp),
         dtype,
         pp=pp,
         max_model_len=max_model_len,
@@ -124,7 +125,7 @@ def explain_topology(
     return TopologyReport(
         model=model,
         topology=topology.name,
-        tp=runner.mesh.size,
+        tp=[stage.mesh.size for stage in runner.stages] if pp > 1 else runner.mesh.size,
         dp=dp,
         pp=pp,
         layers=[(stage.layers.start, stage.layers.stop) for stage in runner.stages] if pp > 1 else [],
@@ -144,7 +145,7 @@ def explain_topology(
 def abstract_runner(
     config: ModelConfig,
     topology: Topology,
-    tp: int | None = None,
+    tp: int | Sequence[int] | None = None,
     dtype: str = "auto",
     *,
     max_model_len: int | None = None,
@@ -162,36 +163,37 @@ def abstract_runner(
     If the model does not fit, its cache has the size that it would have without a memory limit.
     """
     meshes, kind = topology.meshes(tp, pp), resolve_dtype("bfloat16" if dtype == "auto" else dtype)
-    mesh = meshes[0]
+    tps = [mesh.size for mesh in meshes]
     check_quantize(quantize)
     check_choice("kv_dtype", kv_dtype, KVDtype)
-    shape = KernelShape.of(config, mesh.size, kind, PAGE_SIZE, kv_dtype)
-    backend = choose_backend(attention, mesh.devices.flat[0], shape)
+    device = meshes[0].devices.flat[0]
+    backends = [
+        choose_backend(attention, device, KernelShape.of(config, tp, kind, PAGE_SIZE, kv_dtype)) for tp in tps
+    ]
     layers = layer_split.split_layers(
-        config, mesh.size, pp, itemsizes(kind, quantize, kv_dtype), topology.hardware.device
+        config, tps, itemsizes(kind, quantize, kv_dtype), topology.hardware.device
     )
     decoders = [
         abstract_decoder(config, one, kind, quantize, backend, format_of, part, quantize_head)
-        for one, part in zip(meshes, layers, strict=True)
+        for one, part, backend in zip(meshes, layers, backends, strict=True)
+    ]
+    shares = [
+        MeshShare(config.of_layers(part), one.size, sum(p.bytes_per_device for p in parameters(decoder, one)))
+        for part, one, decoder in zip(layers, meshes, decoders, strict=True)
     ]
 
     def limits(memory: DeviceMemory | None, longest: int | None) -> Limits:
-        return plan_limits(
+        return plan_stages(
             config,
-            mesh.size,
+            shares,
             kind,
-            weight_bytes=max(
-                sum(p.bytes_per_device for p in parameters(*stage))
-                for stage in zip(decoders, meshes, strict=True)
-            ),
             memory=memory,
             max_model_len=longest,
             max_slots=max_slots,
-            stages=[config.of_layers(part) for part in layers],
             kv_dtype=kv_dtype,
         )
 
-    platform = mesh.devices.flat[0].platform
+    platform = device.platform
     memory = DeviceMemory(int(topology.memory_bytes * USABLE_MEMORY), platform=platform)
     try:
         sizes = limits(memory, max_model_len)
@@ -238,6 +240,7 @@ def compile_program(
         platform="tpu" if topology.is_tpu else "gpu",
         embeds=stage.is_first,
         samples=stage.is_last,
+        hands_on_whole=stage.hands_on_whole(spec),
     )
     started = time.perf_counter()
     compile_error, compiled = "", None

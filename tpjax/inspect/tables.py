@@ -60,11 +60,6 @@ def collective_table(name: str, collectives: Sequence[Collective], budget: dict[
     return table
 
 
-def described_layout(tp: int, dp: int = 1, pp: int = 1) -> str:
-    """Returns ``tp=2``, or ``dp=4 × pp=2 × tp=2`` of several replicas and stages."""
-    return "".join(f"{name}={n} × " for name, n in (("dp", dp), ("pp", pp)) if n > 1) + f"tp={tp}"
-
-
 def described_dtype(dtype: str, quantize: str | None, kv_dtype: str) -> str:
     """Names the dtype of a model and what weights and cache are kept in, if they are quantised."""
     parts = [] if quantize is None else [f"{quantize} weights"]

@@ -10,7 +10,9 @@ import math
 import os
 import re
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import jax
@@ -21,7 +23,7 @@ from tpjax.errors import ConfigError
 from tpjax.hardware import HARDWARE, SHORT_NAMES, Hardware
 from tpjax.inspect.accelerators import has_tpu
 from tpjax.inspect.packages import installed_version
-from tpjax.mesh import AXIS, check_dp, check_pp
+from tpjax.mesh import AXIS, check_dp, check_pp, describe_tp, devices_of_stages
 
 TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # axes of the chip grid
 # chips of a full pod: beyond it, the compiler aborts the process
@@ -112,38 +114,38 @@ class Topology:
         """Memory of one device."""
         return int(self.hardware.device.memory_bytes)
 
-    def devices_of_mesh(self, tp: int | None, dp: int = 1, pp: int = 1) -> int | None:
-        """Returns ``tp`` if it is given or there is one mesh; else what each stage of each replica gets.
+    def devices_of_meshes(self, tp: int | Sequence[int] | None, dp: int = 1, pp: int = 1) -> tuple[int, ...]:
+        """Returns the devices of each stage of a replica.
 
         Args:
-            tp: devices of a stage; ``None``: all are shared out.
+            tp: devices of a stage, or of each; ``None``: all are shared out.
             dp: replicas.
             pp: pipeline stages of a replica.
 
         Raises:
+            DeviceError: ``tp`` does not say the devices of so many stages.
             ConfigError: the meshes do not fit the devices.
         """
         check_dp(dp)
         check_pp(pp)
         count, meshes = math.prod(self.grid) * self.devices_per_chip, dp * pp
-        if meshes == 1:
-            return tp
-        if tp is None and count % meshes == 0:
-            return count // meshes
         named = f"dp={dp}" if pp == 1 else f"pp={pp}" if dp == 1 else f"dp={dp} times pp={pp}"
-        if tp is None:
+        if tp is None and count % meshes:
             raise ConfigError(f"the {count} devices of {self.name} are not a multiple of {named}")
-        if tp * meshes > count:
-            stages = f"pp={pp} stages of tp={tp}" if pp > 1 else f"tp={tp}"
+        each = devices_of_stages(count // meshes if tp is None else tp, pp)
+        if (needed := sum(each) * dp) > count:
+            if meshes == 1:
+                raise ConfigError(f"tp={needed} is more than the {count} devices of {self.name}")
+            stages = f"pp={pp} stages of tp={describe_tp(each)}" if pp > 1 else f"tp={each[0]}"
             layout = stages if dp == 1 else f"dp={dp} replicas of {stages}"
-            raise ConfigError(f"{layout} are {tp * meshes} devices, more than the {count} of {self.name}")
-        return tp
+            raise ConfigError(f"{layout} are {needed} devices, more than the {count} of {self.name}")
+        return each
 
     def mesh(self, tp: int | None = None) -> Mesh:
         """Makes the mesh ``("tp",)`` over the first ``tp`` devices: see :meth:`meshes`."""
         return self.meshes(tp)[0]
 
-    def meshes(self, tp: int | None = None, pp: int = 1) -> list[Mesh]:
+    def meshes(self, tp: int | Sequence[int] | None = None, pp: int = 1) -> list[Mesh]:
         """Makes meshes ``("tp",)`` of ``tp`` devices for pipeline stages, over the first devices.
 
         Programs can be compiled for them, not run.
@@ -152,14 +154,11 @@ class Topology:
             ConfigError: there are fewer devices, the extra is missing or does not fit this JAX, or the
                 installed compiler cannot target these chips.
         """
-        count = math.prod(self.grid) * self.devices_per_chip
-        tp = self.devices_of_mesh(tp, 1, pp) or count
-        if tp > count:
-            raise ConfigError(f"tp={tp} is more than the {count} devices of {self.name}")
+        each = self.devices_of_meshes(tp, 1, pp)
         devices = self._tpus() if self.is_tpu else self._gpus()
         return [
-            Mesh(np.array(devices[at : at + tp]), (AXIS,), axis_types=(AxisType.Auto,))
-            for at in range(0, tp * pp, tp)
+            Mesh(np.array(devices[start:stop]), (AXIS,), axis_types=(AxisType.Auto,))
+            for start, stop in pairwise(accumulate(each, initial=0))
         ]
 
     def _tpus(self) -> list[jax.Device]:

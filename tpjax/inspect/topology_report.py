@@ -12,7 +12,8 @@ from rich.text import Text
 
 from tpjax.inspect.collectives import Collective
 from tpjax.inspect.estimate import KERNEL_SHARES, LOW_KERNEL_SHARES, Estimate
-from tpjax.inspect.tables import as_html, collective_table, described_dtype, described_layout
+from tpjax.inspect.tables import as_html, collective_table, described_dtype
+from tpjax.mesh import describe_layout
 from tpjax.planning.plain_table import plain_table
 from tpjax.runtime.memory import human_bytes
 
@@ -75,7 +76,7 @@ class TopologyReport:
     Attributes:
         model: name of the model.
         topology: name of the topology, as it was asked for.
-        tp: number of devices of a replica.
+        tp: number of devices of a mesh; of pipeline stages that of each.
         dtype: dtype of activations, and of weights and cache that are not quantised.
         quantize: what quantised weights are kept in; ``None``: none are.
         kv_dtype: what keys and values are kept in; ``auto``: ``dtype``.
@@ -89,7 +90,7 @@ class TopologyReport:
 
     model: str
     topology: str
-    tp: int
+    tp: int | list[int]
     dtype: str
     attention: str
     memory_bytes: int
@@ -109,7 +110,7 @@ class TopologyReport:
 
     def __rich__(self) -> RenderableType:
         dtype = described_dtype(self.dtype, self.quantize, self.kv_dtype)
-        layout = described_layout(self.tp, self.dp, self.pp)
+        layout = describe_layout(self.tp, self.dp, self.pp)
         title = f"{self.model} at {layout} on {self.topology}, {dtype}, compiled ahead of time"
         return Group(
             Text(title, style="bold"),

@@ -18,13 +18,13 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tpjax.checkpoints.hub import cache_dir
-from tpjax.distributed import num_processes, process_id
+from tpjax.distributed import barrier, num_processes, process_id
 from tpjax.errors import DeviceError
 from tpjax.hardware import Efficiency, Hardware
 from tpjax.interconnect import Measured
@@ -72,34 +72,71 @@ def measured_hardware(tp: int, *, fresh: bool = False, rounds: int | None = None
     """
     known = None if fresh else _read(_file()).get(_key(tp))
     if num_processes() == 1:
-        return hardware_from(known or _measure_and_cache(tp, rounds, _measure_apart))
-    from tpjax.mesh import ensure_devices
+        return hardware_from(known or _measure_and_cache(tp, rounds, partial(_measure_apart, tp)))
+    from tpjax.mesh import ensure_devices, make_mesh
     from tpjax.runtime.role import together
 
     ensure_devices(tp)
     with together({"work": "measuring", "tp": tp, "rounds": rounds}) as role:
         known = role.share(lambda: {"known": known})["known"]  # process 0 has the cache folder
         if known is None:
-            known = measure(tp, rounds) if process_id() else _measure_and_cache(tp, rounds, measure)
+            measure_all = partial(measure, make_mesh(tp))
+            known = measure_all(rounds) if process_id() else _measure_and_cache(tp, rounds, measure_all)
     return hardware_from(known)
 
 
+def measured_stages(
+    tps: Sequence[int], workload: Mapping[str, int], *, rounds: int | None = None
+) -> dict[int, Hardware]:
+    """Returns this machine as :func:`measured_hardware` does, for each number of devices of pipeline stages.
+
+    Of several processes each measures its own machine at those of its stages, one after the other.
+
+    Args:
+        tps: numbers of devices of all stages.
+        workload: what is benchmarked then, which all processes must agree on.
+        rounds: passed to :func:`best_s`.
+
+    Raises:
+        TpjaxError: there are fewer devices, the measurement failed, or the processes differ.
+    """
+    if num_processes() == 1:
+        return {tp: measured_hardware(tp, rounds=rounds) for tp in dict.fromkeys(tps)}
+    from tpjax.mesh import is_local, make_own_mesh, make_stage_meshes
+    from tpjax.runtime.role import together
+
+    found = {}
+    own = {mesh.size for mesh in make_stage_meshes(tps, pp=len(tps))[0] if is_local(mesh)}
+    with together({"work": "measuring", "tps": list(tps), "rounds": rounds, **workload}):
+        for process in range(num_processes()):
+            for tp in sorted(own) if process == process_id() else ():
+                known, on_own = _read(_file()).get(_key(tp, alone=True)), partial(measure, make_own_mesh(tp))
+                found[tp] = hardware_from(known or _measure_and_cache(tp, rounds, on_own, alone=True))
+            barrier()
+    return found
+
+
 def _measure_and_cache(
-    tp: int, rounds: int | None, measure: Callable[[int, int | None], dict[str, Any]]
+    tp: int,
+    rounds: int | None,
+    measure: Callable[[int | None], dict[str, Any]],
+    *,
+    alone: bool = False,
 ) -> dict[str, Any]:
     """Measures, and adds the figures to the cache folder if they are of enough rounds of a quiet machine."""
     cached = (rounds or _ROUNDS) >= _ROUNDS
     if cached:
         _file().parent.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
-    machine = "this machine" if num_processes() == 1 else f"the machines of {num_processes()} processes"
+    several = num_processes() > 1 and not alone
+    machine = f"the machines of {num_processes()} processes" if several else "this machine"
     print(f"tpjax: measuring {machine} at tp={tp}, once", file=sys.stderr)
-    figures = measure(tp, rounds)
+    figures = measure(rounds)
     others = figures.pop("others", 0.0)
     if others > _MOST_OTHERS:
         busy = f"other programs took {others:.0%} of the processors meanwhile"
         print(f"tpjax: {busy}: these figures are not kept", file=sys.stderr)
     elif cached:
-        keep(_file(), tp, figures)
+        keep(_file(), tp, figures, alone=alone)
     return figures
 
 
@@ -107,9 +144,9 @@ def _file() -> Path:
     return cache_dir() / "measured.json"
 
 
-def keep(file: Path, tp: int, figures: dict[str, Any]) -> None:
+def keep(file: Path, tp: int, figures: dict[str, Any], *, alone: bool = False) -> None:
     """Adds the figures of one tp to a cache file, which is replaced in one step."""
-    known = {**_read(file), _key(tp): figures}
+    known = {**_read(file), _key(tp, alone=alone): figures}
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(f".{os.getpid()}.partial")
     unfinished.write_text(json.dumps(known, indent=1))
@@ -144,18 +181,14 @@ def hardware_from(figures: dict[str, Any]) -> Hardware:
     )
 
 
-def measure(tp: int, rounds: int | None = None) -> dict[str, Any]:
+def measure(mesh: Any, rounds: int | None = None) -> dict[str, Any]:
     """Measures the machine at one tp, for :func:`hardware_from`.
 
     Args:
-        tp: number of devices; JAX must not have started with fewer.
+        mesh: ``("tp",)``.
         rounds: passed to :func:`best_s`.
     """
-    from tpjax.mesh import ensure_devices, make_mesh
-
-    ensure_devices(tp)
-    mesh = make_mesh(tp)
-    device = mesh.local_devices[0]
+    tp, device = mesh.size, mesh.local_devices[0]
     shared = device.platform == "cpu"
     started, busy_before = time.perf_counter(), _others_s()
     timings = best_s(
@@ -243,16 +276,22 @@ def fit(timings: Mapping[str, float], tp: int, machine: int) -> dict[str, Any]:
     }
 
 
-def best_s(calls: Mapping[str, Callable[[], Any]], rounds: int | None = None) -> dict[str, float]:
+def best_s(
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int | None = None,
+    start: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
     """Times each call and returns the best of several rounds, in seconds: other processes only slow it down.
 
     Args:
         calls: functions that return what has to be ready when the clock stops, by name.
         rounds: number of rounds; fewer are quicker and noisier. ``None``: 15, what cached figures need.
+        start: called before each clock starts.
     """
     import jax
 
     def turn(call: Callable[[], Any]) -> float:
+        start()
         return seconds(lambda: jax.block_until_ready(call()))
 
     figures = take_turns({name: partial(turn, call) for name, call in calls.items()}, rounds or _ROUNDS)
@@ -371,10 +410,12 @@ def _measure_apart(tp: int, rounds: int | None) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-def _key(tp: int) -> str:
+def _key(tp: int, *, alone: bool = False) -> str:
+    """Returns the name of figures; ``alone``: of a process by itself, among several."""
     from importlib.metadata import version
 
     processes = f", {num_processes()} processes" if num_processes() > 1 else ""
+    processes = ", one of several processes" if alone else processes
     return f"{_VERSION} {platform.node()} {os.cpu_count()} cores, jax {version('jax')}, tp={tp}{processes}"
 
 
@@ -387,4 +428,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(*map(int, sys.argv[1:]))))
+    from tpjax.mesh import ensure_devices, make_mesh
+
+    tp, *asked = map(int, sys.argv[1:])
+    ensure_devices(tp)
+    print(json.dumps(measure(make_mesh(tp), *asked)))

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from tpjax.config import ModelConfig
+from tpjax.distributed import barrier, gather
 from tpjax.hardware import Hardware
+from tpjax.mesh import describe_layout, is_local
 from tpjax.planning.measure import best_s
 from tpjax.planning.plain_table import plain_table
 from tpjax.planning.workload import Workload
 from tpjax.runtime.layer_split import layer_seconds
+from tpjax.runtime.limits import Limits
+from tpjax.runtime.programs import ProgramSpec
+from tpjax.runtime.rows import Chunk, PackedRows, PackedStep, Row
+from tpjax.runtime.stage import Stage
+from tpjax.sampling_params import SamplingParams
+from tpjax.sharding import REPLICATED
 from tpjax.step_time import StepTokens
+
+_SENT = 16  # transfers timed together: processes do not start a clock at quite the same time
 
 
 @dataclass(frozen=True)
@@ -46,18 +59,18 @@ class StageBenchReport:
     Attributes:
         model: name of the model.
         device: name of the device.
-        tp: devices of a stage.
+        tp: devices of each of the stages.
         workload: context and prompt.
         stages: each stage alone.
         decode_bytes: bytes that move from a stage to the next with a decoded token.
-        decode_transfer_ms: measured milliseconds of moving them.
+        decode_transfer_ms: measured milliseconds of moving them, between the two stages where it takes most.
         prefill_bytes: bytes that move with the prompt.
-        prefill_transfer_ms: measured milliseconds of moving them.
+        prefill_transfer_ms: measured milliseconds of moving them, between the two stages where it takes most.
     """
 
     model: str
     device: str
-    tp: int
+    tp: list[int]
     workload: Workload
     stages: list[StageTimes]
     decode_bytes: int
@@ -70,9 +83,9 @@ class StageBenchReport:
         return asdict(self)
 
     def __rich__(self) -> RenderableType:
-        workload = self.workload
+        workload, layout = self.workload, describe_layout(self.tp, pp=len(self.stages))
         title = (
-            f"{self.model} at pp={len(self.stages)} × tp={self.tp} on {self.device}, {workload.dtype}; "
+            f"{self.model} at {layout} on {self.device}, {workload.dtype}; "
             f"decode at {workload.context} tokens, prefill of {workload.prompt_len}; ms of each stage alone"
         )
         numbers = ("stage", "layers", "decode", "predicted", "prefill", "predicted")
@@ -90,70 +103,111 @@ class StageBenchReport:
 
 
 def run(
-    runner: Any, model: str, config: ModelConfig, hardware: Hardware, workload: Workload, rounds: int | None
+    runner: Any,
+    model: str,
+    config: ModelConfig,
+    hardware: Mapping[int, Hardware],
+    workload: Workload,
+    rounds: int | None,
 ) -> StageBenchReport:
     """Times each stage of a runner alone, and the transfers between two.
+
+    Each of several processes calls it, and times its own stages and what comes to them, while the others
+    wait: they run nothing for process 0 then.
 
     Args:
         runner: a pipeline with room for the context and the prompt, which fits one chunk.
         model: name of the model.
         config: its architecture.
-        hardware: figures of this machine at the stage's tp.
+        hardware: figures of this machine at each number of devices that a stage here has.
         workload: context and prompt.
         rounds: passed to :func:`best_s`.
     """
+    stages = _stages(runner)
+    calls, moved = _calls(stages, workload)
+    own = {name: 1e3 * seconds for name, seconds in best_s(calls, rounds, start=barrier).items()}
+    predicted = _predicted_ms(stages, config, hardware, workload)
+    everywhere = [json.loads(one) for one in gather(json.dumps([own, predicted]).encode())]
+
+    def of(stage: Stage, name: str) -> tuple[float, float]:
+        """Returns what the process of a stage has measured and, of the stage itself, predicted."""
+        measured, plan = everywhere[stage.mesh.devices.flat[0].process_index]
+        return measured[name], plan.get(name, 0.0)
+
+    times = [
+        StageTimes(
+            (stage.layers.start, stage.layers.stop),
+            *of(stage, f"decode {number}"),
+            *of(stage, f"prefill {number}"),
+        )
+        for number, stage in enumerate(stages)
+    ]
+    slowest = {
+        kind: max(of(stage, f"{kind} to {number}")[0] for number, stage in enumerate(stages) if number)
+        for kind in moved
+    }
+    return StageBenchReport(
+        model,
+        next(iter(hardware.values())).name,
+        [stage.mesh.size for stage in stages],
+        workload,
+        times,
+        moved["decode"],
+        slowest["decode"] / _SENT,
+        moved["prefill"],
+        slowest["prefill"] / _SENT,
+    )
+
+
+def _stages(runner: Any) -> list[Stage]:
+    """Returns the stages of a runner; the last one is one that no other process runs too."""
+    last = Stage(runner.model, runner.mesh, runner.limits, runner.dtype, kv_dtype=runner.kv_dtype)
+    return [*runner.stages[:-1], last]
+
+
+def _calls(
+    stages: Sequence[Stage], workload: Workload
+) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
+    """Returns what is timed, by name, and the bytes that move with a decoded token and with the prompt."""
     calls: dict[str, Callable[[], Any]] = {}
     moved: dict[str, int] = {}
-    for kind, (spec, *arguments) in _steps(runner, workload).items():
-        inputs = _tokens(runner)
-        for number, (stage, following) in enumerate(pairwise(runner.stages)):
+    for kind, (spec, *arguments) in _steps(stages[-1].limits, workload).items():
+        inputs = _tokens(stages[0])
+        for number, stage in enumerate(stages[:-1]):
             (hidden,) = stage.run(stage.own(spec), arguments[0], inputs)
             calls[f"{kind} {number}"] = partial(stage.run, stage.own(spec), arguments[0], inputs)
-            calls[f"{kind} transfer"] = partial(stage.send, spec, hidden, following.mesh)
-            inputs, moved[kind] = stage.send(spec, hidden, following.mesh), hidden.nbytes
-        calls[f"{kind} {len(runner.stages) - 1}"] = partial(runner.run, spec, *arguments, inputs)
-    measured = {name: seconds * 1e3 for name, seconds in best_s(calls, rounds).items()}
+            calls[f"{kind} to {number + 1}"] = partial(_send, stage, spec, hidden)
+            inputs, moved[kind] = stage.send(spec, hidden), hidden.nbytes
+        calls[f"{kind} {len(stages) - 1}"] = partial(stages[-1].run, spec, *arguments, inputs)
+    return calls, moved
+
+
+def _send(stage: Stage, spec: ProgramSpec, hidden: jax.Array) -> list[jax.Array]:
+    return [stage.send(spec, hidden) for _ in range(_SENT)]
+
+
+def _predicted_ms(
+    stages: Sequence[Stage], config: ModelConfig, hardware: Mapping[int, Hardware], workload: Workload
+) -> dict[str, float]:
+    """Predicts the stages of this process, by the names of :func:`_calls`."""
     tokens = {
         "decode": StepTokens(1, workload.context),
         "prefill": StepTokens(chunks=((0, workload.prompt_len),)),
     }
-    predicted = {
-        kind: layer_seconds(config, runner.mesh.size, workload.itemsizes, hardware, one)
-        for kind, one in tokens.items()
-    }
-
-    def times(number: int, layers: range) -> StageTimes:
-        decode, prefill = (1e3 * sum(predicted[kind][i] for i in layers) for kind in ("decode", "prefill"))
-        return StageTimes(
-            (layers.start, layers.stop),
-            measured[f"decode {number}"],
-            decode,
-            measured[f"prefill {number}"],
-            prefill,
-        )
-
-    return StageBenchReport(
-        model,
-        hardware.name,
-        runner.mesh.size,
-        workload,
-        [times(number, stage.layers) for number, stage in enumerate(runner.stages)],
-        moved["decode"],
-        measured["decode transfer"],
-        moved["prefill"],
-        measured["prefill transfer"],
-    )
+    predicted = {}
+    for number, stage in enumerate(stages):
+        if not is_local(stage.mesh):
+            continue
+        tp = stage.mesh.size
+        for kind, one in tokens.items():
+            layers = layer_seconds(config, tp, workload.itemsizes, hardware[tp], one)
+            predicted[f"{kind} {number}"] = 1e3 * sum(layers[i] for i in stage.layers)
+    return predicted
 
 
-def _steps(runner: Any, workload: Workload) -> dict[str, tuple[Any, ...]]:
+def _steps(limits: Limits, workload: Workload) -> dict[str, tuple[Any, ...]]:
     """Returns the last stage's program and host arguments of a decode step and of a prompt."""
-    import numpy as np
-
-    from tpjax.runtime.programs import ProgramSpec
-    from tpjax.runtime.rows import Chunk, PackedRows, PackedStep, Row
-    from tpjax.sampling_params import SamplingParams
-
-    limits, greedy = runner.limits, SamplingParams(temperature=0)
+    greedy = SamplingParams(temperature=0)
     pages = [list(range(1, 1 + limits.blocks)) for _ in limits.windows]
     row = Row(0, workload.context - 1, pages, greedy, seed=0)
     chunk = Chunk(Row(0, 0, pages, greedy, seed=0), [0] * workload.prompt_len)
@@ -165,11 +219,10 @@ def _steps(runner: Any, workload: Workload) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def _tokens(runner: Any) -> Any:
+def _tokens(stage: Stage) -> jax.Array:
     """Returns the last token of each slot, as the first stage takes it."""
-    import jax
-    import numpy as np
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    tokens = np.zeros(runner.limits.max_slots + 1, np.int32)
-    return jax.device_put(tokens, NamedSharding(runner.stages[0].mesh, PartitionSpec()))
+    tokens = np.zeros(stage.limits.max_slots + 1, np.int32)
+    sharding = NamedSharding(stage.mesh, REPLICATED)
+    return jax.make_array_from_callback(
+        tokens.shape, sharding, lambda index: tokens[index], dtype=tokens.dtype
+    )

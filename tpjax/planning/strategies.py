@@ -13,8 +13,9 @@ from typing import Any
 
 from tpjax.errors import ConfigError
 from tpjax.hardware import Hardware
+from tpjax.mesh import describe_tp
 from tpjax.planning.cost_model import CostModel
-from tpjax.planning.plan import divisors, make_plans
+from tpjax.planning.plan import make_plans
 from tpjax.planning.workload import Workload
 from tpjax.runtime.counts import Counts
 from tpjax.runtime.layer_split import layer_seconds, split_layers
@@ -122,7 +123,7 @@ def _tensor_and_replicas(
 
 
 def _pipelines(counts: Counts, device: Hardware, devices: int, workload: Workload) -> Iterator[Strategy]:
-    """Computes pipelines of stages of consecutive layers, each stage sharded over tp devices.
+    """Computes pipelines of stages of consecutive layers, which share the devices out as evenly as it goes.
 
     Layers are split as :mod:`tpjax.runtime.layer_split` does when the model runs. The batch forms as many
     groups as there are stages, which work on one each: a token takes as long as a group takes through all
@@ -130,27 +131,32 @@ def _pipelines(counts: Counts, device: Hardware, devices: int, workload: Workloa
     """
     config, batch = counts.config, workload.batch
     hidden_bytes = 1.0 * config.hidden_size * workload.activation_bytes
-    for stages in divisors(devices):
-        tp = devices // stages
-        if stages == 1 or stages > config.num_layers:
-            continue
-        parts = split_layers(config, tp, stages, workload.itemsizes, device)
+    for stages in range(2, min(devices, config.num_layers) + 1):
+        tp, wider = divmod(devices, stages)
+        tps = [tp + (number < wider) for number in range(stages)]
+        parts = split_layers(config, tps, workload.itemsizes, device)
 
         def of_stages(
-            tokens: StepTokens, busy: int, tp: int = tp, parts: tuple[range, ...] = parts
+            tokens: StepTokens,
+            busy: int,
+            tps: Sequence[int] = tps,
+            parts: tuple[range, ...] = parts,
         ) -> list[float]:
-            layers = layer_seconds(config, tp, workload.itemsizes, device, tokens, busy)
+            layers = {
+                tp: layer_seconds(config, tp, workload.itemsizes, device, tokens, busy) for tp in set(tps)
+            }
             moved = device.interconnect.transfer_s(tokens.total * hidden_bytes)
-            return [sum(layers[i] for i in part) + moved for part in parts]
+            return [sum(layers[tp][i] for i in part) + moved for tp, part in zip(tps, parts, strict=True)]
 
         groups = min(stages, batch)
         seconds = of_stages(StepTokens(math.ceil(batch / groups), workload.context), groups)
         step = max(sum(seconds), groups * max(seconds))
         prefill = sum(of_stages(StepTokens(chunks=((0, workload.prompt_len),)), 1))
-        held = max(_stage_bytes(CostModel(counts, device, tp, workload), parts))
+        models = {tp: CostModel(counts, device, tp, workload) for tp in set(tps)}
+        held = max(_stage_bytes([models[tp] for tp in tps], parts))
         yield Strategy(
             "pipeline",
-            f"{stages} pipeline stages" + (f" of tp={tp}" * (tp > 1)),
+            f"{stages} pipeline stages" + (f" of tp={describe_tp(tps)}" * (devices > stages)),
             step * 1e3,
             batch / step,
             prefill * 1e3,
@@ -159,15 +165,23 @@ def _pipelines(counts: Counts, device: Hardware, devices: int, workload: Workloa
         )
 
 
-def _stage_bytes(model: CostModel, parts: Sequence[range]) -> list[float]:
+def _stage_bytes(models: Sequence[CostModel], parts: Sequence[range]) -> list[float]:
     """Returns the bytes on a device of each stage of a pipeline that shares out the layers."""
-    workload, held = model.workload, model.held
-    memory = model.memory(workload.batch, workload.context)
-    embedding, head = (n * workload.activation_bytes for n in (held.embedding, held.head))
-    a_layer = (memory.weights - embedding - head + memory.cache) / model.config.num_layers
-    stages = [a_layer * len(part) + memory.workspace for part in parts]
+
+    def ends(model: CostModel) -> tuple[float, float]:
+        """Returns the bytes of embedding and head."""
+        element = model.workload.activation_bytes
+        return element * model.held.embedding, element * model.held.head
+
+    def of_layers(model: CostModel, part: range) -> float:
+        memory = model.memory(model.workload.batch, model.workload.context)
+        layers = memory.weights - sum(ends(model)) + memory.cache
+        return layers * len(part) / model.config.num_layers + memory.workspace
+
+    stages = [of_layers(model, part) for model, part in zip(models, parts, strict=True)]
+    (embedding, _), (tied, head) = ends(models[0]), ends(models[-1])
     stages[0] += embedding
-    stages[-1] += head or embedding  # a tied embedding is on both
+    stages[-1] += head or tied  # a tied embedding is on both
     return stages
 
 

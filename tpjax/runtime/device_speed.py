@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -66,7 +66,7 @@ def stored_itemsizes(
     """Returns the mean bytes of an element: of layers' matrices, of the head, and of everything else.
 
     Args:
-        held: elements on a device.
+        held: elements on a device, of the mesh of the first of these parameters.
         dtype: dtype of what is not quantised.
         declared: the parameters of the model, or of all its stages.
         kv_dtype: what keys and values are kept in; ``auto``: ``dtype``.
@@ -74,12 +74,18 @@ def stored_itemsizes(
     itemsize = jnp.dtype(dtype).itemsize
     quantized = [one for one in declared if one.quantized is not None]
 
+    def share(one: Parameter) -> float:
+        """Returns the devices that have a parameter, over those of the first: stages may have others."""
+        return one.sharding.mesh.size / quantized[0].sharding.mesh.size
+
     def mean(elements: int, parts: Iterable[Parameter]) -> float:
         parts = list(parts)
         values = sum(
-            math.prod(one.sharding.shard_shape(one.layout.shape)) for one in parts if one.is_quantized
+            share(one) * math.prod(one.sharding.shard_shape(one.layout.shape))
+            for one in parts
+            if one.is_quantized
         )
-        stored = sum(one.bytes_per_device for one in parts)
+        stored = sum(share(one) * one.bytes_per_device for one in parts)
         return (stored + (elements - values) * itemsize) / elements
 
     of_layers = (one for one in quantized if one.path[0] == "layers")
@@ -92,21 +98,21 @@ def stored_itemsizes(
 
 def split_layers(
     config: ModelConfig,
-    mesh: Mesh,
-    pp: int,
+    meshes: Sequence[Mesh],
     dtype: jnp.dtype,
     quantize: Quantize | None = None,
     kv_dtype: KVDtype = "auto",
 ) -> tuple[range, ...]:
-    """Returns the layers of ``pp`` stages on meshes like this one: see :mod:`tpjax.runtime.layer_split`.
+    """Returns the layers of the stages on these meshes: see :mod:`tpjax.runtime.layer_split`.
 
     What is measured of a device that is not known does not count: the split is the same at every start.
 
     Raises:
         ConfigError: there are more stages than layers.
     """
-    known = known_device(mesh.devices.flat[0].device_kind)
-    return layer_split.split_layers(config, mesh.size, pp, itemsizes(dtype, quantize, kv_dtype), known)
+    known = known_device(meshes[0].devices.flat[0].device_kind)
+    sizes = itemsizes(dtype, quantize, kv_dtype)
+    return layer_split.split_layers(config, [mesh.size for mesh in meshes], sizes, known)
 
 
 def itemsizes(dtype: jnp.dtype, quantize: Quantize | None, kv_dtype: KVDtype = "auto") -> Itemsizes:

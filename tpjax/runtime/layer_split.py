@@ -30,18 +30,18 @@ _OTHERWISE = replace(
 
 
 def split_layers(
-    config: ModelConfig, tp: int, pp: int, itemsizes: Itemsizes, hardware: Hardware | None = None
+    config: ModelConfig, tps: Sequence[int], itemsizes: Itemsizes, hardware: Hardware | None = None
 ) -> tuple[range, ...]:
     """Splits the layers so that the slowest stage is as fast as it can be.
 
     A layer costs what :class:`tpjax.step_time.StepTime` predicts of a decode step: layers with experts more
     than others, those with a window less where the context is longer. The first stage also embeds, the last
-    has the vocabulary projection, which reads as much as several layers of a small model, and samples.
+    has the vocabulary projection, which reads as much as several layers of a small model, and samples. A
+    stage of more devices runs a layer in less time, and has more of them.
 
     Args:
         config: the architecture.
-        tp: devices of a stage.
-        pp: stages.
+        tps: devices of each stage.
         itemsizes: bytes of an element of weights, activations and cache.
         hardware: one device; ``None``: it is not known.
 
@@ -51,14 +51,15 @@ def split_layers(
     Raises:
         ConfigError: there are more stages than layers.
     """
-    if pp == 1:
+    if len(tps) == 1:
         return (range(config.num_layers),)
-    if pp > config.num_layers:
+    if len(tps) > config.num_layers:
         raise ConfigError(
-            f"pp={pp} stages need a layer each, but this model has num_layers={config.num_layers}"
+            f"pp={len(tps)} stages need a layer each, but this model has num_layers={config.num_layers}"
         )
-    seconds = layer_seconds(config, tp, itemsizes, hardware or _OTHERWISE, StepTokens(_ROWS, _CONTEXT))
-    return tuple(range(*bounds) for bounds in pairwise((0, *_balanced(seconds, pp))))
+    tokens, device = StepTokens(_ROWS, _CONTEXT), hardware or _OTHERWISE
+    seconds = {tp: layer_seconds(config, tp, itemsizes, device, tokens) for tp in set(tps)}
+    return tuple(range(*bounds) for bounds in pairwise((0, *_balanced([seconds[tp] for tp in tps]))))
 
 
 def layer_seconds(
@@ -94,23 +95,37 @@ def layer_seconds(
     return seconds
 
 
-def _balanced(seconds: Sequence[float], parts: int) -> list[int]:
-    """Returns where each of ``parts`` runs of entries ends.
+def _balanced(seconds: Sequence[Sequence[float]]) -> list[int]:
+    """Returns where each of several runs of entries ends, which follow each other.
 
     The largest sum of a run is as small as it can be, and then the sum of the runs' squares.
+
+    Args:
+        seconds: all entries, as each run counts them.
     """
+    sums = [_sums(own) for own in seconds]
+    slowest = _cheapest(sums, np.maximum)[0]
+    return _cheapest([np.where(own <= slowest * (1 + 1e-9), own**2, np.inf) for own in sums], np.add)[1]
+
+
+def _sums(seconds: Sequence[float]) -> np.ndarray:
+    """Returns the sum of the entries from a row's number up to a column's; infinite if there are none."""
     ends = np.concatenate([[0.0], np.cumsum(seconds)])
-    sums = ends[None, :] - ends[:, None]  # of the entries from a row's number up to a column's
+    sums: np.ndarray = ends[None, :] - ends[:, None]
     sums[np.tril_indices(len(ends))] = np.inf  # a run has an entry
-    slowest = _cheapest(sums, parts, np.maximum)[0]
-    return _cheapest(np.where(sums <= slowest * (1 + 1e-9), sums**2, np.inf), parts, np.add)[1]
+    return sums
 
 
-def _cheapest(costs: np.ndarray, parts: int, combine: np.ufunc) -> tuple[float, list[int]]:
-    """Returns the least combined cost of ``parts`` runs in a row, and their ends."""
-    best, chosen = costs[0], []
-    for _ in range(parts - 1):
-        through = combine(best[:, None], costs)  # up to a row's number, and then one run more
+def _cheapest(costs: Sequence[np.ndarray], combine: np.ufunc) -> tuple[float, list[int]]:
+    """Returns the least combined cost of runs in a row, and their ends.
+
+    Args:
+        costs: of each run, from a row's number up to a column's.
+        combine: of the costs of two runs.
+    """
+    best, chosen = costs[0][0], []
+    for own in costs[1:]:
+        through = combine(best[:, None], own)  # up to a row's number, and then one run more
         chosen.append(through.argmin(axis=0))
         best = through.min(axis=0)
     ends = [len(best) - 1]

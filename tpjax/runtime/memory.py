@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from tpjax import cache as kv
 from tpjax.config import KVDtype, ModelConfig, Quantize
 from tpjax.errors import ConfigError
+from tpjax.mesh import describe_tp
 from tpjax.runtime.limits import (
     MAX_PROMPT_TOKENS,
     PAGE_SIZE,
@@ -72,6 +73,21 @@ def device_memory(tp: int) -> DeviceMemory | None:
     return DeviceMemory(free, platform=device.platform)
 
 
+@dataclass(frozen=True)
+class MeshShare:
+    """What a mesh has of a model: all of it, or a pipeline stage.
+
+    Attributes:
+        config: the architecture, with its layers only.
+        tp: its devices.
+        weight_bytes: bytes of the weights on each of them.
+    """
+
+    config: ModelConfig
+    tp: int
+    weight_bytes: int
+
+
 def plan_limits(
     config: ModelConfig,
     tp: int,
@@ -81,9 +97,48 @@ def plan_limits(
     memory: DeviceMemory | None,
     max_model_len: int | None,
     max_slots: int | None,
-    stages: Sequence[ModelConfig] = (),
     kv_dtype: KVDtype = "auto",
     quantized_bytes: Callable[[Quantize], int] | None = None,
+) -> Limits:
+    """Chooses the sizes of slots, context and cache of a model on one mesh, as :func:`plan_stages` does.
+
+    Args:
+        config: the architecture.
+        tp: devices.
+        dtype: dtype of activations.
+        weight_bytes: bytes of the weights on each device.
+        memory: as :func:`plan_stages` takes it.
+        max_model_len: as :func:`plan_stages` takes it.
+        max_slots: as :func:`plan_stages` takes it.
+        kv_dtype: what keys and values are kept in; ``auto``: ``dtype``.
+        quantized_bytes: returns the bytes of quantised weights on each device, for an error's advice;
+            ``None``: they cannot be quantised.
+
+    Raises:
+        ConfigError: as in :func:`plan_stages`.
+    """
+    return plan_stages(
+        config,
+        [MeshShare(config, tp, weight_bytes)],
+        dtype,
+        memory=memory,
+        max_model_len=max_model_len,
+        max_slots=max_slots,
+        kv_dtype=kv_dtype,
+        quantized_bytes=None if quantized_bytes is None else lambda kind: [quantized_bytes(kind)],
+    )
+
+
+def plan_stages(
+    config: ModelConfig,
+    shares: Sequence[MeshShare],
+    dtype: jnp.dtype,
+    *,
+    memory: DeviceMemory | None,
+    max_model_len: int | None,
+    max_slots: int | None,
+    kv_dtype: KVDtype = "auto",
+    quantized_bytes: Callable[[Quantize], Sequence[int]] | None = None,
 ) -> Limits:
     """Chooses the sizes of slots, context and cache.
 
@@ -92,18 +147,16 @@ def plan_limits(
 
     Args:
         config: the architecture.
-        tp: devices.
+        shares: what each pipeline stage has; one: the model is in one piece. All have as many pages as fit
+            the one with least room.
         dtype: dtype of activations.
-        weight_bytes: bytes of the weights on each device; of the stage that has most.
         memory: memory of each device; ``None``: enough.
         max_model_len: tokens of the longest sequence; ``None``: the model's longest context, if it fits.
         max_slots: sequences decoded at once; ``None``: 8 on a CPU, elsewhere the largest power of two up to
             256 of which each has cache pages for 1,024 tokens, or for ``max_model_len`` if that is less.
-        stages: the layers of each pipeline stage; empty: there is one stage. All stages have as many pages as
-            fit the one with the largest weights and the one with the largest pages.
         kv_dtype: what keys and values are kept in; ``auto``: ``dtype``.
-        quantized_bytes: returns the bytes of quantised weights on each device, for an error's advice;
-            ``None``: they cannot be quantised.
+        quantized_bytes: returns the bytes of quantised weights on each device of each stage, for an error's
+            advice; ``None``: they cannot be quantised.
 
     Raises:
         ConfigError: ``max_model_len`` exceeds the model's longest context, or the model does not fit; the
@@ -114,24 +167,30 @@ def plan_limits(
         raise ConfigError(f"max_model_len={max_model_len} is not between 1 and the model's {longest}")
     if max_slots is not None and max_slots < 1:
         raise ConfigError(f"max_slots={max_slots} is less than 1")
-    platform = "cpu" if memory is None else memory.platform
-    pool = PagePool.of(config, tp, dtype, platform, max_model_len or longest, stages, kv_dtype)
+    platform, length = "cpu" if memory is None else memory.platform, max_model_len or longest
+    windows = windows_of(config, length)
+    pools = [
+        PagePool(windows, _page_bytes(one, dtype, platform, windows, kv_dtype), kv_dtype) for one in shares
+    ]
     if max_slots is None:
-        max_slots = _slots_with_room(config, tp, dtype, weight_bytes, memory, pool, max_model_len or longest)
-    length, pages = max_model_len or longest, pool.held(max_model_len or longest) * max_slots
+        max_slots = _slots_with_room(shares, dtype, memory, pools, length)
+    pages = pools[0].held(length) * max_slots
     if memory is not None:
-        need = _need(config, tp, dtype, weight_bytes, memory, max_slots)
-        room = (memory.free - need.total) // pool.page_bytes - 1  # the null page
-        least = pool.held(PAGE_SIZE if max_model_len is None else length)
-        if room < least:
-            need = replace(need, cache=(least + 1) * pool.page_bytes)
-            lighter = _quantized_that_fits(need, memory, quantized_bytes)
-            raise ConfigError(
-                _does_not_fit(config, tp, dtype, need, memory, pool, max_model_len, max_slots, lighter)
-            )
+        needs = _needs(shares, dtype, memory, max_slots)
+        rooms = [
+            (memory.free - need.total) // pool.page_bytes - 1  # the null page
+            for need, pool in zip(needs, pools, strict=True)
+        ]
+        least = pools[0].held(PAGE_SIZE if max_model_len is None else length)
+        if (room := min(rooms)) < least:
+            asked = (max_model_len, max_slots, least, quantized_bytes)
+            raise ConfigError(_Misfit(shares, dtype, memory, pools, *asked).error(rooms.index(room)))
         cap = memory.cache_cap
-        pages = min(pages, room if cap is None else min(room, max(least, cap // pool.page_bytes)))
-        length = pool.longest(pages, length)
+        if cap is not None:
+            room = min(room, max(least, cap // max(pool.page_bytes for pool in pools)))
+        pages = min(pages, room)
+        length = pools[0].longest(pages, length)
+    last = shares[-1]  # it samples
     return Limits(
         max_slots=max_slots,
         max_model_len=length,
@@ -139,10 +198,10 @@ def plan_limits(
         page_size=PAGE_SIZE,
         chunk_shapes=chunk_shapes(platform),
         mixed_shapes=mixed_chunk_shapes(platform),
-        steps=1 if len(stages) > 1 else STEPS.get(platform, 1),
-        max_histories=max_histories(config, tp, max_slots, memory),
-        windows=pool.windows,
-        stages=max(1, len(stages)),
+        steps=1 if len(shares) > 1 else STEPS.get(platform, 1),
+        max_histories=max_histories(config, last.tp, max_slots, memory),
+        windows=windows,
+        stages=len(shares),
     )
 
 
@@ -159,28 +218,6 @@ class PagePool:
     windows: Windows
     page_bytes: int
     kv_dtype: KVDtype = "auto"
-
-    @classmethod
-    def of(
-        cls,
-        config: ModelConfig,
-        tp: int,
-        dtype: jnp.dtype,
-        platform: str,
-        max_model_len: int,
-        stages: Sequence[ModelConfig] = (),
-        kv_dtype: KVDtype = "auto",
-    ) -> PagePool:
-        """Returns the pool of a model whose longest sequence has so many tokens.
-
-        Of several stages, the largest page of one counts.
-        """
-        windows = windows_of(config, max_model_len)
-        sizes = [
-            kv.page_bytes_per_device(part, tp, PAGE_SIZE, dtype, platform, windows, kv_dtype)
-            for part in stages or (config,)
-        ]
-        return cls(windows, max(sizes), kv_dtype)
 
     def held(self, tokens: int) -> int:
         """Returns the pages that a sequence of so many tokens holds at once, at most."""
@@ -224,33 +261,43 @@ def sampler_bytes(config: ModelConfig, tp: int, max_slots: int, histories: int) 
 
 
 def _slots_with_room(
-    config: ModelConfig,
-    tp: int,
+    shares: Sequence[MeshShare],
     dtype: jnp.dtype,
-    weight_bytes: int,
     memory: DeviceMemory | None,
-    pool: PagePool,
+    pools: Sequence[PagePool],
     longest: int,
 ) -> int:
-    """Returns how many sequences the devices have room for; see :func:`plan_limits`."""
+    """Returns how many sequences the devices have room for; see :func:`plan_stages`."""
     if memory is None or memory.platform == "cpu":
         return _CPU_SLOTS
-    sequence = pool.held(min(longest, _SLOT_TOKENS)) * pool.page_bytes
+    pages = pools[0].held(min(longest, _SLOT_TOKENS))
     for slots in _SLOTS:
-        if _need(config, tp, dtype, weight_bytes, memory, slots).total + slots * sequence <= memory.free:
+        needs = _needs(shares, dtype, memory, slots)
+        if all(
+            need.total + slots * pages * pool.page_bytes <= memory.free
+            for need, pool in zip(needs, pools, strict=True)
+        ):
             return slots
     return 1
 
 
+def _needs(
+    shares: Sequence[MeshShare], dtype: jnp.dtype, memory: DeviceMemory, max_slots: int
+) -> list[MemoryNeed]:
+    """Returns what each stage needs on each device besides the cache."""
+    return [_need(one, dtype, memory, max_slots, samples=one is shares[-1]) for one in shares]
+
+
 def _need(
-    config: ModelConfig, tp: int, dtype: jnp.dtype, weight_bytes: int, memory: DeviceMemory, max_slots: int
+    share: MeshShare, dtype: jnp.dtype, memory: DeviceMemory, max_slots: int, *, samples: bool
 ) -> MemoryNeed:
     """Returns what is needed on each device besides the cache."""
+    config, tp = share.config, share.tp
     histories = max_histories(config, tp, max_slots, memory)
     return MemoryNeed(
-        weight_bytes,
+        share.weight_bytes,
         workspace_bytes(config, tp, dtype, max_slots, chunk_shapes(memory.platform)[-1].tokens),
-        sampler_bytes(config, tp, max_slots, histories),
+        sampler_bytes(config, tp, max_slots, histories) if samples else 0,
     )
 
 
@@ -287,66 +334,84 @@ class MemoryNeed:
         return self.weights + self.workspace + self.sampler + self.cache
 
 
-def _does_not_fit(
-    config: ModelConfig,
-    tp: int,
-    dtype: jnp.dtype,
-    need: MemoryNeed,
-    memory: DeviceMemory,
-    pool: PagePool,
-    max_model_len: int | None,
-    max_slots: int,
-    lighter: Quantize | None,
-) -> str:
-    ways = []
-    pages = (memory.free - need.total + need.cache) // pool.page_bytes - 1
-    if max_model_len is not None and (fitting := pool.longest(pages, max_model_len)):
-        ways.append(f"max_model_len={fitting}")
-    for fewer in (slots for slots in _SLOTS if slots < max_slots):
-        if _need(config, tp, dtype, need.weights, memory, fewer).total + need.cache <= memory.free:
-            ways.append(f"max_slots={fewer}")
-            break
-    if jnp.dtype(dtype).itemsize == 4 and need.total // 2 <= memory.free:
-        ways.append("dtype=bfloat16")
-    if lighter is not None:
-        ways.append(f"quantize={lighter!r}")
-    # more faked devices have no more memory together
-    wider = [] if memory.platform == "cpu" else range(tp + 1, _MOST_TP + 1)
-    for more in wider:
-        page = kv.page_bytes_per_device(
-            config, more, PAGE_SIZE, dtype, memory.platform, pool.windows, pool.kv_dtype
+@dataclass(frozen=True)
+class _Misfit:
+    """A model that does not fit: what was asked for, as :func:`plan_stages` has it, and pages at least."""
+
+    shares: Sequence[MeshShare]
+    dtype: jnp.dtype
+    memory: DeviceMemory
+    pools: Sequence[PagePool]
+    max_model_len: int | None
+    max_slots: int
+    pages: int
+    quantized_bytes: Callable[[Quantize], Sequence[int]] | None
+
+    def error(self, number: int) -> str:
+        """Returns the message about a stage without the room: sizes, and what would fit."""
+        tp, need = self.shares[number].tp, self._need(number)
+        ways = list(self._ways(number))
+        length = f"max_model_len={self.max_model_len}" if self.max_model_len else f"{PAGE_SIZE} tokens"
+        advice = f"what would fit: {' or '.join(ways)}" if ways else "nothing smaller fits"
+        stage = f"stage {number + 1} of {len(self.shares)} " if len(self.shares) > 1 else ""
+        return (
+            f"the model does not fit: {stage}at tp={tp} in {jnp.dtype(self.dtype).name} each device needs "
+            f"{human_bytes(need.weights)} for weights, {human_bytes(need.workspace)} for temporaries, "
+            f"{human_bytes(need.sampler)} for penalties and masks and {human_bytes(need.cache)} to cache "
+            f"{length}, together {human_bytes(need.total)}, and has {human_bytes(self.memory.free)}; {advice}"
         )
-        there = replace(
-            _need(config, more, dtype, need.weights * tp // more, memory, max_slots),
-            cache=need.cache // pool.page_bytes * page,
-        )
-        if there.total <= memory.free:
-            ways.append(f"tp={more}")
-            break
-    length = f"max_model_len={max_model_len}" if max_model_len else f"{PAGE_SIZE} tokens"
-    advice = f"what would fit: {' or '.join(ways)}" if ways else "nothing smaller fits"
-    return (
-        f"the model does not fit: at tp={tp} in {jnp.dtype(dtype).name} each device needs "
-        f"{human_bytes(need.weights)} for weights, {human_bytes(need.workspace)} for temporaries, "
-        f"{human_bytes(need.sampler)} for penalties and masks and {human_bytes(need.cache)} to cache "
-        f"{length}, together {human_bytes(need.total)}, and has "
-        f"{human_bytes(memory.free)}; {advice}"
-    )
+
+    def _ways(self, number: int) -> Iterator[str]:
+        """Yields what would let a stage fit."""
+        share, need, free = self.shares[number], self._need(number), self.memory.free
+        pool = self.pools[number]
+        pages = (free - need.total + need.cache) // pool.page_bytes - 1
+        if self.max_model_len is not None and (fitting := pool.longest(pages, self.max_model_len)):
+            yield f"max_model_len={fitting}"
+        for fewer in (slots for slots in _SLOTS if slots < self.max_slots):
+            if self._need(number, max_slots=fewer).total <= free:
+                yield f"max_slots={fewer}"
+                break
+        if jnp.dtype(self.dtype).itemsize == 4 and need.total // 2 <= free:
+            yield "dtype=bfloat16"
+        if lighter := self._quantized_that_fits():
+            yield f"quantize={lighter!r}"
+        shared = self.memory.platform == "cpu"  # more faked devices have no more memory together
+        for more in [] if shared else range(share.tp + 1, _MOST_TP + 1):
+            weights = need.weights * share.tp // more
+            if self._need(number, replace(share, tp=more, weight_bytes=weights)).total <= free:
+                each = [one.tp for one in self.shares]
+                each[number] = more
+                yield f"tp={more if len({one.tp for one in self.shares}) == 1 else describe_tp(each)}"
+                break
+
+    def _quantized_that_fits(self) -> Quantize | None:
+        """Returns the mildest rounding of weights with which all stages fit."""
+        kinds: tuple[Quantize, ...] = () if self.quantized_bytes is None else ("int8", "int4")
+        for kind in kinds:
+            assert self.quantized_bytes is not None
+            each = zip(self.shares, self.quantized_bytes(kind), strict=True)
+            lighter = [replace(share, weight_bytes=weights) for share, weights in each]
+            if all(self._need(number, one).total <= self.memory.free for number, one in enumerate(lighter)):
+                return kind
+        return None
+
+    def _need(self, number: int, share: MeshShare | None = None, max_slots: int | None = None) -> MemoryNeed:
+        """Returns what a stage needs on each device, also if it were another one."""
+        given, pool = self.shares[number], self.pools[number]
+        share, samples = share or given, number == len(self.shares) - 1
+        page_bytes = pool.page_bytes
+        if share.tp != given.tp:
+            page_bytes = _page_bytes(share, self.dtype, self.memory.platform, pool.windows, pool.kv_dtype)
+        need = _need(share, self.dtype, self.memory, max_slots or self.max_slots, samples=samples)
+        return replace(need, cache=(self.pages + 1) * page_bytes)  # with the null page
 
 
-def _quantized_that_fits(
-    need: MemoryNeed, memory: DeviceMemory, quantized_bytes: Callable[[Quantize], int] | None
-) -> Quantize | None:
-    """Returns the mildest rounding of weights with which a model fits."""
-    kinds: tuple[Quantize, ...] = () if quantized_bytes is None else ("int8", "int4")
-    return next(
-        (
-            kind
-            for kind in kinds
-            if quantized_bytes and need.total - need.weights + quantized_bytes(kind) <= memory.free
-        ),
-        None,
-    )
+def _page_bytes(
+    share: MeshShare, dtype: jnp.dtype, platform: str, windows: Windows, kv_dtype: KVDtype
+) -> int:
+    """Returns the bytes of a page on each device of a mesh."""
+    return kv.page_bytes_per_device(share.config, share.tp, PAGE_SIZE, dtype, platform, windows, kv_dtype)
 
 
 def human_bytes(count: float) -> str:

@@ -174,6 +174,7 @@ class Programs:
         limits: fixed sizes.
         dtype: of activations.
         sequence_parallel: as :class:`Runner` takes it.
+        following: the next stage's mesh; ``None``: there is no other stage after this one.
         compile_elsewhere: of several processes, starts to compile a program in the others, and returns what
             waits for them: no program is used before every process has it. So with the last stage of a
             pipeline and the stages before it.
@@ -196,6 +197,7 @@ class Programs:
         limits: Limits,
         dtype: np.dtype,
         sequence_parallel: SequenceParallel,
+        following: Mesh | None = None,
         compile_elsewhere: Callable[[ProgramSpec], Callable[[], None]] | None = None,
     ) -> None:
         self.compiled: dict[ProgramSpec, Any] = {}
@@ -211,6 +213,7 @@ class Programs:
         self._limits = limits
         self._dtype = dtype
         self._sequence_parallel = sequence_parallel
+        self._following = following
         self._compile_elsewhere = compile_elsewhere
         self._platform: str = mesh.devices.flat[0].platform
 
@@ -351,12 +354,16 @@ class Programs:
 
     def _input(self, spec: ProgramSpec) -> jax.ShapeDtypeStruct:
         """Returns what a stage takes: the last tokens of all slots, or the hidden states of a step."""
-        residual = REPLICATED if self._is_first else self.residual_spec(spec)
-        sharding = NamedSharding(self._mesh, residual)
         if self._is_first:
+            sharding = NamedSharding(self._mesh, REPLICATED)
             return jax.ShapeDtypeStruct((self._limits.max_slots + 1,), np.int32, sharding=sharding)
-        shape = steps.padded_tokens(spec.tokens, residual, self._mesh.size), self._config.hidden_size
+        sharding = NamedSharding(self._mesh, self.residual_spec(spec))
+        shape = self._rows(spec, self._mesh.size), self._config.hidden_size
         return jax.ShapeDtypeStruct(shape, self._dtype, sharding=sharding)
+
+    def _rows(self, spec: ProgramSpec, tp: int) -> int:
+        """Returns the tokens of a step over ``tp`` devices, with those that pad it."""
+        return steps.padded_tokens(spec.tokens, self.residual_spec(spec, tp), tp)
 
     def _program(self, spec: ProgramSpec) -> Program:
         """Returns a program as that of a model in one piece."""
@@ -367,7 +374,11 @@ class Programs:
         match kind:
             case "layers":
                 work = packed if chunks else PackedRows.pack([], limits, batch)
-                return Program(partial(steps.layers, residual=residual), (work,), (residual,))
+                assert self._following is not None
+                alike = self._following.size == mesh.size
+                layers = partial(steps.layers, residual=residual, rows=self._rows(spec, self._following.size))
+                # stages of as many devices hand the residual on as it lies
+                return Program(layers, (work,), (residual if alike else REPLICATED,))
             case "decode":
                 rows = PackedRows.pack([], limits, batch)
                 decode = partial(steps.decode, steps=limits.steps, greedy=greedy, mesh=mesh)
@@ -391,11 +402,17 @@ class Programs:
                 words = np.zeros((batch, mask_words(self._config.vocab_size)), np.uint32)
                 return Program(steps.set_masks, (np.zeros(batch, np.int32), words), ())
 
-    def residual_spec(self, spec: ProgramSpec) -> PartitionSpec:
-        """Returns the spec of the residual in a program; without prompt chunks: ``REPLICATED``."""
-        if spec.chunks is None or self._mesh.size == 1 or self._sequence_parallel == "off":
+    def residual_spec(self, spec: ProgramSpec, tp: int | None = None) -> PartitionSpec:
+        """Returns the spec of the residual in a program; without prompt chunks: ``REPLICATED``.
+
+        Args:
+            spec: the program.
+            tp: devices of another stage, whose residual it then is.
+        """
+        tp = tp or self._mesh.size
+        if spec.chunks is None or tp == 1 or self._sequence_parallel == "off":
             return REPLICATED
-        rows = steps.padded_tokens(spec.tokens, SEQUENCE_PARALLEL, self._mesh.size) // self._mesh.size
+        rows = steps.padded_tokens(spec.tokens, SEQUENCE_PARALLEL, tp) // tp
         if self._sequence_parallel == "on" or self._sequence_parallel_pays(rows):
             return SEQUENCE_PARALLEL
         return REPLICATED

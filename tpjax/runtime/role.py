@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,24 +40,26 @@ class Role:
     leader: Leader | None = None
     follower: Follower | None = None
 
-    def decide(self, backend: Callable[[], Backend]) -> tuple[DeviceMemory | None, Backend]:
-        """Returns what all processes take: the least memory of one, and the backend that process 0 chooses.
+    def decide(
+        self, backends: Callable[[], Sequence[Backend]]
+    ) -> tuple[DeviceMemory | None, Sequence[Backend]]:
+        """Returns what all processes take: the least memory of one, and the backends that process 0 chooses.
 
         Args:
-            backend: chooses the attention backend; called in process 0.
+            backends: chooses the attention backend of each stage; called in process 0.
         """
         if self.leader is None and self.follower is None:
-            return self.memory, backend()
+            return self.memory, backends()
 
         def decide() -> Facts:
             assert self.leader is not None
             each = [one for one in self.leader.gathered("memory") if one is not None]
             least = min(each, key=lambda one: int(one["free"]), default=None)
-            return {"memory": least, "backend": asdict(backend())}
+            return {"memory": least, "backends": [asdict(one) for one in backends()]}
 
         decisions = self.share(decide)
         memory = decisions["memory"] and DeviceMemory(**decisions["memory"])
-        return memory, Backend(**decisions["backend"])
+        return memory, [Backend(**one) for one in decisions["backends"]]
 
     def share(self, decide: Callable[[], Facts]) -> Facts:
         """Returns what process 0 decides: plain data. The others wait for it.

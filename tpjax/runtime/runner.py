@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -112,7 +113,7 @@ class Runner(Stage):
         kv_dtype: KVDtype = "auto",
     ) -> None:
         self.leader = leader
-        self._pipeline = Pipeline(tuple(earlier), mesh)
+        self._pipeline = Pipeline(tuple(earlier))
         elsewhere = [] if leader is None else [leader.compile]
         if earlier:
             elsewhere.append(self._pipeline.compile)
@@ -134,8 +135,8 @@ class Runner(Stage):
     ) -> Runner:
         """Returns the runner of a model in parts, each on its mesh, or in one piece."""
         earlier = [
-            Stage(model, mesh, limits, dtype, sequence_parallel, kv_dtype=kv_dtype)
-            for model, mesh in zip(models[:-1], meshes[:-1], strict=True)
+            Stage(model, mesh, limits, dtype, sequence_parallel, kv_dtype=kv_dtype, following=following)
+            for model, (mesh, following) in zip(models[:-1], pairwise(meshes), strict=True)
         ]
         return cls(models[-1], meshes[-1], limits, dtype, sequence_parallel, leader, earlier, kv_dtype)
 

@@ -16,12 +16,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from tpjax.attention import Backend
@@ -32,7 +33,7 @@ from tpjax.runtime.limits import Limits
 from tpjax.runtime.programs import ModelGraph, Programs, ProgramSpec
 from tpjax.runtime.rows import PackedRows, PackedStep
 from tpjax.runtime.state import DeviceState, StageState
-from tpjax.sharding import REPLICATED
+from tpjax.sharding import REPLICATED, SEQUENCE_PARALLEL
 
 
 class Stage:
@@ -48,12 +49,14 @@ class Stage:
             chunk), ``off``, or ``auto``: if that is faster.
         compile_elsewhere: as :class:`Programs` takes it.
         kv_dtype: what keys and values are kept in: ``int8``, ``fp8`` (e4m3), or ``auto``: ``dtype``.
+        following: the next stage's mesh; ``None``: this stage is the only or the last one.
 
     Attributes:
         config: the architecture, of the whole model.
         layers: numbers of its layers.
         own_config: the architecture with these layers only.
         mesh: as given.
+        following: as given.
         limits: as given.
         dtype: as given.
         kv_dtype: as given.
@@ -71,12 +74,14 @@ class Stage:
         sequence_parallel: SequenceParallel = "auto",
         compile_elsewhere: Callable[[ProgramSpec], Callable[[], None]] | None = None,
         kv_dtype: KVDtype = "auto",
+        following: Mesh | None = None,
     ) -> None:
         self.config: ModelConfig = model.config
         self.layers = model.layer_range
         self.own_config = model.config.of_layers(model.layer_range)
         self.backend: Backend = model.backend
         self.mesh = mesh
+        self.following = following
         self.limits = limits
         self.dtype = jnp.dtype(dtype)
         self.kv_dtype: KVDtype = kv_dtype
@@ -91,6 +96,7 @@ class Stage:
             limits=limits,
             dtype=self.dtype,
             sequence_parallel=sequence_parallel,
+            following=following,
             compile_elsewhere=compile_elsewhere,
         )
         self._state: Any = None  # allocated at the first dispatch: explain needs no memory
@@ -149,23 +155,27 @@ class Stage:
             raise
         return results
 
-    def hand_on(
-        self, spec: ProgramSpec, work: PackedRows | PackedStep, inputs: jax.Array, mesh: Mesh
-    ) -> jax.Array:
+    def hand_on(self, spec: ProgramSpec, work: PackedRows | PackedStep, inputs: jax.Array) -> jax.Array:
         """Runs the layers for a step of the last stage; returns the hidden states on the next stage's mesh.
 
         Args:
             spec: the program of the last stage.
             work: its rows, or rows and chunks.
             inputs: what the stage before returned; of the first stage the last tokens of all slots.
-            mesh: of the next stage.
         """
         (hidden,) = self.run(self.own(spec), work, inputs)
-        return self.send(spec, hidden, mesh)
+        return self.send(spec, hidden)
 
-    def send(self, spec: ProgramSpec, hidden: jax.Array, mesh: Mesh) -> jax.Array:
+    def hands_on_whole(self, spec: ProgramSpec) -> bool:
+        """Whether hidden states that are sharded over tokens are gathered for the next stage."""
+        unlike = self.following is not None and self.following.size != self.mesh.size
+        return unlike and self.programs.residual_spec(spec) == SEQUENCE_PARALLEL
+
+    def send(self, spec: ProgramSpec, hidden: jax.Array) -> jax.Array:
         """Moves hidden states of a step to the next stage's mesh."""
-        there: jax.Array = moved(hidden, NamedSharding(mesh, self.programs.residual_spec(spec)))
+        assert self.following is not None
+        residual = self.programs.residual_spec(spec, self.following.size)
+        there: jax.Array = moved(hidden, _sharding(self.following, residual))
         return there
 
     def free_state(self) -> None:
@@ -184,18 +194,43 @@ class Stage:
 
 
 def moved(arrays: Any, sharding: NamedSharding) -> Any:
-    """Moves arrays to another mesh. Every process that has devices of one of the two has to call it."""
+    """Moves arrays to another mesh. Every process that has devices of one of the two has to call it.
+
+    Args:
+        arrays: a tree of arrays; on another number of devices than the sharding's they are replicated.
+        sharding: of the other mesh.
+    """
 
     def move(array: Any) -> Any:
-        if _is_here(array.sharding) or _is_here(sharding):
+        here, there = is_local(array.sharding.mesh), is_local(sharding.mesh)
+        if not here and not there:
+            return absent_array(array.shape, array.dtype, sharding)
+        if (here and there) or array.sharding.mesh.size == sharding.mesh.size:
             return jax.device_put(array, sharding)
-        return absent_array(array.shape, array.dtype, sharding)
+        # JAX moves arrays between processes to as many devices: one copy goes from one device to another
+        passed = jax.device_put(_on_first_device(array), _on_first(sharding.mesh))
+        return jax.device_put(passed, sharding) if there else absent_array(array.shape, array.dtype, sharding)
 
     return jax.tree.map(move, arrays)
 
 
-def _is_here(sharding: Any) -> bool:
-    return is_local(sharding.mesh)
+def _on_first_device(array: jax.Array) -> jax.Array:
+    """Returns the copy of a replicated array that the first device of its mesh has."""
+    sharding = _on_first(array.sharding.mesh)  # type: ignore[attr-defined]
+    (first,) = sharding.device_set
+    copies = [shard.data for shard in array.addressable_shards if shard.device == first]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, copies, dtype=array.dtype)
+
+
+@cache
+def _on_first(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(Mesh(mesh.devices.flat[:1], mesh.axis_names, axis_types=mesh.axis_types), REPLICATED)
+
+
+@cache
+def _sharding(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
+    """Returns a sharding, the same object each time: that is cheap to make and dear to compare."""
+    return NamedSharding(mesh, spec)
 
 
 def _absent(array: jax.ShapeDtypeStruct) -> jax.Array:
@@ -212,15 +247,13 @@ class Pipeline:
 
     Args:
         stages: all but the last.
-        mesh: of the last stage.
 
     Attributes:
         stages: as given.
     """
 
-    def __init__(self, stages: tuple[Stage, ...], mesh: Mesh) -> None:
+    def __init__(self, stages: tuple[Stage, ...]) -> None:
         self.stages = stages
-        self._meshes = [*(stage.mesh for stage in stages[1:]), mesh] if stages else []
         self._drawn = _DrawnTokens(stages[0]) if stages else None
 
     def compile(self, spec: ProgramSpec) -> Callable[[], None]:
@@ -242,15 +275,15 @@ class Pipeline:
         """Runs the stages for a step of the last one, and returns the hidden states on its devices."""
         assert self._drawn is not None
         arrays = self._drawn.tokens(work)
-        for stage, mesh in zip(self.stages, self._meshes, strict=True):
-            arrays = stage.hand_on(spec, work, arrays, mesh)
+        for stage in self.stages:
+            arrays = stage.hand_on(spec, work, arrays)
         return arrays
 
     def results(self, results: list[Any]) -> list[Any]:
         """Returns what a step has drawn or scored where process 0 can read it: on the first stage's mesh."""
         if jax.process_count() == 1:
             return results
-        return [moved(one, NamedSharding(self.stages[0].mesh, REPLICATED)) for one in results]
+        return [moved(one, _sharding(self.stages[0].mesh, REPLICATED)) for one in results]
 
     def send_back(self, work: PackedRows | PackedStep, tokens: Int[Array, " slots"]) -> None:
         """Sends the last tokens of all slots to the first stage, after a step has drawn some."""

@@ -38,6 +38,7 @@ def layers(
     inputs: Int[Array, " slots"] | Float[Array, "N D"],
     *,
     residual: PartitionSpec,
+    rows: int,
 ) -> tuple[StageState, Float[Array, "N D"]]:
     """Runs a stage that is not the last: returns the hidden states of a step's tokens after its layers.
 
@@ -48,12 +49,16 @@ def layers(
         inputs: of the first stage the last token of each slot, as the last stage has drawn them; else the
             hidden states that the stage before returned.
         residual: sharding of the residual.
+        rows: hidden states that the next stage takes, padding included: on other numbers of devices it pads
+            a step otherwise.
     """
     if isinstance(batch, PackedRows):
         alive = batch.remaining > 0
         hidden, cache = _run_rows(model, state.cache, batch, alive, batch.positions, batch.slots, inputs)
     else:
         hidden, cache, _ = _run(model, state.cache, batch, inputs, residual)
+    if rows != len(hidden):
+        hidden = jnp.pad(hidden[:rows], ((0, max(0, rows - len(hidden))), (0, 0)))
     return replace(state, cache=cache), hidden
 
 

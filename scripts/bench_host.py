@@ -2,12 +2,16 @@
 """Host time of a dispatch: choosing rows, packing and uploading them, calling a program that does nothing.
 
     python scripts/bench_host.py             # 64 and 256 rows, contexts of up to 131,072 tokens
+    python scripts/bench_host.py --pp 2 --tp 2         # and of two pipeline stages beside a single one
     python scripts/bench_host.py --dp 4      # and how many dispatches four replicas' threads do together
     python scripts/bench_host.py --dp 4 --processes    # and how many if each were a process
 
 The engine dispatches decode steps of a model whose compiled programs have been replaced by ones that take the
 same arguments, donate the same state, and compute nothing. What is left is the host's work. Every row holds
 the pages of a full context. Medians over many dispatches, each waited for.
+
+With ``--pp`` dispatches of a pipeline, whose hidden states and tokens do move between its stages, take turns
+with those of a model in one piece.
 
 With ``--dp`` replicas run behind the router, full, for a second at a time in turn with a single one, and the
 results of each dispatch are there ``--step-ms`` after those of the one before, as if devices took that long:
@@ -25,13 +29,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 import tpjax
 
@@ -41,7 +46,9 @@ GOALS = {64: 0.5, 256: 1.5}  # milliseconds
 GOAL = 3.2  # times the dispatches of one replica, at dp=4
 
 
-def null_engine(rows: int, context: int, num_pages: int, device: jax.Device | None = None) -> Any:
+def null_engine(
+    rows: int, context: int, num_pages: int, device: jax.Device | None = None, tp: int = 1, pp: int = 1
+) -> Any:
     """Returns an engine whose programs do nothing; ``runner.step_s`` sets when their results are there."""
     from tpjax.checkpoints.load import abstract_decoder
     from tpjax.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig
@@ -50,6 +57,7 @@ def null_engine(rows: int, context: int, num_pages: int, device: jax.Device | No
     from tpjax.runtime.limits import Limits
     from tpjax.runtime.programs import ProgramSpec
     from tpjax.runtime.runner import Runner
+    from tpjax.runtime.stage import Stage
 
     class Results:
         """Tokens that are there at a given time."""
@@ -65,8 +73,11 @@ def null_engine(rows: int, context: int, num_pages: int, device: jax.Device | No
         dispatches, step_s, ready = 0, 0.0, 0.0
 
         def _dispatch_all(self, spec: ProgramSpec, calls: Sequence[Sequence[Any]]) -> list[Any]:
-            if spec not in self.programs.compiled:
-                self.programs.compiled[spec] = self._null_program(spec)
+            for stage in self.stages:
+                if (own := stage.own(spec)) not in stage.programs.compiled and (
+                    stage is self or spec.takes_weights
+                ):
+                    stage.programs.compiled[own] = null_program(stage, own)
             results = super()._dispatch_all(spec, calls)
             self.dispatches += 1
             if not self.step_s:
@@ -74,45 +85,62 @@ def null_engine(rows: int, context: int, num_pages: int, device: jax.Device | No
             self.ready = max(self.ready, time.perf_counter()) + self.step_s
             return [dataclasses.replace(one, tokens=Results(one.tokens, self.ready)) for one in results]
 
-        def _null_program(self, spec: ProgramSpec) -> Any:
-            self.weights = ()
-            _, *results = self.programs.lower(spec).out_info
+    def null_program(stage: Stage, spec: ProgramSpec) -> Any:
+        stage.weights = ()
+        _, *results = stage.programs.lower(spec).out_info
+        program = stage.programs.program(spec)
 
-            def nothing(weights: object, state: object, *arguments: object) -> tuple[object, ...]:
-                return state, *jax.tree.map(lambda one: jnp.ones(one.shape, one.dtype), results)
+        def nothing(weights: object, state: object, *arguments: object) -> tuple[object, ...]:
+            return state, *jax.tree.map(lambda one: jnp.ones(one.shape, one.dtype), results)
 
-            state, arguments = self.abstract_state(), self.programs.program(spec).arguments
-            null = jax.jit(nothing, donate_argnums=1, keep_unused=True)
-            with jax.set_mesh(self.mesh):
-                return null.lower((), state, *arguments).compile()
+        state, arguments = stage.abstract_state(), (*program.arguments, *program.inputs)
+        null = jax.jit(
+            nothing,
+            donate_argnums=1,
+            keep_unused=True,
+            out_shardings=(
+                jax.tree.map(lambda one: one.sharding, state),
+                *(NamedSharding(stage.mesh, spec) for spec in program.results),
+            ),
+        )
+        with jax.set_mesh(stage.mesh):
+            return null.lower((), state, *arguments).compile()
 
     config = ModelConfig(
         model_type="llama",
         vocab_size=64,
         hidden_size=8,
-        num_layers=1,
+        num_layers=pp,
         max_position_embeddings=context,
         tie_word_embeddings=True,
         attention=AttentionConfig(
-            num_heads=1, num_kv_heads=1, head_dim=8, query_scale=1.0, layer_types=("full_attention",)
+            num_heads=1, num_kv_heads=1, head_dim=8, query_scale=1.0, layer_types=("full_attention",) * pp
         ),
         mlp=MLPConfig(intermediate_size=8),
         norm=NormConfig(eps=1e-5),
     )
-    devices = [jax.devices()[0] if device is None else device]
-    mesh = jax.make_mesh((1,), (AXIS,), devices=devices, axis_types=(jax.sharding.AxisType.Auto,))
+    devices = jax.devices() if device is None else [device]
+    meshes = [
+        jax.make_mesh((tp,), (AXIS,), devices=devices[at : at + tp], axis_types=(jax.sharding.AxisType.Auto,))
+        for at in range(0, tp * pp, tp)
+    ]
     kind = jnp.dtype("float32")
-    limits = Limits(max_slots=rows, max_model_len=context, num_pages=num_pages, steps=1)
-    return Engine(NullRunner(abstract_decoder(config, mesh, kind), mesh, limits, kind))
+    decoders = [
+        abstract_decoder(config, mesh, kind, layers=range(number, number + 1))
+        for number, mesh in enumerate(meshes)
+    ]
+    slots = rows * pp  # so that a dispatch has as many rows at any pp
+    limits = Limits(max_slots=slots, max_model_len=context, num_pages=num_pages, steps=1, stages=pp)
+    return Engine(NullRunner.of_stages(decoders, meshes, limits, kind))
 
 
-def milliseconds(rows: int, rounds: int) -> list[float]:
-    """Times dispatches of ``rows`` decode rows."""
+def dispatching(rows: int, tp: int = 1, pp: int = 1) -> Callable[[], float]:
+    """Returns what times a dispatch of ``rows`` decode rows, in milliseconds."""
     from tpjax.engine.request import Request
     from tpjax.engine.scheduler import Step
     from tpjax.sampling_params import SamplingParams
 
-    engine = null_engine(rows, CONTEXT, CONTEXT // 128 + 1)
+    engine = null_engine(rows, CONTEXT, CONTEXT // 128 + 1, tp=tp, pp=pp)
     params = SamplingParams(max_tokens=CONTEXT // 2, temperature=0.7, top_p=0.9, top_k=40, seed=1)
     requests = [
         Request(range(CONTEXT // 2), params, seed=slot, stop_ids=(2, 3), slot=slot) for slot in range(rows)
@@ -120,13 +148,24 @@ def milliseconds(rows: int, rounds: int) -> list[float]:
     for request in requests:
         request.pages = [list(range(1, CONTEXT // 128 + 1))]
         request.prefilled, request.dispatched_tokens = len(request.prompt_token_ids), 1
-    times = []
-    for _ in range(rounds + 10):
+
+    def milliseconds() -> float:
         start = time.perf_counter()
         in_flight = engine._dispatch(Step(requests))
         jax.block_until_ready(in_flight.sampled)
-        times.append(1e3 * (time.perf_counter() - start))
-    return times[10:]
+        return 1e3 * (time.perf_counter() - start)
+
+    for _ in range(10):
+        milliseconds()
+    return milliseconds
+
+
+def compare_stages(rows: int, tp: int, pp: int, rounds: int) -> None:
+    """Prints what a dispatch takes in one piece and in ``pp`` stages, in turns."""
+    one, several = dispatching(rows, tp), dispatching(rows, tp, pp)
+    pairs = [(one(), several()) for _ in range(rounds)]
+    first, second, ratio = medians(pairs)
+    print(f"{rows:4} rows, tp={tp}: {first:.3f} ms, pp={pp}: {second:.3f} ms, {ratio:.2f} times")
 
 
 class Replicas:
@@ -246,6 +285,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[64, 256], metavar="N", help="(64 256)")
     parser.add_argument("--rounds", type=int, default=300, help="dispatches, or pairs with --dp (300, 5)")
     parser.add_argument("--dp", type=int, metavar="N", help="compare N replicas with one")
+    parser.add_argument("--pp", type=int, metavar="N", help="compare N pipeline stages with one")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="devices of a stage, with --pp (1)")
     parser.add_argument(
         "--step-ms", type=float, nargs="+", default=[0, 1, 2, 4, 8, 16], metavar="T", help="of a device"
     )
@@ -271,9 +312,16 @@ def main() -> None:
         if apart is not None:
             apart.close()
         return
+    if arguments.pp:
+        tpjax.fake_devices(arguments.tp * arguments.pp)
+        print("medians of a dispatch in one piece, in stages, and of their ratio, in turns")
+        for rows in arguments.rows:
+            compare_stages(rows, arguments.tp, arguments.pp, arguments.rounds)
+        return
     print(f"decode rows with {CONTEXT // 128} pages each, ms a dispatch: median, least, most")
     for rows in arguments.rows:
-        times = milliseconds(rows, arguments.rounds)
+        dispatch = dispatching(rows)
+        times = [dispatch() for _ in range(arguments.rounds)]
         figure = statistics.median(times)
         goal = f"  target <= {GOALS[rows]}" if rows in GOALS else ""
         print(f"{rows:4} rows{figure:9.3f}{min(times):9.3f}{max(times):9.3f}{goal}")

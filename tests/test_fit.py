@@ -17,7 +17,15 @@ from tpjax.errors import ConfigError
 from tpjax.mesh import make_mesh
 from tpjax.runtime import memory as memory_module
 from tpjax.runtime.limits import ChunkShape, Limits, chunk_shapes
-from tpjax.runtime.memory import DeviceMemory, max_histories, plan_limits, sampler_bytes, workspace_bytes
+from tpjax.runtime.memory import (
+    DeviceMemory,
+    MeshShare,
+    max_histories,
+    plan_limits,
+    plan_stages,
+    sampler_bytes,
+    workspace_bytes,
+)
 from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.runner import Runner
 from tpjax.runtime.state import DeviceState
@@ -68,6 +76,23 @@ def test_pages_fill_what_is_left() -> None:
     assert (got.max_model_len, got.num_pages) == (4096, 51)  # the null page included
     tight = limits(100 * MIB + WORK + 11 * PAGE)
     assert (tight.max_model_len, tight.num_pages) == (1280, 11)  # the context shrinks to what one can have
+
+
+def test_all_stages_have_the_pages_of_the_one_with_least_room() -> None:
+    """Stages of unlike numbers of devices: what counts is each one's own weights and own pages."""
+    parts = [CONFIG.of_layers([0]), CONFIG.of_layers([1])]
+    shares = [MeshShare(parts[0], 2, 20 * MIB), MeshShare(parts[1], 1, 100 * MIB)]
+    pages = [page_bytes_per_device(one.config, one.tp, 128, F32) for one in shares]
+    assert 2 * pages[0] == pages[1]
+    asked: Any = {"max_model_len": None, "max_slots": 4}
+    work = workspace_bytes(parts[1], 1, F32, 4, 512) + sampler_bytes(CONFIG, 1, 4, 4)
+    memory = DeviceMemory(100 * MIB + work + 9 * pages[1])
+    got = plan_stages(CONFIG, shares, F32, memory=memory, **asked)
+    assert (got.num_pages, got.stages, got.steps) == (9, 2, 1)
+    with pytest.raises(
+        ConfigError, match=r"does not fit: stage 2 of 2 at tp=1 in float32 each device needs 100"
+    ):
+        plan_stages(CONFIG, shares, F32, memory=replace(memory, free=100 * MIB + work), **asked)
 
 
 def test_a_cap_holds_unless_one_sequence_needs_more() -> None:

@@ -13,13 +13,14 @@ import pytest
 from conftest import GOLDENS
 
 from tpjax.cache import layer_places, num_entries, page_groups
-from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint, read_config
+from tpjax.checkpoints.load import abstract_decoder, load_replicas, open_checkpoint, read_config
 from tpjax.engine.block_manager import BlockManager, page_key, root_key
 from tpjax.engine.engine import Engine
 from tpjax.engine.page_groups import NO_PAGE, PageGroups
 from tpjax.engine.request import Request
-from tpjax.mesh import make_mesh
+from tpjax.mesh import make_mesh, make_stage_meshes
 from tpjax.planning.published import published_config
+from tpjax.runtime.device_speed import split_layers
 from tpjax.runtime.limits import ChunkShape, Limits
 from tpjax.runtime.memory import DeviceMemory, plan_limits, windows_of
 from tpjax.runtime.programs import ProgramSpec
@@ -101,16 +102,37 @@ def test_a_prefix_is_shorter_where_a_page_of_its_window_is_gone() -> None:
 
 
 class Model:
-    """An engine with small pages over a golden."""
+    """An engine with small pages over a golden, in one piece or in stages."""
 
-    def __init__(self, name: str, tp: int, pages: int | None, windows: Windows | None = None) -> None:
-        checkpoint, mesh = open_checkpoint(GOLDENS / name), make_mesh(tp)
+    def __init__(
+        self,
+        name: str,
+        tp: int | tuple[int, ...],
+        pages: int | None,
+        windows: Windows | None = None,
+        pp: int = 1,
+    ) -> None:
+        checkpoint, meshes = open_checkpoint(GOLDENS / name), make_stage_meshes(tp, 1, pp)
         config = checkpoint.config
-        model = load_decoder(checkpoint, abstract_decoder(config, mesh, F32), mesh, progress=False)
-        limits = Limits(3, LONGEST, 200, PAGE, SHAPES, SHAPES[:1], windows=windows or page_groups(config))
+        decoders = [
+            abstract_decoder(config, mesh, F32, layers=part)
+            for mesh, part in zip(meshes[0], split_layers(config, meshes[0], F32), strict=True)
+        ]
+        (models,) = load_replicas(checkpoint, [decoders], meshes, progress=False)
+        limits = Limits(
+            3,
+            LONGEST,
+            200,
+            PAGE,
+            SHAPES,
+            SHAPES[:1],
+            steps=4 if pp == 1 else 1,
+            windows=windows or page_groups(config),
+            stages=pp,
+        )
         if pages is not None:
             limits = replace(limits, num_pages=limits.pages_held(LONGEST) + pages)
-        self.engine = Engine(Runner(model, mesh, limits, F32))
+        self.engine = Engine(Runner.of_stages(models, meshes[0], limits, F32))
         self.vocab_size = config.vocab_size
 
     def run(self, prompts: Sequence[list[int]], tokens: int) -> list[list[int]]:
@@ -128,11 +150,24 @@ class Model:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "tp", "pages"), (("gemma3", 1, 6), ("gpt_oss", 2, 6), ("mistral", 3, 1), ("cohere2", 3, 6))
+    ("name", "tp", "pages", "pp"),
+    (
+        ("gemma3", 1, 6, 1),
+        ("gpt_oss", 2, 6, 1),
+        ("mistral", 3, 1, 1),
+        ("cohere2", 3, 6, 1),
+        ("gemma3", 1, 6, 3),
+        ("gpt_oss", (2, 1), 6, 2),
+        ("mistral", 1, 1, 2),
+    ),
 )
-def test_the_same_tokens_and_logits(name: str, tp: int, pages: int) -> None:
-    """With pages given back, few pages, preemptions and prefixes found: as with pages for everything."""
-    plain, model = Model(name, tp, None, ONE_GROUP), Model(name, tp, pages)
+def test_the_same_tokens_and_logits(name: str, tp: int | tuple[int, ...], pages: int, pp: int) -> None:
+    """With pages given back, few pages, preemptions and prefixes found: as with pages for everything.
+
+    Also in stages, whose dispatches in flight write to pages while others are given back: as in one piece.
+    """
+    plain = Model(name, tp if isinstance(tp, int) else 1, None, ONE_GROUP)
+    model = Model(name, tp, pages, pp=pp)
     rng = np.random.default_rng(0)
     common = rng.integers(0, plain.vocab_size, 24).tolist()
     prompts = [

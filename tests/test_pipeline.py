@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,8 @@ def compare(one: LLM, several: LLM) -> None:
 
 
 # gemma3: layers with and without windows, a tied embedding; deepseek_v3: latent attention, experts in some
-# layers; gpt2: learned positions; cohere2: attention and MLP in parallel, no rotation in some layers
+# layers; gpt2: learned positions; cohere2: attention and MLP in parallel, no rotation in some layers. Stages of
+# unlike numbers of devices: with sequence parallelism they pad a step differently
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "tp", "pp", "options"),
@@ -91,11 +92,17 @@ def compare(one: LLM, several: LLM) -> None:
         ("gpt_oss", 1, 2, {}),
         ("gpt2", 1, 2, {}),
         ("cohere2", 1, 3, {}),
+        ("llama", (3, 1), 2, {"sequence_parallel": "on"}),
+        ("llama", (1, 3), 2, {"sequence_parallel": "on", "quantize": "int8"}),
+        ("mixtral", (2, 3), 2, {}),
+        ("deepseek_v3", (2, 1, 3), 3, {"sequence_parallel": "on"}),
     ),
 )
-def test_as_in_one_piece(name: str, tp: int, pp: int, options: dict[str, Any]) -> None:
-    with load(name, 1, tp=tp, **options) as one, load(name, pp, tp=tp, **options) as several:
-        assert len(several.runner.stages) == pp
+def test_as_in_one_piece(name: str, tp: int | tuple[int, ...], pp: int, options: dict[str, Any]) -> None:
+    alone = tp if isinstance(tp, int) else 2
+    with load(name, 1, tp=alone, **options) as one, load(name, pp, tp=tp, **options) as several:
+        tps = [stage.mesh.size for stage in several.runner.stages]
+        assert tps == ([tp] * pp if isinstance(tp, int) else list(tp))
         compare(one, several)
 
 
@@ -254,33 +261,46 @@ def seconds(config: ModelConfig, tp: int = 1) -> list[float]:
     return layer_seconds(config, tp, BF16, HARDWARE["v5e"], StepTokens(8, 1024))
 
 
-def split(config: ModelConfig, pp: int) -> list[range]:
-    return list(split_layers(config, 1, pp, BF16, HARDWARE["v5e"]))
+def split(config: ModelConfig, *tps: int) -> list[range]:
+    return list(split_layers(config, tps, BF16, HARDWARE["v5e"]))
 
 
 def test_layers_are_split_by_cost() -> None:
     """Counted are the projection on the last stage, and that layers with experts take longer."""
     config = published_config("llama-3-8b")
     for pp in (1, 2, 3, 5, 32):
-        parts = split(config, pp)
+        parts = split(config, *[1] * pp)
         assert [i for part in parts for i in part] == list(range(32)) and all(parts) and len(parts) == pp
     *same, last = seconds(config)
     assert last > 2 * max(same)  # 525 million elements of the projection beside 218 of a layer
-    assert [len(part) for part in split(config, 2)] == [17, 15]
+    assert [len(part) for part in split(config, 1, 1)] == [17, 15]
     config = published_config("deepseek-v3")
-    first, last_stage = split(config, 2)
+    first, last_stage = split(config, 1, 1)
     assert len(first) > len(last_stage) and not any(config.sparse_layers[:3])
 
 
-def test_no_other_split_is_faster() -> None:
+@pytest.mark.parametrize("tps", ((1, 1), (1, 1, 1), (1, 1, 1, 1), (4, 1), (1, 2), (1, 3, 2), (3, 3, 1, 2)))
+def test_no_other_split_is_faster(tps: tuple[int, ...]) -> None:
     """Held against all splits of a model with dense and sparse layers."""
     config = open_checkpoint(GOLDENS / "deepseek_v3").config.of_layers([0, 1, 2, 2, 1, 0, 2])
-    layers = seconds(config)
-    assert len({round(one, 12) for one in layers[1:6]}) > 1
-    for pp in (2, 3, 4):
-        bounds = [(0, *some, 7) for some in itertools.combinations(range(1, 7), pp - 1)]
-        fastest = min(max(sum(layers[a:b]) for a, b in itertools.pairwise(some)) for some in bounds)
-        assert max(sum(layers[i] for i in part) for part in split(config, pp)) == pytest.approx(fastest)
+    layers = [seconds(config, tp) for tp in tps]
+    assert len({round(one, 12) for one in layers[0][1:6]}) > 1
+    bounds = [(0, *some, 7) for some in itertools.combinations(range(1, 7), len(tps) - 1)]
+
+    def slowest(parts: Sequence[Sequence[int]]) -> float:
+        return max(sum(own[i] for i in part) for own, part in zip(layers, parts, strict=True))
+
+    fastest = min(slowest([range(*ends) for ends in itertools.pairwise(some)]) for some in bounds)
+    assert slowest(split(config, *tps)) == pytest.approx(fastest)
+
+
+def test_a_stage_of_more_devices_has_more_layers() -> None:
+    """By the time that they save, which is less than their number where a layer waits for its all-reduces."""
+    config = published_config("llama-3.1-70b")
+    counts = [[len(part) for part in split(config, *tps)] for tps in ((4, 4), (6, 2), (2, 6))]
+    assert counts[0][0] in range(39, 42) and counts[1][0] > 55 and counts[2][1] > 50
+    times = [sum(seconds(config, tp)[i] for i in part) for tp, part in zip((6, 2), split(config, 6, 2))]
+    assert max(times) < 1.1 * min(times)
 
 
 # --- what does not go together -----------------------------------------------------------------------------
@@ -293,7 +313,16 @@ def test_no_other_split_is_faster() -> None:
         ({"pp": 3}, ConfigError, "pp=3 stages need a layer each, but this model has num_layers=2"),
         ({"pp": 9}, DeviceError, r"pp=9 stages of tp=2 need 18 devices, but JAX sees 16 \(CPU\)"),
         ({"pp": 2, "dp": 5}, DeviceError, "dp=5 replicas of pp=2 stages of tp=2 need 20 devices"),
-        ({"pp": 3, "tp": None}, DeviceError, "16 devices are not a multiple of pp=3: tp=5 would use 15"),
+        (
+            {"pp": 3, "tp": None},
+            DeviceError,
+            "16 devices are not a multiple of pp=3: tp=5 would use 15 of them, tp=6,5,5 all",
+        ),
+        ({"pp": 2, "tp": (3, 1, 1)}, DeviceError, "tp=3,1,1 is of 3 stages, but pp=2"),
+        ({"tp": (3, 1)}, DeviceError, "tp=3,1 is of 2 stages, but pp=1"),
+        ({"pp": 2, "tp": (3, 0)}, DeviceError, "tp=0 is not a whole number of devices, 1 or more"),
+        ({"pp": 2, "tp": "3,1"}, DeviceError, "tp='3,1' is not a whole number of devices, 1 or more"),
+        ({"pp": 2, "tp": (12, 5)}, DeviceError, "pp=2 stages of tp=12,5 need 17 devices, but JAX sees 16"),
     ),
 )
 def test_layouts_that_do_not_fit(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -301,21 +330,51 @@ def test_layouts_that_do_not_fit(options: dict[str, Any], error: type[Exception]
         LLM(GOLDENS / "llama", **({"tp": 2} | options))
 
 
-def test_a_stage_is_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two processes with eight devices each."""
+@dataclass
+class Device:
+    number: int
+    process_index: int
+    platform: str = "cpu"
 
-    class Device:
-        def __init__(self, number: int) -> None:
-            self.process_index, self.platform = number // 8, "cpu"
 
+@pytest.fixture
+def two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of eight devices and of four."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(jax, "devices", lambda: [Device(number) for number in range(16)])
-    with pytest.raises(DeviceError, match="pp=2 stages of tp=3 leave process 1 without a device"):
-        make_stage_meshes(3, 1, 2)
-    with pytest.raises(DeviceError, match="stage 2 would have devices of processes 0 and 1, but a stage is"):
-        make_stage_meshes(5, 1, 3)
+    monkeypatch.setattr(jax, "devices", lambda: [Device(number, number // 8) for number in range(12)])
+    monkeypatch.setattr(jax, "make_mesh", lambda *_, devices, **__: [one.number for one in devices])
+
+
+@pytest.mark.usefixtures("two_processes")
+@pytest.mark.parametrize(
+    ("tp", "pp", "wanted"),
+    (
+        ((8, 4), 2, [[*range(8)], [8, 9, 10, 11]]),
+        ((3, 2), 2, [[0, 1, 2], [8, 9]]),  # each process has a stage
+        ((6, 4), 2, [[*range(6)], [8, 9, 10, 11]]),
+        ((1, 2, 1), 3, [[0], [1, 2], [8]]),
+        ((6, 3, 1), 3, [[*range(6)], [8, 9, 10], [11]]),
+        (2, 4, [[0, 1], [2, 3], [4, 5], [8, 9]]),
+    ),
+)
+def test_a_stage_is_of_one_process(tp: int | tuple[int, ...], pp: int, wanted: list[list[int]]) -> None:
+    assert make_stage_meshes(tp, 1, pp) == [wanted]
+
+
+@pytest.mark.usefixtures("two_processes")
+def test_stages_that_do_not_fit_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    why = "pp=2 stages of tp=6: stage 2 needs 6 devices of one process, but process 1 has 4 left of 4"
+    with pytest.raises(DeviceError, match=why):
+        make_stage_meshes(6, 1, 2)
+    why = "pp=3 stages of tp=6,4,1: stage 3 needs 1 device of one process, but process 1 has 0 left of 4"
+    with pytest.raises(DeviceError, match=why):
+        make_stage_meshes((6, 4, 1), 1, 3)
     with pytest.raises(DeviceError, match="dp=2 replicas run in one process, but there are 2"):
         make_stage_meshes(1, 2, 2)
+    monkeypatch.setattr(jax, "devices", lambda: [Device(number, number // 4) for number in range(12)])
+    why = "pp=2 stages of tp=4 leave process 2 without a device: the 3 processes have 12; use more stages"
+    with pytest.raises(DeviceError, match=why):
+        make_stage_meshes(4, 1, 2)
 
 
 def test_no_dispatches_of_several_steps() -> None:
@@ -360,10 +419,25 @@ def test_explain_shows_each_stage() -> None:
         assert found["all_gathers"] == decode.budget["all_gathers"] == (stage is last)
 
 
+def test_explain_shows_stages_of_unlike_devices() -> None:
+    from tpjax.inspect.explain import explain_model
+
+    report = explain_model(str(GOLDENS / "llama"), tp=(3, 1), max_model_len=400, pp=2)
+    shown = io.StringIO()
+    Console(file=shown, width=300).print(report)
+    assert "llama at pp=2 × tp=3,1" in shown.getvalue().replace(str(GOLDENS) + "/", "")
+    assert report.tp == [stage.tp for stage in report.stages] == [3, 1]
+    for stage in report.stages:
+        decode, _ = stage.steps
+        found = measured(decode.collectives)
+        assert {name: decode.budget[name] for name in found} == found
+    assert found["all_reduces"] == found["all_gathers"] == 0  # the last has one device
+
+
 def test_each_stage_is_timed_alone(text_models: tuple[LLM, LLM]) -> None:
     _, two = text_models
     workload = Workload(1, context=60, prompt_len=30, dtype="float32")
-    report = stage_benchmark.run(two.runner, "tiny", two.config, HARDWARE["v5e"], workload, 1)
+    report = stage_benchmark.run(two.runner, "tiny", two.config, {2: HARDWARE["v5e"]}, workload, 1)
     itemsizes, hidden = workload.itemsizes, two.config.hidden_size
     decode = layer_seconds(two.config, 2, itemsizes, HARDWARE["v5e"], StepTokens(1, 60))
     prefill = layer_seconds(two.config, 2, itemsizes, HARDWARE["v5e"], StepTokens(chunks=((0, 30),)))

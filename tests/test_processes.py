@@ -145,8 +145,8 @@ import tpjax
 number, count, port, directory, prompts, params, kv_dtype = sys.argv[1:]
 tpjax.initialize_distributed(f"127.0.0.1:{port}", int(count), int(number))
 tpjax.fake_devices(2)
-stages = int(os.environ.get("STAGES", "1"))
-llm = tpjax.LLM(directory, max_model_len=1024, max_slots=4, kv_dtype=kv_dtype, pp=stages)
+stages, tp = int(os.environ.get("STAGES", "1")), json.loads(os.environ.get("TP", "null"))
+llm = tpjax.LLM(directory, tp, max_model_len=1024, max_slots=4, kv_dtype=kv_dtype, pp=stages)
 print(f"read {sum(reads)} bytes", file=sys.stderr)
 llm.follow()
 if number == "0":
@@ -178,11 +178,14 @@ def params(one: SamplingParams) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "stages", "kv_dtype"), ((2, 1, "int8"), (4, 1, "auto"), (2, 2, "auto")))
+@pytest.mark.parametrize(
+    ("count", "stages", "kv_dtype", "tp"),
+    ((2, 1, "int8", None), (4, 1, "auto", None), (2, 2, "auto", None), (2, 2, "auto", (1, 2))),
+)
 def test_tokens_logits_and_scores_are_those_of_one_process(
-    count: int, stages: int, kv_dtype: str, directory: Path, tmp_path: Path
+    count: int, stages: int, kv_dtype: str, tp: tuple[int, ...] | None, directory: Path, tmp_path: Path
 ) -> None:
-    """Sharded over all devices, or in pipeline stages: a stage of two devices on each process."""
+    """Sharded over all devices, or in pipeline stages: a stage of two devices on each process, or of one."""
     alone = load_tiny(directory, tp=1, kv_dtype=kv_dtype)
     port, each = free_port(), json.dumps([params(GREEDY), params(SEEDED)])
     words = [
@@ -199,7 +202,8 @@ def test_tokens_logits_and_scores_are_those_of_one_process(
         ]
         for number in range(count)
     ]
-    with processes(tmp_path, words, [{"STAGES": str(stages)}] * count) as started:
+    environment = {"STAGES": str(stages), "TP": json.dumps(tp)}
+    with processes(tmp_path, words, [environment] * count) as started:
         assert [one.ended(5 * WAIT_S) for one in started] == [0] * count, started[0].err.read_text()
     stored = (directory / "model.safetensors").stat().st_size
     for one in started:  # its own slices: what is replicated is small
@@ -213,7 +217,7 @@ def test_tokens_logits_and_scores_are_those_of_one_process(
     assert scored is not None
     assert found["scored"][0] is None
     assert found["scored"][1:] == pytest.approx([entry.logprob for entry in scored[1:] if entry], abs=1e-4)
-    assert found["tp"] == 2 * count // stages
+    assert found["tp"] == (tp[0] if tp else 2 * count // stages)
     assert "process 1 has no requests" in started[1].err.read_text()
 
 
@@ -245,6 +249,18 @@ def test_explain_reports_what_one_process_does(directory: Path, tmp_path: Path) 
     assert found["tensors"] == wanted["tensors"] and found["cache"] == wanted["cache"]
     for one, other in zip(found["steps"], wanted["steps"], strict=True):
         assert (one["collectives"], one["argument_bytes"]) == (other["collectives"], other["argument_bytes"])
+
+
+@pytest.mark.slow
+def test_explain_shows_stages_of_all_processes(directory: Path, tmp_path: Path) -> None:
+    from tpjax.inspect.explain import explain_model
+
+    words = ["explain", str(directory), "--pp", "2", "--tp", "1,2", "--max-model-len", "64", "--json"]
+    with processes(tmp_path, commands(words, 2)) as started:
+        assert [one.ended(3 * WAIT_S) for one in started] == [0, 0], started[0].err.read_text()
+    alone = explain_model(str(directory), (1, 2), pp=2, max_model_len=64)
+    found, wanted = json.loads(started[0].out.read_text()), json.loads(json.dumps(alone.to_dict()))
+    assert found == wanted and started[1].out.read_text() == ""
 
 
 @pytest.mark.slow
@@ -287,6 +303,34 @@ def test_bench_measures_the_mesh_of_all(directory: Path, tmp_path: Path) -> None
     assert (found["tp"], found["dp"]) == (2, 1) and started[1].out.read_text() == ""
     for step in ("decode", "prefill"):
         assert found[step]["measured_ms"] > 0 and found[step]["predicted_ms"] > 0
+
+
+@pytest.mark.slow
+def test_bench_measures_the_stages_of_all_processes(directory: Path, tmp_path: Path) -> None:
+    words = [
+        "bench",
+        str(directory),
+        "--pp",
+        "2",
+        "--tp",
+        "1,2",
+        "--context",
+        "40",
+        "--rounds",
+        "1",
+        "--json",
+    ]
+    with processes(tmp_path, commands(words, 2)) as started:
+        assert [one.ended(4 * WAIT_S) for one in started] == [0, 0], started[0].err.read_text()
+    for one, tp in zip(started, (1, 2), strict=True):
+        assert f"measuring this machine at tp={tp}, once" in one.err.read_text()
+    found = json.loads(started[0].out.read_text())
+    assert found["tp"] == [1, 2] and started[1].out.read_text() == ""
+    for stage in found["stages"]:
+        assert all(
+            stage[f"{step}_{what}"] > 0 for step in ("decode", "prefill") for what in ("ms", "plan_ms")
+        )
+    assert found["decode_transfer_ms"] > 0 and found["prefill_transfer_ms"] > 0
 
 
 @pytest.mark.slow
@@ -368,10 +412,12 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(directory: Path, tmp_path: Path, count: int = 2, devices: int = 1) -> Iterator[Served]:
+def served(
+    directory: Path, tmp_path: Path, count: int = 2, devices: int = 1, stages: int = 1
+) -> Iterator[Served]:
     """A server over ``count`` processes of so many devices each."""
-    words = ["serve", str(directory), "--tp", str(count * devices), "--port", "0", "--drain-s", "20"]
-    words += ["--max-slots", "4", "--max-model-len", "1024"]
+    words = ["serve", str(directory), "--tp", str(count * devices // stages), "--pp", str(stages)]
+    words += ["--port", "0", "--drain-s", "20", "--max-slots", "4", "--max-model-len", "1024"]
     with processes(tmp_path, commands(words, count)) as started:
         url = started[0].until(r"is ready at (http://[^ \n]+)", 4 * WAIT_S)[1]
         yield Served(url, started)
@@ -407,10 +453,12 @@ def test_a_server_answers_16_clients_and_drains_at_a_signal(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(("count", "stages"), ((3, 1), (2, 2)))
 def test_a_follower_that_dies_or_hangs_ends_all_with_an_error(
-    fault: signal.Signals, directory: Path, tmp_path: Path
+    count: int, stages: int, fault: signal.Signals, directory: Path, tmp_path: Path
 ) -> None:
-    with served(directory, tmp_path, 3) as server:
+    """One that has a part of each layer, or one that has the last layers."""
+    with served(directory, tmp_path, count, stages=stages) as server:
         thread, lines = server.begin_stream()
         follower = server.started[1].popen
         follower.send_signal(fault)
@@ -422,7 +470,7 @@ def test_a_follower_that_dies_or_hangs_ends_all_with_an_error(
                 health = answer if answer.status_code != 200 else health
             time.sleep(0.1)
         thread.join(LIMIT_S)
-        assert 0 not in (server.started[0].ended(), server.started[2].ended())
+        assert 0 not in [one.ended() for number, one in enumerate(server.started) if number != 1]
         assert time.monotonic() - start < LIMIT_S
         assert health is not None and "process 1 was lost" in health.text
         errors = [line for line in lines if '"error"' in line]
@@ -432,10 +480,12 @@ def test_a_follower_that_dies_or_hangs_ends_all_with_an_error(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("stages", (1, 2))
 def test_followers_end_where_process_0_dies_or_hangs(
-    fault: signal.Signals, directory: Path, tmp_path: Path
+    stages: int, fault: signal.Signals, directory: Path, tmp_path: Path
 ) -> None:
-    with served(directory, tmp_path) as server:
+    with served(directory, tmp_path, stages=stages) as server:
+        thread, lines = server.begin_stream()
         server.started[0].popen.send_signal(fault)
         assert server.started[1].ended(LIMIT_S) != 0
         assert re.search("lost process 0|JAX distributed service", server.started[1].err.read_text())

@@ -67,7 +67,7 @@ def explain(runner: Runner, name: str, dp: int = 1) -> Report | PipelineReport:
         return explain_stage(runner, name, dp)
     if not all(is_local(stage.mesh) for stage in runner.stages):
         raise ConfigError(
-            "stages of other processes cannot be explained while they run: use `tpjax explain` in each process"
+            "stages of other processes cannot be explained here: use `tpjax explain` in each process"
         )
     reports = [
         explain_stage(stage, f"{name}, stage {number} of {len(runner.stages)}")

@@ -89,9 +89,7 @@ def test_all_stages_have_the_pages_of_the_one_with_least_room() -> None:
     memory = DeviceMemory(100 * MIB + work + 9 * pages[1])
     got = plan_stages(CONFIG, shares, F32, memory=memory, **asked)
     assert (got.num_pages, got.stages, got.steps) == (9, 2, 1)
-    with pytest.raises(
-        ConfigError, match=r"does not fit: stage 2 of 2 at tp=1 in float32 each device needs 100"
-    ):
+    with pytest.raises(ConfigError, match="does not fit: stage 2 of 2 at tp=1 in float32 each device needs"):
         plan_stages(CONFIG, shares, F32, memory=replace(memory, free=100 * MIB + work), **asked)
 
 

@@ -78,8 +78,8 @@ def compare(one: LLM, several: LLM) -> None:
 
 
 # gemma3: layers with and without windows, a tied embedding; deepseek_v3: latent attention, experts in some
-# layers; gpt2: learned positions; cohere2: attention and MLP in parallel, no rotation in some layers. Stages of
-# unlike numbers of devices: with sequence parallelism they pad a step differently
+# layers; gpt2: learned positions; cohere2: attention and MLP in parallel, no rotation in some layers.
+# Stages of unlike numbers of devices: with sequence parallelism they pad a step differently
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "tp", "pp", "options"),
@@ -299,7 +299,8 @@ def test_a_stage_of_more_devices_has_more_layers() -> None:
     config = published_config("llama-3.1-70b")
     counts = [[len(part) for part in split(config, *tps)] for tps in ((4, 4), (6, 2), (2, 6))]
     assert counts[0][0] in range(39, 42) and counts[1][0] > 55 and counts[2][1] > 50
-    times = [sum(seconds(config, tp)[i] for i in part) for tp, part in zip((6, 2), split(config, 6, 2))]
+    stages = zip((6, 2), split(config, 6, 2), strict=True)
+    times = [sum(seconds(config, tp)[i] for i in part) for tp, part in stages]
     assert max(times) < 1.1 * min(times)
 
 

@@ -311,8 +311,8 @@ def _within_processes(each: Sequence[int], devices: list[jax.Device]) -> list[li
         process, own = processes[at]
         if used + tp > len(own):
             raise DeviceError(
-                f"{_meshes(each, 1)}: stage {number + 1} needs {tp} device{'s' * (tp > 1)} of one process, but process "
-                f"{process} has {len(own) - used} left of {len(own)}"
+                f"{_meshes(each, 1)}: stage {number + 1} needs {tp} device{'s' * (tp > 1)} of one process, "
+                f"but process {process} has {len(own) - used} left of {len(own)}"
             )
         stages.append(own[used : used + tp])
         used += tp

@@ -322,7 +322,7 @@ def test_a_stage_of_more_devices_has_more_layers() -> None:
         ({"pp": 2, "tp": (3, 1, 1)}, DeviceError, "tp=3,1,1 is of 3 stages, but pp=2"),
         ({"tp": (3, 1)}, DeviceError, "tp=3,1 is of 2 stages, but pp=1"),
         ({"pp": 2, "tp": (3, 0)}, DeviceError, "tp=0 is not a whole number of devices, 1 or more"),
-        ({"pp": 2, "tp": "3,1"}, DeviceError, "tp='3,1' is not a whole number of devices, 1 or more"),
+        ({"pp": 2, "tp": "3,1"}, DeviceError, "tp='3' is not a whole number of devices, 1 or more"),
         ({"pp": 2, "tp": (12, 5)}, DeviceError, "pp=2 stages of tp=12,5 need 17 devices, but JAX sees 16"),
     ),
 )

@@ -129,7 +129,7 @@ def devices_of_stages(tp: int | Sequence[int], pp: int) -> tuple[int, ...]:
         DeviceError: a number of devices is not one, or there is another number of them than of stages.
     """
     check_pp(pp)
-    if isinstance(tp, str) or not isinstance(tp, Sequence):
+    if not isinstance(tp, Sequence):
         check_tp(tp)
         return (tp,) * pp
     for one in tp:

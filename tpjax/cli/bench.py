@@ -41,7 +41,7 @@ def run(
         Any,  # an integer, or one for each stage
         option(
             "--tp",
-            help="Devices to shard over; of unlike pipeline stages those of each: 3,1.",
+            help="Devices to shard over; for different pipeline stages those of each: 3,1.",
             parser=mesh_devices,
             metavar="N",
         ),

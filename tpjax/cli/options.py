@@ -261,7 +261,7 @@ class Sharding:
         Any,  # an integer, or one for each stage
         option(
             "--tp",
-            help="Devices to shard over (all of them); of unlike pipeline stages those of each: 3,1.",
+            help="Devices to shard over (all of them); for different pipeline stages those of each: 3,1.",
             parser=mesh_devices,
             metavar="N",
         ),

@@ -195,8 +195,8 @@ def explain_model(
         "kv_dtype": kv_dtype,
     }
     architecture = sha256(repr(config).encode()).hexdigest()[:16]
-    same = {"work": "explain", "model": Path(model).name, "architecture": architecture}
-    same |= {"tp": describe_tp(tps), "pp": pp}
+    same = {"work": "explain", "model": Path(model).name, "architecture": architecture, "pp": pp}
+    same["tp"] = describe_tp(tps)
     with together(same | flags, device_memory(sum(tps) * dp)) as role:
         memory, backends = role.decide(chosen)
         decoders = [

@@ -200,15 +200,16 @@ def moved(arrays: Any, sharding: NamedSharding) -> Any:
         arrays: a tree of arrays; on another number of devices than the sharding's they are replicated.
         sharding: of the other mesh.
     """
+    mesh: Any = sharding.mesh
 
     def move(array: Any) -> Any:
-        here, there = is_local(array.sharding.mesh), is_local(sharding.mesh)
+        here, there = is_local(array.sharding.mesh), is_local(mesh)
         if not here and not there:
             return absent_array(array.shape, array.dtype, sharding)
-        if (here and there) or array.sharding.mesh.size == sharding.mesh.size:
+        if (here and there) or array.sharding.mesh.size == mesh.size:
             return jax.device_put(array, sharding)
         # JAX moves arrays between processes to as many devices: one copy goes from one device to another
-        passed = jax.device_put(_on_first_device(array), _on_first(sharding.mesh))
+        passed = jax.device_put(_on_first_device(array), _on_first(mesh))
         return jax.device_put(passed, sharding) if there else absent_array(array.shape, array.dtype, sharding)
 
     return jax.tree.map(move, arrays)

@@ -14,7 +14,7 @@ come back through all stages, and all stages would wait with it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src.lib import xla_client  # no public call moves arrays as fast: see _copied
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
@@ -197,22 +198,40 @@ def moved(arrays: Any, sharding: NamedSharding) -> Any:
     """Moves arrays to another mesh. Every process that has devices of one of the two has to call it.
 
     Args:
-        arrays: a tree of arrays; on another number of devices than the sharding's they are replicated.
+        arrays: a tree of arrays on one mesh; on another number of devices than the sharding's, replicated.
         sharding: of the other mesh.
     """
-    mesh: Any = sharding.mesh
+    leaves, tree = jax.tree.flatten(arrays)
+    source, mesh = leaves[0].sharding.mesh, sharding.mesh
+    here, there = is_local(source), is_local(mesh)  # type: ignore[arg-type]
+    if not here and not there:
+        there_now = [absent_array(one.shape, one.dtype, sharding) for one in leaves]
+    elif source.size == mesh.size:
+        there_now = _copied(leaves, sharding)
+    elif here and there:
+        there_now = jax.device_put(leaves, sharding)
+    else:  # between processes one copy goes from one device to another: it takes as many on both sides
+        passed = _copied([_on_first_device(one) for one in leaves], _on_first(mesh))
+        there_now = [absent_array(one.shape, one.dtype, sharding) for one in leaves]
+        if there:
+            there_now = jax.device_put(passed, sharding)
+    return jax.tree.unflatten(tree, there_now)
 
-    def move(array: Any) -> Any:
-        here, there = is_local(array.sharding.mesh), is_local(mesh)
-        if not here and not there:
-            return absent_array(array.shape, array.dtype, sharding)
-        if (here and there) or array.sharding.mesh.size == mesh.size:
-            return jax.device_put(array, sharding)
-        # JAX moves arrays between processes to as many devices: one copy goes from one device to another
-        passed = jax.device_put(_on_first_device(array), _on_first(mesh))
-        return jax.device_put(passed, sharding) if there else absent_array(array.shape, array.dtype, sharding)
 
-    return jax.tree.map(move, arrays)
+def _copied(arrays: Sequence[jax.Array], sharding: NamedSharding) -> list[jax.Array]:
+    """Copies arrays to the devices of another mesh, each slice to the device at the same place.
+
+    ``jax.device_put`` ends here too, a tenth of a millisecond later: 62 us where this takes 6, of a small
+    array between two devices (one core).
+    """
+    count = len(arrays)
+    copies: list[jax.Array] = xla_client.batched_copy_array_to_devices_with_sharding(
+        arrays,
+        [sharding._internal_device_list] * count,
+        [sharding] * count,
+        [xla_client.ArrayCopySemantics.REUSE_INPUT] * count,
+    )
+    return copies
 
 
 def _on_first_device(array: jax.Array) -> jax.Array:
@@ -284,7 +303,8 @@ class Pipeline:
         """Returns what a step has drawn or scored where process 0 can read it: on the first stage's mesh."""
         if jax.process_count() == 1:
             return results
-        return [moved(one, _sharding(self.stages[0].mesh, REPLICATED)) for one in results]
+        there: list[Any] = moved(results, _sharding(self.stages[0].mesh, REPLICATED))
+        return there
 
     def send_back(self, work: PackedRows | PackedStep, tokens: Int[Array, " slots"]) -> None:
         """Sends the last tokens of all slots to the first stage, after a step has drawn some."""

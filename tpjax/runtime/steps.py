@@ -39,7 +39,7 @@ def layers(
     *,
     residual: PartitionSpec,
     rows: int,
-) -> tuple[StageState, Float[Array, "N D"]]:
+) -> tuple[StageState, Float[Array, "rows D"]]:
     """Runs a stage that is not the last: returns the hidden states of a step's tokens after its layers.
 
     Args:

@@ -132,6 +132,7 @@ def show_stages(
     lengths = {"context": workload.context, "prompt_len": workload.prompt_len}
     hardware = measured_stages(tps, lengths, rounds=rounds)
     llm = load_everywhere(name, sharding)
-    report = stage_benchmark.run(llm.runner, name, llm.config, hardware, workload, rounds)
+    with llm.role.telling():
+        report = stage_benchmark.run(llm.runner, name, llm.config, hardware, workload, rounds)
     attend(llm)
     show_report(report, as_json=as_json)

@@ -86,6 +86,15 @@ class Role:
         if self.follower is not None:
             self.follower.follow(runner)
 
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """If the block, which all processes run at the same time, fails in this one, tells the others."""
+        try:
+            yield
+        except Exception as error:
+            self.tell(_reason(error))
+            raise
+
     def part(self) -> None:
         """Lets the processes go on by themselves; waits until all have come this far."""
         self.follow()
@@ -137,11 +146,8 @@ def together(facts: Facts, memory: DeviceMemory | None = None) -> Iterator[Role]
         DistributedError: a process is missing, or would do something else.
     """
     role = join(facts, memory)
-    try:
+    with role.telling():
         yield role
-    except Exception as error:
-        role.tell(_reason(error))
-        raise
     role.part()
 
 

@@ -204,18 +204,13 @@ def moved(arrays: Any, sharding: NamedSharding) -> Any:
     leaves, tree = jax.tree.flatten(arrays)
     source, mesh = leaves[0].sharding.mesh, sharding.mesh
     here, there = is_local(source), is_local(mesh)  # type: ignore[arg-type]
-    if not here and not there:
-        there_now = [absent_array(one.shape, one.dtype, sharding) for one in leaves]
-    elif source.size == mesh.size:
-        there_now = _copied(leaves, sharding)
-    elif here and there:
-        there_now = jax.device_put(leaves, sharding)
-    else:  # between processes one copy goes from one device to another: it takes as many on both sides
-        passed = _copied([_on_first_device(one) for one in leaves], _on_first(mesh))
-        there_now = [absent_array(one.shape, one.dtype, sharding) for one in leaves]
-        if there:
-            there_now = jax.device_put(passed, sharding)
-    return jax.tree.unflatten(tree, there_now)
+    if source.size == mesh.size and (here or there):
+        return jax.tree.unflatten(tree, _copied(leaves, sharding))
+    if here != there:  # between processes one copy goes from one device to another: JAX wants as many there
+        leaves = _copied([_on_first_device(one) for one in leaves], _on_first(mesh))
+    if there:
+        return jax.tree.unflatten(tree, jax.device_put(leaves, sharding))
+    return jax.tree.map(lambda one: absent_array(one.shape, one.dtype, sharding), arrays)
 
 
 def _copied(arrays: Sequence[jax.Array], sharding: NamedSharding) -> list[jax.Array]:

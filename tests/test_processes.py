@@ -23,8 +23,10 @@ import openai
 import pytest
 from conftest import COMPILE_FAST
 from serving import WAIT_S, free_port, load_tiny, tiny_checkpoint
+from test_measure import FIGURES
 
 from tpjax import LLM, SamplingParams
+from tpjax.planning import measure
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 30  # by which streams have an error and all processes have ended
@@ -309,10 +311,11 @@ def test_bench_measures_the_mesh_of_all(directory: Path, tmp_path: Path) -> None
 def test_bench_measures_the_stages_of_all_processes(directory: Path, tmp_path: Path) -> None:
     words = ["bench", str(directory), "--pp", "2", "--tp", "1,2", "--context", "40"]
     words += ["--rounds", "1", "--json"]
+    measure.keep(tmp_path / "cache" / "measured.json", 2, FIGURES, alone=True)
     with processes(tmp_path, commands(words, 2)) as started:
         assert [one.ended(4 * WAIT_S) for one in started] == [0, 0], started[0].err.read_text()
-    for one, tp in zip(started, (1, 2), strict=True):
-        assert f"measuring this machine at tp={tp}, once" in one.err.read_text()
+    assert "measuring this machine at tp=1, once" in started[0].err.read_text()
+    assert "measuring" not in started[1].err.read_text()  # it knows its machine at tp=2
     found = json.loads(started[0].out.read_text())
     assert found["tp"] == [1, 2] and started[1].out.read_text() == ""
     for step in ("decode", "prefill"):
@@ -385,6 +388,7 @@ class Served:
         def read() -> None:
             body = {"prompt": [7, 8, 9], "max_tokens": tokens, "ignore_eos": True, "stream": True}
             with (
+                contextlib.suppress(httpx.HTTPError),  # process 0 may be killed
                 httpx.Client(timeout=3 * WAIT_S) as client,
                 client.stream("POST", f"{self.url}/v1/completions", json=body) as response,
             ):
@@ -466,10 +470,9 @@ def test_a_follower_that_dies_or_hangs_ends_all_with_an_error(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("stages", (1, 2))
+@pytest.mark.parametrize(("fault", "stages"), [(signal.SIGKILL, 1), (signal.SIGKILL, 2), (signal.SIGSTOP, 2)])
 def test_followers_end_where_process_0_dies_or_hangs(
-    stages: int, fault: signal.Signals, directory: Path, tmp_path: Path
+    fault: signal.Signals, stages: int, directory: Path, tmp_path: Path
 ) -> None:
     with served(directory, tmp_path, stages=stages) as server:
         server.begin_stream()

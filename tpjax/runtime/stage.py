@@ -216,8 +216,8 @@ def moved(arrays: Any, sharding: NamedSharding) -> Any:
 def _copied(arrays: Sequence[jax.Array], sharding: NamedSharding) -> list[jax.Array]:
     """Copies arrays to the devices of another mesh, each slice to the device at the same place.
 
-    ``jax.device_put`` ends here too, a tenth of a millisecond later: 62 us where this takes 6, of a small
-    array between two devices (one core).
+    ``jax.device_put`` of arrays of other processes ends here too. For a small array between two devices of a
+    CPU it takes 62 us, and this takes 6.
     """
     count = len(arrays)
     copies: list[jax.Array] = xla_client.batched_copy_array_to_devices_with_sharding(

@@ -145,7 +145,7 @@ def test_figures_are_kept(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(("others", "kept"), ((0.04, True), (0.4, False)))
 def test_figures_of_a_busy_machine_are_not_kept(others, kept, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("TPJAX_CACHE", str(tmp_path))
-    measured = measure._measure_and_cache(1, None, lambda tp, rounds: FIGURES | {"others": others})
+    measured = measure._measure_and_cache(1, None, lambda rounds: FIGURES | {"others": others})
     assert measured == FIGURES
     assert (tmp_path / "measured.json").exists() == kept
     told = "tpjax: other programs took 40% of the processors meanwhile: these figures are not kept\n"

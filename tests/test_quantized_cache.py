@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from tpjax.hardware import HARDWARE
 from tpjax.inspect.explain import explain_model
 from tpjax.mesh import make_mesh
 from tpjax.planning.cost_model import CostModel
+from tpjax.planning.plan import make_plan
 from tpjax.planning.published import published_config
 from tpjax.planning.workload import Workload
 from tpjax.runtime.counts import Counts
@@ -307,6 +309,11 @@ def test_a_tpu_refuses_what_it_would_copy(name: str, what: str) -> None:
             max_slots=2,
             kv_dtype="int8",
         )
+    counts, weights = Counts(name, config), Workload(dtype="int8")
+    with pytest.raises(ConfigError, match=rf"^kv_dtype='int8' on TPUs needs {what}: every step would copy"):
+        make_plan(counts, HARDWARE["v6e"], 8, 8, replace(weights, cache_dtype="int8"))
+    assert make_plan(counts, HARDWARE["v6e"], 8, 8, weights).workload.cache_bytes == 2
+    assert make_plan(counts, HARDWARE["h200"], 8, 8, weights).workload.cache_bytes == 1
 
 
 # --- what is asked for -------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.metadata
 import io
+import json
 import math
 import os
 import re
@@ -20,11 +21,12 @@ import pytest
 from conftest import GOLDENS
 from rich.console import Console
 
-from tpjax.checkpoints.load import read_config
+from tpjax.checkpoints.load import parameters, read_config
 from tpjax.cli.app import main
 from tpjax.config import AttentionBackend, KVDtype, ModelConfig, Quantize, SequenceParallel
 from tpjax.errors import ConfigError
 from tpjax.families.registry import config_from_hf
+from tpjax.hardware import USABLE_MEMORY
 from tpjax.inspect import doctor, topology
 from tpjax.inspect.budget import measured
 from tpjax.inspect.collectives import Collective, find_collectives, summarise
@@ -37,6 +39,7 @@ from tpjax.inspect.topology_report import ProgramReport, TopologyReport
 from tpjax.planning import published
 from tpjax.runtime.limits import ChunkShape
 from tpjax.runtime.programs import ProgramSpec
+from tpjax.runtime.runner import Runner
 
 HLO = Path(__file__).parent / "data" / "hlo"
 BUDGET = {**measured(()), "rule": "none"}
@@ -441,6 +444,62 @@ def test_a_cache_of_8_bits(
     sizes = {math.prod(one.sharding.shard_shape(one.shape)) for one in buffers if one.dtype.itemsize == 1}
     made = re.findall(r"= (?:f32|bf16|f16)\[([\d,]+)\]", runner.program(spec).as_text())
     assert not sizes & {math.prod(map(int, dimensions.split(","))) for dimensions in made}
+
+
+DEEPSEEK_FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "name", "quantize", "stored"),
+    (
+        pytest.param("llama-3-70b", "v5e:2x4", "int8", None, marks=needs_tpu),
+        pytest.param("llama-3-70b", "v5e:2x2", "int4", None, marks=needs_tpu),
+        pytest.param("deepseek-v3", "h200:8", None, DEEPSEEK_FP8, marks=needs_gpu),
+    ),
+)
+def test_models_that_fit_in_8_or_4_bits(
+    model: str, name: str, quantize: Quantize | None, stored: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    """The whole model fits with a cache for 8 sequences; of two layers, what their decode step does."""
+    fields = published._published()[model]["config"] | ({"quantization_config": stored} if stored else {})
+    chips = parse_topology(name)
+
+    def runner_of(**more: Any) -> Runner:
+        (tmp_path / "config.json").write_text(json.dumps(fields | more))
+        known = published.find_model(str(tmp_path / "config.json"))
+        sizes = {"max_slots": 8, "max_model_len": 4096}
+        return abstract_runner(known.config, chips, quantize=quantize, format_of=known.format_of, **sizes)
+
+    whole = runner_of()
+    weights = sum(one.bytes_per_device for one in parameters(whole.abstract_model(), whole.mesh))
+    state = jax.tree.leaves(whole.abstract_state())
+    cache = sum(math.prod(one.sharding.shard_shape(one.shape)) * one.dtype.itemsize for one in state)
+    assert whole.limits.num_pages > 8 * 4096 // whole.limits.page_size
+    assert weights + cache < USABLE_MEMORY * chips.memory_bytes
+    two = runner_of(num_hidden_layers=2, **({"first_k_dense_replace": 1} if stored else {}))
+    spec = ProgramSpec("decode", 8, greedy=True)
+    program = compile_program(two, chips, "decode", spec)
+    assert (program.weight_copies, program.cache_copies, program.cache_write_backs) == (0, 0, 0)
+    assert program.aliased_cache_buffers == program.cache_buffers
+    assert program.predicted_bytes == pytest.approx(program.argument_bytes, rel=0.001)
+    found = measured(program.collectives)
+    assert all(found[what] <= program.budget[what] for what in ("all_reduces", "all_reduce_bytes"))
+    shapes = set()
+    for one in parameters(two.abstract_model(), two.mesh):
+        if one.quantized is not None and one.is_quantized:
+            shape, group = one.sharding.shard_shape(one.layout.shape), one.quantized.group or 1
+            shapes |= {
+                tuple(sorted(shape)),
+                tuple(sorted((*shape[:-2], shape[-2] // group, group, shape[-1]))),
+            }
+    wide = [
+        array
+        for one in Module(two.program(spec).as_text()).executed()
+        for array in one.instruction.arrays
+        if not one.fused and array.space == 0 and array.dtype in ("bf16", "f32") and array.sizes in shapes
+    ]
+    assert not wide
 
 
 @pytest.mark.parametrize(("tp", "kind"), ((1, "decode"), (3, "decode"), (5, "mixed"), (8, "decode")))

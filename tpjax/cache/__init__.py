@@ -23,7 +23,9 @@ from tpjax.cache.paged_cache import (
     abstract,
     allocate,
     cache_layout,
+    check_in_place,
     page_bytes_per_device,
+    writes_8_bits_in_place,
 )
 from tpjax.cache.token_groups import BatchMetadata, TokenGroup
 
@@ -44,8 +46,10 @@ __all__ = [
     "abstract",
     "allocate",
     "cache_layout",
+    "check_in_place",
     "layer_places",
     "num_entries",
     "page_bytes_per_device",
     "page_groups",
+    "writes_8_bits_in_place",
 ]

@@ -96,23 +96,28 @@ def page_bytes_per_device(
     layout = cache_layout(config, tp, 1, page_size)
     devices = tp if layout.spec == PAGES else 1
     *rows, width = layout.shape
-    _check_in_place(config, width, platform, kv_dtype)
+    check_in_place(config, platform, kv_dtype)
     size = vector_bytes(pad_to_multiple(width, _LANES.get(platform, 1)), kv_dtype, dtype)
     return num_entries(config, windows) * layout.count * math.prod(rows) // devices * size
 
 
-def _check_in_place(config: ModelConfig, width: int, platform: str, kv_dtype: KVDtype) -> None:
-    """Raises a ``ConfigError`` if XLA would copy a cache of 8 bits to write to it.
+def writes_8_bits_in_place(config: ModelConfig, platform: str) -> bool:
+    """Returns whether XLA writes to a cache of 8 bits without copying it.
 
     On a TPU it reads rows of 8 bits in tiles of 32 and writes them in tiles of 8. Rows that are wider than a
     tile lie differently in the two.
     """
-    most = _LANES.get(platform, width)
-    if kv_dtype != "auto" and width > most:
-        what = "heads" if config.attention.latent is None else "latents"
+    width = cache_layout(config, 1, 1, 1).shape[-1]
+    return width <= _LANES.get(platform, width)
+
+
+def check_in_place(config: ModelConfig, platform: str, kv_dtype: KVDtype) -> None:
+    """Raises a ``ConfigError`` if every step would copy the cache to write to it."""
+    if kv_dtype != "auto" and not writes_8_bits_in_place(config, platform):
+        what, most = "heads" if config.attention.latent is None else "latents", _LANES[platform]
         raise ConfigError(
-            f"kv_dtype={kv_dtype!r} on TPUs needs {what} of at most {most} elements, and these have {width}: "
-            "every step would copy the cache"
+            f"kv_dtype={kv_dtype!r} on TPUs needs {what} of at most {most} elements, and these have "
+            f"{cache_layout(config, 1, 1, 1).shape[-1]}: every step would copy the cache"
         )
 
 
@@ -158,7 +163,7 @@ def abstract(
 ) -> PagedKVCache:
     """Returns the shapes, dtypes and shardings of :func:`allocate`, without the memory."""
     layout = cache_layout(config, mesh.size, num_pages, page_size)
-    _check_in_place(config, layout.shape[-1], mesh.devices.flat[0].platform, kv_dtype)
+    check_in_place(config, mesh.devices.flat[0].platform, kv_dtype)
     buffer: Any
     if kv_dtype == "auto":
         buffer = jax.ShapeDtypeStruct(layout.shape, dtype, sharding=_format(mesh, layout.spec, 4))

@@ -22,14 +22,19 @@ import numpy as np
 from tpjax.checkpoints.assemble import Canonical
 from tpjax.checkpoints.blocks import copy_into
 from tpjax.checkpoints.kept import Kept, weight_of
-from tpjax.checkpoints.quantized import E4M3_VALUES
 from tpjax.checkpoints.source import shown
 from tpjax.errors import CheckpointError
 
 _ROUNDED_ELEMENTS = 1 << 15  # at once: in the cache, and in memory that is not given back in between
 _MEASURED_ELEMENTS = 1 << 20  # read at once where scales alone are wanted
 _FLOAT8_FACTORS = np.exp2(np.arange(8, dtype=np.float32) / 8)
+_SAMPLED = 128  # weights of an output by which one of these is chosen, where not all are in memory at once
 _TINY = np.finfo(np.float32).tiny  # stands in for the scale of zeros
+_EXPONENT = np.uint32(0xFF << 23)  # of a float32
+_LEAST_NORMAL = np.uint32(127 - 6 << 23)  # 2**-6: the smallest e4m3 with four digits
+_DIGITS = np.uint32(20 << 23)  # float32 has 23 digits behind the first, e4m3 three
+_SPLIT = np.float32((1 << 20) + 1)
+_BIAS = np.uint32((127 + 20 - 6) << 3)  # the exponent 2**-6 * 2**20, before that of e4m3's subnormal numbers
 
 
 class RoundedSource:
@@ -112,15 +117,20 @@ class RoundedSource:
             return known[rows, groups]
 
     def _learn_by_columns(self, name: str) -> None:
-        """Finds the scale of each row of a tensor that is stored column after column: none is clipped."""
-        outputs, inputs = self._quantized[name].shape
-        step, largest = max(1, _MEASURED_ELEMENTS // outputs), np.zeros(outputs, np.float32)
+        """Finds the scale of each row of a tensor that is stored column after column."""
+        one = self._quantized[name]
+        outputs, inputs = one.shape
+        step, every = max(1, _MEASURED_ELEMENTS // outputs), -(-inputs // _SAMPLED)
+        most, least = np.zeros((2, outputs), np.float32)
+        some = []
         for start in range(0, inputs, step):
             box = (slice(0, outputs), slice(start, min(start + step, inputs)))
-            np.maximum(largest, np.abs(_float32(self._source.read(name, box))).max(axis=1), out=largest)
-        self._keep(
-            name, slice(0, outputs), slice(0, 1), largest[:, None] / _grid(self._quantized[name]).largest
-        )
+            values = _float32(self._source.read(name, box))
+            np.maximum(most, values.max(axis=1), out=most)
+            np.minimum(least, values.min(axis=1), out=least)
+            some.append(values[:, -start % every :: every])
+        scales = _grid(one).scales_of(most, least, np.concatenate(some, axis=1)).astype(one.kept.scales)
+        self._keep(name, slice(0, outputs), slice(0, 1), scales[:, None])
 
     def _learn(self, name: str, rows: slice, groups: slice, values: np.ndarray) -> np.ndarray:
         """Finds, keeps and returns the scales of some rows and groups with these values."""
@@ -131,9 +141,10 @@ class RoundedSource:
         scales = np.empty(len(grouped), one.kept.scales)
         step = max(1, _ROUNDED_ELEMENTS // one.group)
         for start in range(0, len(grouped), step):
-            part = slice(start, start + step)
+            part = grouped[start : start + step]
             with np.errstate(invalid="ignore"):  # of weights that are no numbers
-                scales[part] = _grid(one).scales_of(grouped[part], one.kept.scales)
+                found = _grid(one).scales_of(part.max(axis=1), part.min(axis=1), part)
+            scales[start : start + step] = found
         return self._keep(name, rows, groups, scales.reshape(values.shape[0], -1))
 
     def _keep(self, name: str, rows: slice, groups: slice, scales: np.ndarray) -> np.ndarray:
@@ -186,14 +197,17 @@ class _Integers:
     def __init__(self, name: str, least: int, largest: int) -> None:
         self.name, self.least, self.largest = name, least, largest
 
-    def scales_of(self, groups: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """Returns the scale of each row of ``groups``."""
-        largest, least = groups.max(axis=1), groups.min(axis=1)
+    def scales_of(self, most: np.ndarray, least: np.ndarray, some: np.ndarray) -> np.ndarray:
+        """Returns the scales of groups.
+
+        Args:
+            most: largest number of each group.
+            least: smallest.
+            some: some of the numbers of each: they play no part.
+        """
         if -self.least > self.largest:
-            scales: np.ndarray = np.where(largest > -least, largest, least) / np.float32(self.least)
-        else:
-            scales = np.maximum(largest, -least) / np.float32(self.largest)
-        return scales.astype(dtype)
+            return np.where(most > -least, most, least) / np.float32(self.least)
+        return np.maximum(most, -least) / np.float32(self.largest)
 
     def nearest(self, scaled: np.ndarray) -> np.ndarray:
         """Returns the nearest of the numbers; overwrites ``scaled``."""
@@ -206,26 +220,28 @@ class _Integers:
 class _Float8:
     """float8 e4m3 and how weights are rounded to it.
 
-    The scale is one of eight, up to twice that which makes the largest magnitude of an output 448: the
-    one with the least squared error, since how far numbers are apart depends on where a power of two falls.
-    SmolLM2-135M's perplexity is 1.0% over that of the weights as they are then, 2.4% by the first scale.
+    The scale is one of eight, up to twice that which makes the largest magnitude of an output 448: the one
+    with the least squared error, since how far numbers are apart depends on where powers of two fall. Of
+    normally distributed weights the error differs by 1.3% at most, but of those that come from a file of 4
+    bits by 14%: SmolLM2-135M's perplexity is 0.3 ± 0.2% over that of its weights as they are then, 1.7 ± 0.2%
+    by the first scale, and no less if 128 weights of an output choose.
     """
 
     name, largest = "fp8", 448
     dtype, bits = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(np.uint8)
 
-    def scales_of(self, groups: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """Returns the scale of each row of ``groups``."""
-        first = np.maximum(groups.max(axis=1), -groups.min(axis=1)) / np.float32(self.largest)
-        best, error = first.astype(dtype), np.full(len(groups), np.inf, np.float32)
-        for factor in _FLOAT8_FACTORS:
-            scales = (first * factor).astype(dtype)
-            wide = scales.astype(np.float32)[:, None]
-            apart = E4M3_VALUES[self.nearest(groups * _inverse(wide)).astype(np.uint8)] * wide - groups
-            squares = np.einsum("gi,gi->g", apart, apart)
-            better = squares < error
-            best[better], error[better] = scales[better], squares[better]
-        return best
+    def scales_of(self, most: np.ndarray, least: np.ndarray, some: np.ndarray) -> np.ndarray:
+        """Returns the scales of groups.
+
+        Args:
+            most: largest number of each group.
+            least: smallest.
+            some: numbers of each group by whose errors a scale is chosen.
+        """
+        first, magnitudes = np.maximum(most, -least) / np.float32(self.largest), np.abs(some)
+        scales = first * _FLOAT8_FACTORS[:, None]
+        errors = np.stack([_squared_errors(magnitudes, each) for each in scales])
+        return scales[errors.argmin(axis=0), np.arange(len(first))]
 
     def nearest(self, scaled: np.ndarray) -> np.ndarray:
         """Returns the bits of the nearest numbers."""
@@ -248,19 +264,43 @@ def _inverse(scales: np.ndarray) -> np.ndarray:
     return 1 / np.where(np.abs(scales) < _TINY, _TINY, scales)
 
 
+def _squared_errors(magnitudes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Returns the squared error of rows of ``magnitudes``, rounded to float8 e4m3 by their scales.
+
+    Numbers are split by Veltkamp's product after four binary digits. Below 2**-6 e4m3 has fewer: of weights
+    that small in their output, errors do not count.
+    """
+    scaled = magnitudes * _inverse(scales)[:, None]
+    product = scaled * _SPLIT
+    rest = product - scaled
+    product -= rest  # the first four digits
+    product -= scaled
+    errors: np.ndarray = np.einsum("gi,gi->g", product, product) * scales**2
+    return errors
+
+
 def float8_bits(values: np.ndarray) -> np.ndarray:
     """Rounds float32 numbers of magnitude up to 448 to float8 e4m3, ties to even.
 
-    ml_dtypes casts 140 million numbers a second, and holds Python's lock: this is as exact, and does not.
+    A number is added to 2**20 times its power of two, where float32 numbers are as far apart as e4m3's are
+    at the number: the addition rounds. Below 2**-6 e4m3's are 2**-9 apart. ml_dtypes casts 140 million
+    numbers a second, and holds Python's lock: this is as exact, and does not.
 
     Returns:
         The bits of each number, uint32.
     """
-    bits = values.view(np.uint32)
-    magnitudes = bits & 0x7FFF_FFFF
-    normal = ((magnitudes + 0x7_FFFF + (magnitudes >> 20 & 1)) >> 20) - (127 - 7 << 3)
-    subnormal = np.rint(np.abs(values) * 2**9).astype(np.uint32)  # below 2**-6 they are 2**-9 apart
-    out: np.ndarray = np.where(magnitudes < 127 - 6 << 23, subnormal, normal) | (bits >> 24 & 0x80)
+    sums, powers = np.abs(values), values.view(np.uint32) & _EXPONENT
+    np.maximum(powers, _LEAST_NORMAL, out=powers)
+    powers += _DIGITS
+    sums += powers.view(np.float32)
+    out = sums.view(np.uint32)
+    out -= powers  # digits: 8 to 16, fewer below 2**-6; 16 is the next power of two
+    powers >>= 20
+    powers -= _BIAS  # in front of three digits
+    out += powers
+    signs = values.view(np.uint32) >> 24
+    signs &= 0x80
+    out |= signs
     return out
 
 

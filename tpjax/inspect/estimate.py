@@ -21,7 +21,7 @@ from typing import NamedTuple
 from tpjax.attention.tpu import KERNEL_NAME, Work
 from tpjax.attention.tpu_write import KERNEL_NAME as WRITER_NAME
 from tpjax.config import ExpertAxis, ModelConfig
-from tpjax.hardware import Efficiency
+from tpjax.hardware import Efficiency, Hardware
 from tpjax.inspect.collectives import ASYNC_DONE, Collective, placed_collectives
 from tpjax.inspect.hlo import Executed, Instruction, Module
 from tpjax.inspect.topology import Topology
@@ -148,7 +148,7 @@ def estimate(
     """
     chip, device = topology.hardware, topology.hardware.device
     bandwidth = device.bandwidth_bytes_s
-    clock = chip.flops / (2 * _MACS_A_CYCLE[chip.name])
+    clock = clock_hz(chip)
     pages = [
         -(-_pages(context, config.attention.window_of(kind), page_size) // pages_at_once)
         for kind in config.attention.layer_types
@@ -160,17 +160,7 @@ def estimate(
         return StepTime(Counts("", config).share(tp, expert_axis), perfect, itemsizes)
 
     experts_read = step_time(bandwidth).experts_read(batch * length)
-    cycles, page_cycles, traffic, kernels = 0, 0, 0, 0
-    for one in module.executed(pages, caches):
-        if one.conditional or one.fused:
-            continue
-        one_cycles = _cycles(one.instruction)
-        if one_cycles is not None:
-            cycles += one_cycles * one.times
-            page_cycles += one_cycles * one.times * one.page_loop
-        elif _CYCLES.search(one.instruction.line) or "tpu_custom_call" in one.instruction.line:
-            kernels += one.times
-        traffic += _traffic(module, one, experts_read) * one.times
+    cycles, page_cycles, traffic, kernels = counted(module, pages, caches, experts_read)
     clocks = _follow(module, chip.interconnect, tp, clock)
     compute_s, traffic_s = cycles / clock, traffic / bandwidth
     kernels_s, low_kernels_s = (
@@ -204,6 +194,55 @@ def estimate(
         kernels_s=kernels_s,
         low_kernels_s=low_kernels_s,
     )
+
+
+class Counted(NamedTuple):
+    """What the compiler expects of one call of a program, but for what it does not say.
+
+    Attributes:
+        cycles: estimated cycles.
+        page_cycles: those in loops over pages of the cache.
+        traffic: bytes read and written in main memory, but for attention kernels.
+        kernels: number of kernel calls without cycles.
+    """
+
+    cycles: int
+    page_cycles: int
+    traffic: int
+    kernels: int
+
+
+def counted(
+    module: Module,
+    pages: Sequence[int] = (),
+    caches: Collection[tuple[int, ...]] = (),
+    experts_read: float = math.inf,
+) -> Counted:
+    """Adds up cycles and memory traffic of one call of a TPU program.
+
+    Args:
+        module: the program.
+        pages: trips of the loop over the cache in each layer.
+        caches: dimensions of the cache buffers, in the form of :attr:`Array.sizes`.
+        experts_read: experts of a stack that a grouped product reads.
+    """
+    cycles, page_cycles, traffic, kernels = 0, 0, 0, 0
+    for one in module.executed(pages, caches):
+        if one.conditional or one.fused:
+            continue
+        one_cycles = _cycles(one.instruction)
+        if one_cycles is not None:
+            cycles += one_cycles * one.times
+            page_cycles += one_cycles * one.times * one.page_loop
+        elif _CYCLES.search(one.instruction.line) or "tpu_custom_call" in one.instruction.line:
+            kernels += one.times
+        traffic += _traffic(module, one, experts_read) * one.times
+    return Counted(cycles, page_cycles, traffic, kernels)
+
+
+def clock_hz(chip: Hardware) -> float:
+    """Returns the clock of a TPU, from its peak rate and its matrix units."""
+    return chip.flops / (2 * _MACS_A_CYCLE[chip.name])
 
 
 def _cycles(instruction: Instruction) -> int | None:

@@ -71,10 +71,19 @@ def widened_product(
     if weight.backend.name == "gpu" and subscripts == "...i,oi->...o" and x.dtype.itemsize == 2:
         by_kernel = partial(product_by_kernel, dtype=dtype, scaled=scaled)
         return _on_each_device(by_kernel, x, weight, subscripts=subscripts)
-    by_blocks = partial(product_by_blocks, scaled=scaled, **settings)
-    on_each = partial(_on_each_device, by_blocks, subscripts=subscripts)
-    default = partial(product_by_groups if scaled else _product_at_once, **settings)
-    return jax.lax.platform_dependent(x, weight, cpu=on_each, default=default)
+
+    def on_each_device(product: Callable[..., Array], **more: Any) -> Callable[..., Array]:
+        return partial(_on_each_device, partial(product, **settings, **more), subscripts=subscripts)
+
+    cpu = on_each_device(product_by_blocks, scaled=scaled)
+    if not scaled:
+        at_once = partial(_product_at_once, **settings)
+        return jax.lax.platform_dependent(x, weight, cpu=cpu, default=at_once)
+    # Of row-parallel weights the partitioner adds up the float32 sums of devices; XLA for TPUs rounds them
+    # before that, XLA for GPUs does not.
+    by_groups = partial(product_by_groups, **settings)
+    gpu = on_each_device(product_by_groups)
+    return jax.lax.platform_dependent(x, weight, cpu=cpu, tpu=by_groups, default=gpu)
 
 
 def _product_at_once(

@@ -120,7 +120,7 @@ def bandwidth_worker(megabytes: int) -> dict[str, Callable[[], float]]:
 def weight_bytes(model: str) -> int:
     """Bytes a decode step must read: every weight once, float32. The tied embedding is the LM head."""
     from tpjax.checkpoints.hub import resolve
-    from tpjax.checkpoints.load import open_checkpoint
+    from tpjax.checkpoints.opening import open_checkpoint
 
     tensors = open_checkpoint(resolve(model)).source.stored.values()
     total = 0

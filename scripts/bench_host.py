@@ -50,7 +50,7 @@ def null_engine(
     rows: int, context: int, num_pages: int, device: jax.Device | None = None, tp: int = 1, pp: int = 1
 ) -> Any:
     """Returns an engine whose programs do nothing; ``runner.step_s`` sets when their results are there."""
-    from tpjax.checkpoints.load import abstract_decoder
+    from tpjax.checkpoints.parameters import abstract_decoder
     from tpjax.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig
     from tpjax.engine.engine import Engine
     from tpjax.mesh import AXIS

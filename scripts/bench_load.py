@@ -122,7 +122,9 @@ def worker(folder: Path, tp: int, dtype: str) -> dict[str, Callable[[], float]]:
     tpjax.fake_devices(tp)
     import jax
 
-    from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint
+    from tpjax.checkpoints.load import load_decoder
+    from tpjax.checkpoints.opening import open_checkpoint
+    from tpjax.checkpoints.parameters import abstract_decoder
     from tpjax.mesh import make_mesh
 
     mesh = make_mesh(tp)

@@ -18,7 +18,9 @@ from safetensors.numpy import load_file, save_file
 
 from tpjax import LLM
 from tpjax.checkpoints.convert import convert
-from tpjax.checkpoints.load import abstract_decoder, check_tensors, open_checkpoint, parameters, read_config
+from tpjax.checkpoints.load import check_tensors
+from tpjax.checkpoints.opening import open_checkpoint, read_config
+from tpjax.checkpoints.parameters import abstract_decoder, parameters
 from tpjax.checkpoints.source import TensorInfo
 from tpjax.cli.app import main
 from tpjax.errors import CheckpointError, ConfigError, TpjaxError

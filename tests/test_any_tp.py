@@ -22,7 +22,10 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from tpjax.cache import BatchMetadata, TokenGroup, allocate
-from tpjax.checkpoints.load import CanonicalSource, Checkpoint, abstract_decoder, load_decoder, parameters
+from tpjax.checkpoints.canonical import CanonicalSource
+from tpjax.checkpoints.load import load_decoder
+from tpjax.checkpoints.opening import Checkpoint
+from tpjax.checkpoints.parameters import abstract_decoder, parameters
 from tpjax.checkpoints.source import TensorInfo
 from tpjax.config import (
     Activation,

@@ -17,7 +17,9 @@ from safetensors.numpy import load_file
 from tpjax import LLM
 from tpjax.checkpoints import digests, shards
 from tpjax.checkpoints.convert import TargetFormat, convert
-from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint, read_config
+from tpjax.checkpoints.load import load_decoder
+from tpjax.checkpoints.opening import open_checkpoint, read_config
+from tpjax.checkpoints.parameters import abstract_decoder
 from tpjax.cli.app import main
 from tpjax.config import Quantize
 from tpjax.errors import CheckpointError, ConfigError

@@ -18,7 +18,9 @@ from conftest import GOLDENS
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint
+from tpjax.checkpoints.load import load_decoder
+from tpjax.checkpoints.opening import open_checkpoint
+from tpjax.checkpoints.parameters import abstract_decoder
 from tpjax.config import LatentConfig, MoEConfig, RopeParameters
 from tpjax.errors import CheckpointError, ConfigError
 from tpjax.families.registry import FAMILIES, config_from_hf

@@ -15,7 +15,8 @@ import pytest
 from conftest import GOLDENS
 from rich.console import Console
 
-from tpjax.checkpoints.load import abstract_decoder, parameters, read_config
+from tpjax.checkpoints.opening import read_config
+from tpjax.checkpoints.parameters import abstract_decoder, parameters
 from tpjax.cli import app as cli
 from tpjax.inspect.budget import measured
 from tpjax.inspect.explain import explain_model

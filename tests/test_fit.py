@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from tpjax.cache import page_bytes_per_device
-from tpjax.checkpoints.load import abstract_decoder, parameters
+from tpjax.checkpoints.parameters import abstract_decoder, parameters
 from tpjax.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig
 from tpjax.errors import ConfigError
 from tpjax.mesh import make_mesh

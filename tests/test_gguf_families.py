@@ -21,7 +21,8 @@ from flax import nnx
 from stepwise import Stepwise
 
 from tpjax.checkpoints.gguf import GGUFFile
-from tpjax.checkpoints.load import abstract_decoder, open_checkpoint, parameters
+from tpjax.checkpoints.opening import open_checkpoint
+from tpjax.checkpoints.parameters import abstract_decoder, parameters
 from tpjax.checkpoints.safetensors import SafetensorsCheckpoint
 from tpjax.config import ModelConfig
 from tpjax.errors import CheckpointError

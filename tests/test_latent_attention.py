@@ -13,7 +13,7 @@ from test_program import LIMITS, copies_of
 
 from tpjax.attention.reference import reference_attention
 from tpjax.cache import LatentCache, cache_layout, page_bytes_per_device
-from tpjax.checkpoints.load import abstract_decoder, parameters
+from tpjax.checkpoints.parameters import abstract_decoder, parameters
 from tpjax.config import (
     AttentionConfig,
     ConfigError,

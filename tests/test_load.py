@@ -20,16 +20,12 @@ from safetensors.numpy import save_file
 
 from tpjax import LLM
 from tpjax.checkpoints import load as load_module
+from tpjax.checkpoints import parameters as parameters_module
 from tpjax.checkpoints.assemble import fill
-from tpjax.checkpoints.load import (
-    CanonicalSource,
-    Checkpoint,
-    abstract_decoder,
-    load_decoder,
-    open_checkpoint,
-    parameters,
-    read_config,
-)
+from tpjax.checkpoints.canonical import CanonicalSource
+from tpjax.checkpoints.load import load_decoder
+from tpjax.checkpoints.opening import Checkpoint, open_checkpoint, read_config
+from tpjax.checkpoints.parameters import abstract_decoder, parameters
 from tpjax.checkpoints.safetensors import SafetensorsCheckpoint
 from tpjax.checkpoints.source import TensorInfo, TensorSource
 from tpjax.errors import CheckpointError, ConfigError
@@ -175,7 +171,7 @@ def test_order_in_memory(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a TPU: the same logits from weights [in, out] that have the inputs last in memory."""
     tokens = list(range(20))
     expected = LLM(plain, tp=3, max_slots=1).logits(tokens)
-    monkeypatch.setattr(load_module, "_OUT_FIRST", {"cpu"})
+    monkeypatch.setattr(parameters_module, "_OUT_FIRST", {"cpu"})
     llm = LLM(plain, tp=3, max_slots=1)
     np.testing.assert_allclose(llm.logits(tokens), expected, rtol=1e-5, atol=1e-5)
     orders = {

@@ -19,7 +19,9 @@ import tpjax
 tpjax.fake_devices(8)
 import jax, jax.numpy as jnp
 from pathlib import Path
-from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint
+from tpjax.checkpoints.load import load_decoder
+from tpjax.checkpoints.opening import open_checkpoint
+from tpjax.checkpoints.parameters import abstract_decoder
 from tpjax.mesh import make_mesh
 mesh = make_mesh(8)
 jnp.zeros(8).block_until_ready()

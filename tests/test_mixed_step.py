@@ -13,7 +13,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from tpjax.cache import NULL_PAGE, BatchMetadata, TokenGroup, allocate
-from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint
+from tpjax.checkpoints.load import load_decoder
+from tpjax.checkpoints.opening import open_checkpoint
+from tpjax.checkpoints.parameters import abstract_decoder
 from tpjax.mesh import make_mesh
 from tpjax.sharding import REPLICATED, SEQUENCE_PARALLEL
 

@@ -14,7 +14,7 @@ from conftest import GOLDENS
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from tpjax.checkpoints.load import abstract_decoder, parameters
+from tpjax.checkpoints.parameters import abstract_decoder, parameters
 from tpjax.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig, NormConfig
 from tpjax.errors import ConfigError
 from tpjax.inspect.collectives import find_collectives

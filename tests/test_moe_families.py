@@ -13,7 +13,9 @@ from conftest import GOLDENS
 from flax import nnx
 from gguf import GGUFWriter
 
-from tpjax.checkpoints.load import abstract_decoder, load_decoder, open_checkpoint
+from tpjax.checkpoints.load import load_decoder
+from tpjax.checkpoints.opening import open_checkpoint
+from tpjax.checkpoints.parameters import abstract_decoder
 from tpjax.checkpoints.safetensors import SafetensorsCheckpoint
 from tpjax.config import ModelConfig, MoEConfig
 from tpjax.errors import ConfigError

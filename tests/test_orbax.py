@@ -21,7 +21,7 @@ from tpjax import LLM
 from tpjax.checkpoints import digests, orbax
 from tpjax.checkpoints.convert import convert, write_vocabulary
 from tpjax.checkpoints.gguf import GGUFFile
-from tpjax.checkpoints.load import open_checkpoint, read_config
+from tpjax.checkpoints.opening import open_checkpoint, read_config
 from tpjax.checkpoints.orbax import OrbaxCheckpoint
 from tpjax.cli.app import main
 from tpjax.errors import CheckpointError

@@ -13,7 +13,9 @@ import pytest
 from conftest import GOLDENS
 
 from tpjax.cache import layer_places, num_entries, page_groups
-from tpjax.checkpoints.load import abstract_decoder, load_replicas, open_checkpoint, read_config
+from tpjax.checkpoints.load import load_replicas
+from tpjax.checkpoints.opening import open_checkpoint, read_config
+from tpjax.checkpoints.parameters import abstract_decoder
 from tpjax.engine.block_manager import BlockManager, page_key, root_key
 from tpjax.engine.engine import Engine
 from tpjax.engine.page_groups import NO_PAGE, PageGroups

@@ -17,7 +17,7 @@ from conftest import GOLDENS
 from stepwise import Stepwise
 
 from tpjax import LLM, SamplingParams
-from tpjax.checkpoints.load import open_checkpoint
+from tpjax.checkpoints.opening import open_checkpoint
 from tpjax.config import RopeConfig, RopeParameters
 from tpjax.sharding import SEQUENCE_PARALLEL
 

@@ -24,7 +24,8 @@ from rich.console import Console
 from serving import tiny_checkpoint
 
 from tpjax import LLM, SamplingParams
-from tpjax.checkpoints.load import open_checkpoint, parameters
+from tpjax.checkpoints.opening import open_checkpoint
+from tpjax.checkpoints.parameters import parameters
 from tpjax.config import ModelConfig
 from tpjax.errors import ConfigError, DeviceError
 from tpjax.hardware import HARDWARE

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tpjax.cache import page_bytes_per_device
-from tpjax.checkpoints.load import abstract_decoder, parameters
+from tpjax.checkpoints.parameters import abstract_decoder, parameters
 from tpjax.cli import app as cli
 from tpjax.errors import ConfigError
 from tpjax.families.registry import config_from_hf

@@ -17,7 +17,8 @@ import pytest
 from conftest import GOLDENS
 
 from tpjax import LLM, SamplingParams
-from tpjax.checkpoints.load import abstract_decoder, read_config
+from tpjax.checkpoints.opening import read_config
+from tpjax.checkpoints.parameters import abstract_decoder
 from tpjax.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig, SequenceParallel
 from tpjax.inspect.budget import collective_budget, measured
 from tpjax.inspect.collectives import find_collectives

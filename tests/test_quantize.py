@@ -22,15 +22,11 @@ from stepwise import Stepwise
 
 from tpjax import LLM
 from tpjax.checkpoints import rounding
+from tpjax.checkpoints.canonical import ENDS
 from tpjax.checkpoints.kept import Kept
-from tpjax.checkpoints.load import (
-    ENDS,
-    abstract_decoder,
-    load_decoder,
-    open_checkpoint,
-    parameters,
-    read_config,
-)
+from tpjax.checkpoints.load import load_decoder
+from tpjax.checkpoints.opening import open_checkpoint, read_config
+from tpjax.checkpoints.parameters import abstract_decoder, parameters
 from tpjax.checkpoints.rounding import RoundedSource
 from tpjax.config import Quantize
 from tpjax.errors import CheckpointError, ConfigError

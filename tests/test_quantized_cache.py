@@ -20,7 +20,8 @@ from tpjax.attention import Backend, KernelShape, Verdict, paged_attention, self
 from tpjax.attention.reference import reference_attention
 from tpjax.cache import NULL_PAGE, LayerCache, TokenGroup, page_bytes_per_device
 from tpjax.cache_quantization import QuantizedBuffer, QuantizedDtype, dequantized, quantized
-from tpjax.checkpoints.load import abstract_decoder, read_config
+from tpjax.checkpoints.opening import read_config
+from tpjax.checkpoints.parameters import abstract_decoder
 from tpjax.cli.app import main
 from tpjax.config import KVDtype
 from tpjax.engine.engine import Engine

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpjax.checkpoints.load import abstract_decoder, parameters
+from tpjax.checkpoints.parameters import abstract_decoder, parameters
 from tpjax.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig
 from tpjax.errors import ConfigError
 from tpjax.mesh import make_mesh

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import GOLDENS
 
-from tpjax.checkpoints.load import abstract_decoder, parameters
+from tpjax.checkpoints.parameters import abstract_decoder, parameters
 from tpjax.families.registry import config_from_hf
 from tpjax.inspect.reasons import reason
 from tpjax.mesh import make_mesh

@@ -19,7 +19,8 @@ from stepwise import Stepwise
 
 from tpjax import LLM
 from tpjax.checkpoints.declared import declared_formats
-from tpjax.checkpoints.load import abstract_decoder, open_checkpoint, parameters, read_config
+from tpjax.checkpoints.opening import open_checkpoint, read_config
+from tpjax.checkpoints.parameters import abstract_decoder, parameters
 from tpjax.errors import CheckpointError, ConfigError
 from tpjax.layers.weights import FormatOf, WeightFormat, dtype_bits
 from tpjax.mesh import make_mesh

@@ -21,7 +21,8 @@ import pytest
 from conftest import GOLDENS
 from rich.console import Console
 
-from tpjax.checkpoints.load import parameters, read_config
+from tpjax.checkpoints.opening import read_config
+from tpjax.checkpoints.parameters import parameters
 from tpjax.cli.app import main
 from tpjax.config import AttentionBackend, KVDtype, ModelConfig, Quantize, SequenceParallel
 from tpjax.errors import ConfigError

@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from tpjax import LLM
 from tpjax.attention import Backend, KernelShape, Verdict, choose_backend, selftest, tpu, tpu_write
-from tpjax.checkpoints.load import read_config
+from tpjax.checkpoints.opening import read_config
 from tpjax.config import KVDtype
 from tpjax.errors import ConfigError
 

@@ -13,7 +13,7 @@ from serving import Running, running, tiny_checkpoint
 
 from tpjax import LLM, SamplingParams
 from tpjax.checkpoints.convert import convert
-from tpjax.checkpoints.load import open_checkpoint
+from tpjax.checkpoints.opening import open_checkpoint
 from tpjax.cli.app import main
 from tpjax.errors import RequestError
 from tpjax.text.loading import load_tokenizer

@@ -18,14 +18,9 @@ from tpjax.attention import Backend, KernelShape, Verdict, choose_backend
 from tpjax.checkpoints import generation_config as generation
 from tpjax.checkpoints.digests import digest_of_edges
 from tpjax.checkpoints.hub import cache_dir, resolve
-from tpjax.checkpoints.load import (
-    Parameter,
-    abstract_decoder,
-    check_quantize,
-    load_replicas,
-    open_checkpoint,
-    parameters,
-)
+from tpjax.checkpoints.load import load_replicas
+from tpjax.checkpoints.opening import check_quantize, open_checkpoint
+from tpjax.checkpoints.parameters import Parameter, abstract_decoder, parameters
 from tpjax.config import (
     AttentionBackend,
     ExpertParallel,

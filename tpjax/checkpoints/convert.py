@@ -17,18 +17,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpjax.checkpoints import compressed_tensors, digests, orbax
+from tpjax.checkpoints.canonical import CanonicalSource
 from tpjax.checkpoints.gguf import GGUFFile
 from tpjax.checkpoints.kept import Kept
-from tpjax.checkpoints.load import (
-    CanonicalSource,
-    Checkpoint,
-    Parameter,
-    abstract_decoder,
-    check_tensors,
-    open_checkpoint,
-    parameters,
-    quantized_tensors,
-)
+from tpjax.checkpoints.load import check_tensors, quantized_tensors
+from tpjax.checkpoints.opening import Checkpoint, open_checkpoint
+from tpjax.checkpoints.parameters import Parameter, abstract_decoder, parameters
 from tpjax.checkpoints.rounding import RoundedSource
 from tpjax.checkpoints.safetensors import SafetensorsCheckpoint
 from tpjax.checkpoints.shards import write_shards

@@ -8,7 +8,8 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from tpjax.checkpoints import orbax
-from tpjax.checkpoints.load import ENDS, open_checkpoint, read_quantization
+from tpjax.checkpoints.canonical import ENDS
+from tpjax.checkpoints.opening import open_checkpoint, read_quantization
 from tpjax.config import ModelConfig
 from tpjax.families.quantization import Quantization
 from tpjax.families.registry import FAMILIES
@@ -23,7 +24,7 @@ def declared_formats(path: Path, config: ModelConfig) -> FormatOf | None:
     """Returns how canonical tensors of a checkpoint, or of a bare ``config.json``, are kept.
 
     Args:
-        path: a directory or a file that :func:`tpjax.checkpoints.load.read_config` takes.
+        path: a directory or a file that :func:`tpjax.checkpoints.opening.read_config` takes.
         config: its architecture.
 
     Returns:

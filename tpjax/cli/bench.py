@@ -83,7 +83,7 @@ def run(
 ) -> None:
     """Measure decode and prefill here, in float32, next to what plan predicts."""
     from tpjax.checkpoints import hub
-    from tpjax.checkpoints.load import read_config
+    from tpjax.checkpoints.opening import read_config
     from tpjax.planning import step_benchmark
     from tpjax.planning.measure import measured_hardware
     from tpjax.planning.plan import make_plan

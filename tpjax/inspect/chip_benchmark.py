@@ -25,7 +25,7 @@ from rich.text import Text
 from tpjax.attention import Backend, KernelShape, Verdict, choose_backend, paged_attention
 from tpjax.attention.selftest import verdict
 from tpjax.cache import LayerCache, TokenGroup
-from tpjax.checkpoints.load import abstract_decoder
+from tpjax.checkpoints.parameters import abstract_decoder
 from tpjax.config import KVDtype, ModelConfig, Quantize
 from tpjax.families.registry import config_from_hf
 from tpjax.hardware import Hardware, known_device

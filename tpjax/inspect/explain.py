@@ -21,14 +21,9 @@ from tpjax.attention import Backend, KernelShape, choose_backend
 from tpjax.cache import cache_layout, layer_places, num_entries, page_bytes_per_device
 from tpjax.cache_quantization import vector_bytes
 from tpjax.checkpoints.hub import resolve
-from tpjax.checkpoints.load import (
-    Parameter,
-    abstract_decoder,
-    check_quantize,
-    check_tensors,
-    open_checkpoint,
-    parameters,
-)
+from tpjax.checkpoints.load import check_tensors
+from tpjax.checkpoints.opening import check_quantize, open_checkpoint
+from tpjax.checkpoints.parameters import Parameter, abstract_decoder, parameters
 from tpjax.config import (
     AttentionBackend,
     ExpertParallel,

@@ -16,7 +16,8 @@ import jax
 from tpjax.attention import KernelShape, choose_backend
 from tpjax.attention.tpu import Work, work
 from tpjax.attention.xla import pages_at_once
-from tpjax.checkpoints.load import abstract_decoder, check_quantize, parameters
+from tpjax.checkpoints.opening import check_quantize
+from tpjax.checkpoints.parameters import abstract_decoder, parameters
 from tpjax.config import (
     AttentionBackend,
     ExpertParallel,

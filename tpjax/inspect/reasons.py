@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tpjax.checkpoints.load import Parameter
+from tpjax.checkpoints.parameters import Parameter
 from tpjax.config import ModelConfig, MoEConfig
 from tpjax.layers.attention import Attention
 from tpjax.layers.latent_attention import KeyValueProjection, LatentAttention

@@ -379,7 +379,7 @@ def _zeros_runner(mesh: Any, depth: int, slots: int = 1) -> Any:
     import numpy as np
     from flax import nnx
 
-    from tpjax.checkpoints.load import abstract_decoder
+    from tpjax.checkpoints.parameters import abstract_decoder
     from tpjax.families.registry import config_from_hf
     from tpjax.runtime.limits import Limits
     from tpjax.runtime.runner import Runner

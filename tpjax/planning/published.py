@@ -17,7 +17,7 @@ from typing import Any
 
 from tpjax.checkpoints.declared import declared_formats
 from tpjax.checkpoints.hub import ALIASES, resolve
-from tpjax.checkpoints.load import check_stored, read_config, read_quantization
+from tpjax.checkpoints.opening import check_stored, read_config, read_quantization
 from tpjax.config import ModelConfig, Quantize
 from tpjax.errors import CheckpointError
 from tpjax.families.quantization import Quantization

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tpjax.cache_quantization import element_bytes, scale_bytes
-from tpjax.checkpoints.load import Parameter
+from tpjax.checkpoints.parameters import Parameter
 from tpjax.config import KVDtype, ModelConfig, Quantize
 from tpjax.hardware import Efficiency, Hardware, known_device
 from tpjax.interconnect import Measured

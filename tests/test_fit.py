@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tpjax.cache import page_bytes_per_device
+from tpjax.cache import PagedKVCache, page_bytes_per_device
 from tpjax.checkpoints.parameters import abstract_decoder, parameters
 from tpjax.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig
 from tpjax.errors import ConfigError
@@ -200,7 +200,8 @@ def test_rows_of_a_tpu_are_of_128_numbers() -> None:
 @pytest.mark.parametrize(("tp", "histories"), ((1, 4), (1, 2), (3, 4)))
 def test_sampler_bytes_are_those_of_the_state(tp: int, histories: int) -> None:
     limits = Limits(max_slots=4, max_model_len=1024, num_pages=33, max_histories=histories)
-    history = DeviceState.abstract(CONFIG, make_mesh(tp), limits, F32).history
+    no_layers = PagedKVCache((), ())
+    history = DeviceState.abstract(no_layers, CONFIG.vocab_size, make_mesh(tp), limits).history
     shards = [(x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in jax.tree.leaves(history)]
     held = sum(math.prod(shape) * itemsize for shape, itemsize in shards)
     assert sampler_bytes(CONFIG, tp, 4, histories) == held

@@ -26,6 +26,7 @@ from jax._src.lib import xla_client  # no public call moves arrays as fast: see 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
+from tpjax import cache as kv
 from tpjax.attention import Backend
 from tpjax.config import KVDtype, ModelConfig, SequenceParallel
 from tpjax.mesh import absent_array, is_local
@@ -129,8 +130,18 @@ class Stage:
 
     def abstract_state(self) -> StageState:
         """Returns shapes, dtypes and shardings of the state."""
-        kind = DeviceState if self.is_last else StageState
-        return kind.abstract(self.config, self.mesh, self.limits, self.dtype, self.layers, self.kv_dtype)
+        cache = kv.abstract(
+            self.own_config,
+            self.mesh,
+            num_pages=self.limits.num_pages,
+            page_size=self.limits.page_size,
+            dtype=self.dtype,
+            windows=self.limits.windows,  # of the whole model
+            kv_dtype=self.kv_dtype,
+        )
+        if not self.is_last:
+            return StageState(cache)
+        return DeviceState.abstract(cache, self.config.vocab_size, self.mesh, self.limits)
 
     @property
     def state(self) -> Any:

@@ -10,9 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Int
 
-from tpjax import cache as kv
 from tpjax.cache import PagedKVCache
-from tpjax.config import KVDtype, ModelConfig
 from tpjax.runtime.limits import Limits
 from tpjax.sampling import History
 from tpjax.sharding import REPLICATED, Leaf, pad_to_multiple
@@ -30,28 +28,6 @@ class StageState:
     """
 
     cache: PagedKVCache
-
-    @classmethod
-    def abstract(
-        cls,
-        config: ModelConfig,
-        mesh: Mesh,
-        limits: Limits,
-        dtype: jnp.dtype,
-        layers: range | None = None,
-        kv_dtype: KVDtype = "auto",
-    ) -> StageState:
-        """Returns the state's shapes, dtypes and shardings, without its memory.
-
-        Args:
-            config: the architecture, of the whole model.
-            mesh: the mesh.
-            limits: number of slots and pages.
-            dtype: of activations.
-            layers: numbers of the stage's layers; ``None``: all.
-            kv_dtype: what keys and values are kept in; ``auto``: ``dtype``.
-        """
-        return cls(_abstract_cache(config, mesh, limits, dtype, layers, kv_dtype))
 
     def formats(self) -> StageState:
         """Returns the memory layout and sharding of each buffer, as a tree of the same structure."""
@@ -94,38 +70,16 @@ class DeviceState(StageState):
         return self.tokens.shape[0] - 1
 
     @classmethod
-    def abstract(
-        cls,
-        config: ModelConfig,
-        mesh: Mesh,
-        limits: Limits,
-        dtype: jnp.dtype,
-        layers: range | None = None,
-        kv_dtype: KVDtype = "auto",
-    ) -> DeviceState:
-        """Returns the state's shapes, dtypes and shardings: see :meth:`StageState.abstract`."""
+    def abstract(cls, cache: PagedKVCache, vocab_size: int, mesh: Mesh, limits: Limits) -> DeviceState:
+        """Returns the state's shapes, dtypes and shardings, without its memory.
+
+        Args:
+            cache: of the stage's layers, without its memory.
+            vocab_size: of the model.
+            mesh: the mesh.
+            limits: number of slots.
+        """
         shape, replicated = (limits.max_slots + 1,), NamedSharding(mesh, REPLICATED)
         tokens: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated)
-        padded_vocab = pad_to_multiple(config.vocab_size, mesh.size)
-        history = History.abstract(limits.max_slots, limits.history_rows, padded_vocab, mesh)
-        return cls(_abstract_cache(config, mesh, limits, dtype, layers, kv_dtype), tokens, history)
-
-
-def _abstract_cache(
-    config: ModelConfig,
-    mesh: Mesh,
-    limits: Limits,
-    dtype: jnp.dtype,
-    layers: range | None,
-    kv_dtype: KVDtype,
-) -> PagedKVCache:
-    """Returns the cache of some layers; its page groups are those of the whole model."""
-    return kv.abstract(
-        config if layers is None else config.of_layers(layers),
-        mesh,
-        num_pages=limits.num_pages,
-        page_size=limits.page_size,
-        dtype=dtype,
-        windows=limits.windows,
-        kv_dtype=kv_dtype,
-    )
+        padded_vocab = pad_to_multiple(vocab_size, mesh.size)
+        return cls(cache, tokens, History.abstract(limits.max_slots, limits.history_rows, padded_vocab, mesh))

@@ -12,7 +12,7 @@ import numpy as np
 
 from tpjax.attention import kernels, reference
 from tpjax.cache import NULL_PAGE, Buffer, StoredPages, TokenGroup
-from tpjax.cache_quantization import QuantizedBuffer, dequantized
+from tpjax.cache_quantization import QuantizedBuffer
 from tpjax.config import KVDtype
 
 
@@ -34,6 +34,7 @@ class Shape(NamedTuple):
         sinks: whether there are sinks.
         dtype: of everything but a quantised cache.
         kv_dtype: what keys and values are kept in; ``auto``: ``dtype``.
+        part: elements of a part of a vector in 8 bits; ``None``: vectors are whole.
     """
 
     lengths: tuple[int, ...]
@@ -50,6 +51,7 @@ class Shape(NamedTuple):
     sinks: bool = False
     dtype: str = "float32"
     kv_dtype: KVDtype = "auto"
+    part: int | None = None
 
 
 class Pages(NamedTuple):
@@ -95,7 +97,7 @@ def case(shape: Shape, seed: int) -> tuple[jax.Array, Pages, TokenGroup, jax.Arr
     value_dim = shape.width // 2 if shape.value_dim is None else shape.value_dim
     parts: list[Buffer] = [jnp.asarray(buffer, dtype) for buffer in buffers]
     if shape.kv_dtype != "auto":
-        parts = [QuantizedBuffer.of(jnp.asarray(buffer, dtype), shape.kv_dtype) for buffer in buffers]
+        parts = [QuantizedBuffer.of(jnp.asarray(one, dtype), shape.kv_dtype, shape.part) for one in buffers]
     pages = Pages(StoredPages(parts[0], parts[1] if shape.value_dim else None), value_dim)
     query = rng.normal(size=(batch, shape.length, shape.heads, shape.per_head, shape.width)) * 2
     positions = np.asarray(shape.first)[:, None] + np.arange(shape.length)
@@ -112,9 +114,8 @@ def case(shape: Shape, seed: int) -> tuple[jax.Array, Pages, TokenGroup, jax.Arr
 
 def exact_numbers(buffer: Buffer) -> jax.Array:
     """What a buffer holds, in float32, and zeros for what is not a number."""
-    if isinstance(buffer, QuantizedBuffer):
-        buffer = dequantized(buffer.values, buffer.scales.swapaxes(0, 1), jnp.dtype(jnp.float32))
-    return jnp.nan_to_num(buffer).astype(jnp.float32)
+    wide = buffer.vectors if isinstance(buffer, QuantizedBuffer) else buffer
+    return jnp.nan_to_num(wide).astype(jnp.float32)
 
 
 def check(kernel: ModuleType, shape: Shape, seed: int = 0, *, interpret: Any = None) -> None:

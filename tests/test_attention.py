@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 
-from tpjax.attention import XLA, Backend, page_writer, paged_attention, tpu, xla
+from tpjax.attention import XLA, Backend, cache_writer, paged_attention, tpu, xla
 from tpjax.attention.reference import reference_attention
 from tpjax.cache import NULL_PAGE, LayerCache, TokenGroup
 from tpjax.inspect.collectives import find_collectives
@@ -27,6 +27,7 @@ paged = jax.jit(paged_attention, static_argnames=("scale", "window", "backend"))
 refer = jax.jit(reference_attention, static_argnames=("scale", "window"))
 write = jax.jit(LayerCache.write, static_argnums=4)
 KERNEL = Backend("tpu", interpret=True)
+ON_TPU = Backend("xla", walk_pages=3, in_rows=True)
 
 
 def tables(rng: np.random.Generator, batch: int, used: list[int]) -> np.ndarray:
@@ -214,7 +215,7 @@ def new(rng: np.random.Generator, batch: int, length: int) -> tuple[np.ndarray, 
     return rng.normal(size=shape).astype(np.float32), rng.normal(size=shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("backend", (XLA, KERNEL), ids=("xla", "tpu"))
+@pytest.mark.parametrize("backend", (XLA, ON_TPU, KERNEL), ids=("xla", "xla on tpu", "tpu"))
 @pytest.mark.parametrize("batch", (1, 3))
 def test_token_writes(batch: int, backend: Backend) -> None:
     rng = np.random.default_rng(batch)
@@ -224,7 +225,7 @@ def test_token_writes(batch: int, backend: Backend) -> None:
         table = tables(rng, batch, [BLOCKS] * batch)
         new_keys, new_values = new(rng, batch, 1)
         group = TokenGroup(jnp.asarray(table), jnp.asarray(positions))
-        written = write(cache, new_keys, new_values, group, page_writer(backend))
+        written = write(cache, new_keys, new_values, group, cache_writer(backend))
         for row, at in enumerate(positions[:, 0]):
             page = table[row, at // PAGE]
             keys[page, :, at % PAGE], values[page, :, at % PAGE] = new_keys[row, 0], new_values[row, 0]
@@ -251,7 +252,7 @@ def test_rows_that_do_not_exist_write_to_the_null_page() -> None:
 @pytest.mark.parametrize(("batch", "length"), ((1, 4), (2, 8), (2, 24)))
 def test_chunk_writes(batch: int, length: int, backend: Backend) -> None:
     """Whole pages; a chunk shorter than a page fills its beginning; what exceeds the table goes to page 0."""
-    rng, writer = np.random.default_rng(length), page_writer(backend)
+    rng, writer = np.random.default_rng(length), cache_writer(backend)
     for _ in range(TRIALS):
         cache, keys, values = filled(rng)
         table = tables(rng, batch, [BLOCKS] * batch)
@@ -284,12 +285,12 @@ def write_and_attend(
     window: int | None,
     backend: Backend,
 ) -> tuple[jax.Array, LayerCache]:
-    cache = cache.write(keys, values, metadata, page_writer(backend))
+    cache = cache.write(keys, values, metadata, cache_writer(backend))
     attend = functools.partial(paged_attention, scale=SCALE, window=window, backend=backend)
     return attend(query, keys, values, cache, metadata), cache
 
 
-@pytest.mark.parametrize("backend", (XLA, KERNEL), ids=("xla", "tpu"))
+@pytest.mark.parametrize("backend", (XLA, ON_TPU, KERNEL), ids=("xla", "xla on tpu", "tpu"))
 @pytest.mark.parametrize(("length", "window"), ((1, None), (16, 17)))
 def test_sharded_over_three_devices_is_the_same(
     length: int, window: int | None, backend: Backend, monkeypatch: pytest.MonkeyPatch

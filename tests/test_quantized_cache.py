@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,8 +17,8 @@ from conftest import GOLDENS
 from tpjax import LLM, SamplingParams
 from tpjax.attention import Backend, KernelShape, Verdict, paged_attention, selftest, tpu
 from tpjax.attention.reference import reference_attention
-from tpjax.cache import NULL_PAGE, LayerCache, TokenGroup, page_bytes_per_device
-from tpjax.cache_quantization import QuantizedBuffer, QuantizedDtype, dequantized, quantized
+from tpjax.cache import NULL_PAGE, LayerCache, TokenGroup, cache_layout, page_bytes_per_device
+from tpjax.cache_quantization import QuantizedBuffer, QuantizedDtype, dequantized, part_width, quantized
 from tpjax.checkpoints.opening import read_config
 from tpjax.checkpoints.parameters import abstract_decoder
 from tpjax.cli.app import main
@@ -31,7 +30,6 @@ from tpjax.hardware import HARDWARE
 from tpjax.inspect.explain import explain_model
 from tpjax.mesh import make_mesh
 from tpjax.planning.cost_model import CostModel
-from tpjax.planning.plan import make_plan
 from tpjax.planning.published import published_config
 from tpjax.planning.workload import Workload
 from tpjax.runtime.counts import Counts
@@ -96,20 +94,24 @@ def test_zeros_and_what_is_not_a_number(kind: QuantizedDtype) -> None:
 # --- the cache ---------------------------------------------------------------------------------------------
 
 
-def cache_of(seed: int, pages: int, kind: QuantizedDtype) -> tuple[LayerCache, list[np.ndarray]]:
+def cache_of(
+    seed: int, pages: int, kind: QuantizedDtype, part: int | None = None
+) -> tuple[LayerCache, list[np.ndarray]]:
     """A cache, and the vectors that its pages stand for."""
     content = [vectors(seed + n, pages, HEADS, PAGE, WIDTH) for n in range(2)]
-    cache = LayerCache(*(QuantizedBuffer.of(jnp.asarray(x), kind) for x in content))
+    cache = LayerCache(*(QuantizedBuffer.of(jnp.asarray(x), kind, part) for x in content))
     return cache, [rounded(x, kind)[2] for x in content]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "part"), (("int8", None), ("fp8", None), ("int8", 12)))
 @pytest.mark.parametrize(
     ("length", "chunks"), ((1, False), (3, False), (4, True), (8, True), (16, True)), ids=str
 )
-def test_writes_change_their_own_vectors_alone(kind: QuantizedDtype, length: int, chunks: bool) -> None:
+def test_writes_change_their_own_vectors_alone(
+    kind: QuantizedDtype, part: int | None, length: int, chunks: bool
+) -> None:
     """Tokens anywhere, parts of a page, whole pages; the second of three rows is padding."""
-    cache, pages = cache_of(0, 3 * BLOCKS + 1, kind)
+    cache, pages = cache_of(0, 3 * BLOCKS + 1, kind, part)
     table = np.random.default_rng(length).permutation(3 * BLOCKS).reshape(3, BLOCKS).astype(np.int32) + 1
     first = np.array([16, 0, 8 if chunks else 6])
     table[1] = NULL_PAGE
@@ -288,33 +290,20 @@ def test_explain_and_the_runner_agree() -> None:
     assert each == page * report.cache["num_pages"]
 
 
-@pytest.mark.parametrize(
-    ("name", "what"),
-    (
-        ("gemma-3-1b", "heads of at most 128 elements, and these have 256"),
-        ("deepseek-v3", "latents of at most 128 elements, and these have 576"),
-    ),
-)
-def test_a_tpu_refuses_what_it_would_copy(name: str, what: str) -> None:
+@pytest.mark.parametrize(("name", "heads", "width"), (("gemma-3-1b", 8, 256), ("deepseek-v3", 1, 640)))
+def test_a_tpu_stores_wide_vectors_in_parts(name: str, heads: int, width: int) -> None:
+    """Of 128 elements, the last one padded; its scales are a vector's as elsewhere."""
     config = published_config(name)
-    for platform in ("cpu", "gpu"):
-        page_bytes_per_device(config, 8, PAGE_SIZE, F32, platform, kv_dtype="int8")
-    with pytest.raises(ConfigError, match=rf"^kv_dtype='int8' on TPUs needs {what}: every step would copy"):
-        plan_limits(
-            config,
-            8,
-            F32,
-            weight_bytes=0,
-            memory=DeviceMemory(2**34, platform="tpu"),
-            max_model_len=256,
-            max_slots=2,
-            kv_dtype="int8",
-        )
-    counts, weights = Counts(name, config), Workload(dtype="int8")
-    with pytest.raises(ConfigError, match=rf"^kv_dtype='int8' on TPUs needs {what}: every step would copy"):
-        make_plan(counts, HARDWARE["v6e"], 8, 8, replace(weights, cache_dtype="int8"))
-    assert make_plan(counts, HARDWARE["v6e"], 8, 8, weights).workload.cache_bytes == 2
-    assert make_plan(counts, HARDWARE["h200"], 8, 8, weights).workload.cache_bytes == 1
+    stored = page_bytes_per_device(config, 8, PAGE_SIZE, F32, "tpu", kv_dtype="int8")
+    layout = cache_layout(config, 8, 1, PAGE_SIZE)
+    wide = QuantizedBuffer.abstract(
+        layout.shape, "int8", F32, part_width(layout.shape[-1], "tpu"), None, None
+    )
+    assert wide.values.shape == (1, heads * width // 128, PAGE_SIZE, 128)
+    assert (wide.shape, wide.scales.shape) == (layout.shape, (heads, 1, PAGE_SIZE))
+    devices = heads  # each has one head, or all of the latents
+    buffers = layout.count * config.num_layers
+    assert stored == buffers * PAGE_SIZE * heads // devices * (width + 4)
 
 
 # --- what is asked for -------------------------------------------------------------------------------------

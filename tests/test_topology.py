@@ -419,6 +419,13 @@ def first_layers(name: str, **fields: Any) -> ModelConfig:
                 (needs_tpu, "llama-3-8b", "v5p:2x2x1", 4, "decode", "int8", "tpu"),
                 (needs_tpu, "llama-3-8b", "v4:2x2x1", 4, "decode", "int8", "tpu"),
                 (needs_tpu, "llama-3-8b", "tpu7x:2x2x1", 8, "decode", "fp8", "tpu"),
+                (needs_tpu, "gemma-3-1b", "v5e:2x4", 4, "mixed", "int8", "tpu"),
+                (needs_tpu, "gemma-3-1b", "v6e:2x4", 1, "decode", "fp8", "auto"),
+                (needs_tpu, "gemma-2-9b", "v5e:2x4", 4, "mixed", "fp8", "tpu"),
+                (needs_tpu, "gemma-2-9b", "v5e:2x4", 4, "mixed", "int8", "auto"),
+                (needs_tpu, "deepseek-v3", "v5e:2x4", 8, "decode", "int8", "tpu"),
+                (needs_tpu, "deepseek-v3", "v6e:2x4", 8, "mixed", "fp8", "tpu"),
+                (needs_tpu, "deepseek-v3", "v6e:2x4", 8, "mixed", "int8", "auto"),
                 (needs_gpu, "deepseek-v3", "h200:8", 8, "decode", "int8", "auto"),
                 (needs_gpu, "gemma-2-9b", "h200:8", 4, "mixed", "fp8", "gpu"),
                 (needs_gpu, "llama-3-8b", "h200:8", 8, "mixed", "int8", "gpu"),
@@ -441,6 +448,8 @@ def test_a_cache_of_8_bits(
     buffers = jax.tree.leaves(runner.abstract_state().cache)
     assert program.aliased_cache_buffers == program.cache_buffers == len(buffers)
     assert program.cache_copies == 0
+    if attention == "tpu":  # XLA moves scales on chip, and back
+        assert program.cache_write_backs == 0
     assert program.predicted_bytes == pytest.approx(program.argument_bytes, rel=0.001)
     sizes = {math.prod(one.sharding.shard_shape(one.shape)) for one in buffers if one.dtype.itemsize == 1}
     made = re.findall(r"= (?:f32|bf16|f16)\[([\d,]+)\]", runner.program(spec).as_text())
@@ -501,6 +510,47 @@ def test_models_that_fit_in_8_or_4_bits(
         if not one.fused and array.space == 0 and array.dtype in ("bf16", "f32") and array.sizes in shapes
     ]
     assert not wide
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "tp", "kind"),
+    (("v5e:2x4", 8, "mixed"), ("v6e:2x4", 3, "prefill"), ("v6e:2x4", 5, "decode"), ("v5p:2x2x1", 4, "mixed")),
+)
+@needs_tpu
+def test_kernel_of_latents(name: str, tp: int, kind: str) -> None:
+    """All heads of a device share one latent, in decode rows and in prompt chunks: nothing walks pages."""
+    config = first_layers("deepseek-v3", first_k_dense_replace=2)
+    program, text = compiled_text(config, name, tp, kind, "tpu")
+    assert program.aliased_cache_buffers == program.cache_buffers == config.num_layers
+    assert (program.cache_copies, program.cache_write_backs, program.weight_copies) == (0, 0, 0)
+    assert "page_walk" not in text
+    reduces = measured(program.collectives)["all_reduces"]
+    assert reduces == program.budget["all_reduces"] == 2 * config.num_layers + 1
+    assert program.estimate is not None
+    calls = {"decode": 1, "prefill": 1 + 1, "mixed": 2 + 1}
+    assert program.estimate.kernels == calls[kind] * config.num_layers
+
+
+GPUS = ("a100:8", "h100:8", "h200:8", "b200:8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "tp", "kind"),
+    (*((name, tp, "decode") for name in GPUS for tp in (1, 3, 5, 8)), *((name, 3, "mixed") for name in GPUS)),
+)
+@needs_gpu
+def test_every_gpu(name: str, tp: int, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Nine heads, of which three are keys': by the kernel on Hopper, elsewhere by the page walk."""
+    by_kernel = name in ("h100:8", "h200:8")
+    program, text = compiled_text(SMOLLM2, name, tp, kind, "gpu" if by_kernel else "auto")
+    check(program, SMOLLM2, tp, capfd.readouterr().err)
+    assert (program.cache_copies, program.weight_copies) == (0, 0)
+    groups = 1 if kind == "decode" else 2
+    calls = len(re.findall(r"custom_call_target=\"mosaic_gpu", text))
+    assert calls == (groups * SMOLLM2.num_layers if by_kernel else 0)
+    assert ("page_walk" in text) != by_kernel
 
 
 @pytest.mark.parametrize(("tp", "kind"), ((1, "decode"), (3, "decode"), (5, "mixed"), (8, "decode")))
@@ -634,16 +684,28 @@ def test_a_report_says_why_an_estimate_is_above_its_bound() -> None:
     assert "(+0.0%)" in text and "-0.0%" not in text
 
 
+@pytest.mark.parametrize(
+    ("model", "name", "tp", "kind"),
+    (
+        ("gemma-2-2b", "v5e:2x4", 4, "decode"),
+        ("gemma-2-2b", "v5e:2x4", 4, "mixed"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("gemma-2-27b", "v6e:2x4", 8, "decode"),
+                ("gemma-2-27b", "v6e:2x4", 8, "mixed"),
+            )
+        ),
+    ),
+)
 @needs_tpu
-@pytest.mark.parametrize("kind", ("decode", "mixed"))
-def test_page_groups_share_buffers_in_place(kind: str) -> None:
-    """Two groups of Gemma 2's layers at 8,192 tokens: layers of both write and read each buffer."""
-    config = published.published_config("gemma-2-2b")
-    types = config.attention.layer_types[:4]
-    config = replace(config, num_layers=4, attention=replace(config.attention, layer_types=types))
-    topology = parse_topology("v5e:2x4")
-    runner = abstract_runner(config, topology, 4, max_slots=8, sequence_parallel="off")
-    assert runner.limits.windows == (None, 4096)
+def test_page_groups_share_buffers_in_place(model: str, name: str, tp: int, kind: str) -> None:
+    """Layers of both groups write and read each buffer, of one KV head a device and of several, by XLA."""
+    config = published.published_config(model).of_layers(range(4))
+    topology = parse_topology(name)
+    # a cache that does not fit on chip
+    runner = abstract_runner(config, topology, tp, max_slots=64, max_model_len=8192, sequence_parallel="off")
+    assert len(runner.limits.windows) == 2
     chunks = None if kind == "decode" else ChunkShape(1, 128)
     spec = ProgramSpec("decode" if kind == "decode" else "step", 8, chunks, greedy=True)
     program = compile_program(runner, topology, kind, spec)

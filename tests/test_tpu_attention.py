@@ -51,7 +51,12 @@ def check(shape: Shape, seed: int = 0, *, races: bool = False) -> None:
         pytest.param(Shape((1, 1), (9, 30), heads=4, width=24, value_dim=None), id="latents"),
         pytest.param(Shape((3, 2), (6, 15), length=3, per_head=2, dtype="bfloat16"), id="drafts"),
         pytest.param(Shape((1, 0, 1), (37, 0, 3), heads=3, window=9, kv_dtype="int8"), id="int8"),
-        pytest.param(Shape((1, 1), (9, 30), heads=4, width=24, value_dim=None, kv_dtype="fp8"), id="fp8"),
+        pytest.param(
+            Shape((1, 1), (9, 30), heads=4, width=24, value_dim=None, kv_dtype="fp8", part=16), id="fp8"
+        ),
+        pytest.param(
+            Shape((16, 9), (8, 0), length=16, heads=5, width=24, value_dim=None), id="chunks of latents"
+        ),
     ),
 )
 def test_kernel(shape: Shape) -> None:
@@ -68,6 +73,14 @@ def test_blocks() -> None:
     shape = Shape((16, 9, 0), (24, 8, 0), length=16, heads=3, per_head=4, window=11)
     assert tpu.choose_tiling(3, 4, 16, 8, (16, 16), 4) == (1, 4, 2)
     check(shape)
+
+
+def test_rows_of_a_block_are_whole_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 43 heads that share a latent: DeepSeek-V3's 128 over three devices."""
+    monkeypatch.setattr(tpu, "_ROWS_PER_HEAD", 512)
+    assert tpu.choose_tiling(1, 43, 128, 128, (576, 0), 2).queries == 16
+    assert tpu.choose_tiling(1, 16, 128, 128, (576, 0), 2).queries == 32
+    assert tpu.choose_tiling(1, 43, 3, 128, (576, 0), 2).queries == 3
 
 
 def test_work() -> None:
@@ -109,6 +122,7 @@ def shapes(draw: st.DrawFn) -> Shape:
         sinks=draw(st.booleans()),
         dtype=draw(st.sampled_from(("float32", "float32", "bfloat16"))),
         kv_dtype=draw(st.sampled_from(("auto", "auto", "int8", "fp8"))),
+        part=draw(st.sampled_from((None, 8, 16))),
     )
 
 
@@ -179,7 +193,7 @@ def test_auto(device: Any, verdict: Verdict | None, by_kernel: bool, why: str) -
     verify = None if verdict is None else lambda: verdict
     chosen = choose_backend("auto", device, SHAPE, verify)
     name = device.platform if by_kernel else "xla"
-    assert chosen == Backend(name, why.format(device.platform), walk_pages=8)
+    assert chosen == Backend(name, why.format(device.platform), walk_pages=8, in_rows=device is TPU)
 
 
 A100 = Device("gpu", "8.0", "NVIDIA A100-SXM4-80GB")
@@ -218,12 +232,12 @@ LATENT = SHAPE._replace(latent=True, width=576, value_dim=512)
 )
 def test_auto_without_a_kernel(device: Any, shape: KernelShape, why: str) -> None:
     assert choose_backend("auto", device, shape, lambda: RIGHT) == Backend(
-        "xla", why, walk_pages=1 if device is CPU else 8
+        "xla", why, walk_pages=1 if device is CPU else 8, in_rows=device is TPU
     )
 
 
 def test_asked_for() -> None:
-    assert choose_backend("tpu", TPU, SHAPE) == Backend("tpu", "asked for", walk_pages=8)
+    assert choose_backend("tpu", TPU, SHAPE) == Backend("tpu", "asked for", walk_pages=8, in_rows=True)
     assert choose_backend("gpu", GPU, SHAPE) == Backend("gpu", "asked for", walk_pages=8)
     assert choose_backend("tpu", CPU, SHAPE).interpret
 

@@ -9,9 +9,9 @@ from tpjax.attention.backends import (
     Backend,
     KernelShape,
     Verdict,
+    cache_writer,
     choose_backend,
-    page_writer,
     paged_attention,
 )
 
-__all__ = ["XLA", "Backend", "KernelShape", "Verdict", "choose_backend", "page_writer", "paged_attention"]
+__all__ = ["XLA", "Backend", "KernelShape", "Verdict", "cache_writer", "choose_backend", "paged_attention"]

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from tpjax.attention import kernels, reference, xla
 from tpjax.attention.kernels import kernel_module
-from tpjax.cache import Pages, PageWriter, TokenGroup
+from tpjax.cache import CacheWriter, Pages, TokenGroup
 from tpjax.config import AttentionBackend, KVDtype, ModelConfig, check_choice
 from tpjax.errors import ConfigError
 from tpjax.sharding import head_plan
@@ -86,12 +86,20 @@ class Backend:
         interpret: how the kernel is interpreted, slow and exact; ``None``: it is compiled.
         walk_pages: pages of a sequence that one iteration of the page walk reads, at most. An iteration takes
             a TPU some 2,000 cycles for each of its instructions, and lets a GPU wait for the host.
+        in_rows: whether tokens are written in rows of one head, as on TPUs: else XLA lays out the cache in
+            other ways for some layers, and copies it for each.
     """
 
     name: Literal["reference", "xla", "tpu", "gpu"]
     why: str = ""
     interpret: Any = None
     walk_pages: int = 1
+    in_rows: bool = False
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether a kernel reads the cache as it is stored."""
+        return self.name in _KERNEL_DTYPES
 
     def __str__(self) -> str:
         return f"{self.name}: {self.why}" if self.why else self.name
@@ -152,7 +160,9 @@ def choose_backend(
         ConfigError: there is no such backend, or it does not run here.
     """
     check_choice("attention", asked, AttentionBackend)
-    return replace(_choose(asked, device, shape, verify), walk_pages=WALK_PAGES.get(device.platform, 1))
+    platform = device.platform
+    chosen = _choose(asked, device, shape, verify)
+    return replace(chosen, walk_pages=WALK_PAGES.get(platform, 1), in_rows=platform == "tpu")
 
 
 def _choose(asked: str, device: Any, shape: KernelShape, verify: Callable[[], Verdict] | None) -> Backend:
@@ -237,7 +247,8 @@ def paged_attention(
         The attention output in the query's dtype; softmax and sums are float32. Rows without a token get 0.
     """
     scoring: Any = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
-    if backend.name in _KERNEL_DTYPES and cache.stored is not None:
+    if backend.is_kernel:
+        assert cache.stored is not None
         kernel, value_dim = kernel_module(backend.name), value.shape[-1]
         return kernels.paged_attention(
             kernel, query, value_dim, cache.stored, group, interpret=backend.interpret, **scoring
@@ -247,6 +258,6 @@ def paged_attention(
     return xla.paged_attention(query, key, value, cache, group, pages=backend.walk_pages, **scoring)
 
 
-def page_writer(backend: Backend) -> PageWriter | None:
-    """Returns what writes whole pages to a buffer of one device for a backend; ``None``: XLA."""
-    return kernels.page_writer(backend.name, backend.interpret)
+def cache_writer(backend: Backend) -> CacheWriter:
+    """Returns how new keys and values are written for a backend to read."""
+    return kernels.cache_writer(backend.name, backend.interpret) or CacheWriter(by_head=backend.in_rows)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from tpjax.cache import PageWriter, StoredPages, TokenGroup
+from tpjax.cache import CacheWriter, StoredPages, TokenGroup
 from tpjax.cache_quantization import QuantizedBuffer
 from tpjax.mesh import AXIS
 from tpjax.sharding import PAGES, REPLICATED
@@ -29,11 +29,15 @@ def kernel_module(name: str) -> ModuleType:
     return importlib.import_module(f"tpjax.attention.{name}")
 
 
-def page_writer(kernel: str, interpret: Any = None) -> PageWriter | None:
-    """Returns what writes whole pages to a buffer of one device for a kernel to read; ``None``: XLA."""
+def cache_writer(kernel: str, interpret: Any = None) -> CacheWriter | None:
+    """Returns how keys and values are written for a kernel to read; ``None``: as XLA likes."""
     if kernel != "tpu":
         return None
-    return functools.partial(kernel_module("tpu_write").write_pages, interpret=interpret)
+    module = kernel_module("tpu_write")
+    writers = (
+        functools.partial(one, interpret=interpret) for one in (module.write_pages, module.write_scales)
+    )
+    return CacheWriter(True, *writers)
 
 
 def paged_attention(

@@ -28,8 +28,8 @@ import numpy as np
 from tpjax.attention import kernels, reference, xla
 from tpjax.attention.backends import WALK_PAGES, KernelShape, Verdict
 from tpjax.attention.kernels import kernel_module
-from tpjax.cache import NULL_PAGE, Buffer, LatentCache, LatentPages, LayerCache, PageWriter, TokenGroup
-from tpjax.cache_quantization import QuantizedBuffer, dequantized
+from tpjax.cache import NULL_PAGE, Buffer, CacheWriter, LatentCache, LatentPages, LayerCache, TokenGroup
+from tpjax.cache_quantization import QuantizedBuffer, part_width
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def _check(kernel_name: str, shape: KernelShape, device: jax.Device, interpret: 
     module, kernel_ms, walk_ms = kernel_module(kernel_name), 0.0, 0.0
     rng = np.random.default_rng(0)
     with jax.default_device(device):
-        error = _write_error(kernels.page_writer(kernel_name, interpret), shape, rng)
+        error = _write_error(kernels.cache_writer(kernel_name, interpret), shape, rng)
         for window in shape.windows:
             attend: dict[str, Any] = {
                 "scale": shape.width**-0.5,
@@ -139,18 +139,24 @@ def _check(kernel_name: str, shape: KernelShape, device: jax.Device, interpret: 
     return Verdict(device.device_kind, error, _ALLOWED[shape.dtype], kernel_ms, walk_ms)
 
 
-def _write_error(write: PageWriter | None, shape: KernelShape, rng: np.random.Generator) -> float:
+def _write_error(writer: CacheWriter | None, shape: KernelShape, rng: np.random.Generator) -> float:
     """Returns 0 if pages are written where they belong and nothing else is, else infinity."""
-    if write is None:
+    if writer is None or writer.write_pages is None or writer.write_scales is None:
         return 0.0
     heads, pages = 1 if shape.latent else shape.heads, jnp.asarray([6, 2, 5], jnp.int32)
     for width in {shape.width} if shape.latent else {shape.width, shape.value_dim}:
         buffer, content = (
-            _vectors(_stored(rng.normal(size=(count, heads, shape.page_size, width)), shape))
+            _stored(rng.normal(size=(count, heads, shape.page_size, width)), shape)
             for count in (8, len(pages))
         )
-        if not jnp.array_equal(jax.jit(write)(buffer, content, pages), buffer.at[pages].set(content)):
+        values, new = _vectors(buffer), _vectors(content)
+        if not jnp.array_equal(jax.jit(writer.write_pages)(values, new, pages), values.at[pages].set(new)):
             return np.inf
+        if isinstance(buffer, QuantizedBuffer) and isinstance(content, QuantizedBuffer):
+            scales, of_pages = buffer.scales, content.scales
+            written = jax.jit(writer.write_scales)(scales, of_pages.swapaxes(0, 1), pages)
+            if not jnp.array_equal(written, scales.at[:, pages].set(of_pages)):
+                return np.inf
     return 0.0
 
 
@@ -175,9 +181,8 @@ def _difference(
 
 def _exact(buffer: Buffer) -> jax.Array:
     """Returns the numbers of a buffer in float32, and zeros in place of what is not a number."""
-    if isinstance(buffer, QuantizedBuffer):
-        buffer = dequantized(buffer.values, buffer.scales.swapaxes(0, 1), jnp.dtype(jnp.float32))
-    return jnp.nan_to_num(buffer.astype(jnp.float32))
+    wide = buffer.vectors if isinstance(buffer, QuantizedBuffer) else buffer.astype(jnp.float32)
+    return jnp.nan_to_num(wide)
 
 
 def _rows(
@@ -213,9 +218,12 @@ def _rows(
 
 
 def _stored(x: np.ndarray, shape: KernelShape) -> Buffer:
-    """Returns a buffer of the cache with this content."""
+    """Returns a buffer of the cache with this content, as the device that has it stores it."""
     content = jnp.asarray(x, shape.dtype)
-    return content if shape.kv_dtype == "auto" else QuantizedBuffer.of(content, shape.kv_dtype)
+    if shape.kv_dtype == "auto":
+        return content
+    (device,) = content.devices()
+    return QuantizedBuffer.of(content, shape.kv_dtype, part_width(x.shape[-1], device.platform))
 
 
 def _vectors(buffer: Buffer) -> jax.Array:

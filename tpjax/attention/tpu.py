@@ -4,8 +4,9 @@ One program of the grid computes a block of queries of one sequence and some of 
 pages that these queries see into on-chip memory, a block of pages at a time, and accumulates an online
 softmax (Dao et al. 2022, https://arxiv.org/abs/2205.14135). While one block is computed the next is copied,
 the first block of the next program included. Nothing else of the cache is read: no page before a window or
-after the last key, none of a row of padding. Of a cache in 8 bits a block is widened on the chip; scores and
-weights are multiplied by the scales of keys and values in place of these.
+after the last key, none of a row of padding. Of a cache in 8 bits a block is widened on the chip, and the
+parts of its vectors are joined there; scores and weights are multiplied by the scales of keys and values in
+place of these.
 
 The scalars that say which pages a program reads are computed outside, by XLA, once for all layers alike.
 """
@@ -63,6 +64,7 @@ class _Static(NamedTuple):
     tiling: Tiling
     query_blocks: int
     head_blocks: int
+    width: int
     value_dim: int
     scale: float
     window: int | None
@@ -109,11 +111,12 @@ def choose_tiling(
     """
     key_bytes = sum(pad_to_multiple(width, LANES) for width in widths) * itemsize
     page_bytes = key_bytes * page_size
-    together = _largest_divisor(heads, min(_MOST_HEADS, max(1, _BLOCK_BYTES // page_bytes)))
+    most_heads = min(_MOST_HEADS, max(1, _BLOCK_BYTES // page_bytes))
+    together = max(one for one in _divisors(heads) if one <= most_heads)
     most_rows = min(_ROWS_PER_HEAD, _ROWS // together)
-    queries = _largest_divisor(length, max(1, most_rows // per_head))
-    if queries < length and queries * per_head % 16:
-        queries = length  # a block of part of the rows is whole tiles
+    # a block of part of the rows is whole tiles
+    whole = [one for one in _divisors(length) if one == length or one * per_head % 16 == 0]
+    queries = max((one for one in whole if one * per_head <= most_rows), default=whole[0])
     keys = min(_BLOCK_KEYS, _SCORES // (queries * per_head), _BLOCK_BYTES // (together * key_bytes))
     return Tiling(together, queries, max(1, keys // page_size))
 
@@ -173,8 +176,9 @@ def work(
     return Work(batch * heads * moved, 2 * batch * heads * products)
 
 
-def _largest_divisor(number: int, most: int) -> int:
-    return next(divisor for divisor in range(min(number, most), 0, -1) if number % divisor == 0)
+def _divisors(number: int) -> list[int]:
+    """Returns the divisors of a number, smallest first."""
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def attend(
@@ -212,7 +216,7 @@ def _attend(
     interpret: Any,
 ) -> Float[Array, "B S K G v"]:
     """Computes attention on one device."""
-    shape, keys = query.shape, _vectors(stored.keys)
+    shape, keys = query.shape, stored.keys
     batch, length, heads = shape[:3]
     if heads != keys.shape[1]:  # all heads read the same keys: they form one group
         heads = keys.shape[1]
@@ -220,9 +224,9 @@ def _attend(
         sinks = None if sinks is None else sinks.reshape(heads, -1)
     per_head, page_size = query.shape[3], keys.shape[2]
     widths = keys.shape[3], 0 if stored.values is None else value_dim
-    tiling = choose_tiling(heads, per_head, length, page_size, widths, keys.dtype.itemsize)
+    tiling = choose_tiling(heads, per_head, length, page_size, widths, _vectors(keys).dtype.itemsize)
     query_blocks, head_blocks = length // tiling.queries, heads // tiling.heads
-    static = _Static(tiling, query_blocks, head_blocks, value_dim, scale, window, softcap, cyclic)
+    static = _Static(tiling, query_blocks, head_blocks, widths[0], value_dim, scale, window, softcap, cyclic)
     rows, block_rows = length * per_head, tiling.queries * per_head
 
     def of_program(width: int) -> pl.BlockSpec:
@@ -245,7 +249,9 @@ def _attend(
     scales = [part.scales for part in parts if isinstance(part, QuantizedBuffer)]
     buffers = vectors + scales
     block_keys = tiling.pages * page_size
-    blocks = [pltpu.VMEM((2, tiling.heads, block_keys, one.shape[3]), one.dtype) for one in vectors]
+    blocks = [
+        pltpu.VMEM((2, one.shape[1] // head_blocks, block_keys, one.shape[3]), one.dtype) for one in vectors
+    ]
     blocks += [pltpu.VMEM((2, tiling.heads, 1, block_keys), one.dtype) for one in scales]
     running = [pltpu.VMEM((tiling.heads, block_rows, width), jnp.float32) for width in (1, 1, value_dim)]
     output = pl.pallas_call(
@@ -286,8 +292,8 @@ def _attend(
     )
 
 
-def _vectors(buffer: Buffer) -> Shaped[Array, "pages K page_size h"]:
-    """Returns the array that holds keys or values, whatever their scales."""
+def _vectors(buffer: Buffer) -> Shaped[Array, "pages KP page_size part"]:
+    """Returns the array that holds keys or values, whatever their scales. A float's part is the whole."""
     return buffer.values if isinstance(buffer, QuantizedBuffer) else buffer
 
 
@@ -353,14 +359,21 @@ def _kernel(
                     column = jax.lax.rem(column, programs.tables.shape[1])
                 at = programs.tables[row, column]
                 positions = pl.ds(page * page_size, page_size)
-                heads = pl.ds(head_block * tiling.heads, tiling.heads)
                 for kind, (buffer, block_ref) in enumerate(zip(stored, blocks_ref, strict=True)):
+                    count = block_ref.shape[1]  # of heads, or of their parts
+                    heads = pl.ds(head_block * count, count)
                     if kind < num_vectors:
                         source = buffer.at[at] if static.head_blocks == 1 else buffer.at[at, heads]
                         target = block_ref.at[slot, :, positions]
                     else:
                         source, target = buffer.at[heads, at], block_ref.at[slot, :, 0, positions]
                     act(pltpu.make_async_copy(source, target, semaphores.at[slot, kind]))
+
+    def joined(block_ref: Any, slot: Any, head: int) -> Array:
+        """Returns a head's keys or values in the queries' dtype, their parts side by side."""
+        parts = block_ref.shape[1] // tiling.heads
+        wide = [_widened(block_ref[slot, head * parts + part], query_ref.dtype) for part in range(parts)]
+        return wide[0] if parts == 1 else jnp.concatenate(wide, axis=1)
 
     def start(item: Any, head_block: Any, block: Any, slot: Any) -> None:
         copies(item, head_block, block, slot, lambda copy: copy.start())
@@ -417,15 +430,16 @@ def _kernel(
             positions = positions + offsets_ref[...]
         visible = visible_keys(positions, key_positions, static.window) & (key_positions < stop)
         for head in range(tiling.heads):
-            keys = blocks_ref[0][slot, head]
-            values = blocks_ref[num_vectors - 1][slot, head]
+            keys = values = joined(blocks_ref[0], slot, head)
+            if num_vectors > 1:
+                values = joined(blocks_ref[1], slot, head)
             scales = None
             if num_scales:
                 scales = blocks_ref[num_vectors][slot, head], blocks_ref[-1][slot, head]
             _accumulate(
                 static,
                 query_ref[0, head],
-                keys,
+                keys[:, : static.width],
                 values[:, : static.value_dim],
                 scales,
                 visible,
@@ -444,8 +458,8 @@ def _kernel(
 def _accumulate(
     static: _Static,
     query: Float[Array, "rows h"],
-    keys: Shaped[Array, "T h"],
-    values: Shaped[Array, "T v"],
+    keys: Float[Array, "T h"],
+    values: Float[Array, "T v"],
     scales: tuple[Float[Array, "1 T"], Float[Array, "1 T"]] | None,
     visible: Any,
     max_ref: Any,
@@ -453,7 +467,7 @@ def _accumulate(
     values_ref: Any,
 ) -> None:
     """Accumulates a block of keys and values into the running softmax of one KV head."""
-    scores = _product(query, _widened(keys, query.dtype), 1) * static.scale
+    scores = _product(query, keys, 1) * static.scale
     if scales is not None:
         scores = scores * scales[0]
     scores = jnp.where(visible, soft_capped(scores, static.softcap), _MASKED)
@@ -463,7 +477,6 @@ def _accumulate(
     sum_ref[...] = sum_ref[...] * rescale + weights.sum(axis=-1, keepdims=True)
     if scales is not None:
         weights = weights * scales[1]
-    values = _widened(values, query.dtype)
     values_ref[...] = values_ref[...] * rescale + _product(weights.astype(values.dtype), values, 0)
 
 

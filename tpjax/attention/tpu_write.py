@@ -1,4 +1,4 @@
-"""Writes the pages of prompt chunks to the cache on TPUs, in place, as a Pallas kernel.
+"""Writes whole pages, and pages of scales, to the cache on TPUs, in place, as a Pallas kernel.
 
 XLA writes them by a scatter. Where a kernel reads the cache after it, XLA moves the whole buffer on chip for
 the scatter, and back. Here the buffer is input and output of a kernel that copies pages into it: it stays
@@ -7,12 +7,13 @@ where it is.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 KERNEL_NAME = "write_pages"  # in programs and profiles
 
@@ -32,8 +33,26 @@ def write_pages(
         pages: which pages; the null page may occur several times.
         interpret: interpret the kernel on a CPU.
     """
+    return _write(buffer, content, pages, (), interpret)
+
+
+def write_scales(
+    buffer: Float[Array, "K pages page_size"],
+    content: Float[Array, "n K page_size"],
+    pages: Int[Array, " n"],
+    *,
+    interpret: Any = None,
+) -> Float[Array, "K pages page_size"]:
+    """Returns the scales of a buffer in 8 bits with those of whole pages written; see :func:`write_pages`."""
+    return _write(buffer, content, pages, (slice(None),), interpret)
+
+
+def _write(
+    buffer: Array, content: Array, pages: Int[Array, " n"], before: tuple[slice, ...], interpret: Any
+) -> Array:
+    """Writes each item of the content to the page that it belongs to, which is the axis after ``before``."""
     return pl.pallas_call(
-        _kernel,
+        functools.partial(_kernel, before),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             in_specs=[pl.BlockSpec(memory_space=pltpu.HBM), pl.BlockSpec(memory_space=pl.ANY)],
@@ -55,12 +74,14 @@ def in_main_memory(buffer: Array, interpret: Any) -> Array:
     return pinned
 
 
-def _kernel(pages: Any, buffer_ref: Any, content_ref: Any, output_ref: Any, semaphore: Any) -> None:
+def _kernel(
+    before: tuple[slice, ...], pages: Any, buffer_ref: Any, content_ref: Any, output_ref: Any, semaphore: Any
+) -> None:
     """Starts all copies, then waits for them."""
     del buffer_ref  # is the output
 
     def copy(at: Any) -> Any:
-        return pltpu.make_async_copy(content_ref.at[at], output_ref.at[pages[at]], semaphore)
+        return pltpu.make_async_copy(content_ref.at[at], output_ref.at[(*before, pages[at])], semaphore)
 
     def start(at: Any, _: None) -> None:
         copy(at).start()

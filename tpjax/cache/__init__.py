@@ -14,7 +14,7 @@ the memory goes where the sequences need it, long or short (vLLM's hybrid cache 
 https://docs.vllm.ai/en/latest/design/hybrid_kv_cache_manager.html).
 """
 
-from tpjax.cache.buffers import NULL_PAGE, Buffer, PageWriter
+from tpjax.cache.buffers import NULL_PAGE, Buffer, CacheWriter, PageWriter
 from tpjax.cache.layer_cache import LatentCache, LatentPages, LayerCache, Pages, StoredPages
 from tpjax.cache.layer_places import LayerPlace, layer_places, num_entries, page_groups
 from tpjax.cache.paged_cache import (
@@ -23,9 +23,7 @@ from tpjax.cache.paged_cache import (
     abstract,
     allocate,
     cache_layout,
-    check_in_place,
     page_bytes_per_device,
-    writes_8_bits_in_place,
 )
 from tpjax.cache.token_groups import BatchMetadata, TokenGroup
 
@@ -34,6 +32,7 @@ __all__ = [
     "BatchMetadata",
     "Buffer",
     "CacheLayout",
+    "CacheWriter",
     "LatentCache",
     "LatentPages",
     "LayerCache",
@@ -46,10 +45,8 @@ __all__ = [
     "abstract",
     "allocate",
     "cache_layout",
-    "check_in_place",
     "layer_places",
     "num_entries",
     "page_bytes_per_device",
     "page_groups",
-    "writes_8_bits_in_place",
 ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,29 @@ from tpjax.cache.token_groups import TokenGroup
 from tpjax.cache_quantization import QuantizedBuffer, quantized
 from tpjax.sharding import PAGES, REPLICATED
 
-# takes the buffer of one device, whole pages [n, K, page_size, h], and which they are
+# takes the buffer of one device, whole pages [n, K, page_size, h] or their scales, and which they are
 PageWriter: TypeAlias = Callable[[Array, Array, Array], Array]
 Buffer: TypeAlias = Float[Array, "pages K page_size h"] | QuantizedBuffer
 
 NULL_PAGE = 0
+
+
+class CacheWriter(NamedTuple):
+    """How new keys and values are written to buffers.
+
+    Attributes:
+        by_head: each device writes tokens to its own buffer, in rows of one head, and not the partitioner
+            whole tokens: see :func:`_write_rows`.
+        write_pages: what writes whole pages, if ``by_head``; ``None``: XLA.
+        write_scales: what writes the scales of whole pages.
+    """
+
+    by_head: bool
+    write_pages: PageWriter | None = None
+    write_scales: PageWriter | None = None
+
+
+BY_TOKEN = CacheWriter(by_head=False)
 
 
 def read(buffer: Buffer, pages: Int[Array, " B"]) -> Float[Array, "B K page_size h"]:
@@ -42,7 +60,7 @@ def write(
     new: Float[Array, "B S K h"],
     group: TokenGroup,
     spec: PartitionSpec,
-    write_pages: PageWriter | None,
+    writer: CacheWriter,
 ) -> Buffer:
     """Returns the buffer with new vectors stored at their positions.
 
@@ -51,22 +69,22 @@ def write(
         new: the vectors.
         group: where they belong.
         spec: sharding of the buffer.
-        write_pages: what writes whole pages; ``None``: XLA.
+        writer: how they are written.
     """
     heads, in_mesh = PartitionSpec(None, None, *spec[1:2]), not jax.sharding.get_abstract_mesh().empty
     on_device: Callable[..., Any]
     if isinstance(buffer, QuantizedBuffer):
-        on_device = partial(_write_quantized, write_pages=write_pages)
-        if in_mesh and (spec == PAGES or write_pages is not None):
+        on_device = partial(_write_quantized, writer=writer)
+        if in_mesh and (spec == PAGES or writer.by_head):
             specs = buffer.specs(spec)
             on_device = jax.shard_map(
                 on_device, in_specs=(specs, heads, heads, REPLICATED), out_specs=specs, check_vma=False
             )
         written: QuantizedBuffer = on_device(buffer, *quantized(new, buffer.kind), group)
         return written
-    if write_pages is None:  # the partitioner lets each device write its heads
+    if not writer.by_head:  # the partitioner lets each device write its heads
         return (_write_chunks if group.chunks else _write_tokens)(buffer, new, group)
-    on_device = partial(_write_chunks, write_pages=write_pages) if group.chunks else _write_rows
+    on_device = partial(_write_chunks, write_pages=writer.write_pages) if group.chunks else _write_rows
     if in_mesh:
         on_device = jax.shard_map(
             on_device, in_specs=(spec, heads, REPLICATED), out_specs=spec, check_vma=False
@@ -80,29 +98,48 @@ def _write_quantized(
     values: Shaped[Array, "B S K h"],
     scales: Float[Array, "B S K"],
     group: TokenGroup,
-    write_pages: PageWriter | None,
+    writer: CacheWriter,
 ) -> QuantizedBuffer:
     """Writes on one device: rows of one head each, since a TPU moves a whole buffer to write wider ones."""
     pages, heads, page_size, _ = buffer.shape
-    rows = buffer.scales.reshape(heads * pages, page_size)
+    values = buffer.in_parts(values)
     if group.chunks:
         size = min(values.shape[1], page_size)
-        of_values = _write_chunks(buffer.values, values, group, write_pages)
+        of_values = _write_chunks(buffer.values, values, group, writer.write_pages)
         at, offsets = _place(group, group.positions[:, ::size], page_size)
         new = scales.reshape(*at.shape, size, heads).swapaxes(2, 3)
+        if writer.write_scales is not None and size == page_size:
+            written = writer.write_scales(buffer.scales, new.reshape(-1, heads, size), at.reshape(-1))
+            return buffer.with_arrays(of_values, written)
+        rows = buffer.scales.reshape(heads * pages, page_size)
         rows = _write_parts(rows, at[..., None] + pages * jnp.arange(heads), offsets[..., None], new)
-        return buffer.with_parts(of_values, rows.reshape(buffer.scales.shape))
-    at, offsets = _token_places(group, page_size)
+        return buffer.with_arrays(of_values, rows.reshape(buffer.scales.shape))
     # of one head a CPU would copy the buffer to write to it in another shape
-    of_values = (_write_tokens if heads == 1 else _write_rows)(buffer.values, values, group)
-    for i in range(values.shape[1]):  # all scales of a page again: it writes rows in place, not elements
-        scale_rows = at[:, i, None] + pages * jnp.arange(heads)
-        here = jnp.arange(page_size) == offsets[:, i, None, None]
-        # read before: fused with the write, GPUs would copy all scales first
-        old = jax.lax.optimization_barrier(rows.at[scale_rows].get(mode="promise_in_bounds"))
-        new = jnp.where(here, scales[:, i, :, None], old)
-        rows = rows.at[scale_rows].set(new, mode="promise_in_bounds")
-    return buffer.with_parts(of_values, rows.reshape(buffer.scales.shape))
+    of_values = (_write_tokens if values.shape[2] == 1 else _write_rows)(buffer.values, values, group)
+    at, offsets = _token_places(group, page_size)
+    written = buffer.scales
+    for i in range(values.shape[1]):
+        written = _write_scales(written, scales[:, i], at[:, i], offsets[:, i], writer.write_scales)
+    return buffer.with_arrays(of_values, written)
+
+
+def _write_scales(
+    scales: Float[Array, "K pages page_size"],
+    new: Float[Array, "B K"],
+    at: Int[Array, " B"],
+    offsets: Int[Array, " B"],
+    write_scales: PageWriter | None,
+) -> Float[Array, "K pages page_size"]:
+    """Writes the scales of one token of each row: all of a page again, since rows are written in place."""
+    heads, pages, page_size = scales.shape
+    rows, places = scales.reshape(heads * pages, page_size), at[:, None] + pages * jnp.arange(heads)
+    here = jnp.arange(page_size) == offsets[:, None, None]
+    # read before: fused with the write, GPUs would copy all scales first
+    old = jax.lax.optimization_barrier(rows.at[places].get(mode="promise_in_bounds"))
+    content = jnp.where(here, new[:, :, None], old)
+    if write_scales is not None:
+        return write_scales(scales, content, at)
+    return rows.at[places].set(content, mode="promise_in_bounds").reshape(scales.shape)
 
 
 def _write_parts(
@@ -135,7 +172,7 @@ def _write_rows(
     """Writes what :func:`_write_tokens` writes, on one device, in rows of one head.
 
     Where a token's heads are one row, XLA for TPUs keeps the cache in a layout in which they are, and copies
-    it at every layer for a kernel that reads it.
+    it at every layer for a kernel that reads it, or for a walk of another page group's layer.
     """
     num_pages, heads, page_size, width = buffer.shape
     pages, offsets = _token_places(group, page_size)

@@ -9,7 +9,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from tpjax.cache import buffers
-from tpjax.cache.buffers import Buffer, PageWriter
+from tpjax.cache.buffers import BY_TOKEN, Buffer, CacheWriter
 from tpjax.cache.token_groups import TokenGroup
 from tpjax.sharding import PAGES, REPLICATED
 
@@ -70,7 +70,7 @@ class LayerCache:
         keys: Float[Array, "B S K h"],
         values: Float[Array, "B S K h"],
         group: TokenGroup,
-        write_pages: PageWriter | None = None,
+        writer: CacheWriter = BY_TOKEN,
     ) -> LayerCache:
         """Returns the cache with new keys and values stored at their positions.
 
@@ -78,11 +78,11 @@ class LayerCache:
             keys: new keys.
             values: new values.
             group: where they belong.
-            write_pages: what writes whole pages; ``None``: XLA.
+            writer: how they are written.
         """
         return LayerCache(
-            buffers.write(self.keys, keys, group, PAGES, write_pages),
-            buffers.write(self.values, values, group, PAGES, write_pages),
+            buffers.write(self.keys, keys, group, PAGES, writer),
+            buffers.write(self.values, values, group, PAGES, writer),
         )
 
     def read(
@@ -111,10 +111,10 @@ class LatentCache:
         return self.latents.shape[2]
 
     def write(
-        self, latents: Float[Array, "B S 1 r"], group: TokenGroup, write_pages: PageWriter | None = None
+        self, latents: Float[Array, "B S 1 r"], group: TokenGroup, writer: CacheWriter = BY_TOKEN
     ) -> LatentCache:
-        """Returns the cache with new latents stored at their positions; ``write_pages`` as for a layer's."""
-        return LatentCache(buffers.write(self.latents, latents, group, REPLICATED, write_pages))
+        """Returns the cache with new latents stored at their positions; ``writer`` as for a layer's cache."""
+        return LatentCache(buffers.write(self.latents, latents, group, REPLICATED, writer))
 
     def read(self, pages: Int[Array, " B"]) -> Float[Array, "B 1 page_size r"]:
         """Reads the latents of one page of each sequence."""

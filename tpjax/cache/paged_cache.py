@@ -15,9 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpjax.cache.layer_cache import LatentCache, LayerCache
 from tpjax.cache.layer_places import LayerPlace, layer_places, num_entries
-from tpjax.cache_quantization import QuantizedBuffer, vector_bytes
+from tpjax.cache_quantization import QuantizedBuffer, part_width, vector_bytes
 from tpjax.config import KVDtype, ModelConfig
-from tpjax.errors import ConfigError
 from tpjax.sharding import PAGES, REPLICATED, head_plan, pad_to_multiple
 from tpjax.windows import ONE_GROUP, Windows
 
@@ -89,36 +88,12 @@ def page_bytes_per_device(
         platform: of the devices.
         windows: window of each page group.
         kv_dtype: what keys and values are kept in; ``auto``: ``dtype``.
-
-    Raises:
-        ConfigError: the platform cannot write such vectors in ``kv_dtype`` in place.
     """
     layout = cache_layout(config, tp, 1, page_size)
     devices = tp if layout.spec == PAGES else 1
     *rows, width = layout.shape
-    check_in_place(config, platform, kv_dtype)
     size = vector_bytes(pad_to_multiple(width, _LANES.get(platform, 1)), kv_dtype, dtype)
     return num_entries(config, windows) * layout.count * math.prod(rows) // devices * size
-
-
-def writes_8_bits_in_place(config: ModelConfig, platform: str) -> bool:
-    """Returns whether XLA writes to a cache of 8 bits without copying it.
-
-    On a TPU it reads rows of 8 bits in tiles of 32 and writes them in tiles of 8. Rows that are wider than a
-    tile lie differently in the two.
-    """
-    width = cache_layout(config, 1, 1, 1).shape[-1]
-    return width <= _LANES.get(platform, width)
-
-
-def check_in_place(config: ModelConfig, platform: str, kv_dtype: KVDtype) -> None:
-    """Raises a ``ConfigError`` if every step would copy the cache to write to it."""
-    if kv_dtype != "auto" and not writes_8_bits_in_place(config, platform):
-        what, most = "heads" if config.attention.latent is None else "latents", _LANES[platform]
-        raise ConfigError(
-            f"kv_dtype={kv_dtype!r} on TPUs needs {what} of at most {most} elements, and these have "
-            f"{cache_layout(config, 1, 1, 1).shape[-1]}: every step would copy the cache"
-        )
 
 
 def allocate(
@@ -163,14 +138,16 @@ def abstract(
 ) -> PagedKVCache:
     """Returns the shapes, dtypes and shardings of :func:`allocate`, without the memory."""
     layout = cache_layout(config, mesh.size, num_pages, page_size)
-    check_in_place(config, mesh.devices.flat[0].platform, kv_dtype)
     buffer: Any
     if kv_dtype == "auto":
         buffer = jax.ShapeDtypeStruct(layout.shape, dtype, sharding=_format(mesh, layout.spec, 4))
     else:
         of_values = _format(mesh, layout.spec, 4)
         of_scales = _format(mesh, PartitionSpec(*layout.spec[1:2]), 3)
-        buffer = QuantizedBuffer.abstract(layout.shape, kv_dtype, jnp.dtype(dtype), of_values, of_scales)
+        part = part_width(layout.shape[-1], mesh.devices.flat[0].platform)
+        buffer = QuantizedBuffer.abstract(
+            layout.shape, kv_dtype, jnp.dtype(dtype), part, of_values, of_scales
+        )
     entries = (layout.layer(*[buffer] * layout.count) for _ in range(num_entries(config, windows)))
     return PagedKVCache(tuple(entries), layer_places(config, windows), windows)
 

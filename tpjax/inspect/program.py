@@ -368,7 +368,7 @@ def _kernel_work(stage: Stage, spec: ProgramSpec, context: int) -> list[Work]:
         )
         if spec.batch:
             calls.append(call(spec.batch, 1, min(context, limits.max_model_len)))
-        if spec.chunks and attention.latent is None:  # chunks of latents take the page walk
+        if spec.chunks:
             ends = range(spec.chunks.length, spec.chunks.tokens + 1, spec.chunks.length)
             rows = [call(1, spec.chunks.length, end) for end in ends]
             calls.append(Work(*map(sum, zip(*rows, strict=True))))

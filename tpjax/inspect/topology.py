@@ -30,6 +30,7 @@ TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # axes of the chip g
 _POD = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}
 # further libtpu versions that were tried and work, by jax version
 _ALSO_FITS = {"0.12.0.1": ("0.0.51",)}
+_PTXAS = {12: "nvidia-cuda-nvcc-cu12", 13: "nvidia-cuda-nvcc"}  # package that has it, by version of CUDA
 _LOADING = threading.Lock()  # two threads that load a compiler at once get an error from JAX
 _CORES_PER_DEVICE = {"v4": {"chip_config_name": "megacore"}}  # else libtpu shows v4's two cores apart
 # Without a TPU, libtpu need not ask the metadata server of the cloud, and complains of what it then does not
@@ -227,18 +228,18 @@ def extra_problem(kind: str) -> str | None:
         if wanted and not f"{found}.".startswith(wanted.removesuffix("*")) and found not in also:
             return f"libtpu {found} does not fit jax {jax.__version__}: {install}"
         return None
-    install = (
-        f"pip install --no-deps jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__} "
-        "nvidia-cuda-nvcc-cu12"
-    )
-    for package in ("jax-cuda12-plugin", "jax-cuda12-pjrt"):
+    cuda = 13 if installed_version("jax-cuda13-plugin") else 12
+    plugins, ptxas = (f"jax-cuda{cuda}-plugin", f"jax-cuda{cuda}-pjrt"), _PTXAS[cuda]
+    named = " ".join(f"{package}=={jax.__version__}" for package in plugins)
+    install = f"pip install --no-deps {named} {ptxas}"
+    for package in plugins:
         found = installed_version(package)
         if found is None:
             return f"compiling GPU programs needs {package}: {install}"
         if found != jax.__version__:
             return f"{package} {found} does not fit jax {jax.__version__}: {install}"
-    if installed_version("nvidia-cuda-nvcc-cu12") is None:
-        return f"compiling GPU programs needs ptxas, of nvidia-cuda-nvcc-cu12: {install}"
+    if installed_version(ptxas) is None:
+        return f"compiling GPU programs needs ptxas, of {ptxas}: {install}"
     return None
 
 

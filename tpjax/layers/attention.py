@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tpjax.attention import XLA, Backend, page_writer, paged_attention
+from tpjax.attention import XLA, Backend, cache_writer, paged_attention
 from tpjax.cache import BatchMetadata, LayerCache
 from tpjax.config import ModelConfig
 from tpjax.layers.linear import Linear, RowLinear
@@ -97,7 +97,7 @@ class Attention(nnx.Module):
         parts = list(zip(metadata.groups, *map(metadata.split, (query, key, value)), strict=True))
         with jax.named_scope("cache_write"):  # of all groups first: a chunk may continue another
             for group, _, keys, values in parts:
-                cache = cache.write(keys, values, group, page_writer(self.backend))
+                cache = cache.write(keys, values, group, cache_writer(self.backend))
         outputs = [
             paged_attention(queries, *cache.returned(keys, values), cache, group, **scoring)
             for group, queries, keys, values in parts

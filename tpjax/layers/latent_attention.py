@@ -4,8 +4,9 @@ The values of all heads are projections of a token's latent [r], and so are thei
 with a rotary embedding, which all heads share (https://arxiv.org/abs/2405.04434). The same products are
 computed in two ways. For one token, projections are absorbed: ``q · (W c) = (W^T q) · c``. Queries are
 multiplied with the cached latents directly, and the bytes read of the cache do not grow with the number of
-heads. A chunk computes the keys and values of each page it walks: a projection per key, but the products of
-its many queries are then as wide as a head, not as a latent.
+heads. A chunk that walks pages computes the keys and values of each: a projection per key, but the products
+of its many queries are then as wide as a head, not as a latent. A kernel reads the cache as it is stored: for
+it a chunk's projections are absorbed too.
 
 Heads are sharded over tp. The latents are replicated, since every head reads all of them. So are the small
 projections into latents: sharding those would add an all-gather to the two all-reduces of a layer.
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from tpjax.attention import XLA, Backend, page_writer, paged_attention
+from tpjax.attention import XLA, Backend, cache_writer, paged_attention
 from tpjax.cache import BatchMetadata, LatentCache, LatentPages, TokenGroup
 from tpjax.config import ModelConfig
 from tpjax.layers.linear import Linear, RowLinear, dot
@@ -113,7 +114,7 @@ class LatentAttention(nnx.Module):
         parts = list(zip(metadata.groups, *map(metadata.split, (query, rotary_query, latents)), strict=True))
         with jax.named_scope("cache_write"):  # of all groups first: a chunk may continue another
             for group, _, _, part in parts:
-                cache = cache.write(part, group, page_writer(self.backend))
+                cache = cache.write(part, group, cache_writer(self.backend))
         outputs = [
             self._attend(group, queries, rotary_queries, cache.returned(part), cache, window)
             for group, queries, rotary_queries, part in parts
@@ -131,7 +132,7 @@ class LatentAttention(nnx.Module):
     ) -> Float[Array, "B S K 1 v"]:
         """Attends from one group of tokens to the cache, which holds their own latents already."""
         config, rank = self.config, self.latent.kv_lora_rank
-        absorbed = not group.chunks
+        absorbed = not group.chunks or self.backend.is_kernel
         pages: LatentPages | _ExpandedPages
         if absorbed:
             query = self.kv_b_proj.absorb(query)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import dataclass
 
-from tpjax.cache import check_in_place, num_entries, page_groups, writes_8_bits_in_place
-from tpjax.config import ExpertAxis, KVDtype, ModelConfig
+from tpjax.cache import num_entries, page_groups
+from tpjax.config import ExpertAxis
 from tpjax.hardware import Hardware
 from tpjax.planning.workload import Workload
 from tpjax.runtime.counts import Counts
@@ -36,21 +35,6 @@ class MemoryUse:
     def total(self) -> int:
         """Weights, cache and workspace together, bytes."""
         return self.weights + self.cache + self.workspace
-
-
-def as_cached(workload: Workload, config: ModelConfig, hardware: Hardware) -> Workload:
-    """Returns the workload with keys and values in a dtype that the runner takes.
-
-    ``auto`` is 16 bits where the chip cannot write those of 8 bits in place.
-
-    Raises:
-        ConfigError: 8 bits were asked for, and the chip cannot.
-    """
-    if workload.cache_bytes > 1 or writes_8_bits_in_place(config, hardware.platform):
-        return workload
-    if workload.cache_dtype != "auto":
-        check_in_place(config, hardware.platform, cast(KVDtype, workload.cache_dtype))
-    return replace(workload, cache_dtype="bf16")
 
 
 class CostModel(StepTime):

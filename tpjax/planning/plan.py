@@ -13,7 +13,7 @@ from typing import Any
 from tpjax.config import ExpertAxis
 from tpjax.errors import ConfigError
 from tpjax.hardware import Hardware
-from tpjax.planning.cost_model import CostModel, MemoryUse, as_cached
+from tpjax.planning.cost_model import CostModel, MemoryUse
 from tpjax.planning.workload import Workload
 from tpjax.runtime.counts import Counts
 from tpjax.step_time import Cost
@@ -131,9 +131,8 @@ def make_plan(counts: Counts, hardware: Hardware, chips: int, tp: int, workload:
         workload: the requests to plan for.
 
     Raises:
-        ConfigError: the devices are not a multiple of tp, or the chip has no cache in that dtype.
+        ConfigError: the devices are not a multiple of tp.
     """
-    workload = as_cached(workload, counts.config, hardware)
     devices = chips * hardware.devices_per_chip
     if tp < 1 or devices % tp:
         fitting = ", ".join(map(str, divisors(devices)))

@@ -14,7 +14,7 @@ from typing import Any
 from tpjax.errors import ConfigError
 from tpjax.hardware import Hardware
 from tpjax.mesh import describe_tp
-from tpjax.planning.cost_model import CostModel, as_cached
+from tpjax.planning.cost_model import CostModel
 from tpjax.planning.plan import make_plans
 from tpjax.planning.workload import Workload
 from tpjax.runtime.counts import Counts
@@ -66,9 +66,8 @@ def compare(counts: Counts, hardware: Hardware, chips: int, workload: Workload) 
     """Finds the best layout of each kind for a workload, and ranks the kinds.
 
     Raises:
-        ConfigError: no layout fits, or the chip has no cache in that dtype.
+        ConfigError: no layout fits.
     """
-    workload = as_cached(workload, counts.config, hardware)
     devices = chips * hardware.devices_per_chip
     every = [
         *_tensor_and_replicas(counts, hardware, chips, workload),

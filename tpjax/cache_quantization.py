@@ -23,7 +23,6 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from tpjax.config import KVDtype
 from tpjax.mesh import AXIS
-from tpjax.sharding import pad_to_multiple
 
 QuantizedDtype = Literal["int8", "fp8"]
 
@@ -161,7 +160,7 @@ def _in_parts(values: Shaped[Array, "B S K h"], part: int) -> Shaped[Array, "B S
     width = values.shape[-1]
     if part == width:
         return values
-    padded = jnp.pad(values, ((0, 0),) * 3 + ((0, pad_to_multiple(width, part) - width),))
+    padded = jnp.pad(values, ((0, 0),) * 3 + ((0, -width % part),))
     return padded.reshape(*values.shape[:2], -1, part)
 
 

@@ -5,12 +5,12 @@ jax 0.12 and later interpret them. On a GPU ``scripts/on_gpu`` runs these tests.
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import attention_cases
+import grouped_llama
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +20,6 @@ from conftest import GOLDENS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from safetensors.numpy import save_file
 
 from tpjax import LLM
 from tpjax.attention import KernelShape, gpu, selftest
@@ -135,42 +134,6 @@ def test_quantized_product(tokens: int, inputs: int, outputs: int, kind: str, gr
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
-def llama_of_whole_groups(folder: Path) -> Path:
-    """A Llama whose matrices have whole groups of 128 inputs; the goldens' are smaller."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "vocab_size": 64,
-        "max_position_embeddings": 128,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    layer = "model.layers.0"
-    shapes = {
-        f"{layer}.self_attn.q_proj": (128, 128),
-        f"{layer}.self_attn.k_proj": (64, 128),
-        f"{layer}.self_attn.v_proj": (64, 128),
-        f"{layer}.self_attn.o_proj": (128, 128),
-        f"{layer}.mlp.gate_proj": (256, 128),
-        f"{layer}.mlp.up_proj": (256, 128),
-        f"{layer}.mlp.down_proj": (128, 256),
-        "model.embed_tokens": (64, 128),
-    }
-    rng = np.random.default_rng(0)
-    tensors = {f"{name}.weight": rng.normal(size=shape) * 0.1 for name, shape in shapes.items()}
-    for norm in (f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm", "model.norm"):
-        tensors[f"{norm}.weight"] = np.ones(128)
-    save_file({name: x.astype(np.float32) for name, x in tensors.items()}, folder / "model.safetensors")
-    return folder
-
-
 @pytest.mark.slow
 def test_a_model_in_int4_multiplies_by_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its logits are those of XLA's products of the same weights, up to rounding in bfloat16."""
@@ -181,7 +144,7 @@ def test_a_model_in_int4_multiplies_by_the_kernel(tmp_path: Path, monkeypatch: p
         return product(*arguments, **named)
 
     monkeypatch.setattr(quantized_gpu, "quantized_product", counted)
-    folder, prompt, found = llama_of_whole_groups(tmp_path), [at % 50 for at in range(70)], []
+    folder, prompt, found = grouped_llama.write(tmp_path), [at % 50 for at in range(70)], []
     for attention in ("xla", "gpu"):
         calls.clear()
         settings: Any = {"dtype": "bfloat16", "max_model_len": 128, "max_slots": 1, "quantize": "int4"}

@@ -148,6 +148,7 @@ MAY_COMPILE = {
     "runtime.state",
     "runtime.device_speed",
     "attention.selftest",
+    "layers.selftest",
     "cache.paged_cache",
     "model",  # within a program that is traced: equal layers once
     "checkpoints.load",

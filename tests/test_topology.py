@@ -568,6 +568,27 @@ def test_gpu_kernel(tp: int, kind: str, capfd: pytest.CaptureFixture[str]) -> No
     assert " conditional(" not in text
 
 
+@pytest.mark.parametrize(
+    ("name", "tp", "kind"),
+    (
+        ("v5e:2x4", 8, "decode"),
+        pytest.param("v5e:2x4", 5, "mixed", marks=pytest.mark.slow),
+        pytest.param("v6e:2x4", 8, "prefill", marks=pytest.mark.slow),
+    ),
+)
+@needs_tpu
+def test_tpu_product_in_int4(name: str, tp: int, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """A call for each matrix of a layer; no wide weight is written, and the estimate counts the calls."""
+    program, text = compiled_text(LLAMA3_8B, name, tp, kind, "tpu", "int4")
+    check(program, LLAMA3_8B, tp, capfd.readouterr().err)
+    assert program.cache_copies == 0 and program.weight_copy_bytes < 2**20  # scales
+    assert len(re.findall(r"quantized_product[.\d]* = ", text)) == 4 * LLAMA3_8B.num_layers
+    made = {math.prod(map(int, one.split(","))) for one in re.findall(r"= bf16\[([\d,]+)\]", text)}
+    assert 4096 * 2 * 14336 // tp not in made
+    stored = LLAMA3_8B.num_layers * 218_103_808 // 2 // tp  # elements of a layer, two a byte
+    assert program.estimate is not None and program.estimate.kernel_bytes > stored
+
+
 @pytest.mark.parametrize(("tp", "kind"), ((1, "decode"), (5, "mixed"), (8, "decode")))
 @needs_gpu
 def test_gpu_product_in_int4(tp: int, kind: str, capfd: pytest.CaptureFixture[str]) -> None:

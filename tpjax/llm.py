@@ -7,7 +7,7 @@ import operator
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -217,7 +217,8 @@ class LLM:
             {"model": path.name, "checkpoint": digest_of_edges(path), **flags},
             device_memory(sum(tps) * dp),
         )
-        memory, backends = self.role.decide(lambda: self._attention_backends(attention, tps))
+        grouped = quantize == "int4" or (quantize is None and checkpoint.source.format_of is not None)
+        memory, backends = self.role.decide(lambda: self._backends(attention, tps, grouped))
         for backend in dict.fromkeys(backends):
             log.info("attention: %s", backend)
         if self.dtype.itemsize < 4 and self.mesh.devices.flat[0].platform == "cpu":
@@ -280,9 +281,15 @@ class LLM:
         if self.sampling_defaults:
             log.info("defaults of requests: %s (generation_config)", self.describe_defaults())
 
-    def _attention_backends(self, asked: AttentionBackend, tps: Sequence[int]) -> list[Backend]:
-        """Chooses what computes attention in each stage; checks the platform's kernel once on each chip."""
-        device = self.mesh.local_devices[0]
+    def _backends(self, asked: AttentionBackend, tps: Sequence[int], grouped: bool) -> list[Backend]:
+        """Chooses what computes attention in each stage; checks the platform's kernels once on each chip.
+
+        Args:
+            asked: the user's choice.
+            tps: devices of each stage.
+            grouped: whether weights may have scales for groups of inputs, whose product is a kernel's then.
+        """
+        device, folder = self.mesh.local_devices[0], cache_dir() / "attention"
 
         def choose(tp: int) -> Backend:
             shape = KernelShape.of(self.config, tp, self.dtype, PAGE_SIZE, self.kv_dtype)
@@ -290,9 +297,16 @@ class LLM:
             def verify() -> Verdict:
                 from tpjax.attention.selftest import verdict
 
-                return verdict(device.platform, shape, device, cache_dir() / "attention")
+                return verdict(device.platform, shape, device, folder)
 
-            return choose_backend(asked, device, shape, verify)
+            backend = choose_backend(asked, device, shape, verify)
+            if grouped and asked == "auto" and backend.is_kernel:
+                from tpjax.layers.selftest import product_verdict
+
+                products = product_verdict(backend, device, folder)
+                log.info("products of quantised weights: %s", products)
+                backend = replace(backend, products=products.use_kernel)
+            return backend
 
         chosen = {tp: choose(tp) for tp in dict.fromkeys(tps)}
         return [chosen[tp] for tp in tps]

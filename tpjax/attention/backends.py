@@ -77,7 +77,7 @@ class KernelShape(NamedTuple):
 
 @dataclass(frozen=True)
 class Backend:
-    """What computes attention and, where it is ``gpu``, routed experts; and why.
+    """What computes attention and, where it is a kernel, products of quantised weights and experts; and why.
 
     Attributes:
         name: ``reference`` (the definition, over gathered pages), ``xla`` (the page walk), ``tpu`` or ``gpu``
@@ -88,6 +88,7 @@ class Backend:
             a TPU some 2,000 cycles for each of its instructions, and lets a GPU wait for the host.
         in_rows: whether tokens are written in rows of one head, as on TPUs: else XLA lays out the cache in
             other ways for some layers, and copies it for each.
+        products: where it is a kernel, whether products of weights with scales for groups of inputs are, too.
     """
 
     name: Literal["reference", "xla", "tpu", "gpu"]
@@ -95,6 +96,7 @@ class Backend:
     interpret: Any = None
     walk_pages: int = 1
     in_rows: bool = False
+    products: bool = True
 
     @property
     def is_kernel(self) -> bool:
@@ -114,7 +116,8 @@ class Verdict:
         error: largest difference from the definition; infinite if an output was not a number.
         allowed: largest difference that counts as right.
         kernel_ms: time of the kernel: decode rows, one layer of each kind.
-        walk_ms: time of the page walk.
+        walk_ms: time of what it stands in for.
+        walk: what that is.
     """
 
     device: str
@@ -122,10 +125,11 @@ class Verdict:
     allowed: float
     kernel_ms: float
     walk_ms: float
+    walk: str = "the page walk"
 
     @property
     def right(self) -> bool:
-        """Whether the kernel computes attention."""
+        """Whether the kernel computes what it should."""
         return self.error <= self.allowed
 
     @property
@@ -136,7 +140,7 @@ class Verdict:
     def __str__(self) -> str:
         if not self.right:
             return f"the kernel is wrong on {self.device}: off by {self.error:.3g}, {self.allowed:g} allowed"
-        times = f"{self.kernel_ms:.3g} ms where the page walk takes {self.walk_ms:.3g}"
+        times = f"{self.kernel_ms:.3g} ms where {self.walk} takes {self.walk_ms:.3g}"
         takes = "and takes" if self.use_kernel else "but takes"
         return f"the kernel is right on {self.device}, {takes} {times}"
 

@@ -53,25 +53,42 @@ def verdict(
         interpret: how the kernel is interpreted, on a CPU.
     """
     about = {
+        "kernel": hashlib.sha256(_source(kernel)).hexdigest(),
+        "shape": shape._asdict(),
+    }
+    return kept_verdict(about, device, folder, lambda: _check(kernel, shape, device, interpret))
+
+
+def kept_verdict(
+    about: dict[str, Any], device: jax.Device, folder: Path, check: Callable[[], Verdict]
+) -> Verdict:
+    """Returns what a check of a kernel found, now or earlier. One that hangs ends the process.
+
+    Args:
+        about: what the verdict depends on beside the device and its compiler, as plain data.
+        device: what the kernel runs on.
+        folder: where verdicts are kept.
+        check: checks it.
+    """
+    about = {
         "device": device.device_kind,
         "jax": jax.__version__,
         "compiler": device.client.platform_version,
-        "kernel": hashlib.sha256(_source(kernel)).hexdigest(),
-        "shape": shape._asdict(),
+        **about,
     }
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
     file = folder / f"{name}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return Verdict(**json.loads(file.read_text())["verdict"])
     with _watchdog(_HANGS_AFTER_S):
-        found = _check(kernel, shape, device, interpret)
+        found = check()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")
         part.write_text(json.dumps({**about, "verdict": asdict(found)}, indent=1))
         part.replace(file)
     except OSError as error:
-        log.warning("what was found of the attention kernel is not kept: %s", error)
+        log.warning("what was found of a kernel is not kept: %s", error)
     return found
 
 
@@ -90,7 +107,7 @@ def _watchdog(seconds: float) -> Iterator[None]:
 
     def end() -> None:
         sys.stderr.write(
-            f"tpjax: error: the attention kernel has not returned after {seconds:.0f} s: start again with "
+            f"tpjax: error: a kernel has not returned after {seconds:.0f} s: start again with "
             "--attention xla\n"
         )
         sys.stderr.flush()
@@ -134,8 +151,8 @@ def _check(kernel_name: str, shape: KernelShape, device: jax.Device, interpret: 
                 group, query, buffers = _rows(shape, rng, length)
                 error = max(error, _difference(kernel, define, query, buffers, group))
                 if length == 1:
-                    kernel_ms += _time_ms(kernel, query, buffers, group)
-                    walk_ms += _time_ms(walk, query, buffers, group)
+                    kernel_ms += time_ms(kernel, query, buffers, group)
+                    walk_ms += time_ms(walk, query, buffers, group)
     return Verdict(device.device_kind, error, _ALLOWED[shape.dtype], kernel_ms, walk_ms)
 
 
@@ -267,22 +284,26 @@ def _other(
     return attention(query, *own, pages, group, **attend)
 
 
-def _time_ms(
-    attend: Callable[..., jax.Array], query: jax.Array, buffers: list[Buffer], group: TokenGroup
-) -> float:
-    """Returns the time of one call, of several that wait for each other in one dispatch."""
+def time_ms(function: Callable[..., jax.Array], first: jax.Array, *rest: Any) -> float:
+    """Returns the time of one call, of several that wait for each other in one dispatch.
+
+    Args:
+        function: what is timed.
+        first: its first argument, which each call waits for.
+        rest: the others.
+    """
 
     @jax.jit
-    def several(query: jax.Array, buffers: list[Buffer], group: TokenGroup) -> jax.Array:
-        def again(_: int, query: jax.Array) -> jax.Array:
-            return query + 0 * attend(query, buffers, group)[:1, :1, :1, :1, :1]
+    def several(first: jax.Array, *rest: Any) -> jax.Array:
+        def again(_: int, first: jax.Array) -> jax.Array:
+            return first + 0 * function(first, *rest).reshape(-1)[0].astype(first.dtype)
 
-        return jax.lax.fori_loop(0, _CALLS, again, query)
+        return jax.lax.fori_loop(0, _CALLS, again, first)
 
-    several(query, buffers, group).block_until_ready()
+    several(first, *rest).block_until_ready()
     times = []
     for _ in range(_ROUNDS):
         started = time.perf_counter()
-        several(query, buffers, group).block_until_ready()
+        several(first, *rest).block_until_ready()
         times.append(time.perf_counter() - started)
     return min(times) / _CALLS * 1e3

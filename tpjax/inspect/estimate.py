@@ -26,6 +26,7 @@ from tpjax.inspect.collectives import ASYNC_DONE, Collective, placed_collectives
 from tpjax.inspect.hlo import Executed, Instruction, Module
 from tpjax.inspect.topology import Topology
 from tpjax.interconnect import Interconnect
+from tpjax.layers import quantized_tpu
 from tpjax.runtime.counts import Counts
 from tpjax.step_time import Cost, Itemsizes, StepTime, StepTokens
 
@@ -50,7 +51,7 @@ _IDEAL = Efficiency(
 
 
 class Shares(NamedTuple):
-    """What attention kernels are assumed to reach, as shares of bandwidth and peak rate."""
+    """What kernels are assumed to reach, as shares of bandwidth and peak rate."""
 
     bandwidth: float
     flops: float
@@ -77,17 +78,17 @@ class Estimate:
         context: tokens in the cache of each sequence.
         compute_s: estimated cycles over the clock.
         pages_s: the part of ``compute_s`` in loops over pages of the cache.
-        traffic_bytes: bytes read and written in main memory, but for attention kernels.
+        traffic_bytes: bytes read and written in main memory, but for kernels.
         traffic_s: those over the bandwidth.
         collectives_s: collectives, by the interconnect model of ``plan``.
         exposed_s: the part of ``collectives_s`` that nothing runs beside.
-        total_s: the longer of compute and memory traffic, plus attention kernels and exposed collectives.
+        total_s: the longer of compute and memory traffic, plus kernels and exposed collectives.
         memory_bound_s: reading weights and cache once.
         compute_bound_s: products at the peak rate.
         bound_s: the longer of both bounds, summed over blocks: no program is faster.
         kernels: number of kernel calls without cycles.
-        kernel_bytes: bytes that attention kernels read and write in main memory.
-        kernels_s: time of attention kernels if they reach ``KERNEL_SHARES``: assumed.
+        kernel_bytes: bytes that kernels read and write in main memory.
+        kernels_s: time of kernels if they reach ``KERNEL_SHARES``: assumed.
         low_kernels_s: that if they reach ``LOW_KERNEL_SHARES`` only.
     """
 
@@ -109,7 +110,7 @@ class Estimate:
 
     @property
     def low_total_s(self) -> float:
-        """The time if attention kernels reach ``LOW_KERNEL_SHARES`` only."""
+        """The time if kernels reach ``LOW_KERNEL_SHARES`` only."""
         return self.total_s + self.low_kernels_s - self.kernels_s
 
 
@@ -161,12 +162,19 @@ def estimate(
 
     experts_read = step_time(bandwidth).experts_read(batch * length)
     cycles, page_cycles, traffic, kernels = counted(module, pages, caches, experts_read)
+    products = [
+        _product(module, one)
+        for one in module.executed(pages, caches)
+        if not one.conditional and _is_product(one.instruction)
+        for _ in range(one.times)
+    ]
     clocks = _follow(module, chip.interconnect, tp, clock)
     compute_s, traffic_s = cycles / clock, traffic / bandwidth
+    calls = [(call.bytes, call.flops, 0) for call in kernel_work] + list(products)
     kernels_s, low_kernels_s = (
         sum(
-            max(call.bytes / (share.bandwidth * bandwidth), call.flops / (share.flops * device.flops))
-            for call in kernel_work
+            max(moved / (share.bandwidth * bandwidth), flops / (share.flops * device.flops), least / clock)
+            for moved, flops, least in calls
         )
         for share in (KERNEL_SHARES, LOW_KERNEL_SHARES)
     )
@@ -190,7 +198,7 @@ def estimate(
         compute_bound_s=ideal(math.inf).compute,
         bound_s=best.weights + best.cache + best.compute,
         kernels=kernels,
-        kernel_bytes=sum(call.bytes for call in kernel_work),
+        kernel_bytes=sum(moved for moved, _, _ in calls),
         kernels_s=kernels_s,
         low_kernels_s=low_kernels_s,
     )
@@ -338,6 +346,8 @@ def _traffic(module: Module, one: Executed, experts_read: float) -> int:
         return 0
     if "tpu_custom_call" in instruction.line and KERNEL_NAME in instruction.line:
         return 0  # its operand is the whole cache; what it reads is counted by itself
+    if _is_product(instruction):
+        return 0  # counted by itself too: it reads activations once for each tile of outputs
     if "tpu_custom_call" in instruction.line and WRITER_NAME in instruction.line:
         content = body[instruction.operands[-1]].arrays[0]
         return content.bytes * (1 if content.space else 2)
@@ -349,6 +359,22 @@ def _traffic(module: Module, one: Executed, experts_read: float) -> int:
             stack = operand.arrays[0].dims if instruction.name.startswith(_GROUPED) else ()
             total += int(read * min(1.0, experts_read / stack[0])) if len(stack) == 3 else read
     return total
+
+
+def _is_product(instruction: Instruction) -> bool:
+    """Returns whether an instruction is the kernel of quantised products."""
+    return "tpu_custom_call" in instruction.line and quantized_tpu.KERNEL_NAME in instruction.line
+
+
+def _product(module: Module, one: Executed) -> quantized_tpu.ProductWork:
+    """Returns what a product with a quantised weight does."""
+    body = module.computations[one.computation]
+    x, values, *per_group = (body[name].arrays[0] for name in one.instruction.operands)
+    tokens, inputs = x.dims
+    groups = math.prod(per_group[0].dims[:2])
+    weight_bytes = sum(array.bytes for array in (values, *per_group))
+    bits = 16 if values.dtype.startswith("f8") else 8 * values.bytes // math.prod(values.dims)
+    return quantized_tpu.work((tokens, inputs), values.dims[1], weight_bytes, groups, bits)
 
 
 def _seconds(one: Collective, links: Interconnect, tp: int) -> float:

@@ -1,10 +1,10 @@
 """Products with weights of 8 and 4 bits as a Pallas kernel for NVIDIA's Hopper GPUs.
 
-XLA's own products widen int8 as they read it, at half of the bandwidth; for scales of groups of inputs they
-compute a product for each group, whose float32 sums go through memory. Here a program computes a tile of
-outputs: one of its warp groups copies blocks of the weight, as they are stored, and of the activations into
-shared memory, several blocks ahead; the others widen theirs in registers, which the tensor cores take as the
-left side of a product, and scale the sums of each group.
+XLA's own products read values with a scale for each output at 84% of an H100's bandwidth. For scales of
+groups of inputs they compute a product for each group, whose float32 sums go through memory. Here a
+program computes a tile of outputs: one of its warp groups copies blocks of the weight, as they are stored,
+and of the activations into shared memory, several blocks ahead; the others widen theirs in registers,
+which the tensor cores take as the left side of a product, and scale the sums of each group.
 
 The tensor cores multiply 64 rows at once: outputs, of which a weight has thousands, and tokens, of which a
 step of decode has few, are the columns. A weight is stored [out, in], so that a row of a block is read at

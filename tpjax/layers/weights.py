@@ -92,7 +92,7 @@ class QuantizedWeight:
         zeros: zero points, int8, in the shape of the scales; ``None``: all are 0.
         spec: how ``values`` are sharded; means nothing inside ``shard_map``, where each device has its own.
         inputs: axis of the checkpoint's inputs, counted from the last, -1.
-        backend: where it is a kernel for GPUs, so is the product with scales for groups of inputs.
+        backend: where it is a kernel, so is the product with scales for groups of inputs.
     """
 
     values: Shaped[Array, "*weight"]
@@ -207,7 +207,7 @@ class QuantizedParameter(nnx.Module):
         parts = [*spec, *[None] * (len(layout.shape) - len(spec))]
         dtype = kept.values_on(platform)
         self.group: int | None = None  # stored inputs that share a scale
-        self.by_kernel = False
+        self.outputs_first = False  # for the kernel for GPUs, whose scales are [groups, out]
         zeros: nnx.Param | None = None
         if kept.group is None and not kept.zeros:
             if platform == "tpu" and isinstance(layout, WeightLayout) and inputs == 1 and not any(parts[:1]):
@@ -221,14 +221,14 @@ class QuantizedParameter(nnx.Module):
             self.group = layout.stored_group(inputs, kept.group, tp if parts[inputs] else 1)
             if isinstance(layout, WeightLayout):
                 outputs = layout.shape[1 - inputs] // (tp if parts[1 - inputs] else 1)
-                self.by_kernel = _kernel_takes(backend, dtype, self.group, outputs)
-                inputs_first = not self.by_kernel and (inputs == 0 or not any(parts[:1]))
+                self.outputs_first = _gpu_kernel_takes(backend, dtype, self.group, outputs)
+                inputs_first = not self.outputs_first and (inputs == 0 or not any(parts[:1]))
                 if inputs_first != (inputs == 0):
                     layout, spec, inputs = layout.swapped(), PartitionSpec(*reversed(parts)), 1 - inputs
                     parts.reverse()
             self.values = parameter(layout, spec, dtype, row_major=True)
             axis = inputs
-            if self.by_kernel and isinstance(layout, WeightLayout):
+            if self.outputs_first and isinstance(layout, WeightLayout):
                 layout, spec, axis = layout.swapped(), PartitionSpec(*reversed(parts)), 0
             of_scales, of_zeros = (
                 layout.per_group(axis, self.group, suffix) for suffix in (SCALE_SUFFIX, ZERO_SUFFIX)
@@ -239,7 +239,8 @@ class QuantizedParameter(nnx.Module):
         self.zeros = zeros
         self.inputs = inputs
         self.kept = kept
-        self.backend = backend
+        by_kernel = self.outputs_first or (backend.name == "tpu" and self.group is not None)
+        self.backend = backend if by_kernel else XLA
 
     def __getitem__(self, index: EllipsisType) -> QuantizedWeight:
         """Returns the weight."""
@@ -248,15 +249,14 @@ class QuantizedParameter(nnx.Module):
         zeros = None if self.zeros is None else self.zeros[index]
         if self.group is None:
             scales = jnp.expand_dims(scales, self.inputs)
-        if self.by_kernel:
+        if self.outputs_first:
             scales, zeros = scales.T, None if zeros is None else zeros.T
-        backend = self.backend if self.by_kernel else XLA
-        return QuantizedWeight(values, scales, zeros, spec, self.inputs - len(values.shape), backend)
+        return QuantizedWeight(values, scales, zeros, spec, self.inputs - len(values.shape), self.backend)
 
 
-def _kernel_takes(backend: Backend, values: jnp.dtype, group: int, outputs: int) -> bool:
-    """Returns whether a kernel multiplies by a matrix of such values with scales for groups of inputs."""
-    if backend.name != "gpu":
+def _gpu_kernel_takes(backend: Backend, values: jnp.dtype, group: int, outputs: int) -> bool:
+    """Returns whether the kernel for GPUs multiplies by a matrix of such values with scales for groups."""
+    if backend.name != "gpu" or not backend.products:
         return False
     from tpjax.layers import quantized_gpu  # Pallas is imported where it is used: that takes a while
 
@@ -275,7 +275,7 @@ def quantize_weights(
         format_of: returns how a canonical tensor is kept.
         tp: devices.
         platform: of the devices.
-        backend: where it is a kernel for GPUs, so are products with scales for groups of inputs.
+        backend: where it is a kernel, so are products with scales for groups of inputs.
     """
     for path, module in list(nnx.iter_modules(model)):
         for name, value in list(vars(module).items()):

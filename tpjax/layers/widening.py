@@ -68,9 +68,9 @@ def widened_product(
         scaled: by the weight, which has scales for groups of inputs; else by its values alone.
     """
     settings: Any = {"subscripts": subscripts, "dtype": dtype, "precision": precision}
-    if weight.backend.name == "gpu" and subscripts == "...i,oi->...o" and x.dtype.itemsize == 2:
-        by_kernel = partial(product_by_kernel, dtype=dtype, scaled=scaled)
-        return _on_each_device(by_kernel, x, weight, subscripts=subscripts)
+    kernel = _kernel(x, weight, subscripts, scaled=scaled)
+    if kernel is not None:
+        return _on_each_device(partial(kernel, dtype=dtype), x, weight, subscripts=subscripts)
 
     def on_each_device(product: Callable[..., Array], **more: Any) -> Callable[..., Array]:
         return partial(_on_each_device, partial(product, **settings, **more), subscripts=subscripts)
@@ -141,11 +141,50 @@ def product_by_groups(
     return y.sum(place_of(of_y, "z", y.ndim)).astype(dtype)
 
 
-def product_by_kernel(
+def _kernel(
+    x: Float[Array, "*x"], weight: QuantizedWeight, subscripts: str, *, scaled: bool
+) -> Callable[..., Array] | None:
+    """Returns the kernel that computes a product on each device, or ``None``: XLA does."""
+    backend = weight.backend
+    if not backend.is_kernel or not backend.products or x.dtype.itemsize != 2:
+        return None  # Pallas is imported where it is used: that takes a while
+    if backend.name == "gpu":
+        # a weight that the kernel does not take lies [in, out]
+        return partial(product_on_gpu, scaled=scaled) if subscripts == "...i,oi->...o" else None
+    from tpjax.layers import quantized_tpu
+
+    if not scaled or subscripts != "...i,io->...o" or x.dtype != jnp.bfloat16:
+        return None
+    parts = _parts(weight)  # of the inputs, one on each device
+    groups, group = weight.scales.shape[0] // parts, weight.shape[0] // weight.scales.shape[0]
+    tokens = math.prod(x.shape[:-1])
+    return product_on_tpu if quantized_tpu.takes(tokens, weight.values.dtype, groups, group) else None
+
+
+def _parts(weight: QuantizedWeight) -> int:
+    """Returns the number of devices among which the inputs of a matrix [in, out] are sharded."""
+    mesh = jax.sharding.get_abstract_mesh()
+    sharded = weight.spec[:1] == (AXIS,) and mesh.size > 1 and AxisType.Manual not in mesh.axis_types
+    return mesh.size if sharded else 1
+
+
+def product_on_tpu(
+    x: Float[Array, "*batch D"], weight: QuantizedWeight, *, dtype: jnp.dtype | type
+) -> Float[Array, "*batch F"]:
+    """Computes the product with a matrix [D, F] on one device by the kernel for TPUs."""
+    from tpjax.layers.quantized_tpu import quantized_product
+
+    rows = x.reshape(-1, x.shape[-1])
+    interpret = weight.backend.interpret
+    y = quantized_product(rows, weight.values, weight.scales, weight.zeros, interpret=interpret)
+    return y.astype(dtype).reshape(*x.shape[:-1], -1)
+
+
+def product_on_gpu(
     x: Float[Array, "*batch D"], weight: QuantizedWeight, *, dtype: jnp.dtype | type, scaled: bool
 ) -> Float[Array, "*batch F"]:
     """Computes the product with a matrix [F, D] on one device by the kernel for GPUs, scaled or not."""
-    from tpjax.layers.quantized_gpu import quantized_product  # Pallas is imported where it is used
+    from tpjax.layers.quantized_gpu import quantized_product
 
     rows = x.reshape(-1, x.shape[-1])
     scales = weight.scales.T if scaled else None

@@ -7,14 +7,24 @@
 The matrices are Llama 3 8B's gate and down projection on one of eight devices, stored as a model stores them;
 the experts are Qwen3-30B-A3B's, one tile of rows by one expert of a stack. Each product is compiled ahead of
 time. Its time is the longer of the estimated cycles over the clock and the bytes that it moves in main memory
-over the bandwidth. The last columns are that over bfloat16's, and the bytes it writes there.
+over the bandwidth. The last columns are that over bfloat16's, and the bytes it writes there. Of the kernel that
+multiplies by scales for groups of inputs, in the rows below XLA's, cycles are the bundles of the schedule
+that the compiler prints, times the programs of its grid.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import re
+import shutil
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
+
+os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_llo_text=true --xla_jf_dump_to={tempfile.mkdtemp()}"
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +33,11 @@ from tpjax.inspect.copies import write_backs
 from tpjax.inspect.estimate import clock_hz, counted
 from tpjax.inspect.hlo import Module
 from tpjax.inspect.topology import Topology, parse_topology
+from tpjax.layers import quantized_tpu
 from tpjax.layers.linear import dot
-from tpjax.layers.weights import FORMATS, QuantizedWeight, Weight, WeightFormat
+from tpjax.layers.weights import FORMATS, QuantizedWeight, Weight, WeightFormat, dtype_bits
 
+SCHEDULES = Path(os.environ["LIBTPU_INIT_ARGS"].rpartition("=")[2])
 GRIDS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1", "v4": "v4:2x2x1", "tpu7x": "tpu7x:2x2x1"}
 MATRICES = {"gate [4096, 1792]": (4096, 1792), "down [1792, 4096]": (1792, 4096)}
 EXPERTS, EXPERT = 16, (2048, 768)
@@ -90,6 +102,30 @@ def compiled(chips: Topology, function: Any, *arguments: Any) -> Product:
     return Product(found.cycles, found.traffic, us, sum(one.bytes for one in write_backs(module)))
 
 
+def by_kernel(chips: Topology, form: WeightFormat, rows: int, inputs: int, outputs: int) -> Product | None:
+    """Compiles the kernel for a product, and counts the bundles of its schedule; ``None``: XLA multiplies."""
+    one = weight(form, inputs, outputs)
+    assert isinstance(one, QuantizedWeight) and form.group is not None
+    groups = inputs // form.group
+    if not quantized_tpu.takes(rows, one.values.dtype, groups, form.group):
+        return None
+    for dump in SCHEDULES.iterdir():
+        dump.unlink()
+    x = jax.ShapeDtypeStruct((rows, inputs), BF16)
+    compiled(chips, quantized_tpu.quantized_product, x, one.values, one.scales, one.zeros)
+    (dump,) = SCHEDULES.glob(f"*{quantized_tpu.KERNEL_NAME}*schedule-analysis_final_bundles.txt")
+    found = re.search(r"total scheduled bundles:\s+(\d+)", dump.read_text())
+    assert found is not None
+    tiling = quantized_tpu.choose_tiling(rows, outputs, groups, form.group)
+    programs = -(-rows // tiling.tokens) * -(-outputs // tiling.outputs) * (inputs // tiling.inputs)
+    size = inputs * outputs * dtype_bits(form.values) // 8
+    size += groups * outputs * (form.scales.itemsize + form.zeros)
+    moved = quantized_tpu.work((rows, inputs), outputs, size, groups, 8).bytes
+    cycles = int(found[1]) * programs
+    us = 1e6 * max(cycles / clock_hz(chips.hardware), moved / chips.hardware.device.bandwidth_bytes_s)
+    return Product(cycles, moved, us, 0)
+
+
 def products(chips: Topology, form: WeightFormat | None, rows: int) -> Iterator[tuple[str, Product]]:
     """Compiles the products of one form."""
     subscripts = "...i,oi->...o" if form is None else "...i,io->...o"
@@ -97,6 +133,10 @@ def products(chips: Topology, form: WeightFormat | None, rows: int) -> Iterator[
         x = jax.ShapeDtypeStruct((rows, inputs), BF16)
         one = weight(form, inputs, outputs)
         yield name, compiled(chips, lambda x, weight: dot(x, weight, subscripts), x, one)
+        if form is not None and form.group is not None:
+            kernel = by_kernel(chips, form, rows, inputs, outputs)
+            if kernel is not None:
+                yield f"  kernel {name[:4]}", kernel
 
     def expert(x: Any, stack: Any, i: Any) -> Any:
         own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stack)
@@ -115,15 +155,23 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="(all)")
     arguments = parser.parse_args()
     forms = ["bf16", *(form for form in arguments.forms if form != "bf16")]
-    for chip in arguments.chips:
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, SCHEDULES)
+        show(arguments.chips, arguments.rows, forms)
+
+
+def show(names: list[str], all_rows: list[int], forms: list[str]) -> None:
+    """Prints a table for each chip and number of rows."""
+    for chip in names:
         chips = parse_topology(GRIDS[chip])
-        for rows in arguments.rows:
+        for rows in all_rows:
             print(f"{chip}, {rows} rows")
             print(f"  {'':20}{'form':>12}{'cycles':>9}{'MB':>8}{'us':>8}{'/ bf16':>8}{'written':>9}")
             plain: dict[str, float] = {}
             for form in forms:
                 for name, one in products(chips, FORMS[form], rows):
-                    ratio = one.us / plain.setdefault(name, one.us)
+                    matrix = next((known for known in plain if known[:4] == name.split()[-1][:4]), name)
+                    ratio = one.us / plain.setdefault(matrix, one.us)
                     figures = f"{one.cycles:9}{one.traffic / 1e6:8.2f}{one.us:8.2f}{ratio:8.2f}"
                     print(f"  {name:20}{form:>12}{figures}{one.written:9}", flush=True)
 

@@ -3,7 +3,7 @@
 XLA computes a product with scales for groups of inputs as a product for each group, whose sums it scales: on
 v5e, by its compiler's estimate, that takes 2.4 times as long as the product in bfloat16 for 64 tokens and 5
 times for 256 and more. Here a program widens a block of the weight on the chip, each value times its scale,
-and multiplies all tokens of its tile by it at once.
+and multiplies all tokens of its tile by it at once. Of few tokens it scales the sums of each group instead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _MOST_INPUTS = 4096  # of a block, where a smaller one would not have whole lane
 _LANES = 128  # a block has whole ones of activations
 _ROW_MULTIPLE = 8  # of inputs with a scale: rows of a tile in float32
 _FEW_TOKENS = 16  # up to which XLA multiplies by float8 sooner: the kernel widens it in many instructions
-_WIDENED_IN_A_CYCLE = 740  # int4 and int8, by the schedule that the compiler prints for v5e; of float8 half
+_MOST_SCALED_TOKENS = 64  # of a tile of which the sums of groups are scaled, which are fewer than values then
+_WIDENED_IN_A_CYCLE = 670  # int4 and int8, by the schedule that the compiler prints for v5e; of float8 half
 
 
 class Tiling(NamedTuple):
@@ -132,6 +133,8 @@ def quantized_product(
     (tokens, inputs), groups, outputs = x.shape, len(scales), values.shape[1]
     tiling = choose_tiling(tokens, outputs, groups, inputs // groups)
     together = tiling.inputs * groups // inputs  # groups of a block
+    if scales.dtype == jnp.float16:  # which TPUs do not load
+        scales = scales.astype(jnp.float32)
     given = [scales] if zeros is None else [scales, zeros]
     # whole rows of an axis of their own: a block may have fewer than a tile has
     per_group = [one.reshape(groups // together, together, outputs) for one in given]
@@ -165,11 +168,20 @@ def _kernel(x: Any, values: Any, scales: Any, *refs: Any) -> None:
         sums[...] = jnp.zeros_like(sums)
 
     together, outputs = scales.shape[1:]
-    wide = values[...].astype(jnp.float32).reshape(together, -1, outputs)
-    for one in zeros:
-        wide = wide - one[0].astype(jnp.float32)[:, None]
-    wide = (wide * scales[0].astype(jnp.float32)[:, None]).reshape(-1, outputs).astype(x.dtype)
-    sums[...] += jnp.dot(x[...], wide, preferred_element_type=jnp.float32)
+    group = values.shape[0] // together
+    if zeros or group % _LANES or x.shape[0] > _MOST_SCALED_TOKENS:
+        wide = values[...].astype(jnp.float32).reshape(together, group, outputs)
+        for one in zeros:
+            wide = wide - one[0].astype(jnp.float32)[:, None]
+        wide = (wide * scales[0].astype(jnp.float32)[:, None]).reshape(-1, outputs).astype(x.dtype)
+        sums[...] += jnp.dot(x[...], wide, preferred_element_type=jnp.float32)
+    else:
+        total, wide = sums[...], values[...].astype(x.dtype)
+        for at in range(together):
+            own = slice(at * group, (at + 1) * group)
+            product = jnp.dot(x[:, own], wide[own], preferred_element_type=jnp.float32)
+            total += product * scales[0, at].astype(jnp.float32)[None]
+        sums[...] = total
 
     @pl.when(step == pl.num_programs(2) - 1)
     def end() -> None:

@@ -7,9 +7,9 @@
 The matrices are Llama 3 8B's gate and down projection on one of eight devices, stored as a model stores them;
 the experts are Qwen3-30B-A3B's, one tile of rows by one expert of a stack. Each product is compiled ahead of
 time. Its time is the longer of the estimated cycles over the clock and the bytes that it moves in main memory
-over the bandwidth. The last columns are that over bfloat16's, and the bytes it writes there. Of the kernel that
-multiplies by scales for groups of inputs, in the rows below XLA's, cycles are the bundles of the schedule
-that the compiler prints, times the programs of its grid.
+over the bandwidth. The last columns are that over bfloat16's, and the bytes it writes there. Of the kernel
+that multiplies by scales for groups of inputs, in the rows below XLA's, cycles are the bundles of the
+schedule that the compiler prints, times the programs of its grid.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ def by_kernel(chips: Topology, form: WeightFormat, rows: int, inputs: int, outpu
     for dump in SCHEDULES.iterdir():
         dump.unlink()
     x = jax.ShapeDtypeStruct((rows, inputs), BF16)
-    compiled(chips, quantized_tpu.quantized_product, x, one.values, one.scales, one.zeros)
+    stack = jax.tree.map(lambda array: jax.ShapeDtypeStruct((1, *array.shape), array.dtype), one)
+    compiled(chips, quantized_tpu.quantized_product, x, stack.values, stack.scales, stack.zeros)
     (dump,) = SCHEDULES.glob(f"*{quantized_tpu.KERNEL_NAME}*schedule-analysis_final_bundles.txt")
     found = re.search(r"total scheduled bundles:\s+(\d+)", dump.read_text())
     assert found is not None

@@ -241,7 +241,8 @@ def test_grouped_products_equal_one_expert_at_a_time(stack: ExpertWeights, group
     x = jnp.asarray(np.random.default_rng(3).normal(size=(16, D)), jnp.float32)
     owners = np.repeat(np.arange(E), group_sizes)
     expected = [
-        gated_expert(row[None], stack.of(jnp.int32(e)), config)[0] for row, e in zip(x, owners, strict=False)
+        gated_expert(row[None], stack.of(jnp.int32(e), row[None]), config)[0]
+        for row, e in zip(x, owners, strict=False)
     ]
     counts = jnp.asarray(group_sizes, jnp.int32)
     for out in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import GOLDENS
+from jax.sharding import PartitionSpec
 
 from tpjax import LLM
-from tpjax.attention import Backend, selftest
+from tpjax.attention import XLA, Backend, selftest
+from tpjax.checkpoints.opening import read_config
 from tpjax.layers import quantized_tpu
+from tpjax.layers.experts import ExpertWeights, tiled_experts
 from tpjax.layers.selftest import product_verdict
+from tpjax.layers.weights import QuantizedWeight
 
 
 @pytest.mark.parametrize("kind", ("int4", "int8", "float8_e4m3fn"))
@@ -34,7 +40,8 @@ def test_product(kind: str, tokens: int, inputs: int, outputs: int, group: int, 
     shape = inputs // group, outputs
     scales = jnp.asarray(rng.uniform(0.5, 2, shape), jnp.bfloat16)
     zero = jnp.asarray(rng.integers(-8, 8, shape), jnp.int8) if zeros else None
-    found = quantized_tpu.quantized_product(x, values, scales, zero, interpret=True)
+    stack = [None if one is None else jnp.stack([jnp.ones_like(one), one]) for one in (values, scales, zero)]
+    found = quantized_tpu.quantized_product(x, *stack, 1, interpret=True)
     wide = np.asarray(values.astype(jnp.float32))
     if zero is not None:
         wide = wide - np.repeat(np.asarray(zero, np.float32), group, axis=0)
@@ -69,6 +76,34 @@ def test_a_model_in_int4_multiplies_by_the_kernel(
 INTERPRETED = Backend("tpu", interpret=True)
 
 
+def test_experts_stay_in_their_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel reads one expert of it; what comes out is what XLA computes from slices."""
+    taken, product = [], quantized_tpu.quantized_product
+
+    def counted(x: jax.Array, values: jax.Array, *arguments: Any, **named: Any) -> jax.Array:
+        taken.append(values.shape)
+        return product(x, values, *arguments, **named)
+
+    monkeypatch.setattr(quantized_tpu, "quantized_product", counted)
+    rng = np.random.default_rng(0)
+
+    def stack(inputs: int, outputs: int, backend: Backend) -> QuantizedWeight:
+        values = jnp.asarray(rng.integers(-8, 8, (3, inputs, outputs)), jnp.int8)
+        scales = jnp.asarray(rng.uniform(0.01, 0.02, (3, inputs // 64, outputs)), jnp.bfloat16)
+        return QuantizedWeight(values, scales, None, PartitionSpec(), -2, backend)
+
+    config = read_config(GOLDENS / "mixtral")
+    x = jnp.asarray(rng.normal(size=(20, 256)), jnp.bfloat16)
+    sizes, found = jnp.asarray([9, 0, 11]), []
+    for backend in (XLA, INTERPRETED):
+        rng = np.random.default_rng(1)
+        weights = ExpertWeights(stack(256, 256, backend), stack(128, 256, backend), None, None)
+        tiled = jax.jit(partial(tiled_experts, config=config, tile=16))
+        found.append(np.asarray(tiled(x, sizes, weights), np.float32))
+        assert set(taken) == (set() if backend is XLA else {(3, 256, 256), (3, 128, 256)})
+    assert np.abs(found[1] - found[0]).max() <= 0.02 * np.abs(found[0]).max() > 0
+
+
 def test_a_verdict_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(selftest, "_CALLS", 1)
     monkeypatch.setattr(selftest, "_ROUNDS", 1)
@@ -81,7 +116,7 @@ def test_a_verdict_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 @pytest.mark.parametrize("wrong", (0.0, np.nan))
 def test_a_wrong_kernel_is_found(wrong: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def product(x: jax.Array, values: jax.Array, *_: Any, **__: Any) -> jax.Array:
-        return jnp.full((len(x), values.shape[1]), wrong, x.dtype)
+        return jnp.full((len(x), values.shape[2]), wrong, x.dtype)
 
     monkeypatch.setattr(quantized_tpu, "quantized_product", product)
     found = product_verdict(INTERPRETED, jax.devices()[0], tmp_path)

@@ -369,12 +369,12 @@ def _is_product(instruction: Instruction) -> bool:
 def _product(module: Module, one: Executed) -> quantized_tpu.ProductWork:
     """Returns what a product with a quantised weight does."""
     body = module.computations[one.computation]
-    x, values, *per_group = (body[name].arrays[0] for name in one.instruction.operands)
+    _, x, values, *per_group = (body[name].arrays[0] for name in one.instruction.operands)
     tokens, inputs = x.dims
-    groups = math.prod(per_group[0].dims[:2])
-    weight_bytes = sum(array.bytes for array in (values, *per_group))
+    stack, groups = values.dims[0], math.prod(per_group[0].dims[1:3])
+    weight_bytes = sum(array.bytes for array in (values, *per_group)) // stack
     bits = 16 if values.dtype.startswith("f8") else 8 * values.bytes // math.prod(values.dims)
-    return quantized_tpu.work((tokens, inputs), values.dims[1], weight_bytes, groups, bits)
+    return quantized_tpu.work((tokens, inputs), values.dims[2], weight_bytes, groups, bits)
 
 
 def _seconds(one: Collective, links: Interconnect, tp: int) -> float:

@@ -8,6 +8,7 @@ definition that the grouped products are held to.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from tpjax.config import ModelConfig, MoEConfig
 from tpjax.errors import ConfigError
 from tpjax.layers.linear import dot, grouped_dot
 from tpjax.layers.weights import QuantizedWeight, Weight
+from tpjax.layers.widening import tpu_kernel_takes
 
 # Rows that an expert computes at once: enough to amortise reading its weights, few enough that an expert's
 # last tile, which is rarely full, wastes little.
@@ -47,9 +49,30 @@ class ExpertWeights(NamedTuple):
     gate_up_bias: Float[Array, "E F2"] | None
     down_bias: Float[Array, "E D"] | None
 
-    def of(self, expert: Int[Array, ""]) -> ExpertWeights:
-        """Returns the weights of one expert."""
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, expert, keepdims=False), self)
+    def of(self, expert: Int[Array, ""], rows: Float[Array, "T D"]) -> ExpertWeights:
+        """Returns the weights of one expert; those that a kernel reads from the stack stay in it.
+
+        Args:
+            expert: its number.
+            rows: what it computes.
+        """
+
+        def indexed(weights: Any) -> Any:
+            return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, expert, keepdims=False), weights)
+
+        def own(weight: Weight) -> Weight:
+            if (
+                isinstance(weight, QuantizedWeight)
+                and rows.dtype == jnp.bfloat16
+                and tpu_kernel_takes(weight, len(rows))
+            ):
+                return replace(weight, number=expert)
+            one: Weight = indexed(weight)
+            return one
+
+        return ExpertWeights(
+            own(self.gate_up), own(self.down), indexed(self.gate_up_bias), indexed(self.down_bias)
+        )
 
 
 def gated_expert(x: Float[Array, "T D"], expert: ExpertWeights, config: ModelConfig) -> Float[Array, "T D"]:
@@ -164,7 +187,7 @@ def tiled_experts(
         rows = jax.lax.dynamic_slice_in_dim(padded, start, tile)
         # rows beyond this expert's are the next expert's, which overwrites them
         return jax.lax.dynamic_update_slice_in_dim(
-            out, gated_expert(rows, experts.of(expert), config), start, axis=0
+            out, gated_expert(rows, experts.of(expert, rows), config), start, axis=0
         )
 
     padded = jnp.pad(x, ((0, tile), (0, 0)))

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tpjax.layers.weights import QuantizedWeight, Weight, parameter, split_axis
-from tpjax.layers.widening import Terms, quantized_rows, spread, widened_product
+from tpjax.layers.widening import Terms, product_on_tpu, quantized_rows, spread, widened_product
 from tpjax.sharding import (
     PARTIAL_SUMS,
     REPLICATED,
@@ -47,6 +47,8 @@ def dot(
     dtype = dtype or x.dtype
     if not isinstance(weight, QuantizedWeight):
         return jnp.einsum(subscripts, x, weight, precision=precision, preferred_element_type=dtype)
+    if weight.number is not None:
+        return product_on_tpu(x, weight, dtype=dtype)
     # Products of float16 and unscaled values could exceed its range.
     summed = jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
     product = partial(widened_product, subscripts=subscripts, dtype=summed, precision=precision)

@@ -115,50 +115,65 @@ def work(x: tuple[int, int], outputs: int, weight_bytes: int, groups: int, value
 
 def quantized_product(
     x: Float[Array, "N D"],
-    values: Shaped[Array, "D F"],
-    scales: Float[Array, "groups F"],
-    zeros: Int[Array, "groups F"] | None = None,
+    values: Shaped[Array, "E D F"],
+    scales: Float[Array, "E groups F"],
+    zeros: Int[Array, "E groups F"] | None,
+    number: Int[Array, ""] | int = 0,
     *,
     interpret: Any = None,
 ) -> Float[Array, "N F"]:
-    """Multiplies activations by a weight on one device; in the dtype of the activations.
+    """Multiplies activations by one weight of a stack on one device; in the dtype of the activations.
+
+    Nothing else of the stack is read.
 
     Args:
         x: activations, bfloat16.
         values: int8, float8 e4m3 or int4.
         scales: of each group of inputs and output.
         zeros: zero points, int8; ``None``: all are 0.
+        number: of the weight in the stack.
         interpret: interpret the kernel on a CPU, with these parameters of the installed jax.
     """
-    (tokens, inputs), groups, outputs = x.shape, len(scales), values.shape[1]
+    (tokens, inputs), (count, groups, outputs) = x.shape, scales.shape
     tiling = choose_tiling(tokens, outputs, groups, inputs // groups)
     together = tiling.inputs * groups // inputs  # groups of a block
     if scales.dtype == jnp.float16:  # which TPUs do not load
         scales = scales.astype(jnp.float32)
     given = [scales] if zeros is None else [scales, zeros]
     # whole rows of an axis of their own: a block may have fewer than a tile has
-    per_group = [one.reshape(groups // together, together, outputs) for one in given]
+    per_group = [one.reshape(count, groups // together, together, outputs) for one in given]
     padded = pad_to_multiple(tokens, _TOKEN_MULTIPLE)
-    of_groups = pl.BlockSpec((1, together, tiling.outputs), lambda token, output, step: (step, 0, output))
+    of_groups = pl.BlockSpec(
+        (None, 1, together, tiling.outputs), lambda token, output, step, number: (number[0], step, 0, output)
+    )
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(-(-padded // tiling.tokens), -(-outputs // tiling.outputs), groups // together),
+        in_specs=[
+            pl.BlockSpec((tiling.tokens, tiling.inputs), lambda token, output, step, number: (token, step)),
+            pl.BlockSpec(
+                (None, tiling.inputs, tiling.outputs),
+                lambda token, output, step, number: (number[0], step, output),
+            ),
+            *[of_groups] * len(per_group),
+        ],
+        out_specs=pl.BlockSpec(
+            (tiling.tokens, tiling.outputs), lambda token, output, step, number: (token, output)
+        ),
+        scratch_shapes=[pltpu.VMEM((tiling.tokens, tiling.outputs), jnp.float32)],
+    )
     out = pl.pallas_call(
         _kernel,
         out_shape=jax.ShapeDtypeStruct((padded, outputs), x.dtype),
-        grid=(-(-padded // tiling.tokens), -(-outputs // tiling.outputs), groups // together),
-        in_specs=[
-            pl.BlockSpec((tiling.tokens, tiling.inputs), lambda token, output, step: (token, step)),
-            pl.BlockSpec((tiling.inputs, tiling.outputs), lambda token, output, step: (step, output)),
-            *[of_groups] * len(per_group),
-        ],
-        out_specs=pl.BlockSpec((tiling.tokens, tiling.outputs), lambda token, output, step: (token, output)),
-        scratch_shapes=[pltpu.VMEM((tiling.tokens, tiling.outputs), jnp.float32)],
+        grid_spec=grid,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret or False,
         name=KERNEL_NAME,
-    )(jnp.pad(x, ((0, padded - tokens), (0, 0))), values, *per_group)
+    )(jnp.full(1, number, jnp.int32), jnp.pad(x, ((0, padded - tokens), (0, 0))), values, *per_group)
     return out[:tokens]
 
 
-def _kernel(x: Any, values: Any, scales: Any, *refs: Any) -> None:
+def _kernel(_: Any, x: Any, values: Any, scales: Any, *refs: Any) -> None:
     """Computes one program: a block of inputs of a tile of tokens and outputs."""
     *zeros, out, sums = refs
     step = pl.program_id(2)

@@ -93,6 +93,7 @@ class QuantizedWeight:
         spec: how ``values`` are sharded; means nothing inside ``shard_map``, where each device has its own.
         inputs: axis of the checkpoint's inputs, counted from the last, -1.
         backend: where it is a kernel, so is the product with scales for groups of inputs.
+        number: which of a stack of weights it is, for the kernel for TPUs; ``None``: it is no stack.
     """
 
     values: Shaped[Array, "*weight"]
@@ -101,6 +102,7 @@ class QuantizedWeight:
     spec: PartitionSpec = field(metadata={"static": True})
     inputs: int = field(metadata={"static": True})
     backend: Backend = field(default=XLA, metadata={"static": True})
+    number: Int[Array, ""] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

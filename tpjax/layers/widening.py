@@ -151,14 +151,26 @@ def _kernel(
     if backend.name == "gpu":
         # a weight that the kernel does not take lies [in, out]
         return partial(product_on_gpu, scaled=scaled) if subscripts == "...i,oi->...o" else None
-    from tpjax.layers import quantized_tpu
-
     if not scaled or subscripts != "...i,io->...o" or x.dtype != jnp.bfloat16:
         return None
-    parts = _parts(weight)  # of the inputs, one on each device
-    groups, group = weight.scales.shape[0] // parts, weight.shape[0] // weight.scales.shape[0]
-    tokens = math.prod(x.shape[:-1])
-    return product_on_tpu if quantized_tpu.takes(tokens, weight.values.dtype, groups, group) else None
+    return product_on_tpu if tpu_kernel_takes(weight, math.prod(x.shape[:-1]), _parts(weight)) else None
+
+
+def tpu_kernel_takes(weight: QuantizedWeight, tokens: int, parts: int = 1) -> bool:
+    """Returns whether the kernel for TPUs multiplies by a matrix [in, out], or by one of a stack.
+
+    Args:
+        weight: the matrix, or a stack of them.
+        tokens: rows of the activations, bfloat16.
+        parts: devices that the inputs are sharded over.
+    """
+    if weight.backend.name != "tpu" or not weight.backend.products or weight.inputs != -2:
+        return False
+    from tpjax.layers import quantized_tpu
+
+    groups = weight.scales.shape[-2]
+    group = weight.shape[-2] // groups
+    return groups > 1 and quantized_tpu.takes(tokens, weight.values.dtype, groups // parts, group)
 
 
 def _parts(weight: QuantizedWeight) -> int:
@@ -171,12 +183,14 @@ def _parts(weight: QuantizedWeight) -> int:
 def product_on_tpu(
     x: Float[Array, "*batch D"], weight: QuantizedWeight, *, dtype: jnp.dtype | type
 ) -> Float[Array, "*batch F"]:
-    """Computes the product with a matrix [D, F] on one device by the kernel for TPUs."""
+    """Computes the product with a matrix [D, F], or one of a stack, on one device by the kernel for TPUs."""
     from tpjax.layers.quantized_tpu import quantized_product
 
-    rows = x.reshape(-1, x.shape[-1])
+    rows, stack, number = x.reshape(-1, x.shape[-1]), weight, weight.number
+    if number is None:
+        stack, number = jax.tree.map(lambda one: one[None], weight), jnp.int32(0)
     interpret = weight.backend.interpret
-    y = quantized_product(rows, weight.values, weight.scales, weight.zeros, interpret=interpret)
+    y = quantized_product(rows, stack.values, stack.scales, stack.zeros, number, interpret=interpret)
     return y.astype(dtype).reshape(*x.shape[:-1], -1)
 
 

@@ -38,6 +38,7 @@ from tpjax.inspect.program import abstract_runner, compile_program
 from tpjax.inspect.topology import extra_problem, parse_topology
 from tpjax.inspect.topology_report import ProgramReport, TopologyReport
 from tpjax.planning import published
+from tpjax.planning.published import published_config
 from tpjax.runtime.limits import ChunkShape
 from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.runner import Runner
@@ -402,6 +403,28 @@ def first_layers(name: str, **fields: Any) -> ModelConfig:
     """Two layers of a published model."""
     found = published._published()[name]["config"]
     return config_from_hf(found | {"num_hidden_layers": 2} | fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "tp", "kind", "kv_dtype"),
+    (
+        ("v6e:2x4", 4, "decode", "auto"),
+        pytest.param("v5e:2x4", 2, "mixed", "auto", marks=pytest.mark.slow),
+        pytest.param("v5e:2x4", 4, "decode", "int8", marks=pytest.mark.slow),
+    ),
+)
+@needs_tpu
+def test_heads_narrower_than_lanes(name: str, tp: int, kind: str, kv_dtype: KVDtype) -> None:
+    """Tokens of gpt-oss' heads of 64 are written in place; XLA would turn the whole cache around and back."""
+    chips, config = parse_topology(name), published_config("gpt-oss-20b").of_layers(range(2))
+    runner = abstract_runner(
+        config, chips, tp, max_slots=16, max_model_len=8192, attention="tpu", kv_dtype=kv_dtype
+    )
+    chunks = None if kind == "decode" else ChunkShape(1, 128)
+    spec = ProgramSpec("decode" if kind == "decode" else "step", 16, chunks, greedy=True)
+    program = compile_program(runner, chips, kind, spec)
+    assert program.aliased_cache_buffers == program.cache_buffers
+    assert (program.cache_copies, program.cache_write_backs) == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -318,6 +318,34 @@ def test_pages_that_are_written_elsewhere_are_found(
     assert verdict_of("llama", tmp_path).error == float("inf")
 
 
+def test_tokens_that_are_written_elsewhere_are_found(
+    short_check: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def write(buffer: jax.Array, content: jax.Array, pages: jax.Array, offsets: Any, **_: Any) -> jax.Array:
+        return buffer.at[pages, :, offsets ^ 1].set(content)
+
+    monkeypatch.setattr(tpu_write, "write_tokens", write)
+    shape = KernelShape.of(read_config(GOLDENS / "llama"), 2, np.dtype("float32"), 32)
+    found = selftest.verdict("tpu", shape, jax.devices()[0], tmp_path, interpret=True)
+    assert found.error == float("inf")
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float32", "int8", "uint8"))
+def test_a_token_s_tile_is_read_changed_and_written(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several blocks; tokens of padding meet in the null page, whose content means nothing."""
+    monkeypatch.setattr(tpu_write, "_BLOCK_BYTES", 1 << 18)
+    rng = np.random.default_rng(0)
+    buffer = jnp.asarray(rng.integers(0, 99, (40, 3, 64, 48)), dtype)
+    tokens = jnp.asarray(rng.integers(0, 99, (36, 3, 48)), dtype)
+    pages = jnp.asarray(np.append(rng.permutation(np.arange(1, 40))[:33], [0, 0, 0]), jnp.int32)
+    offsets = jnp.asarray(rng.integers(0, 64, 36), jnp.int32)
+    written = jax.jit(tpu_write.write_tokens, static_argnames="interpret")(
+        buffer, tokens, pages, offsets, interpret=True
+    )
+    expected = buffer.at[pages, :, offsets].set(tokens)
+    np.testing.assert_array_equal(written[1:].astype(jnp.float32), expected[1:].astype(jnp.float32))
+
+
 def test_a_kernel_that_hangs_ends_the_process(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

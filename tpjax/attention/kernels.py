@@ -35,7 +35,8 @@ def cache_writer(kernel: str, interpret: Any = None) -> CacheWriter | None:
         return None
     module = kernel_module("tpu_write")
     writers = (
-        functools.partial(one, interpret=interpret) for one in (module.write_pages, module.write_scales)
+        functools.partial(one, interpret=interpret)
+        for one in (module.write_pages, module.write_scales, module.write_tokens)
     )
     return CacheWriter(True, *writers)
 

@@ -169,6 +169,13 @@ def _write_error(writer: CacheWriter | None, shape: KernelShape, rng: np.random.
         values, new = _vectors(buffer), _vectors(content)
         if not jnp.array_equal(jax.jit(writer.write_pages)(values, new, pages), values.at[pages].set(new)):
             return np.inf
+        offsets = jnp.asarray([0, shape.page_size // 2 + 1, shape.page_size - 1], jnp.int32)
+        tokens, put = new[:, :, 0], values.at[pages, :, offsets]
+        write_tokens = None if shape.page_size % 32 else writer.write_tokens
+        if write_tokens is not None and not jnp.array_equal(
+            jax.jit(write_tokens)(values, tokens, pages, offsets), put.set(tokens)
+        ):
+            return np.inf
         if isinstance(buffer, QuantizedBuffer) and isinstance(content, QuantizedBuffer):
             scales, of_pages = buffer.scales, content.scales
             written = jax.jit(writer.write_scales)(scales, of_pages.swapaxes(0, 1), pages)

@@ -20,6 +20,9 @@ from tpjax.sharding import PAGES, REPLICATED
 
 # takes the buffer of one device, whole pages [n, K, page_size, h] or their scales, and which they are
 PageWriter: TypeAlias = Callable[[Array, Array, Array], Array]
+TokenWriter: TypeAlias = Callable[[Array, Array, Array, Array], Array]  # buffer, tokens, pages, offsets
+_LANES = 128  # of a TPU: wider vectors fill its tiles
+_TILE_POSITIONS = 32  # of the tallest tile, that of 8 bits
 Buffer: TypeAlias = Float[Array, "pages K page_size h"] | QuantizedBuffer
 
 NULL_PAGE = 0
@@ -33,11 +36,14 @@ class CacheWriter(NamedTuple):
             whole tokens: see :func:`_write_rows`.
         write_pages: what writes whole pages, if ``by_head``; ``None``: XLA.
         write_scales: what writes the scales of whole pages.
+        write_tokens: what writes a token of each row whose vectors do not fill lanes. For them XLA for TPUs
+            would lay out the cache with its positions last, and copy it for a kernel that reads it.
     """
 
     by_head: bool
     write_pages: PageWriter | None = None
     write_scales: PageWriter | None = None
+    write_tokens: TokenWriter | None = None
 
 
 BY_TOKEN = CacheWriter(by_head=False)
@@ -84,7 +90,10 @@ def write(
         return written
     if not writer.by_head:  # the partitioner lets each device write its heads
         return (_write_chunks if group.chunks else _write_tokens)(buffer, new, group)
-    on_device = partial(_write_chunks, write_pages=writer.write_pages) if group.chunks else _write_rows
+    if group.chunks:
+        on_device = partial(_write_chunks, write_pages=writer.write_pages)
+    else:
+        on_device = partial(_write_rows, write_tokens=writer.write_tokens)
     if in_mesh:
         on_device = jax.shard_map(
             on_device, in_specs=(spec, heads, REPLICATED), out_specs=spec, check_vma=False
@@ -115,7 +124,10 @@ def _write_quantized(
         rows = _write_parts(rows, at[..., None] + pages * jnp.arange(heads), offsets[..., None], new)
         return buffer.with_arrays(of_values, rows.reshape(buffer.scales.shape))
     # of one head a CPU would copy the buffer to write to it in another shape
-    of_values = (_write_tokens if values.shape[2] == 1 else _write_rows)(buffer.values, values, group)
+    if values.shape[2] == 1 and writer.write_tokens is None:
+        of_values = _write_tokens(buffer.values, values, group)
+    else:
+        of_values = _write_rows(buffer.values, values, group, writer.write_tokens)
     at, offsets = _token_places(group, page_size)
     written = buffer.scales
     for i in range(values.shape[1]):
@@ -167,7 +179,10 @@ def _write_tokens(
 
 
 def _write_rows(
-    buffer: Shaped[Array, "pages K page_size h"], new: Shaped[Array, "B S K h"], group: TokenGroup
+    buffer: Shaped[Array, "pages K page_size h"],
+    new: Shaped[Array, "B S K h"],
+    group: TokenGroup,
+    write_tokens: TokenWriter | None = None,
 ) -> Shaped[Array, "pages K page_size h"]:
     """Writes what :func:`_write_tokens` writes, on one device, in rows of one head.
 
@@ -176,6 +191,10 @@ def _write_rows(
     """
     num_pages, heads, page_size, width = buffer.shape
     pages, offsets = _token_places(group, page_size)
+    if write_tokens is not None and width % _LANES and page_size % _TILE_POSITIONS == 0:
+        for i in range(new.shape[1]):  # tokens of a row may lie in one tile
+            buffer = write_tokens(buffer, new[:, i], pages[:, i], offsets[:, i])
+        return buffer
     rows = buffer.reshape(num_pages * heads, page_size, width)
     places = pages[..., None] * heads + jnp.arange(heads, dtype=pages.dtype)
     rows = rows.at[places, offsets[..., None]].set(new, mode="promise_in_bounds")

@@ -176,7 +176,7 @@ def tpu_kernel_takes(weight: QuantizedWeight, tokens: int, parts: int = 1) -> bo
 def _parts(weight: QuantizedWeight) -> int:
     """Returns the number of devices among which the inputs of a matrix [in, out] are sharded."""
     mesh = jax.sharding.get_abstract_mesh()
-    sharded = weight.spec[:1] == (AXIS,) and mesh.size > 1 and AxisType.Manual not in mesh.axis_types
+    sharded = tuple(weight.spec)[:1] == (AXIS,) and mesh.size > 1 and AxisType.Manual not in mesh.axis_types
     return mesh.size if sharded else 1
 
 
@@ -296,7 +296,7 @@ def _on_each_device(
     if AXIS not in spec or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
         return product(x, weight)
     inputs, axes, outputs = Terms.of(subscripts)
-    letter, ndim = axes[tuple(spec).index(AXIS)], jax.eval_shape(product, x, weight).ndim
+    letter, ndim = axes[tuple(spec).index(AXIS)], _ndim(inputs, outputs, x.ndim)
     of_x, specs = _sharded_along(inputs, letter, x.ndim), specs_of(weight, spec)
     if letter in outputs:
         of_out = _sharded_along(outputs, letter, ndim)
@@ -344,6 +344,11 @@ def quantized_rows(
     specs = (specs_of(weight, weight.spec), PartitionSpec())
     partial_sums = jax.shard_map(own_rows, in_specs=specs, out_specs=PARTIAL_SUMS, check_vma=False)
     return jax.lax.reduce_sum(partial_sums(weight, tokens), (0,))  # all-reduce over tp
+
+
+def _ndim(inputs: str, outputs: str, ndim: int) -> int:
+    """Returns the axes of a product, whose activations have ``ndim``: ``...`` stands for the same in both."""
+    return ndim - len(inputs.replace(".", "")) + len(outputs.replace(".", ""))
 
 
 def _sharded_along(axes: str, letter: str, ndim: int) -> PartitionSpec:

@@ -263,7 +263,7 @@ def test_chat(places: dict[str, Any], quantized: LLM) -> None:
     )  # fmt: skip
     (completion,) = quantized.generate([quantized.chat_prompt(messages)], params)
     assert completion.text and out.count(completion.text) == 2  # the conversation was forgotten in between
-    assert f"{places['model']} at tp=2; /help shows the commands" in err
+    assert f"{places['model']} at pp=2 × tp=2; /help shows the commands" in err
 
 
 @contextlib.contextmanager

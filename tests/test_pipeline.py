@@ -489,9 +489,12 @@ def test_the_server_answers_as_without_stages(tmp_path: Path) -> None:
     ) as server:
         try:
             assert server.stderr is not None
-            address = next(
-                found[0] for line in server.stderr if (found := re.search(r"http://127\.0\.0\.1:\d+", line))
-            )
+            address = ""
+            for line in server.stderr:
+                if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+                    address = found[0]
+                if "is ready" in line:
+                    break
             reader = threading.Thread(target=server.stderr.read)
             reader.start()
             with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=9) as client:

@@ -3,7 +3,7 @@
 XLA's own products read values with a scale for each output at 84% of an H100's bandwidth. For scales of
 groups of inputs they compute a product for each group, whose float32 sums go through memory. Here a
 program computes a tile of outputs: one of its warp groups copies blocks of the weight, as they are stored,
-and of the activations into shared memory, several blocks ahead; the others widen theirs in registers,
+and of the activations into shared memory, several blocks ahead; the others widen their parts in registers,
 which the tensor cores take as the left side of a product, and scale the sums of each group.
 
 The tensor cores multiply 64 rows at once: outputs, of which a weight has thousands, and tokens, of which a

@@ -191,7 +191,7 @@ def _write_rows(
     """
     num_pages, heads, page_size, width = buffer.shape
     pages, offsets = _token_places(group, page_size)
-    if write_tokens is not None and width % _LANES and page_size % _TILE_POSITIONS == 0:
+    if write_tokens is not None and width < _LANES and page_size % _TILE_POSITIONS == 0:
         for i in range(new.shape[1]):  # tokens of a row may lie in one tile
             buffer = write_tokens(buffer, new[:, i], pages[:, i], offsets[:, i])
         return buffer

@@ -6,9 +6,10 @@
     scripts/on_gpu --only kernels llama   # some sections
 
 Each section is a process of its own with a limit of time, so that one that fails or hangs takes no other
-along. Results are printed and written to OUT (--out, else $OUT, else build/on_gpu): NAME.json and NAME.log of
-each section, and a profile of decode steps. Models have random weights in the shapes of published ones;
-nothing is downloaded. Bandwidth and rate, which all shares refer to, are measured in the same call.
+along. Not all fit into nine minutes: what did not run is named at the end. Results are printed and written
+to OUT (--out, else $OUT, else build/on_gpu): NAME.json and NAME.log of each section, and a profile of
+decode steps. Models have random weights in the shapes of published ones; nothing is downloaded. Bandwidth
+and rate, which all shares refer to, are measured in the same call.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "on_gpu.py"
 
 @pytest.mark.slow
 def test_dry_run(tmp_path: Path) -> None:
-    sections = ("llama", "attention", "experts", "parity", "kernels")
+    sections = ("llama", "attention", "experts", "products", "int4", "parity", "kernels")
     done = subprocess.run(
         [sys.executable, SCRIPT, "--dry-run", "--out", tmp_path, "--only", *sections],
         capture_output=True,
@@ -29,6 +29,8 @@ def test_dry_run(tmp_path: Path) -> None:
     assert results["llama"]["engine"]["compiled_meanwhile"] == 0
     assert results["parity"]["llama"]["mean_rms"] < 1.5
     assert results["kernels"]["failed"] == []
+    assert {row["kind"] for row in results["products"]["rows"]} == {"int4", "int8", "bfloat16"}
+    assert 0 < results["int4"]["weight_bytes"] < results["llama"]["weight_bytes"]
 
 
 def test_a_section_that_fails_is_named(tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ class CacheWriter(NamedTuple):
             whole tokens: see :func:`_write_rows`.
         write_pages: what writes whole pages, if ``by_head``; ``None``: XLA.
         write_scales: what writes the scales of whole pages.
-        write_tokens: what writes a token of each row whose vectors do not fill lanes. For them XLA for TPUs
-            would lay out the cache with its positions last, and copy it for a kernel that reads it.
+        write_tokens: what writes a token of each row, of vectors narrower than lanes. For them XLA would
+            lay out the cache on TPUs with its positions last, and copy it for a kernel that reads it.
     """
 
     by_head: bool

@@ -54,6 +54,7 @@ def small(monkeypatch):
         "_INNER": 126,
         "_DEPTHS": (1, 2),
         "_PROMPT": 32,
+        "_TOKENS": (1, 2, 8, 32),
         "_ROUNDS": 1,
         "_STEPS": 4,
     }
@@ -75,17 +76,17 @@ def test_measure_gives_positive_figures(small):
 def test_figures_come_back_from_the_times_they_explain():
     """Times made of known rates, by the formulas of a machine whose two faked devices share it."""
     bandwidth, flops, reduce_s, layer_s, token_s, dispatch_s = 20e9, 100e9, 50e-6, 80e-6, 3e-6, 400e-6
-    row_s, batch_element_s = 7e-6, 5 / 20e9
+    row_s, element_s = 7e-6, {1: 4 / 20e9, 2: 12 / 20e9, 8: 5 / 20e9, 32: 8 / 20e9}
     width, inner, prompt = measure._WIDTH, measure._INNER, measure._PROMPT
     elements = 512 * 64 * (2 * 8 + 2 * 4) + 3 * 512 * 1408  # q, k, v, o; gate, up, down
     seconds = {f"reduce {size}": measure._CHAIN * reduce_s for size in measure._MESSAGES}
-    seconds["multiply 1"] = measure._PAIRS * (2 * 4 * width * inner / bandwidth + reduce_s)
-    seconds[f"multiply {measure._BATCH}"] = measure._PAIRS * (2 * batch_element_s * width * inner + reduce_s)
-    seconds[f"multiply {prompt}"] = measure._PAIRS * (2 * 2 * prompt * width * inner / flops + reduce_s)
+    element_s[prompt] = 2 * prompt / flops
+    for tokens, each_s in element_s.items():
+        seconds[f"multiply {tokens}"] = measure._PAIRS * (2 * each_s * width * inner + reduce_s)
     for depth in measure._DEPTHS:
         step = dispatch_s + depth * (4 * elements / bandwidth + 2 * reduce_s + layer_s + row_s)
         seconds[f"decode {depth}"] = measure._STEPS * step
-        rows = elements * batch_element_s + measure._BATCH * row_s
+        rows = elements * element_s[measure._BATCH] + measure._BATCH * row_s
         step = dispatch_s + depth * (rows + 2 * reduce_s + layer_s)
         seconds[f"decode {depth} of {measure._BATCH}"] = measure._STEPS * step
         computed = 2 * prompt * elements / flops + 2 * reduce_s + prompt * token_s
@@ -95,8 +96,7 @@ def test_figures_come_back_from_the_times_they_explain():
     assert figures["flops"] == pytest.approx(flops)
     assert figures["layer_us"] == pytest.approx(80.0) and figures["token_us"] == pytest.approx(3.0)
     assert figures["dispatch_us"] == pytest.approx(400.0) and figures["row_us"] == pytest.approx(7.0)
-    per_element = [4 / bandwidth, batch_element_s, 2 * prompt / flops]
-    assert [seconds for _, seconds in figures["product_s"]] == pytest.approx(per_element)
+    assert dict(figures["product_s"]) == pytest.approx(element_s)
     assert measure.fit(seconds, 2, machine=2)["flops"] == pytest.approx(flops / 2)  # of each of two chips
 
 

@@ -30,12 +30,15 @@ from tpjax.hardware import Efficiency, Hardware
 from tpjax.interconnect import Measured
 from tpjax.planning.timing import seconds, take_turns
 
-_VERSION = 5  # raise it when what is measured changes
+_VERSION = 6  # raise it when what is measured changes
 _MESSAGES = (1 << 10, 1 << 13, 1 << 16, 1 << 19, 1 << 22)  # bytes
 _PAIRS, _WIDTH, _INNER = 8, 1024, 4096  # 256 MB of weights: more than any CPU cache
 _DEPTHS = (3, 8)
 _PROMPT = 256
 _BATCH = 8  # decode rows, besides one
+# Tokens of a product. One token is a vector, and waits for memory; two are a matrix, which XLA's products for CPUs
+# pack first: that takes three times as long, and hardly longer up to sixteen.
+_TOKENS = (1, 2, _BATCH, 32, _PROMPT)
 _ROUNDS = 15
 _PAGES = 4  # of 128 positions: the longest sequence of the small decoders
 _CHAIN = 32  # all-reduces timed together
@@ -194,7 +197,7 @@ def measure(mesh: Any, rounds: int | None = None) -> dict[str, Any]:
     timings = best_s(
         {
             **{f"reduce {size}": _all_reduces(mesh, size) for size in _MESSAGES if tp > 1},
-            **{f"multiply {rows}": _products(mesh, rows) for rows in (1, _BATCH, _PROMPT)},
+            **{f"multiply {tokens}": _products(mesh, tokens) for tokens in _TOKENS},
             **{f"decode {depth}": _decode(mesh, depth, 1) for depth in _DEPTHS},
             **{f"decode {depth} of {_BATCH}": _decode(mesh, depth, _BATCH) for depth in _DEPTHS},
             **{f"prefill {depth}": _prefill(mesh, depth) for depth in _DEPTHS},
@@ -236,10 +239,10 @@ def fit(timings: Mapping[str, float], tp: int, machine: int) -> dict[str, Any]:
     reduces = [(float(size), timings[f"reduce {size}"] / _CHAIN) for size in _MESSAGES if tp > 1]
     links = Measured(tuple(reduces))
 
-    def product_s(rows: int) -> float:
+    def product_s(tokens: int) -> float:
         """Returns the seconds of one product, without the all-reduces."""
-        pair = timings[f"multiply {rows}"] / _PAIRS
-        return max(0.1 * pair, pair - links.all_reduce_s(tp, 4.0 * rows * _WIDTH)) / 2
+        pair = timings[f"multiply {tokens}"] / _PAIRS
+        return max(0.1 * pair, pair - links.all_reduce_s(tp, 4.0 * tokens * _WIDTH)) / 2
 
     def per_layer(what: str) -> tuple[float, float]:
         """Returns the seconds of a layer, and those of a model without layers, from two depths."""
@@ -268,7 +271,7 @@ def fit(timings: Mapping[str, float], tp: int, machine: int) -> dict[str, Any]:
         "bandwidth_bytes_s": 4 / element_s / machine,
         "flops": flops / machine,
         "all_reduce_s": reduces,
-        "product_s": [(rows, machine * product_s(rows) / (_WIDTH * _INNER)) for rows in (1, _BATCH, _PROMPT)],
+        "product_s": [(tokens, machine * product_s(tokens) / (_WIDTH * _INNER)) for tokens in _TOKENS],
         "layer_us": 1e6 * max(0.0, beyond(steps, 1) - row),
         "row_us": 1e6 * row,
         "token_us": 1e6 * max(0.0, prompt) / _PROMPT,
@@ -298,7 +301,7 @@ def best_s(
     return {name: min(values) for name, values in figures.items()}
 
 
-def _products(mesh: Any, rows: int) -> Callable[[], Any]:
+def _products(mesh: Any, tokens: int) -> Callable[[], Any]:
     """Returns a call of products in pairs: column-parallel, then row-parallel, then an all-reduce."""
     import jax
     import numpy as np
@@ -317,7 +320,7 @@ def _products(mesh: Any, rows: int) -> Callable[[], Any]:
             x = constrain(jax.lax.dot_general(x @ column, row, (((1,), (1,)), ((), ()))), REPLICATED)
         return x
 
-    x = jax.device_put(np.ones((rows, _WIDTH), np.float32), NamedSharding(mesh, REPLICATED))
+    x = jax.device_put(np.ones((tokens, _WIDTH), np.float32), NamedSharding(mesh, REPLICATED))
     with jax.set_mesh(mesh):
         program = jax.jit(multiply).lower(x, pairs).compile()
     return lambda: program(x, pairs)

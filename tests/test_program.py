@@ -280,8 +280,10 @@ def test_there_are_few_programs(platform: str, slots: int) -> None:
     mesh, float32 = make_mesh(1), jnp.dtype("float32")
     shapes = {"chunk_shapes": chunk_shapes(platform), "mixed_shapes": mixed_chunk_shapes(platform)}
     limits = Limits(max_slots=slots, max_model_len=2048, num_pages=17, **shapes)
-    specs = Runner(abstract_decoder(CONFIG, mesh, float32), mesh, limits, float32).programs.serving()
+    programs = Runner(abstract_decoder(CONFIG, mesh, float32), mesh, limits, float32).programs
+    specs = programs.serving()
     assert len(set(specs)) == len(specs) <= 24
+    assert set(programs.first()) <= set(specs)  # nothing is compiled first that serving never calls
     # every number of rows and every prompt has a program
     assert max(spec.batch for spec in specs if spec.kind == "decode") == slots
     assert {spec.batch for spec in specs if spec.kind == "step"} >= {0, slots}

@@ -36,8 +36,8 @@ _PAIRS, _WIDTH, _INNER = 8, 1024, 4096  # 256 MB of weights: more than any CPU c
 _DEPTHS = (3, 8)
 _PROMPT = 256
 _BATCH = 8  # decode rows, besides one
-# Tokens of a product. One token is a vector, and waits for memory; two are a matrix, which XLA's products for CPUs
-# pack first: that takes three times as long, and hardly longer up to sixteen.
+# Tokens of a product. One token is a vector, and waits for memory; two are a matrix, which XLA on CPUs
+# packs first: that takes three times as long, and hardly longer up to sixteen.
 _TOKENS = (1, 2, _BATCH, 32, _PROMPT)
 _ROUNDS = 15
 _PAGES = 4  # of 128 positions: the longest sequence of the small decoders

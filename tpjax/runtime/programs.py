@@ -248,7 +248,7 @@ class Programs:
             ProgramSpec("step", limits.max_rows, limits.mixed_chunk_shapes[-1]),
             ProgramSpec("decode", limits.max_rows),
             ProgramSpec("set_history"),
-            ProgramSpec("set_masks", limits.max_slots),
+            ProgramSpec("set_masks", limits.mask_batch),
         ]
 
     @property

@@ -286,7 +286,7 @@ def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_read(
         raise AssertionError("the weights were read")
 
     monkeypatch.setattr("tpjax.llm.device_memory", lambda tp: DeviceMemory(1000, None))
-    monkeypatch.setattr("tpjax.llm.load_replicas", read)
+    monkeypatch.setattr("tpjax.engine.loading.load_replicas", read)
     with pytest.raises(ConfigError, match=r"the model does not fit: at tp=2 .* and has 1000 B"):
         LLM(GOLDENS / "llama", tp=2)
 

@@ -244,14 +244,14 @@ def generated(llm: LLM, count: int) -> float:
 def test_work_grows_with_the_number_of_prompts_and_no_faster(
     tiny: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tpjax.llm.Request", Watched)
+    monkeypatch.setattr("tpjax.engine.request_builder.Request", Watched)
     few, many = generated(tiny, 200), generated(tiny, 2_000)
     assert many <= 1.2 * few
 
 
 def test_cancelling_thousands_too(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream that ends while thousands wait, and an exception that ends them all."""
-    monkeypatch.setattr("tpjax.llm.Request", Watched)
+    monkeypatch.setattr("tpjax.engine.request_builder.Request", Watched)
 
     def abandoned(count: int) -> float:
         Watched.asked = 0

@@ -152,7 +152,7 @@ def test_tokens_do_not_depend_on_the_replica(one: LLM, two: LLM, params: Samplin
     """Neither those of seeds that the front draws, wherever a request runs and whatever runs beside it."""
     outputs, before = [], queries(two)
     for llm in (one, two):
-        llm._seeds = np.random.default_rng(5)
+        llm._requests._seeds = np.random.default_rng(5)
         outputs.append([[c.token_ids for c in llm.generate(PROMPTS, params)] for _ in range(2)])
     assert all(now > then for now, then in zip(queries(two), before, strict=True))  # both had something to do
     assert outputs[0] == outputs[1]

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import logging
-import operator
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import numpy as np
 
-from tpjax.attention import Backend, KernelShape, Verdict, choose_backend
 from tpjax.checkpoints import generation_config as generation
 from tpjax.checkpoints.digests import digest_of_edges
 from tpjax.checkpoints.hub import cache_dir, resolve
-from tpjax.checkpoints.load import load_replicas
 from tpjax.checkpoints.opening import check_quantize, open_checkpoint
-from tpjax.checkpoints.parameters import Parameter, abstract_decoder, parameters
 from tpjax.config import (
     AttentionBackend,
     ExpertParallel,
@@ -34,20 +30,19 @@ from tpjax.distributed import num_processes
 from tpjax.engine.engine import Engine
 from tpjax.engine.generation import Delta as Delta
 from tpjax.engine.generation import Generation
+from tpjax.engine.loading import load_engines
 from tpjax.engine.replica import Replica
-from tpjax.engine.request import FinishReason, Grammar, Request, TokenLogprobs
+from tpjax.engine.request import FinishReason, Request, TokenLogprobs
+from tpjax.engine.request_builder import RequestBuilder
 from tpjax.engine.router import Router
-from tpjax.engine.token_filter import TokenFilter, word_sequences
 from tpjax.errors import ConfigError, RequestError
 from tpjax.mesh import describe_layout, describe_tp, make_stage_meshes
 from tpjax.old_spellings import accepts_old_spellings
-from tpjax.runtime.device_speed import split_layers, step_time
-from tpjax.runtime.limits import PAGE_SIZE, resolve_dtype
-from tpjax.runtime.memory import MeshShare, device_memory, plan_stages
+from tpjax.runtime.limits import resolve_dtype
+from tpjax.runtime.memory import device_memory
 from tpjax.runtime.role import join, tells_failure
 from tpjax.runtime.runner import Runner
-from tpjax.sampling_params import MAX_SEED, MIN_SEED, RANDOM_SEED, SamplingParams
-from tpjax.step_time import StepTime
+from tpjax.sampling_params import MAX_SEED, MIN_SEED, SamplingParams
 from tpjax.text.loading import load_tokenizer
 from tpjax.text.tokenizer import Tokenizer
 
@@ -56,11 +51,6 @@ if TYPE_CHECKING:
     from tpjax.inspect.pipeline_report import PipelineReport
 
 log = logging.getLogger(__name__)
-
-# Time per token in 16 bits over float32: SmolLM2-135M at tp=1 on 2 cores (AMD EPYC, shared with other work),
-# 64 tokens from position 100 in dispatches of 4 steps, contenders in turns. Medians of 7 rounds: bfloat16
-# 4.08 (3.35 to 4.46), float16 4.09 (3.16 to 5.04). Prefill of 256 tokens: 1.78 and 2.06.
-_CPU_HALF_PRECISION_SLOWDOWN = 4
 
 
 @dataclass(frozen=True)
@@ -217,105 +207,31 @@ class LLM:
             {"model": path.name, "checkpoint": digest_of_edges(path), **flags},
             device_memory(sum(tps) * dp),
         )
-        grouped = quantize == "int4" or (quantize is None and checkpoint.source.format_of is not None)
-        memory, backends = self.role.decide(lambda: self._backends(attention, tps, grouped))
-        for backend in dict.fromkeys(backends):
-            log.info("attention: %s", backend)
-        if self.dtype.itemsize < 4 and self.mesh.devices.flat[0].platform == "cpu":
-            log.warning(
-                "dtype=%s is slow on a CPU: SmolLM2-135M takes %d times as long per token as in float32",
-                self.dtype,
-                _CPU_HALF_PRECISION_SLOWDOWN,
-            )
-        layers = split_layers(self.config, meshes[0], self.dtype, quantize, kv_dtype)
-        format_of = checkpoint.source.format_of
-        decoders = [
-            [
-                abstract_decoder(
-                    self.config, mesh, self.dtype, quantize, backend, format_of, part, quantize_head
-                )
-                for mesh, part, backend in zip(stages, layers, backends, strict=True)
-            ]
-            for stages in meshes
-        ]
-        declared = [parameters(*stage) for stage in zip(decoders[0], meshes[0], strict=True)]
-
-        def quantized_bytes(kind: Quantize) -> list[int]:
-            stages = (
-                parameters(abstract_decoder(self.config, mesh, self.dtype, kind, layers=part), mesh)
-                for mesh, part in zip(meshes[0], layers, strict=True)
-            )
-            return [sum(p.bytes_per_device for p in stage) for stage in stages]
-
-        rounded = quantize is not None or checkpoint.quantization is not None
-        limits = plan_stages(
-            self.config,
-            [
-                MeshShare(self.config.of_layers(part), tp, sum(p.bytes_per_device for p in stage))
-                for part, tp, stage in zip(layers, tps, declared, strict=True)
-            ],
-            self.dtype,
-            memory=memory,
-            max_model_len=max_model_len,
-            max_slots=max_slots,
-            kv_dtype=kv_dtype,
-            quantized_bytes=None if rounded else quantized_bytes,
-        )
         self.quantize: Quantize | None = quantize
         self.name = str(model)
         self.path: Path = path
-        predicted = self._step_time([parameter for stage in declared for parameter in stage])
-        decoders, leader = load_replicas(checkpoint, decoders, meshes), self.role.leader
-        engines = [
-            Engine(
-                Runner.of_stages(models, stages, limits, self.dtype, sequence_parallel, leader, kv_dtype),
-                max_num_batched_tokens,
-                predicted,
-            )
-            for models, stages in zip(decoders, meshes, strict=True)
-        ]
+        engines = load_engines(
+            checkpoint,
+            meshes,
+            self.role,
+            self.dtype,
+            attention=attention,
+            max_model_len=max_model_len,
+            max_slots=max_slots,
+            quantize=quantize,
+            quantize_head=quantize_head,
+            kv_dtype=kv_dtype,
+            sequence_parallel=sequence_parallel,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
         self.engines = tuple(engines)
         self.front: Replica | Router = Replica(engines[0]) if dp == 1 else Router(engines)
         self._streams: dict[Generation, deque[Delta]] = {}  # of running calls: what they have not taken yet
-        self._seeds = np.random.default_rng(None if seed == RANDOM_SEED else seed % 2**64)
+        self._requests = RequestBuilder(
+            self.config.vocab_size, self.tokenizer, self.eos_ids, self.sampling_defaults, seed, path
+        )
         if self.sampling_defaults:
             log.info("defaults of requests: %s (generation_config)", self.describe_defaults())
-
-    def _backends(self, asked: AttentionBackend, tps: Sequence[int], grouped: bool) -> list[Backend]:
-        """Chooses what computes attention in each stage; checks the platform's kernels once on each chip.
-
-        Args:
-            asked: the user's choice.
-            tps: devices of each stage.
-            grouped: whether weights may have scales for groups of inputs, whose product is a kernel's then.
-        """
-        device, folder = self.mesh.local_devices[0], cache_dir() / "attention"
-
-        def choose(tp: int) -> Backend:
-            shape = KernelShape.of(self.config, tp, self.dtype, PAGE_SIZE, self.kv_dtype)
-
-            def verify() -> Verdict:
-                from tpjax.attention.selftest import verdict
-
-                return verdict(device.platform, shape, device, folder)
-
-            backend = choose_backend(asked, device, shape, verify)
-            if grouped and asked == "auto" and backend.is_kernel:
-                from tpjax.layers.selftest import product_verdict
-
-                products = product_verdict(backend, device, folder)
-                log.info("products of quantised weights: %s", products)
-                backend = replace(backend, products=products.use_kernel)
-            return backend
-
-        chosen = {tp: choose(tp) for tp in dict.fromkeys(tps)}
-        return [chosen[tp] for tp in tps]
-
-    def _step_time(self, declared: Sequence[Parameter]) -> StepTime | None:
-        """Returns what predicts the time of a step; ``None`` in a process that schedules none."""
-        if self.role.follower is not None:
-            return None
-        return step_time(self.config, self.mesh, self.dtype, declared, self.kv_dtype)
 
     def close(self) -> None:
         """Gives the memory of the devices back: weights, cache and programs.
@@ -339,7 +255,13 @@ class LLM:
 
         If process 0 is lost, this process ends with exit status 1.
         """
-        self.role.follow(self.runner)
+
+        def explain() -> dict[str, Any]:
+            from tpjax.inspect.explain import explain_own_stages
+
+            return explain_own_stages(self.runner)
+
+        self.role.follow(self.runner, explain)
 
     def __enter__(self) -> Self:
         return self
@@ -496,7 +418,7 @@ class LLM:
             RequestError: the tokens are invalid.
             EngineError: a dispatch failed, or the model is closed.
         """
-        tokens = self._checked(token_ids)
+        tokens = self._requests.checked(token_ids)
         if not tokens:
             raise RequestError("the list of tokens is empty: at least 1 is needed")
         if len(tokens) > self.max_model_len:
@@ -506,10 +428,12 @@ class LLM:
     def explain(self) -> Report | PipelineReport:
         """Reports what lies on which device, its bytes, and what a decode step moves between devices.
 
-        Of a pipeline it reports each stage, and what moves between them.
+        Of a pipeline it reports each stage, and what moves between them; those of other processes as these
+        report them.
 
         Raises:
             EngineError: the model is closed.
+            DistributedError: another process could not tell, or is lost.
         """
         from tpjax.inspect.explain import explain
 
@@ -559,54 +483,13 @@ class LLM:
             EngineError: the model is closed.
         """
         self.front.check_open()
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise RequestError(f"{self.path} has no tokenizer: give the prompt as token ids")
-            ids = self._checked(self.tokenizer.encode(prompt))  # a tokenizer may know more than the model
-        else:
-            ids = self._checked(prompt)
-        if params.stop and self.tokenizer is None:
-            raise RequestError(f"stop={params.stop!r} needs a tokenizer, and {self.path} has none")
-        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
-            self._checked(list(getattr(params, name) or ()), name)
-        params = params.resolved(self.sampling_defaults)
-        ends = {*params.stop_token_ids, *self._stop_ids(params.stop)}
-        ends |= set() if params.ignore_eos else self.eos_ids
-        if params.min_tokens and params.allowed_token_ids and ends.issuperset(params.allowed_token_ids):
-            raise RequestError(
-                f"min_tokens={params.min_tokens}, but each of allowed_token_ids ends the text at once"
-            )
-        seed = int(self._seeds.integers(0, MAX_SEED, endpoint=True)) if params.seed is None else params.seed
-        extra |= self._limits(params, extra.get("grammar"))
-        request = Request(ids, params, seed, tuple(sorted(ends)), **extra)
+        request = self._requests.build(prompt, params, **extra)
         self.engine.scheduler.check(request)
         return request
 
     def describe_defaults(self) -> str:
         """Returns the sampling defaults as text; empty if there are none."""
         return ", ".join(f"{name}={value:g}" for name, value in self.sampling_defaults.items())
-
-    def _limits(self, params: SamplingParams, grammar: Grammar | None) -> dict[str, Any]:
-        """Returns what a request may not sample, as its fields ``barred_ids`` and ``grammar``."""
-        if params.bad_words and self.tokenizer is None:
-            raise RequestError(f"bad_words={params.bad_words!r} needs a tokenizer, and {self.path} has none")
-        vocab, allowed = self.config.vocab_size, params.allowed_token_ids
-        sequences = word_sequences(params.bad_words, self._encode_bare, vocab) if params.bad_words else []
-        barred = tuple(one[0] for one in sequences if len(one) == 1)
-        if not (vocab - len(barred) if allowed is None else len(set(allowed) - set(barred))):
-            raise RequestError("bad_words bars every token that may be sampled: at least 1 has to be left")
-        longer = [one for one in sequences if len(one) > 1]
-        if longer or (grammar is not None and (barred or allowed is not None)):
-            grammar = TokenFilter(vocab, allowed, barred, longer, grammar)
-            if not grammar.mask().any():
-                given = [name for name in ("allowed_token_ids", "bad_words") if getattr(params, name)]
-                raise RequestError(f"{' and '.join(given)} leave no token that the schema allows")
-        return {"grammar": grammar, "barred_ids": barred}
-
-    def _encode_bare(self, text: str) -> list[int]:
-        """Encodes a text without adding special tokens."""
-        assert self.tokenizer is not None
-        return self.tokenizer.encode(text, add_special_tokens=False)
 
     # --- requests ------------------------------------------------------------------------------------------
 
@@ -648,31 +531,6 @@ class LLM:
         """Ends a call's generation, if it has not ended, and its queue of deltas."""
         self.front.cancel(generation)
         self._streams.pop(generation, None)
-
-    def _stop_ids(self, stop: Sequence[str]) -> set[int]:
-        """Returns the ids of stop strings that are special tokens: the text would not contain those."""
-        found = (self.tokenizer.special_id(text) for text in stop) if self.tokenizer else ()
-        return {token for token in found if token is not None}
-
-    def _checked(self, token_ids: Sequence[int], name: str = "the prompt") -> list[int]:
-        """Returns token ids as a list; raises a ``RequestError`` if one is not in the vocabulary."""
-        vocab = self.config.vocab_size
-        try:
-            ids = [operator.index(token) for token in token_ids]
-        except TypeError as error:
-            raise RequestError(f"{name} is not a list of token ids: {error}") from error
-        if ids and not 0 <= min(ids) <= max(ids) < vocab:
-            wrong = next(token for token in ids if not 0 <= token < vocab)
-            raise RequestError(
-                f"{name} has token id {wrong}{self._spelled(wrong)}, "
-                f"but the vocabulary has {vocab} (0 to {vocab - 1})"
-            )
-        return ids
-
-    def _spelled(self, token: int) -> str:
-        """Returns the text of a token in brackets, if the tokenizer knows it."""
-        data = b"" if self.tokenizer is None else self.tokenizer.token_bytes(token)
-        return f" ({data.decode('utf-8', 'replace')!r})" if data else ""
 
 
 def _use_compilation_cache() -> None:

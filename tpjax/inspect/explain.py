@@ -23,7 +23,7 @@ from tpjax.cache_quantization import vector_bytes
 from tpjax.checkpoints.hub import resolve
 from tpjax.checkpoints.load import check_tensors
 from tpjax.checkpoints.opening import check_quantize, open_checkpoint
-from tpjax.checkpoints.parameters import Parameter, abstract_decoder, parameters
+from tpjax.checkpoints.parameters import Parameter, parameters
 from tpjax.config import (
     AttentionBackend,
     ExpertParallel,
@@ -33,19 +33,19 @@ from tpjax.config import (
     Quantize,
     check_choice,
 )
-from tpjax.errors import ConfigError
 from tpjax.inspect.budget import collective_budget
 from tpjax.inspect.collectives import find_collectives, summarise
 from tpjax.inspect.explain_report import Report, Step, TensorRow
 from tpjax.inspect.pipeline_report import PipelineReport
 from tpjax.inspect.reasons import cache_reason, experts_reason, reason
 from tpjax.layers.weights import dtype_bits
-from tpjax.mesh import describe_tp, is_local, make_own_mesh, make_stage_meshes
+from tpjax.mesh import describe_tp, is_local, make_stage_meshes
 from tpjax.old_spellings import accepts_old_spellings
 from tpjax.planning.published import find_model, is_published
+from tpjax.runtime.abstract_stages import AbstractStages
 from tpjax.runtime.device_speed import split_layers
 from tpjax.runtime.limits import PAGE_SIZE, resolve_dtype
-from tpjax.runtime.memory import MeshShare, device_memory, plan_stages, workspace_bytes
+from tpjax.runtime.memory import device_memory, workspace_bytes
 from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.role import together
 from tpjax.runtime.runner import Runner
@@ -56,30 +56,44 @@ from tpjax.sharding import Content, Layout, Segment, WeightLayout, head_plan, te
 def explain(runner: Runner, name: str, dp: int = 1) -> Report | PipelineReport:
     """Describes a runner, one of ``dp`` replicas; of a pipeline each stage, and what moves between them.
 
-    It needs no weights; a decode and a prefill step are compiled unless they are.
+    It needs no weights; a decode and a prefill step are compiled unless they are. Stages of other processes
+    are described by these, which follow process 0 with :func:`explain_own_stages`; they know their own alone.
+
+    Raises:
+        DistributedError: another process could not tell, or is lost.
     """
     if len(runner.stages) == 1:
         return explain_stage(runner, name, dp)
-    if not all(is_local(stage.mesh) for stage in runner.stages):
-        raise ConfigError(
-            "stages of other processes cannot be explained here: use `tpjax explain` in each process"
-        )
-    reports = [
-        explain_stage(stage, f"{name}, stage {number} of {len(runner.stages)}")
-        for number, stage in enumerate(runner.stages, 1)
-    ]
+    reports = _own_reports(runner)
+    if len(reports) < len(runner.stages) and runner.leader is not None:
+        for stages in runner.leader.explained():
+            reports |= {int(number): Report.from_dict(report) for number, report in stages.items()}
+    stages = [runner.stages[number] for number in sorted(reports)]
     return PipelineReport(
         model=name,
-        tp=[stage.mesh.size for stage in runner.stages],
-        pp=len(reports),
+        tp=[stage.mesh.size for stage in stages],
+        pp=len(runner.stages),
         dp=dp,
-        layers=[(stage.layers.start, stage.layers.stop) for stage in runner.stages],
-        stages=reports,
+        layers=[(stage.layers.start, stage.layers.stop) for stage in stages],
+        stages=[
+            replace(reports[number], model=f"{name}, stage {number + 1} of {len(runner.stages)}")
+            for number in sorted(reports)
+        ],
         rows=runner.limits.max_rows,
         chunk_tokens=runner.limits.usable_chunk_shapes[-1].tokens,
         hidden_bytes=runner.config.hidden_size * runner.dtype.itemsize,
         token_bytes=4 * (runner.limits.max_slots + 1),
     )
+
+
+def explain_own_stages(runner: Runner) -> dict[str, Any]:
+    """Describes the stages of this process, by their numbers: plain data, for process 0."""
+    return {str(number): report.to_dict() for number, report in _own_reports(runner).items()}
+
+
+def _own_reports(runner: Runner) -> dict[int, Report]:
+    stages = enumerate(runner.stages)
+    return {number: explain_stage(stage, "") for number, stage in stages if is_local(stage.mesh)}
 
 
 def explain_stage(stage: Stage, name: str, dp: int = 1) -> Report:
@@ -136,8 +150,8 @@ def explain_model(
 ) -> Report | PipelineReport:
     """Describes a checkpoint sharded over ``tp`` devices without reading a weight.
 
-    Each of several processes calls it, and compiles the steps; those of pipeline stages that run in other
-    processes for devices of its own, which are of the same kind.
+    Each of several processes calls it, and compiles the steps; of a pipeline, those of its own stages.
+    Process 0 returns the report of all.
 
     Args:
         model: a name or path that ``LLM`` accepts, the name of a published model, a ``config.json``, or a
@@ -172,8 +186,6 @@ def explain_model(
         checkpoint.check_quantize(quantize, quantize_head)
     config = config.with_expert_parallel(expert_parallel)
     meshes, kind = make_stage_meshes(tp, dp, pp)[0], resolve_dtype(dtype)
-    if pp > 1:
-        meshes = [mesh if is_local(mesh) else make_own_mesh(mesh.size) for mesh in meshes]
     tps, layers = [mesh.size for mesh in meshes], split_layers(config, meshes, kind, quantize, kv_dtype)
 
     def chosen() -> list[Backend]:
@@ -194,32 +206,18 @@ def explain_model(
     same["tp"] = describe_tp(tps)
     with together(same | flags, device_memory(sum(tps) * dp)) as role:
         memory, backends = role.decide(chosen)
-        decoders = [
-            abstract_decoder(config, mesh, kind, quantize, backend, format_of, part, quantize_head)
-            for mesh, part, backend in zip(meshes, layers, backends, strict=True)
-        ]
-        declared = [parameters(*stage) for stage in zip(decoders, meshes, strict=True)]
-        if checkpoint is not None:
-            check_tensors(checkpoint, [parameter for stage in declared for parameter in stage])
-        shares = [
-            MeshShare(config.of_layers(part), tp, sum(p.bytes_per_device for p in stage))
-            for part, tp, stage in zip(layers, tps, declared, strict=True)
-        ]
-        if memory is not None and memory.free < 2 * max(share.weight_bytes for share in shares):
-            memory = None  # a model that is too large for this machine can be explained too
-        limits = plan_stages(
-            config,
-            shares,
-            kind,
-            memory=memory,
-            max_model_len=max_model_len,
-            max_slots=None,
-            kv_dtype=kv_dtype,
+        stages = AbstractStages(
+            config, meshes, layers, backends, kind, quantize, quantize_head, format_of, kv_dtype
         )
-        leader = role.leader if pp == 1 else None  # all stages are here
-        runner = Runner.of_stages(decoders, meshes, limits, kind, leader=leader, kv_dtype=kv_dtype)
-        if pp == 1:
-            role.follow(runner)
+        if checkpoint is not None:
+            check_tensors(checkpoint, [parameter for stage in stages.parameters for parameter in stage])
+        if memory is not None and memory.free < 2 * max(share.weight_bytes for share in stages.shares):
+            memory = None  # a model that is too large for this machine can be explained too
+        limits = stages.limits(memory, max_model_len, None)
+        runner = Runner.of_stages(
+            stages.decoders, meshes, limits, kind, leader=role.leader, kv_dtype=kv_dtype
+        )
+        role.follow(runner, partial(explain_own_stages, runner))
         return explain(runner, name=model, dp=dp)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -146,6 +146,20 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data, ready for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """Returns the report of what :meth:`to_dict` returned, also after it was JSON."""
+        tensors = [
+            TensorRow(**{**row, "devices": tuple(Content(**one) for one in row["devices"])})
+            for row in data["tensors"]
+        ]
+        steps = [
+            Step(**{**step, "collectives": [Collective(**one) for one in step["collectives"]]})
+            for step in data["steps"]
+        ]
+        cache = {**data["cache"], "devices": tuple(Content(**one) for one in data["cache"]["devices"])}
+        return cls(**{**data, "tensors": tensors, "cache": cache, "steps": steps})
 
     def __repr__(self) -> str:
         # the tables are for print (rich) and notebooks

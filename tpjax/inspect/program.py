@@ -17,7 +17,7 @@ from tpjax.attention import KernelShape, choose_backend
 from tpjax.attention.tpu import Work, work
 from tpjax.attention.xla import pages_at_once
 from tpjax.checkpoints.opening import check_quantize
-from tpjax.checkpoints.parameters import abstract_decoder, parameters
+from tpjax.checkpoints.parameters import parameters
 from tpjax.config import (
     AttentionBackend,
     ExpertParallel,
@@ -41,10 +41,11 @@ from tpjax.old_spellings import accepts_old_spellings
 from tpjax.planning.published import find_model
 from tpjax.planning.workload import DEFAULT_CONTEXT, STEP_BATCH, STEP_PROMPT_LEN
 from tpjax.runtime import layer_split
+from tpjax.runtime.abstract_stages import AbstractStages
 from tpjax.runtime.counts import Counts
 from tpjax.runtime.device_speed import itemsizes, stored_itemsizes
-from tpjax.runtime.limits import MAX_PROMPT_TOKENS, PAGE_SIZE, Limits, resolve_dtype
-from tpjax.runtime.memory import DeviceMemory, MeshShare, plan_stages
+from tpjax.runtime.limits import MAX_PROMPT_TOKENS, PAGE_SIZE, resolve_dtype
+from tpjax.runtime.memory import DeviceMemory
 from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.runner import Runner
 from tpjax.runtime.stage import Stage
@@ -174,35 +175,19 @@ def abstract_runner(
     layers = layer_split.split_layers(
         config, tps, itemsizes(kind, quantize, kv_dtype), topology.hardware.device
     )
-    decoders = [
-        abstract_decoder(config, one, kind, quantize, backend, format_of, part, quantize_head)
-        for one, part, backend in zip(meshes, layers, backends, strict=True)
-    ]
-    shares = [
-        MeshShare(config.of_layers(part), one.size, sum(p.bytes_per_device for p in parameters(decoder, one)))
-        for part, one, decoder in zip(layers, meshes, decoders, strict=True)
-    ]
-
-    def limits(memory: DeviceMemory | None, longest: int | None) -> Limits:
-        return plan_stages(
-            config,
-            shares,
-            kind,
-            memory=memory,
-            max_model_len=longest,
-            max_slots=max_slots,
-            kv_dtype=kv_dtype,
-        )
-
+    stages = AbstractStages(
+        config, meshes, layers, backends, kind, quantize, quantize_head, format_of, kv_dtype
+    )
     platform = device.platform
     memory = DeviceMemory(int(topology.memory_bytes * USABLE_MEMORY), platform=platform)
     try:
-        sizes = limits(memory, max_model_len)
+        sizes = stages.limits(memory, max_model_len, max_slots)
     except ConfigError:  # what else is wrong with the sizes is raised again
-        sizes = limits(None, max_model_len or min(config.longest_context, DEFAULT_CONTEXT))
+        longest = max_model_len or min(config.longest_context, DEFAULT_CONTEXT)
+        sizes = stages.limits(None, longest, max_slots)
     # several decode steps of one dispatch would be a loop: here one step is looked at
     return Runner.of_stages(
-        decoders, meshes, replace(sizes, steps=1), kind, sequence_parallel, kv_dtype=kv_dtype
+        stages.decoders, meshes, replace(sizes, steps=1), kind, sequence_parallel, kv_dtype=kv_dtype
     )
 
 

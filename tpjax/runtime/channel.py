@@ -33,7 +33,7 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 class Kind(IntEnum):
     """What a frame is.
 
-    The first group goes to the followers, ``HELLO`` to ``LEAVING`` to process 0, ``BEAT`` both ways.
+    The first group goes to the followers, the second to process 0, ``BEAT`` both ways.
     """
 
     DECISIONS = 1  # JSON: what process 0 has chosen for all
@@ -42,13 +42,17 @@ class Kind(IntEnum):
     DISPATCH = 4  # number of a program, and its host arguments
     ALLOCATE = 5  # allocate the device state
     RESET = 6  # free it
-    STOP = 7  # nothing follows
-    HELLO = 8  # JSON: what this process would run
-    COMPILED = 9  # JSON: number of a program, and the error if there was one
-    FAILED = 10  # text: why this process cannot go on
-    DRAIN = 11  # a signal asked this process to end
-    LEAVING = 12  # the answer to STOP
-    BEAT = 13
+    EXPLAIN = 7  # describe the stages of this process
+    STOP = 8  # nothing follows
+
+    HELLO = 9  # JSON: what this process would run
+    COMPILED = 10  # JSON: number of a program, and the error if there was one
+    FAILED = 11  # text: why this process cannot go on
+    DRAIN = 12  # a signal asked this process to end
+    LEAVING = 13  # the answer to STOP
+    EXPLAINED = 14  # JSON: what EXPLAIN asked for, and the error if there was one
+
+    BEAT = 15
 
 
 class Frame(NamedTuple):

@@ -9,6 +9,7 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tpjax.distributed import process_id, stored
@@ -59,6 +60,7 @@ class Follower:
         self._specs: dict[int, ProgramSpec] = {}
         self._decoders: dict[int, Decoder] = {}
         self._runner: Runner | None = None
+        self._explain: Callable[[], Facts] | None = None
         self._decided = False
         self._loaded = threading.Event()
         self._finished = threading.Event()
@@ -80,17 +82,18 @@ class Follower:
         decisions: dict[str, Any] = from_json(frame.body)
         return decisions
 
-    def follow(self, runner: Runner | None) -> None:
+    def follow(self, runner: Runner | None, explain: Callable[[], Facts] | None = None) -> None:
         """Replays dispatches until process 0 has no more; a second call returns at once.
 
         If one fails, or process 0 is lost, this process ends at once, with a message.
 
         Args:
             runner: runs them; ``None``: there will be none.
+            explain: describes the stages of this process, when process 0 asks.
         """
         if self._finished.is_set():
             return
-        self._runner = runner
+        self._runner, self._explain = runner, explain
         self._loaded.set()
         try:
             while (frame := self._dispatches.get()).kind != Kind.STOP:
@@ -154,6 +157,8 @@ class Follower:
                         return
                     case Kind.COMPILE:
                         threading.Thread(target=self._compile, args=(frame,), daemon=True).start()
+                    case Kind.EXPLAIN:
+                        threading.Thread(target=self._answer, daemon=True).start()
                     case Kind.STOP:
                         self._dispatches.put(frame)
                         threading.Thread(target=self._end, daemon=True).start()
@@ -182,6 +187,19 @@ class Follower:
             self._connection.send(Kind.COMPILED, [to_json([number, error])])
         except OSError:  # it has gone already: the thread that receives sees it
             return
+
+    def _answer(self) -> None:
+        self._loaded.wait()
+        found: Facts | None = None
+        error = None
+        try:
+            assert self._explain is not None
+            found = self._explain()
+        except Exception as failure:
+            log.exception("the stages of this process could not be explained")
+            error = f"{type(failure).__name__}: {next(iter(str(failure).splitlines()), '')}"
+        with contextlib.suppress(OSError):  # it has gone already: the thread that receives sees it
+            self._connection.send(Kind.EXPLAINED, [to_json([found, error])])
 
     def _end(self) -> None:
         if not self._finished.wait(_LEAVE_S):

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 from tpjax.distributed import coordinator_host, num_processes, publish
@@ -51,6 +52,7 @@ class _Follower:
         self.process, self.connection, self.facts = process, connection, facts
         self.pulse: Pulse | None = None
         self.left = threading.Event()
+        self.explained: Future[Any] = Future()
 
 
 class Leader:
@@ -77,6 +79,7 @@ class Leader:
         self._count = num_processes()
         self._lock = threading.Lock()
         self._order = threading.Lock()
+        self._asking = threading.Lock()
         self._specs: dict[ProgramSpec, int] = {}
         self._encoders: dict[ProgramSpec, Encoder] = {}
         self._compiling: dict[int, _Acknowledgements] = {}
@@ -159,6 +162,20 @@ class Leader:
         number = self._specs[spec].to_bytes(4, "little")
         self._send(Kind.DISPATCH, [number, *encoder.encode(calls)])
 
+    def explained(self) -> list[Any]:
+        """Returns what each follower says of its stages, plain data; waits for them, who may compile.
+
+        Raises:
+            DistributedError: one of them could not tell, or is lost.
+        """
+        with self._asking:
+            for follower in self._followers:
+                follower.explained = Future()
+            self._send(Kind.EXPLAIN)
+            if self._lost is not None:
+                raise DistributedError(self._lost)
+            return [follower.explained.result() for follower in self._followers]
+
     def allocate(self) -> None:
         """Lets the followers allocate the device state; the caller then does so here."""
         self._send(Kind.ALLOCATE)
@@ -234,6 +251,13 @@ class Leader:
         if frame.kind == Kind.COMPILED:
             number, error = from_json(frame.body)
             self._compiling[number].add(follower.process, error)
+        elif frame.kind == Kind.EXPLAINED:
+            found, error = from_json(frame.body)
+            if error is None:
+                follower.explained.set_result(found)
+            else:
+                why = f"process {follower.process} could not explain its stages: {error}"
+                follower.explained.set_exception(DistributedError(why))
         elif frame.kind == Kind.FAILED:
             self._lose(f"process {follower.process} failed: {bytes(frame.body).decode('utf-8', 'replace')}")
         elif frame.kind == Kind.DRAIN:
@@ -263,6 +287,9 @@ class Leader:
         log.error("%s: all processes end", reason)
         for waiting in list(self._compiling.values()):
             waiting.fail(reason)
+        for follower in self._followers:
+            with contextlib.suppress(InvalidStateError):  # it has answered
+                follower.explained.set_exception(DistributedError(reason))
         threading.Thread(target=self._end, args=(reason,), name="tpjax-end").start()
 
     def _end(self, reason: str) -> None:

@@ -77,14 +77,15 @@ class Role:
             self.leader.decide(decisions)
         return decisions
 
-    def follow(self, runner: Runner | None = None) -> None:
+    def follow(self, runner: Runner | None = None, explain: Callable[[], Facts] | None = None) -> None:
         """In a follower, runs what process 0 sends until that has no more; elsewhere returns at once.
 
         Args:
             runner: runs it; ``None``: process 0 dispatches and compiles nothing.
+            explain: describes the stages of this process, when process 0 asks.
         """
         if self.follower is not None:
-            self.follower.follow(runner)
+            self.follower.follow(runner, explain)
 
     @contextlib.contextmanager
     def telling(self) -> Iterator[None]:

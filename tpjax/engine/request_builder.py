@@ -1,0 +1,121 @@
+"""Makes requests of prompts and sampling parameters, checked against model and tokenizer."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tpjax.engine.request import Grammar, Request
+from tpjax.engine.token_filter import TokenFilter, word_sequences
+from tpjax.errors import RequestError
+from tpjax.sampling_params import MAX_SEED, RANDOM_SEED, SamplingParams
+from tpjax.text.tokenizer import Tokenizer
+
+
+class RequestBuilder:
+    """Makes requests for one model.
+
+    Args:
+        vocab: tokens of the vocabulary.
+        tokenizer: ``None``: prompts are token ids.
+        eos_ids: tokens that end a text.
+        defaults: sampling parameters that apply if a request does not give them.
+        seed: seed of the seeds of requests without one of their own; -1: another one at each start.
+        path: the checkpoint, for messages.
+    """
+
+    def __init__(
+        self,
+        vocab: int,
+        tokenizer: Tokenizer | None,
+        eos_ids: frozenset[int],
+        defaults: Mapping[str, Any],
+        seed: int,
+        path: Path,
+    ) -> None:
+        self._vocab, self._tokenizer, self._eos_ids = vocab, tokenizer, eos_ids
+        self._defaults, self._path = defaults, path
+        self._seeds = np.random.default_rng(None if seed == RANDOM_SEED else seed % 2**64)
+
+    def build(self, prompt: str | Sequence[int], params: SamplingParams, **extra: Any) -> Request:
+        """Returns a request.
+
+        Args:
+            prompt: text, or token ids.
+            params: sampling parameters.
+            **extra: further fields of the request (``cache_salt``, ``grammar``, ``priority``).
+
+        Raises:
+            RequestError: the prompt or a parameter is invalid.
+        """
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise RequestError(f"{self._path} has no tokenizer: give the prompt as token ids")
+            ids = self.checked(self._tokenizer.encode(prompt))  # a tokenizer may know more than the model
+        else:
+            ids = self.checked(prompt)
+        if params.stop and self._tokenizer is None:
+            raise RequestError(f"stop={params.stop!r} needs a tokenizer, and {self._path} has none")
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            self.checked(list(getattr(params, name) or ()), name)
+        params = params.resolved(self._defaults)
+        ends = {*params.stop_token_ids, *self._stop_ids(params.stop)}
+        ends |= set() if params.ignore_eos else self._eos_ids
+        if params.min_tokens and params.allowed_token_ids and ends.issuperset(params.allowed_token_ids):
+            raise RequestError(
+                f"min_tokens={params.min_tokens}, but each of allowed_token_ids ends the text at once"
+            )
+        seed = int(self._seeds.integers(0, MAX_SEED, endpoint=True)) if params.seed is None else params.seed
+        extra |= self._limits(params, extra.get("grammar"))
+        return Request(ids, params, seed, tuple(sorted(ends)), **extra)
+
+    def checked(self, token_ids: Sequence[int], name: str = "the prompt") -> list[int]:
+        """Returns token ids as a list; raises a ``RequestError`` if one is not in the vocabulary."""
+        vocab = self._vocab
+        try:
+            ids = [operator.index(token) for token in token_ids]
+        except TypeError as error:
+            raise RequestError(f"{name} is not a list of token ids: {error}") from error
+        if ids and not 0 <= min(ids) <= max(ids) < vocab:
+            wrong = next(token for token in ids if not 0 <= token < vocab)
+            raise RequestError(
+                f"{name} has token id {wrong}{self._spelled(wrong)}, "
+                f"but the vocabulary has {vocab} (0 to {vocab - 1})"
+            )
+        return ids
+
+    def _limits(self, params: SamplingParams, grammar: Grammar | None) -> dict[str, Any]:
+        """Returns what a request may not sample, as its fields ``barred_ids`` and ``grammar``."""
+        if params.bad_words and self._tokenizer is None:
+            raise RequestError(f"bad_words={params.bad_words!r} needs a tokenizer, and {self._path} has none")
+        vocab, allowed = self._vocab, params.allowed_token_ids
+        sequences = word_sequences(params.bad_words, self._encode_bare, vocab) if params.bad_words else []
+        barred = tuple(one[0] for one in sequences if len(one) == 1)
+        if not (vocab - len(barred) if allowed is None else len(set(allowed) - set(barred))):
+            raise RequestError("bad_words bars every token that may be sampled: at least 1 has to be left")
+        longer = [one for one in sequences if len(one) > 1]
+        if longer or (grammar is not None and (barred or allowed is not None)):
+            grammar = TokenFilter(vocab, allowed, barred, longer, grammar)
+            if not grammar.mask().any():
+                given = [name for name in ("allowed_token_ids", "bad_words") if getattr(params, name)]
+                raise RequestError(f"{' and '.join(given)} leave no token that the schema allows")
+        return {"grammar": grammar, "barred_ids": barred}
+
+    def _encode_bare(self, text: str) -> list[int]:
+        """Encodes a text without adding special tokens."""
+        assert self._tokenizer is not None
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _stop_ids(self, stop: Sequence[str]) -> set[int]:
+        """Returns the ids of stop strings that are special tokens: the text would not contain those."""
+        found = (self._tokenizer.special_id(text) for text in stop) if self._tokenizer else ()
+        return {token for token in found if token is not None}
+
+    def _spelled(self, token: int) -> str:
+        """Returns the text of a token in brackets, if the tokenizer knows it."""
+        data = b"" if self._tokenizer is None else self._tokenizer.token_bytes(token)
+        return f" ({data.decode('utf-8', 'replace')!r})" if data else ""

@@ -134,9 +134,7 @@ def _measure_and_cache(
     machine = f"the machines of {num_processes()} processes" if several else "this machine"
     print(f"tpjax: measuring {machine} at tp={tp}, once", file=sys.stderr)
     figures = measure(rounds)
-    others = figures.pop("others", 0.0)
-    if others > _MOST_OTHERS:
-        busy = f"other programs took {others:.0%} of the processors meanwhile"
+    if busy := others_note(figures.pop("others", 0.0)):
         print(f"tpjax: {busy}: these figures are not kept", file=sys.stderr)
     elif cached:
         keep(_file(), tp, figures, alone=alone)
@@ -193,7 +191,7 @@ def measure(mesh: Any, rounds: int | None = None) -> dict[str, Any]:
     """
     tp, device = mesh.size, mesh.local_devices[0]
     shared = device.platform == "cpu"
-    started, busy_before = time.perf_counter(), _others_s()
+    others = OtherPrograms()
     timings = best_s(
         {
             **{f"reduce {size}": _all_reduces(mesh, size) for size in _MESSAGES if tp > 1},
@@ -208,9 +206,26 @@ def measure(mesh: Any, rounds: int | None = None) -> dict[str, Any]:
         "device": device.device_kind,
         "shared": shared,
         "memory_bytes": _memory_bytes(device) / (tp if shared else 1),
-        "others": (_others_s() - busy_before) / (time.perf_counter() - started) / (os.cpu_count() or 1),
+        "others": others.share(),
         **fit(timings, tp, machine=1 if shared else tp),
     }
+
+
+class OtherPrograms:
+    """What other programs take of the processors, from now on."""
+
+    def __init__(self) -> None:
+        self._started, self._before = time.perf_counter(), _others_s()
+
+    def share(self) -> float:
+        """Returns their share of all processors so far; 0 where nobody tells, or of several processes."""
+        taken = (_others_s() - self._before) / (time.perf_counter() - self._started)
+        return taken / (os.cpu_count() or 1)
+
+
+def others_note(share: float) -> str | None:
+    """Returns what to say of a share that other programs took; ``None`` if it is little."""
+    return f"other programs took {share:.0%} of the processors meanwhile" if share > _MOST_OTHERS else None
 
 
 def _others_s() -> float:

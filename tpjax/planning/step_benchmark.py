@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from tpjax.planning.measure import best_s
+from tpjax.planning.measure import OtherPrograms, best_s, others_note
 from tpjax.planning.plain_table import plain_table
 from tpjax.planning.plan import Plan
 from tpjax.planning.workload import Workload
@@ -79,7 +80,7 @@ def run(runner: Any, plan: Plan, rounds: int | None = None, beside: Sequence[Any
         rounds: passed to :func:`best_s`.
         beside: runners of other replicas, which do the same at the same time; all are waited for.
     """
-    workload, runners = plan.workload, (runner, *beside)
+    workload, runners, others = plan.workload, (runner, *beside), OtherPrograms()
     with ThreadPoolExecutor(len(runners)) as threads:
         timings = best_s(
             {
@@ -88,6 +89,8 @@ def run(runner: Any, plan: Plan, rounds: int | None = None, beside: Sequence[Any
             },
             rounds,
         )
+    if busy := others_note(others.share()):
+        print(f"tpjax: {busy}: measured times may be too long", file=sys.stderr)
     return BenchReport(plan, timings["decode"] / _DECODE_TOKENS * 1e3, timings["prefill"] * 1e3)
 
 

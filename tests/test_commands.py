@@ -393,7 +393,7 @@ def test_explain_a_configuration(places: dict[str, Any]) -> None:
 
 
 def test_explain_for_chips_that_do_not_exist(places: dict[str, Any]) -> None:
-    """The part that needs no TPU or GPU compiler: tests/test_topology.py has the rest."""
+    """The part that needs no TPU or GPU compiler: tests/test_topology_*.py have the rest."""
     out, err = tpjax("explain topology", places, status=2)
     assert out == "" and len(err.splitlines()) == 1 and "v5e:99x99" in err
 

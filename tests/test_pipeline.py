@@ -85,7 +85,6 @@ def compare(one: LLM, several: LLM) -> None:
     ("name", "tp", "pp", "options"),
     (
         ("llama", 2, 2, {"sequence_parallel": "on"}),  # hidden states move as they lie: cut over tokens
-        ("llama", 3, 2, {}),
         ("llama", 1, 2, {"quantize": "int4"}),
         ("deepseek_v3", 2, 3, {}),
         ("gemma3", 1, 3, {}),

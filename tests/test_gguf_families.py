@@ -241,5 +241,7 @@ def test_a_scale_that_is_no_number(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[start : start + 2] = np.float16(np.nan).tobytes()
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"'blk\.1\.ffn_down\.weight' has a scale that is no finite"):
+    with pytest.raises(
+        CheckpointError, match=r"'blk\.1\.ffn_down\.weight' .* no finite number: nan at \[0, 0\]$"
+    ):
         Stepwise(str(path), 2, max_length=64)

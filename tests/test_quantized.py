@@ -149,6 +149,18 @@ def test_float8_other_misfits() -> None:
     assert "of shape [8] has no rows and columns" in fp8_refusal(weight=weight[0], weight_scale_inv=scale)
 
 
+@pytest.mark.parametrize("wrong", (np.nan, -np.inf))
+def test_float8_scales_that_are_no_numbers(wrong: float) -> None:
+    """Where a weight is dequantised while it loads; elements of other blocks can be read."""
+    weight, scale = fp8_arrays()
+    scale[1, 2] = wrong
+    source = dequantized(ArraySource(weight=weight, weight_scale_inv=scale), FP8, WHERE)
+    assert np.isfinite(source.read("weight", (slice(0, 10), slice(0, 6)))).all()
+    message = f"somewhere: tensor 'weight' has a scale that is no finite number: {wrong} at [5, 2]"
+    with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
+        source.read("weight", (slice(5, 9), slice(3, 8)))
+
+
 # --- MXFP4 -------------------------------------------------------------------------------------------------
 
 MXFP4 = Quantization("mxfp4", (1, 32), 4)

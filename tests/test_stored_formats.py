@@ -386,17 +386,38 @@ def test_misfits(tmp_path: Path) -> None:
         f"{tensor}.qweight' of shape [48, 6] needs '{O_PROJ}.qzeros' of shape [3, 6], which has [2, 6]"
     )
     assert refusal(tmp_path, "gptq", spoilt("scales")) == (
-        f"{tensor}.weight' has a scale that is no finite number"
+        f"{tensor}.weight' has a scale that is no finite number: nan at [0, 0]"
     )
-    assert "has 8 numbers a word" in refusal(tmp_path, "ct-int4", cut("weight_packed"))
-    assert "needs scales of shape [4, 3]" in refusal(tmp_path, "fp8-blocks", cut("weight_scale_inv"))
-    assert f"'{O_PROJ}.weight' is float8, but" in refusal(tmp_path, "fp8-blocks", without("weight_scale_inv"))
+    assert refusal(tmp_path, "ct-int4", cut("weight_packed")) == (
+        f"{tensor}.weight_packed' of shape [47, 6] has 8 numbers a word: "
+        f"'{O_PROJ}.weight_shape' says [48, 48]"
+    )
+    assert refusal(tmp_path, "ct-w8a16", without("weight_scale")) == (
+        f"{tensor}.weight_packed' has no '{O_PROJ}.weight_scale' beside it"
+    )
+    assert refusal(tmp_path, "ct-int8", without("weight_scale")) == (
+        f"{tensor}.weight' is int8, but '{O_PROJ}.weight_scale' is missing"
+    )
+    assert refusal(tmp_path, "ct-int8", cut("weight_scale")) == (
+        f"{tensor}.weight' of shape [48, 48] in blocks of [1, 48] needs scales of shape [48, 1], "
+        f"'{O_PROJ}.weight_scale' has [47, 1]"
+    )
+    assert refusal(tmp_path, "fp8-blocks", cut("weight_scale_inv")) == (
+        f"{tensor}.weight' of shape [48, 48] in blocks of [12, 16] needs scales of shape [4, 3], "
+        f"'{O_PROJ}.weight_scale_inv' has [3, 3]"
+    )
+    assert refusal(tmp_path, "fp8-blocks", without("weight_scale_inv")) == (
+        f"{tensor}.weight' is float8, but '{O_PROJ}.weight_scale_inv' is missing"
+    )
     assert "zero_point=False is not supported: use True" in refusal(
         tmp_path, "awq", lambda _: None, zero_point=False
     )
     assert "version='gemv' is not supported" in refusal(tmp_path, "awq", lambda _: None, version="gemv")
     assert "bits=3 is not supported: use 4" in refusal(tmp_path, "gptq", lambda _: None, bits=3)
-    assert "needs '" in refusal(tmp_path, "gptq", lambda _: None, group_size=32)
+    assert refusal(tmp_path, "gptq", lambda _: None, group_size=32) == (
+        f"{tmp_path}: tensor 'model.layers.0.mlp.down_proj.qweight' of shape [12, 48] needs "
+        "'model.layers.0.mlp.down_proj.scales' of shape [3, 48], which has [6, 48]"
+    )
 
 
 def test_zero_points_of_a_method_that_has_none(tmp_path: Path) -> None:

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpjax.checkpoints.gguf import GGUFFile
-from tpjax.checkpoints.quantized import Part
+from tpjax.checkpoints.quantized import Part, check_scales
 from tpjax.checkpoints.source import TensorInfo, shown
-from tpjax.errors import CheckpointError
 from tpjax.layers.weights import WeightFormat
 
 _BLOCK = 32  # inputs
@@ -49,10 +48,7 @@ class GGUFBlocks:
         if part == "scales":
             blocks = self._file.read_blocks(name, index)
             scales = np.ascontiguousarray(blocks[..., :_SCALE_BYTES]).view(np.float16)[..., 0]
-            if not np.isfinite(scales).all():
-                raise CheckpointError(
-                    f"{self._file.path}: tensor {shown(name)} has a scale that is no finite number"
-                )
+            check_scales(scales, index, f"{self._file.path}: tensor {shown(name)}")
             return scales
         groups = slice(columns.start // _BLOCK, -(-columns.stop // _BLOCK))
         blocks = self._file.read_blocks(name, (*lead, groups))

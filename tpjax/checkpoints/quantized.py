@@ -98,15 +98,26 @@ class Encoded:
     shape: tuple[int, ...]
     transposed: bool = False
 
-    def read(self, part: Part, box: tuple[slice, ...]) -> np.ndarray:
-        """Reads a box of a part; the axis of the inputs counts groups for scales and zero points."""
+    def read(self, part: Part, box: tuple[slice, ...], called: str) -> np.ndarray:
+        """Reads a box of a part; the axis of the inputs counts groups for scales and zero points.
+
+        Args:
+            part: what is read.
+            box: a slice for each axis of the tensor.
+            called: the tensor in error messages.
+
+        Raises:
+            CheckpointError: a scale is no finite number.
+        """
         *lead, rows, columns = box
         rows, columns = (columns, rows) if self.transposed else (rows, columns)
         found: np.ndarray = getattr(self.encoding, part)(tuple(lead), rows, columns)
+        if part == "scales":
+            check_scales(found, (*lead, rows, columns), called)
         return found.swapaxes(-1, -2) if self.transposed else found
 
-    def dequantized(self, box: tuple[slice, ...]) -> np.ndarray:
-        """Reads a box as float32."""
+    def dequantized(self, box: tuple[slice, ...], called: str) -> np.ndarray:
+        """Reads a box as float32; see :meth:`read`."""
         *lead, rows, columns = box
         rows, columns = (columns, rows) if self.transposed else (rows, columns)
         inputs = self.shape[-2] if self.transposed else self.shape[-1]
@@ -117,8 +128,28 @@ class Encoded:
         values = widened(self.encoding.values(*where, columns))
         if self.encoding.kept.zeros:
             values -= self.encoding.zeros(*where, groups).astype(_F32)[..., of_columns]
-        values *= self.encoding.scales(*where, groups).astype(_F32)[..., of_columns]
+        scales = self.encoding.scales(*where, groups)
+        check_scales(scales, (*lead, rows, groups), called)
+        values *= scales.astype(_F32)[..., of_columns]
         return np.ascontiguousarray(values.swapaxes(-1, -2) if self.transposed else values)
+
+
+def check_scales(scales: np.ndarray, box: tuple[slice, ...], called: str) -> None:
+    """Checks that scales are finite numbers.
+
+    Args:
+        scales: those of a box of a tensor.
+        box: the box.
+        called: the tensor in error messages.
+
+    Raises:
+        CheckpointError: one is not.
+    """
+    finite = np.isfinite(scales.astype(_F32))
+    if not finite.all():
+        first = tuple(np.argwhere(~finite)[0])
+        place = [one.start + int(at) for one, at in zip(box, first, strict=True)]
+        raise CheckpointError(f"{called} has a scale that is no finite number: {scales[first]} at {place}")
 
 
 def widened(values: np.ndarray) -> np.ndarray:
@@ -148,14 +179,14 @@ class QuantizedTensors:
         box = tuple(slice(*bounds) for bounds in to_box(info.shape, index))
         if any(one.start == one.stop for one in box):
             return np.empty([one.stop - one.start for one in box], _F32)
-        return self._encoded[name].dequantized(box)
+        return self._encoded[name].dequantized(box, self._called(name))
 
     def read_part(self, name: str, part: Part, index: tuple[slice, ...]) -> np.ndarray:
         """See :meth:`QuantizedSource.read_part`."""
-        found = self._encoded[name].read(part, index)
-        if part == "scales" and not np.isfinite(found.astype(_F32)).all():
-            raise CheckpointError(f"{self._where}: tensor {shown(name)} has a scale that is no finite number")
-        return found
+        return self._encoded[name].read(part, index, self._called(name))
+
+    def _called(self, name: str) -> str:
+        return f"{self._where}: tensor {shown(name)}"
 
 
 def dequantized(source: TensorSource, quantization: Quantization, where: Path) -> QuantizedTensors:
@@ -285,10 +316,10 @@ def _scaled_tensors(reader: _Reader) -> dict[str, Encoded]:
         scale = next(
             (f"{name}{suffix}" for suffix in ("_scale_inv", "_scale") if reader.info(f"{name}{suffix}")), None
         )
-        if scale is None and info.dtype == _E4M3:
-            raise CheckpointError(
-                f"{reader.tensor(name)} is float8, but {shown(f'{name}_scale_inv')} is missing"
-            )
+        if scale is None and (info.dtype == _E4M3 or (info.dtype == np.int8 and name.endswith(".weight"))):
+            kind = "float8" if info.dtype == _E4M3 else "int8"
+            missing = f"{name}{'_scale_inv' if quantization.method == 'fp8' else '_scale'}"
+            raise CheckpointError(f"{reader.tensor(name)} is {kind}, but {shown(missing)} is missing")
         if scale is None or name in found:
             continue
         scales, size = reader.source.tensors[scale], info.shape
@@ -301,7 +332,7 @@ def _scaled_tensors(reader: _Reader) -> dict[str, Encoded]:
                 f"{reader.tensor(name)} of {info.dtype} with scales of {scales.dtype} is not supported: use "
                 f"{_E4M3} or int8 with scales of {', '.join(map(str, _SCALE_DTYPES))}"
             )
-        block = _block_of(reader, name, info, scales)
+        block = _block_of(reader, name, scale)
         zero = f"{name}{ZERO_SUFFIX}" if quantization.zeros else None
         if zero is not None:
             reader.beside(name, zero, scales.shape)
@@ -318,8 +349,9 @@ def _scaled_tensors(reader: _Reader) -> dict[str, Encoded]:
     return found
 
 
-def _block_of(reader: _Reader, name: str, info: TensorInfo, scales: TensorInfo) -> tuple[int, int]:
+def _block_of(reader: _Reader, name: str, scale: str) -> tuple[int, int]:
     """Returns the rows and columns that share a scale, as the configuration and the scales' shape say."""
+    info, scales = reader.source.tensors[name], reader.source.tensors[scale]
     *lead, rows, columns = info.shape
     block, whole = reader.quantization.block, (rows, columns)
     if block is None and scales.shape in ((), (1,), tuple(lead), (*lead, 1), (*lead, 1, 1)):
@@ -331,7 +363,7 @@ def _block_of(reader: _Reader, name: str, info: TensorInfo, scales: TensorInfo) 
     if scales.shape != grid:
         raise CheckpointError(
             f"{reader.tensor(name)} of shape {list(info.shape)} in blocks of {[height, width]} needs scales "
-            f"of shape {list(grid)}, {shown(f'{name}_scale_inv')} has {list(scales.shape)}"
+            f"of shape {list(grid)}, {shown(scale)} has {list(scales.shape)}"
         )
     return height, width
 

@@ -15,8 +15,9 @@ from conftest import GOLDENS
 from jax.sharding import PartitionSpec
 
 from tpjax import LLM
-from tpjax.attention import XLA, Backend, selftest
+from tpjax.attention import XLA, Backend, KernelShape, Verdict, selftest
 from tpjax.checkpoints.opening import read_config
+from tpjax.engine import loading
 from tpjax.layers import quantized_tpu
 from tpjax.layers.experts import ExpertWeights, tiled_experts
 from tpjax.layers.selftest import product_verdict
@@ -111,6 +112,28 @@ def test_a_verdict_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert found.right and "where XLA's product takes" in str(found)
     assert selftest.verdicts(tmp_path) == [found]
     assert product_verdict(INTERPRETED, jax.devices()[0], tmp_path) == found
+
+
+@pytest.mark.parametrize("asked", ("auto", "tpu"))
+def test_products_are_checked_however_attention_was_chosen(
+    asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a chip, and where weights may have scales for groups: nobody asked for the kernel of products."""
+    checked: list[Backend] = []
+
+    def verdict(backend: Backend, *_: Any) -> Verdict:
+        checked.append(backend)
+        return Verdict("a chip", 1.0, 0.02, 1.0, 2.0)
+
+    monkeypatch.setattr(loading, "choose_backend", lambda *_: Backend("tpu"))
+    monkeypatch.setattr("tpjax.layers.selftest.product_verdict", verdict)
+    shape = KernelShape.of(read_config(GOLDENS / "llama"), 1, jnp.dtype("bfloat16"), 128)
+    choose = partial(loading._backends, asked, [shape], jax.devices()[0])
+    for grouped, products in ((True, False), (False, True)):
+        assert choose(grouped=grouped) == [Backend("tpu", products=products)]
+    assert checked == [Backend("tpu")]
+    monkeypatch.setattr(loading, "choose_backend", lambda *_: INTERPRETED)
+    assert choose(grouped=True) == [INTERPRETED]
 
 
 @pytest.mark.parametrize("wrong", (0.0, np.nan))

@@ -108,8 +108,10 @@ class LLM:
         sequence_parallel: whether prefill shards the residual over positions, so that norms compute 1/tp of
             the rows: ``on`` (chunks that ``tp`` does not divide stay replicated), ``off``, or ``auto``: on
             TPUs and GPUs. It changes no result.
-        attention: what computes attention: ``xla`` (any platform), ``tpu`` (a Pallas kernel; on a CPU it is
-            interpreted, which is slow), ``reference`` (the definition, slow), or ``auto``.
+        attention: what computes attention: ``xla`` (any platform), ``tpu`` or ``gpu`` (Pallas kernels, not
+            checked; on a CPU they are interpreted, which is slow), ``reference`` (the definition, slow), or
+            ``auto``: the kernel if it was found right on the chip, and no slower than ``xla``. The kernel of
+            quantised products is checked in either case.
         max_num_batched_tokens: tokens of a step, those of decoded sequences and of prompts together; at least
             a page of a prompt, 128, and at most 2,048 run in any case. ``None``: as many as are predicted to
             delay decoded sequences little.

@@ -320,7 +320,8 @@ class Sharding:
         AttentionBackend,
         option(
             "--attention",
-            help="What computes attention: xla: any platform; tpu, gpu: kernels; reference: slow; auto.",
+            help="What computes attention: xla: any platform; tpu, gpu: kernels, unchecked; reference: slow; "
+            "auto: a kernel once found right here.",
         ),
     ] = "auto"
 

@@ -105,6 +105,9 @@ def _backends(
 ) -> list[Backend]:
     """Chooses what computes attention in each stage; checks the platform's kernels once on each chip.
 
+    Who asks for a kernel of attention gets that unchecked. Nobody asks for the one of products: it is checked
+    wherever it is compiled.
+
     Args:
         asked: the user's choice.
         shapes: what a kernel would compute in each stage.
@@ -120,7 +123,7 @@ def _backends(
             return verdict(device.platform, shape, device, folder)
 
         backend = choose_backend(asked, device, shape, verify)
-        if grouped and asked == "auto" and backend.is_kernel:
+        if grouped and backend.is_kernel and backend.interpret is None:
             from tpjax.layers.selftest import product_verdict
 
             products = product_verdict(backend, device, folder)

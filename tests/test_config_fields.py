@@ -117,6 +117,45 @@ def test_a_quantisation_that_is_switched_off() -> None:
         config_from_hf(raw | {"quantization": {"bits": 4, "group_size": 64}})
 
 
+# What published files have beside what transformers reads: Qwen3-Coder's, SmolLM3-3B's, those of Command R7B
+# that transformers 4.57 wrote, Kimi K2's. A count of 0 says in any family that there is none.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0},
+    "qwen3": {"use_qk_norm": True},
+    "smollm3": {"max_window_layers": 28},
+    "cohere2": {"_sliding_window_pattern": 4, "use_parallel_embedding": True},
+    "deepseek_v3": {"model_type": "kimi_k2", "num_nextn_predict_layers": 0},
+    "llama": {"num_experts": 0, "n_shared_experts": 0, "num_kv_shared_layers": 0},
+}
+
+
+@pytest.mark.parametrize("model_type", PUBLISHED)
+def test_what_published_files_have_beside(model_type: str) -> None:
+    raw = BY_TYPE[model_type]
+    assert config_from_hf(raw | PUBLISHED[model_type]) == config_from_hf(raw)
+
+
+@pytest.mark.parametrize(
+    "field",
+    (
+        {"num_experts": 2},
+        {"n_shared_experts": 1},
+        {"num_experts": 0.5},
+        {"residual_multiplier": 0},  # of it, 0 is a value like any other
+        {"use_qk_norm": True},
+    ),
+)
+def test_what_is_no_count_of_nothing_is_rejected(field: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(field))}=.* is not supported"):
+        config_from_hf(BY_TYPE["llama"] | field)
+
+
+def test_a_window_pattern_under_its_older_name() -> None:
+    raw = {k: v for k, v in BY_TYPE["cohere2"].items() if k != "layer_types"} | {"num_hidden_layers": 4}
+    kinds = config_from_hf(raw | {"_sliding_window_pattern": 2}).attention.layer_types
+    assert kinds == ("sliding_attention", "full_attention") * 2
+
+
 # --- transformers' code is the oracle ----------------------------------------------------------------------
 
 

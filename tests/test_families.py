@@ -303,7 +303,7 @@ def test_fields_that_would_change_the_model(name: str, raw: Mapping[str, Any]) -
             "quant_method='hqq' is not supported; supported are fp8, mxfp4, compressed-tensors, gptq, awq",
         ),
         ({"bits": 4}, "field 'quant_method' is missing"),
-        ({"quant_method": "fp8", "activation_scheme": "static"}, "activation_scheme='static' is not supp"),
+        ({"quant_method": "fp8", "activation_scheme": "token"}, "activation_scheme='token' is not supp"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt='e5m2' is not supported: use e4m3"),
         ({"quant_method": "fp8", "expert_dtype": "fp4"}, "expert_dtype='fp4' is not supported: use fp8"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size=[128] is not supported"),

@@ -90,6 +90,12 @@ def fp8_tensor(shape: tuple[int, int]) -> Stored:
     return {"weight": tensors["weight"], "weight_scale_inv": tensors["weight_scale"]}, worth
 
 
+def fp8_static(shape: tuple[int, int]) -> Stored:
+    """As transformers writes it: the scale of activations, which are not quantised here, under its name."""
+    tensors, worth = fp8_tensor(shape)
+    return {**tensors, "activation_scale": np.ones((), np.float32)}, worth
+
+
 def int8_channels(shape: tuple[int, int]) -> Stored:
     values, scales = RNG.integers(-128, 128, shape).astype(np.int8), uniform(shape[0], 1)
     scales = scales.astype(ml_dtypes.bfloat16)
@@ -190,6 +196,12 @@ FP8_BLOCKS = {"quant_method": "fp8", "weight_block_size": [12, GROUP]}
 FORMATS: dict[str, tuple[Callable[[tuple[int, int]], Stored], dict[str, Any], str]] = {
     "fp8-blocks": (fp8_blocks(12), FP8_BLOCKS, "float8_e4m3fn"),
     "fp8-tensor": (fp8_tensor, {"quant_method": "fp8", "weight_block_size": None}, "float8_e4m3fn"),
+    "fp8-auto": (fp8_of(), {"quant_method": "fp8", "ignored_layers": ["lm_head"]}, "float8_e4m3fn"),
+    "fp8-static": (
+        fp8_static,
+        {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None},
+        "float8_e4m3fn",
+    ),
     "ct-fp8-tensor": (fp8_of(1), compressed("float-quantized", 8, "float", "tensor"), "float8_e4m3fn"),
     "ct-fp8-channel": (fp8_of(-1, 1), compressed("float-quantized", 8, "float", "channel"), "float8_e4m3fn"),
     "ct-int8": (int8_channels, compressed("int-quantized", 8, "int", "channel"), "int8"),
@@ -359,8 +371,13 @@ def test_order_of_inputs(tmp_path: Path) -> None:
         f"{tmp_path}: tensor '{O_PROJ}.g_idx' puts inputs in another order than groups of 16 (act-order), "
         "which is not supported"
     )
-    assert "desc_act=True is not supported: act-order" in refusal(
-        tmp_path, "gptq", lambda _: None, desc_act=True
+    # with static groups, or one group for all inputs, the order is kept in spite of desc_act
+    stored, config, _ = FORMATS["gptq"]
+    files, weights = tensors_of(stored)
+    path = save(tmp_path / "static", files, {**config, "desc_act": True, "static_groups": True})
+    name = "layers.0.self_attn.o_proj.weight"
+    np.testing.assert_array_equal(
+        open_checkpoint(path).source.read(name, (slice(None),) * 2), weights[name], err_msg=name
     )
 
 

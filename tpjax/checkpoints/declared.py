@@ -61,7 +61,7 @@ def formats_of(quantization: Quantization, names: WeightMap) -> FormatOf:
 
 
 def _format_of(quantization: Quantization) -> WeightFormat:
-    group = None if quantization.block is None else quantization.block[1]
+    group = quantization.block[1] if quantization.block is not None and quantization.block_given else None
     match quantization.method:
         case "fp8":
             return WeightFormat(_E4M3, group, _F32)

@@ -283,8 +283,9 @@ class _Scaled:
 
     @property
     def names(self) -> tuple[str, ...]:
-        activations = f"{self.name.removesuffix('.weight')}.input_scale"  # they are not quantised here
-        return (self.name, self.scale, activations, f"{self.name}{ZERO_SUFFIX}")
+        module = self.name.removesuffix(".weight")
+        activations = (f"{module}.{part}_scale" for part in ("input", "activation"))  # not quantised here
+        return (self.name, self.scale, *activations, f"{self.name}{ZERO_SUFFIX}")
 
     def values(self, lead: tuple[slice, ...], rows: slice, columns: slice) -> np.ndarray:
         return self.source.read(self.name, (*lead, rows, columns))
@@ -354,6 +355,7 @@ def _block_of(reader: _Reader, name: str, scale: str) -> tuple[int, int]:
     info, scales = reader.source.tensors[name], reader.source.tensors[scale]
     *lead, rows, columns = info.shape
     block, whole = reader.quantization.block, (rows, columns)
+    block = block if reader.quantization.block_given or scales.shape not in ((), (1,)) else None
     if block is None and scales.shape in ((), (1,), tuple(lead), (*lead, 1), (*lead, 1, 1)):
         return whole
     if block is None and scales.shape in ((*lead, rows), (*lead, rows, 1)):

@@ -37,7 +37,7 @@ def _cohere(fields: Fields) -> ModelConfig:
 
 
 def _cohere2(fields: Fields) -> ModelConfig:
-    pattern = fields.integer("sliding_window_pattern", 4)
+    pattern = fields.integer("sliding_window_pattern", fields.integer("_sliding_window_pattern", 4))
     # Command R7B's file has these fields too; transformers reads none of them
     described: dict[str, tuple[Any, ...]] = {
         "layer_switch": (pattern,),

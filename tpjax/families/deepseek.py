@@ -107,4 +107,12 @@ def _pairs_last(name: str, heads: int, before: int, config: ModelConfig) -> Tens
     return TensorMapping(name, rows, rows.size)
 
 
-FAMILIES = (Family("deepseek_v3", "DeepSeek-V3, V3.1, R1; Kimi K2", _deepseek_v3, _names),)
+FAMILIES = (
+    Family(
+        "deepseek_v3",
+        "DeepSeek-V3, V3.1, R1; Moonlight; Kimi K2 (`kimi_k2`)",
+        _deepseek_v3,
+        _names,
+        other_types=("kimi_k2",),
+    ),
+)

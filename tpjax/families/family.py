@@ -44,6 +44,7 @@ class Family:
         config: builds the configuration from ``config.json``.
         names: builds the weight map of a safetensors checkpoint.
         gguf: the GGUF architectures that hold this family.
+        other_types: other values of ``model_type`` that published files of the same architecture have.
     """
 
     model_type: str
@@ -51,6 +52,7 @@ class Family:
     config: Callable[[Fields], ModelConfig]
     names: Callable[[ModelConfig], WeightMap] = lambda config: WeightMap()
     gguf: tuple[GGUFArchitecture, ...] = ()
+    other_types: tuple[str, ...] = ()
 
 
 def model_config(

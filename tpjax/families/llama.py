@@ -125,6 +125,7 @@ def _smollm3(fields: Fields) -> ModelConfig:
         fields, tuple("sliding_attention" if windowed and not flag else "full_attention" for flag in rotate)
     )
     context = fields.integer("max_position_embeddings", 32_768)
+    fields.read |= {"max_window_layers"}  # Qwen's: here no_rope_layers says which layers have a window
     return llama_like(
         fields,
         model_type="smollm3",

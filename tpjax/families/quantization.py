@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -62,6 +63,7 @@ class Quantization:
         zero_shift: GPTQ: what is added to stored zero points.
         is_float: compressed-tensors: values are floating-point numbers.
         skipped: modules that are not quantised, by name, or by a regular expression behind ``re:``.
+        block_given: whether the configuration has the block. AutoFP8's have none, and one scale a tensor.
     """
 
     method: Method
@@ -71,6 +73,7 @@ class Quantization:
     zero_shift: int = 0
     is_float: bool = False
     skipped: tuple[str, ...] = field(default=(), compare=False)
+    block_given: bool = field(default=True, compare=False)
 
     @property
     def described(self) -> str:
@@ -114,18 +117,16 @@ def quantization_of(fields: Fields) -> Quantization | None:
 
 
 def _fp8(settings: Fields) -> Quantization:
-    # a static scheme has scales of the activations too; the others define what a stored byte means
-    _need(settings, activation_scheme="dynamic", fmt="e4m3", expert_dtype="fp8")
+    settings.require("activation_scheme", "dynamic", "static")  # activations are not quantised in either case
+    _need(settings, fmt="e4m3", expert_dtype="fp8")
     block = settings.nullable("weight_block_size", [128, 128])
-    return Quantization("fp8", None if block is None else _block(settings, "weight_block_size", block))
+    sizes = None if block is None else _block(settings, "weight_block_size", block)
+    return Quantization("fp8", sizes, block_given="weight_block_size" in settings.raw)
 
 
 def _gptq(settings: Fields) -> Quantization:
-    if settings.get("desc_act", False):
-        raise ConfigError(
-            f"{settings.where}: desc_act=True is not supported: act-order puts the inputs of a "
-            "matrix in an order of its own"
-        )
+    # with static groups, or one group, inputs stay in their order: the tensors say whether they do
+    settings.boolean("desc_act", False)
     _need(settings, bits=4, pack_dtype="int32", dynamic=None)
     settings.get("sym", None)  # zero points are stored in either case
     kind = settings.get("checkpoint_format", settings.get("format", "gptq"))
@@ -221,6 +222,8 @@ def _group(settings: Fields) -> tuple[int, int] | None:
 
 
 def _block(settings: Fields, name: str, block: Any) -> tuple[int, int]:
+    if isinstance(block, str) and re.fullmatch(r"[1-9][0-9]{0,8}x[1-9][0-9]{0,8}", block):
+        block = [int(size) for size in block.split("x")]  # as older files of compressed-tensors have it
     if not isinstance(block, list | tuple) or len(block) != 2:
         raise ConfigError(f"{settings.where}: {name}={brief(block)} is not supported: use two sizes")
     for size in block:

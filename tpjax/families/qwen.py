@@ -36,6 +36,7 @@ def _qwen2(fields: Fields) -> ModelConfig:
 
 
 def _qwen3(fields: Fields) -> ModelConfig:
+    fields.read |= {"use_qk_norm"}  # they always are
     return llama_like(
         fields,
         model_type="qwen3",

@@ -62,7 +62,8 @@ def _qwen2_moe(fields: Fields) -> ModelConfig:
 
 
 def _qwen3_moe(fields: Fields) -> ModelConfig:
-    fields.read |= {"max_window_layers"}  # every layer has the window, or none
+    # every layer has the window, or none; queries and keys are always normalised, as Qwen3-Coder's files say
+    fields.read |= {"max_window_layers", "use_qk_norm"}
     if not fields.boolean("use_sliding_window", False):
         fields.read |= {"sliding_window"}
         windows: dict[str, Any] = {}

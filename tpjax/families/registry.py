@@ -22,6 +22,7 @@ FAMILIES: dict[str, Family] = {
     for lineage in (llama, qwen, gemma, phi, cohere, gpt, mixtral, qwen_moe, gpt_oss, deepseek)
     for family in lineage.FAMILIES
 }
+_BY_TYPE = FAMILIES | {name: family for family in FAMILIES.values() for name in family.other_types}
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
@@ -33,12 +34,12 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"a configuration is an object, not a {type(raw).__name__}")
     model_type = raw.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in _BY_TYPE:
         raise ConfigError(
             f"model_type={brief(model_type)} is not supported; supported are {', '.join(FAMILIES)}"
         )
     fields = Fields(raw)
-    config = FAMILIES[model_type].config(fields)
+    config = _BY_TYPE[model_type].config(fields)
     quantization_of(fields)  # for its errors: a configuration alone shows what cannot be loaded
     fields.finish()
     return config

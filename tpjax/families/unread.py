@@ -12,13 +12,15 @@ The rule: *strict where it changes a number, lenient where it cannot.*
 * Any other field is one that no implementation reads for inference: private marks, notes, generation
   settings. A warning names it, and loading goes on.
 
-A field that is ``null``, ``false`` or empty is ignored in all three cases. The same rule holds inside a RoPE
-scaling and a quantisation, with the names that have an effect there.
+A field that is ``null``, ``false`` or empty is ignored in all three cases, and so is a count or a size of 0,
+such as Qwen3-Coder's ``shared_expert_intermediate_size``. The same rule holds inside a RoPE scaling and a
+quantisation, with the names that have an effect there.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +30,7 @@ from tpjax.errors import ConfigError
 log = logging.getLogger(__name__)
 
 _MOST_NAMES_SHOWN = 20
+_COUNT = re.compile(r"(num|n)_.+|.+_(size|rank|layers|experts)")  # names of what 0 says that there is none of
 
 
 def _names(text: str) -> frozenset[str]:
@@ -152,7 +155,7 @@ def check_unread(
     Raises:
         ConfigError: a field could change what the model computes.
     """
-    left = {name: value for name, value in unread.items() if name not in ignored and not is_empty(value)}
+    left = {name: value for name, value in unread.items() if name not in ignored and not is_off(name, value)}
     for name, value in left.items():
         if name in numeric:
             raise ConfigError(f"{where}: {name}={brief(value)} is not supported")
@@ -167,6 +170,7 @@ def check_unread(
         )
 
 
-def is_empty(value: Any) -> bool:
-    """Returns whether a field is ``null``, ``false``, ``{}``, ``[]`` or ``""``."""
-    return value is None or value is False or value in ({}, [], "")
+def is_off(name: str, value: Any) -> bool:
+    """Returns whether a field is ``null``, ``false``, ``{}``, ``[]`` or ``""``, or a count of 0."""
+    none_of_it = type(value) is int and value == 0 and _COUNT.fullmatch(name) is not None
+    return none_of_it or value is None or value is False or value in ({}, [], "")

@@ -18,9 +18,11 @@ from serving import WAIT_S
 from tpjax import __version__
 from tpjax.checkpoints import hub
 from tpjax.cli import app as cli
-from tpjax.cli import console
+from tpjax.cli import batch, console, generate
 from tpjax.inspect import doctor
 from tpjax.inspect.accelerators import has_nvidia_gpu, has_tpu
+from tpjax.planning.arrivals import Arrival, read_trace
+from tpjax.sampling_params import SamplingParams
 
 SUBCOMMANDS = (
     *("generate", "chat", "serve", "batch", "models", "pull", "convert", "explain", "plan", "bench"),
@@ -626,3 +628,47 @@ def test_more_devices_than_are_faked_are_one_line_and_exit_2() -> None:
     out = tpjax("generate", "Hi", "--model", str(LLAMA), "--tp", "65536")
     assert (out.returncode, out.stdout) == (2, "")
     assert out.stderr.startswith("tpjax: error: tp=65536 is over 64") and out.stderr.count("\n") == 1
+
+
+# --- arguments and files as people write them --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    (
+        ("generate --stop '###' Hello m", {"prompt": "Hello", "model": "m", "stop": ["###"]}),
+        ("serve --api-key secret m", {"model": "m", "api_key": ["secret"]}),
+        ("serve --allow-origin * m", {"model": "m", "allow_origin": ["*"]}),
+        ("plan --serve --rate 1 2 inf m", {"model": "m", "rate": [1.0, 2.0, float("inf")]}),
+        ("plan --goodput ttft:5 tpot:4 m", {"model": "m", "goodput": [("ttft", 5.0), ("tpot", 4.0)]}),
+    ),
+)
+def test_what_follows_an_option(line, expected):
+    """The model and the prompt are not one more of its values; only rates and bounds may be several."""
+    name, *words = shlex.split(line)
+    given = typer.main.get_command(cli.app).commands[name].make_context(name, words).params
+    assert {key: given[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("mark", ("", "\ufeff"))
+def test_lines_end_at_line_feeds_alone(mark, tmp_path):
+    """JSON may hold other line separators as they are, and editors put a byte order mark first."""
+    texts = ["a\u2028b", "c\x85d", "e\x0cf\x1cg"]
+    asked = [
+        {"custom_id": text, "method": "POST", "url": "/v1/completions", "body": {"prompt": text}}
+        for text in texts
+    ]
+    file = tmp_path / "requests.jsonl"
+    for end in ("\n", "\r\n"):
+        lines = (json.dumps(one, ensure_ascii=False) + end for one in asked)
+        file.write_bytes((mark + end.join(lines)).encode())
+        assert batch.read_requests(file) == asked
+    assert batch.read_answered(file) == set(texts)
+    file.write_text(mark + "".join(json.dumps({"prompt": t}, ensure_ascii=False) + "\n\n" for t in texts))
+    entries = generate._entries(file, None, SamplingParams())
+    assert [entry.value for entry in entries] == texts and entries[2].place == f"{file}, line 5"
+    file.write_text(mark + "\n".join(texts))
+    assert [entry.value for entry in generate._entries(file, None, SamplingParams())] == texts
+    row = {"timestamp": 1, "input_length": 2, "output_length": 3, "note": texts[0]}
+    file.write_text(mark + json.dumps(row, ensure_ascii=False))
+    assert read_trace(file) == [Arrival(0.0, 2, 3)]

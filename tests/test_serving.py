@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import re
 import statistics
 from pathlib import Path
 
@@ -268,9 +269,35 @@ def test_serve_a_trace_as_tables(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            '{"timestamp": 1, "input_length": 1e999, "output_length": 2}',
+            "inf is not a number of tokens, 1 to",
+        ),
+        (
+            '{"timestamp": 1, "input_length": 2, "output_length": 10000000000}',
+            "10000000000 is not a number of",
+        ),
+        ('{"timestamp": 1, "input_length": 0, "output_length": 2}', "0 is not a number of tokens, 1 to 10"),
+        ('{"timestamp": 1%s, "input_length": 1, "output_length": 2}' % ("0" * 400), "is not a time"),
+        ('{"timestamp": NaN, "input_length": 1, "output_length": 2}', "nan is not a time"),
+        ('{"a": ' * 50_000, "line 1 is not JSON: "),
+    ],
+)
+def test_a_bad_trace_is_told_by_its_line(tmp_path, line, message):
+    trace = tmp_path / "requests.jsonl"
+    trace.write_text(line)
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        read_trace(trace)
+    assert str(error.value).startswith(f"--trace {trace}: line 1") and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("--lengths 5", "'5' is not IN:OUT"),
+        (f"--batch {10**400}", "is not a whole number of sequences, 999999999999999 at most"),
         ("--lengths 5:0", "'0' is not a whole number of tokens"),
         ("--rate 0", "'0' is not a rate above 0, or inf"),
         ("--goodput itl:3", "'itl:3' is not ttft:MS, tpot:MS or e2el:MS"),

@@ -9,7 +9,7 @@ import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -34,6 +34,7 @@ from tpjax.cli import (
 )
 from tpjax.cli.console import EXIT_INTERRUPTED
 from tpjax.cli.following import abandon
+from tpjax.cli.options import goal, rate
 from tpjax.errors import EngineError, TpjaxError
 from tpjax.inspect.accelerators import leave_out_absent
 from tpjax.old_spellings import translate_arguments
@@ -64,8 +65,13 @@ class _ReaderLeft(Exception):
     """The reader of stdout has closed it."""
 
 
+# Options that several values may follow: ``--request-rate 1 2 4``. What the parser of one does not take is
+# the next argument. After an option that takes any text, it would be one more of that: the model, a key.
+_OF_SEVERAL = {"--goodput": goal, "--rate": rate, "--request-rate": rate}
+
+
 class _Subcommand(TyperCommand):
-    """Lets several values follow a repeatable option: ``--request-rate 1 2 4``."""
+    """A subcommand, some of whose options several values may follow."""
 
     def invoke(self, ctx: Any) -> Any:
         """Runs it. Typer would end a broken pipe itself, with a status that shells do not use."""
@@ -80,16 +86,26 @@ class _Subcommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parses the words after the subcommand's name."""
-        repeatable = {name for option in self.params if option.multiple for name in option.opts}
         words: list[str] = []
         option = None
         for word in args:
             if word.startswith("--"):
-                option = word if word in repeatable else None
+                option = word if word in _OF_SEVERAL else None
             elif option is not None and words[-1] != option:
-                words.append(option)
+                if _takes(_OF_SEVERAL[option], word):
+                    words.append(option)
+                else:
+                    option = None
             words.append(word)
         return list(super().parse_args(ctx, words))
+
+
+def _takes(parser: Callable[[str], object], word: str) -> bool:
+    try:
+        parser(word)
+    except typer.BadParameter:
+        return False
+    return True
 
 
 class _Root(TyperGroup):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tpjax.cli.console import check_writable, note, read_text
+from tpjax.cli.console import check_writable, decoded, note, read_lines, read_text
 from tpjax.cli.following import interrupt
 from tpjax.cli.loading import chosen_model, ensure, load
 from tpjax.cli.options import (
@@ -109,14 +109,9 @@ def read_requests(file: Path) -> list[dict[str, Any]]:
         RequestError: a request is invalid; the message names its line.
     """
     requests: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(read_text(file).splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(file):
         where = f"{file}, line {number}"
-        try:
-            request = json.loads(line)
-        except ValueError as error:
-            raise RequestError(f"{where} is not JSON: {error}") from error
+        request = decoded(line, where)
         if not isinstance(request, dict) or not isinstance(request.get("custom_id"), str):
             raise RequestError(f"{where}: an object with a custom_id is needed")
         if request.get("url") not in URLS or request.get("method", "POST") != "POST":
@@ -145,8 +140,8 @@ def read_answered(file: Path) -> set[str]:
     if complete_lines != text:  # the last run was killed while it wrote
         file.write_text(complete_lines)
     try:
-        return {json.loads(line)["custom_id"] for line in complete_lines.splitlines()}
-    except (ValueError, LookupError, TypeError) as error:
+        return {json.loads(line)["custom_id"] for line in complete_lines.split("\n") if line}
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise RequestError(f"{file} is there and holds no answers of a batch") from error
 
 

@@ -74,16 +74,43 @@ def show_report(report: Any, *, as_json: bool) -> None:
 def read_text(file: Path) -> str:
     """Reads a file; ``-`` is stdin, without the newline at its end that ``echo`` and editors add.
 
+    A byte order mark, which editors on Windows put first, is left out.
+
     Raises:
         RequestError: the file cannot be read, or is not text.
     """
     try:
-        return sys.stdin.read().removesuffix("\n") if str(file) == "-" else file.read_text()
+        text = sys.stdin.read().removesuffix("\n") if str(file) == "-" else file.read_text()
+        return text.removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         where = "the prompt on stdin" if str(file) == "-" else str(file)
         raise RequestError(f"{where} is not valid {error.encoding}: {error.reason}") from error
     except OSError as error:
         raise RequestError(f"{file}: {error.strerror or error}") from error
+
+
+def read_lines(file: Path) -> list[tuple[int, str]]:
+    """Reads the lines of a file that are not blank, with their numbers from 1.
+
+    Only line feeds end them: JSON and prompts may hold other characters at which ``str.splitlines`` splits.
+
+    Raises:
+        RequestError: as for :func:`read_text`.
+    """
+    lines = enumerate(read_text(file).split("\n"), start=1)
+    return [(number, line) for number, line in lines if line.strip()]
+
+
+def decoded(line: str, place: str) -> Any:
+    """Decodes a line of JSON; ``place`` is where it stands.
+
+    Raises:
+        RequestError: it is not JSON, or nested too deep.
+    """
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{place} is not JSON: {error}") from error
 
 
 def check_writable(file: Path) -> None:

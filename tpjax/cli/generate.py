@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tpjax.cli.compiling import compile_for, wait_for
-from tpjax.cli.console import note, read_text
+from tpjax.cli.console import decoded, note, read_lines, read_text
 from tpjax.cli.loading import chosen_model, load, note_defaults
 from tpjax.cli.options import GenerationConfig, ModelOption, Processes, Sampling, Sharding, takes
 from tpjax.distributed import process_id
@@ -185,12 +185,12 @@ def _entries(file: Path | None, prompt: str | None, params: SamplingParams) -> l
         if prompt is None:
             raise RequestError("no prompt is given: PROMPT, - for stdin, or --prompts FILE")
         return [Entry("", "prompt", read_text(Path("-")) if prompt == "-" else prompt, params)]
-    lines = [line for line in read_text(file).splitlines() if line.strip()]
+    lines = read_lines(file)
     if not lines:
         raise RequestError(f"{file}: no prompt in it")
-    are_json = lines[0].lstrip().startswith("{")
+    are_json = lines[0][1].lstrip().startswith("{")
     entries = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in lines:
         place = f"{file}, line {number}"
         entries.append(_entry(place, line, params) if are_json else Entry(place, "prompt", line, params))
     return entries
@@ -198,10 +198,7 @@ def _entries(file: Path | None, prompt: str | None, params: SamplingParams) -> l
 
 def _entry(place: str, line: str, params: SamplingParams) -> Entry:
     """Reads a line of JSON."""
-    try:
-        given = json.loads(line)
-    except ValueError as error:
-        raise RequestError(f"{place} is not JSON: {error}") from error
+    given = decoded(line, place)
     known = {field.name for field in fields(params)}
     if not isinstance(given, dict) or len(_OF_A_PROMPT.keys() & given.keys()) != 1:
         raise RequestError(f"{place}: an object with one of {', '.join(_OF_A_PROMPT)} is needed")

@@ -73,14 +73,18 @@ def takes(**groups: type) -> Callable[[Callable[..., None]], Callable[..., None]
 # --- values ------------------------------------------------------------------------------------------------
 
 
+_MOST_DIGITS = 15  # of a number of anything: a float holds it exactly
+
+
 def positive_int(unit: str) -> Callable[[str], int]:
     """Makes a parser of positive integers; ``unit`` is what an error calls them."""
 
     def parse(text: str | int) -> int:
         text = str(text)
-        number = int(text) if text.isascii() and text.isdigit() else 0
+        number = int(text) if text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS else 0
         if number < 1:
-            raise typer.BadParameter(f"{text!r} is not a whole number of {unit}, 1 or more")
+            most = f"{'9' * _MOST_DIGITS} at most" if len(text) > _MOST_DIGITS else "1 or more"
+            raise typer.BadParameter(f"{text[:40]!r} is not a whole number of {unit}, {most}")
         return number
 
     return parse
@@ -204,12 +208,15 @@ Goodput = Annotated[
 ]
 
 
+rate = number("a rate above 0, or inf", 1e-6, float("inf"))
+
+
 def rates(name: str, rest: str) -> Any:
     """Declares an option of request rates; ``rest`` ends its help."""
     return option(
         name,
         help=f"Requests a second, one run for each; {rest}.",
-        parser=number("a rate above 0, or inf", 1e-6, float("inf")),
+        parser=rate,
         metavar="R",
     )
 

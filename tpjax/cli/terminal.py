@@ -120,7 +120,7 @@ class Chat:
             raise RequestError(f"{name} is no sampling parameter")
         try:
             number = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             number = value  # a string, such as /set stop ###
         self.params = dataclasses.replace(self.params, **{name: number})
         self._write(f"{name} = {number!r}\n")

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from tpjax.config import brief
 from tpjax.errors import ConfigError
 
 
@@ -63,6 +64,7 @@ def at_rate(arrivals: Sequence[Arrival], rate: float, rng: random.Random) -> lis
 
 _INPUT = ("input_length", "ContextTokens", "input_len", "prompt_tokens")
 _OUTPUT = ("output_length", "GeneratedTokens", "output_len", "output_tokens")
+_MOST_TOKENS = 10**9
 _TIME = ("timestamp", "TIMESTAMP", "at")
 
 
@@ -77,7 +79,7 @@ def read_trace(file: Path) -> list[Arrival]:
         ConfigError: the file cannot be read, or a line lacks a field or has an invalid one.
     """
     try:
-        text = file.read_text()
+        text = file.read_text().removeprefix("\ufeff")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--trace {file}: {getattr(error, 'strerror', None) or error}") from error
     arrivals = [_arrival(f"--trace {file}: {where}", row) for where, row in _rows(file, text)]
@@ -91,15 +93,15 @@ def read_trace(file: Path) -> list[Arrival]:
 def _rows(file: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields where each row stands, and its fields."""
     if not text.lstrip().startswith("{"):
-        reader = csv.DictReader(text.splitlines())
+        reader = csv.DictReader(text.split("\n"))
         yield from ((f"line {reader.line_num}", row) for row in reader)
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"--trace {file}: line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ConfigError(f"--trace {file}: line {number} is not an object")
@@ -116,10 +118,12 @@ def _arrival(where: str, row: dict[str, Any]) -> Arrival:
     def tokens(names: Sequence[str]) -> int:
         try:
             count = int(value(names))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             count = 0
-        if count < 1:
-            raise ConfigError(f"{where}: {value(names)!r} is not a number of tokens, 1 or more")
+        if not 1 <= count <= _MOST_TOKENS:
+            raise ConfigError(
+                f"{where}: {brief(value(names))} is not a number of tokens, 1 to {_MOST_TOKENS}"
+            )
         return count
 
     return Arrival(_seconds(where, row, value(_TIME)), tokens(_INPUT), tokens(_OUTPUT))
@@ -129,11 +133,13 @@ def _seconds(where: str, row: dict[str, Any], time: Any) -> float:
     """Returns a time in seconds: Mooncake's are milliseconds, Azure's dates or seconds."""
     try:
         seconds = float(time) * (1e-3 if "timestamp" in row else 1.0)
+    except OverflowError:
+        seconds = math.inf
     except (TypeError, ValueError):
         try:
             seconds = datetime.fromisoformat(str(time)[:26]).timestamp()
-        except ValueError as error:
-            raise ConfigError(f"{where}: {time!r} is neither a number nor a date") from error
+        except (ValueError, OverflowError) as error:
+            raise ConfigError(f"{where}: {brief(time)} is neither a number nor a date") from error
     if not math.isfinite(seconds):
-        raise ConfigError(f"{where}: {time!r} is not a time")
+        raise ConfigError(f"{where}: {brief(time)} is not a time")
     return seconds

@@ -493,6 +493,35 @@ def test_a_tool_whose_schema_is_of_no_use_takes_any_object(
         compiled(compiler, tokenizer, "hermes", tools=offered, tool_choice="required")
 
 
+LOOSE: dict[str, Any] = {
+    "no type": {"properties": {"a": {"enum": ["x"]}}, "required": ["a"]},
+    "nothing": {},
+    "none": None,
+    "a reference": {"$ref": "#/$defs/A", "$defs": {"A": {"properties": {"a": {"enum": ["x"]}}}}},
+    "one of several": {"anyOf": [{"properties": {"a": {"enum": ["x"]}}}, {"type": "string"}]},
+    "or null": {"type": ["object", "null"], "properties": {"a": {"enum": ["x"]}}},
+    "a list": {"type": "array", "items": {"type": "integer"}},
+    "a constant": {"const": 3},
+}
+
+
+@pytest.mark.parametrize("name", LOOSE)
+def test_arguments_are_an_object_whatever_the_schema_allows(
+    name: str, compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    """What is no object could not be read as a call's arguments."""
+    offered = functions(f={"parameters": LOOSE[name]})
+    walk = compiled(compiler, tokenizer, "hermes", tools=offered, tool_choice="required")
+    assert walk is not None
+    before, call = '<tool_call>\n{"name": "f", "arguments": ', '{"a": "x"}}\n</tool_call>'
+    for token in tokenizer.encode(before, add_special_tokens=False):
+        walk.advance(token)
+    assert {tokenizer.token_bytes(i).lstrip()[:1] for i in allowed(walk)} <= {b"{", b""}
+    for token in tokenizer.encode(call, add_special_tokens=False):
+        assert token in allowed(walk)
+        walk.advance(token)
+
+
 def test_pydantic_s_own_schemas(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
     """A model of everything its users write; each answer is valid by pydantic itself."""
     import datetime

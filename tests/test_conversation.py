@@ -266,6 +266,13 @@ def test_arguments_are_as_the_template_takes_them() -> None:
     assert asked["content"] == "" and asked["tool_calls"][0]["function"]["arguments"] == {"city": "warg"}
 
 
+@pytest.mark.parametrize("text", ("", "null", "{}"))
+def test_a_call_without_arguments(text: str) -> None:
+    asked = said(A, "", tool_calls=[call("f", arguments=text)])
+    (_, turn) = turns("qwen3", [said(U, "hi"), asked])
+    assert turn["tool_calls"][0]["function"]["arguments"] == {}
+
+
 @pytest.mark.parametrize("field", ("reasoning", "reasoning_content", "thinking"))
 def test_reasoning_is_read_back_under_every_name(field: str) -> None:
     thought = said(A, "", tool_calls=[call("f")]) | {field: "wthought"}

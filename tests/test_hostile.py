@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import importlib.util
 import json
 import os
@@ -571,6 +572,15 @@ def test_a_body_of_doubtful_length_ends_the_connection(wire: Running, head: byte
 def test_the_same_length_twice_is_one_or_an_error(wire: Running) -> None:
     answer = exchange(wire, POST + b"Connection: close\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\n{}")
     assert answer.split(b" ")[1] == b"400" and answer.count(b"HTTP/1.1") == 1
+
+
+def test_a_body_that_is_packed_is_told(wire: Running) -> None:
+    packed = gzip.compress(json.dumps(completion("hi")).encode())
+    for coding, status in ((b"gzip", b"415"), (b"br", b"415"), (b"identity", b"400")):
+        length = b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(packed)
+        answer = exchange(wire, POST + b"Content-Encoding: " + coding + b"\r\n" + length + packed)
+        assert answer.split(b" ")[1] == status
+        assert status == b"400" or b"Content-Encoding '%s' is not supported" % coding in answer
 
 
 @pytest.mark.parametrize("chunked", (False, True))

@@ -170,6 +170,32 @@ def test_bad_request_runs_nothing(tiny: LLM, prompt: list[int], params: Sampling
     assert tiny.engine.scheduler.blocks.free == free and not tiny.engine.scheduler.busy
 
 
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    (
+        (None, "prompts is a NoneType, not a text or a list of texts"),
+        (5, "prompts is a int, not a text or"),
+        (b"text", "prompts is a bytes, not a text or"),
+        ({"prompt": "text"}, "prompts is a dict, not a text or"),
+        ([b"text"], "the prompt is of bytes, not a list of token ids"),
+        ([{5: 6}], "the prompt is of dict, not a list of token ids"),
+        ([5, 6], "the prompt is not a list of token ids: 'int' object is not iterable"),
+        ([[5, None]], "the prompt is not a list of token ids: 'NoneType' object"),
+        ([[10**5000]], "token id a int too long to write"),
+    ),
+)
+def test_what_is_no_prompt(tiny: LLM, prompts: Any, message: str) -> None:
+    """Some of these have items that would pass for token ids or texts."""
+    with pytest.raises(RequestError, match=message):
+        tiny.generate(prompts, max_tokens=1)
+
+
+@pytest.mark.parametrize("messages", (None, 5, "hi", {"role": "user", "content": "hi"}))
+def test_what_are_no_messages(tiny: LLM, messages: Any) -> None:
+    with pytest.raises(RequestError, match=f"messages is a {type(messages).__name__}, not a list"):
+        tiny.chat(messages, max_tokens=1)
+
+
 def test_fields_of_the_parameters_as_keywords(tiny: LLM) -> None:
     (wanted,) = tiny.generate([[5, 6, 7]], greedy(6, ignore_eos=True))
     (short,) = tiny.generate([[5, 6, 7]], max_tokens=6, temperature=0, ignore_eos=True)

@@ -75,6 +75,7 @@ def called(arguments: str) -> dict[str, Any]:
 
 CHAIN = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(1500)}
 TOOL = {"type": "function", "function": {"name": "f"}}
+NINES = 10**4300 - 1  # the most digits that Python converts: the sum with another number has one more
 
 # path, body (JSON text or what becomes it), the parameter named, what the message says
 BAD: dict[str, tuple[str, Any, str | None, str]] = {
@@ -90,6 +91,12 @@ BAD: dict[str, tuple[str, Any, str | None, str]] = {
     "infinity": (COMPLETIONS, '{"prompt": "a", "top_p": -Infinity}', None, "not valid JSON"),
     "overflow": (COMPLETIONS, '{"prompt": "a", "temperature": 1e999}', "temperature", "finite"),
     "huge integer": (COMPLETIONS, '{"prompt": "a", "seed": 1' + "0" * 5000 + "}", None, "not valid JSON"),
+    "a length of 4300 digits": (COMPLETIONS, completion(max_tokens=NINES), "max_tokens", "or equal to 92233"),
+    "4300 digits of a chat": (CHAT, chat(max_tokens=NINES), "max_tokens", "or equal to 92233"),
+    "4300 digits at least": (COMPLETIONS, completion(min_tokens=NINES), "min_tokens", "or equal to 92233"),
+    "4300 digits of an id": (COMPLETIONS, completion(prompt=[NINES]), "prompt", "(4300 characters)"),
+    "4300 digits of a stop": (COMPLETIONS, completion(stop_token_ids=[NINES]), "stop_token_ids", "id 999"),
+    "4300 digits of text": ("/detokenize", {"tokens": [NINES]}, "tokens", "(4300 characters)"),
     "over float32": (COMPLETIONS, completion(temperature=1e39), "temperature", "1e+39"),
     "string for a number": (COMPLETIONS, completion(temperature="1"), "temperature", "valid"),
     "boolean for a number": (COMPLETIONS, completion(max_tokens=True), "max_tokens", "valid integer"),

@@ -72,6 +72,29 @@ def test_response_format_of_a_completion(api: Api) -> None:
     assert json.loads(choice.text) == "é"
 
 
+def test_what_clients_keep_beside_calls_and_tools(api: Api) -> None:
+    """The official client's ``parse``, LiteLLM's and others' send it back; no prompt has it."""
+
+    def tokens(more: Any, of_function: Any, of_tool: Any) -> list[int]:
+        function = {"name": "look", "arguments": '{"a": 1}', **of_function}
+        call = {"id": "c", "type": "function", "function": function, **more}
+        history = [*HI, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        history.append({"role": "tool", "tool_call_id": "c", "content": "x"})
+        body = {"messages": history, "tools": [TOOL | of_tool]}
+        answer = api.http.post("/tokenize", json=body)
+        assert answer.status_code == 200, answer.text
+        found: list[int] = answer.json()["tokens"]
+        return found
+
+    plain = tokens({}, {}, {})
+    assert tokens({"index": 0}, {"parsed_arguments": {"a": 1}}, {}) == plain
+    google = {"google": {"thought_signature": "x"}}
+    assert tokens({"provider_specific_fields": None, "extra_content": google}, {}, {}) == plain
+    assert tokens({}, {}, {"cache_control": {"type": "ephemeral"}}) == plain
+    misspelt = {"messages": HI, "tools": [TOOL | {"strict": True}]}
+    assert "strict is not a known" in api.http.post("/tokenize", json=misspelt).json()["error"]["message"]
+
+
 # --- functions, and tools that may be called
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -312,6 +312,9 @@ class LLM:
             RequestError: a prompt or parameter is invalid; nothing has run then.
             EngineError: the model is closed.
         """
+        if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Iterable):
+            kind = type(prompts).__name__
+            raise RequestError(f"prompts is a {kind}, not a text or a list of texts and lists of token ids")
         each: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
         given = SamplingParams.of(params, fields)
         every = [given] * len(each) if isinstance(given, SamplingParams) else list(given)
@@ -385,6 +388,8 @@ class LLM:
         Raises:
             RequestError: the model has no chat template, or the template rejects the messages.
         """
+        if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+            raise RequestError(f"messages is a {type(messages).__name__}, not a list of messages")
         several = [messages] if messages and isinstance(messages[0], Mapping) else messages
         names = SamplingParams.__dataclass_fields__.keys() & options.keys()
         fields = {name: options.pop(name) for name in names}

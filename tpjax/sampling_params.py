@@ -10,10 +10,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from tpjax.config import brief
 from tpjax.errors import RequestError
 
 MAX_LOGPROBS = 20
 MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
+MAX_COUNT = 2**63 - 1  # of tokens
 RANDOM_SEED = -1  # as in vLLM: the same as no seed
 # Values of parameters that neither the request nor the model's generation_config.json gives.
 NEUTRAL: Mapping[str, float] = {
@@ -94,7 +96,8 @@ class SamplingParams:
         self._check_int("max_tokens", 0)
         self._check_int("min_tokens", 0)
         if self.min_tokens > self.max_tokens:
-            raise RequestError(f"min_tokens={self.min_tokens} is over max_tokens={self.max_tokens}")
+            given = f"min_tokens={brief(self.min_tokens)}"
+            raise RequestError(f"{given} is over max_tokens={brief(self.max_tokens)}")
         if self.top_k is not None:
             self._check_int("top_k", 0)
         if self.seed is not None:
@@ -119,10 +122,10 @@ class SamplingParams:
                 raise RequestError(f"stop={text!r} is not a non-empty string")
         for token in self.stop_token_ids:
             if not _is_int(token) or token < 0:
-                raise RequestError(f"stop_token_ids has {token!r}, which is not a token id")
+                raise RequestError(f"stop_token_ids has {brief(token)}, which is not a token id")
         for token in self.allowed_token_ids or ():
             if not _is_int(token) or token < 0:
-                raise RequestError(f"allowed_token_ids has {token!r}, which is not a token id")
+                raise RequestError(f"allowed_token_ids has {brief(token)}, which is not a token id")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise RequestError("allowed_token_ids is empty: at least 1 token is needed")
         for word in self.bad_words:
@@ -135,9 +138,9 @@ class SamplingParams:
             raise RequestError(f"stop={self.stop!r} needs detokenize=True: it is looked for in the text")
         for token, bias in self.logit_bias.items():
             if not _is_int(token) or token < 0:
-                raise RequestError(f"logit_bias has {token!r}, which is not a token id")
+                raise RequestError(f"logit_bias has {brief(token)}, which is not a token id")
             if not _is_number(bias) or not abs(bias) <= _MAX_FLOAT32:
-                raise RequestError(f"logit_bias[{token}]={bias!r} is not a finite number")
+                raise RequestError(f"logit_bias[{brief(token)}]={brief(bias)} is not a finite number")
 
     @cached_property
     def needs_history(self) -> bool:
@@ -207,11 +210,12 @@ class SamplingParams:
         if self.allowed_token_ids is not None:
             object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
 
-    def _check_int(self, name: str, low: int, high: int | None = None) -> None:
+    def _check_int(self, name: str, low: int, high: int = MAX_COUNT) -> None:
         value = getattr(self, name)
-        if not _is_int(value) or value < low or (high is not None and value > high):
-            bounds = f"{low} or more" if high is None else f"{low} to {high}"
-            raise RequestError(f"{name}={value!r} is not a whole number, {bounds}")
+        if not _is_int(value) or not low <= value <= high:
+            has_end = high != MAX_COUNT or low < 0 or (_is_int(value) and value > high)
+            bounds = f"{low} to {high}" if has_end else f"{low} or more"
+            raise RequestError(f"{name}={brief(value)} is not a whole number, {bounds}")
 
     def _check_float(self, name: str, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
         value = getattr(self, name)
@@ -219,7 +223,7 @@ class SamplingParams:
         if not fine or (open_low and value == low):
             over = f"above {low:g}" if open_low else f"{low:g} or more"
             bounds = over if high == math.inf else f"{over} and at most {high:g}"
-            raise RequestError(f"{name}={value!r} is not a finite number, {bounds}")
+            raise RequestError(f"{name}={brief(value)} is not a finite number, {bounds}")
 
 
 def _is_int(value: object) -> bool:

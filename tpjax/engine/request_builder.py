@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tpjax.config import brief
 from tpjax.engine.request import Grammar, Request
 from tpjax.engine.token_filter import TokenFilter, word_sequences
 from tpjax.errors import RequestError
@@ -76,6 +77,8 @@ class RequestBuilder:
     def checked(self, token_ids: Sequence[int], name: str = "the prompt") -> list[int]:
         """Returns token ids as a list; raises a ``RequestError`` if one is not in the vocabulary."""
         vocab = self._vocab
+        if isinstance(token_ids, bytes | Mapping):  # their items are integers, or keys
+            raise RequestError(f"{name} is of {type(token_ids).__name__}, not a list of token ids")
         try:
             ids = [operator.index(token) for token in token_ids]
         except TypeError as error:
@@ -83,7 +86,7 @@ class RequestBuilder:
         if ids and not 0 <= min(ids) <= max(ids) < vocab:
             wrong = next(token for token in ids if not 0 <= token < vocab)
             raise RequestError(
-                f"{name} has token id {wrong}{self._spelled(wrong)}, "
+                f"{name} has token id {brief(wrong)}{self._spelled(wrong)}, "
                 f"but the vocabulary has {vocab} (0 to {vocab - 1})"
             )
         return ids

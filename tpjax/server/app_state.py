@@ -9,6 +9,7 @@ from functools import cached_property
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
+from tpjax.config import brief
 from tpjax.engine.engine import Stats
 from tpjax.server.chat_prompts import ChatPrompts
 from tpjax.server.error_responses import ApiError, bad_request
@@ -152,7 +153,7 @@ class AppState:
             wrong = next((token for token in body.tokens if not 0 <= token < vocab), None)
             if wrong is not None:
                 raise bad_request(
-                    f"tokens has token id {wrong}, but the vocabulary has {vocab} (0 to {vocab - 1})",
+                    f"tokens has token id {brief(wrong)}, but the vocabulary has {vocab} (0 to {vocab - 1})",
                     "tokens",
                 )
             return tokenizer.decode(body.tokens, skip_special_tokens=False)

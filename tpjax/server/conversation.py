@@ -106,7 +106,7 @@ def _texts(content: str | list[JsonObject] | None, position: int) -> tuple[list[
 
 def _arguments(text: str, position: int) -> JsonObject:
     try:
-        arguments = strict_json(text or "{}")
+        arguments = {} if text in ("", "null") else strict_json(text)  # of a call without any
     except ValueError:
         arguments = None
     if not isinstance(arguments, dict):

@@ -195,6 +195,10 @@ def _check_framing(headers: list[tuple[bytes, bytes]]) -> None:
         raise ApiError(501, f"Transfer-Encoding {b', '.join(codings)[:80]!r} is not supported: use chunked")
     if len(set(lengths)) > 1:
         raise bad_request("the request has two different Content-Length")
+    contents = [value.strip().lower() for name, value in headers if name == b"content-encoding"]
+    if set(contents) - {b"", b"identity"}:
+        named = b", ".join(contents)[:80].decode("latin-1")
+        raise ApiError(415, f"Content-Encoding {named!r} is not supported: send the body as it is")
 
 
 async def send_error(error: ApiError, send: Send, *, more_body: bool = False) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import ConfigDict, Field
 
-from tpjax.sampling_params import MAX_LOGPROBS, MAX_SEED, MIN_SEED, SamplingParams
+from tpjax.sampling_params import MAX_COUNT, MAX_LOGPROBS, MAX_SEED, MIN_SEED, SamplingParams
 from tpjax.server.compatibility import (
     ChatCompatibilityFields,
     CompatibilityFields,
@@ -29,6 +29,7 @@ MAX_PRIORITY = 2**63 - 1
 MAX_MARKDOWN_CHARS = 16_384  # rendered at once; the page sends a longer text in parts
 
 T = TypeVar("T")
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Number = float  # pydantic's strict mode accepts an integer too
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
@@ -68,7 +69,7 @@ class JsonSchema(Body):
 
     name: str | None = None
     description: str | None = None
-    schema_: JsonObject | bool = Field(default=True, alias="schema")
+    schema_: JsonObject | bool | None = Field(default=True, alias="schema")
     strict: bool | None = None
 
 
@@ -86,7 +87,7 @@ class Sampling(CompatibilityFields):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     temperature: Annotated[Number, Field(ge=0)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_COUNT)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=MIN_SEED, le=MAX_SEED)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
@@ -96,14 +97,14 @@ class Sampling(CompatibilityFields):
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP)] | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP)] | None = None
     ignore_eos: bool | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: Count | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     detokenize: bool | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: Annotated[list[StopText], Field(max_length=MAX_BAD_WORDS)] | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_COUNT)] | None = None
     truncation_side: Literal["left", "right"] | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: JsonObject | bool | str | None = None  # older names of structured_outputs
@@ -204,7 +205,7 @@ class CompletionBody(Sampling, CompletionCompatibilityFields):
     """``POST /v1/completions``."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: Count | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -236,15 +237,23 @@ class CompletionBody(Sampling, CompletionCompatibilityFields):
         return [prompt] if single else prompt
 
 
-class FunctionCall(Body):
-    """A function and its arguments in a tool call of the model."""
+class FunctionCall(FailFastModel):
+    """A function and its arguments in a tool call of the model.
+
+    Here and in :class:`ToolCall` what clients keep beside them is ignored, as no template shows it:
+    ``parsed_arguments`` of the official client's ``parse``, ``provider_specific_fields``.
+    """
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
     name: str
     arguments: str
 
 
-class ToolCall(Body):
+class ToolCall(FailFastModel):
     """A tool call of the model."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
     id: str | None = None
     type: Literal["function"] = "function"
@@ -279,6 +288,7 @@ class Tool(Body):
 
     type: Literal["function"]
     function: Function
+    cache_control: JsonObject | None = Field(default=None, exclude=True)  # of Anthropic's clients; no effect
 
 
 class NamedFunction(Body):
@@ -312,8 +322,8 @@ class ChatBody(Sampling, ChatCompatibilityFields):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(max_length=4096)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None

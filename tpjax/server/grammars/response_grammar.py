@@ -63,7 +63,7 @@ class ResponseConstraints:
         """The schemas of the tools, then that of the response format."""
         found = [
             Schema(
-                one.function.parameters or {"type": "object"},
+                {**(one.function.parameters or {}), "type": "object"},  # arguments are, whatever it says
                 bool(one.function.strict),
                 f"the parameters of {one.function.name}",
                 replaceable=True,
@@ -86,7 +86,7 @@ def format_schema(form: ResponseFormat | None) -> Schema | None:
     if form.json_schema is None:
         return Schema({"type": "object"}, False, "response_format")
     value = form.json_schema.schema_
-    value = {} if value is True else value  # equivalent in JSON Schema; the options need an object
+    value = {} if value in (None, True) else value  # equivalent, or left out; the options need an object
     return Schema(value, bool(form.json_schema.strict), "response_format")
 
 

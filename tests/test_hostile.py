@@ -225,6 +225,27 @@ def test_a_grammar_that_ends_its_process() -> None:
     asyncio.run(play())
 
 
+def test_a_short_schema_of_a_large_automaton() -> None:
+    """Multiples of a prime have as many states as it: minutes and gigabytes, on a thread that never ends."""
+    import llguidance
+
+    def grammar(multiple: int, before: str = "") -> str:
+        schema = json.dumps({"type": "integer", "multipleOf": multiple})
+        return llguidance.LLMatcher.grammar_from_lark(f"start: {before} %json {schema}")
+
+    async def play() -> None:
+        checker = GrammarChecker(time_limit_s=0.3)
+        try:
+            for before in ("", "<[49000]>", "<[3-5,200000]>"):
+                with pytest.raises(ApiError, match=r"the schema took over 0\.3 s"):
+                    await checker.check_grammar(grammar(9_999_991, before), "response_format")
+                await checker.check_grammar(grammar(97, before), "response_format")
+        finally:
+            checker.close()
+
+    asyncio.run(play())
+
+
 # --- how much text there may be -----------------------------------------------------------------------------
 
 

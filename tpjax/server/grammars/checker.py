@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import re
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
 from tpjax.errors import RequestError
 from tpjax.server.worker_pools import WorkerPool
 
+if TYPE_CHECKING:
+    import llguidance
+
 CHECKERS = 2
 MEMORY_LIMIT_BYTES = 2 << 30
+# Processor time. The server's own process compiles again what passes, on a thread that nothing ends, and
+# holds the automaton while the request runs: two seconds of it are 150 MB.
+TIME_LIMIT_S = 2.0
+_TOKEN_IDS = re.compile(r"<\[[0-9, -]+\]>")
 
 
 class GrammarChecker:
-    """Checks grammars in worker processes."""
+    """Checks grammars in worker processes.
 
-    def __init__(self) -> None:
-        self._workers = WorkerPool(CHECKERS, "the schema", memory_limit_bytes=MEMORY_LIMIT_BYTES)
+    Args:
+        time_limit_s: processor time of a check, seconds.
+    """
+
+    def __init__(self, time_limit_s: float = TIME_LIMIT_S) -> None:
+        self._workers = WorkerPool(CHECKERS, "the schema", time_limit_s, MEMORY_LIMIT_BYTES)
 
     async def check_grammar(self, grammar: str, param: str) -> None:
         """Checks that a grammar compiles.
@@ -42,6 +57,9 @@ class GrammarChecker:
 def check(grammar: str) -> None:
     """Checks that a grammar compiles; runs in the worker process.
 
+    The automaton is built as well, over bytes: it may be large although the grammar is short, as that of the
+    multiples of a large prime is.
+
     Raises:
         RequestError: the grammar is not valid.
     """
@@ -49,6 +67,15 @@ def check(grammar: str) -> None:
 
     if wrong := llguidance.LLMatcher.validate_grammar(grammar):
         raise RequestError(f"the schema is not usable: {wrong}")
+    llguidance.LLMatcher(_byte_tokens(), _TOKEN_IDS.sub("<[1]>", grammar), log_level=0)
+
+
+@lru_cache(1)
+def _byte_tokens() -> llguidance.LLTokenizer:
+    """Returns a vocabulary of bytes: a model's takes a second to build."""
+    import llguidance
+
+    return llguidance.LLTokenizer("byte")
 
 
 def as_lark(grammar: str, param: str) -> str:

@@ -159,7 +159,7 @@ def experts(dry: bool) -> Result:
 
         def by_kernel(x: jax.Array, weights: jax.Array, assigned: jax.Array) -> jax.Array:
             tiles = experts_gpu.lay_out(assigned, count)
-            return experts_gpu.grouped_product(x[tiles.sources], weights, tiles.experts)[tiles.places]
+            return experts_gpu.grouped_product(x[tiles.sources], weights, tiles)[tiles.places]
 
         def by_xla(x: jax.Array, weights: jax.Array, assigned: jax.Array) -> jax.Array:
             order, sizes = jnp.argsort(assigned), jnp.zeros(count, jnp.int32).at[assigned].add(1)

@@ -61,7 +61,7 @@ def check_experts(sizes: list[int], inner: int, columns: int, further: int = 0) 
     values[np.equal(sizes, 0)] = np.nan  # an expert without rows is not read
     weights = jnp.asarray(values, jnp.bfloat16)
     tiles = experts_gpu.lay_out(jnp.asarray(assigned), experts)
-    out = experts_gpu.grouped_product(x[tiles.sources], weights, tiles.experts, interpret=how())
+    out = experts_gpu.grouped_product(x[tiles.sources], weights, tiles, interpret=how())
     owned = assigned < experts
     rows, weights_of = np.asarray(x, np.float32)[owned], np.asarray(weights, np.float32)[assigned[owned]]
     found = np.asarray(out[tiles.places], np.float32)[owned]
@@ -75,6 +75,7 @@ def check_experts(sizes: list[int], inner: int, columns: int, further: int = 0) 
         pytest.param([0, 0, 5], 192, 128, 4, id="rows of other devices"),
         pytest.param([130, 0, 70, 1, 128], 128, 128, 0, id="many rows"),
         pytest.param([40, 30], 64, 128, 0, id="between"),
+        pytest.param([17, 40, 1, 9], 128, 128, 0, id="all parts of tiles, and a second tile"),
     ),
 )
 def test_experts(sizes: list[int], inner: int, columns: int, further: int) -> None:
@@ -100,6 +101,8 @@ def test_layout(sizes: list[int], compared: int, monkeypatch: pytest.MonkeyPatch
     assert len(set(places.tolist())) == len(owned)
     assert (np.asarray(tiles.experts)[places // size] == assigned[owned]).all()
     assert (np.asarray(tiles.sources)[places] == owned).all()
+    here = np.bincount(places // size, minlength=len(tiles.experts))
+    np.testing.assert_array_equal(tiles.rows, here)
 
 
 # --- weights of 8 and 4 bits ------------------------------------------------------------------------------

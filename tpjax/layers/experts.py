@@ -152,7 +152,7 @@ def _experts_by_kernel(
 
     def product(x: Float[Array, "places D"], weights: Weight) -> Float[Array, "places F"]:
         assert not isinstance(weights, QuantizedWeight)
-        return experts_gpu.grouped_product(x, weights, tiles.experts, interpret=interpret)
+        return experts_gpu.grouped_product(x, weights, tiles, interpret=interpret)
 
     rows = x[tiles.sources // (len(assigned) // len(x))]
     return _grouped_experts(rows, experts, of_place, product, config)[tiles.places]

@@ -2,7 +2,9 @@
 
 The rows of each expert are laid out in tiles of their own. One program multiplies a tile by a block
 of columns of its expert's weights: experts without rows are not read, and each of the others once for every
-tile it has. XLA's own ``ragged_dot`` is expanded over all experts there (jaxlib 0.10.2, ahead of time).
+tile it has. A tile has room for twice the rows of an average expert, so that few experts have a second one,
+and only about as many of its rows are read and multiplied as there are. XLA's own ``ragged_dot`` is expanded
+over all experts there (jaxlib 0.10.2, ahead of time).
 
 A product of the tensor cores has 64 rows, and 8 columns or more. Where experts have few rows, these are the
 columns: the product is computed transposed, and 8 rows take the room of 8.
@@ -11,6 +13,7 @@ columns: the product is computed transposed, and 8 rows take the room of 8.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +25,8 @@ from jaxtyping import Array, Float, Int
 from tpjax import mosaic_gpu
 
 KERNEL_NAME = "grouped_product"  # in programs and profiles
-_LEAST_ROWS, _MOST_ROWS = 8, 128  # of a tile
+_LEAST_ROWS, _MIDDLE_ROWS, _MOST_ROWS = 8, 64, 128  # of a tile
+_PARTS = 4  # of a tile of fewer rows than most: so many products are compiled, for as many parts of it
 _COLUMNS = 128  # of weights in a program: 64 for each of the warp groups that compute
 _WIDE_COLUMNS = 256  # where tiles are whole products: each read of a tile's rows serves more columns
 _INNER = 64  # elements multiplied at once: a row of 128 bytes
@@ -36,11 +40,13 @@ class Tiles(NamedTuple):
 
     Attributes:
         experts: expert of each tile; their number for tiles without one.
+        rows: rows of each tile that there are, the first ones.
         places: place of each assignment among the rows of all tiles.
         sources: assignment at each place; any where there is none.
     """
 
     experts: Int[Array, " tiles"]
+    rows: Int[Array, " tiles"]
     places: Int[Array, " M"]
     sources: Int[Array, " places"]
 
@@ -51,11 +57,54 @@ def supports(weights: Float[Array, "E D F"]) -> bool:
 
 
 def tile_rows(assignments: int, experts: int) -> int:
-    """Returns the rows of a tile: about as many as an expert has, a power of two."""
+    """Returns the rows of a tile, a power of two: about twice those of an expert.
+
+    Where experts have so many that their products take the time, tiles are whole products, or half of one.
+    """
+    if assignments / experts > _MIDDLE_ROWS:
+        return _MOST_ROWS
     size = _LEAST_ROWS
-    while size < min(_MOST_ROWS, assignments / experts):
+    while size < min(_MIDDLE_ROWS, 2 * assignments / experts):
         size *= 2
     return size
+
+
+def _multiplied(size: int) -> tuple[int, ...]:
+    """Returns the rows of a tile that products are compiled for, in ascending order."""
+    step = size if size >= _MOST_ROWS else max(_LEAST_ROWS, size // _PARTS)
+    return tuple(range(step, size + 1, step))
+
+
+class Work(NamedTuple):
+    """What a grouped product does.
+
+    Attributes:
+        bytes: read and written in main memory: weights for each tile, rows for each block of columns.
+        flops: of the products, those of rows that are none included.
+    """
+
+    bytes: int
+    flops: int
+
+
+def work(sizes: Sequence[int], size: int, inner: int, columns: int, itemsize: int = 2) -> Work:
+    """Returns what the kernel does.
+
+    Args:
+        sizes: rows of each expert.
+        size: rows of a tile.
+        inner: inputs of an expert.
+        columns: its outputs.
+        itemsize: bytes of an element.
+    """
+    block = _columns(size, columns)
+    moved = flops = 0
+    for rows in sizes:
+        for start in range(0, rows, size):
+            used = next(one for one in _multiplied(size) if one >= min(rows - start, size))
+            moved += inner * columns + used * inner * -(-columns // block) + size * columns
+            flops += 2 * used * inner * columns
+    return Work(moved * itemsize, flops)
 
 
 def lay_out(assigned: Int[Array, " M"], count: int, total: int | None = None) -> Tiles:
@@ -75,14 +124,18 @@ def lay_out(assigned: Int[Array, " M"], count: int, total: int | None = None) ->
     sizes = (assigned[:, None] == every).sum(axis=0, dtype=jnp.int32)
     tiles_of = -(-sizes // size)
     ends = jnp.where(every[:, None] >= every, tiles_of, 0).sum(axis=1, dtype=jnp.int32)
-    experts = (ends <= jnp.arange(num_tiles, dtype=jnp.int32)[:, None]).sum(axis=1, dtype=jnp.int32)
+    tile = jnp.arange(num_tiles, dtype=jnp.int32)
+    experts = (ends <= tile[:, None]).sum(axis=1, dtype=jnp.int32)
+    here = jnp.minimum(experts, count - 1)
+    left = sizes[here] - (tile - (ends - tiles_of)[here]) * size
+    held = jnp.where(experts < count, jnp.clip(left, 0, size), 0)
     present = assigned < count
     owner = jnp.minimum(assigned, count - 1)
     places = (ends - tiles_of)[owner] * size + _earlier(assigned)
     at = jnp.where(present, places, num_tiles * size)
     row = jnp.arange(rows, dtype=jnp.int32)
     sources = jnp.zeros(num_tiles * size, jnp.int32).at[at].set(row, mode="drop", unique_indices=False)
-    return Tiles(experts, jnp.where(present, places, 0), sources)
+    return Tiles(experts, held, jnp.where(present, places, 0), sources)
 
 
 def _earlier(assigned: Int[Array, " M"]) -> Int[Array, " M"]:
@@ -101,23 +154,22 @@ def _earlier(assigned: Int[Array, " M"]) -> Int[Array, " M"]:
 def grouped_product(
     x: Float[Array, "places D"],
     weights: Float[Array, "E D F"],
-    experts: Int[Array, " tiles"],
+    tiles: Tiles,
     *,
     interpret: Any = None,
 ) -> Float[Array, "places F"]:
-    """Multiplies each tile of rows by the weights of its expert; rows of tiles without one are undefined.
+    """Multiplies each tile of rows by the weights of its expert; other rows are undefined.
 
     Args:
         x: rows, tile after tile.
         weights: of all experts.
-        experts: expert of each tile; their number for tiles without one.
+        tiles: the tiles.
         interpret: interpret the kernel on a CPU, with these parameters of the installed jax.
     """
     places, inner = x.shape
     columns = weights.shape[2]
-    size = places // len(experts)
-    transposed = size < _MOST_ROWS
-    block = _COLUMNS if transposed or columns < _WIDE_COLUMNS else _WIDE_COLUMNS
+    size = places // len(tiles.experts)
+    transposed, block = size < _MOST_ROWS, _columns(size, columns)
     shape = (columns, places) if transposed else (places, columns)
     stage = (size + block) * _INNER * x.dtype.itemsize
     room = mosaic_gpu.SHARED_BYTES - size * block * x.dtype.itemsize
@@ -125,7 +177,7 @@ def grouped_product(
     out = plgpu.kernel(
         functools.partial(_kernel, stages, transposed),
         out_type=jax.ShapeDtypeStruct(shape, x.dtype),
-        grid=(-(-columns // block), len(experts)),
+        grid=(-(-columns // block), len(tiles.experts)),
         grid_names=("column", "tile"),
         num_threads=_COMPUTING + 1,
         thread_name="warp_group",
@@ -139,13 +191,43 @@ def grouped_product(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name=KERNEL_NAME,
         **({} if interpret is None else {"interpret": interpret}),
-    )(experts, x, weights)
+    )(tiles.experts, tiles.rows, x, weights)
     return out.T if transposed else out
+
+
+def _columns(size: int, columns: int) -> int:
+    """Returns the columns of a program, of which there are so many in all."""
+    return _COLUMNS if size < _MOST_ROWS or columns < _WIDE_COLUMNS else _WIDE_COLUMNS
 
 
 def _kernel(
     stages: int,
     transposed: bool,
+    experts: Any,
+    rows: Any,
+    x: Any,
+    weights: Any,
+    out: Any,
+    x_smem: Any,
+    weights_smem: Any,
+    out_smem: Any,
+    x_here: Any,
+    weights_here: Any,
+    done: Any,
+) -> None:
+    """Computes one program, for as many rows as its tile has."""
+    held, least = rows[jax.lax.axis_index("tile")], 0
+    scratch = x_smem, weights_smem, out_smem, x_here, weights_here, done
+    for used in _multiplied(x_smem.shape[1]):
+        arguments = stages, transposed, used, experts, x, weights, out, *scratch
+        pl.when((held > least) & (held <= used))(functools.partial(_product, *arguments))
+        least = used
+
+
+def _product(
+    stages: int,
+    transposed: bool,
+    used: int,
     experts: Any,
     x: Any,
     weights: Any,
@@ -157,13 +239,11 @@ def _kernel(
     weights_here: Any,
     done: Any,
 ) -> None:
-    """Computes one program: the last warp group copies, the others compute half of it each."""
+    """Multiplies the first rows of a tile: the last warp group copies, the others compute half each."""
     size, inner, block = x_smem.shape[1], x.shape[1], weights_smem.shape[2]
     column, tile = jax.lax.axis_index("column"), jax.lax.axis_index("tile")
     warp_group = jax.lax.axis_index("warp_group")
-    expert = experts[tile]
-    steps = jnp.where(expert < weights.shape[0], -(-inner // _INNER), 0)
-    rows = pl.ds(tile * size, size)
+    expert, steps, first = experts[tile], -(-inner // _INNER), pl.ds(0, used)
 
     @pl.when(warp_group == _COMPUTING)
     def copy() -> None:
@@ -180,11 +260,12 @@ def _kernel(
                 weights_smem.at[slot],
                 weights_here.at[slot],
             )
-            plgpu.copy_gmem_to_smem(x.at[rows, at], x_smem.at[slot], x_here.at[slot])
+            rows = pl.ds(tile * size, used)
+            plgpu.copy_gmem_to_smem(x.at[rows, at], x_smem.at[slot, first], x_here.at[slot])
 
         jax.lax.fori_loop(0, steps, copy_block, None)
 
-    @pl.when((warp_group < _COMPUTING) & (steps > 0))
+    @pl.when(warp_group < _COMPUTING)
     def compute() -> None:
         half = pl.ds(warp_group * 64, 64)
 
@@ -195,7 +276,7 @@ def _kernel(
                 plgpu.barrier_wait(x_here.at[slot])
                 if transposed:
                     left = mosaic_gpu.transposed(weights_smem.at[slot, :, half])
-                    plgpu.wgmma(product, left, mosaic_gpu.transposed(x_smem.at[slot]))
+                    plgpu.wgmma(product, left, mosaic_gpu.transposed(x_smem.at[slot, first]))
                 else:
                     plgpu.wgmma(product, x_smem.at[slot, half], weights_smem.at[slot])
                 plgpu.wgmma_wait(1)  # the product of the step before has ended
@@ -207,13 +288,16 @@ def _kernel(
             jax.lax.fori_loop(0, steps, accumulate, None)
             return product[...]
 
-        shape = (64, size if transposed else block)
+        shape = (64, used if transposed else block)
         result = pl.run_scoped(accumulate_all, plgpu.ACC(shape, jnp.float32))
         mine = out_smem.at[warp_group]
-        mine[...] = result.astype(out.dtype)
+        if transposed:  # what else of the tile is written means nothing
+            mine[:, first] = result.astype(out.dtype)
+        else:
+            mine[...] = result.astype(out.dtype)
         plgpu.commit_smem()
         if transposed:
-            target = out.at[pl.ds(column * block + warp_group * 64, 64), rows]
+            target = out.at[pl.ds(column * block + warp_group * 64, 64), pl.ds(tile * size, size)]
         else:
             target = out.at[pl.ds(tile * size + warp_group * 64, 64), pl.ds(column * block, block)]
         plgpu.copy_smem_to_gmem(mine, target)

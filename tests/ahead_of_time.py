@@ -76,9 +76,9 @@ def compiled_text(
         attention=attention,
     )
     chunks = None if kind == "decode" else ChunkShape(1, 128)
-    spec = ProgramSpec(
-        "decode" if kind == "decode" else "step", 0 if kind == "prefill" else 4, chunks, greedy=True
-    )
+    spec = ProgramSpec("step", 0 if kind == "prefill" else 4, chunks, greedy=True)
+    if kind == "decode":  # the largest
+        spec = ProgramSpec.decode(runner.decode_shapes[-1], greedy=True)
     program = compile_program(runner, parse_topology(name), kind, spec, context=256 * (kind == "decode"))
     return program, runner.program(spec).as_text()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ refer = jax.jit(reference_attention, static_argnames=("scale", "window"))
 write = jax.jit(LayerCache.write, static_argnums=4)
 KERNEL = Backend("tpu", interpret=True)
 ON_TPU = Backend("xla", walk_pages=3, in_rows=True)
+BLOCKWISE = Backend("xla", walk_pages=2, fixed_trips=True)
 
 
 def tables(rng: np.random.Generator, batch: int, used: list[int]) -> np.ndarray:
@@ -110,6 +112,27 @@ def test_paged_attention_equals_the_reference(
     rng = np.random.default_rng((batch, length, window or 0))
     for trial in range(TRIALS + (length == 1)):
         check(case(rng, random_positions(rng, batch, length, trial)), window, backend)
+
+
+@pytest.mark.parametrize("further", (0, 5))
+@pytest.mark.parametrize(("batch", "length"), ((1, 1), (4, 1), (3, 2)))
+def test_blocks_of_all_sequences(
+    batch: int, length: int, further: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as there are, and more, three in an iteration; what is left of the last one is of nobody."""
+    monkeypatch.setattr(xla, "_BLOCK_BYTES", 3 * 2 * PAGE * 2 * HEADS_KV * HEAD_DIM * 4)
+    rng = np.random.default_rng((batch, length, further))
+    for trial in range(TRIALS):
+        positions = random_positions(rng, batch, 1, trial) + np.arange(length)
+        positions = np.minimum(positions, BLOCKS * PAGE - length + np.arange(length))
+        query, keys, values, *caches, group = case(rng, positions)
+        blocks = int(sum(-(-(positions[:, -1] + 1) // (2 * PAGE))))
+        group = replace(group, chunks=False, walk=blocks + further)
+        attend = jax.jit(functools.partial(paged_attention, scale=SCALE, window=None, backend=BLOCKWISE))
+        found = [attend(query, own(keys, group), own(values, group), cache, group) for cache in caches]
+        expected = refer(query, keys, values, group.positions, scale=SCALE, window=None)
+        np.testing.assert_allclose(found[0], expected, atol=1e-5)
+        np.testing.assert_array_equal(*found)  # what others left behind does not count
 
 
 @pytest.mark.parametrize("length", (1, 16))

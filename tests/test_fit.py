@@ -155,6 +155,20 @@ def test_what_is_said_to_fit_does() -> None:
         limits(free, max_model_len=1281)
 
 
+def test_shapes_of_decode_steps() -> None:
+    """Where programs are for so many blocks of eight pages: a fourth each, down from what the cache holds."""
+
+    def blocks(slots: int, length: int, pages: int) -> list[tuple[int, int]]:
+        sizes = Limits(max_slots=slots, max_model_len=length, num_pages=pages)
+        return [tuple(shape) for shape in sizes.decode_shapes(8)]
+
+    assert blocks(8, 8192, 513) == [(1, 1), (4, 4), (8, 16), (8, 64)]
+    assert blocks(256, 8192, 2049) == [(8, 8), (32, 32), (128, 128), (256, 512), (256, 2048)]
+    # only sequences that share pages reach the last: it finds out how many blocks there are
+    assert blocks(256, 131072, 2049) == [(8, 8), (32, 32), (128, 128), (256, 512), (256, 0)]
+    assert blocks(1, 100, 2) == [(1, 1)]
+
+
 @pytest.mark.parametrize("tp", (1, 4))
 def test_workspace_covers_what_the_compiler_says(tp: int) -> None:
     """Of the largest programs; and it is no wild guess."""

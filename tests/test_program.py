@@ -17,6 +17,7 @@ import pytest
 from conftest import GOLDENS
 
 from tpjax import LLM, SamplingParams
+from tpjax.attention import Backend
 from tpjax.checkpoints.opening import read_config
 from tpjax.checkpoints.parameters import abstract_decoder
 from tpjax.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig, SequenceParallel
@@ -280,12 +281,17 @@ def test_there_are_few_programs(platform: str, slots: int) -> None:
     mesh, float32 = make_mesh(1), jnp.dtype("float32")
     shapes = {"chunk_shapes": chunk_shapes(platform), "mixed_shapes": mixed_chunk_shapes(platform)}
     limits = Limits(max_slots=slots, max_model_len=2048, num_pages=17, **shapes)
-    programs = Runner(abstract_decoder(CONFIG, mesh, float32), mesh, limits, float32).programs
-    specs = programs.serving()
+    backend = Backend("xla", walk_pages=8, fixed_trips=platform == "gpu")
+    decoder = abstract_decoder(CONFIG, mesh, float32, backend=backend)
+    runner = Runner(decoder, mesh, limits, float32)
+    specs = runner.programs.serving()
     assert len(set(specs)) == len(specs) <= 24
-    assert set(programs.first()) <= set(specs)  # nothing is compiled first that serving never calls
+    assert set(runner.programs.first()) <= set(specs)  # nothing is compiled first that serving never calls
     # every number of rows and every prompt has a program
-    assert max(spec.batch for spec in specs if spec.kind == "decode") == slots
+    for rows in (1, slots):
+        for tokens in (1, 2048):
+            shape = runner.decode_shapes_for([tokens] * rows)[0]
+            assert ProgramSpec.decode(shape, greedy=True) in specs and shape.rows >= rows
     assert {spec.batch for spec in specs if spec.kind == "step"} >= {0, slots}
 
 

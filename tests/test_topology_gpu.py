@@ -22,7 +22,10 @@ from ahead_of_time import (
 
 from tpjax.families.registry import config_from_hf
 from tpjax.inspect import topology
+from tpjax.inspect.program import abstract_runner
+from tpjax.inspect.topology import parse_topology
 from tpjax.planning import published
+from tpjax.runtime.programs import ProgramSpec
 
 
 @needs_gpu
@@ -69,6 +72,39 @@ def test_every_gpu(name: str, tp: int, kind: str, capfd: pytest.CaptureFixture[s
     calls = len(re.findall(r"custom_call_target=\"mosaic_gpu", text))
     assert calls == (groups * SMOLLM2.num_layers if by_kernel else 0)
     assert ("page_walk" in text) != by_kernel
+    if kind == "decode":
+        assert_no_waits(text)
+
+
+def assert_no_waits(text: str) -> None:
+    """A GPU's host waits at each trip of a loop whose end the compiler does not know, and at a branch."""
+    loops = [line for line in text.splitlines() if " while(" in line]
+    assert all("known_trip_count" in line for line in loops), loops
+    assert " conditional(" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "tp", "greedy"),
+    (
+        ("a100:8", 8, True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("a100:8", 8, False), ("b200:8", 8, True), ("b200:8", 3, False))
+        ),
+    ),
+)
+@needs_gpu
+def test_decode_without_a_kernel(name: str, tp: int, greedy: bool) -> None:
+    """The loop of each layer is as long as the compiler knows; there are no more programs for that."""
+    runner = abstract_runner(LLAMA3_8B, parse_topology(name), tp, max_slots=64)
+    shape = runner.decode_shapes[-1]
+    assert len(runner.programs.serving()) <= 24 and shape.blocks == 64 * 2048 // (8 * 128)
+    text = runner.program(ProgramSpec.decode(shape, greedy=greedy)).as_text()
+    assert_no_waits(text)
+    walks = (line for line in text.splitlines() if " while(" in line and "page_walk" in line)
+    trips = [int(re.findall(r'known_trip_count":\{"n":"(\d+)', line)[0]) for line in walks]
+    at_once = (16 << 20) // (8 * 128 * -(-8 // tp) * 2 * 128 * 2)  # blocks in 16 MiB
+    assert trips == [-(-shape.blocks // at_once)] * LLAMA3_8B.num_layers
 
 
 @pytest.mark.parametrize(("tp", "kind"), ((1, "decode"), (3, "decode"), (5, "mixed"), (8, "decode")))
@@ -80,10 +116,9 @@ def test_gpu_kernel(tp: int, kind: str, capfd: pytest.CaptureFixture[str]) -> No
     assert (program.cache_copies, program.weight_copies) == (0, 0)
     groups = 1 if kind == "decode" else 2
     assert len(re.findall(r"custom_call_target=\"mosaic_gpu", text)) == groups * LLAMA3_8B.num_layers
-    loops = [line for line in text.splitlines() if " while(" in line]
-    assert all("known_trip_count" in line for line in loops), loops
-    assert len(loops) == 0 if kind == "decode" else len(loops) <= 2  # the sampler's, of eight trips
-    assert " conditional(" not in text
+    assert_no_waits(text)
+    loops = text.count(" while(")
+    assert loops == 0 if kind == "decode" else loops <= 2  # the sampler's, of eight trips
 
 
 @pytest.mark.parametrize(("tp", "kind"), ((1, "decode"), (5, "mixed"), (8, "decode")))

@@ -193,7 +193,8 @@ def test_auto(device: Any, verdict: Verdict | None, by_kernel: bool, why: str) -
     verify = None if verdict is None else lambda: verdict
     chosen = choose_backend("auto", device, SHAPE, verify)
     name = device.platform if by_kernel else "xla"
-    assert chosen == Backend(name, why.format(device.platform), walk_pages=8, in_rows=device is TPU)
+    walk = {"walk_pages": 8, "in_rows": device is TPU, "fixed_trips": device is GPU and not by_kernel}
+    assert chosen == Backend(name, why.format(device.platform), **walk)
 
 
 A100 = Device("gpu", "8.0", "NVIDIA A100-SXM4-80GB")
@@ -232,7 +233,11 @@ LATENT = SHAPE._replace(latent=True, width=576, value_dim=512)
 )
 def test_auto_without_a_kernel(device: Any, shape: KernelShape, why: str) -> None:
     assert choose_backend("auto", device, shape, lambda: RIGHT) == Backend(
-        "xla", why, walk_pages=1 if device is CPU else 8, in_rows=device is TPU
+        "xla",
+        why,
+        walk_pages=1 if device is CPU else 8,
+        in_rows=device is TPU,
+        fixed_trips=device.platform == "gpu",
     )
 
 

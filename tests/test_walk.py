@@ -18,7 +18,7 @@ import pytest
 from conftest import GOLDENS
 
 from tpjax import LLM, SamplingParams
-from tpjax.attention import paged_attention
+from tpjax.attention import backends, paged_attention
 from tpjax.cache import NULL_PAGE, LatentCache, LayerCache, TokenGroup
 from tpjax.engine.engine import Engine
 from tpjax.engine.request import Request
@@ -149,3 +149,23 @@ def test_a_row_that_has_ended_is_not_walked(counts: Counts, name: str) -> None:
     llm = LLM(GOLDENS / name, tp=1, max_model_len=512, max_slots=2)
     read = generate(llm, 4, (300, 40), (22, 42), counts)
     assert read <= llm.config.num_layers * (3 * 22 + 1 * 42)
+
+
+@pytest.mark.slow
+def test_programs_for_so_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs without a kernel: requests get the tokens of any other walk, by the smallest program."""
+    prompts, sizes = [[at % 50 for at in range(length)] for length in (300, 40)], {"max_model_len": 512}
+    llm = LLM(GOLDENS / "gemma3", tp=1, max_slots=2, **sizes)
+    expected = [one.token_ids for one in llm.generate(prompts, SamplingParams(8, 0, ignore_eos=True))]
+    monkeypatch.setattr(backends, "FIXED_TRIPS", ("cpu",))
+    llm = LLM(GOLDENS / "gemma3", tp=1, max_slots=2, **sizes)
+    assert [shape.blocks for shape in llm.runner.decode_shapes] == [1, 2, 8]
+    llm.prepare(prompts[0], SamplingParams(200, 0))  # one row of three pages, then four
+    decode = {spec.blocks for spec in llm.runner.programs.compiled if spec.kind == "decode"}
+    assert decode == {8}
+    found = [one.token_ids for one in llm.generate(prompts, SamplingParams(8, 0, ignore_eos=True))]
+    assert found == expected
+    (alone,) = llm.generate(prompts[1:], SamplingParams(8, 0, ignore_eos=True))
+    assert alone.token_ids == expected[1]
+    decode = {spec.blocks for spec in llm.runner.programs.compiled if spec.kind == "decode"}
+    assert decode == {1, 8}

@@ -458,7 +458,8 @@ class LLM:
         def prepare(engine: Engine) -> None:
             with engine.guarded():
                 spans = engine.scheduler.prompt_spans(len(request.prompt_token_ids))
-                engine.runner.prepare(spans, greedy=request.params.plain_greedy)
+                greedy, tokens = request.params.plain_greedy, request.params.max_tokens
+                engine.runner.prepare(spans, greedy=greedy, tokens=tokens)
 
         self.front.run(prepare)  # of several replicas, that of an only request
 

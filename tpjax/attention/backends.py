@@ -19,6 +19,7 @@ from tpjax.sharding import head_plan
 _KERNEL_DTYPES = {"tpu": ("bfloat16", "float32"), "gpu": ("bfloat16", "float16")}
 _KERNEL_DEVICES = {"tpu": "TPUs", "gpu": "NVIDIA GPUs"}
 WALK_PAGES = {"tpu": 8, "gpu": 8}  # by platform; elsewhere 1
+FIXED_TRIPS = ("gpu",)  # platforms whose host waits for each iteration of a loop whose end it does not know
 _HOPPER = 9  # its products are in no earlier chip, nor in a later one
 
 
@@ -85,7 +86,9 @@ class Backend:
         why: the reason for the choice, in a sentence without a full stop.
         interpret: how the kernel is interpreted, slow and exact; ``None``: it is compiled.
         walk_pages: pages of a sequence that one iteration of the page walk reads, at most. An iteration takes
-            a TPU some 2,000 cycles for each of its instructions, and lets a GPU wait for the host.
+            a TPU some 2,000 cycles for each of its instructions.
+        fixed_trips: whether the iterations of the page walk of decode steps are compiled in: see
+            :meth:`tpjax.runtime.limits.Limits.decode_shapes`.
         in_rows: whether tokens are written in rows of one head, as on TPUs: else XLA lays out the cache in
             other ways for some layers, and copies it for each.
         products: where it is a kernel, whether products of weights with scales for groups of inputs are, too.
@@ -95,6 +98,7 @@ class Backend:
     why: str = ""
     interpret: Any = None
     walk_pages: int = 1
+    fixed_trips: bool = False
     in_rows: bool = False
     products: bool = True
 
@@ -102,6 +106,11 @@ class Backend:
     def is_kernel(self) -> bool:
         """Whether a kernel reads the cache as it is stored."""
         return self.name in _KERNEL_DTYPES
+
+    @property
+    def block_pages(self) -> int | None:
+        """Pages of a block, so many of which decode steps are compiled for; ``None``: for any number."""
+        return self.walk_pages if self.fixed_trips else None
 
     def __str__(self) -> str:
         return f"{self.name}: {self.why}" if self.why else self.name
@@ -166,7 +175,9 @@ def choose_backend(
     check_choice("attention", asked, AttentionBackend)
     platform = device.platform
     chosen = _choose(asked, device, shape, verify)
-    return replace(chosen, walk_pages=WALK_PAGES.get(platform, 1), in_rows=platform == "tpu")
+    fixed = platform in FIXED_TRIPS and chosen.name == "xla"
+    walk_pages = WALK_PAGES.get(platform, 1)
+    return replace(chosen, walk_pages=walk_pages, fixed_trips=fixed, in_rows=platform == "tpu")
 
 
 def _choose(asked: str, device: Any, shape: KernelShape, verify: Callable[[], Verdict] | None) -> Backend:

@@ -3,6 +3,10 @@
 It walks the pages in use with an online softmax (Milakov and Gimelshein 2018,
 https://arxiv.org/abs/1805.02867; Dao et al. 2022, https://arxiv.org/abs/2205.14135): its cost follows the
 longest context in the batch, or the window if that is shorter, and no context is gathered in full.
+
+Where a program is compiled for so many blocks of pages in all sequences together (``TokenGroup.walk``), the
+walk visits these one after the other, whoever's they are: its iterations are then as many as the compiler
+knows, as a GPU wants it, and its cost follows the sum of all contexts.
 """
 
 from __future__ import annotations
@@ -81,6 +85,29 @@ class _OnlineSoftmax(NamedTuple):
             self.weighted_values * rescale + weighted,
         )
 
+    def merge(self, others: _OnlineSoftmax, rows: Int[Array, " P"]) -> _OnlineSoftmax:
+        """Accumulates softmaxes over other keys.
+
+        Args:
+            others: of P sequences, of which several may be the same.
+            rows: which of these sequences each is of; B: of none.
+        """
+        batch = len(self.max_score)
+        own = (jnp.arange(batch)[:, None] == rows)[..., None, None, None]  # [B, P, 1, 1, 1]
+        highest = jnp.where(own, others.max_score, _MASKED).max(axis=1)
+        max_score = jnp.maximum(self.max_score, highest)
+        rescale = jnp.exp(self.max_score - max_score)
+        weights = jnp.exp(others.max_score - max_score[jnp.minimum(rows, batch - 1)])
+
+        def added(sums: Float[Array, "B K rows x"], more: Float[Array, "P K rows x"]) -> Array:
+            return sums * rescale + jnp.where(own, more * weights, 0).sum(axis=1)
+
+        return _OnlineSoftmax(
+            max_score,
+            added(self.normaliser, others.normaliser),
+            added(self.weighted_values, others.weighted_values),
+        )
+
     def accumulate_sink(self, scores: Float[Array, "1 K rows 1"]) -> _OnlineSoftmax:
         """Accumulates one more key, with these scores and a value of zero."""
         max_score = jnp.maximum(self.max_score, scores)
@@ -123,8 +150,13 @@ def paged_attention(
         stop = jnp.where(group.lengths > 0, stop, 0)
     devices = max(1, jax.sharding.get_abstract_mesh().size) if key.shape[2] == heads else 1
     key_bytes = (head_dim + value.shape[-1]) * key.shape[2] // devices * key.dtype.itemsize
-    several = pages_at_once(pages, batch * cache.page_size * key_bytes, group.block_tables.shape[1])
-    softmax = _walk(rows, row_positions, cache, group, stop, scoring, value.shape[-1], several)
+    page_bytes, columns = cache.page_size * key_bytes, group.block_tables.shape[1]
+    walked = rows, row_positions, cache, group, stop, scoring, value.shape[-1]
+    if group.walk and window is None:
+        several = min(pages, columns)
+        softmax = _walk_blocks(*walked, several, pages_at_once(group.walk, several * page_bytes, group.walk))
+    else:
+        softmax = _walk(*walked, pages_at_once(pages, batch * page_bytes, columns))
     if group.chunks:
         keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
         softmax = _attend_to_chunk(softmax, rows, row_positions, keys, values, group.positions, scoring)
@@ -188,7 +220,9 @@ def _walk(
     Sequences at distant positions do not lengthen each other's walk, and padding, which stops at 0, has none.
     """
     page_size, window = cache.page_size, scoring.window
-    batch = len(stop)
+    most = group.block_tables.shape[1]
+    if window is not None:
+        most = min(most, -(-(window + group.shape[1] - 2) // page_size) + 1)
     first, tables = jnp.zeros_like(stop), group.block_tables
     if window is not None:
         first = jnp.maximum(group.positions[:, 0] - (window - 1), 0) // page_size
@@ -197,20 +231,11 @@ def _walk(
             in_window %= tables.shape[1]
         # past its end a row's table repeats the last page, in which the row sees nothing
         tables = jnp.take_along_axis(tables, in_window, axis=1, mode="clip")
-    tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % several)), constant_values=NULL_PAGE)
-
-    def read(step: Int[Array, ""]) -> tuple[Array, Array]:
-        """Returns keys and values of a block of pages, [B, K, T, h]."""
-        block = jax.lax.dynamic_slice_in_dim(tables, step * several, several, axis=1)
-        parts = cache.read(block.reshape(-1))
-        if several == 1:
-            return parts
-        by_row = (part.reshape(batch, several, *part.shape[1:]).swapaxes(1, 2) for part in parts)
-        keys, values = (part.reshape(batch, part.shape[1], -1, part.shape[-1]) for part in by_row)
-        return keys, values
+    tables = _padded(tables, several)
 
     def accumulate(step: Int[Array, ""], softmax: _OnlineSoftmax) -> _OnlineSoftmax:
-        keys, values = read(step)
+        block = jax.lax.dynamic_slice_in_dim(tables, step * several, several, axis=1)
+        keys, values = _read(cache, block)
         places = step * several * page_size + jnp.arange(several * page_size)
         positions = (first[:, None] * page_size + places)[:, None, None, :]
         # a sequence that starts earlier than the batch's latest must not see its own chunk here already
@@ -220,6 +245,70 @@ def _walk(
         values = jnp.where(written.swapaxes(2, 3), values, 0)
         return softmax.accumulate(rows, keys, values, visible, scoring)
 
-    num_blocks = jnp.max(-(-(-(-stop // page_size) - first) // several))
+    num_blocks: int | Array = -(-most // several)  # whatever is there
+    if not group.walk:
+        num_blocks = jnp.max(-(-(-(-stop // page_size) - first) // several))
     with jax.named_scope("page_walk"):
         return jax.lax.fori_loop(0, num_blocks, accumulate, _OnlineSoftmax.empty(rows, value_dim))
+
+
+def _walk_blocks(
+    rows: Float[Array, "B K rows h"],
+    row_positions: Int[Array, "B 1 rows 1"],
+    cache: Pages,
+    group: TokenGroup,
+    stop: Int[Array, " B"],
+    scoring: _Scoring,
+    value_dim: int,
+    several: int,
+    at_once: int,
+) -> _OnlineSoftmax:
+    """Attends to the cached positions before ``stop`` in ``group.walk`` blocks of ``several`` pages.
+
+    The blocks of all sequences form one list, a sequence's after those of the one before it; what is left of
+    the list reads the null page. An iteration visits ``at_once`` of them, its softmaxes join those of their
+    sequences.
+    """
+    size, batch = several * cache.page_size, len(stop)
+    tables = _padded(group.block_tables, several).reshape(batch, -1, several)
+    counts = -(-stop // size)
+    ends = jnp.cumsum(counts)
+    trips = -(-group.walk // at_once)
+    number = jnp.arange(trips * at_once)
+    of_row = (ends <= number[:, None]).sum(axis=1, dtype=jnp.int32)  # batch: no sequence's
+    near = jnp.minimum(of_row, batch - 1)
+    blocks = number - (ends - counts)[near]
+    pages = tables[near, jnp.minimum(blocks, tables.shape[1] - 1)]
+    pages = jnp.where((of_row < batch)[:, None], pages, NULL_PAGE)
+
+    def accumulate(softmax: _OnlineSoftmax, some: tuple[Array, ...]) -> tuple[_OnlineSoftmax, None]:
+        pages, of_row, blocks = some
+        row = jnp.minimum(of_row, batch - 1)
+        keys, values = _read(cache, pages)
+        positions = (blocks[:, None] * size + jnp.arange(size))[:, None, None, :]
+        end = jnp.where(of_row < batch, stop[row], 0)
+        written = positions < end[:, None, None, None]
+        visible = visible_keys(row_positions[row], positions, None) & written
+        values = jnp.where(written.swapaxes(2, 3), values, 0)  # as in _walk
+        part = _OnlineSoftmax.empty(rows[row], value_dim)
+        return softmax.merge(part.accumulate(rows[row], keys, values, visible, scoring), of_row), None
+
+    each = [x.reshape(trips, at_once, *x.shape[1:]) for x in (pages, of_row, blocks)]
+    with jax.named_scope("page_walk"):
+        return jax.lax.scan(accumulate, _OnlineSoftmax.empty(rows, value_dim), tuple(each))[0]
+
+
+def _read(cache: Pages, pages: Int[Array, "B several"]) -> tuple[Array, Array]:
+    """Returns keys and values of a block of pages of each sequence, [B, K, T, h]."""
+    batch, several = pages.shape
+    parts = cache.read(pages.reshape(-1))
+    if several == 1:
+        return parts
+    by_row = (part.reshape(batch, several, *part.shape[1:]).swapaxes(1, 2) for part in parts)
+    keys, values = (part.reshape(batch, part.shape[1], -1, part.shape[-1]) for part in by_row)
+    return keys, values
+
+
+def _padded(tables: Int[Array, "B blocks"], several: int) -> Int[Array, "B columns"]:
+    """Returns block tables padded with the null page to a multiple of ``several``."""
+    return jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % several)), constant_values=NULL_PAGE)

@@ -27,6 +27,8 @@ class TokenGroup:
             next anywhere.
         cyclic: whether the page of block b is in column b modulo the number of columns: such a table holds
             the blocks that the tokens of this step can see, and their own.
+        walk: blocks of pages that the page walk visits in all sequences together, at most, where that is
+            compiled in; 0: it ends with the longest context.
     """
 
     block_tables: Int[Array, "B blocks"]
@@ -35,6 +37,7 @@ class TokenGroup:
     max_length: Int[Array, " B"] | None = None
     chunks: bool = field(default=False, metadata={"static": True})
     cyclic: bool = field(default=False, metadata={"static": True})
+    walk: int = field(default=0, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -122,7 +122,8 @@ def explain_topology(
     )
     limits = runner.limits
     chunks = next(shape for shape in limits.chunk_shapes if shape.tokens >= prompt_len)
-    decode = ProgramSpec("decode", limits.max_rows, greedy=True)
+    longest = min(context, limits.max_model_len)
+    decode = ProgramSpec.decode(runner.decode_shapes_for([longest] * limits.max_rows)[0], greedy=True)
     prefill = ProgramSpec("step", 0, chunks, greedy=True)
     return TopologyReport(
         model=model,

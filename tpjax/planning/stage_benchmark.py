@@ -22,7 +22,6 @@ from tpjax.planning.measure import best_s
 from tpjax.planning.plain_table import plain_table
 from tpjax.planning.workload import Workload
 from tpjax.runtime.layer_split import layer_seconds
-from tpjax.runtime.limits import Limits
 from tpjax.runtime.programs import ProgramSpec
 from tpjax.runtime.rows import Chunk, PackedRows, PackedStep, Row
 from tpjax.runtime.stage import Stage
@@ -171,7 +170,7 @@ def _calls(
     """Returns what is timed, by name, and the bytes that move with a decoded token and with the prompt."""
     calls: dict[str, Callable[[], Any]] = {}
     moved: dict[str, int] = {}
-    for kind, (spec, *arguments) in _steps(stages[-1].limits, workload).items():
+    for kind, (spec, *arguments) in _steps(stages[-1], workload).items():
         inputs = _tokens(stages[0])
         for number, stage in enumerate(stages[:-1]):
             (hidden,) = stage.run(stage.own(spec), arguments[0], inputs)
@@ -205,16 +204,17 @@ def _predicted_ms(
     return predicted
 
 
-def _steps(limits: Limits, workload: Workload) -> dict[str, tuple[Any, ...]]:
+def _steps(last: Stage, workload: Workload) -> dict[str, tuple[Any, ...]]:
     """Returns the last stage's program and host arguments of a decode step and of a prompt."""
-    greedy = SamplingParams(temperature=0)
+    limits, greedy = last.limits, SamplingParams(temperature=0)
+    decode = ProgramSpec.decode(last.decode_shapes_for([workload.context])[0], greedy=True)
     pages = [list(range(1, 1 + limits.blocks)) for _ in limits.windows]
     row = Row(0, workload.context - 1, pages, greedy, seed=0)
     chunk = Chunk(Row(0, 0, pages, greedy, seed=0), [0] * workload.prompt_len)
     shape = limits.fitting([chunk.span])
     packed, _ = PackedStep.pack([], [chunk], limits, 0, shape)
     return {
-        "decode": (ProgramSpec("decode", 1, greedy=True), PackedRows.pack([row], limits, 1), np.int32(1)),
+        "decode": (decode, PackedRows.pack([row], limits, decode.batch), np.int32(1)),
         "prefill": (ProgramSpec("step", 0, shape), packed),
     }
 

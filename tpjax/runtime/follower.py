@@ -170,8 +170,8 @@ class Follower:
         leave(f"process {self._process} lost process 0: it ended")
 
     def _compile(self, frame: Frame) -> None:
-        number, kind, batch, chunks, greedy = from_json(frame.body)
-        spec = ProgramSpec(kind, batch, None if chunks is None else ChunkShape(*chunks), greedy)
+        number, kind, batch, chunks, greedy, blocks = from_json(frame.body)
+        spec = ProgramSpec(kind, batch, None if chunks is None else ChunkShape(*chunks), greedy, blocks)
         self._specs[number] = spec
         self._compilations.add(number)
         self._loaded.wait()

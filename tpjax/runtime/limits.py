@@ -18,6 +18,7 @@ MASK_BATCH = 16  # slots whose masks one upload sets, at most
 PAGE_SIZE = 128  # positions per cache page
 STEPS = {"cpu": 4, "tpu": 4}  # decode steps of one dispatch at most; elsewhere 1
 _FEW_SLOTS = 8  # up to here decode batches double, beyond they grow fourfold
+_DECODE_SHAPES = 5  # where each is for so many blocks of pages
 
 
 class ChunkShape(NamedTuple):
@@ -34,6 +35,22 @@ class ChunkShape(NamedTuple):
     def tokens(self) -> int:
         """Tokens of all chunks."""
         return self.rows * self.length
+
+
+class DecodeShape(NamedTuple):
+    """What a decode step is compiled for.
+
+    Attributes:
+        rows: sequences, padding included.
+        blocks: blocks of pages that all of them have together, at most; 0: any number.
+    """
+
+    rows: int
+    blocks: int = 0
+
+    def holds(self, rows: int, blocks: int) -> bool:
+        """Returns whether so many sequences with so many blocks fit."""
+        return rows <= self.rows and (not self.blocks or blocks <= self.blocks)
 
 
 MAX_PROMPT_TOKENS = 2048  # of one step
@@ -171,6 +188,26 @@ class Limits:
         while sizes[0] > 1:
             sizes.insert(0, -(-sizes[0] // fraction))
         return tuple(sizes)
+
+    def decode_shapes(self, block_pages: int | None) -> tuple[DecodeShape, ...]:
+        """Returns the shapes that decode steps are compiled for, smallest first; the last holds everything.
+
+        Args:
+            block_pages: pages of a block, where attention visits as many blocks as a program is compiled for;
+                ``None``: it finds out itself how many there are, and only rows count. Rows of padding have no
+                blocks, and cost little: so blocks alone grow, fourfold, and rows with them.
+        """
+        if block_pages is None:
+            return tuple(map(DecodeShape, self.batch_sizes))
+        most = self.max_rows * -(-self.blocks // block_pages)
+        # all that the cache holds, each row's last block part full; rows that share pages may have more
+        unshared = min(most, self.num_pages // block_pages + self.max_rows)
+        sizes = [most if most <= 4 * unshared else 0]
+        if 2 * unshared <= most:
+            sizes.append(unshared)
+        while len(sizes) < _DECODE_SHAPES and sizes[-1] > 1:
+            sizes.append(-(-sizes[-1] // 4))
+        return tuple(DecodeShape(min(self.max_rows, size or self.max_rows), size) for size in sizes[::-1])
 
     @property
     def mixed_batch_sizes(self) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from tpjax.config import ModelConfig, SequenceParallel
 from tpjax.mesh import absent_array, is_local
 from tpjax.model import Decoder
 from tpjax.runtime import steps
-from tpjax.runtime.limits import ChunkShape, Limits
+from tpjax.runtime.limits import ChunkShape, DecodeShape, Limits
 from tpjax.runtime.rows import PackedRows, PackedStep
 from tpjax.runtime.state import DeviceState, StageState
 from tpjax.sampling import mask_words
@@ -53,12 +53,19 @@ class ProgramSpec(NamedTuple):
         batch: decode rows, or the rows of ``set_masks``.
         chunks: prompt chunks; ``None``: the kind has none.
         greedy: the sampler only takes the likeliest tokens.
+        blocks: of decode steps, as :class:`DecodeShape` has it.
     """
 
     kind: Kind
     batch: int = 0
     chunks: ChunkShape | None = None
     greedy: bool = False
+    blocks: int = 0
+
+    @classmethod
+    def decode(cls, shape: DecodeShape, *, greedy: bool) -> ProgramSpec:
+        """Returns a decode step of a shape."""
+        return cls("decode", shape.rows, greedy=greedy, blocks=shape.blocks)
 
     @property
     def tokens(self) -> int:
@@ -72,7 +79,8 @@ class ProgramSpec(NamedTuple):
 
     def __str__(self) -> str:
         """``step of 8 rows and 4 x 32 prompt tokens, greedy``."""
-        parts = [f"{self.batch} rows"] if self.batch else []
+        blocks = f" and {self.blocks} blocks of pages" if self.blocks else ""
+        parts = [f"{self.batch} rows{blocks}"] if self.batch else []
         if self.chunks:
             parts.append(f"{self.chunks.rows} x {self.chunks.length} prompt tokens")
         of = f" of {' and '.join(parts)}" if parts else ""
@@ -86,7 +94,7 @@ class ProgramSpec(NamedTuple):
     @property
     def before_last(self) -> ProgramSpec:
         """What the other stages of a pipeline run before the last one runs this."""
-        return ProgramSpec("layers", self.batch, self.chunks)
+        return ProgramSpec("layers", self.batch, self.chunks, blocks=self.blocks)
 
     @property
     def donated(self) -> int:
@@ -172,6 +180,7 @@ class Programs:
         config: the architecture, of the whole model.
         mesh: ``("tp",)``.
         limits: fixed sizes.
+        decode_shapes: of decode steps, smallest first.
         dtype: of activations.
         sequence_parallel: as :class:`Runner` takes it.
         following: the next stage's mesh; ``None``: there is no other stage after this one.
@@ -195,6 +204,7 @@ class Programs:
         config: ModelConfig,
         mesh: Mesh,
         limits: Limits,
+        decode_shapes: Sequence[DecodeShape],
         dtype: np.dtype,
         sequence_parallel: SequenceParallel,
         following: Mesh | None = None,
@@ -211,6 +221,7 @@ class Programs:
         self._config = config
         self._mesh = mesh
         self._limits = limits
+        self._decode_shapes = tuple(decode_shapes)
         self._dtype = dtype
         self._sequence_parallel = sequence_parallel
         self._following = following
@@ -226,8 +237,8 @@ class Programs:
         limits, shapes = self._limits, self._limits.usable_chunk_shapes
         return [
             *(
-                ProgramSpec("decode", batch, greedy=greedy)
-                for batch in limits.batch_sizes
+                ProgramSpec.decode(shape, greedy=greedy)
+                for shape in self._decode_shapes
                 for greedy in (True, False)
             ),
             *(ProgramSpec("step", 0, chunks) for chunks in shapes),
@@ -246,7 +257,7 @@ class Programs:
         limits = self._limits
         return [
             ProgramSpec("step", limits.max_rows, limits.mixed_chunk_shapes[-1]),
-            ProgramSpec("decode", limits.max_rows),
+            ProgramSpec.decode(self._decode_shapes[-1], greedy=False),
             ProgramSpec("set_history"),
             ProgramSpec("set_masks", limits.mask_batch),
         ]
@@ -367,7 +378,7 @@ class Programs:
 
     def _program(self, spec: ProgramSpec) -> Program:
         """Returns a program as that of a model in one piece."""
-        kind, batch, chunks, greedy = spec
+        kind, batch, chunks, greedy, blocks = spec
         mesh, limits, residual = self._mesh, self._limits, self.residual_spec(spec)
         if chunks:
             packed, _ = PackedStep.pack([], [], limits, batch, chunks)
@@ -376,12 +387,13 @@ class Programs:
                 work = packed if chunks else PackedRows.pack([], limits, batch)
                 assert self._following is not None
                 alike = self._following.size == mesh.size
-                layers = partial(steps.layers, residual=residual, rows=self._rows(spec, self._following.size))
+                handed = self._rows(spec, self._following.size)
+                layers = partial(steps.layers, residual=residual, rows=handed, blocks=blocks)
                 # stages of as many devices hand the residual on as it lies
                 return Program(layers, (work,), (residual if alike else REPLICATED,))
             case "decode":
                 rows = PackedRows.pack([], limits, batch)
-                decode = partial(steps.decode, steps=limits.steps, greedy=greedy, mesh=mesh)
+                decode = partial(steps.decode, steps=limits.steps, greedy=greedy, mesh=mesh, blocks=blocks)
                 return Program(decode, (rows, np.int32(1)), (REPLICATED,))
             case "step":
                 step = partial(steps.step, residual=residual, greedy=greedy, mesh=mesh)

@@ -178,10 +178,10 @@ class Runner(Stage):
             has ended outputs ``NO_TOKEN``.
         """
         greedy = all(row.plain_greedy() for row in rows)
-        sizes = [size for size in self.limits.batch_sizes if size >= len(rows)]
+        shapes = self.decode_shapes_for([row.position + steps for row in rows])
         spec = self.programs.usable(
-            ProgramSpec("decode", sizes[0], greedy=greedy),
-            (ProgramSpec("decode", size, greedy=one) for size in sizes for one in (greedy, False)),
+            ProgramSpec.decode(shapes[0], greedy=greedy),
+            (ProgramSpec.decode(shape, greedy=one) for shape in shapes for one in (greedy, False)),
         )
         sampled: Sampled
         (sampled,) = self.dispatch(spec, PackedRows.pack(rows, self.limits, spec.batch), np.int32(steps))
@@ -294,16 +294,22 @@ class Runner(Stage):
 
     # --- compiling ahead -----------------------------------------------------------------------------------
 
-    def prepare(self, spans: Sequence[tuple[int, int]], *, greedy: bool) -> None:
+    def prepare(self, spans: Sequence[tuple[int, int]], *, greedy: bool, tokens: int = 1) -> None:
         """Compiles what one prompt needs, so that its first tokens do not wait for it.
 
         Args:
             spans: the parts in which it runs: first position and one past the last.
             greedy: whether its tokens are the likeliest, and nothing else about them is asked for.
+            tokens: tokens that it may output.
         """
         shapes = {self.limits.fitting([span]) for span in spans}
         chunks = (ProgramSpec("step", 0, shape) for shape in sorted(shapes))
-        self.programs.compile([ProgramSpec("decode", 1, greedy=greedy), *chunks])
+        prompt = spans[-1][1]
+        first, *others = self.decode_shapes_for([prompt + 1])
+        later = self.decode_shapes_for([prompt + tokens])
+        needed = (first, *others[: 1 + len(others) - len(later)])
+        decode = (ProgramSpec.decode(shape, greedy=greedy) for shape in needed)
+        self.programs.compile([*decode, *chunks])
         jax.block_until_ready([stage.state for stage in self.stages])
 
     def warm_up(self, *, background: bool = False) -> None:

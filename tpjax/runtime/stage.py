@@ -31,7 +31,7 @@ from tpjax.attention import Backend
 from tpjax.config import KVDtype, ModelConfig, SequenceParallel
 from tpjax.mesh import absent_array, is_local
 from tpjax.model import Decoder
-from tpjax.runtime.limits import Limits
+from tpjax.runtime.limits import DecodeShape, Limits
 from tpjax.runtime.programs import ModelGraph, Programs, ProgramSpec
 from tpjax.runtime.rows import PackedRows, PackedStep
 from tpjax.runtime.state import DeviceState, StageState
@@ -63,6 +63,7 @@ class Stage:
         dtype: as given.
         kv_dtype: as given.
         backend: what computes attention.
+        decode_shapes: what decode steps are compiled for, smallest first.
         weights: flat, in the order of :meth:`ModelGraph.split`.
         programs: the compiled programs.
     """
@@ -85,6 +86,7 @@ class Stage:
         self.mesh = mesh
         self.following = following
         self.limits = limits
+        self.decode_shapes = limits.decode_shapes(self.backend.block_pages)
         self.dtype = jnp.dtype(dtype)
         self.kv_dtype: KVDtype = kv_dtype
         self._graph, self.weights = ModelGraph.split(model)
@@ -96,6 +98,7 @@ class Stage:
             config=model.config,
             mesh=mesh,
             limits=limits,
+            decode_shapes=self.decode_shapes,
             dtype=self.dtype,
             sequence_parallel=sequence_parallel,
             following=following,
@@ -112,6 +115,18 @@ class Stage:
     def is_last(self) -> bool:
         """Whether it samples."""
         return self.layers.stop == self.config.num_layers
+
+    def decode_shapes_for(self, lengths: Sequence[int]) -> tuple[DecodeShape, ...]:
+        """Returns the shapes of decode steps that hold rows, smallest first.
+
+        Args:
+            lengths: tokens of each row's sequence once the step has fed it the last one.
+        """
+        pages, blocks = self.backend.block_pages, 0
+        if pages is not None:
+            size, most = pages * self.limits.page_size, self.limits.max_model_len
+            blocks = sum(-(-min(length, most) // size) for length in lengths)
+        return tuple(shape for shape in self.decode_shapes if shape.holds(len(lengths), blocks))
 
     def own(self, spec: ProgramSpec) -> ProgramSpec:
         """Returns what this stage runs when the last one runs a program."""

@@ -39,6 +39,7 @@ def layers(
     *,
     residual: PartitionSpec,
     rows: int,
+    blocks: int = 0,
 ) -> tuple[StageState, Float[Array, "rows D"]]:
     """Runs a stage that is not the last: returns the hidden states of a step's tokens after its layers.
 
@@ -51,10 +52,11 @@ def layers(
         residual: sharding of the residual.
         rows: hidden states that the next stage takes, padding included: on other numbers of devices it pads
             a step otherwise.
+        blocks: as :func:`decode` takes it.
     """
     if isinstance(batch, PackedRows):
-        alive = batch.remaining > 0
-        hidden, cache = _run_rows(model, state.cache, batch, alive, batch.positions, batch.slots, inputs)
+        alive, at = batch.remaining > 0, batch.positions
+        hidden, cache = _run_rows(model, state.cache, batch, alive, at, batch.slots, inputs, blocks)
     else:
         hidden, cache, _ = _run(model, state.cache, batch, inputs, residual)
     if rows != len(hidden):
@@ -72,6 +74,7 @@ def decode(
     steps: int,
     greedy: bool,
     mesh: Mesh,
+    blocks: int = 0,
 ) -> tuple[DeviceState, Sampled]:
     """Feeds each row its slot's last token and samples the next, ``count`` times.
 
@@ -87,21 +90,25 @@ def decode(
         steps: steps at most.
         greedy: all rows take the likeliest token, and nothing else is asked for.
         mesh: the mesh.
+        blocks: blocks of pages that all rows have together, at most, if attention is compiled for so many.
     """
     start, remaining = rows.positions, rows.remaining
     if steps == 1:
-        state, sampled = _decode_once(model, state, rows, remaining > 0, start, greedy, mesh, hidden)
+        alive = remaining > 0
+        state, sampled = _decode_once(model, state, rows, alive, start, greedy, mesh, blocks, hidden)
         return state, jax.tree.map(lambda x: x[None], sampled)
 
     def body(i: Array, carry: tuple[DeviceState, Array, Sampled]) -> tuple[DeviceState, Array, Sampled]:
         state, alive, out = carry
-        state, sampled = _decode_once(model, state, rows, alive, start + i, greedy, mesh)
+        state, sampled = _decode_once(model, state, rows, alive, start + i, greedy, mesh, blocks)
         sampled = replace(sampled, tokens=jnp.where(alive, sampled.tokens, NO_TOKEN))
         out = jax.tree.map(lambda all_, one: all_.at[i].set(one), out, sampled)
         ended = jnp.any(sampled.tokens[:, None] == rows.stop_ids, axis=1) | (sampled.tokens < 0)
         return state, alive & ~ended & (i + 1 < remaining), out
 
-    shapes = jax.eval_shape(lambda: _decode_once(model, state, rows, remaining > 0, start, greedy, mesh)[1])
+    shapes = jax.eval_shape(
+        lambda: _decode_once(model, state, rows, remaining > 0, start, greedy, mesh, blocks)[1]
+    )
     out = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), shapes)
     state, _, out = jax.lax.fori_loop(0, count, body, (state, remaining > 0, out))
     return state, out
@@ -267,10 +274,11 @@ def _run_rows(
     positions: Int[Array, " B"],
     slots: Int[Array, " B"],
     inputs: Int[Array, " slots"] | Float[Array, "B D"],
+    blocks: int,
 ) -> tuple[Float[Array, "B D"], PagedKVCache]:
     """Returns the hidden states of decode rows at ``positions``, and the cache: see :func:`_run`."""
     metadata = [
-        BatchMetadata((_decode_group(rows, alive, positions, number, window),))
+        BatchMetadata((_decode_group(rows, alive, positions, number, window, blocks),))
         for number, window in enumerate(cache.windows)
     ]
     return model(inputs[slots] if model.is_first else inputs, cache, metadata)
@@ -282,11 +290,16 @@ def padded_tokens(tokens: int, residual: PartitionSpec, tp: int) -> int:
 
 
 def _decode_group(
-    rows: PackedRows, alive: Bool[Array, " B"], positions: Int[Array, " B"], number: int, window: int | None
+    rows: PackedRows,
+    alive: Bool[Array, " B"],
+    positions: Int[Array, " B"],
+    number: int,
+    window: int | None,
+    blocks: int = 0,
 ) -> TokenGroup:
     """Returns the decode rows as layers of a page group see them."""
-    tables, lengths = rows.block_tables(number), alive.astype(jnp.int32)
-    return TokenGroup(tables, positions[:, None], lengths, rows.max_lengths, cyclic=window is not None)
+    tables, lengths, cyclic = rows.block_tables(number), alive.astype(jnp.int32), window is not None
+    return TokenGroup(tables, positions[:, None], lengths, rows.max_lengths, cyclic=cyclic, walk=blocks)
 
 
 def _sample_step(
@@ -318,13 +331,14 @@ def _decode_once(
     positions: Int[Array, " B"],
     greedy: bool,
     mesh: Mesh,
+    blocks: int,
     hidden: Float[Array, "B D"] | None = None,
 ) -> tuple[DeviceState, Sampled]:
     """Feeds each row its slot's last token at ``positions`` and samples the next."""
     # a row that has ended goes on computing, but on the null page and the spare slot
     slots = jnp.where(alive, rows.slots, state.spare_slot)
     inputs = state.tokens if hidden is None else hidden
-    hidden, cache = _run_rows(model, state.cache, rows, alive, positions, slots, inputs)
+    hidden, cache = _run_rows(model, state.cache, rows, alive, positions, slots, inputs, blocks)
     state = replace(state, cache=cache)
     return _sample(model, state, rows, hidden, slots, positions + 1, greedy, mesh)
 

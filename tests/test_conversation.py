@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import json
 import re
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ import pytest
 from tpjax.errors import RequestError
 from tpjax.server.conversation import conversation
 from tpjax.server.error_responses import ApiError, bad_request
-from tpjax.server.parsing.tool_call_formats import tool_call_format
-from tpjax.server.protocol import ChatBody
+from tpjax.server.parsing.tool_call_formats import HERMES, tool_call_format
+from tpjax.server.protocol import ChatBody, Message
 from tpjax.server.template_traits import Traits, traits_of
 from tpjax.text.chat_template import ChatTemplates
 
@@ -264,6 +265,22 @@ def test_arguments_are_as_the_template_takes_them() -> None:
     assert '```json\n{"city": "warg"}\n```' in rendered("deepseek-v3", CONVERSATIONS["a call"])
     (_, asked, _) = turns("qwen3", CONVERSATIONS["a call"])
     assert asked["content"] == "" and asked["tool_calls"][0]["function"]["arguments"] == {"city": "warg"}
+
+
+def test_thousands_of_calls_take_no_time() -> None:
+    """They are put in order on the event loop: seconds there would be everybody's."""
+    count = 4000
+    calls = [call("f", f"c{i}", "{}") for i in range(count)]
+    results = [{"role": T, "tool_call_id": f"c{i}", "content": f"r{i}"} for i in reversed(range(count))]
+    asked = [said(U, "hi"), said(A, None, tool_calls=[*calls, call("g", "c0")]), *results]
+    asked.append({"role": T, "tool_call_id": "unknown", "content": "r"})
+    messages = [Message.model_validate(one) for one in asked]
+    traits = Traits(tool_messages=True, parallel_calls=False)
+    start = time.process_time()
+    found = conversation(messages, None, traits, HERMES)
+    assert time.process_time() - start < 1
+    assert [one.get("tool_call_id", "call") for one in found[1:6]] == ["call", "c0", "call", "c1", "call"]
+    assert [one["role"] for one in found[-2:]] == [A, T] and found[-1]["tool_call_id"] == "unknown"
 
 
 @pytest.mark.parametrize("text", ("", "null", "{}"))

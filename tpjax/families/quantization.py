@@ -149,7 +149,7 @@ def _compressed_tensors(settings: Fields) -> Quantization:
     """Reads the groups of compressed-tensors, whose weights must all be quantised in one way."""
     if (sparse := settings.get("sparsity_config", None)) and sparse.get("format") != "dense":
         raise ConfigError(f"{settings.where}: sparsity_config={brief(sparse)} is not supported: use dense")
-    layout = settings.get("format")
+    layout = settings.get("format", None)  # newer files have it in the groups alone
     groups = settings.section("config_groups")
     found = {_of_group(groups.section(name), layout) for name in groups.raw}
     if len(found) != 1:

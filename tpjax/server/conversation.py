@@ -121,17 +121,17 @@ def _arguments(text: str, position: int) -> JsonObject:
 
 def _with_ids(turns: list[Turn]) -> list[Turn]:
     """Adds missing ids to calls and results; results belong to calls in their order."""
-    waiting: list[str] = []
+    waiting: dict[str, None] = {}  # a dict: there may be thousands, and this runs on the event loop
     for position, turn in enumerate(turns):
         if calls := turn.get("tool_calls"):
             for number, call in enumerate(calls):
                 call.setdefault("id", f"call{position}x{number}")
-            waiting = [call["id"] for call in calls]
+            waiting = dict.fromkeys(call["id"] for call in calls)
         elif turn["role"] == "tool":
-            id_ = turn.get("tool_call_id") or (waiting[0] if waiting else "")
+            id_ = turn.get("tool_call_id") or next(iter(waiting), "")
             if id_:
                 turn["tool_call_id"] = id_
-                waiting = [other for other in waiting if other != id_]
+                waiting.pop(id_, None)
     return turns
 
 
@@ -187,13 +187,14 @@ def _one_call_each(turns: list[Turn]) -> Iterator[Turn]:
             continue
         results = list(itertools.takewhile(lambda one: one["role"] == "tool", turns[position:]))
         position += len(results)
+        by_call: dict[str | None, list[Turn]] = {call["id"]: [] for call in calls}
+        for one in results:
+            by_call.setdefault(one.get("tool_call_id"), []).append(one)
         for number, call in enumerate(calls):
-            own = [one for one in results if one.get("tool_call_id") == call["id"]]
-            results = [one for one in results if one.get("tool_call_id") != call["id"]]
             first = turn if number == 0 else {"role": "assistant", "content": ""}
             yield {**first, "tool_calls": [call]}
-            yield from own
-        yield from results
+            yield from by_call.pop(call["id"], ())  # of equal ids, the first call has the results
+        yield from (one for one in results if one.get("tool_call_id") in by_call)
 
 
 def _calls_as_text(turns: list[Turn], form: ToolCallFormat) -> list[Turn]:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
+from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from serving import WAIT_S
 
+from tpjax.attention import XLA, Backend
 from tpjax.errors import DistributedError
 from tpjax.runtime.channel import Connection, Kind, accept, connect, listen
+from tpjax.runtime.leader import _Acknowledgements
+from tpjax.runtime.memory import DeviceMemory
 from tpjax.runtime.processes import differences
 from tpjax.runtime.replay_codec import Decoder, Encoder
+from tpjax.runtime.role import Role
 
 SECRET = b"s" * 32
 
@@ -195,3 +202,32 @@ def test_differences_are_named_with_both_values() -> None:
         "version is '2' in process 3 and '1' in process 0",
         "dtype is None in process 3 and 'auto' in process 0",
     ]
+
+
+def test_process_0_chooses_the_kernels_and_the_least_memory_of_all() -> None:
+    """The others do not even look: a self-test times a chip, and another chip could find otherwise."""
+    sent: list[Any] = []
+    each = [asdict(DeviceMemory(free, platform="gpu")) for free in (9, 5)]
+    leader: Any = SimpleNamespace(gathered=lambda name: [*each, None], decide=sent.append)
+    chosen = [XLA, Backend("gpu", "found right")]
+    assert Role(leader=leader).decide(lambda: chosen) == (DeviceMemory(5, platform="gpu"), chosen)
+    follower: Any = SimpleNamespace(decisions=lambda: json.loads(json.dumps(sent[0])))
+    found = Role(DeviceMemory(7), follower=follower).decide(lambda: pytest.fail("a follower has chosen"))
+    assert found == (DeviceMemory(5, platform="gpu"), chosen)
+
+
+def test_a_program_waits_until_every_process_has_it() -> None:
+    waiting = _Acknowledgements({1, 2})
+    thread = threading.Thread(target=waiting.wait, args=("decode",))
+    thread.start()
+    waiting.add(2, None)
+    thread.join(0.1)
+    assert thread.is_alive()
+    waiting.add(1, None)
+    thread.join(WAIT_S)
+    assert not thread.is_alive()
+    failed = _Acknowledgements({1, 2})
+    failed.add(2, "no room")
+    why = "decode could not be compiled everywhere: process 2: no room"
+    with pytest.raises(DistributedError, match=why):
+        failed.wait("decode")

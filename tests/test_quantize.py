@@ -49,6 +49,10 @@ F32 = jnp.dtype("float32")
 TOLERANCE = 1e-4
 # Biases, norms with an offset, matrices stored [in, out], parallel blocks, experts, shared ones, latents.
 FAMILIES = ("llama", "qwen2", "gemma3", "gpt2", "cohere", "mixtral", "qwen2_moe", "deepseek_v3")
+OTHER_FAMILIES = (
+    *("cohere2", "gemma", "gemma2", "gpt_neox", "gpt_neox-serial", "granite", "mistral", "olmo2", "phi3"),
+    *("qwen3", "qwen3_moe", "smollm3", "starcoder2"),
+)
 FAST = {("llama", 1), ("llama", 3), ("gpt2", 3), ("mixtral", 3), ("deepseek_v3", 3)}  # in the default tier
 GROUP = 12  # inputs that share a scale in int4, in most tests
 PROMPT = np.random.default_rng(5).integers(0, 128, 40)
@@ -95,6 +99,12 @@ def worth_of(weight: np.ndarray, kind: Quantize) -> np.ndarray:
     return np.concatenate(worth, axis=1)
 
 
+CASES = [
+    *(pytest.param(name, tp, marks=wide(name, tp)) for name in FAMILIES for tp in (1, 3, 5, 8)),
+    *(pytest.param(name, 3, marks=pytest.mark.slow) for name in OTHER_FAMILIES),
+]
+
+
 @functools.cache
 def expected(name: str, kind: Quantize, head: bool = False) -> np.ndarray:
     """Logits of the NumPy model with dequantised weights in place of those that are quantised."""
@@ -112,10 +122,7 @@ def expected(name: str, kind: Quantize, head: bool = False) -> np.ndarray:
     return reference.logits(checkpoint.config, weights, PROMPT)
 
 
-@pytest.mark.parametrize(
-    ("name", "tp"),
-    [pytest.param(name, tp, marks=wide(name, tp)) for name in FAMILIES for tp in (1, 2, 3, 5, 8)],
-)
+@pytest.mark.parametrize(("name", "tp"), CASES)
 def test_logits_are_those_of_the_dequantised_weights(name: str, tp: int) -> None:
     """A prompt in one chunk; then a token through the cache, which latent attention computes another way."""
     want = expected(name, "int8")
@@ -124,10 +131,7 @@ def test_logits_are_those_of_the_dequantised_weights(name: str, tp: int) -> None
     assert np.abs(got - want).max() <= TOLERANCE * np.abs(want).max()
 
 
-@pytest.mark.parametrize(
-    ("name", "tp"),
-    [pytest.param(name, tp, marks=wide(name, tp)) for name in FAMILIES for tp in (1, 2, 3, 5, 8)],
-)
+@pytest.mark.parametrize(("name", "tp"), CASES)
 def test_logits_in_int4(name: str, tp: int, small_groups: None) -> None:
     """In groups that neither heads nor slices are multiples of."""
     want = expected(name, "int4")

@@ -229,6 +229,18 @@ def test_the_same_tokens_however_they_are_computed(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ("llama", "deepseek_v3"))
+def test_greedy_tokens_at_any_tp(name: str, kind: QuantizedDtype) -> None:
+    prompt, found = np.random.default_rng(1).integers(3, 50, 20).tolist(), []
+    for tp in (1, 3, 8):
+        with LLM(GOLDENS / name, tp=tp, max_model_len=128, max_slots=1, kv_dtype=kind) as llm:
+            (one,) = llm.generate([prompt], max_tokens=48, temperature=0, ignore_eos=True)
+        found.append(one.token_ids)
+    assert found == found[:1] * 3 and len(set(found[0])) > 8
+
+
+@pytest.mark.slow
 def test_with_quantised_weights_replicas_stages_and_scores() -> None:
     """Replicas and stages generate what one model does; scores of a prompt are those of its logits."""
     prompts = [np.random.default_rng(n).integers(3, 50, 40 * n + 150).tolist() for n in range(3)]

@@ -45,20 +45,23 @@ FIGURES = {
 }
 
 
+SMALL = {  # sizes at which measuring takes seconds
+    "_PAIRS": 1,
+    "_WIDTH": 64,
+    "_INNER": 126,
+    "_DEPTHS": (1, 2),
+    "_PROMPT": 32,
+    "_TOKENS": (1, 2, 8, 32),
+    "_ROUNDS": 1,
+    "_STEPS": 4,
+    "_MESSAGES": (1024, 4096),
+    "_LAYER": TINY,
+}
+
+
 @pytest.fixture
 def small(monkeypatch):
-    """Sizes at which measuring takes seconds."""
-    small = {
-        "_PAIRS": 1,
-        "_WIDTH": 64,
-        "_INNER": 126,
-        "_DEPTHS": (1, 2),
-        "_PROMPT": 32,
-        "_TOKENS": (1, 2, 8, 32),
-        "_ROUNDS": 1,
-        "_STEPS": 4,
-    }
-    for name, value in {**small, "_MESSAGES": (1024, 4096), "_LAYER": TINY}.items():
+    for name, value in SMALL.items():
         monkeypatch.setattr(measure, name, value)
 
 

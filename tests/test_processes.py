@@ -23,7 +23,7 @@ import openai
 import pytest
 from conftest import COMPILE_FAST
 from serving import WAIT_S, free_port, load_tiny, tiny_checkpoint
-from test_measure import FIGURES
+from test_measure import FIGURES, SMALL
 
 from tpjax import LLM, SamplingParams
 from tpjax.planning import measure
@@ -313,10 +313,16 @@ def test_convert_ends_all_where_process_0_fails(directory: Path, tmp_path: Path)
     assert all("exists: name a directory that does not" in one.err.read_text() for one in started)
 
 
+def measuring_little(words: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The same commands, with sizes at which measuring takes seconds."""
+    small = f"from tpjax.planning import measure\nvars(measure).update({SMALL!r})\n"
+    return [[option, small + command, *rest] for option, command, *rest in words]
+
+
 @pytest.mark.slow
 def test_bench_measures_the_mesh_of_all(directory: Path, tmp_path: Path) -> None:
     words = ["bench", str(directory), "--tp", "2", "--context", "40", "--rounds", "1", "--json"]
-    with processes(tmp_path, commands(words, 2)) as started:
+    with processes(tmp_path, measuring_little(commands(words, 2))) as started:
         assert [one.ended(4 * WAIT_S) for one in started] == [0, 0], started[0].err.read_text()
     assert "measuring the machines of 2 processes at tp=2" in started[0].err.read_text()
     found = json.loads(started[0].out.read_text())
@@ -330,7 +336,7 @@ def test_bench_measures_the_stages_of_all_processes(directory: Path, tmp_path: P
     words = ["bench", str(directory), "--pp", "2", "--tp", "1,2", "--context", "40"]
     words += ["--rounds", "1", "--json"]
     measure.keep(tmp_path / "cache" / "measured.json", 2, FIGURES, alone=True)
-    with processes(tmp_path, commands(words, 2)) as started:
+    with processes(tmp_path, measuring_little(commands(words, 2))) as started:
         assert [one.ended(4 * WAIT_S) for one in started] == [0, 0], started[0].err.read_text()
     assert "measuring this machine at tp=1, once" in started[0].err.read_text()
     assert "measuring" not in started[1].err.read_text()  # it knows its machine at tp=2

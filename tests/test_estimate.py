@@ -136,6 +136,22 @@ def test_kernels() -> None:
     assert found.low_total_s == pytest.approx(estimated().total_s + found.low_kernels_s)
 
 
+@pytest.mark.parametrize("places", (("", ""), ("S(1)", ""), ("S(1)", "S(1)")))
+def test_what_a_kernel_reads_on_chip(places: tuple[str, str]) -> None:
+    """Queries and outputs that the compiler keeps on chip are no traffic; pages always are."""
+    at = [f"{{3,2,1,0:T(4,128)(2,1){place}}}" for place in places]
+    text = f"""HloModule jit_decode
+
+ENTRY %main (q: bf16[2,1,4,128], pages: bf16[64,1,128,128]) -> bf16[2,1,4,128] {{
+  %q = bf16[2,1,4,128]{at[0]} parameter(0)
+  %pages = bf16[64,1,128,128]{{3,2,1,0}} parameter(1)
+  ROOT %paged_attention = bf16[2,1,4,128]{at[1]} custom-call(%q, %pages), custom_call_target="tpu_custom_call"
+}}
+"""
+    found = estimated(kernel_work=[Work(100_000, 0, 2 * 2 * 4 * 128 * 2)], text=text)
+    assert found.kernel_bytes == 100_000 - 2 * 4 * 128 * 2 * sum(map(bool, places))
+
+
 def test_bounds() -> None:
     """Weights and cache read once at full bandwidth, products at the peak rate."""
     attention = replace(CONFIG.attention, layer_types=("full_attention",) * 2, sliding_window=None)

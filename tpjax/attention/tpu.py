@@ -127,10 +127,12 @@ class Work(NamedTuple):
     Attributes:
         bytes: read and written in main memory.
         flops: of its products, those of masked keys included.
+        activations: of the bytes, those of queries and outputs: the compiler may keep these on chip.
     """
 
     bytes: int
     flops: int
+    activations: int = 0
 
 
 def work(
@@ -171,9 +173,10 @@ def work(
         blocks += -(-seen // tiling.pages)
     key_bytes = sum(vector_bytes(pad_to_multiple(width, LANES), kv_dtype, dtype) for width in widths if width)
     width = pad_to_multiple(widths[0], LANES) + pad_to_multiple(value_dim, LANES)
-    moved = pages * page_size * key_bytes + length * per_head * width * jnp.dtype(dtype).itemsize
+    activations = length * per_head * width * jnp.dtype(dtype).itemsize
+    moved = pages * page_size * key_bytes + activations
     products = tiling.queries * per_head * blocks * tiling.pages * page_size * width
-    return Work(batch * heads * moved, 2 * batch * heads * products)
+    return Work(batch * heads * moved, 2 * batch * heads * products, batch * heads * activations)
 
 
 def _divisors(number: int) -> list[int]:

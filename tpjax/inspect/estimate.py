@@ -5,9 +5,10 @@
 The compiler annotates fusions with estimated cycles (about 1,800 on the smallest), but neither collectives
 nor the copies that prefetch most weights, and the body of a loop once. Memory traffic is what those copies
 move and what everything else reads and writes in main memory. A kernel has no cycles: its time is the longer
-of the bytes that its grid moves over an assumed share of the bandwidth, and of its products over an assumed
-share of the peak rate. A collective is exposed for as long as it has nothing to run beside: the instructions
-scheduled between its start and its end take their cycles. Nothing here was measured on a chip.
+of the bytes that its grid moves from and to main memory over an assumed share of the bandwidth, and of its
+products over an assumed share of the peak rate. A collective is exposed for as long as it has nothing to run
+beside: the instructions scheduled between its start and its end take their cycles. Nothing here was measured
+on a chip.
 """
 
 from __future__ import annotations
@@ -170,7 +171,11 @@ def estimate(
     ]
     clocks = _follow(module, chip.interconnect, tp, clock)
     compute_s, traffic_s = cycles / clock, traffic / bandwidth
-    calls = [(call.bytes, call.flops, 0) for call in kernel_work] + list(products)
+    calls = [
+        (call.bytes - min(call.activations, on_chip), call.flops, 0)
+        for call, on_chip in zip(kernel_work, _on_chip(module, len(kernel_work)), strict=True)
+    ]
+    calls += products
     kernels_s, low_kernels_s = (
         sum(
             max(moved / (share.bandwidth * bandwidth), flops / (share.flops * device.flops), least / clock)
@@ -359,6 +364,23 @@ def _traffic(module: Module, one: Executed, experts_read: float) -> int:
             stack = operand.arrays[0].dims if instruction.name.startswith(_GROUPED) else ()
             total += int(read * min(1.0, experts_read / stack[0])) if len(stack) == 3 else read
     return total
+
+
+def _on_chip(module: Module, calls: int) -> list[int]:
+    """Returns the bytes of queries and outputs of each attention kernel that are not in main memory.
+
+    They have the same first dimensions: sequences, KV heads, rows. Where the kernels are not as many as
+    ``calls``, nothing is known of them.
+    """
+    found = []
+    for one in module.executed():
+        if one.conditional or "tpu_custom_call" not in one.instruction.line:
+            continue
+        if KERNEL_NAME in one.instruction.line:
+            output, body = one.instruction.arrays[0], module.computations[one.computation]
+            arrays = [output, *(array for name in one.instruction.operands for array in body[name].arrays)]
+            found.append(sum(x.bytes for x in arrays if x.space and x.dims[:3] == output.dims[:3]))
+    return found if len(found) == calls else [0] * calls
 
 
 def _is_product(instruction: Instruction) -> bool:

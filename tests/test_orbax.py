@@ -290,6 +290,7 @@ def test_two_at_once_one_wins(tmp_path: Path) -> None:
     open_checkpoint(target)
 
 
+@pytest.mark.slow
 def test_a_target_being_written_is_left_alone_and_a_killed_writer_is_no_obstacle(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with start("-c", HOLDER, str(target), stdin=subprocess.PIPE) as holder:

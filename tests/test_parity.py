@@ -226,7 +226,8 @@ def test_cached_decode_equals_full_forward(tiny: Callable[[int], LLM], tp: int) 
     assert logits[len(prompt) - 1 : -1].argmax(axis=1).tolist() == completion.token_ids
 
 
-@pytest.mark.parametrize("tp", (slow(1), 3, slow(4)))
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", (1, 3, 4))
 def test_batch_of_mixed_lengths_equals_one_by_one(tiny: Callable[[int], LLM], tp: int) -> None:
     """More prompts than slots, greedy and sampled in one batch."""
     llm = tiny(tp)

@@ -237,13 +237,16 @@ def _attend(
             (1, tiling.heads, block_rows, width), lambda row, queries, heads, *_: (row, heads, queries, 0)
         )
 
-    inputs = [query.swapaxes(1, 2).reshape(batch, heads, rows, shape[-1])]
+    # of a block of queries the rows of one query head follow each other: as they lie in what is multiplied
+    # before and after, each query head in its own lanes, so that no vector is turned around
+    split = query.reshape(batch, query_blocks, tiling.queries, heads, per_head, shape[-1])
+    inputs = [split.transpose(0, 3, 1, 4, 2, 5).reshape(batch, heads, rows, shape[-1])]
     in_specs = [of_program(shape[-1])]
     if tiling.queries > 1:  # which query each row is of: a TPU divides no vectors of integers
-        inputs.append(jnp.arange(block_rows, dtype=jnp.int32)[:, None] // per_head)
+        inputs.append(jnp.arange(block_rows, dtype=jnp.int32)[:, None] % tiling.queries)
         in_specs.append(pl.BlockSpec((block_rows, 1), lambda *_: (0, 0)))
     if sinks is not None:
-        inputs.append(jnp.tile(sinks.astype(jnp.float32), (1, tiling.queries))[:, :, None])
+        inputs.append(jnp.repeat(sinks.astype(jnp.float32), tiling.queries, axis=1)[:, :, None])
         in_specs.append(
             pl.BlockSpec((tiling.heads, block_rows, 1), lambda row, queries, heads, *_: (heads, 0, 0))
         )
@@ -289,8 +292,8 @@ def _attend(
         *(in_main_memory(buffer, interpret) for buffer in buffers),
     )
     return (
-        output.reshape(batch, heads, length, per_head, value_dim)
-        .swapaxes(1, 2)
+        output.reshape(batch, heads, query_blocks, per_head, tiling.queries, value_dim)
+        .transpose(0, 2, 4, 1, 3, 5)
         .reshape(*shape[:4], value_dim)
     )
 

@@ -19,6 +19,7 @@ from tpjax import __version__
 from tpjax.checkpoints import hub
 from tpjax.cli import app as cli
 from tpjax.cli import batch, console, generate
+from tpjax.cli.serve import name_in_api
 from tpjax.inspect import doctor
 from tpjax.inspect.accelerators import has_nvidia_gpu, has_tpu
 from tpjax.planning.arrivals import Arrival, read_trace
@@ -672,3 +673,10 @@ def test_lines_end_at_line_feeds_alone(mark, tmp_path):
     row = {"timestamp": 1, "input_length": 2, "output_length": 3, "note": texts[0]}
     file.write_text(mark + json.dumps(row, ensure_ascii=False))
     assert read_trace(file) == [Arrival(0.0, 2, 3)]
+
+
+def test_a_model_is_served_under_the_name_that_clients_know(tmp_path: Path) -> None:
+    """A Hugging Face id whole, as vLLM does; of a path no more than its last part."""
+    (tmp_path / "mine").mkdir()
+    assert name_in_api("org/name") == "org/name" and name_in_api("smollm2-135m") == "smollm2-135m"
+    assert name_in_api(str(tmp_path / "mine")) == "mine"

@@ -60,7 +60,11 @@ def run(
     port: Annotated[int, option("--port", help="0 takes a free one.", parser=port, metavar="N")] = 8000,
     served_model_name: Annotated[
         str | None,
-        typer.Option("--served-model-name", metavar="NAME", help="The model's name in the API (M)."),
+        typer.Option(
+            "--served-model-name",
+            metavar="NAME",
+            help="The model's name in the API (M; of a path its last part).",
+        ),
     ] = None,
     max_slots: MaxSlots = None,
     max_num_batched_tokens: MaxNumBatchedTokens = None,
@@ -120,7 +124,7 @@ def run(
     if protect_metrics and not keys:
         raise ConfigError("--protect-metrics needs a key: give --api-key or --api-key-file")
     options = Options(
-        model=served_model_name or Path(name).name,
+        model=served_model_name or name_in_api(name),
         host=host,
         port=port,
         api_keys=tuple(keys),
@@ -145,6 +149,11 @@ def run(
     if process_id():
         loaded()  # follows process 0, which has the server
     serve(loaded, options, note)
+
+
+def name_in_api(model: str) -> str:
+    """Returns the name that clients ask for: an alias or a Hugging Face id, or the last part of a path."""
+    return Path(model).name if Path(model).exists() else model
 
 
 def _keys(file: Path) -> list[str]:

@@ -104,7 +104,7 @@ def explain_stage(stage: Stage, name: str, dp: int = 1) -> Report:
     cache = _cache(stage)
     with ThreadPoolExecutor() as pool:  # XLA compiles outside Python's lock
         specs = (
-            ProgramSpec("decode", 1, greedy=True),
+            ProgramSpec.decode(stage.decode_shapes_for([1])[0], greedy=True),
             ProgramSpec("step", 0, limits.usable_chunk_shapes[-1], greedy=True),
         )
         steps = list(pool.map(partial(_step, stage), ("decode", "prefill"), specs))

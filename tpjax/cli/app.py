@@ -34,7 +34,7 @@ from tpjax.cli import (
 )
 from tpjax.cli.console import EXIT_INTERRUPTED
 from tpjax.cli.following import abandon
-from tpjax.cli.options import goal, rate
+from tpjax.cli.options import goal, rate, token_bias
 from tpjax.errors import EngineError, TpjaxError
 from tpjax.inspect.accelerators import leave_out_absent
 from tpjax.old_spellings import translate_arguments
@@ -67,7 +67,7 @@ class _ReaderLeft(Exception):
 
 # Options that several values may follow: ``--request-rate 1 2 4``. What the parser of one does not take is
 # the next argument. After an option that takes any text, it would be one more of that: the model, a key.
-_OF_SEVERAL = {"--goodput": goal, "--rate": rate, "--request-rate": rate}
+_OF_SEVERAL = {"--goodput": goal, "--logit-bias": token_bias, "--rate": rate, "--request-rate": rate}
 
 
 class _Subcommand(TyperCommand):

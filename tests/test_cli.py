@@ -640,12 +640,16 @@ def test_more_devices_than_are_faked_are_one_line_and_exit_2() -> None:
         ("generate --stop '###' Hello m", {"prompt": "Hello", "model": "m", "stop": ["###"]}),
         ("serve --api-key secret m", {"model": "m", "api_key": ["secret"]}),
         ("serve --allow-origin * m", {"model": "m", "allow_origin": ["*"]}),
+        (
+            "generate --logit-bias 7:1.5 9:-2 Hello m",
+            {"prompt": "Hello", "model": "m", "logit_bias": [(7, 1.5), (9, -2.0)]},
+        ),
         ("plan --serve --rate 1 2 inf m", {"model": "m", "rate": [1.0, 2.0, float("inf")]}),
         ("plan --goodput ttft:5 tpot:4 m", {"model": "m", "goodput": [("ttft", 5.0), ("tpot", 4.0)]}),
     ),
 )
 def test_what_follows_an_option(line, expected):
-    """The model and the prompt are not one more of its values; only rates and bounds may be several."""
+    """The model and the prompt are not one more of its values: several have a form of their own."""
     name, *words = shlex.split(line)
     given = typer.main.get_command(cli.app).commands[name].make_context(name, words).params
     assert {key: given[key] for key in expected} == expected

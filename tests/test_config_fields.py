@@ -142,6 +142,7 @@ def test_what_published_files_have_beside(model_type: str) -> None:
         {"n_shared_experts": 1},
         {"num_experts": 0.5},
         {"residual_multiplier": 0},  # of it, 0 is a value like any other
+        {"max_window_layers": 0},  # every layer would have the window
         {"use_qk_norm": True},
     ),
 )

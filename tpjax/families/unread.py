@@ -30,7 +30,8 @@ from tpjax.errors import ConfigError
 log = logging.getLogger(__name__)
 
 _MOST_NAMES_SHOWN = 20
-_COUNT = re.compile(r"(num|n)_.+|.+_(size|rank|layers|experts)")  # names of what 0 says that there is none of
+# Names of what 0 says that there is none of; with max_window_layers=0 every layer has the window.
+_COUNT = re.compile(r"(num|n)_.+|(?!max_).+_(size|rank|layers|experts)")
 
 
 def _names(text: str) -> frozenset[str]:

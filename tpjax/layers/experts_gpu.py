@@ -175,7 +175,7 @@ def grouped_product(
     room = mosaic_gpu.SHARED_BYTES - size * block * x.dtype.itemsize
     stages = min(_MOST_STAGES, -(-inner // _INNER) + 1, room // stage)
     out = plgpu.kernel(
-        functools.partial(_kernel, stages, transposed),
+        functools.partial(_kernel, stages, transposed, size),
         out_type=jax.ShapeDtypeStruct(shape, x.dtype),
         grid=(-(-columns // block), len(tiles.experts)),
         grid_names=("column", "tile"),
@@ -200,27 +200,12 @@ def _columns(size: int, columns: int) -> int:
     return _COLUMNS if size < _MOST_ROWS or columns < _WIDE_COLUMNS else _WIDE_COLUMNS
 
 
-def _kernel(
-    stages: int,
-    transposed: bool,
-    experts: Any,
-    rows: Any,
-    x: Any,
-    weights: Any,
-    out: Any,
-    x_smem: Any,
-    weights_smem: Any,
-    out_smem: Any,
-    x_here: Any,
-    weights_here: Any,
-    done: Any,
-) -> None:
-    """Computes one program, for as many rows as its tile has."""
+def _kernel(stages: int, transposed: bool, size: int, experts: Any, rows: Any, *refs: Any) -> None:
+    """Computes one program, for as many rows as its tile has; ``refs`` as :func:`_product` takes them."""
     held, least = rows[jax.lax.axis_index("tile")], 0
-    scratch = x_smem, weights_smem, out_smem, x_here, weights_here, done
-    for used in _multiplied(x_smem.shape[1]):
-        arguments = stages, transposed, used, experts, x, weights, out, *scratch
-        pl.when((held > least) & (held <= used))(functools.partial(_product, *arguments))
+    for used in _multiplied(size):
+        product = functools.partial(_product, stages, transposed, used, experts, *refs)
+        pl.when((held > least) & (held <= used))(product)
         least = used
 
 

@@ -71,6 +71,12 @@ def environment() -> dict[str, str]:
     return {**kept, "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))}
 
 
+def test_what_takes_longer_on_another_machine_is_comparable() -> None:
+    comparable = TRANSCRIPTS["comparable"]
+    assert comparable(" compiled in    9.9 s   7.6 s\n") == comparable(" compiled in   10.1 s  11.6 s\n")
+    assert comparable(" bytes   9.9 GiB  7.6 s\n") != comparable(" bytes  10.1 GiB  7.6 s\n")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS, ids=[next(block.commands())[0][:50] for block in BLOCKS])
 @pytest.mark.usefixtures("smollm2_gguf")  # fetched before: no transcript shows that

@@ -66,8 +66,10 @@ def blocks(readme: str) -> list[Block]:
 
 
 def comparable(text: str) -> str:
-    """Replaces what differs from run to run: times and speeds, with the spaces that line them up in a column
-    (9.9 s and 10.1 s differ there too), and line numbers of sources."""
+    """Replaces what differs from run to run: times, speeds, and line numbers of sources.
+
+    The spaces that line times up in a column go too: 9.9 s and 10.1 s differ there.
+    """
     text = re.sub(r"\b(\w+\.py):\d+", r"\1:…", text)
     text = re.sub(r" *\d+(\.\d+)?(?= (s|ms|tokens/s)\b)", " #", text)
     return re.sub(r"(?<=compiled in )[ \d.s]+", "#", text)

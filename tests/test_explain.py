@@ -121,7 +121,7 @@ def test_contents_are_what_is_read(heads: int, kv_heads: int, tp: int) -> None:
     """Each canonical element is a number of its own: zeros, first readings and repetitions are counted."""
     plan = HeadPlan(heads, kv_heads, tp)
     layout = qkv_layout(plan, 2, in_features=3)
-    (_, width), sizes = layout.shape, dict(layout.sizes)
+    (width, _), sizes = layout.shape, dict(layout.sizes)
     starts = dict(zip(sizes, np.cumsum([1, *sizes.values()]) * 3, strict=False))
 
     def read(source: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -131,7 +131,7 @@ def test_contents_are_what_is_read(heads: int, kv_heads: int, tp: int) -> None:
     seen: set[int] = set()
     for device in range(tp):
         share = width // tp
-        index = (slice(None), slice(device * share, (device + 1) * share))
+        index = (slice(device * share, (device + 1) * share), slice(None))
         stored = layout.read(read, index, np.dtype(np.int64))
         numbers = stored[stored > 0].tolist()
         new = set(numbers) - seen

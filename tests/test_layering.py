@@ -151,14 +151,13 @@ MAY_COMPILE = {
     "layers.selftest",
     "cache.paged_cache",
     "model",  # within a program that is traced: equal layers once
-    "checkpoints.load",
     "planning.measure",
     "inspect.chip_benchmark",
 }
 
 
 def test_only_the_programs_compile_for_serving() -> None:
-    """Besides, the loader transposes, the cache allocates zeros, and four modules time the machine."""
+    """Besides, the cache allocates zeros, and four modules time the machine."""
     users = {
         module
         for module, tree in MODULES.items()

@@ -20,7 +20,6 @@ from safetensors.numpy import save_file
 
 from tpjax import LLM
 from tpjax.checkpoints import load as load_module
-from tpjax.checkpoints import parameters as parameters_module
 from tpjax.checkpoints.assemble import fill
 from tpjax.checkpoints.canonical import CanonicalSource
 from tpjax.checkpoints.load import load_decoder
@@ -31,8 +30,6 @@ from tpjax.checkpoints.source import TensorInfo, TensorSource
 from tpjax.errors import CheckpointError, ConfigError
 from tpjax.families.registry import FAMILIES
 from tpjax.mesh import make_mesh
-from tpjax.runtime.limits import ChunkShape
-from tpjax.runtime.programs import ProgramSpec
 
 LAYERS, D, H, K, HEAD, F, V = 2, 10, 6, 2, 4, 20, 50
 F32 = jnp.dtype("float32")
@@ -136,17 +133,17 @@ def expected(tp: int, weights: Mapping[str, np.ndarray] = TENSORS) -> dict[str, 
         for kv_head, heads in SLOTS[tp]:
             columns += [head(q, h) for h in heads] + [head(k, kv_head), head(v, kv_head)]
             outputs += [head(o, h) for h in heads]
-        out[f"{target}self_attn.qkv_proj.weight"] = np.concatenate(columns, axis=1)
+        out[f"{target}self_attn.qkv_proj.weight"] = np.concatenate(columns, axis=1).T
         out[f"{target}self_attn.o_proj.weight"] = np.concatenate(outputs, axis=1)
         parts = zip(np.split(padded(gate, 1), tp, axis=1), np.split(padded(up, 1), tp, axis=1), strict=True)
         out[f"{target}mlp.gate_up_proj.weight"] = np.concatenate(
             [part for pair in parts for part in pair], axis=1
-        )
+        ).T
         out[f"{target}mlp.down_proj.weight"] = padded(down, 1)
     return out
 
 
-CUT_AXIS = {"qkv_proj": 1, "gate_up_proj": 1, "o_proj": 1, "down_proj": 1, "embed_tokens": 0, "lm_head": 0}
+CUT_AXIS = {"qkv_proj": 0, "gate_up_proj": 0, "o_proj": 1, "down_proj": 1, "embed_tokens": 0, "lm_head": 0}
 
 
 @pytest.fixture(scope="module")
@@ -167,26 +164,15 @@ def test_each_device_holds_its_slice(plain: Path, tp: int) -> None:
             np.testing.assert_array_equal(np.asarray(shard.data), shards[shard.device.id], err_msg=name)
 
 
-def test_order_in_memory(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a TPU: the same logits from weights [in, out] that have the inputs last in memory."""
-    tokens = list(range(20))
-    expected = LLM(plain, tp=3, max_slots=1).logits(tokens)
-    monkeypatch.setattr(parameters_module, "_OUT_FIRST", {"cpu"})
-    llm = LLM(plain, tp=3, max_slots=1)
-    np.testing.assert_allclose(llm.logits(tokens), expected, rtol=1e-5, atol=1e-5)
-    orders = {
-        parameter.name: weight.format.layout.major_to_minor
-        for parameter, weight in zip(
-            parameters(llm.runner.abstract_model(), llm.mesh), llm.runner.weights, strict=True
-        )
-    }
-    assert {name.split(".", 2)[-1] for name, order in orders.items() if order == (1, 0)} == {
+def test_matrices_keep_the_checkpoint_s_order(plain: Path) -> None:
+    """None is transposed while it is loaded; only experts are, for their grouped products."""
+    checkpoint, mesh = open_checkpoint(plain), make_mesh(3)
+    declared = parameters(abstract_decoder(checkpoint.config, mesh, F32), mesh)
+    assert {one.name.split(".", 2)[-1] for one in declared if len(one.layout.shape) == 2} > {
         "self_attn.qkv_proj.weight",
         "mlp.gate_up_proj.weight",
     }
-    assert (
-        "f32[10,14]{0,1}" in llm.runner.program(ProgramSpec("score", 0, ChunkShape(1, 32))).as_text()
-    )  # a device's gate and up
+    assert not any(one.layout.transposed for one in declared)
 
 
 def test_sharded_files_and_single_file_are_the_same(plain: Path, tmp_path: Path) -> None:
@@ -277,9 +263,9 @@ def test_every_element_is_read_once(plain: Path, tp: int) -> None:
     load_decoder(checkpoint, abstract_decoder(config, mesh, F32), mesh, progress=False)
     sizes = {name: math.prod(info.shape) for name, info in source.tensors.items()}
     assert source.elements == sizes
-    # without a copy: what is kept as it is stored, and whole rows of it where it is cut into rows
-    contiguous = ("norm", "embed_tokens", "lm_head", *(("o_proj", "down_proj") if tp == 1 else ()))
-    in_place = {name: size for name, size in sizes.items() if any(part in name for part in contiguous)}
+    # without a copy: whole rows; o_proj and down_proj are cut across theirs
+    cut = () if tp == 1 else ("o_proj", "down_proj")
+    in_place = {name: size for name, size in sizes.items() if not any(part in name for part in cut)}
     assert source.in_place == in_place
 
 

@@ -38,7 +38,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-@pytest.mark.parametrize("name", ("gemma3", "gpt2", "gpt_oss", "deepseek_v3", "phi3"))
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name",
+    ("gemma3", "gpt2", "gpt_oss", *(pytest.param(name, marks=SLOW) for name in ("deepseek_v3", "phi3"))),
+)
 def test_a_converted_model_is_the_same(name: str, tmp_path: Path) -> None:
     """Sliding windows and rope dictionaries, transposed, quantised, stacked, latent, fused and LongRoPE."""
     convert(GOLDENS / name, tmp_path / "out")
@@ -276,6 +282,7 @@ def start_convert(target: Path) -> subprocess.Popen[str]:
     return start("-m", "tpjax.cli", "convert", str(GOLDENS / "llama"), str(target))
 
 
+@pytest.mark.slow
 def test_two_at_once_one_wins(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with start_convert(target) as one, start_convert(target) as two:

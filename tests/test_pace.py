@@ -142,6 +142,7 @@ def test_grammars_alone_take_a_token_each_step() -> None:
     assert len(runner.dispatches) <= 20 and {steps for _, steps in runner.dispatches} == {1}
 
 
+@pytest.mark.slow
 def test_real_streams_beside_a_real_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled programs: the same tokens as alone, in the steps that they take alone."""
 

@@ -494,12 +494,12 @@ def test_scales_are_sharded_as_their_outputs() -> None:
         "layers.0.mlp.down_proj.weight.scales": (F32, ()),
         "layers.0.mlp.down_proj.weight.values": (e4m3, (None, "tp")),
         "layers.0.mlp.gate_up_proj.weight.scales": (F32, ("tp",)),
-        "layers.0.mlp.gate_up_proj.weight.values": (e4m3, (None, "tp")),
+        "layers.0.mlp.gate_up_proj.weight.values": (e4m3, ("tp", None)),
         "layers.0.post_attention_layernorm.weight": (F32, ()),
         "layers.0.self_attn.o_proj.weight.scales": (F32, ()),
         "layers.0.self_attn.o_proj.weight.values": (e4m3, (None, "tp")),
         "layers.0.self_attn.qkv_proj.weight.scales": (F32, ("tp",)),
-        "layers.0.self_attn.qkv_proj.weight.values": (e4m3, (None, "tp")),
+        "layers.0.self_attn.qkv_proj.weight.values": (e4m3, ("tp", None)),
     }
     assert {p.dtype for name, p in declared.items() if "layers." not in name} == {F32}
 

@@ -333,7 +333,7 @@ def test_bad_dtypes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'int4' is not one of" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", (KINDS[0], pytest.param(KINDS[1], marks=pytest.mark.slow)))
 @pytest.mark.parametrize(
     "name",
     (

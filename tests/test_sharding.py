@@ -285,12 +285,12 @@ def test_segments_do_not_overlap_and_padding_is_zero(plan: HeadPlan) -> None:
 @settings(QUICK, max_examples=40)
 @given(small_plans())
 def test_attention_through_the_layouts_is_attention(plan: HeadPlan) -> None:
-    """x @ qkv, then o over the head slots, equals the canonical products head by head."""
+    """qkv @ x, then o over the head slots, equals the canonical products head by head."""
     fused, out = qkv(plan), output(plan)
     source = Source({**fused.canonical_shapes(), **out.canonical_shapes()})
     per_group = plan.num_heads // plan.num_kv_heads
     x = np.random.default_rng(1).normal(size=HIDDEN).astype(np.float32)
-    head_slots = (x @ read_all(fused, source)).reshape(plan.num_head_slots, plan.group_size + 2, HEAD_DIM)
+    head_slots = (read_all(fused, source) @ x).reshape(plan.num_head_slots, plan.group_size + 2, HEAD_DIM)
     # any function of a query and its own key and value will do in place of a softmax
     outputs = head_slots[:, :-2] * head_slots[:, -2:-1] + head_slots[:, -1:]
     result = read_all(out, source) @ outputs.reshape(-1)
@@ -404,18 +404,18 @@ def test_gate_and_up_lie_together_on_each_device(tp: int) -> None:
         layout = declared[f"layers.0.mlp.gate_up_proj.{kind}"].layout
         source = Source(layout.canonical_shapes())
         share = pad_to_multiple(20, tp) // tp
-        assert layout.shape[-1] == 2 * share * tp
-        stored = read_all(layout, source).reshape(-1, tp, 2, share)
+        assert layout.shape[0] == 2 * share * tp
+        stored = read_all(layout, source).T.reshape(-1, tp, 2, share)
         for part, name in enumerate(("gate_proj", "up_proj")):
             features = stored[:, :, part].reshape(-1, share * tp)
             tensor = source.tensors[f"{name}.{kind}"].T.reshape(-1, 20)
             np.testing.assert_array_equal(features[:, :20], tensor)
             assert not features[:, 20:].any()
         # a device's slice asks for no other device's features
-        width = layout.shape[-1] // tp
+        width = layout.shape[0] // tp
         for device in range(tp):
             source.elements = 0
-            index = (slice(None),) * (len(layout.shape) - 1) + (slice(device * width, (device + 1) * width),)
+            index = (slice(device * width, (device + 1) * width), *[slice(None)] * (len(layout.shape) - 1))
             part = layout.read(source.read, index, np.dtype(np.float32))
             np.testing.assert_array_equal(part, read_all(layout, Source(layout.canonical_shapes()))[index])
             mine = max(0, min(share, 20 - device * share))
@@ -433,11 +433,11 @@ def test_specs_of_a_model() -> None:
         "norm.weight": (),
         "layers.0.input_layernorm.weight": (),
         "layers.0.post_attention_layernorm.weight": (),
-        "layers.0.self_attn.qkv_proj.weight": (None, "tp"),
+        "layers.0.self_attn.qkv_proj.weight": ("tp", None),
         "layers.0.self_attn.qkv_proj.bias": ("tp",),
         "layers.0.self_attn.o_proj.weight": (None, "tp"),
         "layers.0.self_attn.o_proj.bias": (),
-        "layers.0.mlp.gate_up_proj.weight": (None, "tp"),
+        "layers.0.mlp.gate_up_proj.weight": ("tp", None),
         "layers.0.mlp.gate_up_proj.bias": ("tp",),
         "layers.0.mlp.down_proj.weight": (None, "tp"),
         "layers.0.mlp.down_proj.bias": (),

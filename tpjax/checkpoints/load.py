@@ -8,10 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -142,27 +140,16 @@ def _order(parameter: Parameter) -> Order[Parameter]:
     wanted = list(dict.fromkeys(_bounds(index, layout.shape) for index in indices))
     shapes = [tuple(stop - start for start, stop in bounds) for bounds in wanted]
     zeros = any(layout.content(tuple(slice(*bound) for bound in bounds)).zeros for bounds in wanted)
-    if parameter.out_first:
-        shapes = [shape[::-1] for shape in shapes]
     arrays = blocks.empty(shapes, np.dtype(parameter.dtype), zeros=zeros)
-    if parameter.out_first:
-        arrays = [array.T for array in arrays]
     return Order(parameter, layout, dict(zip(wanted, arrays, strict=True)), parameter.canonical)
 
 
 def _array(parameter: Parameter, parts: Mapping[tuple[tuple[int, int], ...], np.ndarray]) -> jax.Array:
     """Returns the filled parts as one array over the devices; a CPU device uses its part without a copy."""
     shape, sharding = parameter.layout.shape, parameter.sharding
-    if not parameter.out_first:
-        return jax.make_array_from_callback(
-            shape, sharding, lambda index: parts[_bounds(index, shape)]
-        ).block_until_ready()
-    # The devices receive [out, in]; the transpose to [in, out] changes only the layout: no byte moves.
-    transposed = NamedSharding(sharding.mesh, P(*reversed((*sharding.spec, None)[:2])))
-    stored = jax.make_array_from_callback(
-        shape[::-1], transposed, lambda index: parts[_bounds(index and index[::-1], shape)].T
-    )
-    return jax.jit(jnp.transpose, out_shardings=parameter.format)(stored).block_until_ready()
+    return jax.make_array_from_callback(
+        shape, sharding, lambda index: parts[_bounds(index, shape)]
+    ).block_until_ready()
 
 
 def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:

@@ -11,8 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental.layout import Format
-from jax.experimental.layout import Layout as MemoryLayout
 from jax.sharding import Mesh, NamedSharding
 
 from tpjax.attention import XLA, Backend
@@ -27,10 +25,9 @@ from tpjax.layers.weights import (
     rounded_format,
 )
 from tpjax.model import Decoder
-from tpjax.sharding import Layout, WeightLayout
+from tpjax.sharding import Layout
 
 _LAYER = re.compile(r"layers\.(\d+)(?=\.)")
-_OUT_FIRST = {"tpu"}  # platforms that keep a weight stored [in, out] as [out, in] in memory
 
 
 def abstract_decoder(
@@ -77,7 +74,7 @@ def abstract_decoder(
         model,
         {
             parameter.path: jax.ShapeDtypeStruct(
-                parameter.layout.shape, parameter.dtype, sharding=parameter.format
+                parameter.layout.shape, parameter.dtype, sharding=parameter.sharding
             )
             for parameter in parameters(model, mesh)
         },
@@ -96,7 +93,6 @@ class Parameter:
         sharding: the devices of its slices.
         dtype: dtype on the devices.
         quantized: the quantised weight whose values, scales or zero points it holds; ``None``: of none.
-        row_major: a TPU keeps it in the order of its layout too.
         first_layer: number of the model's layer that the path calls layer 0.
     """
 
@@ -106,7 +102,6 @@ class Parameter:
     sharding: NamedSharding
     dtype: jnp.dtype
     quantized: QuantizedParameter | None = None
-    row_major: bool = False
     first_layer: int = 0
 
     @property
@@ -123,24 +118,6 @@ class Parameter:
     def is_scales(self) -> bool:
         """Whether it holds the scales or zero points of a quantised weight."""
         return self.quantized is not None and not self.is_quantized
-
-    @property
-    def format(self) -> Format | NamedSharding:
-        """The sharding and, on a TPU, the memory layout of weights that are stored transposed.
-
-        A TPU keeps those as the checkpoint has them, [out, in], the layout in which it reads them for the few
-        rows of a decode step. Otherwise every step would have a relayout of each: two layers of Llama-3-8B
-        and the head take an estimated 0.41 ms on v5e:2x4, not 0.57. On a CPU, products of 2 to 32 rows are
-        10 to 40% slower with that layout.
-        """
-        return Format(MemoryLayout((1, 0)), self.sharding) if self.out_first else self.sharding
-
-    @property
-    def out_first(self) -> bool:
-        """Whether a weight [in, out] is kept as [out, in] in memory."""
-        platform = self.sharding.mesh.devices.flat[0].platform
-        transposed = isinstance(self.layout, WeightLayout) and self.layout.transposed
-        return platform in _OUT_FIRST and transposed and not self.row_major
 
     @property
     def bytes_per_device(self) -> int:
@@ -176,7 +153,6 @@ def parameters(model: Decoder, mesh: Mesh) -> list[Parameter]:
             shardings[path].get_value(),
             variable.dtype,
             owner,
-            variable.get_metadata("row_major"),
             model.layer_range.start,
         )
 

@@ -209,7 +209,7 @@ def compile_program(
     cache = jax.tree.leaves(state.cache)
     model = stage.abstract_model()
     weights = [
-        jax.ShapeDtypeStruct(p.layout.shape, p.dtype, sharding=p.format)
+        jax.ShapeDtypeStruct(p.layout.shape, p.dtype, sharding=p.sharding)
         for p in parameters(model, stage.mesh)
     ]
     predicted = sum(_bytes(leaf, topology.is_tpu) for leaf in (*weights, *jax.tree.leaves(state)))

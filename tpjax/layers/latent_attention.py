@@ -31,7 +31,6 @@ from tpjax.layers.rope import RotaryEmbedding, apply_rotary
 from tpjax.layers.weights import QuantizedParameter, parameter, split_axis
 from tpjax.sharding import (
     COLUMN,
-    HEAD_ROWS,
     HEADS,
     REPLICATED,
     HeadPlan,
@@ -184,7 +183,7 @@ class KeyValueProjection(nnx.Module):
                 per_head=key_dim + value_dim,
                 rank=self.rank,
             )
-            return parameter(layout, HEAD_ROWS, dtype, inputs=1)
+            return parameter(layout, COLUMN, dtype, inputs=1)
 
         self.key = declare(0, key_dim)
         self.value = declare(key_dim, value_dim)

@@ -10,8 +10,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from tpjax.layers.products import Terms, product, spread
 from tpjax.layers.weights import QuantizedWeight, Weight, parameter, split_axis
-from tpjax.layers.widening import Terms, product_on_tpu, quantized_rows, spread, widened_product
+from tpjax.layers.widening import product_on_tpu, quantized_rows, widened_product
 from tpjax.sharding import (
     PARTIAL_SUMS,
     REPLICATED,
@@ -46,14 +47,14 @@ def dot(
     """
     dtype = dtype or x.dtype
     if not isinstance(weight, QuantizedWeight):
-        return jnp.einsum(subscripts, x, weight, precision=precision, preferred_element_type=dtype)
+        return product(x, weight, subscripts, dtype=dtype, precision=precision)
     if weight.number is not None:
         return product_on_tpu(x, weight, dtype=dtype)
     # Products of float16 and unscaled values could exceed its range.
     summed = jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
-    product = partial(widened_product, subscripts=subscripts, dtype=summed, precision=precision)
+    widened = partial(widened_product, subscripts=subscripts, dtype=summed, precision=precision)
     if not weight.per_output:
-        return product(x, weight, scaled=True).astype(dtype)
+        return widened(x, weight, scaled=True).astype(dtype)
     scales = weight.scales.astype(jnp.float32)
     inputs, axes, outputs = Terms.of(subscripts)
     scales_inputs = any(
@@ -61,7 +62,7 @@ def dot(
     )
     if scales_inputs:  # an output of the checkpoint's matrix is summed over here
         x = (x.astype(jnp.float32) * spread(scales, axes, inputs, x.ndim)).astype(x.dtype)
-    y = product(x, weight, scaled=False)
+    y = widened(x, weight, scaled=False)
     if not scales_inputs:
         y = y.astype(jnp.float32) * spread(scales, axes, outputs, y.ndim)
     return y.astype(dtype)
@@ -86,7 +87,12 @@ def grouped_dot(
 
 
 class Linear(nnx.Module):
-    """``y = x @ weight + bias`` with the weight stored [in, out]: no collective.
+    """``y = x @ weight.T + bias``: no collective.
+
+    The weight keeps the checkpoint's order, [out, in], here and in :class:`RowLinear`: nothing is transposed
+    while it is loaded, TPUs read it in this order for the few rows of a decode step (as [in, out] each step
+    had a relayout of it: two layers of Llama-3-8B and the head took an estimated 0.57 ms on v5e:2x4, not
+    0.41), and so do CPUs (:func:`tpjax.layers.products.product`).
 
     Args:
         weight: layout of the weight.
@@ -98,22 +104,19 @@ class Linear(nnx.Module):
     def __init__(
         self, weight: WeightLayout, bias: WeightLayout | None, spec: PartitionSpec, dtype: jnp.dtype
     ) -> None:
-        self.weight = parameter(weight, spec, dtype, inputs=0)
-        self.bias = None if bias is None else parameter(bias, PartitionSpec(*spec[1:]), dtype)
+        self.weight = parameter(weight, spec, dtype, inputs=1, swappable=True)
+        self.bias = None if bias is None else parameter(bias, PartitionSpec(*spec[:1]), dtype)
         self.spec = spec
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Returns the outputs, sharded as ``spec`` says."""
         weight = self.weight[...]
-        y = dot(x, weight, f"...i,{_axes(weight, 'io')}->...o")
+        y = dot(x, weight, f"...i,{_axes(weight)}->...o")
         return y if self.bias is None else y + self.bias[...]
 
 
 class RowLinear(nnx.Module):
-    """``y = x @ weight.T + bias`` with the weight stored [out, in], sharded along in: an all-reduce follows.
-
-    The weight keeps the checkpoint's order. With one row of ``x``, contracting along the last axis of both
-    reads memory in order: SmolLM2's ``down_proj`` runs at 36 GB/s on a CPU that way, at 25 as [in, out].
+    """``y = x @ weight.T + bias`` with the weight [out, in] sharded along in: an all-reduce follows.
 
     Args:
         weight: layout of the weight.
@@ -130,7 +133,7 @@ class RowLinear(nnx.Module):
         dtype: jnp.dtype,
         partial_sums: int | None = None,
     ) -> None:
-        self.weight = parameter(weight, ROW, dtype, inputs=1)
+        self.weight = parameter(weight, ROW, dtype, inputs=1, swappable=True)
         self.bias = None if bias is None else parameter(bias, REPLICATED, dtype)
         self.partial_sums = partial_sums
 
@@ -142,13 +145,13 @@ class RowLinear(nnx.Module):
         if self.partial_sums is not None:
             return self._partial_sums(x, self.partial_sums)
         weight = self.weight[...]
-        y = dot(x, weight, f"...i,{_axes(weight, 'oi')}->...o")
+        y = dot(x, weight, f"...i,{_axes(weight)}->...o")
         return y if self.bias is None else y + self.bias[...]
 
     def _partial_sums(self, x: Float[Array, "*batch in"], tp: int) -> Float[Array, "tp *batch out"]:
         inputs = x.reshape(*x.shape[:-1], tp, -1)
         weight = self.weight[...]
-        if _axes(weight, "oi") == "io":
+        if _axes(weight) == "io":
             y = dot(inputs, split_axis(weight, 0, (tp, -1)), "...ti,tio->t...o")
         else:
             y = dot(inputs, split_axis(weight, 1, (tp, -1)), "...ti,oti->t...o")
@@ -159,16 +162,9 @@ class RowLinear(nnx.Module):
         return y + jnp.where(first, self.bias[...], 0)
 
 
-def _axes(weight: Weight, unquantized: str) -> str:
-    """Returns the order in which a matrix is stored: ``io`` or ``oi``; with scales for groups it is another.
-
-    Args:
-        weight: the matrix.
-        unquantized: the order of one that is not quantised.
-    """
-    if not isinstance(weight, QuantizedWeight):
-        return unquantized
-    return "io" if weight.inputs == -2 else "oi"
+def _axes(weight: Weight) -> str:
+    """Returns the order in which a matrix is stored: ``oi``, or ``io`` of some that are quantised."""
+    return "io" if isinstance(weight, QuantizedWeight) and weight.inputs == -2 else "oi"
 
 
 class Embedding(nnx.Module):

@@ -12,11 +12,12 @@ from tpjax.config import MLPConfig
 from tpjax.layers.linear import Linear, RowLinear
 from tpjax.sharding import (
     COLUMN,
+    FEATURES,
     REPLICATED,
     constrain,
+    down_layout,
     gate_up_layout,
     tensor_layout,
-    width_per_device,
 )
 
 
@@ -49,9 +50,8 @@ class MLP(nnx.Module):
             self.gate_up_proj = projection
         else:
             self.up_proj = projection
-        padded = tp * width_per_device(width, tp)
         self.down_proj = RowLinear(
-            tensor_layout("down_proj.weight", (hidden, width), padded=padded, axis=1),
+            down_layout("down_proj.weight", width, tp, hidden),
             tensor_layout("down_proj.bias", (hidden,)) if config.bias else None,
             dtype,
             partial_sums=tp if partial_sums else None,
@@ -64,7 +64,7 @@ class MLP(nnx.Module):
         x = constrain(x, REPLICATED)  # all-gather over tp with sequence parallelism
         if self.gated:
             # on each device: of an axis of its own for gate and up, a TPU would make a copy
-            gate = jax.shard_map(self._gate, in_specs=COLUMN, out_specs=COLUMN, check_vma=False)
+            gate = jax.shard_map(self._gate, in_specs=FEATURES, out_specs=FEATURES, check_vma=False)
             inner = gate(self.gate_up_proj(x))
         else:
             inner = activate(self.up_proj(x), self.activation)

@@ -119,6 +119,8 @@ class ExpertStack(nnx.Module):
         gate_up = (f"{name}.gate_proj", f"{name}.up_proj")
 
         def stack(layout: WeightLayout, spec: P, inputs: int | None = None) -> nnx.Param:
+            if inputs is not None:  # [in, out]: the order that grouped products take
+                layout = layout.swapped()
             return parameter(StackedLayout(layout, count), spec, dtype, inputs=inputs)
 
         specs, down = _SPECS[sharded_axis], f"{name}.down_proj"

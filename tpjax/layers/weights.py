@@ -160,7 +160,7 @@ def parameter(
     dtype: jnp.dtype,
     *,
     inputs: int | None = None,
-    row_major: bool = False,
+    swappable: bool = False,
 ) -> nnx.Param:
     """Declares a parameter: its stored shape, its sharding, and the canonical tensors it is made of.
 
@@ -172,19 +172,19 @@ def parameter(
         dtype: its dtype.
         inputs: of a weight that :func:`quantize_weights` may keep in 8 or 4 bits: the stored axis of the
             inputs; ``None``: it stays as it is.
-        row_major: a device keeps it in the order of ``layout``, though its canonical tensors are transposed.
+        swappable: a matrix [out, in] whose module takes it as [in, out] too, where it is kept in 8 or 4 bits.
     """
-    metadata: dict[str, Any] = {"layout": layout, "inputs": inputs, "row_major": row_major}
+    metadata: dict[str, Any] = {"layout": layout, "inputs": inputs, "swappable": swappable}
     return nnx.Param(jnp.zeros(layout.shape, dtype), out_sharding=tuple(spec), **metadata)
 
 
 class QuantizedParameter(nnx.Module):
     """The parameters of a weight that is kept in 8 or 4 bits.
 
-    One with a scale for each output is stored as it would be otherwise, but for TPUs. There, and with more
-    scales everywhere, it is stored with its inputs first, [in, out]: for 8 rows by [1792, 4096] a v5e takes
-    an estimated 10k cycles in int8 then, 19k as [out, in], and 14k in groups of 128, 93k as [out, in]. In
-    bfloat16 it takes 8k, and 27k to read the weight.
+    One with a scale for each output is stored as it would be otherwise, [out, in], but for TPUs. There, and with
+    more scales everywhere, it is stored with its inputs first, [in, out]: for 8 rows by [1792, 4096] a v5e
+    takes an estimated 10k cycles in int8 then, 19k as [out, in], and 14k in groups of 128, 93k as [out, in].
+    In bfloat16 it takes 8k, and 27k to read the weight.
 
     Args:
         layout: layout of the weight.
@@ -194,6 +194,7 @@ class QuantizedParameter(nnx.Module):
         tp: devices.
         platform: of the devices.
         backend: as of :class:`QuantizedWeight`.
+        swappable: it may be stored as [in, out].
     """
 
     def __init__(
@@ -205,6 +206,8 @@ class QuantizedParameter(nnx.Module):
         tp: int,
         platform: str,
         backend: Backend = XLA,
+        *,
+        swappable: bool = False,
     ) -> None:
         parts = [*spec, *[None] * (len(layout.shape) - len(spec))]
         dtype = kept.values_on(platform)
@@ -212,10 +215,10 @@ class QuantizedParameter(nnx.Module):
         self.outputs_first = False  # for the kernel for GPUs, whose scales are [groups, out]
         zeros: nnx.Param | None = None
         if kept.group is None and not kept.zeros:
-            if platform == "tpu" and isinstance(layout, WeightLayout) and inputs == 1 and not any(parts[:1]):
+            if platform == "tpu" and swappable and isinstance(layout, WeightLayout):
                 layout, spec, inputs = layout.swapped(), PartitionSpec(*reversed(parts)), 0
                 parts.reverse()
-            self.values = parameter(layout, spec, dtype, row_major=platform == "tpu")
+            self.values = parameter(layout, spec, dtype)
             del parts[inputs]
             spec = PartitionSpec(*parts) if any(parts) else PartitionSpec()
             self.scales = parameter(layout.per_output(inputs), spec, kept.scales)
@@ -224,20 +227,19 @@ class QuantizedParameter(nnx.Module):
             if isinstance(layout, WeightLayout):
                 outputs = layout.shape[1 - inputs] // (tp if parts[1 - inputs] else 1)
                 self.outputs_first = _gpu_kernel_takes(backend, dtype, self.group, outputs)
-                inputs_first = not self.outputs_first and (inputs == 0 or not any(parts[:1]))
-                if inputs_first != (inputs == 0):
-                    layout, spec, inputs = layout.swapped(), PartitionSpec(*reversed(parts)), 1 - inputs
+                if swappable and not self.outputs_first:
+                    layout, spec, inputs = layout.swapped(), PartitionSpec(*reversed(parts)), 0
                     parts.reverse()
-            self.values = parameter(layout, spec, dtype, row_major=True)
+            self.values = parameter(layout, spec, dtype)
             axis = inputs
             if self.outputs_first and isinstance(layout, WeightLayout):
                 layout, spec, axis = layout.swapped(), PartitionSpec(*reversed(parts)), 0
             of_scales, of_zeros = (
                 layout.per_group(axis, self.group, suffix) for suffix in (SCALE_SUFFIX, ZERO_SUFFIX)
             )
-            self.scales = parameter(of_scales, spec, kept.scales, row_major=True)
+            self.scales = parameter(of_scales, spec, kept.scales)
             if kept.zeros:
-                zeros = parameter(of_zeros, spec, jnp.dtype(jnp.int8), row_major=True)
+                zeros = parameter(of_zeros, spec, jnp.dtype(jnp.int8))
         self.zeros = zeros
         self.inputs = inputs
         self.kept = kept
@@ -290,5 +292,8 @@ def quantize_weights(
             kept = formats.pop()
             if kept is not None and not formats:
                 spec = PartitionSpec(*value.get_metadata("out_sharding"))
-                quantized = QuantizedParameter(layout, spec, kept, inputs, tp, platform, backend)
+                swappable = value.get_metadata("swappable")
+                quantized = QuantizedParameter(
+                    layout, spec, kept, inputs, tp, platform, backend, swappable=swappable
+                )
                 setattr(module, name, quantized)

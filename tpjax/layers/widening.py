@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from tpjax.layers.products import Terms, place_of, product, spread
 from tpjax.layers.weights import QuantizedWeight, specs_of
 from tpjax.mesh import AXIS
 from tpjax.sharding import PARTIAL_SUMS
@@ -25,27 +26,6 @@ from tpjax.sharding import PARTIAL_SUMS
 _BLOCK_ELEMENTS = 1 << 18  # a megabyte of float32
 _FEW_TOKENS, _LARGE_BLOCK_ELEMENTS = 32, 1 << 20  # a product of more tokens wants wider blocks
 _LEAST_COLUMNS = 128  # of a weight [in, out], whose rows are read in pieces then: two cache lines or more
-
-
-class Terms(NamedTuple):
-    """The axes of a product with a weight, a letter each; ``...`` stands for as many as there are.
-
-    Attributes:
-        x: axes of the activations.
-        weight: axes of the weight.
-        out: axes of the result.
-    """
-
-    x: str
-    weight: str
-    out: str
-
-    @classmethod
-    def of(cls, subscripts: str) -> Terms:
-        """Splits what ``einsum`` takes, activations first."""
-        terms, out = subscripts.split("->")
-        x, weight = terms.split(",")
-        return cls(x, weight, out)
 
 
 def widened_product(
@@ -240,7 +220,7 @@ def product_by_blocks(
         if scaled:
             wide = _scaled_block(wide, weight, axis, start)
         own = x if of_x is None else jax.lax.dynamic_slice_in_dim(x, start, rows, of_x)
-        return jnp.einsum(subscripts, own, wide, precision=precision, preferred_element_type=dtype)
+        return product(own, wide, subscripts, dtype=dtype, precision=precision)
 
     shape = jax.eval_shape(lambda: block(0, size)).shape
     at = place_of(outputs, letter, len(shape))
@@ -355,27 +335,3 @@ def _sharded_along(axes: str, letter: str, ndim: int) -> PartitionSpec:
     """Returns the spec of an array of ``ndim`` axes that is sharded along one of them, or along none."""
     place = place_of(axes, letter, ndim) if letter in axes else None
     return PartitionSpec(*(AXIS if axis == place else None for axis in range(ndim)))
-
-
-def place_of(axes: str, letter: str, ndim: int) -> int:
-    """Returns the axis that a letter stands for; ``...`` stands for as many as there are."""
-    before, _, after = axes.partition("...")
-    return before.index(letter) if letter in before else ndim - len(after) + after.index(letter)
-
-
-def spread(x: Array, axes: str, onto: str, ndim: int) -> Array:
-    """Gives an array the order and number of axes of another, so that it broadcasts against that.
-
-    Args:
-        x: the array; axes that the other lacks have size 1.
-        axes: its axes as letters.
-        onto: those of the other.
-        ndim: their number.
-    """
-    places = {axis: place_of(onto, axis, ndim) for axis in axes if axis in onto}
-    shape = [1] * ndim
-    for axis, size in zip(axes, x.shape, strict=True):
-        if axis in places:
-            shape[places[axis]] = size
-    order = sorted(range(x.ndim), key=lambda i: places.get(axes[i], ndim))
-    return x.transpose(order).reshape(shape)

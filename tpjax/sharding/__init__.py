@@ -14,7 +14,7 @@ from tpjax.sharding.projections import (
 from tpjax.sharding.specs import (
     BIAS,
     COLUMN,
-    HEAD_ROWS,
+    FEATURES,
     HEADS,
     LOGITS,
     PAGES,
@@ -46,8 +46,8 @@ from tpjax.sharding.weight_layout import (
 __all__ = [
     "BIAS",
     "COLUMN",
+    "FEATURES",
     "HEADS",
-    "HEAD_ROWS",
     "LOGITS",
     "PAGES",
     "PARTIAL_SUMS",

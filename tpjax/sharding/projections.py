@@ -10,6 +10,7 @@ from tpjax.sharding.weight_layout import (
     WeightLayout,
     column_layout,
     row_layout,
+    tensor_layout,
     width_per_device,
 )
 
@@ -121,7 +122,9 @@ def concatenated_layout(sizes: dict[str, int], in_features: int | None) -> Weigh
 
 
 def gate_up_layout(modules: Sequence[str], width: int, tp: int, in_features: int | None) -> WeightLayout:
-    """Returns the layout [tp, tensors, F / tp] of fused tensors of width F: a device holds the same of each.
+    """Returns the layout of fused tensors of width F, outputs in the order [tp, tensors, F / tp].
+
+    A device holds the same features of each.
 
     Args:
         modules: canonical modules: gate and up, or up alone.
@@ -143,13 +146,13 @@ def gate_up_layout(modules: Sequence[str], width: int, tp: int, in_features: int
 
 
 def down_layout(name: str, width: int, tp: int, out_features: int) -> WeightLayout:
-    """Returns the layout [F, out] of an expert's down projection, in the order that a grouped product takes.
+    """Returns the layout [out, F] of the down projection of an MLP or an expert.
 
     Args:
-        name: the canonical tensor, [out, F].
+        name: the canonical tensor.
         width: F; padded with zeros: :func:`width_per_device`.
         tp: devices that F is sharded over.
         out_features: outputs.
     """
-    shape, segment = (tp * width_per_device(width, tp), out_features), Segment(name, 0, width, 0)
-    return WeightLayout(shape, 0, (segment,), ((name, width),), transposed=True)
+    padded = tp * width_per_device(width, tp)
+    return tensor_layout(name, (out_features, width), padded=padded, axis=1)

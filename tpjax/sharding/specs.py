@@ -16,13 +16,13 @@ else:  # of a tree that a program takes or returns: on devices, or still (or aga
     Leaf = jax.Array | np.ndarray
 
 REPLICATED = P()
-COLUMN = P(None, AXIS)  # [in, out]: each device computes some outputs; no collective
+COLUMN = P(AXIS, None)  # [out, in]: each device computes some outputs; no collective
 ROW = P(None, AXIS)  # [out, in]: each device sums over some inputs; one all-reduce follows
 VOCAB = P(AXIS, None)  # [V, D]: each device holds the rows of some tokens
-HEAD_ROWS = P(AXIS, None)  # [H * out, in]: each device projects to some heads; no collective
 BIAS = P(AXIS)  # [out] of a column-parallel product
 PARTIAL_SUMS = P(AXIS)  # [tp, ...]: one partial sum per device
 SEQUENCE_PARALLEL = P(AXIS, None)  # [N, D]: a residual of which each device holds some tokens
+FEATURES = P(None, AXIS)  # [N, F]: of an MLP, between its products
 LOGITS = P(None, AXIS)  # [B, V]
 HEADS = P(None, AXIS, None, None)  # [N, K, parts of a head slot, h]
 PAGES = P(None, AXIS, None, None)  # [pages, K, page_size, h]

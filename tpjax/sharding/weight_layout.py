@@ -336,11 +336,9 @@ def tensor_layout(
 def column_layout(
     width: int, segments: list[Segment], sizes: dict[str, int], *, in_features: int | None
 ) -> WeightLayout:
-    """Returns the layout of a weight [in, width], or of a bias [width] if ``in_features`` is None."""
-    shape = (width,) if in_features is None else (in_features, width)
-    return WeightLayout(
-        shape, len(shape) - 1, tuple(segments), tuple(sizes.items()), transposed=in_features is not None
-    )
+    """Returns the layout of a weight [width, in], or of a bias [width] if ``in_features`` is None."""
+    shape = (width,) if in_features is None else (width, in_features)
+    return WeightLayout(shape, 0, tuple(segments), tuple(sizes.items()))
 
 
 def row_layout(

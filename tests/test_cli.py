@@ -550,7 +550,7 @@ def test_explain_reads_no_weights_and_prints_every_table(smollm2_first_layers: P
     report = json.loads(out.stdout)
     rows = {row["name"]: row for row in report["tensors"]}
     qkv = rows["layers.*.self_attn.qkv_proj.weight"]
-    assert (qkv["shape"], qkv["shard_shape"], qkv["count"]) == ([576, 1280], [576, 320], 2)
+    assert (qkv["shape"], qkv["shard_shape"], qkv["count"]) == ([1280, 576], [320, 576], 2)
     assert qkv["padding"] == pytest.approx(1 / 3)
     assert qkv["bytes_per_device"] == 2 * 576 * 320 * 4
     assert rows["embed_tokens.weight"]["shard_shape"] == [49152 // 4, 576]
@@ -593,7 +593,7 @@ def test_explain_of_a_configuration_alone(
     report = json.loads(capsys.readouterr().out)
     assert (report["heads"]["padded_heads"], report["heads"]["kv_head_slots"]) == (32, 8)
     rows = {row["name"]: row for row in report["tensors"]}
-    assert rows["layers.*.self_attn.qkv_proj.weight"]["shape"] == [3584, (32 + 2 * 8) * 128]
+    assert rows["layers.*.self_attn.qkv_proj.weight"]["shape"] == [(32 + 2 * 8) * 128, 3584]
     assert rows["layers.*.mlp.down_proj.weight"]["shard_shape"] == [3584, 18944 // 8]
     assert report["steps"][0]["budget"]["all_reduces"] == 5
 

@@ -18,7 +18,6 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from tpjax import LLM
 from tpjax.checkpoints import load as load_module
 from tpjax.checkpoints.assemble import fill
 from tpjax.checkpoints.canonical import CanonicalSource
@@ -263,7 +262,7 @@ def test_every_element_is_read_once(plain: Path, tp: int) -> None:
     load_decoder(checkpoint, abstract_decoder(config, mesh, F32), mesh, progress=False)
     sizes = {name: math.prod(info.shape) for name, info in source.tensors.items()}
     assert source.elements == sizes
-    # without a copy: whole rows; o_proj and down_proj are cut across theirs
+    # without a copy: whole rows; those of o_proj and down_proj are cut
     cut = () if tp == 1 else ("o_proj", "down_proj")
     in_place = {name: size for name, size in sizes.items() if not any(part in name for part in cut)}
     assert source.in_place == in_place

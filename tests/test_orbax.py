@@ -282,7 +282,7 @@ def start_convert(target: Path) -> subprocess.Popen[str]:
     return start("-m", "tpjax.cli", "convert", str(GOLDENS / "llama"), str(target))
 
 
-@pytest.mark.slow
+@SLOW
 def test_two_at_once_one_wins(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with start_convert(target) as one, start_convert(target) as two:
@@ -297,7 +297,7 @@ def test_two_at_once_one_wins(tmp_path: Path) -> None:
     open_checkpoint(target)
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_target_being_written_is_left_alone_and_a_killed_writer_is_no_obstacle(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with start("-c", HOLDER, str(target), stdin=subprocess.PIPE) as holder:
@@ -323,7 +323,7 @@ sys.exit(main(["convert", sys.argv[2], sys.argv[3]]))
 """
 
 
-@pytest.mark.parametrize("limit", (0, 3_000, pytest.param(60_000, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("limit", (0, 3_000, pytest.param(60_000, marks=SLOW)))
 def test_a_full_disk_is_one_line(tmp_path: Path, limit: int) -> None:
     """A limit on files stands for the disk: the configuration does not fit, or Orbax's files do not."""
     target = tmp_path / "out"

@@ -181,10 +181,10 @@ def parameter(
 class QuantizedParameter(nnx.Module):
     """The parameters of a weight that is kept in 8 or 4 bits.
 
-    One with a scale for each output is stored as it would be otherwise, [out, in], but for TPUs. There, and with
-    more scales everywhere, it is stored with its inputs first, [in, out]: for 8 rows by [1792, 4096] a v5e
-    takes an estimated 10k cycles in int8 then, 19k as [out, in], and 14k in groups of 128, 93k as [out, in].
-    In bfloat16 it takes 8k, and 27k to read the weight.
+    One with a scale for each output is stored as it would be otherwise, [out, in], but for TPUs. There, and
+    with more scales everywhere, it is stored with its inputs first, [in, out]: for 8 rows by [1792, 4096] a
+    v5e takes an estimated 10k cycles in int8 then, 19k as [out, in], and 14k in groups of 128, 93k as
+    [out, in]. In bfloat16 it takes 8k, and 27k to read the weight.
 
     Args:
         layout: layout of the weight.

@@ -329,6 +329,18 @@ def test_a_pipeline_decodes_one_sequence_no_faster_than_one_stage_of_its_chips()
     assert pipeline.bytes_per_device < 0.6 * replicas.bytes_per_device
 
 
+def test_what_a_token_moves_in_each_layout():
+    """65 all-reduces of 4,096 bfloat16 numbers, as ``explain`` counts them; hidden states between stages."""
+    strategies = compare(published("llama-3-8b"), HARDWARE["v5e"], 8, Workload(batch=16)).strategies
+    moved = {one.layout: (one.reduced_bytes, one.handed_bytes) for one in strategies}
+    assert moved == {
+        "tp=8": (65 * 8192 + 8, 0),
+        "2 replicas of tp=4": (65 * 8192 + 8, 0),
+        "2 pipeline stages of tp=4": (65 * 8192 + 8, 8192),
+        "8 replicas": (0, 0),
+    }
+
+
 def test_many_sequences_make_expert_parallelism_pay_for_latent_attention():
     workload = Workload(batch=256, dtype="fp8")
     one = compare(published("deepseek-v3"), HARDWARE["h200"], 16, workload)

@@ -23,6 +23,8 @@ from tpjax.config import ExpertAxis, ModelConfig
 from tpjax.hardware import Hardware
 from tpjax.interconnect import interpolated
 
+_SAMPLED_BYTES = 8.0  # of a row: a device's best token and its score
+
 
 @dataclass(frozen=True)
 class Elements:
@@ -316,21 +318,42 @@ class StepTime:
     def head(self, rows: int) -> Cost:
         """Computes the cost of the vocabulary projection and of sampling a token for each of ``rows``."""
         itemsize = self.itemsizes.activations if self.itemsizes.head is None else self.itemsizes.head
-        moved = self.hardware.interconnect.all_reduce_s(self.tp, 8.0 * rows)
+        moved = self.hardware.interconnect.all_reduce_s(self.tp, _SAMPLED_BYTES * rows)
         fixed = self.hardware.efficiency.step_us * 1e-6
         projection = self._product(self.held.head or self.held.embedding, rows, itemsize)
         return projection + Cost(collectives=moved, fixed=fixed)
 
-    def _collectives(self, tokens: int) -> float:
-        """Returns the seconds of all layers' all-reduces: two a layer, or one where its halves are parallel.
+    def reduced_bytes(self, tokens: int, layers: range | None = None) -> float:
+        """Returns the bytes of the results that are added up, or gathered, over devices.
 
-        A norm over all heads takes one of two float32 numbers a token in addition.
+        Args:
+            tokens: tokens that take a step and have another sampled.
+            layers: a pipeline stage's; the first embeds tokens, the last samples them; ``None``: all.
         """
+        every = range(self.config.num_layers)
+        part = every if layers is None else layers
+        if self.tp == 1:
+            return 0.0
+        reduced = sum(count * size for count, size in self._all_reduces(tokens)) * len(part) / len(every)
+        reduced += self._message(tokens) if part.start == 0 else 0
+        return reduced + (_SAMPLED_BYTES * tokens if part.stop == every.stop else 0)
+
+    def _collectives(self, tokens: int) -> float:
+        """Returns the seconds of all layers' all-reduces."""
         reduce = self.hardware.interconnect.all_reduce_s
-        seconds = (1 if self.config.parallel else 2) * reduce(self.tp, self._message(tokens))
+        return sum(count * reduce(self.tp, size) for count, size in self._all_reduces(tokens))
+
+    def _all_reduces(self, tokens: int) -> list[tuple[int, float]]:
+        """Returns how many all-reduces of how many bytes all layers take.
+
+        Each takes two, or one where its halves are parallel. A norm over all heads takes one of two float32
+        numbers a token in addition.
+        """
+        layers = self.config.num_layers
+        found = [((1 if self.config.parallel else 2) * layers, self._message(tokens))]
         if self.config.attention.qk_norm == "projection":
-            seconds += reduce(self.tp, 8.0 * tokens)
-        return self.config.num_layers * seconds
+            found.append((layers, 8.0 * tokens))
+        return found
 
     def _attend(self, tokens: StepTokens, window: int | None) -> Cost:
         """Computes the cost of attention scores and weighted sums in one layer, cache traffic included."""

@@ -122,14 +122,16 @@ class PlanReport:
 
     def _strategies(self) -> Table:
         assert self.comparison
-        numbers = ("tokens/s", "ms a step", "ms a prompt", "GB a device")
-        table = plain_table("other ways to use the chips", "layout", numbers=numbers)
+        numbers = ("tokens/s", "ms a step", "ms a prompt", "KB moved", "GB a device")
+        title = "other ways to use the chips; KB moved by a decoded token: reduced + handed to the next stage"
+        table = plain_table(title, "layout", numbers=numbers)
         for one in self.comparison.strategies:
             table.add_row(
                 one.layout,
                 f"{one.tokens_per_s:.0f}",
                 f"{one.step_ms:.2f}",
                 f"{one.prefill_ms:.1f}",
+                " + ".join(f"{size / 1e3:.1f}" for size in (one.reduced_bytes, one.handed_bytes) if size),
                 f"{one.bytes_per_device / 1e9:.1f}" + ("" if one.fits else ", does not fit"),
                 style=None if one.fits else "dim",
             )

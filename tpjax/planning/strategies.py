@@ -32,6 +32,8 @@ class Strategy:
         step_ms: milliseconds between two tokens of a sequence.
         tokens_per_s: tokens a second, all sequences together.
         prefill_ms: milliseconds to prefill one prompt.
+        reduced_bytes: bytes of the results that a decoded token has added up, or exchanged, over devices.
+        handed_bytes: bytes that a decoded token takes from one stage to the next, all stages together.
         bytes_per_device: memory of the fullest device.
         fits: whether that is within its usable memory.
     """
@@ -41,6 +43,8 @@ class Strategy:
     step_ms: float
     tokens_per_s: float
     prefill_ms: float
+    reduced_bytes: float
+    handed_bytes: float
     bytes_per_device: float
     fits: bool
 
@@ -117,6 +121,8 @@ def _tensor_and_replicas(
             plan.decode.total * 1e3,
             plan.tokens_per_s,
             plan.prefill.total * 1e3,
+            plan.model.reduced_bytes(1),
+            0.0,
             plan.memory.total,
             plan.fits,
         )
@@ -160,6 +166,8 @@ def _pipelines(counts: Counts, device: Hardware, devices: int, workload: Workloa
             step * 1e3,
             batch / step,
             prefill * 1e3,
+            sum(models[tp].reduced_bytes(1, part) for tp, part in zip(tps, parts, strict=True)),
+            (stages - 1) * hidden_bytes,
             held,
             held <= device.usable_bytes,
         )
@@ -218,6 +226,8 @@ def _experts(counts: Counts, device: Hardware, devices: int, workload: Workload)
         step * 1e3,
         workload.batch / step,
         prefill * 1e3,
+        2.0 * sum(counts.config.sparse_layers) * counts.config.hidden_size * workload.activation_bytes,
+        0.0,
         held,
         held <= device.usable_bytes,
     )

@@ -235,13 +235,15 @@ def test_fused_tensors_of_several_types_are_widened(tmp_path: Path) -> None:
     assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
 
 
-def test_a_scale_that_is_no_number(tmp_path: Path) -> None:
-    path = quantized_llama(tmp_path / "tiny.gguf", {}, "Q8_0")
+@pytest.mark.parametrize(
+    ("kind", "said"), (("Q8_0", r"nan at \[0, 0\]"), ("Q5_0", r"the value at \[0, 0\] is nan"))
+)
+def test_a_scale_that_is_no_number(kind: str, said: str, tmp_path: Path) -> None:
+    """Whether its type is kept as it is stored or widened."""
+    path = quantized_llama(tmp_path / "tiny.gguf", {}, kind)
     start = GGUFFile(path)._tensors["blk.1.ffn_down.weight"].start
     data = bytearray(path.read_bytes())
     data[start : start + 2] = np.float16(np.nan).tobytes()
     path.write_bytes(data)
-    with pytest.raises(
-        CheckpointError, match=r"'blk\.1\.ffn_down\.weight' .* no finite number: nan at \[0, 0\]$"
-    ):
+    with pytest.raises(CheckpointError, match=rf"'blk\.1\.ffn_down\.weight' .* no finite number: {said}$"):
         Stepwise(str(path), 2, max_length=64)

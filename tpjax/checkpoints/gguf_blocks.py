@@ -9,10 +9,12 @@ import numpy as np
 
 from tpjax.checkpoints.gguf import GGUFFile
 from tpjax.checkpoints.quantized import Part, check_scales
-from tpjax.checkpoints.source import TensorInfo, shown
+from tpjax.checkpoints.source import TensorInfo, shown, to_box
+from tpjax.errors import CheckpointError
 from tpjax.layers.weights import WeightFormat
 
 _BLOCK = 32  # inputs
+_FLOATS = ("F32", "F16", "BF16", "F64")
 _SCALE_BYTES = 2  # of the float16 that a block begins with
 _FORMATS = {
     "Q8_0": WeightFormat(jnp.dtype(jnp.int8), _BLOCK, jnp.dtype(jnp.float16)),
@@ -39,8 +41,21 @@ class GGUFBlocks:
     def read(
         self, name: str, index: tuple[slice, ...] | None = None, memory: np.ndarray | None = None
     ) -> np.ndarray:
-        """Reads a tensor or a box of it, dequantised; see `TensorSource.read`."""
-        return self._file.read(name, index, memory)
+        """Reads a tensor or a box of it, dequantised; see `TensorSource.read`.
+
+        Raises:
+            CheckpointError: it has no finite number where it is quantised: a scale is none.
+        """
+        values = self._file.read(name, index, memory)
+        if self._file.quantization(name) in _FLOATS or np.isfinite(values).all():
+            return values
+        bounds = to_box(self.tensors[name].shape, index)
+        first = np.argwhere(~np.isfinite(values))[0]
+        place = [start + int(at) for (start, _), at in zip(bounds, first, strict=True)]
+        raise CheckpointError(
+            f"{self._file.path}: tensor {shown(name)} has a scale that is no finite number: "
+            f"the value at {place} is {values[tuple(first)]}"
+        )
 
     def read_part(self, name: str, part: Part, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a box of stored values or of scales; see `QuantizedSource.read_part`."""

@@ -38,6 +38,8 @@ def test_every_chip_of_the_table_has_a_source_and_sane_figures():
         ("h100-sxm:2", "h100-sxm", 2),
         ("a100", "a100-80gb", 1),
         ("v5e:16", "v5e", 16),
+        ("v5e:2x4", "v5e", 8),
+        ("v5p:2x2x1", "v5p", 4),
     ],
 )
 def test_hardware_is_a_name_and_a_count(text, name, chips):
@@ -49,7 +51,9 @@ def test_unknown_hardware_lists_the_known():
         parse_hardware("h300:8")
 
 
-@pytest.mark.parametrize("count", ["0", "-1", "nan", "1.5", "", "٣"])
+@pytest.mark.parametrize(
+    "count", ["0", "-1", "nan", "1.5", "", "٣", "2x4", pytest.param("9" * 5000, id="5000 digits")]
+)
 def test_a_count_is_a_whole_number(count):
     with pytest.raises(ConfigError, match="not a whole number of chips"):
         parse_hardware(f"h100:{count}")
@@ -58,6 +62,8 @@ def test_a_count_is_a_whole_number(count):
 def test_a_count_has_an_end():
     with pytest.raises(ConfigError, match="1000000 chips are over 65536"):
         parse_hardware("h100:1000000")
+    with pytest.raises(ConfigError, match=r"v5e:0x4: '0x4' is not a whole number of chips"):
+        parse_hardware("v5e:0x4")
 
 
 # --- files -------------------------------------------------------------------------------------------------

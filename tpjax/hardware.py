@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -234,7 +235,7 @@ def known_device(kind: str) -> Hardware | None:
 
 
 def parse_hardware(text: str, file: Path | None = None) -> tuple[Hardware, int]:
-    """Reads ``NAME:CHIPS``; without ``:CHIPS`` it is one chip.
+    """Reads ``NAME:CHIPS``; without ``:CHIPS`` it is one chip. ``v5e:2x4``, as a topology, is 8 chips.
 
     Args:
         text: the value of ``--hardware``.
@@ -249,11 +250,13 @@ def parse_hardware(text: str, file: Path | None = None) -> tuple[Hardware, int]:
     if name not in known:
         names = ", ".join([*SHORT_NAMES, *known])
         raise ConfigError(f"hardware {name!r} is not known; known are {names}; --hardware-file adds others")
-    if colon and not (count.isascii() and count.isdigit() and int(count) >= 1):
+    sides = count.split("x") if isinstance(known[name].interconnect, ICI) else [count]
+    if colon and not all(re.fullmatch("[0-9]{1,9}", side) and int(side) for side in sides):
         raise ConfigError(f"--hardware {text}: {count!r} is not a whole number of chips, 1 or more")
-    if colon and int(count) > MOST_CHIPS:
-        raise ConfigError(f"--hardware {text}: {count} chips are over {MOST_CHIPS}")
-    return known[name], int(count) if colon else 1
+    chips = math.prod(map(int, sides)) if colon else 1
+    if chips > MOST_CHIPS:
+        raise ConfigError(f"--hardware {text}: {chips} chips are over {MOST_CHIPS}")
+    return known[name], chips
 
 
 _FIGURES = ("memory_gb", "bandwidth_gb_s", "bf16_tflops")

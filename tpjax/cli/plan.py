@@ -65,7 +65,9 @@ def run(
     model_option: ModelOption = None,
     hardware: Annotated[
         str | None,
-        typer.Option("--hardware", metavar="NAME:CHIPS", help="Such as h100-sxm:8; a wrong name lists all."),
+        typer.Option(
+            "--hardware", metavar="NAME:CHIPS", help="Such as h100-sxm:8 or v5e:2x4; a wrong name lists all."
+        ),
     ] = None,
     hardware_file: Annotated[
         Path | None,

@@ -276,9 +276,9 @@ def test_thousands_of_calls_take_no_time() -> None:
     asked.append({"role": T, "tool_call_id": "unknown", "content": "r"})
     messages = [Message.model_validate(one) for one in asked]
     traits = Traits(tool_messages=True, parallel_calls=False)
-    start = time.process_time()
+    start = time.thread_time()
     found = conversation(messages, None, traits, HERMES)
-    assert time.process_time() - start < 1
+    assert time.thread_time() - start < 1
     assert [one.get("tool_call_id", "call") for one in found[1:6]] == ["call", "c0", "call", "c1", "call"]
     assert [one["role"] for one in found[-2:]] == [A, T] and found[-1]["tool_call_id"] == "unknown"
 

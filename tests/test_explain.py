@@ -257,7 +257,8 @@ def test_a_configuration_that_will_not_do_is_one_line(
     changes: dict[str, Any], message: str, capsys: Any, tmp_path: Path
 ) -> None:
     status, out, err = run(capsys, "--config", write_config(tmp_path, **changes), "--tp", "2")
-    assert (status, out, err.count("\n")) == (2, "", 1), err
+    lines = [line for line in err.splitlines() if "faking" not in line]  # where nothing has started JAX yet
+    assert (status, out, len(lines)) == (2, "", 1), err
     assert message in err
 
 
@@ -279,7 +280,8 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: Any, 
     (tmp_path / "a.svg").mkdir()
     model = GOLDENS / "llama"
     status, out, err = run(capsys, *(word.format(model=model, folder=tmp_path) for word in arguments))
-    assert (status, out, err.count("\n")) == (2, "", 1), err
+    lines = [line for line in err.splitlines() if "faking" not in line]  # where nothing has started JAX yet
+    assert (status, out, len(lines)) == (2, "", 1), err
     assert message in err
 
 

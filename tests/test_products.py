@@ -33,7 +33,7 @@ def test_product(rows: int, spec: PartitionSpec, tp: int) -> None:
 
 @pytest.mark.parametrize("rows", (2, 8, 64))
 def test_a_few_rows_are_the_right_operand(rows: int) -> None:
-    """The weight is not: a product that packs it takes twice as long (``scripts/bench_engine.py``)."""
+    """The weight is not: a product that packs it takes about twice as long."""
     x, weight = (jax.ShapeDtypeStruct((n, INPUTS), jnp.float32) for n in (rows, OUTPUTS))
     text = jax.jit(by_rows).lower(x, weight).compile().as_text()
     assert re.search(rf"= f32\[{OUTPUTS},{rows}\]\S* dot\(", text)

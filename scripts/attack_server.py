@@ -33,6 +33,7 @@ from tpjax.checkpoints.gguf import GGUFFile
 from tpjax.checkpoints.hub import resolve
 
 CHARS = 4_000_000
+POOLED_CHARS = 200_000  # long enough for the tokenizer's process, short enough to be admitted
 LATENCY_S, GROWTH_MB = 1.0, 200.0
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 SLOW = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -92,8 +93,8 @@ class Target:
             await asyncio.sleep(after_s)
 
     def memory_mb(self) -> float:
-        """Resident memory of the server's process and all below it, MB; shared pages count in full."""
-        return sum(_resident(pid) for pid in _tree(self._pid)) / 1e6
+        """Memory of the server's process and all below it, MB; a page that several share counts once."""
+        return sum(map(_proportional, _tree(self._pid))) / 1e6
 
 
 def _tree(pid: int) -> Iterator[int]:
@@ -104,9 +105,12 @@ def _tree(pid: int) -> Iterator[int]:
                 yield from _tree(int(child))
 
 
-def _resident(pid: int) -> int:
+def _proportional(pid: int) -> int:
+    """Resident bytes of a process; a shared page is divided among those that share it."""
     with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
     return 0
 
 
@@ -172,6 +176,8 @@ async def attack(target: Target, rounds: int, latency_s: float) -> bool:
     """All attacks one after the other; says whether the server held."""
     for body, path in ((completion("hi"), COMPLETIONS), (chat("hi"), CHAT)) * 4:
         await target.status(path, body)
+    # A pool starts its processes with its first jobs, and keeps them: they are no growth.
+    await asyncio.gather(*[target.status(CHAT, chat("\x04" * POOLED_CHARS)) for _ in range(8)])
     before = target.memory_mb()
     worst: dict[str, float] = {}
     failures: collections.Counter[str] = collections.Counter()

@@ -28,8 +28,8 @@ paged = jax.jit(paged_attention, static_argnames=("scale", "window", "backend"))
 refer = jax.jit(reference_attention, static_argnames=("scale", "window"))
 write = jax.jit(LayerCache.write, static_argnums=4)
 KERNEL = Backend("tpu", interpret=True)
-ON_TPU = Backend("xla", walk_pages=3, in_rows=True)
-BLOCKWISE = Backend("xla", walk_pages=2, fixed_trips=True)
+ON_TPU = Backend("xla", walk_pages=3, chunk_walk_pages=3, in_rows=True)
+BLOCKWISE = Backend("xla", walk_pages=2, chunk_walk_pages=2, fixed_trips=True)
 
 
 def tables(rng: np.random.Generator, batch: int, used: list[int]) -> np.ndarray:
@@ -102,7 +102,9 @@ def check(case_: tuple[Any, ...], window: int | None, backend: Backend = XLA) ->
 
 
 @pytest.mark.parametrize(
-    "backend", (XLA, Backend("xla", walk_pages=3), Backend("reference")), ids=("xla", "blocks", "reference")
+    "backend",
+    (XLA, Backend("xla", walk_pages=3, chunk_walk_pages=3), Backend("reference")),
+    ids=("xla", "blocks", "reference"),
 )
 @pytest.mark.parametrize("window", (None, 3, 17))
 @pytest.mark.parametrize(("batch", "length"), ((1, 1), (3, 1), (1, 4), (2, 8), (3, 16)))

@@ -28,8 +28,8 @@ paged = jax.jit(paged_attention, static_argnames=("scale", "window", "backend"))
 refer = jax.jit(reference_attention, static_argnames=("scale", "window"))
 write = jax.jit(LayerCache.write, static_argnums=4)
 KERNEL = Backend("tpu", interpret=True)
-ON_TPU = Backend("xla", walk_pages=3, chunk_walk_pages=3, in_rows=True)
-BLOCKWISE = Backend("xla", walk_pages=2, chunk_walk_pages=2, fixed_trips=True)
+ON_TPU = Backend("xla", walk_pages=3, short_chunk_pages=3, in_rows=True)
+BLOCKWISE = Backend("xla", walk_pages=2, short_chunk_pages=2, fixed_trips=True)
 
 
 def tables(rng: np.random.Generator, batch: int, used: list[int]) -> np.ndarray:
@@ -103,7 +103,7 @@ def check(case_: tuple[Any, ...], window: int | None, backend: Backend = XLA) ->
 
 @pytest.mark.parametrize(
     "backend",
-    (XLA, Backend("xla", walk_pages=3, chunk_walk_pages=3), Backend("reference")),
+    (XLA, Backend("xla", walk_pages=3, short_chunk_pages=3), Backend("reference")),
     ids=("xla", "blocks", "reference"),
 )
 @pytest.mark.parametrize("window", (None, 3, 17))

@@ -281,7 +281,7 @@ def test_there_are_few_programs(platform: str, slots: int) -> None:
     mesh, float32 = make_mesh(1), jnp.dtype("float32")
     shapes = {"chunk_shapes": chunk_shapes(platform), "mixed_shapes": mixed_chunk_shapes(platform)}
     limits = Limits(max_slots=slots, max_model_len=2048, num_pages=17, **shapes)
-    backend = Backend("xla", walk_pages=8, chunk_walk_pages=8, fixed_trips=platform == "gpu")
+    backend = Backend("xla", walk_pages=8, short_chunk_pages=8, fixed_trips=platform == "gpu")
     decoder = abstract_decoder(CONFIG, mesh, float32, backend=backend)
     runner = Runner(decoder, mesh, limits, float32)
     specs = runner.programs.serving()

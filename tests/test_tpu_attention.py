@@ -195,7 +195,7 @@ def test_auto(device: Any, verdict: Verdict | None, by_kernel: bool, why: str) -
     name = device.platform if by_kernel else "xla"
     walk = {
         "walk_pages": 8,
-        "chunk_walk_pages": 8,
+        "short_chunk_pages": 8,
         "in_rows": device is TPU,
         "fixed_trips": device is GPU and not by_kernel,
     }
@@ -241,7 +241,7 @@ def test_auto_without_a_kernel(device: Any, shape: KernelShape, why: str) -> Non
         "xla",
         why,
         walk_pages=1 if device is CPU else 8,
-        chunk_walk_pages=8,
+        short_chunk_pages=8,
         in_rows=device is TPU,
         fixed_trips=device.platform == "gpu",
     )
@@ -249,9 +249,9 @@ def test_auto_without_a_kernel(device: Any, shape: KernelShape, why: str) -> Non
 
 def test_asked_for() -> None:
     assert choose_backend("tpu", TPU, SHAPE) == Backend(
-        "tpu", "asked for", walk_pages=8, chunk_walk_pages=8, in_rows=True
+        "tpu", "asked for", walk_pages=8, short_chunk_pages=8, in_rows=True
     )
-    assert choose_backend("gpu", GPU, SHAPE) == Backend("gpu", "asked for", walk_pages=8, chunk_walk_pages=8)
+    assert choose_backend("gpu", GPU, SHAPE) == Backend("gpu", "asked for", walk_pages=8, short_chunk_pages=8)
     assert choose_backend("tpu", CPU, SHAPE).interpret
 
 

@@ -289,4 +289,4 @@ class _TimeLimit(contextlib.AbstractContextManager[None]):
                 file=sys.stderr,
                 flush=True,
             )
-            os._exit(2)
+            os._exit(1)  # starting again may help

@@ -185,6 +185,11 @@ BAD: dict[str, tuple[str, Any, str | None, str]] = {
     "schema chain": (CHAT, schema({"$ref": "#/$defs/a0", "$defs": CHAIN}), "response_format", "schema"),
     "schema elsewhere": (CHAT, schema({"$ref": "http://127.0.0.1:9/s"}), "response_format", "not fetch"),
     "schema of nothing": (CHAT, schema(False), "response_format", "schema"),
+    "guided_choice of nothing": (COMPLETIONS, completion(guided_choice=[]), "guided_choice", "at least 1"),
+    "guided_choice": (CHAT, chat(guided_choice=["a"] * 1025), "guided_choice", "at most 1024"),
+    "guided_regex": (COMPLETIONS, completion(guided_regex="("), "guided_regex", "not usable"),
+    "guided_json": (CHAT, chat(guided_json="{"), "guided_json", "not valid JSON"),
+    "guided twice": (CHAT, chat(guided_json={}, guided_regex="a"), "guided_json", "cannot both"),
     "tokenize nothing": ("/tokenize", {}, "prompt", "one of them"),
     "detokenize": ("/detokenize", {"tokens": [384]}, "tokens", "token id 384"),
 }  # fmt: skip

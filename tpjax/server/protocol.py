@@ -25,6 +25,7 @@ MAX_STOP = 16
 MAX_STOP_CHARS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORDS = 1024
+MAX_GUIDED_CHOICES = 1024
 MAX_PRIORITY = 2**63 - 1
 MAX_MARKDOWN_CHARS = 16_384  # rendered at once; the page sends a longer text in parts
 
@@ -33,6 +34,7 @@ Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Number = float  # pydantic's strict mode accepts an integer too
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+ChoiceTexts = Annotated[list[str], Field(min_length=1, max_length=MAX_GUIDED_CHOICES)]
 
 
 class Body(FailFastModel):
@@ -55,7 +57,7 @@ class StructuredOutputs(Body):
     json_: JsonObject | bool | str | None = Field(default=None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
-    choice: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES * 8)] | None = None
+    choice: ChoiceTexts | None = None
     grammar: str | None = None
     structural_tag: Json = None
     whitespace_pattern: str | None = None
@@ -107,9 +109,10 @@ class Sampling(CompatibilityFields):
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_COUNT)] | None = None
     truncation_side: Literal["left", "right"] | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: JsonObject | bool | str | None = None  # older names of structured_outputs
+    # older names of structured_outputs, of the same types: `structure` builds one from the other
+    guided_json: JsonObject | bool | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: ChoiceTexts | None = None
     guided_grammar: str | None = None
     guided_whitespace_pattern: str | None = None
     response_format: ResponseFormat | None = None

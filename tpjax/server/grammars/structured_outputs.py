@@ -24,12 +24,15 @@ async def grammars(compiler: GrammarCompiler | None, body: Sampling, count: int)
     form, structure = body.response_format, body.structure
     shaped = form is not None and form.type != "text"
     kinds = [name for name in _KINDS if structure and getattr(structure, name) not in (None, False)]
-    param = "structured_outputs" if body.structured_outputs is not None else "guided_*"
     if structure is not None and structure.structural_tag is not None:
-        raise bad_request(f"{param}: structural_tag is not supported: use a grammar", param)
+        why = "structured_outputs: structural_tag is not supported: use a grammar"
+        raise bad_request(why, "structured_outputs")
+    param = "structured_outputs"
+    if body.structured_outputs is None:
+        param = f"guided_{kinds[0].rstrip('_')}" if kinds else "response_format"
     if len(kinds) > 1 or (kinds and shaped):
-        given = [name.rstrip("_") for name in kinds] + ["response_format"] * shaped
-        raise bad_request(f"{param}: {' and '.join(given)} cannot both shape the response: give one", param)
+        every = [name.rstrip("_") for name in kinds] + ["response_format"] * shaped
+        raise bad_request(f"{param}: {' and '.join(every)} cannot both shape the response: give one", param)
     if not kinds and not shaped:
         return []
     if compiler is None:

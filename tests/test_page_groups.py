@@ -20,6 +20,7 @@ from tpjax.engine.block_manager import BlockManager, page_key, root_key
 from tpjax.engine.engine import Engine
 from tpjax.engine.page_groups import NO_PAGE, PageGroups
 from tpjax.engine.request import Request
+from tpjax.errors import RequestError
 from tpjax.mesh import make_mesh, make_stage_meshes
 from tpjax.planning.published import published_config
 from tpjax.runtime.device_speed import split_layers
@@ -61,6 +62,19 @@ def test_short_contexts_have_one_group() -> None:
     """Where a sequence can hardly outgrow its window, nothing would be given back."""
     config = published_config("gemma-3-4b")
     assert windows_of(config, 2048) == ONE_GROUP and windows_of(config, 32768) == page_groups(config)
+
+
+def test_too_few_pages_take_none() -> None:
+    blocks = BlockManager(11, PAGE)
+    groups = PageGroups(blocks, (None, 8), 16)
+    with pytest.raises(RequestError, match="11 cache pages are needed, but 10 are free"):
+        groups.start(groups.find(()), 28)
+    assert blocks.free == 10
+    pages = groups.start(groups.find(()), 16)
+    before = [list(of_group) for of_group in pages]
+    with pytest.raises(RequestError, match="4 cache pages are needed, but 2 are free"):
+        groups.extend(pages, 24)
+    assert pages == before and blocks.free == 2
 
 
 def keys_of(count: int) -> list[bytes]:
@@ -187,6 +201,15 @@ def test_the_same_tokens_and_logits(name: str, tp: int | tuple[int, ...], pages:
         model.engine.logits(longer[0]), plain.engine.logits(longer[0]), atol=2e-4, rtol=2e-3
     )
     assert model.engine.stats().pages_in_use == 0
+    running = Request(prompts[0], SamplingParams(max_tokens=32, temperature=0), 0)
+    model.engine.add(running)
+    while not running.output_token_ids:
+        model.engine.step()
+    with pytest.raises(RequestError, match="cache pages are needed, but"):  # what runs goes on
+        model.engine.logits([0] * LONGEST)
+    while model.engine.busy:
+        model.engine.step()
+    assert running.output_token_ids == expected[0] and model.engine.stats().pages_in_use == 0
 
 
 def test_a_program_donates_every_buffer_and_copies_none() -> None:

@@ -195,6 +195,9 @@ def test_bad_words_and_allowed_tokens_in_chat(api: Api) -> None:
     with pytest.raises(openai.BadRequestError, match="at least 1 has to be left") as caught:
         api.client.chat.completions.create(**ask, extra_body={"allowed_token_ids": [x], "bad_words": ["x"]})
     assert caught.value.param == "bad_words"
+    left = {"allowed_token_ids": [x, y], "bad_words": ["x"], "stop_token_ids": [y], "min_tokens": 1}
+    with pytest.raises(openai.BadRequestError, match=r"min_tokens=1, but each .* that bad_words leave ends"):
+        api.client.chat.completions.create(**ask, extra_body=left)
     shape = {"structured_outputs": {"regex": "[xz]+"}}
     with pytest.raises(
         openai.BadRequestError, match="allowed_token_ids leave no token that the schema allows"

@@ -18,7 +18,7 @@ from tpjax.engine.masks import pack_mask, without
 from tpjax.engine.page_groups import NO_PAGE
 from tpjax.engine.request import Request, TokenLogprobs
 from tpjax.engine.scheduler import PromptChunk, Scheduler, Step
-from tpjax.errors import EngineError
+from tpjax.errors import EngineError, RequestError
 from tpjax.runtime.rows import NO_TOKEN, Chunk, Row
 from tpjax.runtime.runner import Runner
 from tpjax.sampling import ALL_MASKED_TOKEN, NAN_TOKEN, NO_HISTORY, Sampled
@@ -233,6 +233,9 @@ class Engine:
         self.check_open()
         groups, size = self.scheduler.pages, self.runner.limits.usable_chunk_shapes[-1].tokens
         self._reset_if_lost()
+        # all that it will hold, now: where pages run short later the state would be taken for lost
+        if (held := groups.held(len(token_ids))) > (free := groups.blocks.free):
+            raise RequestError(f"{held} cache pages are needed, but {free} are free")
         pages = groups.start(groups.find(()), len(token_ids))
         slot, parts = self.runner.limits.max_slots, []
         try:

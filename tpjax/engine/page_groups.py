@@ -7,9 +7,11 @@ group with a window, a sequence has pages for the blocks that its next tokens se
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from tpjax.engine.block_manager import BlockManager, PageKey
+from tpjax.errors import RequestError
 from tpjax.windows import pages_held
 
 NO_PAGE = 0  # the null page: in a list of pages, a block that has none
@@ -86,13 +88,19 @@ class PageGroups:
         """Acquires the pages of a prefix and allocates those of the tokens after it.
 
         Of a group with a window these are the pages of a step; :meth:`extend` adds further ones.
+
+        Raises:
+            RequestError: too few pages are free; none has been taken.
         """
-        for pages in prefix.pages:
-            self.blocks.acquire([page for page in pages if page != NO_PAGE])
-        return [
-            [*pages, *self.blocks.allocate(self._at_start(window, prefix, tokens) - prefix.blocks)]
-            for window, pages in zip(self.windows, prefix.pages, strict=True)
-        ]
+        own = [page for pages in prefix.pages for page in pages if page != NO_PAGE]
+        self.blocks.acquire(own)
+        try:
+            new = iter(self.blocks.allocate(self.missing_at_start(prefix, tokens)))
+        except RequestError:
+            self.blocks.release(own)
+            raise
+        counts = (self._at_start(window, prefix, tokens) - prefix.blocks for window in self.windows)
+        return [[*pages, *islice(new, count)] for count, pages in zip(counts, prefix.pages, strict=True)]
 
     def missing(self, pages: Pages, stop: int) -> int:
         """Returns the pages that :meth:`extend` allocates."""
@@ -100,10 +108,15 @@ class PageGroups:
         return sum(max(0, blocks - len(of_group)) for of_group in pages)
 
     def extend(self, pages: Pages, stop: int) -> None:
-        """Allocates pages for positions up to ``stop``."""
+        """Allocates pages for positions up to ``stop``.
+
+        Raises:
+            RequestError: too few pages are free; none has been taken.
+        """
         blocks = self.blocks.pages_for(stop)
+        new = iter(self.blocks.allocate(self.missing(pages, stop)))
         for of_group in pages:
-            of_group += self.blocks.allocate(max(0, blocks - len(of_group)))
+            of_group += islice(new, max(0, blocks - len(of_group)))
 
     def unseen(self, pages: Pages, position: int) -> bool:
         """Whether :meth:`give_back` has pages to give back."""

@@ -66,12 +66,12 @@ class RequestBuilder:
         params = params.resolved(self._defaults)
         ends = {*params.stop_token_ids, *self._stop_ids(params.stop)}
         ends |= set() if params.ignore_eos else self._eos_ids
-        if params.min_tokens and params.allowed_token_ids and ends.issuperset(params.allowed_token_ids):
-            raise RequestError(
-                f"min_tokens={params.min_tokens}, but each of allowed_token_ids ends the text at once"
-            )
-        seed = int(self._seeds.integers(0, MAX_SEED, endpoint=True)) if params.seed is None else params.seed
         extra |= self._limits(params, extra.get("grammar"))
+        left = set(params.allowed_token_ids or ()) - set(extra["barred_ids"])
+        if params.min_tokens and left and ends >= left:
+            of_them = "each of allowed_token_ids" + " that bad_words leave" * bool(extra["barred_ids"])
+            raise RequestError(f"min_tokens={params.min_tokens}, but {of_them} ends the text at once")
+        seed = int(self._seeds.integers(0, MAX_SEED, endpoint=True)) if params.seed is None else params.seed
         return Request(ids, params, seed, tuple(sorted(ends)), **extra)
 
     def checked(self, token_ids: Sequence[int], name: str = "the prompt") -> list[int]:

@@ -348,6 +348,25 @@ def test_however_an_answer_is_cut_it_says_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "answer"),
+    [
+        ("hermes", '<tool_call>\n{"arguments": {"city": "LONG"}, "name": "get_weather"}\n</tool_call>Bye.'),
+        ("granite", '<|tool_call|>[{"arguments": {"city": "LONG"}, "name": "get_weather"} ]Bye.'),
+        ("gemma", '{"arguments": {"city": "LONG"}, "name": "get_weather"} ; Bye.'),
+        ("hermes", '<tool_call>{"name": "get_weather", "arguments": {"city": "LONG"}, "arguments": { } }</tool_call>Bye.'),
+    ],
+)  # fmt: skip
+def test_long_answers_are_read_the_same_in_parts(kind: str, answer: str) -> None:
+    """Text that was read is dropped once there are 4,096 characters of it, and positions in it with it."""
+    answer = answer.replace("LONG", "x" * 5000)
+    whole = read([answer], kind)
+    assert whole[1].endswith("Bye.") and whole[2]
+    assert read(list(answer), kind) == whole
+    for split in range(5000, len(answer)):
+        assert read([answer[:split], answer[split:]], kind) == whole
+
+
+@pytest.mark.parametrize(
     ("kind", "answer"), [(kind, one) for kind, some in MALFORMED.items() for one in some]
 )
 def test_what_is_no_call_stays_text(kind: str, answer: str) -> None:
@@ -403,6 +422,8 @@ def test_deep_json_is_no_trouble() -> None:
     assert read([answer], "hermes") == ("", "", [("get_weather", f'{{"city": {deep}}}')])
     nested = '<tool_call>{"function": ' * 3000
     assert read([nested], "hermes")[2] == []
+    functions = "<tool_call>" + '{"function": ' * 3000
+    assert read([functions], "hermes") == ("", functions, [])
     coder = f"<tool_call>\n<function=get_weather>\n<parameter=where>\n{deep}\n</parameter>\n</function>"
     assert json.loads(read([coder], "coder")[2][0][1]) == {"where": deep}
     with pytest.raises(Malformed):

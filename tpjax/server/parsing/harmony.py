@@ -36,9 +36,8 @@ class HarmonyParser(ToolCallParser):
                 yield from self.until((*_ENDS, CHANNEL), self._text_piece)  # text outside the format
                 continue
             header: list[str] = []
-            back = self._at
             if (yield from self.until((MESSAGE, *_ENDS), header.append)) != MESSAGE:
-                if not self._text[back : self._at].startswith(CHANNEL) or not self._ended:
+                if not "".join(header).startswith(CHANNEL) or not self._ended:
                     self._text_piece("".join(header))
                 continue
             channel = _CHANNEL.search("".join(header))
@@ -59,7 +58,8 @@ class HarmonyParser(ToolCallParser):
     def _call(self, name: str) -> Parsing[None]:
         yield from self.spaces()
         if (yield from self.follows("{")):
-            yield from self._opened()
+            if not (yield from self.ahead(self.object_begins())):
+                raise Malformed
             self.begin_call(name)
             yield from self.until(_ENDS, trimmed(self.append_arguments))
         elif (yield from self.accept(*_ENDS)) or not (yield from self.more()):

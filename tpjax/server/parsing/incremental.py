@@ -171,6 +171,15 @@ class IncrementalParser:
         self._take_back()
         return True
 
+    def ahead(self, reading: Parsing[T]) -> Parsing[T]:
+        """Runs a parser that must not commit, and returns to the position before it."""
+        at, outer = self._at, self._back
+        self._back = at if outer is None else outer  # until then no text is dropped
+        try:
+            return (yield from reading)
+        finally:
+            self._at, self._back = at, outer
+
     def _take_back(self) -> int | None:
         back, self._back = self._back, None
         return back

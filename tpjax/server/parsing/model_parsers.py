@@ -196,7 +196,7 @@ class GemmaParser(ToolCallParser):
             yield from self.python("```", known=True)
         elif mark in ("{", "["):
             self._at -= 1
-            python = mark == "[" and (yield from self._python_follows())
+            python = mark == "[" and (yield from self.ahead(self._python_begins()))
             yield from self.python(known=True) if python else self.objects(";", known=True)
         else:
             yield from self.spaces()
@@ -205,14 +205,11 @@ class GemmaParser(ToolCallParser):
             if mark != "<tool_call>":
                 yield from self.accept("```")
 
-    def _python_follows(self) -> Parsing[bool]:
-        back = self._at
-        self._at += 1
+    def _python_begins(self) -> Parsing[bool]:
+        yield from self.expect("[")
         yield from self.spaces()
         name = yield from self.run(NAME)
-        found = bool(name) and (yield from self.follows("(")) is not None
-        self._at = back
-        return found
+        return bool(name) and (yield from self.follows("(")) is not None
 
     def _native(self, end: str) -> Parsing[None]:
         """Reads ``call:NAME{key:value,...}``."""

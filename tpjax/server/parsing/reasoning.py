@@ -56,17 +56,17 @@ class ReasoningParser(IncrementalParser):
 
     def read(self) -> Parsing[None]:
         """Reads the reasoning, if there is any, and the rest."""
-        start = self._at
-        yield from self.spaces()
-        if (yield from self.accept(self._form.opens)) or self._inside:
+        if (yield from self.attempt(self._opening())) or self._inside:
             emit = trimmed(lambda text: self.emit(ParsedDelta(text, reasoning=True)))
             yield from self.until((self._form.closes,), emit)
             yield from self.spaces()
-        else:
-            self._at = start
         while (yield from self.more()):
             self.emit(ParsedDelta(self._text[self._at :]))
             self._at = len(self._text)
+
+    def _opening(self) -> Parsing[None]:
+        yield from self.spaces()
+        yield from self.expect(self._form.opens)
 
 
 def trimmed(emit: Callable[[str], None]) -> Callable[[str], None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from tpjax.server.json_types import Json, JsonObject
@@ -100,18 +100,20 @@ class ToolCallParser(IncrementalParser):
         listed = yield from self.accept("[")
         yield from self.spaces()
         yield from self.object(known=known)
-        while True:
-            before = self._at
-            yield from self.spaces()
-            yield from self.accept(",", *between)
-            yield from self.spaces()
-            another = (yield from self.follows("{")) is not None
-            if not another or not (yield from self.attempt(self.object(known=known))):
-                self._at = before
-                break
+        while (yield from self.attempt(self._next_object(between, known))):
+            pass
+        if listed:
+            yield from self.attempt(self._end_of_list())
+
+    def _next_object(self, between: Sequence[str], known: bool) -> Parsing[None]:
         yield from self.spaces()
-        if not (listed and (yield from self.accept("]"))):
-            self._at = before
+        yield from self.accept(",", *between)
+        yield from self.spaces()
+        yield from self.object(known=known)
+
+    def _end_of_list(self) -> Parsing[None]:
+        yield from self.spaces()
+        yield from self.expect("]")
 
     def object(self, *, known: bool = False) -> Parsing[None]:
         """Reads ``{"name": ..., "arguments": {...}}``, the keys in any order."""
@@ -141,7 +143,7 @@ class ToolCallParser(IncrementalParser):
             elif key in _ARGUMENTS:
                 arguments = yield from self.arguments(name)
             elif key == "function" and outer and (yield from self.follows("{")):
-                name, arguments = yield from self._members(known, outer=True)
+                name, arguments = yield from self._members(known)
             elif known and key not in _OTHER_KEYS:
                 raise Malformed
             else:
@@ -160,7 +162,8 @@ class ToolCallParser(IncrementalParser):
             if not _is_object(text):
                 raise Malformed
         elif (yield from self.follows("{")):
-            yield from self._opened()
+            if not (yield from self.ahead(self.object_begins())):
+                raise Malformed
             if name is not None:
                 self.begin_call(name)
                 yield from self.json_value(self.append_arguments)
@@ -177,15 +180,11 @@ class ToolCallParser(IncrementalParser):
             return None
         return text
 
-    def _opened(self) -> Parsing[None]:
-        """Checks, without reading, that a JSON object starts here, and not an object of another language."""
-        back = self._at
-        self._at += 1
+    def object_begins(self) -> Parsing[bool]:
+        """Reads the start of an object; returns whether it is JSON, and not another language's."""
+        yield from self.expect("{")
         yield from self.spaces()
-        fine = yield from self.follows('"', "}")
-        self._at = back
-        if fine is None:
-            raise Malformed
+        return (yield from self.follows('"', "}")) is not None
 
     # --- Python
 

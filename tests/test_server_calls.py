@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import time
 from typing import Any
 
 import pytest
@@ -428,3 +429,29 @@ def test_deep_json_is_no_trouble() -> None:
     assert json.loads(read([coder], "coder")[2][0][1]) == {"where": deep}
     with pytest.raises(Malformed):
         gemma_arguments("{a:" + deep + "}")
+
+
+UNCLOSED = {
+    "gemma": ("[f(", "[f(a={'", "[f('", '{"id": ['),
+    "hermes": ('<tool_call>{"x":[',),
+    "kimi": ("<|tool_call_begin|>",),
+    "llama": ("<|python_tag|>f(",),
+    "granite": ('<tool_calls>[{"id":{',),
+    "functiongemma": ("<start_function_call>call:f{",),
+}
+
+
+@pytest.mark.parametrize(("kind", "part"), [(kind, one) for kind, some in UNCLOSED.items() for one in some])
+def test_calls_that_never_end_are_read_in_linear_time(kind: str, part: str) -> None:
+    """On the event loop, where four times the text was sixteen times the time: a minute for 24,000 characters."""
+
+    def seconds(count: int) -> float:
+        text, one = (part * count)[:count], parser(kind, tools={"f": {}})
+        start = time.thread_time()
+        pieces = one.push(text) + one.flush()
+        taken = time.thread_time() - start
+        assert one.called or "".join(piece.text for piece in pieces) == text
+        return taken
+
+    short, long = (min(seconds(count) for _ in range(3)) for count in (4_000, 16_000))
+    assert long < 8 * short

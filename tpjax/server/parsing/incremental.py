@@ -10,8 +10,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
+
+# Most text of a response that failed attempts may read again, characters: a tenth of a second or two.
+# Each of thousands of marks may start an attempt that reads to the end of the response.
+MAX_REREAD = 128 << 10
 
 T = TypeVar("T")
 Parsing = Generator[None, None, T]  # yields when it needs more text
@@ -45,6 +49,7 @@ class IncrementalParser:
         self._text = ""
         self._at = 0  # position of the next character to read
         self._back: int | None = None  # position to return to if an attempt is malformed
+        self._reread = 0  # characters that failed attempts have gone back over
         self._ended = False
         self._output: list[ParsedDelta] = []
         self._reading: Generator[None, None, None] | None = None
@@ -74,14 +79,19 @@ class IncrementalParser:
 
     def _merged_output(self) -> list[ParsedDelta]:
         """Returns the output, adjacent parts of a kind joined, and clears it."""
-        pieces: list[ParsedDelta] = []
+        groups: list[list[ParsedDelta]] = []
         for piece in self._output:
-            last = pieces[-1] if pieces else None
-            if last and piece.name is None and (last.call, last.reasoning) == (piece.call, piece.reasoning):
-                pieces[-1] = ParsedDelta(last.text + piece.text, last.call, last.name, last.reasoning)
+            first = groups[-1][0] if groups else None
+            if (
+                first
+                and piece.name is None
+                and (first.call, first.reasoning) == (piece.call, piece.reasoning)
+            ):
+                groups[-1].append(piece)
             else:
-                pieces.append(piece)
+                groups.append([piece])
         self._output = []
+        pieces = [replace(group[0], text="".join(one.text for one in group)) for group in groups]
         return [piece for piece in pieces if piece.text or piece.name is not None]
 
     # --- steps
@@ -158,16 +168,22 @@ class IncrementalParser:
         """Runs a parser that may fail.
 
         Returns:
-            False if the text is malformed; the position is then where it was, unless :meth:`commit` was
-            called.
+            False if the text is malformed, or ``MAX_REREAD`` is used up; the position is then where it was.
+            True also if it is malformed after :meth:`commit`.
         """
+        if self._reread > MAX_REREAD:
+            reading.close()
+            return False
         self._back = self._at
         try:
             yield from reading
         except Malformed:
             back = self._take_back()
-            self._at = self._at if back is None else back
-            return back is None
+            if back is None:
+                return True
+            self._reread += self._at - back
+            self._at = back
+            return False
         self._take_back()
         return True
 

@@ -201,26 +201,27 @@ class ToolCallParser(IncrementalParser):
 
     def _balanced(self, parts: list[str]) -> Parsing[None]:
         """Reads up to the bracket that closes the first one."""
-        depth, quote = 0, ""
-        while True:
-            if not (yield from self.more()):
-                raise Malformed
-            char = self._text[self._at]
-            self._at += 1
-            parts.append(char)
-            if char == "\\" and quote and (yield from self.more()):
-                parts.append(self._text[self._at])
-                self._at += 1
-            elif quote:
-                quote = "" if char == quote else quote
-            elif char in "'\"":
-                quote = char
-            elif char in "([{":
-                depth += 1
-            elif char in ")]}":
-                depth -= 1
-                if depth == 0:
-                    return
+        depth, quote, escaped = 0, "", False
+        while (yield from self.more()):
+            for end, char in enumerate(self._text[self._at :], self._at + 1):
+                if escaped:
+                    escaped = False
+                elif quote:
+                    escaped = char == "\\"
+                    quote = "" if char == quote else quote
+                elif char in "'\"":
+                    quote = char
+                elif char in "([{":
+                    depth += 1
+                elif char in ")]}":
+                    depth -= 1
+                    if depth == 0:
+                        parts.append(self._text[self._at : end])
+                        self._at = end
+                        return
+            parts.append(self._text[self._at :])
+            self._at = len(self._text)
+        raise Malformed
 
     def _python_calls(self, text: str, known: bool) -> list[tuple[str, JsonObject]]:
         if len(text) > _MAX_PYTHON_CHARS:

@@ -20,7 +20,7 @@ from test_server_calls import SOURCES
 from tpjax.server import chat
 from tpjax.server.chat_format import ChatFormat
 from tpjax.server.error_responses import ApiError, bad_request
-from tpjax.server.grammars import structured_outputs
+from tpjax.server.grammars import json_schemas, structured_outputs
 from tpjax.server.grammars.compiler import GrammarCompiler, TokenGrammar
 from tpjax.server.grammars.response_grammar import ResponseConstraints, response_grammar
 from tpjax.server.parsing.reasoning import reasoning_format
@@ -478,6 +478,29 @@ def test_an_unknown_format_is_an_annotation(compiler: GrammarCompiler, tokenizer
         }
         answers = walks(compiler, tokenizer, schema | {"required": ["format"]}, strict=True, count=6)
         assert all(len(one["format"]) <= 2 for one in answers)
+
+
+ANY_TYPE: tuple[Any, ...] = (None, True, 1, "a", [], {}, [[]], [{}])
+KEYWORDS = (
+    "$ref", "type", "format", "pattern", "required", "minProperties", "enum", "const",
+    *json_schemas._MAPS, *json_schemas._SINGLE, *json_schemas._BRANCHES[:3],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("keyword", sorted(set(KEYWORDS)))
+def test_a_keyword_may_have_a_value_of_any_type(
+    keyword: str, compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    """It may be the name of a field, in a tool whose parameters list the fields without ``properties``."""
+    for value in ANY_TYPE:
+        for schema in ({keyword: value}, {"properties": {"a": {}}, "allOf": [{}, {}], keyword: value}):
+            for closed in (None, True, False):
+                ready = json_schemas.prepared({"items": schema, **schema}, closed)
+                found = json_schemas.patterns(ready)
+                json_schemas.without_patterns(ready, frozenset(found))
+    fields = {"type": "object", keyword: {"type": "string"}, "city": {"type": "string"}}
+    offered = functions(f={"parameters": fields})
+    assert compiled(compiler, tokenizer, "hermes", tools=offered, tool_choice="required")
 
 
 def test_a_tool_whose_schema_is_of_no_use_takes_any_object(

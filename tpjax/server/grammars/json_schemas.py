@@ -3,6 +3,7 @@
 An unknown ``format`` is an annotation. An object that lists its properties and says nothing about others is
 closed, so that a model does not invent fields; ``disable_additional_properties`` of ``structured_outputs``
 closes all such objects, or none. In a schema that is not strict, what llguidance cannot enforce is removed.
+A keyword may have a value of any type: clients list the fields of an object without ``properties``.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def without_patterns(schema: Json, unusable: frozenset[str]) -> Json:
 
     def drop(one: dict[str, Json], composed: bool, path: str) -> dict[str, Json]:
         kept = dict(one)
-        if kept.get("pattern") in unusable:
+        pattern = kept.get("pattern")
+        if isinstance(pattern, str) and pattern in unusable:
             del kept["pattern"]
         names = kept.get("patternProperties")
         if isinstance(names, dict) and unusable & names.keys():
@@ -91,7 +93,8 @@ def patterns(schema: Json) -> list[str]:
 
 def _prepared(schema: dict[str, Json], composed: bool, closed: bool | None) -> dict[str, Json]:
     kept = dict(schema)
-    if kept.get("format") not in _FORMATS:
+    form = kept.get("format")
+    if not isinstance(form, str) or form not in _FORMATS:
         kept.pop("format", None)
     if closed is not None:
         # vLLM's rule for `disable_additional_properties`
@@ -102,7 +105,8 @@ def _prepared(schema: dict[str, Json], composed: bool, closed: bool | None) -> d
     opened = any(key in kept for key in ("additionalProperties", "patternProperties"))
     spread = composed or "$ref" in kept or any(key in kept for key in _BRANCHES)
     names = kept.get("properties")
-    listed = isinstance(names, dict) and all(name in names for name in _list(kept.get("required")))
+    required = _list(kept.get("required"))
+    listed = isinstance(names, dict) and all(isinstance(one, str) and one in names for one in required)
     few = listed and isinstance(least := kept.get("minProperties", 0), int) and least <= len(names or ())
     if listed and few and not opened and not spread:
         # equivalent here to `unevaluatedProperties`, which llguidance does not know

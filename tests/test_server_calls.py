@@ -429,6 +429,32 @@ def test_deep_json_is_no_trouble() -> None:
     assert json.loads(read([coder], "coder")[2][0][1]) == {"where": deep}
     with pytest.raises(Malformed):
         gemma_arguments("{a:" + deep + "}")
+    assert gemma_arguments('{a:"\\u00007",b:<escape>"<escape>}') == {"a": "\x007", "b": '"'}
+
+
+@pytest.mark.parametrize("value", (None, True, 1, "a", [], {}, [[]], [{}], {"a": 1}))
+@pytest.mark.parametrize(
+    ("kind", "answer"),
+    [
+        ("llama", "<|python_tag|>f(a=1)"),
+        ("llama", "<|python_tag|>f(1)"),
+        ("coder", "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"),
+    ],
+)
+def test_a_tool_s_schema_may_be_anything(kind: str, answer: str, value: Any) -> None:
+    """A call by position needs the names of the parameters; any other is a call whatever the schema says."""
+    for schema in (
+        {"properties": value},
+        {"properties": {"a": {"type": value}}},
+        {"properties": {"a": value}},
+    ):
+        names = schema["properties"] if isinstance(schema["properties"], dict) else {}
+        _, text, calls = read([answer], kind, tools={"f": schema})
+        if answer.endswith("f(1)") and "a" not in names:
+            assert text == answer
+        else:
+            ((name, arguments),) = calls
+            assert name == "f" and json.loads(arguments) in ({"a": 1}, {"a": "1"})
 
 
 UNCLOSED = {

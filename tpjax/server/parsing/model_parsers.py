@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 from tpjax.server.json_types import Json, JsonObject
@@ -228,11 +228,12 @@ def gemma_arguments(text: str) -> JsonObject:
     Raises:
         Malformed: the text is not an object in this notation.
     """
-    strings: list[str] = []
+    strings: dict[str, str] = {}  # placeholder -> string
 
     def keep(match: re.Match[str]) -> str:
-        strings.append(match[2])
-        return json.dumps(f"\0{len(strings) - 1}")
+        placeholder = f"\0{len(strings)}"
+        strings[placeholder] = match[2]
+        return json.dumps(placeholder)
 
     plain = re.sub(r'(<escape>|<\|"\|>)(.*?)\1', keep, text, flags=re.DOTALL)
     plain = re.sub(r"([{,]\s*)([A-Za-z_][\w.-]*)\s*:", r'\1"\2":', plain)
@@ -246,9 +247,9 @@ def gemma_arguments(text: str) -> JsonObject:
     return value
 
 
-def _restored(value: Json, strings: Sequence[str]) -> Json:
-    if isinstance(value, str) and value.startswith("\0"):
-        return strings[int(value[1:])]
+def _restored(value: Json, strings: Mapping[str, str]) -> Json:
+    if isinstance(value, str):
+        return strings.get(value, value)
     if isinstance(value, dict):
         return {key: _restored(one, strings) for key, one in value.items()}
     return [_restored(one, strings) for one in value] if isinstance(value, list) else value

@@ -247,7 +247,7 @@ class ToolCallParser(IncrementalParser):
         name = _dotted(node.func).removesuffix(".call")
         if not NAME.fullmatch(name) or (known and name not in self._tools):
             raise Malformed
-        names = list(self._tools.get(name, {}).get("properties", {}))
+        names = list(self._properties(name))
         try:
             values = dict(zip(names, map(_literal, node.args), strict=False))
             values |= {str(one.arg): _literal(one.value) for one in node.keywords}
@@ -258,12 +258,15 @@ class ToolCallParser(IncrementalParser):
             raise Malformed
         return name, values
 
+    def _properties(self, name: str) -> JsonObject:
+        properties = self._tools.get(name, {}).get("properties")
+        return properties if isinstance(properties, dict) else {}
+
     # --- text between tags
 
     def typed(self, name: str, key: str, text: str) -> Json:
         """Converts a value written as bare text to the type in the tool's schema."""
-        properties = self._tools.get(name, {}).get("properties")
-        schema = properties.get(key) if isinstance(properties, dict) else None
+        schema = self._properties(name).get(key)
         kinds = _kinds(schema) if isinstance(schema, dict) else ["string"]
         if "string" in kinds and not ("null" in kinds and text == "null"):
             return text

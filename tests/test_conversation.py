@@ -283,6 +283,34 @@ def test_thousands_of_calls_take_no_time() -> None:
     assert [one["role"] for one in found[-2:]] == [A, T] and found[-1]["tool_call_id"] == "unknown"
 
 
+TOGETHER: dict[str, tuple[list[dict[str, Any]], Traits]] = {
+    "messages": ([said(U, "x" * 950)], Traits(alternation=True)),
+    "results": ([{"role": T, "content": "x" * 950}], Traits(tool_messages=False)),
+    "texts beside calls": (
+        [said(A, "x" * 950, tool_calls=[call("f")])],
+        Traits(tool_messages=True, text_and_calls=False, alternation=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TOGETHER)
+def test_adjacent_messages_are_joined_in_linear_time(kind: str) -> None:
+    """On the event loop too: joined one by one, eight times the messages take 64 times the time."""
+    asked, traits = TOGETHER[kind]
+
+    def seconds(count: int) -> float:
+        messages = [Message.model_validate(one) for one in asked * count]
+        messages.append(Message.model_validate(said(U if kind == "messages" else A, "Bye.")))
+        start = time.thread_time()
+        found = conversation(messages, None, traits, HERMES)
+        taken = time.thread_time() - start
+        assert max(len(one["content"]) for one in found) > 950 * count
+        return taken
+
+    few, many = (min(seconds(count) for _ in range(3)) for count in (256, 2048))
+    assert many < 24 * few
+
+
 @pytest.mark.parametrize("text", ("", "null", "{}"))
 def test_a_call_without_arguments(text: str) -> None:
     asked = said(A, "", tool_calls=[call("f", arguments=text)])

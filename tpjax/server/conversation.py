@@ -137,23 +137,24 @@ def _with_ids(turns: list[Turn]) -> list[Turn]:
 
 def _native_calls(turns: list[Turn], traits: Traits) -> Iterator[Turn]:
     """Yields messages with calls in the template's fields, one call per message if it needs that."""
-    carried = ""  # text beside calls that has to move to the next assistant message
+    carried: list[Turn] = []  # whose text, beside calls, has to move to the next assistant message
     for turn in turns if traits.parallel_calls else _one_call_each(turns):
         if traits.short_ids and turn["role"] == "tool" and "tool_call_id" in turn:
             turn = {**turn, "tool_call_id": _short(turn["tool_call_id"])}
         calls = turn.get("tool_calls")
         if not calls:
             if carried and turn["role"] == "assistant":
-                turn, carried = {**turn, "content": f"{carried}\n\n{_as_text(turn['content'])}"}, ""
+                text = f"{_joined(carried)}\n\n{_as_text(turn['content'])}"
+                turn, carried = {**turn, "content": text}, []
             yield turn
             continue
         turn = {**turn, "tool_calls": [_call(call, traits) for call in calls]}
         if turn["content"] and not traits.text_and_calls:
             if traits.alternation:
-                carried = _joined([{"content": carried}, turn])
+                carried.append(turn)
             else:
                 yield {"role": "assistant", "content": turn["content"]}
-            turn["content"] = ""
+            turn = {**turn, "content": ""}
         if turn["content"] and not traits.reasoning_with_text:
             turn = {name: value for name, value in turn.items() if name not in _REASONING_FIELDS}
         if not turn["content"] and traits.none_content:
@@ -200,22 +201,17 @@ def _one_call_each(turns: list[Turn]) -> Iterator[Turn]:
 def _calls_as_text(turns: list[Turn], form: ToolCallFormat) -> list[Turn]:
     """Writes calls and results as text; the results of one message's calls are one user message."""
     plain: list[Turn] = []
-    after_result = False
-    for turn in turns:
-        if turn["role"] == "tool":
-            text = _RESULT.format(turn["content"])
-            if after_result:
-                plain[-1]["content"] += f"\n{text}"
-            else:
-                plain.append({"role": "user", "content": text})
-            after_result = True
+    for results, group in itertools.groupby(turns, lambda turn: turn["role"] == "tool"):
+        if results:
+            text = "\n".join(_RESULT.format(turn["content"]) for turn in group)
+            plain.append({"role": "user", "content": text})
             continue
-        after_result = False
-        calls = turn.pop("tool_calls", ())
-        if calls:
-            functions = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
-            turn["content"] = "\n".join(filter(None, [_as_text(turn["content"]), form.render(functions)]))
-        plain.append(turn)
+        for turn in group:
+            calls = turn.pop("tool_calls", ())
+            if calls:
+                functions = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
+                turn["content"] = "\n".join(filter(None, [_as_text(turn["content"]), form.render(functions)]))
+            plain.append(turn)
     return plain
 
 
@@ -250,18 +246,18 @@ def _system_where_it_may_be(turns: list[Turn], traits: Traits) -> list[Turn]:
 
 def _alternating(turns: list[Turn]) -> list[Turn]:
     """Joins adjacent messages of one role; calls and results are exempt from the alternation."""
-    merged: list[Turn] = []
+    groups: list[list[Turn]] = []
     for turn in turns:
-        last = merged[-1] if merged else {"role": None}
+        last = groups[-1][-1] if groups else {"role": None}
         if last["role"] == "tool" and turn["role"] == "user":
-            merged.append({"role": "assistant", "content": _ACKNOWLEDGED})
-            last = merged[-1]
+            last = {"role": "assistant", "content": _ACKNOWLEDGED}
+            groups.append([last])
         alike = turn["role"] == last["role"] and turn["role"] in ("user", "assistant")
         if alike and "tool_calls" not in turn and "tool_calls" not in last:
-            merged[-1] = {**last, "content": _joined([last, turn])}
+            groups[-1].append(turn)
         else:
-            merged.append(turn)
-    return merged
+            groups.append([turn])
+    return [one[0] if len(one) == 1 else {**one[0], "content": _joined(one)} for one in groups]
 
 
 def _joined(turns: Sequence[Turn]) -> str:

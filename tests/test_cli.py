@@ -113,6 +113,8 @@ def test_help_starts_neither_jax_nor_anything_else_heavy():
         (["generate", "x", "nope", "--prompts", "y"], "--prompts FILE has the prompts: leave PROMPT out"),
         (["generate", "--prompts", "none.txt", "nope"], "none.txt: No such file or directory"),
         (["generate", "5 x", "nope", "--token-ids"], "--token-ids: 'x' is not a token id"),
+        (["convert", "a", "t", "--model", "b"], "two models are given: 'a' and --model 'b'"),
+        (["explain", "a", "--model", "b"], "two models are given: 'a' and --model 'b'"),
         (["convert", "smollm2-135m"], "no target is given: convert MODEL TARGET"),
         (["batch", "x", "--input", "none.jsonl", "--output", "y"], "none.jsonl: No such file or directory"),
         (["generate", "x", "--model", "nope"], "unknown model 'nope': not a built-in alias ("),
@@ -392,6 +394,14 @@ def test_a_bad_line_of_a_file_is_named(line, message, tmp_path, capsys, smollm2_
     ("arguments", "message"),
     (
         ("serve {model} --port 65536", "'65536' is not a port, 0 to 65535"),
+        ("serve {model} --port " + "9" * 5000, "' is not a port, 0 to 65535"),
+        ("serve {model} --process-id " + "9" * 5000, "' is not the number of a process, 0 or more"),
+        ("bench serve --num-prompts 1000001", "'1000001' is not a whole number of requests, 1000000 at most"),
+        ("bench serve --input-len 99999999", "'99999999' is not a whole number of tokens, 10000000 at most"),
+        (
+            "serve {model} --pp 1000000000",
+            "pp=1000000000 is not a whole number of pipeline stages, 1 to",
+        ),
         ("serve {model} --max-slots 0", "'0' is not a whole number of requests, 1 or more"),
         ("serve {model} --api-key-file /nowhere/keys", "/nowhere/keys: No such file or directory"),
         ("serve {model} --api-key ''", "Invalid value for '--api-key': a key is empty"),

@@ -328,7 +328,7 @@ def test_a_stage_of_more_devices_has_more_layers() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     (
-        ({"pp": 0}, DeviceError, "pp=0 is not a whole number of pipeline stages, 1 or more"),
+        ({"pp": 0}, DeviceError, "pp=0 is not a whole number of pipeline stages, 1 to 1024"),
         ({"pp": 3}, ConfigError, "pp=3 stages need a layer each, but this model has num_layers=2"),
         ({"pp": 9}, DeviceError, r"pp=9 stages of tp=2 need 18 devices, but JAX sees 16 \(CPU\)"),
         ({"pp": 2, "dp": 5}, DeviceError, "dp=5 replicas of pp=2 stages of tp=2 need 20 devices"),

@@ -7,8 +7,10 @@ import math
 import random
 import re
 import statistics
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tpjax.cli import app as cli
@@ -195,6 +197,22 @@ def test_traces_of_both_kinds(tmp_path):
     assert second.at == pytest.approx(1.5)
 
 
+def test_times_of_a_trace_keep_their_offset(tmp_path, monkeypatch):
+    """With a fraction or without, on a machine of whatever zone; without an offset they are UTC's."""
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        trace = tmp_path / "trace.csv"
+        times = ("00:00:00.0099301+00:00", "01:00:01+01:00", "00:00:02", "00:00:03.5+00:00")
+        rows = "".join(f"2024-03-10 {one},10,10\n" for one in times)
+        trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows)
+        found = [one.at for one in read_trace(trace)]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    np.testing.assert_allclose(found, [0, 0.99007, 1.99007, 3.49007], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -205,6 +223,12 @@ def test_traces_of_both_kinds(tmp_path):
         ('{"timestamp": 1e999, "input_length": 1, "output_length": 3}', r"inf is not a time"),
         ('{"timestamp": 0,', r"line 1 is not JSON"),
         ("a,b\n1,2\n", r"line 2 has none of timestamp, TIMESTAMP, at"),
+        ('{"timestamp": 0, "input_length": true, "output_length": 3}', r"line 1: True is not a number of"),
+        ('{"timestamp": 0, "input_length": 3.9, "output_length": 3}', r"line 1: 3.9 is not a number of"),
+        (
+            'at,input_len,output_len\n1,"2,3\n' + "1,2,3\n" * 30_000,
+            r"line \d+: field larger than ",
+        ),
     ],
 )
 def test_a_wrong_trace_is_one_line(tmp_path, text, message):

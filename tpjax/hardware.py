@@ -354,8 +354,13 @@ def _renamed(where: str, field: str) -> str:
     return new
 
 
+_MOST_FIGURE = 1e15  # of anything, in its unit: further ones are slips
+
+
 def _positive(where: str, field: str, value: Any, *, zero: bool = False) -> float:
-    fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not fine or value < 0 or (value == 0 and not zero):
-        raise ConfigError(f"{where}: {field}={value!r} is not a positive number")
+    fine = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MOST_FIGURE
+    if not fine or (value == 0 and not zero):
+        raise ConfigError(
+            f"{where}: {field}={repr(value)[:40]} is not a positive number, {_MOST_FIGURE:g} at most"
+        )
     return float(value)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import jax
 
 AXIS = "tp"
+_MOST_STAGES = 1024  # a model may have as many layers
 
 _COUNT_FLAG = "--xla_force_host_platform_device_count"
 _COUNT_PATTERN = re.compile(rf"{_COUNT_FLAG}=(\d+)")
@@ -239,8 +240,8 @@ def check_dp(dp: int) -> None:
 
 def check_pp(pp: int) -> None:
     """Raises a ``DeviceError`` unless ``pp`` is a number of pipeline stages."""
-    if isinstance(pp, bool) or not isinstance(pp, int) or pp < 1:
-        raise DeviceError(f"pp={pp!r} is not a whole number of pipeline stages, 1 or more")
+    if isinstance(pp, bool) or not isinstance(pp, int) or not 1 <= pp <= _MOST_STAGES:
+        raise DeviceError(f"pp={pp!r} is not a whole number of pipeline stages, 1 to {_MOST_STAGES}")
 
 
 def is_local(mesh: jax.sharding.Mesh) -> bool:

@@ -10,6 +10,7 @@ import typer
 
 from tpjax.cli.console import show
 from tpjax.cli.options import (
+    MOST_TOKENS,
     Goodput,
     Json,
     MaxConcurrency,
@@ -37,11 +38,22 @@ def run(
     ] = None,
     num_prompts: NumPrompts = 64,
     input_len: Annotated[
-        int, option("--input-len", help="Tokens of each prompt.", parser=positive_int("tokens"), metavar="N")
+        int,
+        option(
+            "--input-len",
+            help="Tokens of each prompt.",
+            parser=positive_int("tokens", MOST_TOKENS),
+            metavar="N",
+        ),
     ] = 128,
     output_len: Annotated[
         int,
-        option("--output-len", help="Tokens of each response.", parser=positive_int("tokens"), metavar="N"),
+        option(
+            "--output-len",
+            help="Tokens of each response.",
+            parser=positive_int("tokens", MOST_TOKENS),
+            metavar="N",
+        ),
     ] = 64,
     range_ratio: RangeRatio = 0.0,
     request_rate: Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from tpjax.cli.loading import ensure
+from tpjax.cli.loading import chosen_model, ensure
 from tpjax.cli.options import MODEL_HELP, ModelOption, Processes, option, takes
 from tpjax.config import Quantize
 from tpjax.distributed import process_id
@@ -51,6 +51,7 @@ def run(
     """Write a model as a directory that loads at any --tp: dequantised, or quantised anew."""
     if target is None and model_option is not None:
         model, target = model_option, model
+    model = chosen_model(model, model_option)
     if target_format == "safetensors" and quantize is None:
         raise RequestError("--format safetensors needs --quantize: int8, fp8 or int4")
     if target is None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tpjax.cli.console import native_output_hidden, show_report
-from tpjax.cli.loading import ensure
+from tpjax.cli.loading import chosen_model, ensure
 from tpjax.cli.options import (
     MODEL_HELP,
     Json,
@@ -92,11 +92,9 @@ def run(
     processes: Processes,
 ) -> None:
     """Show how a model is sharded, and why: specs, bytes, KV cache, memory, and each step's collectives."""
-    name = model or model_option
-    if (name is None) == (config is None):
+    if (model is None and model_option is None) == (config is None):
         raise RequestError("give either MODEL or --config FILE")
-    name = name or config
-    assert name is not None
+    name = config or chosen_model(model, model_option)
     if plot is not None and sharding.pp > 1:
         raise RequestError(f"--plot draws the shards of one mesh, and --pp {sharding.pp} has several")
     if plot is not None:

@@ -74,17 +74,25 @@ def takes(**groups: type) -> Callable[[Callable[..., None]], Callable[..., None]
 
 
 _MOST_DIGITS = 15  # of a number of anything: a float holds it exactly
+MOST = 10**_MOST_DIGITS - 1
+MOST_REQUESTS = 10**6  # each has a place in a list
+MOST_TOKENS = 10**7  # of a prompt that is written out
 
 
-def positive_int(unit: str) -> Callable[[str], int]:
-    """Makes a parser of positive integers; ``unit`` is what an error calls them."""
+def digits(text: str) -> int | None:
+    """Returns the number that up to 15 decimal digits are; ``None``: it is none of these."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS else None
+
+
+def positive_int(unit: str, most: int = MOST) -> Callable[[str], int]:
+    """Makes a parser of integers from 1 to ``most``; ``unit`` is what an error calls them."""
 
     def parse(text: str | int) -> int:
         text = str(text)
-        number = int(text) if text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS else 0
-        if number < 1:
-            most = f"{'9' * _MOST_DIGITS} at most" if len(text) > _MOST_DIGITS else "1 or more"
-            raise typer.BadParameter(f"{text[:40]!r} is not a whole number of {unit}, {most}")
+        number = digits(text)
+        if not number or number > most:
+            limit = f"{most} at most" if number or len(text) > _MOST_DIGITS else "1 or more"
+            raise typer.BadParameter(f"{text[:40]!r} is not a whole number of {unit}, {limit}")
         return number
 
     return parse
@@ -131,18 +139,18 @@ def any_int(text: str | int) -> int:
 def port(text: str | int) -> int:
     """Parses a TCP port; 0 takes a free one."""
     text = str(text)
-    value = int(text) if text.isascii() and text.isdigit() else -1
-    if not 0 <= value < 1 << 16:
-        raise typer.BadParameter(f"{text!r} is not a port, 0 to 65535")
+    value = digits(text)
+    if value is None or value >= 1 << 16:
+        raise typer.BadParameter(f"{text[:40]!r} is not a port, 0 to 65535")
     return value
 
 
 def process_number(text: str | int) -> int:
     """Parses the number of a process."""
     text = str(text)
-    if not (text.isascii() and text.isdigit()):
-        raise typer.BadParameter(f"{text!r} is not the number of a process, 0 or more")
-    return int(text)
+    if (value := digits(text)) is None:
+        raise typer.BadParameter(f"{text[:40]!r} is not the number of a process, 0 or more")
+    return value
 
 
 def token_bias(text: str) -> tuple[int, float]:
@@ -182,7 +190,8 @@ Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw 
 
 
 NumPrompts = Annotated[
-    int, option("--num-prompts", help="Requests.", parser=positive_int("requests"), metavar="N")
+    int,
+    option("--num-prompts", help="Requests.", parser=positive_int("requests", MOST_REQUESTS), metavar="N"),
 ]
 RangeRatio = Annotated[
     float,

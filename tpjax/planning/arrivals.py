@@ -6,9 +6,10 @@ import csv
 import json
 import math
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ _INPUT = ("input_length", "ContextTokens", "input_len", "prompt_tokens")
 _OUTPUT = ("output_length", "GeneratedTokens", "output_len", "output_tokens")
 _MOST_TOKENS = 10**9
 _TIME = ("timestamp", "TIMESTAMP", "at")
+_FINER = re.compile(r"(\.\d{6})\d+")  # a fraction of a second finer than Python's dates
 
 
 def read_trace(file: Path) -> list[Arrival]:
@@ -94,7 +96,10 @@ def _rows(file: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields where each row stands, and its fields."""
     if not text.lstrip().startswith("{"):
         reader = csv.DictReader(text.split("\n"))
-        yield from ((f"line {reader.line_num}", row) for row in reader)
+        try:
+            yield from ((f"line {reader.line_num}", row) for row in reader)
+        except csv.Error as error:  # an open quote takes the lines after it
+            raise ConfigError(f"--trace {file}: line {reader.line_num}: {error}") from error
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -116,14 +121,15 @@ def _arrival(where: str, row: dict[str, Any]) -> Arrival:
         return row[found]
 
     def tokens(names: Sequence[str]) -> int:
+        given = value(names)
         try:
-            count = int(value(names))
+            count = int(given)
         except (TypeError, ValueError, OverflowError):
             count = 0
+        if isinstance(given, bool) or (isinstance(given, float) and given != count):
+            count = 0
         if not 1 <= count <= _MOST_TOKENS:
-            raise ConfigError(
-                f"{where}: {brief(value(names))} is not a number of tokens, 1 to {_MOST_TOKENS}"
-            )
+            raise ConfigError(f"{where}: {brief(given)} is not a number of tokens, 1 to {_MOST_TOKENS}")
         return count
 
     return Arrival(_seconds(where, row, value(_TIME)), tokens(_INPUT), tokens(_OUTPUT))
@@ -137,7 +143,8 @@ def _seconds(where: str, row: dict[str, Any], time: Any) -> float:
         seconds = math.inf
     except (TypeError, ValueError):
         try:
-            seconds = datetime.fromisoformat(str(time)[:26]).timestamp()
+            moment = datetime.fromisoformat(_FINER.sub(r"\1", str(time)))
+            seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
         except (ValueError, OverflowError) as error:
             raise ConfigError(f"{where}: {brief(time)} is neither a number nor a date") from error
     if not math.isfinite(seconds):

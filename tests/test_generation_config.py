@@ -6,7 +6,6 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ from serving import CONTEXT, SLOTS, VOCAB, load_tiny, running, tiny_checkpoint
 from tpjax import LLM, SamplingParams
 from tpjax.checkpoints.convert import convert
 from tpjax.checkpoints.generation_config import eos_ids, sampling_defaults
+from tpjax.engine.request import Request
 from tpjax.errors import CheckpointError, ConfigError, RequestError
 from tpjax.server.protocol import CompletionBody
-from tpjax.server.responses import make_requests
+from tpjax.server.responses import checked_params, make_requests
 
 PROMPT = "the quick brown fox"
 # a model that wants the likeliest token: what is sampled shows whether it was heard
@@ -320,16 +320,20 @@ def test_seeds_of_the_model_itself(tmp_path: Path) -> None:
         load_tiny(path, seed=2**63)
 
 
+def requests_of(llm: LLM, body: CompletionBody) -> list[Request]:
+    return make_requests(llm, body, checked_params(llm, body, 4), "a", 4, 16)
+
+
 @pytest.mark.parametrize("seed", (-3, -2, 0, 2**63 - 2, 2**63 - 1, -(2**63)))
 def test_choices_have_seeds_of_their_own(plain: LLM, seed: int) -> None:
     body = CompletionBody(prompt="a", n=4, seed=seed)
-    seeds = [request.seed for request in make_requests(plain, body, "a", 4, 16)]
+    seeds = [request.seed for request in requests_of(plain, body)]
     assert seeds[0] == seed and len(set(seeds)) == 4 and -1 not in seeds
     assert all(-(2**63) <= one < 2**63 for one in seeds)
 
 
 def test_random_choices_differ(plain: LLM) -> None:
-    sampled: Iterator[Any] = iter(make_requests(plain, CompletionBody(prompt="a", n=2, seed=-1), "a", 4, 16))
+    sampled = requests_of(plain, CompletionBody(prompt="a", n=2, seed=-1))
     assert len({request.seed for request in sampled}) == 2
     assert SLOTS >= 2 and CONTEXT > 16
 

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ import pytest
 from conftest import COMPILE_FAST
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import CONTEXT, SLOTS, Running, load_tiny, running, tiny_checkpoint
+from serving import CONTEXT, SLOTS, VOCAB, Running, load_tiny, running, tiny_checkpoint
 
+from tpjax.engine.request_builder import RequestBuilder
 from tpjax.errors import CheckpointError, RequestError
+from tpjax.sampling_params import SamplingParams
 from tpjax.sandbox import NICENESS, Worker, sandbox
 from tpjax.server import json_bodies
 from tpjax.server.admission_budget import FREE_BYTES, AdmissionBudget, Reservation
@@ -419,6 +422,53 @@ def test_a_long_text_is_encoded_in_a_process_as_here(http: httpx.Client, server:
     assert error["code"] == "context_length_exceeded"
     truncated = http.post(COMPLETIONS, json=completion(text, truncate_prompt_tokens=8)).json()
     assert truncated["usage"]["prompt_tokens"] == 8
+
+
+def test_what_all_choices_share_is_done_once(
+    http: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand words are encoded, and every token id is checked, as often for four choices as for one."""
+    counts: Counter[str] = Counter()
+
+    def counted(owner: type, name: str) -> None:
+        whole = getattr(owner, name)
+
+        def count(*arguments: Any, **more: Any) -> Any:
+            counts[name] += 1
+            return whole(*arguments, **more)
+
+        monkeypatch.setattr(owner, name, count)
+
+    counted(SamplingParams, "__post_init__")
+    counted(SamplingParams, "_check_items")
+    counted(Tokenizer, "encode")
+    counted(RequestBuilder, "checked")
+    many = {"bad_words": ["zx", "yy", "zx"], "logit_bias": {"9": 1}, "allowed_token_ids": [*range(99)] * 3}
+    for path, body in ((COMPLETIONS, completion("hi")), (CHAT, chat("hi"))):
+        found = []
+        for n in (1, 4):
+            counts.clear()
+            answer = http.post(path, json=body | many | {"n": n, "temperature": 1})
+            assert len(answer.json()["choices"]) == n
+            found.append(dict(counts))
+        assert found[0] == found[1] and found[0]["__post_init__"] == 1
+        assert found[0]["encode"] == 1 + 2 * 2  # the prompt, and each word as it is and after a space
+    (first, second) = server.llm.requests(
+        [5], server.llm.checked_params(SamplingParams(allowed_token_ids=[7])), [1, 2]
+    )
+    assert first.params is second.params and first.prompt_token_ids is second.prompt_token_ids
+
+
+def test_no_more_tokens_are_allowed_than_there_are(http: httpx.Client) -> None:
+    for path, body in ((COMPLETIONS, completion("hi")), (CHAT, chat("hi"))):
+        for count in (VOCAB, VOCAB + 1, 400_000):
+            answer = http.post(path, json=body | {"allowed_token_ids": [7] * count})
+            if count == VOCAB:
+                assert answer.status_code == 200
+                continue
+            error = error_of(answer, 400)
+            assert error["param"] == "allowed_token_ids"
+            assert error["message"] == f"allowed_token_ids has {count} tokens, over the vocabulary of {VOCAB}"
 
 
 @contextlib.contextmanager

@@ -250,7 +250,7 @@ def test_an_unexpected_error_shows_nothing_and_is_logged(
     def broken(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError("a secret")
 
-    monkeypatch.setattr(LLM, "request", broken)
+    monkeypatch.setattr(LLM, "requests", broken)
     answer = http.post(COMPLETIONS, json=completion(), headers={"x-request-id": "my-id"})
     assert error_of(answer, 500)["code"] == "internal_error"
     assert "secret" not in answer.text and answer.headers["x-request-id"] == "my-id"

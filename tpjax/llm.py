@@ -32,8 +32,8 @@ from tpjax.engine.generation import Delta as Delta
 from tpjax.engine.generation import Generation
 from tpjax.engine.loading import load_engines
 from tpjax.engine.replica import Replica
-from tpjax.engine.request import FinishReason, Request, TokenLogprobs
-from tpjax.engine.request_builder import RequestBuilder
+from tpjax.engine.request import FinishReason, Grammar, Request, TokenLogprobs
+from tpjax.engine.request_builder import CheckedParams, RequestBuilder
 from tpjax.engine.router import Router
 from tpjax.errors import ConfigError, RequestError
 from tpjax.mesh import describe_layout, describe_tp, make_stage_meshes
@@ -478,6 +478,40 @@ class LLM:
         self.front.check_open()
         self.front.run_on_all(warm_up)
 
+    def checked_params(self, params: SamplingParams) -> CheckedParams:
+        """Returns sampling parameters for :meth:`requests`, checked against model and tokenizer.
+
+        Raises:
+            RequestError: a parameter is invalid.
+        """
+        return self._requests.check(params)
+
+    def requests(
+        self,
+        prompt: str | Sequence[int],
+        params: CheckedParams,
+        seeds: Sequence[int | None],
+        grammars: Sequence[Grammar | None] = (),
+        **extra: Any,
+    ) -> list[Request]:
+        """Returns requests for several choices of one prompt, checked once: see :meth:`request`.
+
+        Args:
+            prompt: text, or token ids.
+            params: checked sampling parameters; their seed is not used.
+            seeds: one for each choice; ``None``: derived from the model's.
+            grammars: one for each choice, or none.
+            **extra: further fields of the requests (``cache_salt``, ``priority``).
+
+        Raises:
+            RequestError: the prompt or a parameter is invalid.
+            EngineError: the model is closed.
+        """
+        self.front.check_open()
+        requests = self._requests.build(prompt, params, seeds, grammars, **extra)
+        self.engine.scheduler.check(requests[0])  # it looks at the lengths, which are the same for all
+        return requests
+
     def request(self, prompt: str | Sequence[int], params: SamplingParams, **extra: Any) -> Request:
         """Returns a request for ``engine``, checked against model, tokenizer, context and cache.
 
@@ -490,10 +524,8 @@ class LLM:
             RequestError: the prompt or a parameter is invalid.
             EngineError: the model is closed.
         """
-        self.front.check_open()
-        request = self._requests.build(prompt, params, **extra)
-        self.engine.scheduler.check(request)
-        return request
+        grammars = [extra.pop("grammar", None)]
+        return self.requests(prompt, self.checked_params(params), [params.seed], grammars, **extra)[0]
 
     def describe_defaults(self) -> str:
         """Returns the sampling defaults as text; empty if there are none."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
+from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -93,6 +95,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self._check_containers()
+        self._check_numbers()
+        self._check_items()
+
+    def _check_numbers(self) -> None:
         self._check_int("max_tokens", 0)
         self._check_int("min_tokens", 0)
         if self.min_tokens > self.max_tokens:
@@ -117,6 +123,8 @@ class SamplingParams:
                 self._check_float(name, 0.0, high, open_low=open_low)
         self._check_float("presence_penalty", -2.0, 2.0)
         self._check_float("frequency_penalty", -2.0, 2.0)
+
+    def _check_items(self) -> None:
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise RequestError(f"stop={text!r} is not a non-empty string")
@@ -149,6 +157,11 @@ class SamplingParams:
         limits = self.allowed_token_ids is not None or bool(self.bad_words)
         return penalties != (1.0, 0.0, 0.0) or bool(self.logit_bias) or limits
 
+    @cached_property  # whoever has a copy of these parameters has it too
+    def allowed_array(self) -> array[int] | None:
+        """``allowed_token_ids`` as an array, which NumPy reads without converting each; ``None``: all."""
+        return None if self.allowed_token_ids is None else array("q", self.allowed_token_ids)
+
     @cached_property  # asked at every step
     def plain_greedy(self) -> bool:
         """Whether the next token is the arg-max of the logits, and nothing else is asked for."""
@@ -163,7 +176,21 @@ class SamplingParams:
         """Returns a copy in which a model's defaults, then the neutral values, replace what is not given."""
         every = {**NEUTRAL, **defaults}
         missing: dict[str, Any] = {name: every[name] for name in NEUTRAL if getattr(self, name) is None}
-        return replace(self, **missing)
+        return self.with_numbers(**missing)
+
+    def with_numbers(self, **numbers: float | None) -> SamplingParams:
+        """Returns a copy with other numbers; texts and token ids are shared and not checked again.
+
+        Raises:
+            RequestError: naming the parameter and its value.
+        """
+        other = copy.copy(self)
+        for name in ("needs_history", "plain_greedy"):
+            other.__dict__.pop(name, None)  # they depend on numbers
+        for name, value in numbers.items():
+            object.__setattr__(other, name, value)
+        other._check_numbers()
+        return other
 
     @classmethod
     def of(

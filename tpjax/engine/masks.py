@@ -13,7 +13,7 @@ def pack_mask(
     """Returns a mask of the allowed tokens (``None``: all) that are not barred."""
     bits = np.zeros(-(-vocab_size // 32) * 32, np.bool_)
     bits[:vocab_size] = allowed is None
-    bits[list(allowed or ())] = True
+    bits[np.asarray(() if allowed is None else allowed, np.int64)] = True
     bits[list(barred)] = False
     return np.packbits(bits, bitorder="little").view(np.uint32)
 

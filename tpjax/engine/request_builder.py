@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,27 @@ from tpjax.engine.token_filter import TokenFilter, word_sequences
 from tpjax.errors import RequestError
 from tpjax.sampling_params import MAX_SEED, RANDOM_SEED, SamplingParams
 from tpjax.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class CheckedParams:
+    """Sampling parameters checked against model and tokenizer, which is done once for many requests.
+
+    Attributes:
+        params: sampling parameters, with the model's defaults.
+        stop_ids: tokens that end a text, ascending.
+        barred_ids: tokens that are never sampled.
+        token_filter: bars further tokens, depending on the output; ``None`` if nothing may need it.
+    """
+
+    params: SamplingParams
+    stop_ids: tuple[int, ...]
+    barred_ids: tuple[int, ...]
+    token_filter: TokenFilter | None
+
+    def with_numbers(self, **numbers: float | None) -> CheckedParams:
+        """Returns a copy with other numbers: see :meth:`SamplingParams.with_numbers`."""
+        return replace(self, params=self.params.with_numbers(**numbers))
 
 
 class RequestBuilder:
@@ -42,37 +64,71 @@ class RequestBuilder:
         self._defaults, self._path = defaults, path
         self._seeds = np.random.default_rng(None if seed == RANDOM_SEED else seed % 2**64)
 
-    def build(self, prompt: str | Sequence[int], params: SamplingParams, **extra: Any) -> Request:
-        """Returns a request.
+    def check(self, params: SamplingParams) -> CheckedParams:
+        """Checks sampling parameters against model and tokenizer.
+
+        Raises:
+            RequestError: a parameter is invalid.
+        """
+        if params.stop and self._tokenizer is None:
+            raise RequestError(f"stop={params.stop!r} needs a tokenizer, and {self._path} has none")
+        if params.bad_words and self._tokenizer is None:
+            raise RequestError(f"bad_words={params.bad_words!r} needs a tokenizer, and {self._path} has none")
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            self.checked(list(getattr(params, name) or ()), name)
+        params, vocab, allowed = params.resolved(self._defaults), self._vocab, params.allowed_token_ids
+        ends = {*params.stop_token_ids, *self._stop_ids(params.stop)}
+        ends |= set() if params.ignore_eos else self._eos_ids
+        sequences = word_sequences(params.bad_words, self._encode_bare, vocab) if params.bad_words else []
+        barred = tuple(one[0] for one in sequences if len(one) == 1)
+        left = set(allowed or ()) - set(barred)
+        if not (vocab - len(barred) if allowed is None else len(left)):
+            raise RequestError("bad_words bars every token that may be sampled: at least 1 has to be left")
+        if params.min_tokens and left and ends >= left:
+            of_them = "each of allowed_token_ids" + " that bad_words leave" * bool(barred)
+            raise RequestError(f"min_tokens={params.min_tokens}, but {of_them} ends the text at once")
+        longer = [one for one in sequences if len(one) > 1]
+        limited = longer or barred or allowed is not None
+        limits = TokenFilter(vocab, params.allowed_array, barred, longer) if limited else None
+        return CheckedParams(params, tuple(sorted(ends)), barred, limits)
+
+    def build(
+        self,
+        prompt: str | Sequence[int],
+        params: CheckedParams,
+        seeds: Sequence[int | None],
+        grammars: Sequence[Grammar | None] = (),
+        **extra: Any,
+    ) -> list[Request]:
+        """Returns requests for several choices of one prompt, which share what is the same for all.
 
         Args:
             prompt: text, or token ids.
-            params: sampling parameters.
-            **extra: further fields of the request (``cache_salt``, ``grammar``, ``priority``).
+            params: checked sampling parameters; their seed is not used.
+            seeds: one for each choice; ``None``: derived from the model's.
+            grammars: one for each choice, or none.
+            **extra: further fields of the requests (``cache_salt``, ``priority``).
 
         Raises:
-            RequestError: the prompt or a parameter is invalid.
+            RequestError: the prompt is invalid, or what may be sampled does not fit a grammar.
         """
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise RequestError(f"{self._path} has no tokenizer: give the prompt as token ids")
-            ids = self.checked(self._tokenizer.encode(prompt))  # a tokenizer may know more than the model
-        else:
-            ids = self.checked(prompt)
-        if params.stop and self._tokenizer is None:
-            raise RequestError(f"stop={params.stop!r} needs a tokenizer, and {self._path} has none")
-        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
-            self.checked(list(getattr(params, name) or ()), name)
-        params = params.resolved(self._defaults)
-        ends = {*params.stop_token_ids, *self._stop_ids(params.stop)}
-        ends |= set() if params.ignore_eos else self._eos_ids
-        extra |= self._limits(params, extra.get("grammar"))
-        left = set(params.allowed_token_ids or ()) - set(extra["barred_ids"])
-        if params.min_tokens and left and ends >= left:
-            of_them = "each of allowed_token_ids" + " that bad_words leave" * bool(extra["barred_ids"])
-            raise RequestError(f"min_tokens={params.min_tokens}, but {of_them} ends the text at once")
-        seed = int(self._seeds.integers(0, MAX_SEED, endpoint=True)) if params.seed is None else params.seed
-        return Request(ids, params, seed, tuple(sorted(ends)), **extra)
+            prompt = self._tokenizer.encode(prompt)
+        ids = self.checked(prompt)  # a tokenizer may know more tokens than the model
+        return [
+            Request(
+                ids,
+                params.params,
+                int(self._seeds.integers(0, MAX_SEED, endpoint=True)) if seed is None else seed,
+                params.stop_ids,
+                grammar=self._filtered(params, grammars[index] if grammars else None),
+                barred_ids=params.barred_ids,
+                **extra,
+            )
+            for index, seed in enumerate(seeds)
+        ]
 
     def checked(self, token_ids: Sequence[int], name: str = "the prompt") -> list[int]:
         """Returns token ids as a list; raises a ``RequestError`` if one is not in the vocabulary."""
@@ -91,22 +147,16 @@ class RequestBuilder:
             )
         return ids
 
-    def _limits(self, params: SamplingParams, grammar: Grammar | None) -> dict[str, Any]:
-        """Returns what a request may not sample, as its fields ``barred_ids`` and ``grammar``."""
-        if params.bad_words and self._tokenizer is None:
-            raise RequestError(f"bad_words={params.bad_words!r} needs a tokenizer, and {self._path} has none")
-        vocab, allowed = self._vocab, params.allowed_token_ids
-        sequences = word_sequences(params.bad_words, self._encode_bare, vocab) if params.bad_words else []
-        barred = tuple(one[0] for one in sequences if len(one) == 1)
-        if not (vocab - len(barred) if allowed is None else len(set(allowed) - set(barred))):
-            raise RequestError("bad_words bars every token that may be sampled: at least 1 has to be left")
-        longer = [one for one in sequences if len(one) > 1]
-        if longer or (grammar is not None and (barred or allowed is not None)):
-            grammar = TokenFilter(vocab, allowed, barred, longer, grammar)
-            if not grammar.mask().any():
-                given = [name for name in ("allowed_token_ids", "bad_words") if getattr(params, name)]
-                raise RequestError(f"{' and '.join(given)} leave no token that the schema allows")
-        return {"grammar": grammar, "barred_ids": barred}
+    def _filtered(self, checked: CheckedParams, grammar: Grammar | None) -> Grammar | None:
+        """Returns the grammar of a choice, with what the parameters bar beside it or over the output."""
+        limits = checked.token_filter
+        if limits is None or (grammar is None and not limits.depends_on_output):
+            return grammar  # biases on the device bar the rest
+        both = limits.over(grammar)
+        if not both.mask().any():
+            given = [name for name in ("allowed_token_ids", "bad_words") if getattr(checked.params, name)]
+            raise RequestError(f"{' and '.join(given)} leave no token that the schema allows")
+        return both
 
     def _encode_bare(self, text: str) -> list[int]:
         """Encodes a text without adding special tokens."""

@@ -7,6 +7,7 @@ request runs like one with a grammar.
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 
@@ -36,7 +37,7 @@ class TokenFilter:
         allowed: Sequence[int] | None,
         barred: Sequence[int],
         sequences: Sequence[Sequence[int]],
-        grammar: Grammar | None,
+        grammar: Grammar | None = None,
     ) -> None:
         self.finished = False
         self._grammar = grammar
@@ -47,6 +48,18 @@ class TokenFilter:
         self._longest = max((len(sequence) - 1 for sequence in sequences), default=0)
         self._recent: list[int] = []
         self._mask = self._next()
+
+    @property
+    def depends_on_output(self) -> bool:
+        """Whether it bars a token after others only."""
+        return bool(self._endings)
+
+    def over(self, grammar: Grammar | None) -> TokenFilter:
+        """Returns an unused filter that bars the same tokens over another grammar; they share the tables."""
+        other = copy.copy(self)
+        other._grammar, other._recent, other.finished = grammar, [], False
+        other._mask = other._next()
+        return other
 
     @property
     def error(self) -> str | None:

@@ -249,7 +249,7 @@ class Runner(Stage):
             bias[0, token] = value
         if params.allowed_token_ids is not None:
             others = np.ones(self.padded_vocab, np.bool_)
-            others[list(params.allowed_token_ids)] = False
+            others[np.asarray(params.allowed_array)] = False
             bias[0, others] = -np.inf
         bias[0, list(barred_ids)] = -np.inf
         self.dispatch(ProgramSpec("set_history"), np.int32(row), in_prompt, counts, bias)

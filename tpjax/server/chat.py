@@ -24,6 +24,7 @@ from tpjax.server.parsing.incremental import ParsedDelta
 from tpjax.server.protocol import ChatBody, Tool
 from tpjax.server.responses import (
     RunningUsage,
+    checked_params,
     gather,
     make_requests,
     prompt_logprobs,
@@ -92,8 +93,9 @@ class ChatResponse:
             grammars = await _grammars(prompts.grammars, body, form, inside)
             for grammar in grammars:
                 grammar.add_stop_ids(form.stop_ids)
-            make = partial(make_requests, llm, body, ids, body.limit, None, grammars, **params)
-            requests = await prompts.encoder.threads.run(make)
+            threads = prompts.encoder.threads
+            checked = await threads.run(partial(checked_params, llm, body, body.limit, **params))
+            requests = await threads.run(make_requests, llm, body, checked, ids, body.limit, None, grammars)
         admission_budget.prepared()
         for request in requests if not body.ignore_eos else ():
             request.stop_ids += tuple(one for one in form.stop_ids if one not in request.stop_ids)

@@ -63,14 +63,18 @@ class CompletionResponse:
         if body.echo and body.logprobs is not None:
             params["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
         with service.preparing(len(prompts) * n):
+            checked = await encoder.threads.run(
+                partial(responses.checked_params, llm, body, body.max_tokens, **params)
+            )
             constraints = await grammars(compiler, body, len(prompts) * n)
             requests: list[Request] = []
             for prompt in prompts:
                 ids = await _token_ids(encoder, prompt, body)
                 own = constraints[len(requests) : len(requests) + n]
-                make = partial(make_requests, llm, body, ids, body.max_tokens, _DEFAULT_TOKENS, own, **params)
                 # not on the event loop: a long prompt takes a while, as token ids too
-                requests += await encoder.threads.run(make)
+                requests += await encoder.threads.run(
+                    make_requests, llm, body, checked, ids, body.max_tokens, _DEFAULT_TOKENS, own
+                )
         admission_budget.prepared()
         return cls(service, llm, body, requests)
 

@@ -19,6 +19,7 @@ from tpjax.server.service import Service, Stream
 
 if TYPE_CHECKING:
     from tpjax.engine.request import Request, TokenLogprobs
+    from tpjax.engine.request_builder import CheckedParams
     from tpjax.llm import LLM
     from tpjax.text.tokenizer import Tokenizer
 
@@ -41,26 +42,51 @@ class GenerationResponse(Protocol):
         ...
 
 
-def make_requests(
-    llm: LLM,
-    body: Sampling,
-    prompt: str | Sequence[int],
-    max_tokens: int | None,
-    default_tokens: int | None,
-    grammars: Sequence[TokenGrammar] = (),
-    **params: Json,
-) -> list[Request]:
-    """Returns checked requests for the choices of one prompt; they share its token ids.
+def checked_params(llm: LLM, body: Sampling, max_tokens: int | None, **params: Json) -> CheckedParams:
+    """Returns the sampling parameters of a request, checked once for all its prompts and choices.
 
     Args:
         llm: the model.
         body: the sampling parameters.
+        max_tokens: as given by the client.
+        **params: further sampling parameters.
+
+    Raises:
+        ApiError: 400, naming the parameter.
+    """
+    allowed, vocab = body.allowed_token_ids or (), llm.config.vocab_size
+    if len(allowed) > vocab:  # before each is looked at: a body holds millions
+        raise bad_request(
+            f"allowed_token_ids has {len(allowed)} tokens, over the vocabulary of {vocab}",
+            "allowed_token_ids",
+        )
+    least = body.min_tokens or 0
+    try:
+        return llm.checked_params(body.sampling_params(least if max_tokens is None else max_tokens, **params))
+    except RequestError as error:
+        raise from_request_error(error, type(body).model_fields) from error
+
+
+def make_requests(
+    llm: LLM,
+    body: Sampling,
+    params: CheckedParams,
+    prompt: str | Sequence[int],
+    max_tokens: int | None,
+    default_tokens: int | None,
+    grammars: Sequence[TokenGrammar] = (),
+) -> list[Request]:
+    """Returns checked requests for the choices of one prompt; they share its token ids and their parameters.
+
+    Args:
+        llm: the model.
+        body: the request.
+        params: its sampling parameters, of :func:`checked_params`.
         prompt: text, or token ids.
         max_tokens: as given by the client.
         default_tokens: used if ``max_tokens`` is not given, up to the room in the context; ``None``: all the
             room.
         grammars: one per choice, or none.
-        **params: further sampling parameters.
 
     Raises:
         ApiError: 400, naming the parameter.
@@ -68,7 +94,8 @@ def make_requests(
     try:
         # The prompt's check comes first: the other limits follow from its length.
         prompt = _truncated(llm, body, prompt, max_tokens)
-        ids = llm.request(prompt, body.sampling_params(0, seed=0, min_tokens=0)).prompt_token_ids
+        alone = params.with_numbers(max_tokens=0, min_tokens=0)
+        ids = llm.requests(prompt, alone, [0])[0].prompt_token_ids
         room = llm.max_model_len - len(ids)
         if not room and max_tokens != 0:
             raise ContextLengthError(
@@ -87,16 +114,14 @@ def make_requests(
         seed = RANDOM_SEED if body.seed is None else body.seed
         if seed == RANDOM_SEED:
             seed = secrets.randbelow(MAX_SEED)
-        return [
-            llm.request(
-                ids,
-                body.sampling_params(max_tokens, seed=_choice_seed(seed, i), **params),
-                cache_salt=body.cache_salt or "",
-                grammar=grammars[i] if grammars else None,
-                priority=body.priority or 0,
-            )
-            for i in range(body.n or 1)
-        ]
+        return llm.requests(
+            ids,
+            params.with_numbers(max_tokens=max_tokens),
+            [_choice_seed(seed, i) for i in range(body.n or 1)],
+            grammars,
+            cache_salt=body.cache_salt or "",
+            priority=body.priority or 0,
+        )
     except RequestError as error:
         raise from_request_error(error, type(body).model_fields) from error
 

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import CONTEXT, SLOTS, VOCAB, Running, load_tiny, running, tiny_checkpoint
 
+from tpjax.engine.generation import Generation
 from tpjax.engine.request_builder import RequestBuilder
 from tpjax.errors import CheckpointError, RequestError
 from tpjax.sampling_params import SamplingParams
 from tpjax.sandbox import NICENESS, Worker, sandbox
-from tpjax.server import json_bodies
+from tpjax.server import json_bodies, responses
 from tpjax.server.admission_budget import FREE_BYTES, AdmissionBudget, Reservation
+from tpjax.server.completions import CompletionResponse
 from tpjax.server.error_responses import ApiError
 from tpjax.server.grammars.checker import GrammarChecker
 from tpjax.server.worker_pools import ThreadPool, WorkerPool
@@ -469,6 +472,108 @@ def test_no_more_tokens_are_allowed_than_there_are(http: httpx.Client) -> None:
             error = error_of(answer, 400)
             assert error["param"] == "allowed_token_ids"
             assert error["message"] == f"allowed_token_ids has {count} tokens, over the vocabulary of {VOCAB}"
+
+
+def test_the_choices_of_a_prompt_share_its_log_probabilities(
+    http: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added: list[Generation] = []
+    submit = server.service.submit
+    monkeypatch.setattr(server.service, "submit", lambda g, *more: (added.extend(g), submit(g, *more))[1])
+    for path, body in ((COMPLETIONS, completion(["zz", "ab"])), (CHAT, chat("zzz"))):
+        asked = body | {"prompt_logprobs": 2, "temperature": 0}
+        one, three = (http.post(path, json=asked | {"n": n}).json() for n in (1, 3))
+        if path == CHAT:
+            assert len(three["prompt_logprobs"]) > 1 and three["prompt_logprobs"] == one["prompt_logprobs"]
+        else:
+            found = [choice["prompt_logprobs"] for choice in three["choices"]]
+            assert found == [choice["prompt_logprobs"] for choice in one["choices"] for _ in range(3)]
+        assert [bool(one.request.prompt_logprobs) for one in added[-3:]] == [True, False, False]
+    monkeypatch.setattr(responses, "MAX_PROMPT_LOGPROBS", 11)
+    for path, body, message in (
+        (
+            COMPLETIONS,
+            completion([5] * 4) | {"n": 2},
+            "=1 for 4 tokens of the prompt in each of 2 choices are 16",
+        ),
+        (COMPLETIONS, completion([[5] * 2, [6] * 4]), "=1 for 6 tokens of the prompt are 12"),
+        (CHAT, chat("zzzzzz") | {"n": 2}, "=1 for 6 tokens of the prompt are 12"),
+    ):
+        error = error_of(http.post(path, json=body | {"prompt_logprobs": 1}), 400)
+        assert error["message"] == f"prompt_logprobs{message} log-probabilities, over 11"
+        assert error["param"] == "prompt_logprobs"
+    echoed = completion([5] * 6) | {"echo": True, "logprobs": 1}
+    assert error_of(http.post(COMPLETIONS, json=echoed | {"stream": True}), 400)["param"] == "logprobs"
+    monkeypatch.undo()
+    responses.check_prompt_logprobs(8192, 20, 1, "prompt_logprobs")
+
+
+def test_an_echo_is_made_once_for_a_prompt(
+    http: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[int] = []
+    echo = CompletionResponse._echo
+    monkeypatch.setattr(
+        CompletionResponse, "_echo", lambda self, index: (prompts.append(index), echo(self, index))[1]
+    )
+    asked = completion(["the fox", "dog é"]) | {"echo": True, "logprobs": 2, "n": 2, "temperature": 0}
+    asked |= {"max_tokens": 4, "ignore_eos": True}
+    whole = http.post(COMPLETIONS, json=asked).json()["choices"]
+    assert prompts == [0, 2]
+    lines = http.post(COMPLETIONS, json=asked | {"stream": True}).text.split("\n\n")
+    assert sorted(prompts) == [0, 0, 2, 2]
+    parts = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines if "choices" in line]
+    assert len(parts) > len(whole)
+    for choice in whole:
+        own = [part for part in parts if part["index"] == choice["index"]]
+        assert choice["text"] == "".join(part["text"] for part in own)
+        for name in ("tokens", "text_offset"):
+            assert choice["logprobs"][name] == [one for part in own for one in part["logprobs"][name]]
+        assert own[0]["logprobs"]["token_logprobs"][:2] == choice["logprobs"]["token_logprobs"][:2]
+
+
+@pytest.mark.parametrize("stream", (False, True))
+def test_a_large_response_is_built_beside_the_event_loop(
+    http: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    begun, answered, waited = threading.Event(), threading.Event(), []
+    echo, encoded = CompletionResponse._echo, responses._encoded
+
+    def slow(function: Any) -> Any:
+        def wait(*arguments: Any, **more: Any) -> Any:
+            if not waited:
+                begun.set()
+                waited.append(answered.wait(20))
+            return function(*arguments, **more)
+
+        return wait
+
+    for owner, name, function in ((CompletionResponse, "_echo", echo), (responses, "_encoded", encoded)):
+        waited.clear()
+        begun.clear(), answered.clear()
+        monkeypatch.setattr(owner, name, slow(function))
+        body = completion([5] * 500) | {"echo": True, "logprobs": 20, "stream": stream}
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(http.post, COMPLETIONS, json=body)
+            assert begun.wait(60)
+            assert http.get("/health", timeout=15).status_code == 200
+            answered.set()
+            assert asked.result().status_code == 200 and waited == [True]
+        monkeypatch.undo()
+
+
+def test_json_in_pieces_is_json() -> None:
+    value = {
+        "none": {}, "nothing": [], "text": "é\u2028", "usage": {"a": {"b": {"c": {"d": {"e": []}}}}},
+        "choices": [{"logprobs": {"tokens": list(range(1000)), "tops": [{"x": [None, 0.5]}] * 700}}] * 3,
+        "prompt_logprobs": [None, *({"7": {"logprob": -1.5}} for _ in range(999))],
+    }  # fmt: skip
+    assert json.loads(responses.json_of(value)) == value
+    assert json.loads(responses.event(value).removeprefix(b"data: ")) == value
+    assert responses.json_of({"tokens": iter([1, 2]), "none": iter([])}) == b'{"tokens":[1,2],"none":[]}'
+    assert max(map(len, responses._pieces(value, json.dumps, 4))) < 10_000
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        responses.json_of({"choices": [{"logprob": float("nan")}]})
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from functools import cached_property
 
 from fastapi.responses import JSONResponse
@@ -139,10 +138,14 @@ class AppState:
             assert body.prompt is not None
             special = body.add_special_tokens is not False
             tokens = await self.encoder.encode(body.prompt, "prompt", add_special_tokens=special, whole=True)
-        head = {"count": len(tokens), "max_model_len": llm.max_model_len}
         texts = map(token_text(tokenizer), tokens) if body.return_token_strs else None
-        lists: dict[str, Iterable[Json] | None] = {"tokens": tokens, "token_strs": texts}
-        data = await self.encoder.threads.run(json_of, head, lists)
+        found = {
+            "count": len(tokens),
+            "max_model_len": llm.max_model_len,
+            "tokens": tokens,
+            "token_strs": texts,
+        }
+        data = await self.encoder.threads.run(json_of, found)
         return Response(data, media_type="application/json")
 
     async def detokenized(self, body: DetokenizeBody) -> Response:

@@ -24,8 +24,12 @@ from tpjax.server.parsing.incremental import ParsedDelta
 from tpjax.server.protocol import ChatBody, Tool
 from tpjax.server.responses import (
     RunningUsage,
+    built,
+    check_prompt_logprobs,
     checked_params,
+    event,
     gather,
+    json_of,
     make_requests,
     prompt_logprobs,
     submit,
@@ -97,14 +101,30 @@ class ChatResponse:
             checked = await threads.run(partial(checked_params, llm, body, body.limit, **params))
             requests = await threads.run(make_requests, llm, body, checked, ids, body.limit, None, grammars)
         admission_budget.prepared()
+        if body.prompt_logprobs is not None:
+            check_prompt_logprobs(len(ids), body.prompt_logprobs, 1, "prompt_logprobs")
         for request in requests if not body.ignore_eos else ():
             request.stop_ids += tuple(one for one in form.stop_ids if one not in request.stop_ids)
         return cls(service, llm, body, requests, form)
 
-    async def complete(self) -> JsonObject:
-        """Waits for all choices; returns the whole response."""
+    async def complete(self) -> bytes:
+        """Waits for all choices; returns the whole response as JSON."""
+        deltas, body = await gather(self.stream), self._body
+        each = 1 + (body.top_logprobs or 0 if body.logprobs else 0)
+        size = sum(len(delta.token_ids) for delta in deltas) * each
+        if body.prompt_logprobs is not None:
+            request = self.stream.generations[0].request
+            size += len(request.prompt_token_ids) * (1 + body.prompt_logprobs)
+        return await built(size, lambda: json_of(self._whole(deltas)))
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Yields the response in chunks, as server-sent events; the usage comes last, if asked for."""
+        async for chunk in self._chunks():
+            yield event(chunk)
+
+    def _whole(self, deltas: list[Delta]) -> JsonObject:
         choices = []
-        for index, delta in enumerate(await gather(self.stream)):
+        for index, delta in enumerate(deltas):
             parts = self._parsed(self._parser(), delta)
             calls = tool_call_messages.tool_calls(parts)
             texts = (part.text for part in parts if part.call is None and not part.reasoning)
@@ -131,8 +151,7 @@ class ChatResponse:
             extra["prompt_logprobs"] = prompt_logprobs(request, self._body.prompt_logprobs, self._show)
         return {**self._frame, "choices": choices, "usage": usage(self.stream, len(choices)), **extra}
 
-    async def chunks(self) -> AsyncIterator[JsonObject]:
-        """Yields the response in chunks; the usage comes last, if asked for."""
+    async def _chunks(self) -> AsyncIterator[JsonObject]:
         count = len(self.stream.generations)
         frame = self._frame | {"object": "chat.completion.chunk"}
         running = RunningUsage(self.stream, self._body)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,17 @@ from tpjax.server.grammars.structured_outputs import grammars
 from tpjax.server.json_types import JsonObject
 from tpjax.server.prompt_encoder import PromptEncoder
 from tpjax.server.protocol import CompletionBody
-from tpjax.server.responses import HeldDeltas, gather, make_requests, submit, token_text, usage
+from tpjax.server.responses import (
+    HeldDeltas,
+    built,
+    event,
+    gather,
+    json_of,
+    make_requests,
+    submit,
+    token_text,
+    usage,
+)
 from tpjax.server.service import Service
 from tpjax.text.detokenizer import IncrementalDetokenizer
 
@@ -25,6 +36,21 @@ if TYPE_CHECKING:
 
 _DEFAULT_TOKENS = 16  # OpenAI's
 _NEAR = 16  # characters that a tokenizer may have dropped between two tokens
+
+
+@dataclass
+class _Prompt:
+    """What a response says of a prompt, the same in each of its choices.
+
+    Attributes:
+        echo: its text, if asked for.
+        logprobs: its part of ``logprobs``, if asked for.
+        prompt_logprobs: ``prompt_logprobs``, if asked for.
+    """
+
+    echo: str = ""
+    logprobs: JsonObject | None = None
+    prompt_logprobs: list[JsonObject | None] | None = None
 
 
 class CompletionResponse:
@@ -45,6 +71,11 @@ class CompletionResponse:
             "model": body.model or service.model,
         }
         self._prompts = body.prompts()
+        self._of_prompts: dict[int, _Prompt] = {}  # by the index of their first choice
+        # tokens and log-probabilities of the longest prompt in each choice
+        longest = max(len(request.prompt_token_ids) for request in requests)
+        shown = body.echo or body.prompt_logprobs is not None or body.return_token_ids
+        self._prompt_size = longest * (1 + (requests[0].params.prompt_logprobs or 0)) if shown else 0
         self.stream = submit(service, llm, body, requests)
 
     @classmethod
@@ -76,45 +107,76 @@ class CompletionResponse:
                     make_requests, llm, body, checked, ids, body.max_tokens, _DEFAULT_TOKENS, own
                 )
         admission_budget.prepared()
+        if (count := checked.params.prompt_logprobs) is not None:
+            tokens = sum(len(request.prompt_token_ids) for request in requests[::n])
+            param = "logprobs" if body.prompt_logprobs is None else "prompt_logprobs"
+            responses.check_prompt_logprobs(tokens, count, n, param)
         return cls(service, llm, body, requests)
 
-    async def complete(self) -> JsonObject:
-        """Waits for all choices; returns the whole response."""
-        choices = [
-            self._choice(index, delta, first=True) for index, delta in enumerate(await gather(self.stream))
-        ]
-        return {**self._frame, "choices": choices, "usage": usage(self.stream, self._body.n or 1)}
+    async def complete(self) -> bytes:
+        """Waits for all choices; returns the whole response as JSON."""
+        deltas = await gather(self.stream)
+        size = sum(len(delta.token_ids) for delta in deltas) * (1 + (self._body.logprobs or 0))
+        return await built(size + self._prompt_size * len(deltas), lambda: json_of(self._whole(deltas)))
 
-    async def chunks(self) -> AsyncIterator[JsonObject]:
-        """Yields the response in chunks; the usage comes last, if asked for."""
+    async def events(self) -> AsyncIterator[bytes]:
+        """Yields the response in chunks, as server-sent events; the usage comes last, if asked for."""
         running = responses.RunningUsage(self.stream, self._body)
         begun: set[int] = set()
         held = [HeldDeltas() for _ in self.stream.generations]
-        async for index, delta in self.stream.deltas():
+        async for index, delta in self._deltas():
             ready = delta if self._body.logprobs is None else held[index].push(delta)
             if ready is None:
                 continue
-            choice = self._choice(index, ready, first=index not in begun)
+            first = index not in begun
             begun.add(index)
-            yield {**self._frame, "choices": [choice], **running.add(index, ready)}
+            more = running.add(index, ready)
+            build = partial(self._event, index, ready, more, first=first)
+            yield await built(self._prompt_size if first else 0, build)
         if self._body.include_usage:
-            yield {**self._frame, "choices": [], "usage": usage(self.stream, self._body.n or 1)}
+            used = usage(self.stream, self._body.n or 1)
+            yield event({**self._frame, "choices": [], "usage": used})
+
+    async def _deltas(self) -> AsyncIterator[tuple[int, Delta]]:
+        """Yields (index of the choice, delta).
+
+        The first choice of a prompt begins before the others: it computes what all of them say of the prompt.
+        """
+        n = self._body.n or 1
+        waiting: dict[int, list[tuple[int, Delta]]] = {}
+        if self._body.echo and self._body.logprobs is not None:
+            waiting = {first: [] for first in range(0, len(self.stream.generations), n)}
+        async for index, delta in self.stream.deltas():
+            first = index - index % n
+            if index != first and first in waiting:
+                waiting[first].append((index, delta))
+                continue
+            yield index, delta
+            for one in waiting.pop(first, ()):
+                yield one
+
+    def _event(self, index: int, delta: Delta, more: JsonObject, *, first: bool) -> bytes:
+        return event({**self._frame, "choices": [self._choice(index, delta, first=first)], **more})
+
+    def _whole(self, deltas: Sequence[Delta]) -> JsonObject:
+        choices = [self._choice(index, delta, first=True) for index, delta in enumerate(deltas)]
+        return {**self._frame, "choices": choices, "usage": usage(self.stream, self._body.n or 1)}
 
     def _choice(self, index: int, delta: Delta, *, first: bool) -> JsonObject:
         """Returns a choice, or a part of it; the first part includes what the response says of the prompt."""
         body, request = self._body, self.stream.generations[index].request
-        echo, starts = self._echo(index) if body.echo else ("", [])
+        prompt = self._prompt(index)
         logprobs = None
         if body.logprobs is not None:
-            entries: list[TokenLogprobs | None] = list(delta.logprobs)
-            ids, offsets = delta.token_ids, [len(echo) + at for at in delta.offsets]
-            if first and body.echo:
-                entries = [*request.prompt_logprobs, *entries]
-                ids, offsets = [*request.prompt_token_ids, *ids], [*starts, *offsets]
-            logprobs = self._logprobs(ids, entries, offsets, body.logprobs)
+            offsets = [len(prompt.echo) + at for at in delta.offsets]
+            logprobs = self._logprobs(delta.token_ids, delta.logprobs, offsets, body.logprobs)
+            if first and prompt.logprobs is not None:
+                logprobs = {
+                    name: [*of_prompt, *logprobs[name]] for name, of_prompt in prompt.logprobs.items()
+                }
         choice = {
             "index": index,
-            "text": echo + delta.text if first else delta.text,
+            "text": prompt.echo + delta.text if first else delta.text,
             "logprobs": logprobs,
             "finish_reason": delta.finish_reason,
         }
@@ -122,8 +184,24 @@ class CompletionResponse:
             choice["token_ids"] = delta.token_ids
             choice["prompt_token_ids"] = list(request.prompt_token_ids) if first else None
         if body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = responses.prompt_logprobs(request, body.prompt_logprobs, self._show)
+            choice["prompt_logprobs"] = prompt.prompt_logprobs
         return choice
+
+    def _prompt(self, index: int) -> _Prompt:
+        """Returns what the response says of a choice's prompt, computed for the first part of the first."""
+        body, first = self._body, index - index % (self._body.n or 1)
+        if first not in self._of_prompts:
+            request = self.stream.generations[first].request
+            said = _Prompt()
+            if body.echo:
+                said.echo, starts = self._echo(first)
+                if body.logprobs is not None:
+                    ids = request.prompt_token_ids
+                    said.logprobs = self._logprobs(ids, request.prompt_logprobs, starts, body.logprobs)
+            if body.prompt_logprobs is not None:
+                said.prompt_logprobs = responses.prompt_logprobs(request, body.prompt_logprobs, self._show)
+            self._of_prompts[first] = said
+        return self._of_prompts[first]
 
     def _echo(self, index: int) -> tuple[str, list[int]]:
         """Returns the text of the prompt and the offset of each of its tokens, characters.

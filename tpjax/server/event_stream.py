@@ -8,12 +8,11 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import TypeVar
 
 from fastapi import Request
-from fastapi.responses import JSONResponse
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tpjax.server.error_responses import ApiError, internal_error
-from tpjax.server.json_types import Json, JsonObject
+from tpjax.server.json_types import Json
 from tpjax.server.responses import GenerationResponse, event
 from tpjax.server.service import Service, Stream
 
@@ -34,15 +33,13 @@ class EventStream(Response):
     Args:
         service: told when the client stops reading.
         stream: the generations of the request.
-        first: the first chunk.
-        rest: the chunks after it.
+        first: the first event.
+        rest: the events after it.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, service: Service, stream: Stream, first: JsonObject, rest: AsyncIterator[JsonObject]
-    ) -> None:
+    def __init__(self, service: Service, stream: Stream, first: bytes, rest: AsyncIterator[bytes]) -> None:
         self._service, self._stream = service, stream
         self._first, self._rest = first, rest
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -64,9 +61,9 @@ class EventStream(Response):
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            await data(event(self._first))
-            async for chunk in self._rest:
-                await data(event(chunk))
+            await data(self._first)
+            async for one in self._rest:
+                await data(one)
             await data(b"data: [DONE]\n\n", more_body=False)
         except Exception as error:
             if not isinstance(error, ApiError):
@@ -96,15 +93,15 @@ async def generation(
         response = await begin
         if not streamed:
             return await response.complete()
-        chunks = response.chunks()
+        events = response.events()
         # An error before the first token still gets its status: the response starts with that token.
-        return await anext(chunks), chunks
+        return await anext(events), events
 
     handed_over = False
     try:
         result = await _while_connected(request, work())
         if not streamed:
-            return JSONResponse(result)
+            return Response(result, media_type="application/json")
         assert response is not None
         handed_over = True
         return EventStream(service, response.stream, *result)

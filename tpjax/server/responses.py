@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from tpjax.engine.generation import Delta, Generation
 from tpjax.errors import ContextLengthError, RequestError
@@ -14,7 +16,7 @@ from tpjax.sampling_params import MAX_SEED, MIN_SEED, RANDOM_SEED
 from tpjax.server.error_responses import bad_request, from_request_error
 from tpjax.server.grammars.compiler import TokenGrammar
 from tpjax.server.json_types import Json, JsonObject
-from tpjax.server.protocol import Sampling
+from tpjax.server.protocol import MAX_CHOICES, Sampling
 from tpjax.server.service import Service, Stream
 
 if TYPE_CHECKING:
@@ -25,7 +27,13 @@ if TYPE_CHECKING:
 
 # Deltas that a streaming reader may lag behind: a few seconds of a fast model.
 STREAM_LIMIT = 1024
-_BATCH = 4096  # list items encoded as JSON at a time
+# Most log-probabilities of prompts in one response: over 60 MB of JSON. 8k tokens with 20 each are 172,032.
+MAX_PROMPT_LOGPROBS = 1 << 20
+_SMALL = 4096  # tokens and log-probabilities of a response that takes the event loop a few milliseconds
+_BATCH = 256  # list items encoded as JSON at a time
+_LEVELS = 4  # of a response whose parts are encoded by themselves: itself, its choices, each, its logprobs
+
+T = TypeVar("T")
 
 
 class GenerationResponse(Protocol):
@@ -33,12 +41,12 @@ class GenerationResponse(Protocol):
 
     stream: Stream
 
-    async def complete(self) -> JsonObject:
-        """Waits for all choices; returns the whole response."""
+    async def complete(self) -> bytes:
+        """Waits for all choices; returns the whole response as JSON."""
         ...
 
-    def chunks(self) -> AsyncIterator[JsonObject]:
-        """Yields the response in chunks."""
+    def events(self) -> AsyncIterator[bytes]:
+        """Yields the response in chunks, as server-sent events."""
         ...
 
 
@@ -78,6 +86,8 @@ def make_requests(
 ) -> list[Request]:
     """Returns checked requests for the choices of one prompt; they share its token ids and their parameters.
 
+    Only the first computes the log-probabilities of the prompt, which are those of all.
+
     Args:
         llm: the model.
         body: the request.
@@ -114,7 +124,7 @@ def make_requests(
         seed = RANDOM_SEED if body.seed is None else body.seed
         if seed == RANDOM_SEED:
             seed = secrets.randbelow(MAX_SEED)
-        return llm.requests(
+        requests = llm.requests(
             ids,
             params.with_numbers(max_tokens=max_tokens),
             [_choice_seed(seed, i) for i in range(body.n or 1)],
@@ -122,6 +132,11 @@ def make_requests(
             cache_salt=body.cache_salt or "",
             priority=body.priority or 0,
         )
+        if params.params.prompt_logprobs is not None:
+            rest = requests[0].params.with_numbers(prompt_logprobs=None)
+            for request in requests[1:]:
+                request.params = rest
+        return requests
     except RequestError as error:
         raise from_request_error(error, type(body).model_fields) from error
 
@@ -145,6 +160,38 @@ def _truncated(
         prompt = llm.tokenizer.encode(prompt)
     most = min(max(most, 0), len(prompt))
     return prompt[:most] if body.truncation_side == "right" else prompt[len(prompt) - most :]
+
+
+def check_prompt_logprobs(tokens: int, count: int, copies: int, param: str) -> None:
+    """Checks that the log-probabilities of prompts are not too many for one response.
+
+    Args:
+        tokens: tokens of all prompts together.
+        count: most likely tokens at each position; the prompt's own comes with them.
+        copies: choices of each prompt that repeat them.
+        param: parameter that asks for them.
+
+    Raises:
+        ApiError: 400.
+    """
+    entries = tokens * (count + 1) * copies
+    if entries > MAX_PROMPT_LOGPROBS:
+        times = f" in each of {copies} choices" if copies > 1 else ""
+        raise bad_request(
+            f"{param}={count} for {tokens} tokens of the prompt{times} are {entries} log-probabilities, "
+            f"over {MAX_PROMPT_LOGPROBS}",
+            param,
+        )
+
+
+async def built(size: int, build: Callable[[], T]) -> T:
+    """Builds a response, or a part of it; in a thread if it is not small: ``/health`` answers meanwhile.
+
+    Args:
+        size: its tokens and log-probabilities.
+        build: function that builds it.
+    """
+    return build() if size <= _SMALL else await asyncio.to_thread(build)
 
 
 def submit(
@@ -256,22 +303,47 @@ def prompt_logprobs(request: Request, count: int, show: Callable[[int], str]) ->
 def event(data: JsonObject, name: str | None = None) -> bytes:
     """Encodes a server-sent event, in ASCII: some clients end lines at U+2028 or U+0085 too."""
     head = f"event: {name}\n" if name else ""
-    return f"{head}data: {json.dumps(data, separators=(',', ':'))}\n\n".encode()
+    return f"{head}data: {_encoded(data, ensure_ascii=True)}\n\n".encode()
 
 
-def json_of(fields: Mapping[str, Json], lists: Mapping[str, Iterable[Json] | None]) -> bytes:
-    """Encodes an object as JSON, its long lists in batches: other threads run between two batches."""
-    text = [json.dumps(dict(fields), separators=(",", ":"))[:-1]]
-    for name, values in lists.items():
-        text.append(f',"{name}":')
-        if values is None:
-            text.append("null")
-            continue
-        rest, batches = iter(values), []
+def json_of(value: Json) -> bytes:
+    """Encodes a response as JSON in pieces, its long lists in batches: other threads run in between.
+
+    Iterators are encoded as lists.
+    """
+    return _encoded(value, ensure_ascii=False).encode()
+
+
+def _encoded(value: Json, *, ensure_ascii: bool) -> str:
+    dump = partial(json.dumps, ensure_ascii=ensure_ascii, allow_nan=False, separators=(",", ":"))
+    return "".join(_pieces(value, dump, _LEVELS))
+
+
+def _pieces(value: Json, dump: Callable[[Json], str], levels: int) -> Iterator[str]:
+    """Yields the JSON of a value: of each field and choice down to some levels, and of batches of lists."""
+    if isinstance(value, dict) and levels:
+        between = "{"
+        for name, one in value.items():
+            yield f"{between}{dump(name)}:"
+            yield from _pieces(one, dump, levels - 1)
+            between = ","
+        yield "}" if value else "{}"
+    elif isinstance(value, list) and levels == _LEVELS - 1 and len(value) <= MAX_CHOICES:  # the choices
+        between = "["
+        for one in value:
+            yield between
+            yield from _pieces(one, dump, levels - 1)
+            between = ","
+        yield "]" if value else "[]"
+    elif isinstance(value, list | Iterator):
+        rest, between = iter(value), ""
+        yield "["
         while batch := list(islice(rest, _BATCH)):
-            batches.append(json.dumps(batch, ensure_ascii=False, separators=(",", ":"))[1:-1])
-        text.append(f"[{','.join(batches)}]")
-    return "".join([*text, "}"]).encode()
+            yield between + dump(batch)[1:-1]
+            between = ","
+        yield "]"
+    else:
+        yield dump(value)
 
 
 def token_text(tokenizer: Tokenizer | None, as_ids: bool | None = False) -> Callable[[int], str]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
+import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -18,10 +21,15 @@ from safetensors.numpy import save_file
 from stepwise import Stepwise
 
 from tpjax import LLM
-from tpjax.checkpoints.declared import declared_formats
+from tpjax.checkpoints import skipped
+from tpjax.checkpoints.declared import declared_formats, formats_of
 from tpjax.checkpoints.opening import open_checkpoint, read_config
 from tpjax.checkpoints.parameters import abstract_decoder, parameters
+from tpjax.checkpoints.skipped import matcher_of
+from tpjax.config import brief
 from tpjax.errors import CheckpointError, ConfigError
+from tpjax.families.quantization import Quantization
+from tpjax.families.tensor_names import WeightMap
 from tpjax.layers.weights import FormatOf, WeightFormat, dtype_bits
 from tpjax.mesh import make_mesh
 from tpjax.planning.published import find_model
@@ -322,11 +330,66 @@ def test_modules_that_are_not_quantised(tmp_path: Path) -> None:
     fp8 = {"quant_method": "fp8"}
     everything = formats(**fp8)
     assert len(everything) == 6
-    skipped = {"layers.0.self_attn.q_proj", "layers.0.self_attn.o_proj"}
-    assert formats(**fp8, modules_to_not_convert=["model.layers.0.self_attn"]) == everything - skipped
+    inside = {"layers.0.self_attn.q_proj", "layers.0.self_attn.o_proj"}
+    assert formats(**fp8, modules_to_not_convert=["model.layers.0.self_attn"]) == everything - inside
     assert formats(**fp8, ignored_layers=["o_proj"]) == {name for name in everything if "o_proj" not in name}
     ignored = compressed("int-quantized", 8, "int", "channel") | {"ignore": ["re:.*mlp.*", "lm_head"]}
     assert formats(**ignored) == {name for name in everything if "mlp" not in name}
+
+
+def by_matching(module: str, entries: tuple[str, ...]) -> bool:
+    """The definition, an expression for each entry."""
+    for name in entries:
+        pattern = name.removeprefix("re:")
+        if name == pattern:
+            pattern = rf"(.*\.)?{'[^.]*'.join(map(re.escape, name.split('*')))}(\..*)?$"
+        if re.match(pattern, module):
+            return True
+    return False
+
+
+def test_entries_match_as_the_definition_says() -> None:
+    draw = random.Random(3)
+    modules = ["".join(draw.choices("aab.", k=draw.randrange(9))) for _ in range(60)]
+    entries = ["".join(draw.choices("aab.*", k=draw.randrange(6))) for _ in range(600)]
+    entries += ["re:", "re:a", "re:.*b", r"re:a*\.(b|aa)$", "re:b.*a.*", "a\n"]
+    found = {(one, two) for one in entries for two in modules if matcher_of([one])(two)}
+    assert found == {(one, two) for one in entries for two in modules if by_matching(two, (one,))}
+    for _ in range(50):
+        some = tuple(draw.sample(entries, 3))
+        assert list(map(matcher_of(some), modules)) == [by_matching(one, some) for one in modules]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    (
+        *("re:(", "re:a{99999999999}", "re:" + "(" * 5000, "re:(a+)+$", "re:(a|a)*$"),
+        *("re:" + "a?" * 40 + "b", "re:(?>(.*)*)x", "re:" + ".*" * 7 + "x", "re:(a)?(?(1)(a*)*|b)"),
+    ),
+)
+def test_an_expression_that_cannot_be_used_is_named(entry: str) -> None:
+    with pytest.raises(ConfigError, match="of modules that are not quantised") as error:
+        formats_of(Quantization("fp8", skipped=("lm_head", entry)), WeightMap())
+    assert brief(entry) in str(error.value)
+
+
+def test_long_lists_are_looked_up() -> None:
+    """600 entries and 20,000 modules took 17 minutes when each was matched with each."""
+    is_skipped = matcher_of(
+        [f"model.layers.{i}.self_attn" for i in range(610)] + ["a*" * 30 + "b", "re:.*gate$"]
+    )
+    begin = time.perf_counter()
+    modules = [f"model.layers.{i % 60}.mlp.experts.{i}.{'a' * 40}" for i in range(20_000)]
+    assert not any(map(is_skipped, modules))
+    assert time.perf_counter() - begin < 20  # 1 s on an idle core
+
+
+def test_expressions_that_take_too_long_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(skipped, "_MOST_SECONDS", 0.01)
+    is_skipped = matcher_of(["re:.*.*.*x"])
+    with pytest.raises(ConfigError, match=r"'re:\.\*\.\*\.\*x' first, took over"):
+        for i in range(100_000):
+            is_skipped(f"{'a' * 60}.{i}")
 
 
 @pytest.mark.parametrize(

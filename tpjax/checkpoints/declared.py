@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 from tpjax.checkpoints import orbax
 from tpjax.checkpoints.canonical import ENDS
 from tpjax.checkpoints.opening import open_checkpoint, read_quantization
+from tpjax.checkpoints.skipped import matcher_of
 from tpjax.config import ModelConfig
 from tpjax.families.quantization import Quantization
 from tpjax.families.registry import FAMILIES
@@ -29,6 +29,9 @@ def declared_formats(path: Path, config: ModelConfig) -> FormatOf | None:
 
     Returns:
         ``None`` if they are not quantised.
+
+    Raises:
+        ConfigError: as :func:`formats_of`.
     """
     if path.suffix.lower() == ".gguf":
         return open_checkpoint(path).source.format_of
@@ -48,14 +51,17 @@ def formats_of(quantization: Quantization, names: WeightMap) -> FormatOf:
     Args:
         quantization: the way.
         names: the checkpoint's names.
+
+    Raises:
+        ConfigError: an expression for modules that are not quantised is none.
     """
-    kept = _format_of(quantization)
+    kept, is_skipped = _format_of(quantization), matcher_of(quantization.skipped)
 
     def format_of(canonical: str) -> WeightFormat | None:
         if canonical in ENDS or (quantization.method == "mxfp4" and ".experts." not in canonical):
             return None
         at = names.locate(canonical, names.prefixes[0])
-        return None if _is_skipped(at.name.removesuffix(".weight"), quantization.skipped) else kept
+        return None if is_skipped(at.name.removesuffix(".weight")) else kept
 
     return format_of
 
@@ -73,19 +79,3 @@ def _format_of(quantization: Quantization) -> WeightFormat:
             integer = jnp.dtype(jnp.int4 if quantization.bits == 4 else jnp.int8)
             values = _E4M3 if quantization.is_float else integer
             return WeightFormat(values, group, _F32 if group is None else _BF16, quantization.zeros)
-
-
-def _is_skipped(module: str, skipped: tuple[str, ...]) -> bool:
-    """Returns whether a module is one of those that are not quantised.
-
-    Names stand for themselves and for all modules inside of them, wherever they begin, and ``*`` for any part
-    of one; behind ``re:`` is a regular expression.
-    """
-    for name in skipped:
-        pattern = name.removeprefix("re:")
-        if name == pattern:
-            inside = "[^.]*".join(map(re.escape, name.split("*")))
-            pattern = rf"(.*\.)?{inside}(\..*)?$"
-        if re.match(pattern, module):
-            return True
-    return False

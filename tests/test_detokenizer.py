@@ -54,6 +54,16 @@ def test_leading_space_is_kept_after_a_prompt_and_dropped_without(spm):
     assert _stream(spm, ids, prompt_token_ids=[spm.bos_id]) == "a b"  # BOS shows nothing: this is the start
 
 
+def test_of_a_prompt_of_control_tokens_the_end_is_looked_at(spm, monkeypatch):
+    ids, seen = spm.encode("a b", add_special_tokens=False), []
+    monkeypatch.setattr(
+        spm, "visible_bytes", lambda *args: seen.append(args) or Tokenizer.visible_bytes(spm, *args)
+    )
+    assert _stream(spm, ids, prompt_token_ids=[spm.bos_id] * 64) == "a b"
+    assert _stream(spm, ids, prompt_token_ids=[*spm.encode("x"), *[spm.bos_id] * 100_000]) == " a b"
+    assert len(seen) == 2 * (64 + len(ids))
+
+
 def test_character_begun_in_the_prompt_is_completed(byte_level):
     ids = byte_level.encode("🫠", add_special_tokens=False)
     assert len(ids) > 1

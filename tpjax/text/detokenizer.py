@@ -7,6 +7,10 @@ from collections.abc import Collection, Sequence
 
 from tpjax.text.tokenizer import Tokenizer
 
+# Tokens at the end of a prompt that are looked at: one usually shows all that is needed. A prompt may consist
+# of control tokens, and a request may start 128 texts after it.
+_LOOK_BACK = 64
+
 
 class IncrementalDetokenizer:
     """Decodes tokens as they are generated, at a cost per token that does not grow with the text.
@@ -15,7 +19,7 @@ class IncrementalDetokenizer:
     ``"".join(map(push, ids)) + flush()`` equals ``decode(ids)`` if the prompt shows no text, and otherwise
     the part of ``decode([*prompt_token_ids, *ids])`` after ``decode(prompt_token_ids)``: only the first token
     of a whole text loses its leading space. A character that the prompt left incomplete is returned once it
-    is completed.
+    is completed. A prompt of over 64 tokens whose last 64 show no text counts as one that shows some.
 
     Args:
         tokenizer: maps ids to bytes.
@@ -43,12 +47,13 @@ class IncrementalDetokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         # At most three bytes of an unfinished character precede the generated ones.
         tail = b""
-        for token_id in reversed(prompt_token_ids):
+        for token_id in reversed(prompt_token_ids[-_LOOK_BACK:]):
             tail = tokenizer.visible_bytes(token_id, skip_special_tokens) + tail
             if len(tail) >= 4:
                 break
         self._decoder.decode(tail)
-        self._strip_pending = tokenizer.strips_leading_space and not tail
+        begins = not tail and len(prompt_token_ids) <= _LOOK_BACK
+        self._strip_pending = tokenizer.strips_leading_space and begins
         self.start = self.length = 0
 
     def push(self, token_id: int) -> str:

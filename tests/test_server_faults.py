@@ -23,8 +23,9 @@ import pytest
 from serving import CONTEXT, SLOTS, WAIT_S, Running, load_tiny, running, tiny_checkpoint
 
 from tpjax import LLM
-from tpjax.errors import CheckpointError
+from tpjax.errors import CheckpointError, RequestError
 from tpjax.server.logs import JsonLines, PlainLines
+from tpjax.server.middleware import ServerMiddleware
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -383,6 +384,11 @@ def test_a_template_that_hangs_or_grows_is_killed(directory: Path, tmp_path: Pat
             assert http.post("/tokenize", json={"messages": HI}).json()["count"] > 0
 
 
+def test_an_empty_key_is_no_key() -> None:
+    with pytest.raises(RequestError, match="an API key is empty"):
+        ServerMiddleware(lambda *_: None, ("a", ""))  # type: ignore[arg-type]
+
+
 def test_keys(directory: Path) -> None:
     with (
         running(lambda: load_tiny(directory), api_keys=KEYS) as one,
@@ -392,6 +398,8 @@ def test_keys(directory: Path) -> None:
             assert http.get(path).status_code == http.head(path).status_code == 200
             assert not http.head(path).content
         assert http.post("/ping").status_code == 200
+        # who has no key reserves no room: four such bodies would take all of it
+        assert error_of(http.post("/ping", content=b"a" * (65 << 10)), 413)["code"] == "request_too_large"
         for path in (
             "/v1/models",
             "/version",

@@ -211,6 +211,10 @@ def test_templates_and_how_they_end(api: Api) -> None:
     goes_on = turn + "<|im_start|>assistant\nso, the fo"
     assert prompt(open_ended, continue_final_message=True, add_generation_prompt=False) == goes_on
     assert prompt(open_ended, continue_final_message=True) == goes_on
+    twice = [*HI, {"role": "assistant", "content": "so,"}, {"role": "assistant", "content": "the fo"}]
+    turns = "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('no') }}{% endif %}"
+    only_turns = f"{{% for m in messages %}}{turns}[{{{{ m.content }}}}]{{% endfor %}}"
+    assert prompt(twice, chat_template=only_turns, continue_final_message=True) == "[hi][so,\n\nthe fo"
     own = "{% for m in messages %}[{{ m.content }}|{{ mood }}|{{ documents[0].text }}]{% endfor %}"
     given = {"chat_template": own, "chat_template_kwargs": {"mood": "gut"}, "documents": [{"text": "Füchse"}]}
     assert prompt(**given) == "[hi|gut|Füchse]"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections import OrderedDict
 from collections.abc import Sequence
 
 from tpjax.server.chat_format import ChatFormat
-from tpjax.server.conversation import conversation, message_text
+from tpjax.server.conversation import as_text, conversation
 from tpjax.server.error_responses import bad_request
 from tpjax.server.grammars.checker import GrammarChecker
 from tpjax.server.grammars.compiler import GrammarCompiler
@@ -17,7 +19,7 @@ from tpjax.server.worker_pools import TieredWorkerPool
 from tpjax.text.chat_template import RENDER, WHAT
 from tpjax.text.tokenizer import Tokenizer
 
-_MAX_FORMATS = 64  # chat formats kept: requests may bring templates
+_MAX_FORMATS = 64  # chat formats kept of templates that requests have brought
 # Rendering takes a millisecond, and a tenth of a second for megabytes. With more processes a conversation
 # waits less behind others whose template does not end: each of those holds one for QUICK_LIMIT_S, or, where
 # many wait, for CROWDED_LIMIT_S. They start on demand.
@@ -48,7 +50,8 @@ class ChatPrompts:
         self.workers = TieredWorkerPool(QUICK_RENDERERS, SLOW_RENDERERS, WHAT, QUICK_LIMIT_S, CROWDED_LIMIT_S)
         self.grammars = GrammarCompiler(tokenizer, vocab_size, GrammarChecker())
         self._tokenizer = tokenizer
-        self._formats: dict[tuple[str, bool], ChatFormat] = {}
+        self._formats: dict[tuple[str, bool], ChatFormat] = {}  # of the model's own templates
+        self._brought: OrderedDict[tuple[bytes, bool], ChatFormat] = OrderedDict()  # latest last, by digest
 
     async def chat_format(self, tools: Sequence[Tool] | None, own: str | None = None) -> ChatFormat:
         """Returns the format of conversations with these tools; probes each template once.
@@ -63,7 +66,8 @@ class ChatPrompts:
         name = self._templates.chosen(tools)
         with_tools = own is None and bool(tools) and name != self._templates.chosen(None)
         source = self._templates.sources.get(name, "") if own is None else own
-        found = self._formats.get((source, with_tools))
+        key = hashlib.sha256(source.encode("utf-8", "surrogatepass")).digest(), with_tools
+        found = self._formats.get((source, with_tools)) or self._brought.get(key)
         if found is None:
             more = {} if own is None else {"chat_template": own}
 
@@ -73,8 +77,13 @@ class ChatPrompts:
                 return text
 
             found = await ChatFormat.of(source, self._tokenizer, render, with_tools=with_tools)
-            if len(self._formats) < _MAX_FORMATS:
-                self._formats[source, with_tools] = found
+        if own is None:
+            self._formats[source, with_tools] = found
+            return found
+        self._brought[key] = found
+        self._brought.move_to_end(key)
+        while len(self._brought) > _MAX_FORMATS:
+            self._brought.popitem(last=False)
         return found
 
     async def encode(
@@ -95,7 +104,8 @@ class ChatPrompts:
         form = await self.chat_format(tools, body.chat_template)
         turns = conversation(messages, tools, form.traits, form.tool_calls)
         if body.continue_final_message:
-            turns[-1] = {**turns[-1], "content": message_text(messages[-1])}
+            # as text: the template is given where it ends; it may have been joined with what came before
+            turns[-1] = {**turns[-1], "content": as_text(turns[-1].get("content") or "")}
         described = tools if tools and form.traits.tools else ()
         plain_tools = [tool.model_dump(exclude_none=True) for tool in described]
         rendering = {"messages": turns, "tools": plain_tools or None, **_rendering(body)}

@@ -50,7 +50,7 @@ def conversation(
     """
     turns = [_turn(message, i, traits) for i, message in enumerate(messages)]
     turns = _with_ids(turns)
-    turns = list(_native_calls(turns, traits)) if traits.tool_messages else _calls_as_text(turns, form)
+    turns = list(_native_calls(turns, traits)) if traits.tool_messages else _callsas_text(turns, form)
     if tools and not traits.tools:
         turns = _described(turns, tools, form)
     turns = _system_where_it_may_be(turns, traits)
@@ -144,7 +144,7 @@ def _native_calls(turns: list[Turn], traits: Traits) -> Iterator[Turn]:
         calls = turn.get("tool_calls")
         if not calls:
             if carried and turn["role"] == "assistant":
-                text = f"{_joined(carried)}\n\n{_as_text(turn['content'])}"
+                text = f"{_joined(carried)}\n\n{as_text(turn['content'])}"
                 turn, carried = {**turn, "content": text}, []
             yield turn
             continue
@@ -198,7 +198,7 @@ def _one_call_each(turns: list[Turn]) -> Iterator[Turn]:
         yield from (one for one in results if one.get("tool_call_id") in by_call)
 
 
-def _calls_as_text(turns: list[Turn], form: ToolCallFormat) -> list[Turn]:
+def _callsas_text(turns: list[Turn], form: ToolCallFormat) -> list[Turn]:
     """Writes calls and results as text; the results of one message's calls are one user message."""
     plain: list[Turn] = []
     for results, group in itertools.groupby(turns, lambda turn: turn["role"] == "tool"):
@@ -210,7 +210,7 @@ def _calls_as_text(turns: list[Turn], form: ToolCallFormat) -> list[Turn]:
             calls = turn.pop("tool_calls", ())
             if calls:
                 functions = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
-                turn["content"] = "\n".join(filter(None, [_as_text(turn["content"]), form.render(functions)]))
+                turn["content"] = "\n".join(filter(None, [as_text(turn["content"]), form.render(functions)]))
             plain.append(turn)
     return plain
 
@@ -219,7 +219,7 @@ def _described(turns: list[Turn], tools: Sequence[Tool], form: ToolCallFormat) -
     signatures = [json.dumps(tool.model_dump(exclude_none=True), ensure_ascii=False) for tool in tools]
     text = _INSTRUCTIONS.format(tools="\n".join(signatures), how=form.instructions)
     if turns[0]["role"] in ("system", "developer"):
-        content = f"{_as_text(turns[0]['content'])}\n\n{text}"
+        content = f"{as_text(turns[0]['content'])}\n\n{text}"
         return [{**turns[0], "content": content}, *turns[1:]]
     return [{"role": "system", "content": text}, *turns]
 
@@ -261,8 +261,9 @@ def _alternating(turns: list[Turn]) -> list[Turn]:
 
 
 def _joined(turns: Sequence[Turn]) -> str:
-    return "\n\n".join(filter(None, (_as_text(turn["content"]) for turn in turns)))
+    return "\n\n".join(filter(None, (as_text(turn["content"]) for turn in turns)))
 
 
-def _as_text(content: str | list[dict[str, str]]) -> str:
+def as_text(content: str | list[dict[str, str]]) -> str:
+    """Returns the text of what a turn has for the template."""
     return content if isinstance(content, str) else " ".join(part["text"] for part in content)

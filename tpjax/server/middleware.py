@@ -14,9 +14,10 @@ from base64 import b64decode
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tpjax.errors import RequestError
 from tpjax.sandbox import release_memory
 from tpjax.server import admission_budget
-from tpjax.server.admission_budget import AdmissionBudget, Reservation
+from tpjax.server.admission_budget import FREE_BYTES, AdmissionBudget, Reservation
 from tpjax.server.error_responses import ApiError, bad_request, internal_error
 from tpjax.server.logs import request_id
 
@@ -42,10 +43,13 @@ class ServerMiddleware:
 
     Args:
         app: the application.
-        api_keys: keys that are accepted; needed on every path but ``OPEN_PATHS`` and ``PAGE_PATH``. None: no
-            key is needed.
+        api_keys: keys that are accepted; needed on every path but ``OPEN_PATHS`` and ``PAGE_PATH``. None of
+            them: no key is needed.
         max_body_bytes: largest body; a larger one gets status 413.
         protect_metrics: ``/metrics`` needs a key too.
+
+    Raises:
+        RequestError: a key is empty, as that of a variable that is not set.
     """
 
     def __init__(
@@ -55,6 +59,8 @@ class ServerMiddleware:
         max_body_bytes: int = MAX_BODY_BYTES,
         protect_metrics: bool = False,
     ) -> None:
+        if not all(api_keys):
+            raise RequestError("an API key is empty")
         self._app = app
         self._open = set(OPEN_PATHS) - ({"/metrics"} if protect_metrics else set())
         self._keys = [key.encode() for key in api_keys]
@@ -91,8 +97,12 @@ class ServerMiddleware:
         try:
             try:
                 _check_framing(scope["headers"])
-                self._check_key(scope["path"], headers)
-                body = await self._body(incoming, headers, reserved)
+                is_open = scope["path"] in self._open or PAGE_PATH.fullmatch(scope["path"]) is not None
+                if not is_open:
+                    self._check_key(headers)
+                # what needs no key takes no body, and may not reserve room for one
+                most = min(FREE_BYTES, self._max_body_bytes) if is_open else self._max_body_bytes
+                body = await self._body(incoming, headers, reserved, most)
             except ApiError as error:
                 framed = "content-length" in headers or "transfer-encoding" in headers
                 await _refuse(error, receive if framed and unread else None, tagged)
@@ -121,8 +131,8 @@ class ServerMiddleware:
             admission_budget.reservation.reset(reserved_token)
             request_id.reset(token)
 
-    def _check_key(self, path: str, headers: dict[str, str]) -> None:
-        if not self._keys or path in self._open or PAGE_PATH.fullmatch(path):
+    def _check_key(self, headers: dict[str, str]) -> None:
+        if not self._keys:
             return
         kind, _, value = headers.get("authorization", "").partition(" ")
         given = value.strip().encode("latin-1")
@@ -140,8 +150,16 @@ class ServerMiddleware:
                 headers={"WWW-Authenticate": 'Bearer realm="tpjax"'},
             )
 
-    async def _body(self, receive: Receive, headers: dict[str, str], reserved: Reservation) -> bytes | None:
+    async def _body(
+        self, receive: Receive, headers: dict[str, str], reserved: Reservation, most: int
+    ) -> bytes | None:
         """Receives the whole body and reserves its bytes; returns ``None`` if the client has disconnected.
+
+        Args:
+            receive: receives its parts.
+            headers: of the request.
+            reserved: counts its bytes.
+            most: bytes of the longest.
 
         Raises:
             ApiError: 408, 413 or 429; the rest of the body has not been received.
@@ -149,11 +167,11 @@ class ServerMiddleware:
         length = headers.get("content-length", "")
         too_large = ApiError(
             413,
-            f"the body is over {self._max_body_bytes} bytes",
+            f"the body is over {most} bytes",
             code="request_too_large",
         )
         if length.isdigit():
-            if len(length) > 18 or int(length) > self._max_body_bytes:
+            if len(length) > 18 or int(length) > most:
                 raise too_large
             reserved.grow(int(length))
         body = bytearray()
@@ -164,7 +182,7 @@ class ServerMiddleware:
                     if message["type"] == "http.disconnect":
                         return None
                     body += message.get("body", b"")
-                    if len(body) > self._max_body_bytes:
+                    if len(body) > most:
                         raise too_large
                     reserved.grow(len(body))
                     if not message.get("more_body"):

@@ -208,7 +208,7 @@ async function answer() {
     here.pending = true;
     why = message.note;
     lastNote(waits());
-  } else if (!message.content && message.error) here.messages.push(message);
+  } else if (!message.content) here.messages.push(message);  // regenerate finds its place by it
   if (atEnd) toEnd();
   save();
   await view.finish();

@@ -24,7 +24,7 @@ import pytest
 from conftest import COMPILE_FAST
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import CONTEXT, SLOTS, VOCAB, Running, load_tiny, running, tiny_checkpoint
+from serving import CONTEXT, SLOTS, VOCAB, WAIT_S, Running, load_tiny, running, tiny_checkpoint
 
 from tpjax.engine.generation import Generation
 from tpjax.engine.request_builder import RequestBuilder
@@ -175,6 +175,43 @@ def test_where_many_wait_slow_jobs_end_sooner() -> None:
             pool.close()
 
     asyncio.run(play())
+
+
+def test_a_pool_may_limit_how_many_wait() -> None:
+    async def play() -> None:
+        pool = WorkerPool(1, "rendering", time_limit_s=60, max_waiting=2)
+        try:
+            slow = [asyncio.ensure_future(pool.run(RENDER, job(LOOP), "text")) for _ in range(4)]
+            with pytest.raises(ApiError, match="2 jobs wait") as caught:
+                await slow[3]
+            assert caught.value.status == 429 and not any(one.done() for one in slow[:3])
+            for one in slow:
+                one.cancel()
+        finally:
+            pool.close()
+
+    asyncio.run(play())
+
+
+def test_rendering_ends_with_its_client(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, ended = threading.Event(), threading.Event()
+
+    async def run(*_: Any) -> Any:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(server.server.config.app._app.state.shared.renderer, "run", run)
+    body = b'{"text":"a"}'
+    head = (
+        f"POST /render HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    )
+    with connect(server) as sock:
+        sock.sendall(head.encode() + b"\r\n\r\n" + body)
+        assert began.wait(WAIT_S) and not ended.is_set()
+    assert ended.wait(WAIT_S)
 
 
 def test_a_slow_job_holds_one_place_of_a_pool() -> None:

@@ -17,7 +17,7 @@ from tpjax.errors import DistributedError
 from tpjax.server.app_state import AppState
 from tpjax.server.chat import ChatResponse
 from tpjax.server.completions import CompletionResponse
-from tpjax.server.event_stream import generation, without_engine
+from tpjax.server.event_stream import generation, while_connected, without_engine
 from tpjax.server.exception_handlers import RESPONSES, add_exception_handlers
 from tpjax.server.json_bodies import StrictJsonRoute
 from tpjax.server.json_types import JsonObject
@@ -171,8 +171,6 @@ def _add_page(app: FastAPI, state: AppState) -> None:
         return page_file(name)
 
     @app.post("/render", responses=RESPONSES)
-    async def render(body: RenderBody) -> JsonObject:
+    async def render(body: RenderBody, request: Request) -> Response:
         """Returns the blocks of a markdown text as HTML: see ``tpjax.server.markdown``."""
-        return {
-            "blocks": await state.renderer.run("tpjax.server.markdown:render", {"text": body.text}, "text")
-        }
+        return await while_connected(request, state.rendered(body))

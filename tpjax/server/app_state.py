@@ -14,7 +14,7 @@ from tpjax.server.chat_prompts import ChatPrompts
 from tpjax.server.error_responses import ApiError, bad_request
 from tpjax.server.json_types import Json, JsonObject
 from tpjax.server.prompt_encoder import PromptEncoder
-from tpjax.server.protocol import DetokenizeBody, TokenizeBody
+from tpjax.server.protocol import DetokenizeBody, RenderBody, TokenizeBody
 from tpjax.server.responses import json_of, token_text
 from tpjax.server.service import Service
 from tpjax.server.worker_pools import WorkerPool
@@ -23,6 +23,7 @@ from tpjax.text.tokenizer_files import ROLES
 
 RENDERERS = 2  # processes
 RENDER_LIMIT_S = 2.0
+MAX_WAITING_RENDERS = 64  # each takes milliseconds, or RENDER_LIMIT_S at the worst
 
 # As in vLLM's model cards, for clients that read it.
 _PERMISSION = {
@@ -70,7 +71,7 @@ class AppState:
     @cached_property
     def renderer(self) -> WorkerPool:
         """Renders markdown for the web page."""
-        return WorkerPool(RENDERERS, "rendering", RENDER_LIMIT_S)
+        return WorkerPool(RENDERERS, "rendering", RENDER_LIMIT_S, max_waiting=MAX_WAITING_RENDERS)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -162,6 +163,11 @@ class AppState:
             return tokenizer.decode(body.tokens, skip_special_tokens=False)
 
         return JSONResponse({"prompt": await self.encoder.threads.run(text)})
+
+    async def rendered(self, body: RenderBody) -> Response:
+        """Returns the response of ``/render``."""
+        blocks = await self.renderer.run("tpjax.server.markdown:render", {"text": body.text}, "text")
+        return JSONResponse({"blocks": blocks})
 
     def live(self) -> JsonObject:
         """Returns the figures of ``/stats``: state, slots and pages by request, queue, tokens generated."""

@@ -120,9 +120,14 @@ async def without_engine(
     Raises:
         ApiError: 429, the queue is full; or what the work raises.
     """
+    with service.preparing(1):
+        return await while_connected(request, work)
+
+
+async def while_connected(request: Request, work: Coroutine[Json, Json, Response]) -> Response:
+    """Runs work in no place of the queue; cancels it if the client disconnects."""
     try:
-        with service.preparing(1):
-            return await _while_connected(request, work)
+        return await _while_connected(request, work)
     except _ClientDisconnected:
         return Response(status_code=499)
 

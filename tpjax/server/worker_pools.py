@@ -1,8 +1,8 @@
 """Worker pools: processes (``tpjax.sandbox``) for templates, grammars and long texts; threads for short jobs.
 
 A pool runs a few jobs at a time; the time limit of a job starts when it runs. A request whose job waits
-counts towards ``max_queue`` (``Service.preparing``). A job ends with its client: a waiting one is dropped,
-the process of a running one is killed.
+counts towards ``max_queue`` (``Service.preparing``), or the pool limits how many wait. A job ends with its
+client: a waiting one is dropped, the process of a running one is killed.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class WorkerPool:
         time_limit_s: processor time of a job, seconds.
         memory_limit_bytes: address space of each process.
         crowded_limit_s: time limit while more than two jobs per process wait; ``None``: as otherwise.
+        max_waiting: most jobs that wait; ``None``: what the queue of requests admits.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class WorkerPool:
         time_limit_s: float = TIME_LIMIT_S,
         memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
         crowded_limit_s: float | None = None,
+        max_waiting: int | None = None,
     ) -> None:
         self._what = what
+        self._max_waiting = max_waiting
         self._time_limit_s = time_limit_s
         self._crowded_limit_s = crowded_limit_s
         self._memory_limit_bytes = memory_limit_bytes
@@ -64,8 +67,8 @@ class WorkerPool:
             param: parameter of the request, for errors.
 
         Raises:
-            ApiError: 400, the function failed or exceeded a limit (the cause says which); 503, the process
-                does not start.
+            ApiError: 400, the function failed or exceeded a limit (the cause says which); 429, too many
+                wait; 503, the process does not start.
         """
         async with self._place():
             worker = self._worker()
@@ -94,6 +97,9 @@ class WorkerPool:
 
     @contextlib.asynccontextmanager
     async def _place(self) -> AsyncIterator[None]:
+        if self._max_waiting is not None and self._waiting >= self._max_waiting:
+            message = f"{self._what}: {self._waiting} jobs wait, the most that may"
+            raise ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
         self._waiting += 1
         try:
             await self._places.acquire()

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import httpx2
 import jax
 import pytest
 import typer
@@ -665,6 +666,55 @@ def test_what_follows_an_option(line, expected):
     assert {key: given[key] for key in expected} == expected
 
 
+def answer_line(custom_id: str, status: int = 200) -> str:
+    """A line that a batch writes, without its line feed."""
+    response = httpx2.Response(status, json={"choices": []})
+    return json.dumps(batch._line({"custom_id": custom_id}, response), ensure_ascii=False)
+
+
+def test_a_batch_goes_on_wherever_its_last_line_was_cut(tmp_path: Path) -> None:
+    """Inside a character too; the line is taken away only once the batch goes on."""
+    file = tmp_path / "answers.jsonl"
+    whole, last = (answer_line("a") + "\n").encode(), answer_line("\u00fcb\u20ac").encode()
+    for before in (b"", whole):
+        for cut in range(len(last) + 1):
+            file.write_bytes(before + last[:cut])
+            answers = batch.read_answered(file)
+            assert file.read_bytes() == before + last[:cut]
+            batch._keep(file, answers)
+            assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "other",
+    (
+        '{"precious": 1}',
+        "precious",
+        '{"custom_id": "a"}\n{"cus',
+        '{"custom_id": "a", "response": 1}\n',
+        "\xfc\n",
+    ),
+)
+def test_a_batch_leaves_a_file_that_is_no_output_of_one(other, tmp_path, capsys):
+    requests, file = tmp_path / "requests.jsonl", tmp_path / "mine.json"
+    requests.write_text('{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "x"}}')
+    file.write_bytes(other.encode("latin-1"))
+    assert status("batch", "smollm2-135m", "--input", str(requests), "--output", str(file)) == 2
+    assert f"{file} is there and holds no answers of a batch" in capsys.readouterr().err
+    assert file.read_bytes() == other.encode("latin-1")
+
+
+def test_a_batch_does_not_write_into_its_requests(tmp_path, capsys):
+    file, same = tmp_path / "requests.jsonl", tmp_path / "same"
+    file.write_text('{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "x"}}')
+    same.symlink_to(file)
+    before = file.read_bytes()
+    for output in (file, same):
+        assert status("batch", "smollm2-135m", "--input", str(file), "--output", str(output)) == 2
+        assert f"--output {output} is the file of --input" in capsys.readouterr().err
+    assert file.read_bytes() == before
+
+
 @pytest.mark.parametrize("mark", ("", "\ufeff"))
 def test_lines_end_at_line_feeds_alone(mark, tmp_path):
     """JSON may hold other line separators as they are, and editors put a byte order mark first."""
@@ -678,7 +728,9 @@ def test_lines_end_at_line_feeds_alone(mark, tmp_path):
         lines = (json.dumps(one, ensure_ascii=False) + end for one in asked)
         file.write_bytes((mark + end.join(lines)).encode())
         assert batch.read_requests(file) == asked
-    assert batch.read_answered(file) == set(texts)
+    answers = "".join(answer_line(text) + "\n" for text in texts)
+    file.write_text(mark + answers)
+    assert [answer.custom_id for answer in batch.read_answered(file)] == texts
     file.write_text(mark + "".join(json.dumps({"prompt": t}, ensure_ascii=False) + "\n\n" for t in texts))
     entries = generate._entries(file, None, SamplingParams())
     assert [entry.value for entry in entries] == texts and entries[2].place == f"{file}, line 5"

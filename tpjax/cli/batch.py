@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shutil
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tpjax.cli.console import check_writable, decoded, note, read_lines, read_text
+from tpjax.cli.console import check_writable, decoded, note, read_lines
 from tpjax.cli.following import interrupt
 from tpjax.cli.loading import chosen_model, ensure, load
 from tpjax.cli.options import (
@@ -41,6 +45,7 @@ EXAMPLES = """
 URLS = ("/v1/chat/completions", "/v1/completions")
 _MOST_SLOTS = 256  # unless told
 _AHEAD = 2  # requests in flight for each slot
+_LINE_START = b'{"id": "batch_req_'  # of each line that is written
 
 
 @takes(sharding=Sharding, processes=Processes)
@@ -81,12 +86,16 @@ def run(
     processes.join()
     if process_id():
         loaded()  # follows process 0, which has the files
+    if output_file.is_file() and input_file.is_file() and output_file.samefile(input_file):
+        raise RequestError(f"--output {output_file} is the file of --input")
     requests = read_requests(input_file)
-    answered = read_answered(output_file)
+    earlier = read_answered(output_file)
     check_writable(output_file)
+    answered = {answer.custom_id for answer in earlier}
     waiting = [request for request in requests if request["custom_id"] not in answered]
     if waiting:
         ensure(name, sharding.tp, sharding.dp, sharding.pp)
+    _keep(output_file, earlier)
     note(f"{len(requests)} requests, {len(requests) - len(waiting)} of them answered before")
     if not waiting:
         if processes.several:
@@ -127,22 +136,72 @@ def read_requests(file: Path) -> list[dict[str, Any]]:
     return list(requests.values())
 
 
-def read_answered(file: Path) -> set[str]:
-    """Returns the ids that an output file has responses to. An incomplete last line is removed.
+@dataclass(frozen=True)
+class Answer:
+    """A line of an output file.
+
+    Attributes:
+        custom_id: of its request.
+        line: its bytes, with the line feed.
+    """
+
+    custom_id: str
+    line: bytes
+
+
+def read_answered(file: Path) -> list[Answer]:
+    """Reads the answers in an output file, without an incomplete last line; the file stays as it is.
 
     Raises:
         RequestError: the file is not the output of a batch.
     """
     if not file.is_file():
-        return set()
-    text = read_text(file)
-    complete_lines = text[: text.rfind("\n") + 1]
-    if complete_lines != text:  # the last run was killed while it wrote
-        file.write_text(complete_lines)
+        return []
+    *lines, rest = file.read_bytes().split(b"\n")  # bytes: a character may be incomplete, too
     try:
-        return {json.loads(line)["custom_id"] for line in complete_lines.split("\n") if line}
+        answers = [_read_answer(line + b"\n") for line in lines if line.strip()]
+        # the last run was killed while it wrote, unless this is another file
+        if not answers and not (rest.startswith(_LINE_START) or _LINE_START.startswith(rest)):
+            raise ValueError("no line of an answer")
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise RequestError(f"{file} is there and holds no answers of a batch") from error
+        raise RequestError(f"{file} is there and holds no answers of a batch: it stays as it is") from error
+    return answers
+
+
+def _read_answer(line: bytes) -> Answer:
+    found = json.loads(line)
+    custom_id, response = found["custom_id"], found["response"]
+    if not isinstance(custom_id, str) or not isinstance(response, dict | None):
+        raise TypeError("no answer of a batch")
+    return Answer(custom_id, line)
+
+
+def _keep(file: Path, answers: Sequence[Answer]) -> None:
+    """Leaves only some answers in an output file; if this ends midway, the file is as it was.
+
+    Raises:
+        RequestError: the file cannot be written.
+    """
+    if not file.is_file():
+        return
+    there, kept = file.read_bytes(), b"".join(answer.line for answer in answers)
+    try:
+        if there.startswith(kept):
+            if there != kept:
+                os.truncate(file, len(kept))
+            return
+        real = file.resolve()
+        with tempfile.NamedTemporaryFile(dir=real.parent, prefix=f".{real.name}.", delete=False) as whole:
+            try:
+                whole.write(kept)
+                whole.flush()
+                shutil.copymode(real, whole.name)
+                os.replace(whole.name, real)
+            except BaseException:
+                os.unlink(whole.name)
+                raise
+    except OSError as error:
+        raise RequestError(f"{file}: {error.strerror or error}") from error
 
 
 async def _answer(

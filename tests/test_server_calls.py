@@ -457,6 +457,21 @@ def test_a_tool_s_schema_may_be_anything(kind: str, answer: str, value: Any) -> 
             assert name == "f" and json.loads(arguments) in ({"a": 1}, {"a": "1"})
 
 
+@pytest.mark.parametrize(
+    ("kind", "answer"),
+    [
+        ("llama", r"<|python_tag|>f(a='\ud83d\ude00 \ud800')"),
+        ("functiongemma", r'<start_function_call>call:f{a:"\ud83d\ude00 \ud800"}<end_function_call>'),
+        ("hermes", r'<tool_call>{"arguments": "{\"a\": \"\ud83d\ude00 \ud800\"}", "name": "f"}</tool_call>'),
+    ],
+)
+def test_escaped_surrogates_are_characters(kind: str, answer: str) -> None:
+    """Python takes two escapes for two characters; no response could be encoded that has them."""
+    ((name, arguments),) = read([answer], kind, tools={"f": {}})[2]
+    assert name == "f" and json.loads(arguments) == {"a": "😀 \ufffd"}
+    assert arguments.encode()
+
+
 UNCLOSED = {
     "gemma": ("[f(", "[f(a={'", "[f('", '{"id": ['),
     "hermes": ('<tool_call>{"x":[',),

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import GOLDENS
+from fastapi import FastAPI
 from serving import tiny_checkpoint
 
 from tpjax import LLM
@@ -22,8 +23,10 @@ from tpjax.cli.app import main
 from tpjax.cli.terminal import Chat
 from tpjax.engine.generation import Delta
 from tpjax.sampling_params import SamplingParams
-from tpjax.server.error_responses import ApiError
+from tpjax.server.error_responses import ApiError, bad_request
+from tpjax.server.exception_handlers import add_exception_handlers
 from tpjax.server.grammars.compiler import GrammarCompiler
+from tpjax.server.json_types import strict_json
 from tpjax.server.responses import event
 from tpjax.text.loading import load_tokenizer
 from tpjax.text.tokenizer import Tokenizer
@@ -151,6 +154,18 @@ def test_an_event_is_one_line_to_every_client() -> None:
     data = event({"text": "\u2028\x85é\n"}, "error")
     assert data.isascii() and len(data.decode().splitlines()) == 3
     assert json.loads(data.decode().splitlines()[1].removeprefix("data: ")) == {"text": "\u2028\x85é\n"}
+
+
+def test_surrogates_in_a_message_are_no_fault_of_the_server() -> None:
+    """A client's chat template raises what it likes."""
+    error = bad_request("\ud83d\ude00 \ud800 \u2028")
+    told = {"message": "😀 \ufffd \u2028", "type": "invalid_request_error", "param": None, "code": None}
+    app = FastAPI()
+    add_exception_handlers(app)
+    response = asyncio.run(app.exception_handlers[ApiError](None, error))  # type: ignore[arg-type, misc]
+    assert response.status_code == 400 and strict_json(response.body) == {"error": told}
+    assert strict_json(event(error.body()).removeprefix(b"data: ")) == {"error": told}
+    assert event(error.body()).isascii()
 
 
 # --- the terminal

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from tpjax._version import __version__
 from tpjax.errors import DistributedError
@@ -19,7 +19,7 @@ from tpjax.server.chat import ChatResponse
 from tpjax.server.completions import CompletionResponse
 from tpjax.server.event_stream import generation, while_connected, without_engine
 from tpjax.server.exception_handlers import RESPONSES, add_exception_handlers
-from tpjax.server.json_bodies import StrictJsonRoute
+from tpjax.server.json_bodies import JsonResponse, StrictJsonRoute
 from tpjax.server.json_types import JsonObject
 from tpjax.server.page_files import page_file
 from tpjax.server.protocol import ChatBody, CompletionBody, DetokenizeBody, RenderBody, TokenizeBody
@@ -43,6 +43,7 @@ def create_app(service: Service) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # both pages load scripts from other hosts
         redoc_url=None,
+        default_response_class=JsonResponse,
     )
     app.state.service, app.state.shared = service, state
     app.router.route_class = StrictJsonRoute
@@ -129,7 +130,7 @@ def _add_monitoring(app: FastAPI, state: AppState) -> None:
     async def health() -> Response:
         """Returns 200 unless the engine, or every replica, has failed; and which replicas work."""
         lost = {"error": f"{service.error}"} if isinstance(service.error, DistributedError) else {}
-        return JSONResponse(
+        return JsonResponse(
             {"status": service.state, "replicas": state.replicas()} | lost,
             status_code=503 if service.state == "failed" else 200,
         )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from functools import cached_property
 
-from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from tpjax.config import brief
 from tpjax.engine.engine import Stats
 from tpjax.server.chat_prompts import ChatPrompts
 from tpjax.server.error_responses import ApiError, bad_request
+from tpjax.server.json_bodies import JsonResponse
 from tpjax.server.json_types import Json, JsonObject
 from tpjax.server.prompt_encoder import PromptEncoder
 from tpjax.server.protocol import DetokenizeBody, RenderBody, TokenizeBody
@@ -162,12 +162,12 @@ class AppState:
                 )
             return tokenizer.decode(body.tokens, skip_special_tokens=False)
 
-        return JSONResponse({"prompt": await self.encoder.threads.run(text)})
+        return JsonResponse({"prompt": await self.encoder.threads.run(text)})
 
     async def rendered(self, body: RenderBody) -> Response:
         """Returns the response of ``/render``."""
         blocks = await self.renderer.run("tpjax.server.markdown:render", {"text": body.text}, "text")
-        return JSONResponse({"blocks": blocks})
+        return JsonResponse({"blocks": blocks})
 
     def live(self) -> JsonObject:
         """Returns the figures of ``/stats``: state, slots and pages by request, queue, tokens generated."""

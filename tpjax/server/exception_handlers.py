@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from tpjax.errors import RequestError
 from tpjax.server.error_responses import ApiError, bad_request, internal_error
+from tpjax.server.json_bodies import JsonResponse
 from tpjax.server.json_types import JsonObject
 
 _SCHEMA = {
@@ -55,7 +55,7 @@ def add_exception_handlers(app: FastAPI) -> None:
 
 async def _api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return JSONResponse(error.body(), error.status, error.headers)
+    return JsonResponse(error.body(), error.status, error.headers)
 
 
 async def _request_error(_: Request, error: Exception) -> Response:

@@ -1,4 +1,4 @@
-"""Reads request bodies as strict JSON, limited to what can be validated in a moment."""
+"""Reads request bodies as strict JSON, limited to what can be validated in a moment; writes responses."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import Request
+from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, GetCoreSchemaHandler
 from pydantic_core import CoreSchema
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from tpjax.server.json_types import Json, strict_json
+from tpjax.server.json_types import Json, json_bytes, strict_json
 
 # Most objects, lists and field names of a body. Each takes the event loop a microsecond or more to validate,
 # and each may be an error; 4 MB hold over a million. Numbers and strings cost little.
@@ -45,6 +46,14 @@ class StrictJsonRequest(Request):
             except ValueError as error:
                 raise HTTPException(400, f"the body is not valid JSON: {error}") from error
         return self._json
+
+
+class JsonResponse(JSONResponse):
+    """A response whose strings may have surrogates."""
+
+    def render(self, content: Json) -> bytes:
+        """Encodes the response."""
+        return json_bytes(content)
 
 
 class StrictJsonRoute(APIRoute):

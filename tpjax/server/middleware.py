@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import json
 import logging
 import re
 import time
@@ -19,6 +18,7 @@ from tpjax.sandbox import release_memory
 from tpjax.server import admission_budget
 from tpjax.server.admission_budget import FREE_BYTES, AdmissionBudget, Reservation
 from tpjax.server.error_responses import ApiError, bad_request, internal_error
+from tpjax.server.json_types import json_bytes
 from tpjax.server.logs import request_id
 
 log = logging.getLogger(__name__)
@@ -221,7 +221,7 @@ def _check_framing(headers: list[tuple[bytes, bytes]]) -> None:
 
 async def send_error(error: ApiError, send: Send, *, more_body: bool = False) -> None:
     """Sends an error response."""
-    body = json.dumps(error.body()).encode()
+    body = json_bytes(error.body())
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
     pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": pairs})

@@ -15,7 +15,7 @@ from tpjax.errors import ContextLengthError, RequestError
 from tpjax.sampling_params import MAX_SEED, MIN_SEED, RANDOM_SEED
 from tpjax.server.error_responses import bad_request, from_request_error
 from tpjax.server.grammars.compiler import TokenGrammar
-from tpjax.server.json_types import Json, JsonObject
+from tpjax.server.json_types import Json, JsonObject, utf8, well_formed
 from tpjax.server.protocol import MAX_CHOICES, Sampling
 from tpjax.server.service import Service, Stream
 
@@ -303,7 +303,11 @@ def prompt_logprobs(request: Request, count: int, show: Callable[[int], str]) ->
 def event(data: JsonObject, name: str | None = None) -> bytes:
     """Encodes a server-sent event, in ASCII: some clients end lines at U+2028 or U+0085 too."""
     head = f"event: {name}\n" if name else ""
-    return f"{head}data: {_encoded(data, ensure_ascii=True)}\n\n".encode()
+    text = _encoded(data, ensure_ascii=True)
+    if "\\ud" in text:  # surrogates: most are pairs, but not all
+        value = json.loads(well_formed(json.dumps(json.loads(text), ensure_ascii=False)))
+        text = _encoded(value, ensure_ascii=True)
+    return f"{head}data: {text}\n\n".encode()
 
 
 def json_of(value: Json) -> bytes:
@@ -311,7 +315,7 @@ def json_of(value: Json) -> bytes:
 
     Iterators are encoded as lists.
     """
-    return _encoded(value, ensure_ascii=False).encode()
+    return utf8(_encoded(value, ensure_ascii=False))
 
 
 def _encoded(value: Json, *, ensure_ascii: bool) -> str:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from tpjax.server.json_types import Json, JsonObject
+from tpjax.server.json_types import Json, JsonObject, well_formed
 from tpjax.server.parsing.incremental import IncrementalParser, Malformed, ParsedDelta, Parsing
 
 NAME = re.compile(r"[a-zA-Z0-9_.-]+")
@@ -74,7 +74,7 @@ class ToolCallParser(IncrementalParser):
 
     def append_arguments(self, text: str) -> None:
         """Emits text of the current call's arguments."""
-        self.emit(ParsedDelta(text, self.calls - 1))
+        self.emit(ParsedDelta(well_formed(text), self.calls - 1))
 
     def complete_call(self, name: str, arguments: JsonObject) -> None:
         """Emits a whole call."""

@@ -1,5 +1,6 @@
 """The command line without a model: help, exit statuses, one-line errors, streaming, doctor."""
 
+import asyncio
 import json
 import os
 import shlex
@@ -8,12 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-import httpx2
 import jax
 import pytest
 import typer
 from conftest import COMPILE_FAST
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
 from serving import WAIT_S
 
 from tpjax import __version__
@@ -25,6 +29,7 @@ from tpjax.inspect import doctor
 from tpjax.inspect.accelerators import has_nvidia_gpu, has_tpu
 from tpjax.planning.arrivals import Arrival, read_trace
 from tpjax.sampling_params import SamplingParams
+from tpjax.server.app import create_app
 
 SUBCOMMANDS = (
     *("generate", "chat", "serve", "batch", "models", "pull", "convert", "explain", "plan", "bench"),
@@ -666,10 +671,65 @@ def test_what_follows_an_option(line, expected):
     assert {key: given[key] for key in expected} == expected
 
 
+class Scripted:
+    """Answers a batch in place of a service whose model is loaded: with statuses, or by the application."""
+
+    def __init__(self, statuses: dict[str, list[int]] | None = None) -> None:
+        self.state, self.model, self.error = "ready", "m", None
+        self.front = SimpleNamespace(slots=1)
+        self.llm = SimpleNamespace(path="m", max_model_len=8, tokenizer=None, front=self.front)
+        self.statuses, self.asked = statuses, []
+
+    def start(self) -> None: ...
+    async def stop(self) -> None: ...
+    def admit(self, choices: int) -> None: ...
+
+    def answers(self, file: Path, *requests: dict[str, Any]) -> list[dict[str, Any]]:
+        app = create_app(self)
+        if self.statuses is not None:
+            app = FastAPI()
+            app.post("/v1/completions")(self.answer)
+        asked = [{"custom_id": f"{i}", "url": "/v1/completions"} | one for i, one in enumerate(requests)]
+        asyncio.run(batch._answer(self, app, asked, file, at_once=4))
+        return [json.loads(line) for line in file.read_bytes().splitlines()]
+
+    async def answer(self, request: Request) -> Response:
+        prompt = (await request.json())["prompt"]
+        self.asked.append(prompt)
+        if (status := self.statuses.get(prompt, [200]).pop(0)) == 0:
+            raise ArithmeticError("a bug")
+        return JSONResponse({"choices": []}, status)
+
+
 def answer_line(custom_id: str, status: int = 200) -> str:
     """A line that a batch writes, without its line feed."""
-    response = httpx2.Response(status, json={"choices": []})
-    return json.dumps(batch._line({"custom_id": custom_id}, response), ensure_ascii=False)
+    response = {"status_code": status, "request_id": "x", "body": {}}
+    line = {"id": "batch_req_x", "custom_id": custom_id, "response": response, "error": None}
+    return batch._encoded(line).decode().removesuffix("\n")
+
+
+def test_an_odd_request_of_a_batch_is_answered_by_its_error(tmp_path: Path) -> None:
+    """What JSON or UTF-8 cannot say, and deep nesting, keep no other request from its answer."""
+    deep: list[Any] = []
+    for _ in range(sys.getrecursionlimit()):
+        deep = [deep]
+    odd = (float("nan"), float("inf"), "\ud800", deep)
+    requests = [{"body": {"prompt": value}} for value in odd]
+    answers = Scripted().answers(
+        tmp_path / "x.jsonl", *requests, {"custom_id": "\ud800", "body": {"prompt": 1e9}}
+    )
+    found = {one["custom_id"]: one["response"] for one in answers}
+    assert found.keys() == {"0", "1", "2", "3", "\ud800"}
+    for response in found.values():
+        assert response["status_code"] == 400 and response["body"]["error"]["type"] == "invalid_request_error"
+    assert [one.custom_id for one in batch.read_answered(tmp_path / "x.jsonl")] == [*found]
+
+
+def test_a_bug_in_one_request_of_a_batch_ends_no_other(tmp_path: Path) -> None:
+    answers = Scripted({"bad": [0]}).answers(
+        tmp_path / "x.jsonl", {"body": {"prompt": "bad"}}, {"body": {"prompt": "fine"}}
+    )
+    assert {one["custom_id"]: one["response"]["status_code"] for one in answers} == {"0": 500, "1": 200}
 
 
 def test_a_batch_goes_on_wherever_its_last_line_was_cut(tmp_path: Path) -> None:

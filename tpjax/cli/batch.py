@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -33,10 +34,13 @@ from tpjax.distributed import process_id
 from tpjax.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
+    import httpx2 as httpx
     from fastapi import FastAPI
 
     from tpjax.llm import LLM
     from tpjax.server.service import Service
+
+log = logging.getLogger(__name__)
 
 EXAMPLES = """
   tpjax batch smollm2-135m --input requests.jsonl --output answers.jsonl
@@ -45,6 +49,7 @@ EXAMPLES = """
 URLS = ("/v1/chat/completions", "/v1/completions")
 _MOST_SLOTS = 256  # unless told
 _AHEAD = 2  # requests in flight for each slot
+_JSON = {"Content-Type": "application/json"}
 _LINE_START = b'{"id": "batch_req_'  # of each line that is written
 
 
@@ -218,15 +223,14 @@ async def _answer(
         if service.error is not None:
             raise service.error
         async with httpx.AsyncClient(transport=transport, base_url="http://batch", timeout=None) as client:
-            with output.open("a") as file, _progress(len(requests)) as advance:
+            with output.open("ab") as file, _progress(len(requests)) as advance:
 
                 async def one(request: dict[str, Any]) -> None:
                     nonlocal failed
                     async with room:
-                        body = {**request["body"], "model": service.model}
-                        response = await client.post(request["url"], json=body)
-                    failed += response.status_code != 200
-                    file.write(json.dumps(_line(request, response), ensure_ascii=False) + "\n")
+                        line = await _line(client, request, service.model)
+                    failed += line["response"]["status_code"] != 200
+                    file.write(_encoded(line))
                     file.flush()
                     advance()
 
@@ -239,19 +243,35 @@ async def _answer(
     return failed
 
 
-def _line(request: dict[str, Any], response: Any) -> dict[str, Any]:
-    """Makes a line of the output in OpenAI's batch format."""
-    identity = response.headers.get("x-request-id", uuid.uuid4().hex)
+async def _line(client: httpx.AsyncClient, request: dict[str, Any], model: str) -> dict[str, Any]:
+    """Sends a request and makes a line of the output, in OpenAI's batch format."""
+    from tpjax.server.error_responses import ApiError, bad_request, internal_error
+
+    identity = uuid.uuid4().hex
+    try:
+        # escapes and NaN as they came: the server refuses what is no strict JSON, and that is the answer
+        content = json.dumps({**request["body"], "model": model}).encode()
+        response = await client.post(request["url"], content=content, headers=_JSON)
+        status, body = response.status_code, response.json()
+        identity = response.headers.get("x-request-id", identity)
+    except Exception as error:  # of one request; the others have their answers
+        refused: ApiError = internal_error()
+        if isinstance(error, RecursionError):
+            refused = bad_request("the body is nested too deep")
+        else:
+            log.exception("the request %r failed", request["custom_id"])
+        status, body = refused.status, refused.body()
     return {
         "id": f"batch_req_{uuid.uuid4().hex}",
         "custom_id": request["custom_id"],
-        "response": {
-            "status_code": response.status_code,
-            "request_id": identity,
-            "body": response.json(),
-        },
+        "response": {"status_code": status, "request_id": identity, "body": body},
         "error": None,
     }
+
+
+def _encoded(line: dict[str, Any]) -> bytes:
+    # lone surrogates, which have no UTF-8, are escaped as JSON does it
+    return json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
 @contextmanager

@@ -39,6 +39,7 @@ SCRIPTS = {
     ],
     "<go-plain>": ["Just ", "text."],
     "<go-broken>": ["[TOOL_CALLS] ", "look? no."],
+    "<go-two>": ["```tool_code\nlook(a=1)\n", "look(a=2)\n", "```\nDone."],
     "<go-json>": ["{", '"a": ', "8}"],
 }  # fmt: skip
 SPECIAL = (
@@ -175,6 +176,24 @@ def test_reasoning_can_be_left_out(client: openai.OpenAI) -> None:
     }
     (one,) = client.chat.completions.create(**asked, max_tokens=40, extra_body=shaped).choices
     assert one.message.content in ("yes", "no")  # from the first token on
+
+
+def test_calls_that_must_not_be_parallel(client: openai.OpenAI) -> None:
+    """In a format without a grammar the model may still write several: the first one counts."""
+    calls = ask(client, "gemma", "two", tools=TOOLS).choices[0].message.tool_calls
+    assert [call.function.arguments for call in calls] == ['{"a": 1}', '{"a": 2}']
+    for more in ({"tools": TOOLS, "parallel_tool_calls": False}, {"functions": [TOOLS[0]["function"]]}):
+        (one,) = ask(client, "gemma", "two", **more).choices
+        stream = [chunk.choices[0].delta for chunk in ask(client, "gemma", "two", **more, stream=True)]
+        if "functions" in more:
+            called = [one.message.function_call]
+            parts = [delta.function_call for delta in stream if delta.function_call]
+        else:
+            called = [call.function for call in one.message.tool_calls]
+            parts = [call.function for delta in stream for call in delta.tool_calls or ()]
+        assert [(call.name, call.arguments) for call in called] == [("look", '{"a": 1}')]
+        assert "".join(part.arguments for part in parts) == '{"a": 1}'
+        assert one.message.content == "".join(delta.content or "" for delta in stream) == "Done."
 
 
 def test_without_tools_the_text_is_the_model_s(client: openai.OpenAI) -> None:

@@ -188,8 +188,11 @@ class ChatResponse:
             return [ParsedDelta(delta.text)] if delta.text else []
         parts = parser.push(delta.text)
         parts += parser.flush() if delta.finish_reason is not None else []
-        shown = self._body.include_reasoning is not False
-        return [part for part in parts if shown or not part.reasoning]
+        if self._body.include_reasoning is False:
+            parts = [part for part in parts if not part.reasoning]
+        if self._body.parallel_tool_calls is False:  # not every format has a grammar that allows one alone
+            parts = [part for part in parts if not part.call]
+        return parts
 
     def _tokens(self, delta: Delta) -> JsonObject:
         return {"token_ids": delta.token_ids} if self._body.return_token_ids else {}

@@ -50,7 +50,7 @@ def conversation(
     """
     turns = [_turn(message, i, traits) for i, message in enumerate(messages)]
     turns = _with_ids(turns)
-    turns = list(_native_calls(turns, traits)) if traits.tool_messages else _callsas_text(turns, form)
+    turns = list(_native_calls(turns, traits)) if traits.tool_messages else _calls_as_text(turns, form)
     if tools and not traits.tools:
         turns = _described(turns, tools, form)
     turns = _system_where_it_may_be(turns, traits)
@@ -198,7 +198,7 @@ def _one_call_each(turns: list[Turn]) -> Iterator[Turn]:
         yield from (one for one in results if one.get("tool_call_id") in by_call)
 
 
-def _callsas_text(turns: list[Turn], form: ToolCallFormat) -> list[Turn]:
+def _calls_as_text(turns: list[Turn], form: ToolCallFormat) -> list[Turn]:
     """Writes calls and results as text; the results of one message's calls are one user message."""
     plain: list[Turn] = []
     for results, group in itertools.groupby(turns, lambda turn: turn["role"] == "tool"):

@@ -20,6 +20,8 @@ from conftest import GOLDENS
 from flax import nnx
 from stepwise import Stepwise
 
+from tpjax.checkpoints import convert as converting
+from tpjax.checkpoints.convert import write_vocabulary
 from tpjax.checkpoints.gguf import GGUFFile
 from tpjax.checkpoints.opening import open_checkpoint
 from tpjax.checkpoints.parameters import abstract_decoder, parameters
@@ -141,6 +143,43 @@ def test_a_head_that_is_the_embedding_is_tied(same: bool, tmp_path: Path) -> Non
     assert original.config.tie_word_embeddings and found.config.tie_word_embeddings == same
     if not same:
         np.testing.assert_array_equal(found.source.read("lm_head.weight", everything), head)
+
+
+def test_a_vocabulary_keeps_every_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any type, and it is written before the weights: what it cannot hold costs no hours."""
+    path, values = convert("qwen2", tmp_path / "tiny.gguf"), {}
+
+    def wide(name: str, value: Any, kind: str, items: str | None = None) -> None:
+        values[f"tokenizer.{name}"] = value
+        sub_type = items and gguf.GGUFValueType[items]
+        writer.add_key_value(f"tokenizer.{name}", value, gguf.GGUFValueType[kind], sub_type=sub_type)
+
+    writer = gguf.GGUFWriter(tmp_path / "wide.gguf", "qwen2")
+    wide("ggml.padding_token_id", 2**32 - 1, "UINT32")
+    wide("below", -(2**31) - 1, "INT64")
+    wide("above", 2**64 - 1, "UINT64")
+    wide("flag", True, "BOOL")
+    wide("text", "é", "STRING")
+    wide("double", 1e300, "FLOAT64")
+    wide("single", 0.5, "FLOAT32")
+    wide("types", [1, -3], "ARRAY", "INT32")
+    wide("ids", [1, 2**32 - 1], "ARRAY", "UINT32")
+    wide("mixed", [-1, 2**40], "ARRAY", "INT64")
+    wide("scores", [0.1, -2.0], "ARRAY", "FLOAT64")
+    wide("texts", ["", "b"], "ARRAY", "STRING")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    write_vocabulary(GGUFFile(tmp_path / "wide.gguf"), tmp_path / "again.gguf")
+    assert GGUFFile(tmp_path / "again.gguf").metadata.items() >= values.items()
+
+    def failing(*_: Any) -> None:
+        raise CheckpointError("no vocabulary")
+
+    monkeypatch.setattr(converting, "write_vocabulary", failing)
+    monkeypatch.setattr(converting.orbax, "write", lambda *_: pytest.fail("weights came first"))
+    with pytest.raises(CheckpointError, match="no vocabulary"):
+        converting.convert(path, tmp_path / "out")
 
 
 # --- kept as they are stored -------------------------------------------------------------------------------

@@ -78,13 +78,14 @@ def convert(
     kept = {name: compressed_tensors.canonical(one) for name, one in quantized_tensors(declared).items()}
     in_files = _in_files(checkpoint, kept) if target_format == "safetensors" else {}
     with _directory(target) as directory:
+        if not process_id():
+            _copy_tokenizer(path, directory)  # first: weights take hours
         if target_format == "orbax":
             tensors = _canonical_tensors(checkpoint, declared, kept, dtype, mesh)
             settings = None if quantize is None else compressed_tensors.settings_of(FORMATS[quantize])
             orbax.write(directory, checkpoint.config, tensors, settings)
         if process_id():
             return
-        _copy_tokenizer(path, directory)
         if target_format == "safetensors" and quantize is not None:
             _write_safetensors(path, directory, in_files, quantize, dtype)
         digests.write_manifest(directory)
@@ -238,23 +239,38 @@ class _Stored:
 # --- the vocabulary of a GGUF file -------------------------------------------------------------------------
 
 
+_INTEGERS = ("INT32", "UINT32", "INT64", "UINT64")
+
+
 def write_vocabulary(file: GGUFFile, target: Path) -> None:
     """Writes a GGUF file of the tokenizer's metadata alone."""
     from gguf import GGUFValueType, GGUFWriter
 
-    kinds = {bool: GGUFValueType.BOOL, int: GGUFValueType.INT32, float: GGUFValueType.FLOAT32}
-
-    def kind_of(value: Any) -> GGUFValueType:
-        return kinds.get(type(value), GGUFValueType.STRING)
+    def kind_of(values: list[Any]) -> GGUFValueType:
+        """Returns the first type that holds all values: the file's own types are not known any more."""
+        if isinstance(values[0], bool):
+            return GGUFValueType.BOOL
+        if isinstance(values[0], int):
+            fits = (name for name in _INTEGERS if _holds(np.iinfo(name.lower()), values))
+            return GGUFValueType[next(fits)]
+        if isinstance(values[0], float):
+            with np.errstate(over="ignore"):
+                same = np.array_equal(np.array(values, np.float32), np.array(values), equal_nan=True)
+            return GGUFValueType.FLOAT32 if same else GGUFValueType.FLOAT64
+        return GGUFValueType.STRING
 
     writer = GGUFWriter(target, file.metadata["general.architecture"])
     for key, value in file.metadata.items():
         if not key.startswith("tokenizer.") or value == []:
             continue
         if isinstance(value, list):
-            writer.add_key_value(key, value, GGUFValueType.ARRAY, sub_type=kind_of(value[0]))
+            writer.add_key_value(key, value, GGUFValueType.ARRAY, sub_type=kind_of(value))
         else:
-            writer.add_key_value(key, value, kind_of(value))
+            writer.add_key_value(key, value, kind_of([value]))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
+
+
+def _holds(kind: np.iinfo[Any], values: list[int]) -> bool:
+    return int(kind.min) <= min(values) and max(values) <= int(kind.max)

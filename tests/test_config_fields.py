@@ -8,6 +8,8 @@ import importlib
 import inspect
 import json
 import logging
+import random
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -392,3 +394,197 @@ def test_numbers_beyond_all_floats(name: str, value: Any) -> None:
 def test_rope_config_of_a_huge_integer() -> None:
     with pytest.raises(ConfigError, match="rope factor="):
         RopeParameters(kind="linear", factor=10**400)
+
+
+# --- values that no field has ------------------------------------------------------------------------------
+
+# The kinds of JSON, and numbers at the edges of what Python and a float hold.
+ODD = (None, True, -1, 0, 1, 1e308, float("nan"), float("inf"), "x", [], {}, [1], 2**63)
+
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": {
+        **{"factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0, "attention_factor": None, "beta_fast": 32},
+        **{"beta_slow": 1, "truncate": True, "attn_factor": 1.0, "extrapolation_factor": 1.0},
+    },
+    "longrope": {"short_factor": [1.0], "long_factor": [2.0], "attention_factor": None, "factor": 4.0},
+}
+_WEIGHTS = {
+    **{"num_bits": 8, "type": "int", "strategy": "group", "group_size": 16, "actorder": None},
+    **{"dynamic": False, "symmetric": True, "block_structure": None},
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "fp8": {
+        **{"activation_scheme": "dynamic", "fmt": "e4m3", "expert_dtype": "fp8"},
+        **{"weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]},
+    },
+    "mxfp4": {"modules_to_not_convert": ["lm_head"]},
+    "bitsandbytes": {"load_in_4bit": False},
+    "gptq": {
+        **{"bits": 4, "group_size": 128, "desc_act": False, "sym": True, "pack_dtype": "int32"},
+        **{"dynamic": None, "checkpoint_format": "gptq", "format": "gptq"},
+    },
+    "awq": {"bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
+    "compressed-tensors": {
+        **{"format": "int-quantized", "sparsity_config": {"format": "dense"}, "ignore": ["lm_head"]},
+        "config_groups": {"group_0": {"weights": _WEIGHTS, "targets": ["Linear"], "format": None}},
+    },
+}
+# What errors call fields that have another name in ModelConfig, or others that they contradict.
+OTHER_NAMES = {
+    "_sliding_window_pattern": "sliding_window_pattern",
+    "attention_multiplier": "query_scale",
+    "attn_logit_softcapping": "attn_softcap",
+    "embedding_multiplier": "embedding_scale",
+    "final_logit_softcapping": "logit_softcap",
+    "intermediate_size": "expert_width",
+    "layer_norm_epsilon": "norm_eps",
+    "layer_norm_eps": "norm_eps",
+    "layer_types": "layer type",
+    "logits_scaling": "logit_scale",
+    "long_factor": "long_divisors",
+    "moe_intermediate_size": "expert_width|shared_width",
+    "n_group": "num_groups",
+    "n_inner": "intermediate_size",
+    "n_layer": "num_layers",
+    "n_positions": "max_position_embeddings|n_ctx",
+    "n_routed_experts": "num_experts",
+    "n_shared_experts": "shared_width",
+    "no_rope_layers": "rope_layers",
+    "norm_epsilon": "norm_eps",
+    "num_attention_heads": "num_heads|num_key_value_heads",
+    "num_experts_per_tok": "experts_per_token",
+    "num_hidden_layers": "num_layers",
+    "num_key_value_heads": "num_kv_heads",
+    "num_local_experts": "num_experts",
+    "partial_rotary_factor": "rotary_dim|dimensions of a head rotate",
+    "qk_nope_head_dim": "qk_head_dim",
+    "qk_rope_head_dim": "head_dim",
+    "residual_multiplier": "residual_scale",
+    "rms_norm_eps": "norm_eps",
+    "rope_parameters": "rotary_dim|rope divisors",
+    "rope_scaling": "rotary_dim",
+    "rope_theta": "rope theta",
+    "rotary_pct": "rotary_dim",
+    "routed_scaling_factor": "routed_scale",
+    "shared_expert_intermediate_size": "shared_",
+    "short_factor": "rope divisors",
+    "topk_group": "groups_per_token",
+    "use_sliding_window": "sliding_window",
+}
+
+
+def with_odd_values(
+    raw: dict[str, Any], only: str = ""
+) -> Iterator[tuple[tuple[str, ...], Any, dict[str, Any]]]:
+    """Each field, or one of them, and those of objects inside of it, with each value in place of its own."""
+    for name, value in raw.items() if not only else ((only, raw[only]),):
+        for odd in ODD:
+            yield (name,), odd, raw | {name: odd}
+        if isinstance(value, dict):
+            for names, odd, changed in with_odd_values(value):
+                yield (name, *names), odd, raw | {name: changed}
+
+
+def odd_configurations(raw: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Any, dict[str, Any]]]:
+    """Those of a golden, and of each kind of scaling and quantisation in it."""
+    yield from with_odd_values(raw)
+    config = config_from_hf(raw)
+    rotated, fraction = config.rotated_dim, config.rotated_dim / config.attention.head_dim
+    if config.attention.latent is not None:
+        fraction = 1.0
+    for kind, scaling in ROPES.items():
+        lists = {name: x * (rotated // 2) for name, x in scaling.items() if isinstance(x, list)}
+        rope = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+        rope |= {"partial_rotary_factor": fraction, **scaling, **lists}
+        plain = {name: x for name, x in raw.items() if name not in ("rope_parameters", "rope_scaling")}
+        yield from with_odd_values(plain | {"rope_scaling": rope}, "rope_scaling")
+    for method, settings in METHODS.items():
+        settings = {"quant_method": method, **settings}
+        yield from with_odd_values(raw | {"quantization_config": settings}, "quantization_config")
+
+
+@pytest.mark.parametrize("share", (0.05, pytest.param(1.0, marks=pytest.mark.slow)))
+def test_any_value_is_read_or_refused_by_name(share: float) -> None:
+    """By the name of the field, or of the object that it is in."""
+    draw, wrong = random.Random(1), []
+    for model_type, raw in BY_TYPE.items():
+        cases = list(odd_configurations(raw))
+        for names, odd, changed in draw.sample(cases, int(len(cases) * share)):
+            known = "|".join(f"{name}|{OTHER_NAMES.get(name, name)}" for name in names)
+            try:
+                config_from_hf(changed)
+            except ConfigError as error:
+                if "malformed" in str(error) or not re.search(known, str(error)):
+                    wrong.append((model_type, names, odd, str(error)))
+    assert not wrong
+
+
+YARN = {"rope_type": "yarn", "factor": 32.0, "mscale": 1.0}
+COMPRESSED = {"quant_method": "compressed-tensors", **METHODS["compressed-tensors"]}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0] * 8, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changed", "message"),
+    (
+        ("llama", {"quantization_config": {"quant_method": ["fp8"]}}, r"quant_method=\['fp8'\] is not supp"),
+        ("llama", {"quantization_config": {"quant_method": {}}}, "quant_method={} is not supported"),
+        (
+            "llama",
+            {"quantization_config": COMPRESSED | {"format": ["x"]}},
+            r"format=\['x'\] are not supported",
+        ),
+        (
+            "llama",
+            {"quantization_config": COMPRESSED | {"sparsity_config": "dense"}},
+            "config='dense' is not",
+        ),
+        ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval=0 is not"),
+        ("llama", {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 0}}, "embeddings=0 is"),
+        ("llama", {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 1}}, "=1 give no att"),
+        ("llama", {"rope_parameters": LONGROPE | {"factor": -5}}, "rope factor=-5 is not a positive number"),
+        ("gpt_neox", {"rotary_pct": float("nan")}, "rotary_pct=nan is not a number"),
+        ("phi3", {"partial_rotary_factor": float("inf")}, "partial_rotary_factor=inf is not a number"),
+        ("gpt_neox", {"rotary_pct": 1e308}, r"rotary_pct=1e\+308 is not above 0 and at most 1"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 1e308}},
+            r"rope factor=1e\+308 of max",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 1e30}},
+            r"a context of .*e\+3\d tok",
+        ),
+        (
+            "deepseek_v3",
+            {"rope_parameters": YARN | {"mscale_all_dim": 1e300}},
+            r"mscale_all_dim=1e\+300 with",
+        ),
+    ),
+)
+def test_values_that_crashed(model_type: str, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_from_hf(BY_TYPE[model_type] | changed)
+
+
+def test_what_no_reader_expected_is_an_error_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (
+        TypeError("x"),
+        ZeroDivisionError("x"),
+        OverflowError("x"),
+        KeyError("x"),
+        AttributeError("x"),
+    ):
+
+        def failing(*_: Any, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr("tpjax.families.registry.quantization_of", failing)
+        with pytest.raises(
+            ConfigError, match=rf"^config\.json: malformed: .*x.* \({type(error).__name__}\)$"
+        ):
+            config_from_hf(BY_TYPE["llama"])

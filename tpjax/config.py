@@ -474,6 +474,7 @@ class ModelConfig:
             check_positive("logit_softcap", self.logit_softcap)
         check_choice("block", self.block, Block)
         check_choice("position_embedding", self.position_embedding, PositionEmbedding)
+        self._check_context()
         self._check_layers()
         if self.position_embedding == "rope":
             self._check_rotation()
@@ -484,6 +485,16 @@ class ModelConfig:
             ):
                 if value != only:
                     raise ConfigError(f"{name}={value!r} is not supported with latent attention")
+
+    def _check_context(self) -> None:
+        if self.rope.full.kind != "dynamic":
+            return
+        factor, context = self.rope.full.factor, self.max_position_embeddings
+        if not 1 <= context * factor <= MAX_INTEGER:
+            raise ConfigError(
+                f"rope factor={factor} of max_position_embeddings={context} is a context of "
+                f"{context * factor:g} tokens: 1 to {MAX_INTEGER} are supported"
+            )
 
     def _check_layers(self) -> None:
         for name, entries in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from tpjax.config import (
@@ -71,11 +72,9 @@ class Fields:
         return value
 
     def number(self, name: str, default: Any = REQUIRED) -> Any:
-        """Returns a number, with :meth:`get`'s defaults."""
+        """Returns a finite number, with :meth:`get`'s defaults."""
         value = self.get(name, default)
-        if value is not default and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ConfigError(f"{self.where}: {name}={brief(value)} is not a number")
-        if isinstance(value, int) and abs(value) >= 2**63:
+        if value is not default and not is_number(value):
             raise ConfigError(f"{self.where}: {name}={brief(value)} is not a number that a float can hold")
         return value
 
@@ -87,11 +86,9 @@ class Fields:
         return Fields(value, f"{self.where}: {name}")
 
     def numbers(self, name: str) -> tuple[float, ...]:
-        """Returns a list of numbers."""
+        """Returns a list of finite numbers."""
         value = self.get(name)
-        if not isinstance(value, list | tuple) or any(
-            isinstance(x, bool) or not isinstance(x, int | float) or abs(x) >= 2**63 for x in value
-        ):
+        if not isinstance(value, list | tuple) or not all(map(is_number, value)):
             raise ConfigError(f"{self.where}: {name}={brief(value)} is not a list of numbers")
         return tuple(float(x) for x in value)
 
@@ -120,6 +117,13 @@ class Fields:
         if value is not default and not isinstance(value, bool):
             raise ConfigError(f"{self.where}: {name}={brief(value)} is not true or false")
         return value
+
+
+def is_number(value: object) -> bool:
+    """Returns whether a value is a finite number, and below 2**63 if it is a whole one."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isfinite(value) if isinstance(value, float) else abs(value) < 2**63
 
 
 def sizes_of(fields: Fields, *, context: int = 2048, head_dim: int | None = None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from tpjax.config import LatentConfig, ModelConfig, MoEConfig, RopeConfig, check_size
+from tpjax.errors import ConfigError
 from tpjax.families.config_reader import Fields, attention_biases
 from tpjax.families.family import Family
 from tpjax.families.llama import llama_like
@@ -77,7 +78,12 @@ def _attention_scale(fields: Fields) -> float:
     """Returns the factor by which YaRN multiplies all dimensions of queries and keys, rotated or not."""
     rope = rope_section(fields)
     coefficient, factor = rope.number("mscale_all_dim", 0), rope.number("factor", 1)
-    return 0.1 * coefficient * math.log(factor) + 1.0 if coefficient and factor > 1 else 1.0
+    scale = 0.1 * coefficient * math.log(factor) + 1.0 if coefficient and factor > 1 else 1.0
+    if not 0 < scale * scale < math.inf:
+        raise ConfigError(
+            f"{rope.where}: mscale_all_dim={coefficient} with factor={factor} scales attention by {scale}"
+        )
+    return scale
 
 
 def _names(config: ModelConfig) -> WeightMap:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tpjax.config import brief
 from tpjax.errors import ConfigError
-from tpjax.families.config_reader import REQUIRED, checked_sizes
+from tpjax.families.config_reader import REQUIRED, checked_sizes, is_number
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,17 @@ class GGUFView:
         value = self.metadata.get(key, default)
         if value is REQUIRED:
             raise ConfigError(f"the GGUF file has no metadata {key!r}")
+        return value
+
+    def number(self, name: str, default: Any = REQUIRED) -> Any:
+        """Returns a finite number, with :meth:`get`'s defaults.
+
+        Raises:
+            ConfigError: there is none, or it is none.
+        """
+        value = self.get(name, default)
+        if value is not default and not is_number(value):
+            raise ConfigError(f"GGUF {name}={brief(value)} is not a number that a float can hold")
         return value
 
     @property

@@ -16,7 +16,7 @@ from tpjax.families.config_reader import (
 )
 from tpjax.families.family import Family, model_config
 from tpjax.families.llama import llama_like
-from tpjax.families.rope_variants import partial_rope_of
+from tpjax.families.rope_variants import check_fraction, partial_rope_of
 from tpjax.families.tensor_names import TensorMapping, WeightMap, fused_qkv_by_head, slices
 
 _NORM: dict[str, Any] = {"kind": "layer", "bias": True}
@@ -80,6 +80,7 @@ def _gpt2_names(config: ModelConfig) -> WeightMap:
 def _gpt_neox(fields: Fields) -> ModelConfig:
     sizes = sizes_of(fields)
     theta, default = fields.number("rotary_emb_base", 10_000.0), fields.number("rotary_pct", 0.25)
+    check_fraction("rotary_pct", default)
     rope, fraction = partial_rope_of(fields, sizes["max_position_embeddings"], theta, default)
     return llama_like(
         fields,

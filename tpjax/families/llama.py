@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tpjax.config import ModelConfig, RopeConfig, brief
+from tpjax.config import ModelConfig, RopeConfig, brief, check_size
 from tpjax.errors import ConfigError
 from tpjax.families.config_reader import (
     Fields,
@@ -114,6 +114,7 @@ def _olmo2(fields: Fields) -> ModelConfig:
 def _smollm3(fields: Fields) -> ModelConfig:
     layers = fields.integer("num_hidden_layers")
     interval = fields.integer("no_rope_layer_interval", 4)
+    check_size("no_rope_layer_interval", interval)
     rotate = fields.get("no_rope_layers", None)  # 1 if a layer rotates, in spite of the name
     if rotate is None:
         rotate = [(layer + 1) % interval != 0 for layer in range(layers)]

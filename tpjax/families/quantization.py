@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -103,7 +104,7 @@ def quantization_of(fields: Fields) -> Quantization | None:
     readers = {"fp8": _fp8, "gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed_tensors}
     if method == "mxfp4":
         found = Quantization("mxfp4", (1, 32), 4)
-    elif method in readers:
+    elif isinstance(method, str) and method in readers:
         found = readers[method](settings)
     else:
         raise ConfigError(
@@ -147,7 +148,8 @@ def _awq(settings: Fields) -> Quantization:
 
 def _compressed_tensors(settings: Fields) -> Quantization:
     """Reads the groups of compressed-tensors, whose weights must all be quantised in one way."""
-    if (sparse := settings.get("sparsity_config", None)) and sparse.get("format") != "dense":
+    sparse = settings.get("sparsity_config", None)
+    if sparse and not (isinstance(sparse, Mapping) and sparse.get("format") == "dense"):
         raise ConfigError(f"{settings.where}: sparsity_config={brief(sparse)} is not supported: use dense")
     layout = settings.get("format", None)  # newer files have it in the groups alone
     groups = settings.section("config_groups")
@@ -172,7 +174,8 @@ def _of_group(group: Fields, layout: Any) -> Quantization:
         "naive-quantized": (kind, (8,)),
     }
     if (
-        layout not in known
+        not isinstance(layout, str)
+        or layout not in known
         or kind != known[layout][0]
         or bits not in known[layout][1]
         or kind not in ("int", "float")

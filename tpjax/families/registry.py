@@ -6,11 +6,12 @@ canonical weight names, which are Hugging Face's without the ``model.`` prefix.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from tpjax.config import ModelConfig, brief
-from tpjax.errors import ConfigError
+from tpjax.errors import ConfigError, TpjaxError
 from tpjax.families import cohere, deepseek, gemma, gpt, gpt_oss, llama, mixtral, phi, qwen, qwen_moe
 from tpjax.families.config_reader import Fields
 from tpjax.families.family import Family, GGUFArchitecture
@@ -39,19 +40,33 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
             f"model_type={brief(model_type)} is not supported; supported are {', '.join(FAMILIES)}"
         )
     fields = Fields(raw)
-    config = _BY_TYPE[model_type].config(fields)
-    quantization_of(fields)  # for its errors: a configuration alone shows what cannot be loaded
-    fields.finish()
-    return config
+    with _malformed(fields.where):
+        config = _BY_TYPE[model_type].config(fields)
+        quantization_of(fields)  # for its errors: a configuration alone shows what cannot be loaded
+        fields.finish()
+        return config
 
 
 def config_from_gguf(view: GGUFView) -> ModelConfig:
     """Reads a GGUF file's metadata.
 
     Raises:
-        ConfigError: the architecture is not supported, or a key is missing.
+        ConfigError: the architecture is not supported, or a key is missing or malformed.
     """
-    return gguf_architecture(view.architecture).config(view)
+    architecture = gguf_architecture(view.architecture)
+    with _malformed("GGUF metadata"):
+        return architecture.config(view)
+
+
+@contextmanager
+def _malformed(where: str) -> Iterator[None]:
+    """Converts what a value that no reader expected raises to a ``ConfigError``: files come from anywhere."""
+    try:
+        yield
+    except TpjaxError:
+        raise
+    except (TypeError, ArithmeticError, AttributeError, ValueError, LookupError) as error:
+        raise ConfigError(f"{where}: malformed: {brief(str(error))} ({type(error).__name__})") from error
 
 
 def gguf_architecture(name: str) -> GGUFArchitecture:

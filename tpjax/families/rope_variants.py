@@ -13,6 +13,7 @@ from tpjax.config import (
     brief,
     check_choice,
     check_positive,
+    check_size,
 )
 from tpjax.errors import ConfigError
 from tpjax.families.config_reader import Fields
@@ -75,9 +76,16 @@ def partial_rope_of(
     theta = parameters.number("rope_theta", fields.number("rope_theta", default_theta))
     fraction = fields.number("partial_rotary_factor", default_fraction)
     fraction = parameters.number("partial_rotary_factor", fraction)
+    check_fraction("partial_rotary_factor", fraction)
     # Phi-3 keeps it beside the parameters
     original = fields.integer("original_max_position_embeddings", None)
     return rope_from(parameters, theta, context, original), fraction
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raises a ``ConfigError`` unless a head's fraction that rotates is above 0 and at most 1."""
+    if not 0 < value <= 1:
+        raise ConfigError(f"{name}={brief(value)} is not above 0 and at most 1")
 
 
 def rope_section(fields: Fields) -> Fields:
@@ -133,13 +141,15 @@ def rope_from(parameters: Fields, theta: float, context: int, original: int | No
             "attention_factor": _yarn_attention_factor(parameters),
         }
     if kind == "longrope":
+        original = values["original_max_position_embeddings"]
+        check_size("original_max_position_embeddings", original)
         values |= {
             "divisors": parameters.numbers("short_factor"),
             "long_divisors": parameters.numbers("long_factor"),
             "attention_factor": longrope_attention_factor(
                 parameters.number("attention_factor", None),
-                parameters.number("factor", context / values["original_max_position_embeddings"]),
-                values["original_max_position_embeddings"],
+                parameters.number("factor", context / original),
+                original,
             ),
         }
     parameters.finish(numeric=ROPE_NUMERIC)
@@ -158,11 +168,25 @@ def _yarn_attention_factor(parameters: Fields) -> float:
     check_positive("rope factor", factor)
     if given is not None:
         return given
-    return term(coefficients[0]) / term(coefficients[1]) if all(coefficients) else term(1.0)
+    if not all(coefficients):
+        return term(1.0)
+    above, below = map(term, coefficients)
+    for name, one in (("mscale", above), ("mscale_all_dim", below)):
+        check_positive(f"{parameters.where}: the attention factor of {name}", one)
+    return above / below
 
 
 def longrope_attention_factor(given: float | None, factor: float, original: int) -> float:
-    """Returns the factor of section 3.3 of the LongRoPE paper, unless the configuration sets it."""
+    """Returns the factor of section 3.3 of the LongRoPE paper, unless the configuration sets it.
+
+    Raises:
+        ConfigError: there is none for these numbers.
+    """
+    check_positive("rope factor", factor)
+    if given is None and factor > 1 and original == 1:
+        raise ConfigError(
+            f"rope factor={factor} and original_max_position_embeddings=1 give no attention factor"
+        )
     if given is not None or factor <= 1:
         return 1.0 if given is None else given
     return math.sqrt(1 + math.log(factor) / math.log(original))
@@ -174,17 +198,19 @@ def gguf_rope(view: GGUFView, default_theta: float) -> RopeParameters:
     Raises:
         ConfigError: the scaling is not supported.
     """
-    theta = view.get("rope.freq_base", default_theta)
+    theta = view.number("rope.freq_base", default_theta)
     check_positive("rope.freq_base", theta)
     kind = view.get("rope.scaling.type", "none")
     if kind == "none":
         return RopeParameters(theta=theta, divisors=view.rope_divisors)
     if kind == "linear":
-        return RopeParameters(theta=theta, kind="linear", factor=float(view.get("rope.scaling.factor")))
+        return RopeParameters(theta=theta, kind="linear", factor=float(view.number("rope.scaling.factor")))
     if kind == "yarn":
         # llama.cpp multiplies the stored factor by its own term, which converters have divided out
-        factor = float(view.get("rope.scaling.factor"))
-        given = float(view.get("rope.scaling.attn_factor", view.get("rope.scaling.yarn_attn_factor", 1.0)))
+        factor = float(view.number("rope.scaling.factor"))
+        check_positive("rope.scaling.factor", factor)
+        older = view.number("rope.scaling.yarn_attn_factor", 1.0)
+        given = float(view.number("rope.scaling.attn_factor", older))
         return RopeParameters(
             theta=theta,
             kind="yarn",
@@ -192,8 +218,8 @@ def gguf_rope(view: GGUFView, default_theta: float) -> RopeParameters:
             original_max_position_embeddings=view.get(
                 "rope.scaling.original_context_length", view.get("context_length")
             ),
-            beta_fast=float(view.get("rope.scaling.yarn_beta_fast", 32.0)),
-            beta_slow=float(view.get("rope.scaling.yarn_beta_slow", 1.0)),
+            beta_fast=float(view.number("rope.scaling.yarn_beta_fast", 32.0)),
+            beta_slow=float(view.number("rope.scaling.yarn_beta_slow", 1.0)),
             attention_factor=given * (0.1 * math.log(factor) + 1),
         )
     raise ConfigError(f"GGUF rope.scaling.type={brief(kind)} is not supported: use none, linear or yarn")

@@ -27,7 +27,9 @@ from tpjax.checkpoints.opening import open_checkpoint
 from tpjax.checkpoints.parameters import abstract_decoder, parameters
 from tpjax.checkpoints.safetensors import SafetensorsCheckpoint
 from tpjax.config import ModelConfig
-from tpjax.errors import CheckpointError
+from tpjax.errors import CheckpointError, ConfigError
+from tpjax.families.gguf_metadata import GGUFView
+from tpjax.families.registry import config_from_gguf
 from tpjax.mesh import make_mesh
 
 F32 = jnp.dtype("float32")
@@ -143,6 +145,69 @@ def test_a_head_that_is_the_embedding_is_tied(same: bool, tmp_path: Path) -> Non
     assert original.config.tie_word_embeddings and found.config.tie_word_embeddings == same
     if not same:
         np.testing.assert_array_equal(found.source.read("lm_head.weight", everything), head)
+
+
+# --- metadata that no model has ----------------------------------------------------------------------------
+
+
+def view_of(name: str, path: Path) -> GGUFView:
+    file = GGUFFile(convert(name, path))
+    shapes = {tensor: info.shape for tensor, info in file.tensors.items()}
+    lists = {
+        key: tuple(file.read(f"rope_factors_{end}.weight").tolist())
+        for key, end in (("rope_divisors", "short"), ("rope_long_divisors", "long"))
+        if f"rope_factors_{end}.weight" in file.tensors
+    }
+    return GGUFView(name, file.metadata, shapes, **lists)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    (
+        ("qwen2", {"type": "linear", "factor": "x"}, "GGUF rope.scaling.factor='x' is not a number"),
+        ("qwen2", {"type": "linear", "factor": [1.0]}, r"GGUF rope.scaling.factor=\[1.0\] is not a number"),
+        ("qwen2", {"type": "yarn", "factor": 0.0}, "rope.scaling.factor=0.0 is not a positive number"),
+        ("qwen2", {"type": "yarn", "factor": -1.0}, "rope.scaling.factor=-1.0 is not a positive number"),
+        ("phi3", {"original_context_length": 0}, "original_context_length=0 is not a whole number"),
+        ("phi3", {"original_context_length": "x"}, "original_context_length='x' is not a whole number"),
+        (
+            "phi3",
+            {"original_context_length": 1, "attn_factor": None},
+            "embeddings=1 give no attention factor",
+        ),
+    ),
+)
+def test_scalings_that_crashed(name: str, changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+    view = view_of(name, tmp_path / "tiny.gguf")
+    scaling = {f"{name}.rope.scaling.{key}": value for key, value in changed.items()}
+    metadata = {key: value for key, value in {**view.metadata, **scaling}.items() if value is not None}
+    with pytest.raises(ConfigError, match=message):
+        config_from_gguf(replace(view, metadata=metadata))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_any_metadata_is_read_or_refused(name: str, tmp_path: Path) -> None:
+    """Each key, and those of both scalings, with each value: none meets a reader that did not expect it."""
+    view = view_of(name, tmp_path / "tiny.gguf")
+    scaling = dict.fromkeys(("factor", "attn_factor", "yarn_beta_fast", "yarn_beta_slow"), 2.0)
+    scaling |= {"original_context_length": 64}
+    odd = (True, -1, 0, 1, -1.0, 0.0, 1e308, float("nan"), float("inf"), "x", [], [1.0], 2**63)
+    for kind in ("none", "linear", "yarn"):
+        added = {f"{name}.rope.scaling.{key}": value for key, value in {"type": kind, **scaling}.items()}
+        metadata = {**view.metadata, **added}
+        config_from_gguf(replace(view, metadata=metadata))
+        for key in (key for key in metadata if key.startswith(f"{name}.")):
+            for value in odd:
+                try:
+                    config_from_gguf(replace(view, metadata={**metadata, key: value}))
+                except ConfigError as error:
+                    assert "malformed" not in str(error), (key, value)
+
+
+def test_divisors_are_a_list(tmp_path: Path) -> None:
+    path = convert("qwen2", tmp_path / "tiny.gguf", **{"rope_freqs.weight": np.ones((2, 4), np.float32)})
+    with pytest.raises(ConfigError, match=r": tensor rope_freqs\.weight of shape \[2, 4\] is not"):
+        open_checkpoint(path)
 
 
 def test_a_vocabulary_keeps_every_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,6 +191,10 @@ def test_broken_sentencepiece_gguf_is_named(sentencepiece_dir):
     metadata = spm_as_gguf(sentencepiece_dir)
     with pytest.raises(CheckpointError, match="scores is missing"):
         tokenizer_from_gguf({**metadata, "tokenizer.ggml.scores": None})
+    for score in (1e300, float("inf"), float("nan")):
+        scores = [*metadata["tokenizer.ggml.scores"][:-1], score]
+        with pytest.raises(CheckpointError, match=r"scores has .*, which is no float32"):
+            tokenizer_from_gguf({**metadata, "tokenizer.ggml.scores": scores})
     bytes_gone = [
         f"<0y{i}>" if kind == 6 else text
         for i, (text, kind) in enumerate(

@@ -14,7 +14,7 @@ from tpjax.checkpoints.canonical import ENDS, CanonicalSource
 from tpjax.checkpoints.quantized import dequantized
 from tpjax.checkpoints.safetensors import MAX_JSON_BYTES, SafetensorsCheckpoint, has_weights
 from tpjax.checkpoints.source import TensorSource, shown
-from tpjax.config import ExpertParallel, ModelConfig, Quantize, check_choice
+from tpjax.config import MAX_WIDTH, ExpertParallel, ModelConfig, Quantize, check_choice
 from tpjax.errors import CheckpointError, ConfigError
 from tpjax.families.config_reader import Fields
 from tpjax.families.family import GGUFArchitecture
@@ -235,7 +235,12 @@ def _read_json(path: Path) -> Any:
 def _gguf_view(file: GGUFFile, architecture: GGUFArchitecture) -> GGUFView:
     def divisors(*names: str) -> tuple[float, ...] | None:
         name = next((name for name in names if name in file.tensors), None)
-        return None if name is None else tuple(float(x) for x in file.read(name))
+        if name is None:
+            return None
+        shape = file.tensors[name].shape
+        if len(shape) != 1 or shape[0] > MAX_WIDTH:
+            raise ConfigError(f"{file.path}: tensor {name} of shape {list(shape)} is not a list of divisors")
+        return tuple(float(x) for x in file.read(name))
 
     return GGUFView(
         architecture.name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tpjax.config import ModelConfig, RopeConfig, RopeParameters
+from tpjax.config import ModelConfig, RopeConfig, RopeParameters, check_size
 from tpjax.families.config_reader import Fields, sizes_of, window_in_all_layers
 from tpjax.families.family import Family, GGUFArchitecture
 from tpjax.families.gguf_metadata import GGUFView, gguf_sizes
@@ -51,6 +51,7 @@ def _gguf_phi3(view: GGUFView) -> ModelConfig:
     rope = gguf_rope(view, 10_000.0)
     if view.rope_long_divisors is not None:
         original = view.get("rope.scaling.original_context_length")
+        check_size("rope.scaling.original_context_length", original)
         stretch = sizes["max_position_embeddings"] / original
         rope = RopeParameters(
             theta=rope.theta,
@@ -59,7 +60,7 @@ def _gguf_phi3(view: GGUFView) -> ModelConfig:
             divisors=view.rope_divisors,
             long_divisors=view.rope_long_divisors,
             attention_factor=longrope_attention_factor(
-                view.get("rope.scaling.attn_factor", None), stretch, original
+                view.number("rope.scaling.attn_factor", None), stretch, original
             ),
         )
     return gguf_llama_like(

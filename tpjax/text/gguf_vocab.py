@@ -169,7 +169,7 @@ def read_vocab(metadata: Mapping[str, Any]) -> GGUFVocab:
         model=model,
         tokens=tokens,
         types=types,
-        scores=_column(metadata, "tokenizer.ggml.scores", float, size, required=spm),
+        scores=_scores(metadata, size, required=spm),
         merges=None if spm else _get(metadata, "tokenizer.ggml.merges", list),
         pre=pre,
         bos_id=bos_id,
@@ -263,6 +263,7 @@ def _merge_pair(line: str) -> tuple[str, str]:
 
 
 _REQUIRED = object()
+_MOST_FLOAT32 = 2.0**128 - 2.0**104
 
 
 def _get(metadata: Mapping[str, Any], key: str, kind: type, default: Any = _REQUIRED) -> Any:
@@ -287,6 +288,16 @@ def _column(
     if not all(isinstance(value, kind) for value in values):
         raise CheckpointError(f"{key} must hold {kind.__name__} values only")
     return values
+
+
+def _scores(metadata: Mapping[str, Any], size: int, required: bool) -> list[float] | None:
+    scores = _column(metadata, "tokenizer.ggml.scores", float, size, required=required)
+    wrong = next((x for x in scores or () if not -_MOST_FLOAT32 <= x <= _MOST_FLOAT32), None)
+    if wrong is not None:
+        raise CheckpointError(
+            f"tokenizer.ggml.scores has {wrong}, which is no float32, as SentencePiece has them"
+        )
+    return scores
 
 
 def _tokens(metadata: Mapping[str, Any]) -> list[str]:

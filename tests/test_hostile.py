@@ -24,6 +24,7 @@ import pytest
 from conftest import COMPILE_FAST
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from serving import CONTEXT, SLOTS, VOCAB, WAIT_S, Running, load_tiny, running, tiny_checkpoint
 
 from tpjax.engine.generation import Generation
@@ -36,6 +37,7 @@ from tpjax.server.admission_budget import FREE_BYTES, AdmissionBudget, Reservati
 from tpjax.server.completions import CompletionResponse
 from tpjax.server.error_responses import ApiError
 from tpjax.server.grammars.checker import GrammarChecker
+from tpjax.server.protocol import CompletionBody, StreamOptions
 from tpjax.server.worker_pools import ThreadPool, WorkerPool
 from tpjax.text.chat_template import ChatTemplates
 from tpjax.text.loading import load_tokenizer
@@ -697,6 +699,26 @@ def test_a_body_of_many_parts_is_refused_before_it_is_read(http: httpx.Client) -
     # and of many wrong items one is named
     wrong = http.post(COMPLETIONS, content='{"prompt":[' + '"a",1,' * 100_000 + "1]}", headers=headers)
     assert error_of(wrong, 400)["param"] == "prompt"
+
+
+@pytest.mark.parametrize("nested", (False, True))
+def test_of_unknown_fields_the_first_is_named_and_its_name_is_cut(http: httpx.Client, nested: bool) -> None:
+    unknown = {"x" * 500_000: 1} | {f"{i:x}": 1 for i in range(60_000)}
+    with pytest.raises(ValidationError) as caught:
+        StreamOptions.model_validate(unknown)
+    (only,) = caught.value.errors()
+    assert only["type"] == "extra_forbidden" and only["loc"] == ("x" * 500_000,)
+    body = completion("a", stream=True, **({"stream_options": unknown} if nested else unknown))
+    error = error_of(http.post(COMPLETIONS, json=body), 400)
+    assert error["param"] == ("stream_options" if nested else "x" * 200)
+    assert error["message"].endswith("xx is not a known parameter") and len(error["message"]) < 300
+    with pytest.raises(ValidationError) as caught:
+        CompletionBody.model_validate({"prompt": "a", "logit_bias": {f"{i}": "x" for i in range(60_000)}})
+    (only,) = caught.value.errors()
+    assert only["type"] == "too_long" and only["loc"] == ("logit_bias",)
+    body = {"messages": [], "functions": [{"name": "f"}], "function_call": {"name": "g" * 500_000}}
+    error = error_of(http.post(CHAT, json=body), 400)
+    assert error["param"] == "function_call" and len(error["message"]) < 5000
 
 
 LEAVES = st.none() | st.integers() | st.text(st.characters(codec="utf-8"), max_size=6)

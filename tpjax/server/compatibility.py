@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from tpjax.server.error_responses import bad_request
-from tpjax.server.json_bodies import FailFastModel
+from tpjax.server.json_bodies import Body
 from tpjax.server.json_types import Json, JsonObject
 
 
-class CompatibilityFields(FailFastModel):
+class CompatibilityFields(Body):
     """Compatibility parameters of completions and chat. Strict: no strings for numbers, no unknown fields."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     # accepted and ignored: OpenAI's
     user: str | None = None

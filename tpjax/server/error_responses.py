@@ -15,6 +15,7 @@ _TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
+MAX_MESSAGE_CHARS, MAX_PARAM_CHARS = 4096, 200  # messages and parameters may quote the client
 
 
 class ApiError(TpjaxError):
@@ -47,7 +48,8 @@ class ApiError(TpjaxError):
     def body(self) -> JsonObject:
         """Returns the body of the response."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        message, param = self.message[:MAX_MESSAGE_CHARS], self.param and self.param[:MAX_PARAM_CHARS]
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from functools import cache
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, GetCoreSchemaHandler
-from pydantic_core import CoreSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticKnownError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -91,6 +99,42 @@ class FailFastModel(BaseModel):
         schema = handler(source)
         _fail_fast(schema)
         return schema
+
+
+class Body(FailFastModel):
+    """Base of the bodies and of objects in them. Strict: no strings for numbers, no unknown fields.
+
+    Of unknown fields, of which there may be tens of thousands, only the first is reported.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, value: Json) -> Json:
+        known = _names(cls)
+        for name in value if isinstance(value, dict) else ():
+            if name not in known:
+                error = InitErrorDetails(type="extra_forbidden", loc=(name,), input=None)
+                raise ValidationError.from_exception_data(cls.__name__, [error])
+        return value
+
+
+@cache
+def _names(model: type[BaseModel]) -> frozenset[str]:
+    return frozenset(field.alias or name for name, field in model.model_fields.items())
+
+
+def at_most(entries: int) -> BeforeValidator:
+    """Returns a validator of a dictionary's length, before its entries: each may be an error."""
+
+    def check(value: Json) -> Json:
+        if isinstance(value, dict) and len(value) > entries:
+            about = {"field_type": "Dictionary", "max_length": entries, "actual_length": len(value)}
+            raise PydanticKnownError("too_long", about)
+        return value
+
+    return BeforeValidator(check)
 
 
 def parts(body: bytes) -> int:

@@ -17,7 +17,7 @@ from tpjax.server.compatibility import (
     CompletionCompatibilityFields,
 )
 from tpjax.server.error_responses import bad_request
-from tpjax.server.json_bodies import FailFastModel
+from tpjax.server.json_bodies import Body, FailFastModel, at_most
 from tpjax.server.json_types import Json, JsonObject
 
 MAX_CHOICES = 128  # prompts × n of one request
@@ -35,12 +35,6 @@ Number = float  # pydantic's strict mode accepts an integer too
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 ChoiceTexts = Annotated[list[str], Field(min_length=1, max_length=MAX_GUIDED_CHOICES)]
-
-
-class Body(FailFastModel):
-    """Base of the bodies. Strict: no strings for numbers, no unknown fields."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class StreamOptions(Body):
@@ -95,7 +89,7 @@ class Sampling(CompatibilityFields):
     repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_LOGIT_BIAS)] | None = None
+    logit_bias: Annotated[dict[str, Bias], at_most(MAX_LOGIT_BIAS)] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP)] | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP)] | None = None
     ignore_eos: bool | None = None

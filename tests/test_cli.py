@@ -25,6 +25,7 @@ from tpjax.checkpoints import hub
 from tpjax.cli import app as cli
 from tpjax.cli import batch, console, generate
 from tpjax.cli.serve import name_in_api
+from tpjax.errors import EngineError
 from tpjax.inspect import doctor
 from tpjax.inspect.accelerators import has_nvidia_gpu, has_tpu
 from tpjax.planning.arrivals import Arrival, read_trace
@@ -678,7 +679,7 @@ class Scripted:
         self.state, self.model, self.error = "ready", "m", None
         self.front = SimpleNamespace(slots=1)
         self.llm = SimpleNamespace(path="m", max_model_len=8, tokenizer=None, front=self.front)
-        self.statuses, self.asked = statuses, []
+        self.statuses, self.asked, self.running, self.most = statuses, [], 0, 0
 
     def start(self) -> None: ...
     async def stop(self) -> None: ...
@@ -690,12 +691,18 @@ class Scripted:
             app = FastAPI()
             app.post("/v1/completions")(self.answer)
         asked = [{"custom_id": f"{i}", "url": "/v1/completions"} | one for i, one in enumerate(requests)]
-        asyncio.run(batch._answer(self, app, asked, file, at_once=4))
+        self.counts = asyncio.run(batch._answer(self, app, asked, file, at_once=4))
         return [json.loads(line) for line in file.read_bytes().splitlines()]
 
     async def answer(self, request: Request) -> Response:
         prompt = (await request.json())["prompt"]
         self.asked.append(prompt)
+        self.running += (n := (await request.json()).get("n", 1))
+        self.most = max(self.most, self.running)
+        await asyncio.sleep(0)
+        self.running -= n
+        if prompt == "lost":
+            self.state, self.error = "failed", RuntimeError("the device is gone")
         if (status := self.statuses.get(prompt, [200]).pop(0)) == 0:
             raise ArithmeticError("a bug")
         return JSONResponse({"choices": []}, status)
@@ -723,6 +730,59 @@ def test_an_odd_request_of_a_batch_is_answered_by_its_error(tmp_path: Path) -> N
     for response in found.values():
         assert response["status_code"] == 400 and response["body"]["error"]["type"] == "invalid_request_error"
     assert [one.custom_id for one in batch.read_answered(tmp_path / "x.jsonl")] == [*found]
+
+
+def test_requests_that_a_lost_engine_ended_have_no_answer(tmp_path: Path) -> None:
+    bodies = [{"body": {"prompt": text}} for text in ("fine", "lost", "later", "later")]
+    service = Scripted({"lost": [500], "later": [503, 503]})
+    with pytest.raises(
+        EngineError, match=r"RuntimeError: the device is gone \(1 of 4 requests were answered"
+    ):
+        service.answers(tmp_path / "x.jsonl", *bodies)
+    (answer,) = batch.read_answered(tmp_path / "x.jsonl")
+    assert (answer.custom_id, answer.status) == ("0", 200)
+
+
+def test_a_batch_counts_choices_in_flight(tmp_path: Path) -> None:
+    service = Scripted({})
+    bodies = [{"prompt": "x", "n": n} for n in (3, 3, 9, 1, 1, 2)]
+    service.answers(tmp_path / "x.jsonl", *({"body": body} for body in bodies))
+    assert service.most == 9 and len(service.asked) == 6 and service.counts == {200: 6}
+    bodies = ({"prompt": ["a", [1]], "n": 3}, {"prompt": [1, 2], "n": 3}, {"prompt": [], "n": -1}, {"n": "x"})
+    assert [batch._choices(body) for body in bodies] == [6, 3, 1, 1]
+
+
+def test_a_batch_tries_again_what_failed_by_no_fault_of_its_own(tmp_path, capsys, monkeypatch):
+    """The lines of such requests are replaced; exit status 1 says that another run has work to do."""
+    requests, file = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
+    asked = [{"custom_id": c, "url": "/v1/completions", "body": {"prompt": c}} for c in "abcde"]
+    requests.write_text("\n".join(map(json.dumps, asked)))
+    kept = [answer_line("other", 503), answer_line("b", 400), answer_line("d")]
+    expired = json.dumps({"id": "x", "custom_id": "e", "response": None, "error": {"code": "expired"}})
+    lines = [answer_line("a", 429), *kept, answer_line("c", 500), expired]
+    file.write_text("\n".join(lines) + "\n")
+    app, scripted = FastAPI(), Scripted({"c": [503, 200]})
+    app.post("/v1/completions")(scripted.answer)
+    made = []
+
+    def service(load: object, model: str, max_queue: int, **_: object) -> Scripted:
+        made.append(max_queue)
+        return scripted
+
+    monkeypatch.setattr("tpjax.server.service.Service", service)
+    monkeypatch.setattr("tpjax.server.app.create_app", lambda service: app)
+    words = ("batch", str(LLAMA), "--input", str(requests), "--output", str(file))
+    assert status(*words) == 1
+    err = capsys.readouterr().err
+    assert "5 requests, 2 of them answered before" in err and "2 answered, 1 failed" in err
+    assert "requests failed that the next run tries again: 1 of status 503" in err
+    assert sorted(scripted.asked) == ["a", "c", "e"] and made[0] > 10**9
+    assert file.read_text().splitlines()[:3] == kept
+    assert status(*words) == 0 and status(*words) == 0
+    assert sorted(scripted.asked) == ["a", "c", "c", "e"]
+    answers = batch.read_answered(file)
+    assert sorted(one.custom_id for one in answers) == ["a", "b", "c", "d", "e", "other"]
+    assert list(tmp_path.glob(".*")) == []
 
 
 def test_a_bug_in_one_request_of_a_batch_ends_no_other(tmp_path: Path) -> None:

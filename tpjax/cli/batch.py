@@ -7,8 +7,10 @@ import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +33,7 @@ from tpjax.cli.options import (
     takes,
 )
 from tpjax.distributed import process_id
-from tpjax.errors import ConfigError, RequestError
+from tpjax.errors import ConfigError, EngineError, RequestError
 
 if TYPE_CHECKING:
     import httpx2 as httpx
@@ -48,7 +50,7 @@ EXAMPLES = """
 """
 URLS = ("/v1/chat/completions", "/v1/completions")
 _MOST_SLOTS = 256  # unless told
-_AHEAD = 2  # requests in flight for each slot
+_AHEAD = 2  # choices in flight for each slot
 _JSON = {"Content-Type": "application/json"}
 _LINE_START = b'{"id": "batch_req_'  # of each line that is written
 
@@ -71,7 +73,12 @@ def run(
     sharding: Sharding,
     processes: Processes,
 ) -> None:
-    """Answer a file of OpenAI batch requests; run it again to go on where it stopped."""
+    """Answer a file of OpenAI batch requests; run it again to go on where it stopped.
+
+    A request that fails is answered by its error. The exit status is 1 if some
+    failed that were not wrong (status 429, or 500 and above): the next run
+    tries them again and replaces their lines. Others count as answered.
+    """
     try:
         from tpjax.server.app import create_app
         from tpjax.server.service import Service
@@ -96,24 +103,33 @@ def run(
     requests = read_requests(input_file)
     earlier = read_answered(output_file)
     check_writable(output_file)
-    answered = {answer.custom_id for answer in earlier}
+    answered = {answer.custom_id for answer in earlier if not _is_tried_again(answer.status)}
     waiting = [request for request in requests if request["custom_id"] not in answered]
     if waiting:
         ensure(name, sharding.tp, sharding.dp, sharding.pp)
-    _keep(output_file, earlier)
+    replaced = {request["custom_id"] for request in waiting}
+    _keep(output_file, [answer for answer in earlier if answer.custom_id not in replaced])
     note(f"{len(requests)} requests, {len(requests) - len(waiting)} of them answered before")
     if not waiting:
         if processes.several:
             loaded().close()  # the others wait for it
         return
     ahead = _AHEAD * (max_slots or _MOST_SLOTS)  # how many there will be is known once it is loaded
-    service = Service(loaded, Path(name).name, max_queue=ahead, on_drain=interrupt)
+    # what is in flight is counted here: no request is refused for those before it
+    service = Service(loaded, Path(name).name, max_queue=sys.maxsize, on_drain=interrupt)
     answers = _answer(service, create_app(service), waiting, output_file, ahead)
     try:
-        failed = asyncio.run(answers)
+        statuses = asyncio.run(answers)
     except OSError as error:
         raise RequestError(f"{error.filename or output_file}: {error.strerror or error}") from error
-    note(f"{len(waiting) - failed} answered, {failed} failed: {output_file}")
+    note(f"{statuses[200]} answered, {statuses.total() - statuses[200]} failed: {output_file}")
+    if again := {status: count for status, count in statuses.items() if _is_tried_again(status)}:
+        counts = ", ".join(f"{count} of status {status}" for status, count in sorted(again.items()))
+        raise EngineError(f"requests failed that the next run tries again: {counts}")
+
+
+def _is_tried_again(status: int) -> bool:
+    return status == 429 or status >= 500
 
 
 def read_requests(file: Path) -> list[dict[str, Any]]:
@@ -147,10 +163,12 @@ class Answer:
 
     Attributes:
         custom_id: of its request.
+        status: HTTP status; 500 where the line has none, as OpenAI's of requests that expired.
         line: its bytes, with the line feed.
     """
 
     custom_id: str
+    status: int
     line: bytes
 
 
@@ -176,9 +194,10 @@ def read_answered(file: Path) -> list[Answer]:
 def _read_answer(line: bytes) -> Answer:
     found = json.loads(line)
     custom_id, response = found["custom_id"], found["response"]
-    if not isinstance(custom_id, str) or not isinstance(response, dict | None):
+    status = 500 if response is None else response["status_code"]
+    if not isinstance(custom_id, str) or not isinstance(status, int):
         raise TypeError("no answer of a batch")
-    return Answer(custom_id, line)
+    return Answer(custom_id, status, line)
 
 
 def _keep(file: Path, answers: Sequence[Answer]) -> None:
@@ -209,13 +228,26 @@ def _keep(file: Path, answers: Sequence[Answer]) -> None:
         raise RequestError(f"{file}: {error.strerror or error}") from error
 
 
+def _choices(body: dict[str, Any]) -> int:
+    """Returns how many choices a request asks for; 1 if it is wrong: the server says so."""
+    n, prompt = body.get("n"), body.get("prompt")
+    prompts = 1
+    if isinstance(prompt, list) and all(isinstance(one, str | list) for one in prompt):
+        prompts = len(prompt)
+    return max(1, n if isinstance(n, int) else 1) * max(1, prompts)
+
+
 async def _answer(
     service: Service, app: FastAPI, requests: list[dict[str, Any]], output: Path, at_once: int
-) -> int:
-    """Sends every request to the application in this process; returns how many failed."""
+) -> Counter[int]:
+    """Sends every request to the application in this process; returns how many have each status.
+
+    Raises:
+        EngineError: the engine stopped; requests that this ended have no answer.
+    """
     import httpx2 as httpx
 
-    room, failed = asyncio.Semaphore(at_once), 0
+    room, statuses = asyncio.Semaphore(at_once), Counter[int]()
     transport = httpx.ASGITransport(app)
     async with app.router.lifespan_context(app):
         while service.state == "loading":
@@ -225,11 +257,16 @@ async def _answer(
         async with httpx.AsyncClient(transport=transport, base_url="http://batch", timeout=None) as client:
             with output.open("ab") as file, _progress(len(requests)) as advance:
 
-                async def one(request: dict[str, Any]) -> None:
-                    nonlocal failed
-                    async with room:
-                        line = await _line(client, request, service.model)
-                    failed += line["response"]["status_code"] != 200
+                async def one(request: dict[str, Any], choices: int) -> None:
+                    line = await _line(client, request, service.model)
+                    for _ in range(choices):
+                        room.release()
+                    status = line["response"]["status_code"]
+                    if service.state == "failed" and status != 200:
+                        what = f"{type(service.error).__name__}: {service.error}"
+                        done = f"{statuses.total()} of {len(requests)} requests were answered"
+                        raise EngineError(f"the engine stopped: {what} ({done}; the next run goes on)")
+                    statuses[status] += 1
                     file.write(_encoded(line))
                     file.flush()
                     advance()
@@ -237,10 +274,14 @@ async def _answer(
                 try:
                     async with asyncio.TaskGroup() as tasks:
                         for request in requests:
-                            tasks.create_task(one(request))
+                            # a request of more choices than may be in flight is in flight alone
+                            choices = min(_choices(request["body"]), at_once)
+                            for _ in range(choices):
+                                await room.acquire()
+                            tasks.create_task(one(request, choices))
                 except ExceptionGroup as errors:
                     raise errors.exceptions[0] from errors
-    return failed
+    return statuses
 
 
 async def _line(client: httpx.AsyncClient, request: dict[str, Any], model: str) -> dict[str, Any]:

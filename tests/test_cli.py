@@ -28,6 +28,7 @@ from tpjax.cli.serve import name_in_api
 from tpjax.errors import EngineError
 from tpjax.inspect import doctor
 from tpjax.inspect.accelerators import has_nvidia_gpu, has_tpu
+from tpjax.llm import Completion
 from tpjax.planning.arrivals import Arrival, read_trace
 from tpjax.sampling_params import SamplingParams
 from tpjax.server.app import create_app
@@ -833,6 +834,19 @@ def test_a_batch_does_not_write_into_its_requests(tmp_path, capsys):
         assert status("batch", "smollm2-135m", "--input", str(file), "--output", str(output)) == 2
         assert f"--output {output} is the file of --input" in capsys.readouterr().err
     assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("as_json", (False, True))
+def test_prompts_that_failed_are_an_error_after_all_is_printed(as_json, capsys):
+    fine = [Completion("a", [1], "x", [2], "stop"), Completion("c", [1], "y", [2], "length")]
+    failed = [Completion("b", [1], "z", [3], "error", error=why) for why in ("the logits are NaN", "lost")]
+    completions = [fine[0], *failed, fine[1]]
+    llm = SimpleNamespace(generate=lambda prompts, params: completions)
+    requests = [(one.prompt, SamplingParams()) for one in completions]
+    with pytest.raises(EngineError, match=r"^2 of 4 prompts failed; the first: the logits are NaN$"):
+        generate._all(llm, requests, generate.Figures(0.0), as_json=as_json, as_ids=False)
+    printed = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["text"] if as_json else line for line in printed] == ["x", "z", "z", "y"]
 
 
 @pytest.mark.parametrize("mark", ("", "\ufeff"))

@@ -152,6 +152,9 @@ def _all(
     figures.finish_reason = f"{len(completions)} prompts"
     for one in completions:
         print(json.dumps(_plain(one), ensure_ascii=False) if as_json else _text(one, as_ids))
+    if failed := [one for one in completions if one.finish_reason == "error"]:
+        sys.stdout.flush()
+        raise EngineError(f"{len(failed)} of {len(completions)} prompts failed; the first: {failed[0].error}")
 
 
 def _plain(one: Completion) -> dict[str, Any]:

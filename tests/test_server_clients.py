@@ -20,7 +20,7 @@ from serving import Running, load_tiny, running, tiny_checkpoint
 
 from tpjax.cli import serving_benchmark as bench
 from tpjax.cli.app import main
-from tpjax.errors import ConfigError
+from tpjax.errors import ConfigError, RequestError
 from tpjax.planning import serving_figures as figures
 
 
@@ -125,6 +125,75 @@ def test_bench_serve_failures(server: Running, capsys: pytest.CaptureFixture[str
     load = bench.LoadProfile(server.url, num_prompts=1, input_len=2000)
     (outcome,) = asyncio.run(bench.run(load, float("inf"), {})).outcomes
     assert outcome.error and "400" in outcome.error and "2000 tokens" in outcome.error
+
+
+_CHUNKS = (
+    # a line of the stream after the first token -> the error that is counted
+    ('{"error": "gone"}', "gone"),
+    ('{"error": {"code": 7}}', "{'code': 7}"),
+    ('{"error": {"message": "full"}}', "full"),
+    ("[]", "a chunk is no object: []"),
+    ("5", "a chunk is no object: 5"),
+    ("[" * 5000, ""),
+    (
+        '{"choices": [], "usage": {"prompt_tokens": null, "completion_tokens": 3}}',
+        "usage has no counts of tokens",
+    ),
+    ('{"choices": [], "usage": [1]}', "usage has no counts of tokens: [1]"),
+    ("{}", "KeyError: 'choices'"),
+)
+
+
+def canned(models: str, last: str = "[DONE]") -> httpx2.MockTransport:
+    """A server of these models whose streams end with that line."""
+    fine = '{"choices": [{}], "error": null, "usage": null}'
+    usage = '{"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2}}'
+    stream = "".join(f"data: {line}\n\n" for line in (fine, usage, last, "[DONE]"))
+    return httpx2.MockTransport(
+        lambda request: httpx2.Response(200, text=models if request.url.path == "/v1/models" else stream)
+    )
+
+
+def measured(transport: httpx2.MockTransport, monkeypatch: pytest.MonkeyPatch) -> figures.Result:
+    client = httpx2.AsyncClient(transport=transport, base_url="http://server")
+    monkeypatch.setattr(bench, "open_client", lambda profile: client)
+    return asyncio.run(bench.run(bench.LoadProfile("http://server", num_prompts=2), float("inf"), {}))
+
+
+@pytest.mark.parametrize(("line", "error"), _CHUNKS)
+def test_bench_counts_an_odd_reply_as_a_failed_request(line, error, monkeypatch) -> None:
+    result = measured(canned('{"data": [{"id": "m", "vocab_size": null}]}', line), monkeypatch)
+    assert result.summary()["failed"] == 2
+    assert all(error in outcome.error for outcome in result.outcomes)
+
+
+def test_bench_takes_what_has_no_error_and_no_usage_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = measured(canned('{"data": [{}, 5, {"id": "m"}]}'), monkeypatch).summary()
+    assert (summary["completed"], summary["total_input_tokens"], summary["total_output_tokens"]) == (2, 10, 4)
+
+
+@pytest.mark.parametrize(
+    ("models", "error"),
+    (
+        ("[]", "/v1/models is no list of models: []"),
+        ('{"data": null}', "/v1/models is no list of models: "),
+        ('{"data": [{}, null]}', "/v1/models has no model with an id"),
+        ('{"data": []}', "/v1/models has no model with an id"),
+        ('{"data": [{"id": "m", "vocab_size": 0}]}', "the vocab_size of m is 0"),
+        ('{"data": [{"id": "m", "vocab_size": "5"}]}', "the vocab_size of m is '5'"),
+    ),
+)
+def test_bench_names_an_odd_list_of_models(models, error, monkeypatch) -> None:
+    with pytest.raises(RequestError, match=r"^http://server does not answer as an OpenAI server: ") as raised:
+        measured(canned(models), monkeypatch)
+    assert error in str(raised.value)
+
+
+def test_bench_refuses_an_address_or_a_key_that_cannot_be_sent(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "serve", "--base-url", "http://[::1"]) == 2
+    assert "'http://[::1' is no URL of a server" in capsys.readouterr().err
+    assert main(["bench", "serve", "--api-key", "\u043a\u043b\u044e\u0447"]) == 2
+    assert "the API key has characters beyond ASCII" in capsys.readouterr().err
 
 
 def test_bench_figures() -> None:

@@ -23,6 +23,9 @@ from tpjax.errors import RequestError
 from tpjax.planning.arrivals import Arrival, poisson
 from tpjax.planning.serving_figures import Outcome, Result
 
+_SHOWN = 100  # characters of an odd reply in an error
+_VOCAB = 1000  # tokens of a server that does not say
+
 
 @dataclass(frozen=True)
 class LoadProfile:
@@ -85,10 +88,10 @@ async def run(
     async with open_client(profile) as client:
         try:
             card = await _model(client, profile.model)
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, RecursionError) as error:
             raise RequestError(f"{profile.base_url} does not answer as an OpenAI server: {error}") from error
         rng = random.Random(profile.seed)
-        vocab = int(card.get("vocab_size", 1000))
+        vocab = _VOCAB if card.get("vocab_size") is None else card["vocab_size"]
         room = asyncio.Semaphore(profile.max_concurrency or profile.num_prompts)
 
         async def one(body: dict[str, Any]) -> Outcome:
@@ -126,12 +129,14 @@ async def request(client: httpx.AsyncClient, body: dict[str, Any]) -> Outcome:
             if data == "[DONE]":
                 break
             chunk = json.loads(data)
-            if "error" in chunk:
-                outcome.error = chunk["error"]["message"]
+            if not isinstance(chunk, dict):
+                raise ValueError(f"a chunk is no object: {data[:_SHOWN]}")
+            if (error := chunk.get("error")) is not None:
+                message = error.get("message") if isinstance(error, dict) else None
+                outcome.error = f"{message or error}"
                 break
-            if chunk.get("usage"):
-                outcome.prompt_tokens = chunk["usage"]["prompt_tokens"]
-                outcome.output_tokens = chunk["usage"]["completion_tokens"]
+            if usage := chunk.get("usage"):
+                outcome.prompt_tokens, outcome.output_tokens = _counts(usage)
             if not chunk["choices"]:
                 continue
             if outcome.ttft:
@@ -142,9 +147,18 @@ async def request(client: httpx.AsyncClient, body: dict[str, Any]) -> Outcome:
             outcome.latency = now - start
         else:
             outcome.error = "the stream ended early"
-    except (httpx.HTTPError, ValueError, LookupError) as error:
+    except (httpx.HTTPError, ValueError, LookupError, RecursionError) as error:
         outcome.error = f"{type(error).__name__}: {error}"
     return outcome
+
+
+def _counts(usage: Any) -> tuple[int, int]:
+    """Returns the tokens of the prompt and of the response."""
+    names = ("prompt_tokens", "completion_tokens")
+    prompt, output = (usage.get(name) if isinstance(usage, dict) else None for name in names)
+    if not isinstance(prompt, int) or not isinstance(output, int):
+        raise ValueError(f"usage has no counts of tokens: {str(usage)[:_SHOWN]}")
+    return prompt, output
 
 
 async def stream_events(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> AsyncIterator[str]:
@@ -162,18 +176,36 @@ async def _model(client: httpx.AsyncClient, name: str | None) -> dict[str, Any]:
     response = await client.get("/v1/models")
     if response.is_error:
         raise LookupError(f"/v1/models is {response.status_code} {response.reason_phrase}")
-    cards: list[dict[str, Any]] = response.json()["data"]
-    if name is None:
-        return cards[0]
-    found = [card for card in cards if card["id"] == name]
-    if not found:
-        raise LookupError(f"it has {', '.join(card['id'] for card in cards)}, and not {name!r}")
-    return found[0]
+    listed = response.json()
+    cards = listed.get("data") if isinstance(listed, dict) else None
+    if not isinstance(cards, list):
+        raise ValueError(f"/v1/models is no list of models: {response.text[:_SHOWN]}")
+    models = {
+        card["id"]: card for card in cards if isinstance(card, dict) and isinstance(card.get("id"), str)
+    }
+    if not models:
+        raise LookupError(f"/v1/models has no model with an id: {response.text[:_SHOWN]}")
+    if name is not None and name not in models:
+        raise LookupError(f"it has {', '.join(models)}, and not {name!r}")
+    card = models[name or next(iter(models))]
+    vocab = card.get("vocab_size")
+    if vocab is not None and (not isinstance(vocab, int) or vocab < 1):
+        raise ValueError(f"the vocab_size of {card['id']} is {vocab!r}")
+    return card
 
 
 def open_client(profile: LoadProfile) -> httpx.AsyncClient:
-    """Opens a client with a connection for each request in flight and no timeout: waiting is measured."""
+    """Opens a client with a connection for each request in flight and no timeout: waiting is measured.
+
+    Raises:
+        RequestError: the address is no URL, or the API key is not ASCII.
+    """
+    if profile.api_key and not profile.api_key.isascii():
+        raise RequestError("the API key has characters beyond ASCII, which no HTTP header has")
     headers = {"Authorization": f"Bearer {profile.api_key}"} if profile.api_key else {}
     base_url = profile.base_url.rstrip("/").removesuffix("/v1")
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    return httpx.AsyncClient(base_url=base_url, headers=headers, timeout=None, limits=limits)
+    try:
+        return httpx.AsyncClient(base_url=base_url, headers=headers, timeout=None, limits=limits)
+    except httpx.InvalidURL as error:
+        raise RequestError(f"{profile.base_url!r} is no URL of a server: {error}") from error

@@ -32,10 +32,11 @@ from tpjax.engine.request_builder import RequestBuilder
 from tpjax.errors import CheckpointError, RequestError
 from tpjax.sampling_params import SamplingParams
 from tpjax.sandbox import NICENESS, Worker, sandbox
-from tpjax.server import json_bodies, responses
+from tpjax.server import conversation, json_bodies, responses
 from tpjax.server.admission_budget import FREE_BYTES, AdmissionBudget, Reservation
 from tpjax.server.completions import CompletionResponse
 from tpjax.server.error_responses import ApiError
+from tpjax.server.grammars import compiler, structured_outputs
 from tpjax.server.grammars.checker import GrammarChecker
 from tpjax.server.protocol import CompletionBody, StreamOptions
 from tpjax.server.worker_pools import ThreadPool, WorkerPool
@@ -699,6 +700,51 @@ def test_a_body_of_many_parts_is_refused_before_it_is_read(http: httpx.Client) -
     # and of many wrong items one is named
     wrong = http.post(COMPLETIONS, content='{"prompt":[' + '"a",1,' * 100_000 + "1]}", headers=headers)
     assert error_of(wrong, 400)["param"] == "prompt"
+
+
+def test_json_in_a_string_has_limits_of_its_own(
+    http: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parts of a body do not count what is in a string; it is refused before it is decoded."""
+
+    def decode(_: Any) -> Any:
+        raise AssertionError
+
+    many = "[" + "[]," * 100_000 + "0]"
+    monkeypatch.setattr(structured_outputs, "strict_json", decode)
+    for asked in ({"guided_json": many}, {"structured_outputs": {"json": many}}):
+        error = error_of(http.post(COMPLETIONS, json=completion("a", **asked)), 400)
+        assert error["param"] in asked and f"takes {len(many)} bytes, over 65536" in error["message"]
+    half = {"function": {"name": "f", "arguments": '{"a\\"":[' + "[]," * 40_000 + "0]}"}}
+    one = {"role": "assistant", "tool_calls": [half]}
+    body = {"messages": [one, one], "max_tokens": 1}
+    monkeypatch.setattr(conversation, "strict_json", decode)
+    error = error_of(http.post(CHAT, json=body), 400)
+    assert error["param"] == "messages" and "have 80006 objects, lists and fields, over" in error["message"]
+
+
+def test_schemas_are_prepared_off_the_event_loop(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Preparing 64 KiB may take a quarter of a second; a larger schema is not begun."""
+    names: dict[str, str] = {}
+
+    def noted(name: str) -> None:
+        whole = getattr(compiler, name)
+
+        def note(*arguments: Any) -> Any:
+            names[name] = threading.current_thread().name
+            return whole(*arguments)
+
+        monkeypatch.setattr(compiler, name, note)
+
+    for name in ("prepared", "_written", "patterns", "without_patterns"):
+        noted(name)
+    large = {"anyOf": [{}] * 30_000}
+    assert error_of(http.post(COMPLETIONS, json=completion("a", guided_json=large)), 400)
+    assert not names
+    usable = {"type": "string", "pattern": "(?=a)"}
+    answer = http.post(COMPLETIONS, json=completion("a", guided_json=usable))
+    assert answer.status_code == 200, answer.text
+    assert len(names) == 4 and all(name.startswith("tpjax-grammar") for name in names.values())
 
 
 @pytest.mark.parametrize("nested", (False, True))

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from tpjax.server.error_responses import bad_request
+from tpjax.server.json_bodies import MAX_PARTS, parts
 from tpjax.server.json_types import JsonObject, strict_json
 from tpjax.server.parsing.tool_call_formats import ToolCallFormat
 from tpjax.server.protocol import Message, Tool
@@ -46,8 +47,9 @@ def conversation(
         form: format of tool calls, for templates that do not render them.
 
     Raises:
-        ApiError: 400, a content part is not text, or arguments are not a JSON object.
+        ApiError: 400, a content part is not text, or arguments are not a JSON object or have too many parts.
     """
+    _check_arguments(messages)
     turns = [_turn(message, i, traits) for i, message in enumerate(messages)]
     turns = _with_ids(turns)
     turns = list(_native_calls(turns, traits)) if traits.tool_messages else _calls_as_text(turns, form)
@@ -102,6 +104,17 @@ def _texts(content: str | list[JsonObject] | None, position: int) -> tuple[list[
                 "messages",
             )
     return texts, "\n".join(thoughts)
+
+
+def _check_arguments(messages: Sequence[Message]) -> None:
+    """Checks the parts of all arguments together: the limit of the body does not count what is in a string.
+
+    A text that is no JSON may hide the parts of those after it, but these are not decoded then.
+    """
+    texts = (call.function.arguments for message in messages for call in message.tool_calls or ())
+    if (count := parts(" ".join(texts).encode())) > MAX_PARTS:
+        what = "the arguments of the tool calls"
+        raise bad_request(f"{what} have {count} objects, lists and fields, over {MAX_PARTS}", "messages")
 
 
 def _arguments(text: str, position: int) -> JsonObject:

@@ -113,14 +113,14 @@ class GrammarCompiler:
         Raises:
             ApiError: 400, a schema is too large, not valid, or takes too long to compile.
         """
-        values = [prepared(schema.value, schema.closed) for schema in schemas]
+        values = await self._threads.run(_prepared, schemas, param)
         try:
-            return await self.lark(write(list(map(_with_options, values, schemas))), param, count)
+            return await self.lark(await self._threads.run(_written, write, values, schemas), param, count)
         except ApiError as error:
             if _UNUSABLE not in error.message or all(schema.strict for schema in schemas):
                 raise
         relaxed = [await self._relaxed(*both, param) for both in zip(values, schemas, strict=True)]
-        return await self.lark(write(list(map(_with_options, relaxed, schemas))), param, count)
+        return await self.lark(await self._threads.run(_written, write, relaxed, schemas), param, count)
 
     async def schema(
         self,
@@ -160,7 +160,7 @@ class GrammarCompiler:
         Raises:
             ApiError: as for :meth:`compile`.
         """
-        _check_size(grammar, param)
+        check_size(grammar, param)
         if not self._tokenizer.eos_ids:
             raise bad_request("a schema needs an end-of-text token, and the model has none", param)
         try:
@@ -183,7 +183,7 @@ class GrammarCompiler:
         Raises:
             ApiError: 400, the grammar is neither, too large, or takes too long.
         """
-        _check_size(grammar, param)
+        check_size(grammar, param)
         return await self._checker.to_lark(grammar, param)
 
     def close(self) -> None:
@@ -195,7 +195,7 @@ class GrammarCompiler:
         """Removes what makes a schema unusable, unless it is strict."""
         if schema.strict or await self._usable(value, schema, param):
             return value
-        found = patterns(value)[: MAX_PATTERNS + 1]
+        found = (await self._threads.run(patterns, value))[: MAX_PATTERNS + 1]
         if len(found) > MAX_PATTERNS:
             raise bad_request(f"{schema.name} has over {MAX_PATTERNS} patterns", param)
         strings = [{"type": "string", "pattern": pattern} for pattern in found]
@@ -203,7 +203,7 @@ class GrammarCompiler:
         unusable = frozenset(one for one, fine in zip(found, usable, strict=True) if not fine)
         for pattern in unusable:
             log.warning("%s: the pattern %r is not enforced", schema.name, pattern[:200])
-        value = without_patterns(value, unusable)
+        value = await self._threads.run(without_patterns, value, unusable)
         if schema.replaceable and not await self._usable(value, schema, param):
             log.warning("%s cannot be used as a schema: any object is allowed", schema.name)
             return {"type": "object"}
@@ -232,9 +232,30 @@ class GrammarCompiler:
         return matcher
 
 
-def _check_size(grammar: str, param: str) -> None:
+def check_size(grammar: str, param: str) -> None:
+    """Checks the size of a grammar or schema.
+
+    Raises:
+        ApiError: 400, it is too large.
+    """
     if len(grammar) > MAX_GRAMMAR_BYTES:
         raise bad_request(f"the schema takes {len(grammar)} bytes, over {MAX_GRAMMAR_BYTES}", param)
+
+
+def _prepared(schemas: Sequence[Schema], param: str) -> list[Json]:
+    """Prepares schemas that together are not too large: it takes microseconds for each byte of some."""
+    check_size("".join(_text(schema.value) for schema in schemas), param)
+    return [prepared(schema.value, schema.closed) for schema in schemas]
+
+
+def _written(
+    write: Callable[[Sequence[Json]], str], values: Sequence[Json], schemas: Sequence[Schema]
+) -> str:
+    return write(list(map(_with_options, values, schemas)))
+
+
+def _text(schema: Json) -> str:
+    return json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
 
 
 def _with_options(value: Json, schema: Schema) -> Json:
@@ -248,7 +269,7 @@ def _with_options(value: Json, schema: Schema) -> Json:
 
 def grammar_of_schema(schemas: Sequence[Json]) -> str:
     """Writes the grammar of a response that is one JSON value."""
-    return f"start: %json {json.dumps(schemas[0], ensure_ascii=False, separators=(',', ':'))}"
+    return f"start: %json {_text(schemas[0])}"
 
 
 def _in_a_line(message: str) -> str:

@@ -7,7 +7,7 @@ import json
 import llguidance
 
 from tpjax.server.error_responses import bad_request
-from tpjax.server.grammars.compiler import GrammarCompiler, TokenGrammar, grammar_of_schema
+from tpjax.server.grammars.compiler import GrammarCompiler, TokenGrammar, check_size, grammar_of_schema
 from tpjax.server.grammars.response_grammar import format_schema
 from tpjax.server.json_types import Json, strict_json
 from tpjax.server.protocol import ResponseFormat, Sampling, StructuredOutputs
@@ -74,6 +74,7 @@ async def _structured(
 def _schema(given: Json, param: str) -> Json:
     """Returns a schema, decoded if it came as text."""
     if isinstance(given, str):
+        check_size(given, param)  # no limit of the body counts what is in a string
         try:
             given = strict_json(given)
         except ValueError as error:

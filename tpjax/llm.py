@@ -496,15 +496,10 @@ class LLM:
     ) -> list[Request]:
         """Returns requests for several choices of one prompt, checked once: see :meth:`request`.
 
-        Args:
-            prompt: text, or token ids.
-            params: checked sampling parameters; their seed is not used.
-            seeds: one for each choice; ``None``: derived from the model's.
-            grammars: one for each choice, or none.
-            **extra: further fields of the requests (``cache_salt``, ``priority``).
+        The arguments are those of :meth:`tpjax.engine.request_builder.RequestBuilder.build`.
 
         Raises:
-            RequestError: the prompt or a parameter is invalid.
+            RequestError: the prompt is invalid or too long, or a grammar leaves nothing to sample.
             EngineError: the model is closed.
         """
         self.front.check_open()

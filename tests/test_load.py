@@ -311,9 +311,12 @@ def test_every_difference_in_one_message(tmp_path: Path) -> None:
     wrong["model.norm.weight"] = np.ones((D, 1), np.float32)
     wrong["model.layers.2.mlp.up_proj.weight"] = np.ones((F, D), np.float32)
     wrong["model.layers.0.self_attn.q_proj.bias"] = np.ones(H * HEAD, np.float32)
+    for layer, kind in enumerate((np.int8, np.complex64)):
+        name = f"model.layers.{layer}.mlp.down_proj.weight"
+        wrong[name] = wrong[name].astype(kind)
     path = save(tmp_path / "wrong", wrong)
     lines = error_message(path).splitlines()
-    assert lines[0] == f"{path}: configuration and weights disagree on 6 tensors:"
+    assert lines[0] == f"{path}: configuration and weights disagree on 8 tensors:"
     assert sorted(line.strip() for line in lines[1:]) == sorted(
         (
             "missing     model.layers.1.mlp.up_proj.weight [20, 10]",
@@ -321,6 +324,10 @@ def test_every_difference_in_one_message(tmp_path: Path) -> None:
             "mismatched  model.layers.0.self_attn.q_proj.weight: "
             "the configuration says [24, 10], the file has [25, 10]",
             "mismatched  model.norm.weight: the configuration says [10], the file has [10, 1]",
+            *(
+                f"mismatched  model.layers.{layer}.mlp.down_proj.weight: {kind} is no floating-point number"
+                for layer, kind in enumerate(("int8", "complex64"))
+            ),
             "unexpected  model.layers.2.mlp.up_proj.weight [20, 10]",
             "unexpected  model.layers.0.self_attn.q_proj.bias [24]",
         )

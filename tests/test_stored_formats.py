@@ -17,18 +17,22 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference
+from conftest import GOLDENS
+from flax import nnx
 from safetensors.numpy import save_file
 from stepwise import Stepwise
 
 from tpjax import LLM
 from tpjax.checkpoints import skipped
 from tpjax.checkpoints.declared import declared_formats, formats_of
+from tpjax.checkpoints.load import check_tensors, load_decoder
 from tpjax.checkpoints.opening import open_checkpoint, read_config
 from tpjax.checkpoints.parameters import abstract_decoder, parameters
 from tpjax.checkpoints.skipped import matcher_of
 from tpjax.config import brief
 from tpjax.errors import CheckpointError, ConfigError
 from tpjax.families.quantization import Quantization
+from tpjax.families.registry import FAMILIES, config_from_hf
 from tpjax.families.tensor_names import WeightMap
 from tpjax.layers.weights import FormatOf, WeightFormat, dtype_bits
 from tpjax.mesh import make_mesh
@@ -88,7 +92,9 @@ def fp8_of(*scale_shape: int) -> Callable[[tuple[int, int]], Stored]:
     def stored(shape: tuple[int, int]) -> Stored:
         values, scales = float8(shape), uniform(*(shape[0] if size == -1 else size for size in scale_shape))
         worth = values.astype(np.float32) * scales.reshape(-1, 1)
-        return {"weight": values, "weight_scale": scales, "input_scale": np.ones(1, np.float32)}, worth
+        one = np.ones(1, np.float32)  # of activations, which are not quantised here
+        activations = {"input_scale": one, "input_zero_point": one.astype(np.int8), "output_scale": one}
+        return {"weight": values, "weight_scale": scales, **activations}, worth
 
     return stored
 
@@ -109,6 +115,13 @@ def int8_channels(shape: tuple[int, int]) -> Stored:
     scales = scales.astype(ml_dtypes.bfloat16)
     worth = values.astype(np.float32) * scales.astype(np.float32)
     return {"weight": values, "weight_scale": scales}, worth
+
+
+def int8_zeros(shape: tuple[int, int]) -> Stored:
+    tensors, _ = int8_channels(shape)
+    zero = RNG.integers(-128, 128, (shape[0], 1)).astype(np.int8)
+    worth = (tensors["weight"].astype(np.float32) - zero) * tensors["weight_scale"].astype(np.float32)
+    return {**tensors, "weight_zero_point": zero}, worth
 
 
 def words(
@@ -147,17 +160,17 @@ def packed(zeros: bool, bits: int = 4) -> Callable[[tuple[int, int]], Stored]:
 
 
 def gptq(shift: int) -> Callable[[tuple[int, int]], Stored]:
-    """The first version stores zero points less one."""
+    """The first version stores zero points less one: GPTQModel takes 0x11111111 from their words."""
 
     def stored(shape: tuple[int, int]) -> Stored:
         outputs, inputs = shape
-        values, zero = RNG.integers(0, 16, shape), RNG.integers(shift, 16, (outputs, inputs // GROUP))
+        values, zero = RNG.integers(0, 16, shape), RNG.integers(0, 16, (outputs, inputs // GROUP))
         scales = uniform(outputs, inputs // GROUP).astype(np.float16)
         worth = (values - spread(zero, 1, GROUP, shape)).astype(np.float32)
         worth = worth * spread(scales.astype(np.float32), 1, GROUP, shape)
         return {
             "qweight": words(values.T, 0),
-            "qzeros": words(zero.T - shift, 1),
+            "qzeros": (words(zero.T, 1).view(np.uint32) - np.uint32(shift * 0x11111111)).view(np.int32),
             "scales": np.ascontiguousarray(scales.T),
             "g_idx": (np.arange(inputs) // GROUP).astype(np.int32),
         }, worth
@@ -213,6 +226,11 @@ FORMATS: dict[str, tuple[Callable[[tuple[int, int]], Stored], dict[str, Any], st
     "ct-fp8-tensor": (fp8_of(1), compressed("float-quantized", 8, "float", "tensor"), "float8_e4m3fn"),
     "ct-fp8-channel": (fp8_of(-1, 1), compressed("float-quantized", 8, "float", "channel"), "float8_e4m3fn"),
     "ct-int8": (int8_channels, compressed("int-quantized", 8, "int", "channel"), "int8"),
+    "ct-int8-zeros": (
+        int8_zeros,
+        compressed("int-quantized", 8, "int", "channel", symmetric=False),
+        "int8",
+    ),
     "ct-int4": (packed(False), compressed("pack-quantized", 4, "int", "group", group_size=GROUP), "int8"),
     "ct-int4-zeros": (
         packed(True),
@@ -252,10 +270,12 @@ def tensors_of(stored: Callable[[tuple[int, int]], Stored]) -> tuple[Tensors, Te
     return files, weights
 
 
-def save(path: Path, files: Mapping[str, np.ndarray], settings: dict[str, Any]) -> Path:
+def save(
+    path: Path, files: Mapping[str, np.ndarray], settings: dict[str, Any], config: dict[str, Any] = CONFIG
+) -> Path:
     path.mkdir(exist_ok=True)
-    (path / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": settings}))
-    save_file({name: np.ascontiguousarray(x) for name, x in files.items()}, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    save_file({name: np.asarray(x, order="C") for name, x in files.items()}, path / "model.safetensors")
     return path
 
 
@@ -498,6 +518,116 @@ def test_misfits(tmp_path: Path) -> None:
         f"{tmp_path}: tensor 'model.layers.0.mlp.down_proj.qweight' of shape [12, 48] needs "
         "'model.layers.0.mlp.down_proj.scales' of shape [3, 48], which has [6, 48]"
     )
+
+
+def test_what_else_would_be_another_number(tmp_path: Path) -> None:
+    """Zero points that are no int8, NaN among float8 values, an order that AWQ does not have, two weights."""
+
+    def with_(part: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Tensors], None]:
+        return lambda files: files.update({f"{O_PROJ}.{part}": change(files[f"{O_PROJ}.{part}"])})
+
+    def added(part: str, values: np.ndarray) -> Callable[[Tensors], None]:
+        return lambda files: files.update({f"{O_PROJ}.{part}": values})
+
+    def nan(values: np.ndarray) -> np.ndarray:
+        bits = values.view(np.uint8).copy()
+        bits[40, 3] = 0xFF
+        return bits.view(E4M3)
+
+    tensor = f"{tmp_path}: tensor '{O_PROJ}"
+    for kind in (np.float32, np.int32):
+        message = refusal(
+            tmp_path, "ct-int8-zeros", with_("weight_zero_point", lambda x, kind=kind: x.astype(kind))
+        )
+        assert message == f"{tensor}.weight_zero_point' is {np.dtype(kind)}, not int8"
+    for name in ("ct-fp8-channel", "fp8-blocks"):
+        message = refusal(tmp_path, name, with_("weight", nan))
+        assert message == f"{tensor}.weight' has a value that is no number: nan at [40, 3]"
+    message = refusal(tmp_path, "ct-int4", with_("weight_shape", lambda x: x * np.float32(np.nan)))
+    assert message == f"{tensor}.weight_shape' is float64, not int32 or int64"
+    assert f"unexpected  {O_PROJ}.g_idx [48]" in refusal(tmp_path, "awq", added("g_idx", np.arange(48)))
+    both = "are both there: one of them is to be used"
+    for name, part in (("gptq", "qweight"), ("awq", "qweight"), ("ct-int4", "weight_packed")):
+        message = refusal(tmp_path, name, added("weight", np.ones((48, 48), np.float16)))
+        assert message == f"{tensor}.{part}' and '{O_PROJ}.weight' {both}"
+
+
+def test_biases_that_gptq_adds(tmp_path: Path) -> None:
+    """Older tools write one of zeros for each matrix; any other would change a number."""
+    files, _ = tensors_of(gptq(1))
+    bias = np.zeros(48, np.float16)
+    path = save(tmp_path, {**files, f"{O_PROJ}.bias": bias}, GPTQ)
+    checkpoint, mesh = open_checkpoint(path), make_mesh(1)
+    model = abstract_decoder(checkpoint.config, mesh, F32, format_of=checkpoint.source.format_of)
+    check_tensors(checkpoint, parameters(model, mesh))
+    bias[-1] = 0.5
+    message = refusal(tmp_path, "gptq", lambda files: files.update({f"{O_PROJ}.bias": bias}))
+    assert f"unexpected  {O_PROJ}.bias [48]" in message
+
+
+def random_files(family: str, **sizes: int) -> tuple[dict[str, Any], Tensors]:
+    """A golden's configuration with other sizes, and tensors as its family's files have them."""
+    fields = json.loads((GOLDENS / family / "config.json").read_text()) | sizes
+    config, mesh = config_from_hf(fields), make_mesh(1)
+    names, files = FAMILIES[config.model_type].names(config), {}
+    for one in parameters(abstract_decoder(config, mesh, F32), mesh):
+        for source, shape in one.layout.canonical_shapes().items():
+            at = names.locate(one.canonical(source), names.prefixes[0])
+            files[at.name] = RNG.normal(size=at.shape(shape)).astype(np.float32)
+    return fields, files
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "pattern", "stored"),
+    (
+        pytest.param("gpt2", {}, r"c_\w+\.weight$", (), id="float8, a scale for all"),
+        pytest.param("gpt2", {}, r"c_\w+\.weight$", (-1, 1), id="float8, a scale for each input"),
+        pytest.param("gpt_oss", {}, r"experts\.\w+proj$", (), id="float8, a scale for all experts"),
+        pytest.param("gpt_oss", {}, r"experts\.\w+proj$", (0,), id="float8, a scale for each expert"),
+        # which is stored [in, out] in any family
+        pytest.param("gpt2", {"n_embd": 48, "n_inner": 96}, r"c_\w+\.weight$", None, id="gptq"),
+    ),
+)
+def test_families_that_store_inputs_first(
+    family: str, sizes: dict[str, int], pattern: str, stored: tuple[int, ...] | None, tmp_path: Path
+) -> None:
+    fields, files = random_files(family, **sizes)
+    plain = dict(files)
+    for name in [one for one in plain if re.search(pattern, one)]:
+        values = files.pop(name)
+        if stored is None:
+            parts, worth = gptq(1)(values.shape[::-1])
+            files |= {f"{name.removesuffix('weight')}{part}": x for part, x in parts.items()}
+            plain[name] = worth.T
+        else:
+            shape = [{-1: values.shape[-2], 0: len(values)}.get(size, size) for size in stored]
+            files[name], files[f"{name}_scale"] = values.astype(E4M3), uniform(*shape)
+            scales = files[f"{name}_scale"].reshape(-1, *[1] * (values.ndim - 1))
+            plain[name] = files[name].astype(np.float32) * scales
+    settings = GPTQ if stored is None else {"quant_method": "fp8", "weight_block_size": None}
+    path = save(tmp_path / "quantised", files, settings, fields)
+    want = open_checkpoint(save(tmp_path / "plain", plain, {}, fields)).source
+    checkpoint, mesh = open_checkpoint(path), make_mesh(3)
+    declared = abstract_decoder(checkpoint.config, mesh, F32, format_of=checkpoint.source.format_of)
+    model = load_decoder(checkpoint, declared, mesh, progress=False)
+    assert any(one.is_quantized for one in parameters(model, mesh)) == (stored is None)
+    arrays = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    for one in parameters(model, mesh):
+        got = np.asarray(arrays[one.path][...], np.float32)
+        if one.is_scales:
+            continue
+        if one.quantized is not None:
+            assert one.quantized.inputs == 1
+            groups = (
+                np.asarray(arrays[(*one.attribute, part)][...], np.float32) for part in ("zeros", "scales")
+            )
+            zeros, scales = (np.repeat(x, got.shape[1] // x.shape[1], axis=1) for x in groups)
+            got = (got - zeros) * scales
+        whole = (slice(None),) * got.ndim
+        expected = one.layout.read(
+            lambda source, box, one=one: want.read(one.canonical(source), box), whole, F32
+        )
+        np.testing.assert_array_equal(got, expected, one.name)
 
 
 def test_zero_points_of_a_method_that_has_none(tmp_path: Path) -> None:

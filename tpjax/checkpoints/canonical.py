@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -48,6 +49,7 @@ class CanonicalSource:
         self._unlisted = unlisted
         candidates = (*names.prefixes, ("", ""))  # a bare backbone (AutoModel.save_pretrained) has none
         self._parts: Mapping[str, WeightFormat] = getattr(files, "formats", {})
+        self._by_outputs: frozenset[str] = getattr(files, "by_outputs", frozenset())
         self._prefix = next(
             (
                 prefix
@@ -72,7 +74,8 @@ class CanonicalSource:
 
     def locate(self, name: str) -> TensorMapping:
         """Returns the place of a tensor in the checkpoint."""
-        return self._names.locate(self._embedding if name == ENDS[0] else name, self._prefix)
+        at = self._names.locate(self._embedding if name == ENDS[0] else name, self._prefix)
+        return replace(at, transposed=False) if at.transposed and at.name in self._by_outputs else at
 
     def has_other_head(self) -> bool:
         """Returns whether embedding and head are both stored and differ; reads up to the first difference."""
@@ -81,11 +84,16 @@ class CanonicalSource:
         return both and not agreement.are_equal(self._files, own, head)
 
     def classify(self, unexpected: list[str], needed: Collection[str]) -> tuple[list[str], list[str]]:
-        """Splits tensors that the model does not need into those to reject and those to ignore."""
+        """Splits tensors that the model does not need into those to reject and those to ignore.
+
+        A bias of zeros is ignored: older GPTQ tools write one for each matrix.
+        """
         prefixes = {part for pair in (*self._names.prefixes, ("", "")) for part in pair}
-        return agreement.rejected_and_ignored(
+        rejected, ignored = agreement.rejected_and_ignored(
             unexpected, needed, prefixes, self._names.layers, self._unlisted
         )
+        zeros = {name for name in rejected if name.endswith(".bias") and not np.any(self._files.read(name))}
+        return [name for name in rejected if name not in zeros], [*ignored, *sorted(zeros)]
 
     def itemsize(self, name: str) -> int:
         """Returns the bytes of an element in what :meth:`read` returns."""
@@ -94,7 +102,9 @@ class CanonicalSource:
     def format_of(self, name: str) -> WeightFormat | None:
         """Returns the format of a tensor that can be kept as it is stored in 8 or 4 bits."""
         at = self.locate(name)
-        return None if at.offset or at.heads is not None else self._parts.get(at.name)
+        kept = None if at.offset or at.heads is not None else self._parts.get(at.name)
+        # scales belong to outputs: not those of a tensor whose rows are the model's inputs
+        return kept if kept and self._files.tensors[at.name].columns_first == at.transposed else None
 
     def read_part(self, name: str, part: Part, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a box [out, in] of a kept tensor's values, or [out, groups] of scales or zero points."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
@@ -119,6 +120,11 @@ def check_tensors(checkpoint: Checkpoint, declared: Iterable[Parameter]) -> None
         f"mismatched  {name}: the configuration says {list(shape)}, the file has {list(present[name].shape)}"
         for name, shape in needed.items()
         if name in present and present[name].shape != shape
+    ]
+    problems += [
+        f"mismatched  {name}: {present[name].dtype} is no floating-point number"
+        for name in needed
+        if name in present and not jnp.issubdtype(present[name].dtype, jnp.floating)
     ]
     rejected, ignored = checkpoint.source.classify([name for name in present if name not in needed], needed)
     problems += [f"unexpected  {name} {list(present[name].shape)}" for name in rejected]

@@ -7,7 +7,7 @@ For a device's slice only the blocks and scales that it needs are read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
@@ -20,14 +20,14 @@ from tpjax.checkpoints.source import TensorInfo, TensorSource, lookup, shown, to
 from tpjax.errors import CheckpointError
 from tpjax.families.quantization import Quantization
 from tpjax.layers.weights import WeightFormat
-from tpjax.sharding import ZERO_SUFFIX
+from tpjax.sharding import SCALE_SUFFIX, ZERO_SUFFIX
 
 Part: TypeAlias = Literal["values", "scales", "zeros"]
 
 _F32 = np.dtype(np.float32)
 _BYTES = np.arange(256, dtype=np.uint8)
 _E4M3, _E2M1 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float4_e2m1fn)
-_BF16, _I32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.int32)
+_BF16, _I8, _I32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.int8), np.dtype(np.int32)
 # Values by byte: the look-up converts 540 million values a second, ml_dtypes 170 million.
 E4M3_VALUES = _BYTES.view(_E4M3).astype(_F32)
 E2M1_VALUES = (_BYTES & 15).view(_E2M1).astype(_F32)
@@ -53,7 +53,7 @@ class QuantizedSource(TensorSource, Protocol):
             index: a slice for each axis of the tensor; along that of the inputs, groups of scales.
 
         Raises:
-            CheckpointError: a scale is no finite number.
+            CheckpointError: a scale is no finite number, or a float8 value no number.
         """
         ...
 
@@ -92,11 +92,13 @@ class Encoded:
         encoding: how it is stored.
         shape: logical shape.
         transposed: the logical tensor is [..., in, out].
+        by_outputs: the logical tensor is [out, in] also where a family's plain one is [in, out].
     """
 
     encoding: Encoding
     shape: tuple[int, ...]
     transposed: bool = False
+    by_outputs: bool = False
 
     def read(self, part: Part, box: tuple[slice, ...], called: str) -> np.ndarray:
         """Reads a box of a part; the axis of the inputs counts groups for scales and zero points.
@@ -107,13 +109,15 @@ class Encoded:
             called: the tensor in error messages.
 
         Raises:
-            CheckpointError: a scale is no finite number.
+            CheckpointError: a scale is no finite number, or a float8 value no number.
         """
         *lead, rows, columns = box
         rows, columns = (columns, rows) if self.transposed else (rows, columns)
         found: np.ndarray = getattr(self.encoding, part)(tuple(lead), rows, columns)
         if part == "scales":
             check_scales(found, (*lead, rows, columns), called)
+        elif found.dtype == _E4M3:
+            _check_float8(found, (*lead, rows, columns), called)
         return found.swapaxes(-1, -2) if self.transposed else found
 
     def dequantized(self, box: tuple[slice, ...], called: str) -> np.ndarray:
@@ -148,8 +152,21 @@ def check_scales(scales: np.ndarray, box: tuple[slice, ...], called: str) -> Non
     finite = np.isfinite(scales.astype(_F32))
     if not finite.all():
         first = tuple(np.argwhere(~finite)[0])
-        place = [one.start + int(at) for one, at in zip(box, first, strict=True)]
-        raise CheckpointError(f"{called} has a scale that is no finite number: {scales[first]} at {place}")
+        raise CheckpointError(
+            f"{called} has a scale that is no finite number: {scales[first]} at {_place(box, first)}"
+        )
+
+
+def _check_float8(values: np.ndarray, box: tuple[slice, ...], called: str) -> None:
+    """Checks that no value of a box of a tensor is NaN, which not all backends widen to NaN."""
+    magnitudes = values.view(np.uint8) & np.uint8(0x7F)
+    if magnitudes.size and magnitudes.max() == 0x7F:
+        first = tuple(np.argwhere(magnitudes == 0x7F)[0])
+        raise CheckpointError(f"{called} has a value that is no number: nan at {_place(box, first)}")
+
+
+def _place(box: tuple[slice, ...], at: tuple[int, ...]) -> list[int]:
+    return [one.start + int(one_at) for one, one_at in zip(box, at, strict=True)]
 
 
 def widened(values: np.ndarray) -> np.ndarray:
@@ -159,7 +176,13 @@ def widened(values: np.ndarray) -> np.ndarray:
 
 
 class QuantizedTensors:
-    """A checkpoint's tensors, those stored in 8 or 4 bits under their logical names."""
+    """A checkpoint's tensors, those stored in 8 or 4 bits under their logical names.
+
+    Attributes:
+        tensors: their shapes; ``columns_first`` of one in 8 or 4 bits that is [..., in, out].
+        formats: see :attr:`QuantizedSource.formats`.
+        by_outputs: tensors that are [out, in] whatever a family stores.
+    """
 
     def __init__(self, source: TensorSource, encoded: Mapping[str, Encoded], where: Path) -> None:
         self._source, self._encoded, self._where = source, encoded, where
@@ -168,6 +191,7 @@ class QuantizedTensors:
             name: info for name, info in source.tensors.items() if name not in parts or name in encoded
         } | {name: TensorInfo(one.shape, _F32, one.transposed) for name, one in encoded.items()}
         self.formats: Mapping[str, WeightFormat] = {name: one.encoding.kept for name, one in encoded.items()}
+        self.by_outputs = frozenset(name for name, one in encoded.items() if one.by_outputs)
 
     def read(
         self, name: str, index: tuple[slice, ...] | None = None, memory: np.ndarray | None = None
@@ -203,6 +227,12 @@ def dequantized(source: TensorSource, quantization: Quantization, where: Path) -
     find = {"mxfp4": _mxfp4_tensors, "gptq": _gptq_tensors, "awq": _awq_tensors}
     reader = _Reader(source, quantization, where)
     found = find.get(quantization.method, _scaled_tensors)(reader)
+    for name, one in found.items():
+        if name in source.tensors and name not in one.encoding.names:
+            raise CheckpointError(
+                f"{reader.tensor(one.encoding.names[0])} and {shown(name)} are both there: one of them is to "
+                "be used"
+            )
     return QuantizedTensors(source, found, where)
 
 
@@ -261,6 +291,13 @@ class _Reader:
 # --- values as they are, with scales beside them: FP8 in blocks, compressed-tensors ------------------------
 
 
+def _of_activations(name: str) -> Iterator[str]:
+    """Returns the names of what quantises a module's inputs and outputs, which stay as they are here."""
+    module = name.removesuffix(".weight")
+    for part in ("input", "output", "activation"):
+        yield from (f"{module}.{part}{suffix}" for suffix in (SCALE_SUFFIX, ZERO_SUFFIX))
+
+
 @dataclass(frozen=True)
 class _Scaled:
     """Values in float8 or int8 and scales for blocks of them: of one tensor, of each row, or smaller.
@@ -283,9 +320,7 @@ class _Scaled:
 
     @property
     def names(self) -> tuple[str, ...]:
-        module = self.name.removesuffix(".weight")
-        activations = (f"{module}.{part}_scale" for part in ("input", "activation"))  # not quantised here
-        return (self.name, self.scale, *activations, f"{self.name}{ZERO_SUFFIX}")
+        return (self.name, self.scale, f"{self.name}{ZERO_SUFFIX}", *_of_activations(self.name))
 
     def values(self, lead: tuple[slice, ...], rows: slice, columns: slice) -> np.ndarray:
         return self.source.read(self.name, (*lead, rows, columns))
@@ -302,9 +337,11 @@ class _Scaled:
         first = rows.start // height
         if len(shape) == len(lead) + 2:
             part = self.source.read(name, (*lead, slice(first, -(-rows.stop // height)), groups))
-        else:  # a number for the tensor, or one for each row
-            part = self.source.read(name).reshape(*shape[: len(lead)], -1, 1)
-            part = part[(*lead, slice(first, -(-rows.stop // height)))]
+        else:  # a number for each row, for each of a stack, or for all of it
+            part, stack = self.source.read(name), self.source.tensors[self.name].shape[: len(lead)]
+            if part.size == 1:
+                part = np.broadcast_to(part.reshape(-1), (*stack, 1))
+            part = part.reshape(*stack, -1, 1)[(*lead, slice(first, -(-rows.stop // height)))]
         return part[..., np.arange(rows.start, rows.stop) // height - first, :]
 
 
@@ -336,7 +373,7 @@ def _scaled_tensors(reader: _Reader) -> dict[str, Encoded]:
         block = _block_of(reader, name, scale)
         zero = f"{name}{ZERO_SUFFIX}" if quantization.zeros else None
         if zero is not None:
-            reader.beside(name, zero, scales.shape)
+            reader.beside(name, zero, scales.shape, _I8)
         else:
             reader.refuse_zeros(f"{name}{ZERO_SUFFIX}")
         per_output = block[1] >= size[-1]
@@ -410,8 +447,9 @@ class _Packed:
         axis: packed axis of the values, 0 or 1.
         inputs_first: values, scales and zero points are stored [in, out].
         order: place of each number of a word in it.
-        shift: is added to stored zero points.
         kept: the format.
+        shift: is added to each stored zero point, as to one number of a word: what goes beyond its bits is
+            carried on to the next, as GPTQModel took it from there (``convert_gptq_v2_to_v1_format``).
     """
 
     source: TensorSource
@@ -433,18 +471,24 @@ class _Packed:
 
     def zeros(self, lead: tuple[slice, ...], rows: slice, groups: slice) -> np.ndarray:
         assert self.zero is not None
-        return self._integers(self.zero, 0, rows, groups) + np.int8(self.shift)
+        shifts = sum(self.shift << place for place in range(0, 32, self.bits))
+        return self._integers(self.zero, 0, rows, groups, np.uint32(shifts))
 
     def _box(self, name: str, rows: slice, columns: slice) -> np.ndarray:
         if self.inputs_first:
             return self.source.read(name, (columns, rows)).T
         return self.source.read(name, (rows, columns))
 
-    def _integers(self, name: str, axis: int, rows: slice, columns: slice) -> np.ndarray:
+    def _integers(
+        self, name: str, axis: int, rows: slice, columns: slice, shifts: np.uint32 | None = None
+    ) -> np.ndarray:
         count, box = 32 // self.bits, [rows, columns]
         first = box[axis].start // count
         box[axis] = slice(first, -(-box[axis].stop // count))
-        numbers = _unpacked(np.ascontiguousarray(self._box(name, *box)), self.bits, axis, self.order)
+        stored = np.ascontiguousarray(self._box(name, *box))
+        if shifts:
+            stored = stored.view(np.uint32) + shifts
+        numbers = _unpacked(stored, self.bits, axis, self.order)
         wanted = [slice(None), slice(None)]
         original = (rows, columns)[axis]
         wanted[axis] = slice(original.start - first * count, original.stop - first * count)
@@ -459,7 +503,7 @@ def _packed_tensor(reader: _Reader, name: str) -> Encoded:
         raise CheckpointError(
             f"{reader.tensor(packed)} of {stored.dtype} and shape {list(stored.shape)} is no matrix of int32"
         )
-    reader.beside(packed, f"{name}_shape", (2,))
+    reader.beside(packed, f"{name}_shape", (2,), _I32, np.dtype(np.int64))
     rows, columns = (int(size) for size in reader.source.read(f"{name}_shape"))
     count = 32 // bits
     if (rows, -(-columns // count)) != stored.shape:
@@ -483,7 +527,7 @@ def _packed_tensor(reader: _Reader, name: str) -> Encoded:
     kept = _integer_format(
         bits, None if quantization.block is None else group, scales.dtype, zero is not None
     )
-    names = (packed, scale, f"{name}_shape", f"{name}{ZERO_SUFFIX}")
+    names = (packed, scale, f"{name}_shape", f"{name}{ZERO_SUFFIX}", *_of_activations(name))
     packing = _Packed(reader.source, names, scale, zero, bits, 1, False, kept)
     return Encoded(packing, (rows, columns))
 
@@ -511,7 +555,7 @@ def _awq_tensors(reader: _Reader) -> dict[str, Encoded]:
 
 def _words_tensor(reader: _Reader, module: str, *, packed_inputs: bool) -> Encoded:
     quantization, name = reader.quantization, f"{module}.qweight"
-    names = (name, *(f"{module}.{part}" for part in ("scales", "qzeros", "g_idx")))
+    names = (name, *(f"{module}.{part}" for part in ("scales", "qzeros", "g_idx")[: 2 + packed_inputs]))
     stored, count = reader.source.tensors[name], 32 // quantization.bits
     if len(stored.shape) != 2 or stored.dtype != _I32:
         raise CheckpointError(
@@ -548,7 +592,7 @@ def _words_tensor(reader: _Reader, module: str, *, packed_inputs: bool) -> Encod
         order,
         quantization.zero_shift,
     )
-    return Encoded(packing, (outputs, inputs))
+    return Encoded(packing, (outputs, inputs), by_outputs=True)
 
 
 # --- MXFP4 -------------------------------------------------------------------------------------------------
@@ -593,8 +637,6 @@ def _mxfp4_tensors(reader: _Reader) -> dict[str, Encoded]:
         tensor = reader.tensor(names[0])
         if blocks is None or scales is None:
             raise CheckpointError(f"{tensor} has no {shown(names[1])} beside it")
-        if reader.info(name) is not None:
-            raise CheckpointError(f"{tensor} and {shown(name)} are both there: one of them is to be used")
         if blocks.dtype != np.uint8 or scales.dtype != np.uint8:
             raise CheckpointError(
                 f"{tensor} is {blocks.dtype} and its scales {scales.dtype}: both must be uint8"

@@ -103,8 +103,13 @@ def check(case_: tuple[Any, ...], window: int | None, backend: Backend = XLA) ->
 
 @pytest.mark.parametrize(
     "backend",
-    (XLA, Backend("xla", walk_pages=3, short_chunk_pages=3), Backend("reference")),
-    ids=("xla", "blocks", "reference"),
+    (
+        XLA,
+        Backend("xla", walk_pages=3, short_chunk_pages=3),
+        Backend("xla", short_chunk_pages=3),
+        Backend("reference"),
+    ),
+    ids=("xla", "blocks", "blocks then pages", "reference"),
 )
 @pytest.mark.parametrize("window", (None, 3, 17))
 @pytest.mark.parametrize(("batch", "length"), ((1, 1), (3, 1), (1, 4), (2, 8), (3, 16)))

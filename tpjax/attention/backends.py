@@ -91,7 +91,7 @@ class Backend:
         interpret: how the kernel is interpreted, slow and exact; ``None``: it is compiled.
         walk_pages: pages of a sequence that one iteration of the page walk reads, at most. An iteration takes
             a TPU some 2,000 cycles for each of its instructions.
-        short_chunk_pages: the same for prompt chunks of up to 128 tokens.
+        short_chunk_pages: the same for prompt chunks of up to 128 tokens, as long as so many are left.
         fixed_trips: whether the iterations of the page walk of decode steps are compiled in: see
             :meth:`tpjax.runtime.limits.Limits.decode_shapes`.
         in_rows: whether tokens are written in rows of one head, as on TPUs: else XLA lays out the cache in
@@ -283,7 +283,7 @@ def paged_attention(
     if backend.name == "reference":
         return reference.paged_attention(query, key, value, cache, group, **scoring)
     short = group.chunks and group.shape[1] <= SHORT_CHUNK
-    pages = backend.short_chunk_pages if short else backend.walk_pages
+    pages = (*((backend.short_chunk_pages,) if short else ()), backend.walk_pages)
     return xla.paged_attention(query, key, value, cache, group, pages=pages, **scoring)
 
 

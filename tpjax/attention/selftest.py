@@ -145,7 +145,7 @@ def _check(kernel_name: str, shape: KernelShape, device: jax.Device, interpret: 
                 attend["sinks"] = jnp.asarray(rng.normal(size=(shape.heads, shape.per_head)), jnp.float32)
             kernel = functools.partial(_kernel, module, shape.value_dim, interpret=interpret, **attend)
             pages = WALK_PAGES.get(device.platform, 1)
-            walked = functools.partial(xla.paged_attention, pages=pages)
+            walked = functools.partial(xla.paged_attention, pages=(pages,))
             walk = functools.partial(_other, walked, shape.value_dim, **attend)
             define = functools.partial(_other, reference.paged_attention, shape.value_dim, **attend)
             for length in (1, shape.page_size):

@@ -11,6 +11,8 @@ knows, as a GPU wants it, and its cost follows the sum of all contexts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -130,9 +132,11 @@ def paged_attention(
     window: int | None,
     softcap: float | None = None,
     sinks: Float[Array, "K G"] | None = None,
-    pages: int = 1,
+    pages: Sequence[int] = (1,),
 ) -> Float[Array, "B S K G v"]:
-    """Walks the pages of all sequences, up to ``pages`` of each in one iteration.
+    """Walks the pages of all sequences, up to ``pages[0]`` of each in one iteration.
+
+    Where ``pages`` has more numbers, pages that fill no iteration of one are walked by the next.
 
     Single tokens, and the few of a row that verifies drafts, walk all their pages, their own keys' included.
     A chunk walks the pages before it, then attends to its own keys directly, a block of queries at a time and
@@ -153,10 +157,10 @@ def paged_attention(
     page_bytes, columns = cache.page_size * key_bytes, group.block_tables.shape[1]
     walked = rows, row_positions, cache, group, stop, scoring, value.shape[-1]
     if group.walk and window is None:
-        several = min(pages, columns)
+        several = min(pages[0], columns)
         softmax = _walk_blocks(*walked, several, pages_at_once(group.walk, several * page_bytes, group.walk))
     else:
-        softmax = _walk(*walked, pages_at_once(pages, batch * page_bytes, columns))
+        softmax = _walk(*walked, [pages_at_once(most, batch * page_bytes, columns) for most in pages])
     if group.chunks:
         keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
         softmax = _attend_to_chunk(softmax, rows, row_positions, keys, values, group.positions, scoring)
@@ -212,11 +216,12 @@ def _walk(
     stop: Int[Array, " B"],
     scoring: _Scoring,
     value_dim: int,
-    several: int,
+    pages: Sequence[int],
 ) -> _OnlineSoftmax:
     """Attends to the cached positions before ``stop``, each sequence from the first page in its window.
 
-    Sequences walk side by side, each over its own pages: one iteration reads ``several`` of every sequence.
+    Sequences walk side by side, each over its own pages: one iteration reads ``pages[0]`` of every sequence,
+    or what the next of ``pages`` says if fewer are left.
     Sequences at distant positions do not lengthen each other's walk, and padding, which stops at 0, has none.
     """
     page_size, window = cache.page_size, scoring.window
@@ -231,12 +236,14 @@ def _walk(
             in_window %= tables.shape[1]
         # past its end a row's table repeats the last page, in which the row sees nothing
         tables = jnp.take_along_axis(tables, in_window, axis=1, mode="clip")
-    tables = _padded(tables, several)
+    tables = _padded(tables, pages[-1])
 
-    def accumulate(step: Int[Array, ""], softmax: _OnlineSoftmax) -> _OnlineSoftmax:
-        block = jax.lax.dynamic_slice_in_dim(tables, step * several, several, axis=1)
-        keys, values = _read(cache, block)
-        places = step * several * page_size + jnp.arange(several * page_size)
+    def accumulate(
+        several: int, start: int | Array, trip: Int[Array, ""], softmax: _OnlineSoftmax
+    ) -> _OnlineSoftmax:
+        column = start + trip * several
+        keys, values = _read(cache, jax.lax.dynamic_slice_in_dim(tables, column, several, axis=1))
+        places = column * page_size + jnp.arange(several * page_size)
         positions = (first[:, None] * page_size + places)[:, None, None, :]
         # a sequence that starts earlier than the batch's latest must not see its own chunk here already
         written = positions < stop[:, None, None, None]
@@ -245,11 +252,19 @@ def _walk(
         values = jnp.where(written.swapaxes(2, 3), values, 0)
         return softmax.accumulate(rows, keys, values, visible, scoring)
 
-    num_blocks: int | Array = -(-most // several)  # whatever is there
-    if not group.walk:
-        num_blocks = jnp.max(-(-(-(-stop // page_size) - first) // several))
+    walked: int | Array = most  # whatever is there, in iterations that the compiler counts
+    if group.walk:
+        pages = pages[-1:]
+    else:
+        walked = jnp.max(-(-stop // page_size) - first, initial=0)
+    softmax = _OnlineSoftmax.empty(rows, value_dim)
+    start: int | Array = 0
     with jax.named_scope("page_walk"):
-        return jax.lax.fori_loop(0, num_blocks, accumulate, _OnlineSoftmax.empty(rows, value_dim))
+        for several in sorted(set(pages), reverse=True):
+            trips = -(-(walked - start) // several) if several == pages[-1] else (walked - start) // several
+            softmax = jax.lax.fori_loop(0, trips, partial(accumulate, several, start), softmax)
+            start += trips * several
+    return softmax
 
 
 def _walk_blocks(

@@ -62,15 +62,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what is marked slow, unless all is asked for, a mark, or the test by its name."""
-    if config.getoption("--all") or config.getoption("markexpr"):
+    """Leaves out what is marked slow, unless all is asked for, a mark, or the test by its name.
+
+    Of all, what is marked as shipped is left to ``test_as_shipped``, which names it.
+    """
+    if config.getoption("markexpr"):
         return
+    mark = "as_shipped" if config.getoption("--all") else "slow"
     named = [arg.partition("::")[2] for arg in config.args if "::" in arg]
     kept, left_out = [], []
     for item in items:
         name = item.nodeid.partition("::")[2]
-        slow = item.get_closest_marker("slow") and not any(name.startswith(one) for one in named)
-        (left_out if slow else kept).append(item)
+        marked = item.get_closest_marker(mark) and not any(name.startswith(one) for one in named)
+        (left_out if marked else kept).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)
 

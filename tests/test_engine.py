@@ -19,10 +19,12 @@ from hypothesis import strategies as st
 
 from tpjax import LLM, SamplingParams
 from tpjax.engine.engine import Engine
+from tpjax.engine.generation import Generation
 from tpjax.engine.masks import pack_mask
+from tpjax.engine.replica import Replica
 from tpjax.engine.request import Request
 from tpjax.errors import RequestError
-from tpjax.runtime.limits import ChunkShape, Limits
+from tpjax.runtime.limits import PAGE_SIZE, ChunkShape, Limits, chunk_shapes
 from tpjax.runtime.rows import NO_TOKEN, Chunk, Row
 from tpjax.runtime.runner import StepOutput
 from tpjax.sampling import NAN_TOKEN, Sampled
@@ -30,6 +32,8 @@ from tpjax.windows import ONE_GROUP, Windows, pages_held
 
 V, PAGE = 23, 4
 SHAPES = (ChunkShape(1, 2), ChunkShape(2, 2), ChunkShape(2, 4))
+# as those of a CPU: prompts beside decode rows run in fewer tokens than a page, those with scores in a page
+CPU_SHAPES = [ChunkShape(rows, length * PAGE // PAGE_SIZE) for rows, length in chunk_shapes("cpu")]
 POISON = 22  # a prompt with this token makes logits that are not numbers
 STOP = 7
 
@@ -66,8 +70,9 @@ class FakeRunner:
         histories: int | None = None,
         windows: Windows = ONE_GROUP,
         stages: int = 1,
+        shapes: Sequence[ChunkShape] = SHAPES,
     ) -> None:
-        sizes = slots, longest, pages + 1, PAGE, SHAPES, SHAPES[:2], steps
+        sizes = slots, longest, pages + 1, PAGE, tuple(shapes), tuple(shapes[:2]), steps
         self.limits = Limits(*sizes, max_histories=histories, windows=windows, stages=stages)
         self.compile_count = 0
         self.kept = np.full((pages + 1, PAGE), -1)
@@ -80,6 +85,9 @@ class FakeRunner:
     def reset(self) -> None:
         self.state_resets += 1
         self.kept[:] = self.tokens[:] = -1
+
+    def fail(self, error: BaseException) -> None:
+        """There are no other processes."""
 
     def chunk_shapes(self) -> tuple[Sequence[ChunkShape], Sequence[ChunkShape]]:
         return self.limits.usable_chunk_shapes, self.limits.mixed_chunk_shapes
@@ -264,6 +272,7 @@ shapes = st.tuples(
     pages=st.integers(0, 18),
     windows=st.sampled_from((ONE_GROUP, (None, 6, 6), (None, None, 5), (6,))),
     steps_and_stages=st.sampled_from(((1, 1), (4, 1), (1, 2), (1, 3))),
+    chunks=st.sampled_from((SHAPES, CPU_SHAPES)),
     budget=st.sampled_from((2, 6, 12, None)),
     seed=st.integers(0, 2**16),
 )
@@ -274,15 +283,22 @@ def test_the_same_in_any_mix(
     pages: int,
     windows: Windows,
     steps_and_stages: tuple[int, int],
+    chunks: Sequence[ChunkShape],
     budget: int | None,
     seed: int,
 ) -> None:
     """Arrivals, cancellations, few pages or histories, shared beginnings, ends at any step: all the same."""
     rng = random.Random(seed)
-    pages += pages_held(48, windows, PAGE, 8)
+    pages += pages_held(48, windows, PAGE, chunks[-1].tokens)
     steps, stages = steps_and_stages
     runner: Any = FakeRunner(
-        slots, pages, steps=steps, histories=min(slots, histories), windows=windows, stages=stages
+        slots,
+        pages,
+        steps=steps,
+        histories=min(slots, histories),
+        windows=windows,
+        stages=stages,
+        shapes=chunks,
     )
     engine = Engine(runner, max_num_batched_tokens=budget)
     requests = []
@@ -357,6 +373,43 @@ def test_the_property_test_preempts_and_shares() -> None:
     assert stats.preemptions > 0 and stats.prefix_hits >= 24  # 3 times 2 pages
     assert [one.cached_tokens for one in requests] == [0, 8, 8, 8]
     assert (stats.running, stats.waiting, stats.kv_cache_usage) == (0, 0, 0.0)
+
+
+def test_prompt_log_probabilities_survive_preemption_beside_decode_rows() -> None:
+    """They were complete before: what is prefilled again takes the chunks of other prompts."""
+    runner: Any = FakeRunner(slots=3, pages=12, shapes=CPU_SHAPES)
+    engine = Engine(runner)
+    sizes = ((9, 20, None), (5, 10, None), (7, 20, 0))
+    requests = [
+        Request([i + 1] * prompt, SamplingParams(max_tokens=tokens, prompt_logprobs=scores), seed=i)
+        for i, (prompt, tokens, scores) in enumerate(sizes)
+    ]
+    for one in requests:
+        engine.add(one)
+    beside = False
+    while engine.busy:
+        engine.step()
+        check(engine, 12)
+        old, _, scored = requests
+        again = scored.slot is not None and scored.prefilling and bool(scored.output_token_ids)
+        beside = beside or (again and not old.finished)
+    assert beside
+    assert [(one.output_token_ids, one.finish_reason) for one in requests] == [alone(one) for one in requests]
+    assert [entry and entry.token_id for entry in requests[2].prompt_logprobs] == [None, *[3] * 6]
+
+
+def test_a_replica_that_failed_gives_its_waiting_requests_to_another() -> None:
+    """Also one that was preempted with its first token in flight, which nobody reads any more."""
+    first, second = (Replica(Engine(FakeRunner(slots=1, pages=12))) for _ in range(2))  # type: ignore[arg-type]
+    generation = Generation(Request([1, 2, 3], SamplingParams(max_tokens=3), 0), None)
+    first.add(generation)
+    first.step()
+    first.engine.scheduler._preempt(generation.request)
+    assert generation.request.unread and first.withdraw() == [generation]
+    second.add(generation)
+    for _ in range(9):
+        second.step()
+    assert alone(generation.request) == (generation.request.output_token_ids, "length")
 
 
 def test_the_next_dispatch_starts_before_the_last_is_read() -> None:

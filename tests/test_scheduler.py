@@ -239,6 +239,25 @@ def test_a_step_with_prompts_takes_at_most_twice_as_long() -> None:
     assert beside(chip(8, seconds=lambda rows, _, tokens, __: 1.0 + 9.0 * bool(tokens)), 4000) == 128
 
 
+def test_a_step_is_timed_by_the_prompts_that_run_in_it() -> None:
+    """Not by one that has its place already, and starts after a long cached prefix."""
+
+    def seconds(rows: int, context: int, prompt_tokens: int, before: int) -> float:
+        return 10.0 + 0.015 * prompt_tokens + 0.01 * before
+
+    for cached in (False, True):
+        of = chip(8, seconds=seconds)
+        if cached:
+            finish_alone(of, request(6000, 1, first=90_000))
+        of.add(request(1023, 99))
+        run(of, of.schedule())
+        of.add(request(4000, 1, first=50_000))
+        of.add(request(6000, 1, first=90_000))
+        step = of.schedule()
+        assert step is not None and len(of.running) == 3
+        assert [(chunk.start, chunk.stop) for chunk in step.chunks] == [(0, 512)]
+
+
 def test_a_given_maximum_counts_decoded_tokens_too() -> None:
     assert beside(chip(8, max_num_batched_tokens=516), 4000) == 512
     assert beside(chip(8, max_num_batched_tokens=515), 4000) == 128
@@ -289,6 +308,39 @@ def test_several_steps_while_a_slot_is_free_but_no_page() -> None:
     of.add(request(8, 16))
     of.add(request(20, 4, first=90))
     assert steps_of(of)[:6] == [4, 4, 4, 1, 1, 1]
+
+
+class Free:
+    """A grammar that allows everything."""
+
+    finished = False
+
+    def mask(self) -> None: ...
+
+    def advance(self, token: int) -> None: ...
+
+
+def test_rows_with_a_grammar_go_on_while_prompts_end_at_every_step() -> None:
+    """As the engine does: what a step samples is read after the next one has been dispatched."""
+    of, flight = scheduler(slots=8, pages=40), []
+    asked = [request(4, 6, first=10 * at, grammar=Free()) for at in range(8)]
+    for one in asked:
+        of.add(one)
+    at_last: list[int] = []
+    while of.busy:
+        step = of.schedule()
+        if step is not None:
+            if not at_last and asked[-1].output_token_ids:
+                at_last = [len(one.output_token_ids) for one in asked]
+            assert not at_last or step.decode == of.running  # all in one step again
+            of.dispatched(step)
+            flight.append([*step.decode, *(chunk.request for chunk in step.chunks if chunk.final)])
+        if step is None or len(flight) > 1:
+            for one in flight.pop(0):
+                one.append(1)
+                if one.finished:
+                    of.finish(one)
+    assert at_last[:5] == [3, 3, 2, 2, 2]
 
 
 def test_a_large_request_is_not_overtaken() -> None:

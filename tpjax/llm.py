@@ -529,8 +529,9 @@ class LLM:
     # --- requests ------------------------------------------------------------------------------------------
 
     def _stream(self, generation: Generation) -> Iterator[Delta]:
-        deltas, ended = self._start(generation), False
+        ended = False
         try:
+            deltas = self._start(generation)
             while not ended:
                 if not deltas:
                     ended = not self.front.runs(

@@ -15,7 +15,6 @@ import numpy as np
 from tpjax.distributed import process_id
 from tpjax.engine.block_manager import BlockManager
 from tpjax.engine.masks import pack_mask, without
-from tpjax.engine.page_groups import NO_PAGE
 from tpjax.engine.request import Request, TokenLogprobs
 from tpjax.engine.scheduler import PromptChunk, Scheduler, Step
 from tpjax.errors import EngineError, RequestError
@@ -236,10 +235,10 @@ class Engine:
         # all that it will hold, now: where pages run short later the state would be taken for lost
         if (held := groups.held(len(token_ids))) > (free := groups.blocks.free):
             raise RequestError(f"{held} cache pages are needed, but {free} are free")
-        pages = groups.start(groups.find(()), len(token_ids))
         slot, parts = self.runner.limits.max_slots, []
         try:
             with self.guarded():
+                pages = groups.start(groups.find(()), len(token_ids))
                 for start in range(0, len(token_ids), size):
                     part = token_ids[start : start + size]
                     groups.give_back(pages, start)
@@ -340,7 +339,7 @@ class Engine:
             requests=tuple(
                 RequestStats(
                     one.slot,
-                    sum(page != NO_PAGE for pages in one.pages for page in pages),
+                    scheduler.pages.count(one.pages),
                     one.num_tokens,
                     len(one.prompt_token_ids),
                     one.prefilled,
@@ -473,9 +472,7 @@ def _chunk(chunk: PromptChunk) -> Chunk:
     if not chunk.final:  # the next token is known: what is sampled is not used
         row = replace(row, params=_GREEDY, masked_until=0)
     token_ids = request.prefill_token_ids[chunk.start : chunk.stop]
-    if request.params.prompt_logprobs is None or request.output_token_ids:
-        return Chunk(row, token_ids)
-    return Chunk(row, token_ids, _targets(chunk))
+    return Chunk(row, token_ids, _targets(chunk) if request.scores_prompt else None)
 
 
 def _targets(chunk: PromptChunk) -> list[int]:

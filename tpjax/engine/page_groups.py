@@ -6,6 +6,7 @@ group with a window, a sequence has pages for the blocks that its next tokens se
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import islice
 from typing import NamedTuple
@@ -52,6 +53,13 @@ class PageGroups:
     def held(self, tokens: int) -> int:
         """Returns the pages that a sequence of so many tokens holds at once, at most."""
         return pages_held(tokens, self.windows, self.blocks.page_size, self._step_tokens)
+
+    def count(self, pages: Pages) -> int:
+        """Returns how many pages a sequence holds: with a window, only early blocks lack one."""
+        return sum(
+            len(of_group) - (0 if window is None else bisect_left(of_group, True, key=bool))
+            for window, of_group in zip(self.windows, pages, strict=False)
+        )
 
     def find(self, keys: Sequence[PageKey]) -> Prefix:
         """Returns the longest cached prefix of ``keys``.

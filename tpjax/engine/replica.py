@@ -93,6 +93,7 @@ class Replica:
         waiting = [one for one in self._running.values() if _not_begun(one.request)]
         for generation in waiting:
             self.engine.scheduler.finish(generation.request)
+            generation.request.dispatched_tokens = 0  # what may be in flight here is never read
             del self._running[generation.request]
         return waiting
 

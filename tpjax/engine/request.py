@@ -153,9 +153,19 @@ class Request:
         return self.prefilled < len(self.prefill_token_ids)
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are wanted and not complete: they need every logit."""
+        return self.params.prompt_logprobs is not None and not self.output_token_ids
+
+    @property
     def unread(self) -> bool:
         """Whether the host has not read all dispatched tokens."""
         return self.dispatched_tokens > len(self.output_token_ids)
+
+    @property
+    def decoded(self) -> bool:
+        """Whether a token has been dispatched after that of its last prefill."""
+        return self.next_position > len(self.prefill_token_ids)
 
     @property
     def decodable(self) -> bool:

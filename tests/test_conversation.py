@@ -318,6 +318,49 @@ def test_a_call_without_arguments(text: str) -> None:
     assert turn["tool_calls"][0]["function"]["arguments"] == {}
 
 
+@pytest.mark.parametrize(
+    "text", ('{"city": "Par', "[", "[1]", '"x"', "5", '{"a": NaN}', '{"a": "\\ud800"}', '{"a":' * 5000)
+)
+def test_arguments_that_are_no_object_come_back_as_text(text: str) -> None:
+    """A call that was cut at the token limit, and what clients make of it: agents go on with an error."""
+    found, expected = (
+        [
+            said(U, "q"),
+            said(A, None, tool_calls=[call("f", arguments=one)]),
+            said(T, "Error", tool_call_id="call_1"),
+        ]
+        for one in (text, json.dumps({"invalid_arguments": text}))
+    )
+    for name in SOURCES:
+        assert rendered(name, found) == rendered(name, expected)
+
+
+@pytest.mark.parametrize("name", ("chatml", "like gemma 3", "gpt-oss"))
+def test_a_refusal_is_the_text_of_its_message(name: str) -> None:
+    """OpenAI's answers have it in place of their content, and clients send back what they got."""
+    refused = said(A, None, refusal="I will not.", audio=None, function_call=None, annotations=[])
+    plain = said(A, "I will not.", annotations=[])
+    assert turns(name, [said(U, "q"), refused, said(U, "so")]) == turns(
+        name, [said(U, "q"), plain, said(U, "so")]
+    )
+    beside = said(A, "text", refusal=None)
+    assert turns(name, [said(U, "q"), beside])[1] == said(A, "text")
+
+
+def test_audio_of_an_earlier_answer_is_refused_by_name() -> None:
+    with pytest.raises(ApiError, match=r"messages\[1\] has audio: only text"):
+        turns("chatml", [said(U, "q"), said(A, None, audio={"id": "audio_1"}), said(U, "so")])
+
+
+def test_no_content_is_no_text_beside_calls() -> None:
+    """Where a template takes lists of parts too: an empty one would be a message of its own."""
+    messages = [said(U, "q"), said(A, None, tool_calls=[call("f")]), said(T, "r", tool_call_id="call_1")]
+    asked = body(messages)
+    traits = Traits(parts=frozenset((U, A)), tool_messages=True, text_and_calls=False)
+    found = conversation(asked.messages, None, traits, HERMES)
+    assert [(turn["role"], turn["content"]) for turn in found] == [(U, "q"), (A, ""), (T, "r")]
+
+
 @pytest.mark.parametrize("field", ("reasoning", "reasoning_content", "thinking"))
 def test_reasoning_is_read_back_under_every_name(field: str) -> None:
     thought = said(A, "", tool_calls=[call("f")]) | {field: "wthought"}

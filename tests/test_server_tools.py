@@ -91,6 +91,9 @@ def test_what_clients_keep_beside_calls_and_tools(api: Api) -> None:
     google = {"google": {"thought_signature": "x"}}
     assert tokens({"provider_specific_fields": None, "extra_content": google}, {}, {}) == plain
     assert tokens({}, {}, {"cache_control": {"type": "ephemeral"}}) == plain
+    returns = {"name": "look", "parameters": SCHEMA, "return": {"type": "string", "description": "é"}}
+    told = api.tokenizer.decode(tokens({}, {}, {"function": returns}))  # transformers' get_json_schema has it
+    assert json.dumps(returns, ensure_ascii=False) in told
     misspelt = {"messages": HI, "tools": [TOOL | {"strict": True}]}
     assert "strict is not a known" in api.http.post("/tokenize", json=misspelt).json()["error"]["message"]
 

@@ -107,7 +107,7 @@ class ChatPrompts:
             # as text: the template is given where it ends; it may have been joined with what came before
             turns[-1] = {**turns[-1], "content": as_text(turns[-1].get("content") or "")}
         described = tools if tools and form.traits.tools else ()
-        plain_tools = [tool.model_dump(exclude_none=True) for tool in described]
+        plain_tools = [tool.described() for tool in described]
         rendering = {"messages": turns, "tools": plain_tools or None, **_rendering(body)}
         text = await self.workers.run(RENDER, self._templates.job(rendering), "messages")
         whole = not isinstance(body, ChatBody) or body.truncate_prompt_tokens is not None

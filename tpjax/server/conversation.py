@@ -26,6 +26,7 @@ _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "ref
 _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # in order of preference
 _ACKNOWLEDGED = "OK."  # assistant message after tool results, if a user message may not follow them
 _SHORT_ID = re.compile(r"[a-zA-Z0-9]{9}")
+_INVALID = "invalid_arguments"  # field of the text of arguments that are no JSON object
 _RESULT = "<tool_response>\n{}\n</tool_response>"
 
 _INSTRUCTIONS = """You may call one or more functions to answer. These are their signatures:
@@ -47,7 +48,7 @@ def conversation(
         form: format of tool calls, for templates that do not render them.
 
     Raises:
-        ApiError: 400, a content part is not text, or arguments are not a JSON object or have too many parts.
+        ApiError: 400, a content part is not text, or arguments have too many parts.
     """
     _check_arguments(messages)
     turns = [_turn(message, i, traits) for i, message in enumerate(messages)]
@@ -66,7 +67,11 @@ def _turn(message: Message, position: int, traits: Traits) -> Turn:
         role = "system"
     turn["role"] = role = "tool" if role == "function" else role
     texts, thoughts = _texts(message.content, position)
-    if isinstance(message.content, str) or role not in traits.parts:
+    if "audio" in turn:  # the official client sends a null, which is not here
+        raise bad_request(f"messages[{position}] has audio: only text is supported", "messages")
+    if isinstance(refusal := turn.pop("refusal", None), str) and not any(texts):
+        texts = [refusal]  # what an answer has in place of its content
+    if not isinstance(message.content, list) or role not in traits.parts:
         turn["content"] = " ".join(texts)  # joined as transformers' server does
     else:
         turn["content"] = [{"type": "text", "text": text} for text in texts]
@@ -75,7 +80,7 @@ def _turn(message: Message, position: int, traits: Traits) -> Turn:
         reasoning = next((one for one in list(named) if isinstance(one, str) and one), thoughts)
         turn |= reasoning_fields(reasoning) if reasoning else {}
     for call in turn.get("tool_calls", ()):
-        call["function"]["arguments"] = _arguments(call["function"]["arguments"], position)
+        call["function"]["arguments"] = _arguments(call["function"]["arguments"])
     if not turn.get("tool_calls", True):
         del turn["tool_calls"]  # templates ask only whether the list is there, and an empty one has no calls
     return turn
@@ -117,16 +122,16 @@ def _check_arguments(messages: Sequence[Message]) -> None:
         raise bad_request(f"{what} have {count} objects, lists and fields, over {MAX_PARTS}", "messages")
 
 
-def _arguments(text: str, position: int) -> JsonObject:
+def _arguments(text: str) -> JsonObject:
+    """Returns a call's arguments; those that are no JSON object as one with their text.
+
+    Calls that ended at the token limit come back in agents' histories, with an error as their result.
+    """
     try:
         arguments = {} if text in ("", "null") else strict_json(text)  # of a call without any
     except ValueError:
         arguments = None
-    if not isinstance(arguments, dict):
-        raise bad_request(
-            f"messages[{position}] has a tool call whose arguments are no JSON object", "messages"
-        )
-    return arguments
+    return arguments if isinstance(arguments, dict) else {_INVALID: text}
 
 
 # --- calls and results
@@ -229,7 +234,7 @@ def _calls_as_text(turns: list[Turn], form: ToolCallFormat) -> list[Turn]:
 
 
 def _described(turns: list[Turn], tools: Sequence[Tool], form: ToolCallFormat) -> list[Turn]:
-    signatures = [json.dumps(tool.model_dump(exclude_none=True), ensure_ascii=False) for tool in tools]
+    signatures = [json.dumps(tool.described(), ensure_ascii=False) for tool in tools]
     text = _INSTRUCTIONS.format(tools="\n".join(signatures), how=form.instructions)
     if turns[0]["role"] in ("system", "developer"):
         content = f"{as_text(turns[0]['content'])}\n\n{text}"

@@ -277,6 +277,7 @@ class Function(Body):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
     parameters: JsonObject | None = None
+    return_: JsonObject | None = Field(default=None, alias="return")  # of transformers' get_json_schema
     strict: bool | None = None
 
 
@@ -286,6 +287,10 @@ class Tool(Body):
     type: Literal["function"]
     function: Function
     cache_control: JsonObject | None = Field(default=None, exclude=True)  # of Anthropic's clients; no effect
+
+    def described(self) -> JsonObject:
+        """Returns the tool as chat templates describe it to the model."""
+        return self.model_dump(exclude_none=True, by_alias=True)
 
 
 class NamedFunction(Body):

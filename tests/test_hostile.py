@@ -443,9 +443,12 @@ def test_a_prompt_that_is_certainly_too_long_is_not_encoded(
     monkeypatch.setattr(WorkerPool, "run", lambda *_: pytest.fail("it was encoded"))
     error = error_of(http.post(COMPLETIONS, json=completion("a" * 900_000)), 400)
     assert error["code"] == "context_length_exceeded" and error["param"] == "prompt"
-    assert "at least " in error["message"] and f"over the context of {CONTEXT}" in error["message"]
+    assert "at least " in error["message"] and f"context length is {CONTEXT} tokens" in error["message"]
     error = error_of(http.post(COMPLETIONS, json=completion([5] * 200_000)), 400)
-    assert error["message"] == f"the prompt has 200000 tokens, over the context of {CONTEXT}"
+    assert (
+        error["message"]
+        == f"the prompt has 200000 tokens: this model's maximum context length is {CONTEXT} tokens"
+    )
     assert error["code"] == "context_length_exceeded" and not encoded
     assert server.service.pending == 0
 

@@ -289,7 +289,7 @@ def test_stop_and_errors_leave_the_last_line_visible(server: Running, opened: Ca
     )
     say(page, "more", max_tokens="5000")
     page.wait_for_selector(".turn.error")
-    assert "over the context of 1024" in page.text_content(".turn.error small")
+    assert "context length is 1024 tokens" in page.text_content(".turn.error small")
 
 
 def test_a_message_waits_for_the_model(directory: Path, opened: Callable[..., Page]) -> None:

@@ -302,7 +302,9 @@ def test_tokenize_and_detokenize(server: Running, offline: Any) -> None:
 
 
 def test_errors_are_the_client_s_own(server: Running, client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="together 1030, over the context of 1024") as caught:
+    with pytest.raises(
+        openai.BadRequestError, match="together 1030: this model's maximum context length is 1024 tokens"
+    ) as caught:
         client.completions.create(model="tiny", prompt=[5] * 30, max_tokens=1000)
     assert caught.value.code == "context_length_exceeded" and caught.value.param == "max_tokens"
     with pytest.raises(openai.NotFoundError, match="'gpt-4' does not exist"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -259,6 +260,26 @@ def test_lm_eval_with_the_server_s_tokenizer(api: Api) -> None:
     logits = api.offline.logits(ids).astype(np.float64)
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     assert found == pytest.approx(sum(logprobs[i - 1, ids[i]] for i in range(before, len(ids))), abs=1e-3)
+
+
+# --- what is not here
+
+
+def test_other_apis_are_refused_by_name(api: Api) -> None:
+    """What the official client has besides, and a base URL without /v1 or with two."""
+    official, twice = api.client, api.client.with_options(base_url=f"{api.server.url}/v1/v1")
+    none = api.client.with_options(base_url=api.server.url)
+    asks: list[tuple[Callable[[], Any], str]] = [
+        (lambda: official.responses.create(model="tiny", input="a"), "responses: the Responses API is not"),
+        (lambda: official.embeddings.create(model="tiny", input="a"), "embeddings are not supported"),
+        (lambda: official.moderations.create(input="a"), "Not Found; /openapi.json lists"),
+        (lambda: none.models.list(), "GET /models: Not Found; /v1/models is meant: the client's base URL"),
+        (lambda: twice.completions.create(model="tiny", prompt="a"), "/v1/completions is meant"),
+    ]
+    for ask, message in asks:
+        with pytest.raises(openai.NotFoundError, match=re.escape(message)) as caught:
+            ask()
+        assert caught.value.type == "not_found_error"
 
 
 # --- pages from elsewhere

@@ -57,6 +57,11 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
+def over_context(what: str, context: int) -> str:
+    """Returns a message about what is longer than the context, in OpenAI's words, which clients look for."""
+    return f"{what}: this model's maximum context length is {context} tokens"
+
+
 def internal_error() -> ApiError:
     """Returns an error of status 500 without details; the log has the trace."""
     return ApiError(500, "an internal error occurred; the server's log has it", code="internal_error")

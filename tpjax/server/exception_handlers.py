@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -10,7 +12,7 @@ from starlette.responses import Response
 from tpjax.errors import RequestError
 from tpjax.server.error_responses import ApiError, bad_request, internal_error
 from tpjax.server.json_bodies import JsonResponse
-from tpjax.server.json_types import JsonObject
+from tpjax.server.json_types import Json, JsonObject
 
 _SCHEMA = {
     "type": "object",
@@ -43,6 +45,13 @@ RESPONSES: dict[int | str, JsonObject] = {
     )
 }
 
+# Paths of other APIs that clients use unless told otherwise -> what is missing, and what there is instead.
+_MISSING = {
+    "/v1/responses": "the Responses API is not supported: use /v1/chat/completions",
+    "/v1/messages": "Anthropic's API is not supported: use /v1/chat/completions",
+    "/v1/embeddings": "embeddings are not supported: the model writes text",
+}
+
 
 def add_exception_handlers(app: FastAPI) -> None:
     """Makes an application send every exception as an error of the API."""
@@ -69,8 +78,8 @@ async def _validation_error(_: Request, error: Exception) -> Response:
     # than the wrong type.
     errors = error.errors()
     same = [one for one in errors if one["loc"][1:2] == errors[0]["loc"][1:2]]
-    first = next((one for one in same if not one["type"].endswith("_type")), errors[0])
-    where = [str(part) for part in first["loc"] if part != "body"]
+    first = next((one for one in same if not _wrong_type(one)), errors[0])
+    where = _path(first["loc"][1:], error.body, missing=first["type"] == "missing")
     param = where[0] if where else None
     if not where and first["type"] in ("missing", "model_attributes_type"):
         message = "the body is empty, no JSON object, or not sent as application/json"
@@ -81,15 +90,51 @@ async def _validation_error(_: Request, error: Exception) -> Response:
     return await _api_error(_, bad_request(message, param))
 
 
+def _wrong_type(error: JsonObject) -> bool:
+    """Returns whether an error says that a value has the wrong type; an object is none of some texts."""
+    kind: str = error["type"]
+    return kind.endswith("_type") or (kind == "literal_error" and isinstance(error.get("input"), dict | list))
+
+
+def _path(loc: Sequence[str | int], value: Json, *, missing: bool) -> list[str]:
+    """Returns where in a body an error is, without the names that pydantic has for the types of a union.
+
+    Args:
+        loc: location of the error in pydantic's form.
+        value: the body.
+        missing: the last part is a field that the body lacks.
+    """
+    path = []
+    for part in loc:
+        try:
+            value = value[part]
+        except (KeyError, IndexError, TypeError):
+            if not missing or part != loc[-1]:
+                continue  # the name of a type
+        path.append(str(part))
+    return path
+
+
 async def _http_error(request: Request, error: Exception) -> Response:
     """Reports a body that cannot be read, or a path or method that no route has."""
     assert isinstance(error, HTTPException)
     message = str(error.detail)
     if error.status_code in (404, 405):
-        place = f"{request.method} {request.url.path[:200]}"
-        message = f"{place}: {message}; /openapi.json lists what this server has"
+        message = f"{request.method} {request.url.path[:200]}: {_why(request, message)}"
     headers = dict(error.headers or {})
     return await _api_error(request, ApiError(error.status_code, message, headers=headers))
+
+
+def _why(request: Request, message: str) -> str:
+    """Returns what to do where a path or method has no route."""
+    path = request.url.path
+    if path in _MISSING:
+        return _MISSING[path]
+    # a client's base URL without /v1, or one that has it where the client adds its own
+    meant = "/v1/" + path.rsplit("/v1/")[-1].lstrip("/")
+    if meant != path and meant in (getattr(route, "path", None) for route in request.app.routes):
+        return f"{message}; {meant} is meant: the client's base URL is wrong"
+    return f"{message}; /openapi.json lists what this server has"
 
 
 async def _unexpected_error(_: Request, error: Exception) -> Response:

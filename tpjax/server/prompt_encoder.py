@@ -7,7 +7,7 @@ from base64 import b64decode
 from typing import TYPE_CHECKING
 
 from tpjax.server import admission_budget
-from tpjax.server.error_responses import ApiError, bad_request
+from tpjax.server.error_responses import ApiError, bad_request, over_context
 from tpjax.server.worker_pools import ThreadPool, WorkerPool
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class PromptEncoder:
         if count > self._context:
             raise ApiError(
                 400,
-                f"the prompt has {about}{count} tokens, over the context of {self._context}",
+                over_context(f"the prompt has {about}{count} tokens", self._context),
                 param=param,
                 code="context_length_exceeded",
             )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from tpjax.engine.generation import Delta, Generation
 from tpjax.errors import ContextLengthError, RequestError
 from tpjax.sampling_params import MAX_SEED, MIN_SEED, RANDOM_SEED
-from tpjax.server.error_responses import bad_request, from_request_error
+from tpjax.server.error_responses import bad_request, from_request_error, over_context
 from tpjax.server.grammars.compiler import TokenGrammar
 from tpjax.server.json_types import Json, JsonObject, utf8, well_formed
 from tpjax.server.protocol import MAX_CHOICES, Sampling
@@ -108,16 +108,15 @@ def make_requests(
         ids = llm.requests(prompt, alone, [0])[0].prompt_token_ids
         room = llm.max_model_len - len(ids)
         if not room and max_tokens != 0:
-            raise ContextLengthError(
-                f"the prompt has {len(ids)} tokens: the context of {llm.max_model_len} has no room to answer"
-            )
+            none = f"the prompt has {len(ids)} tokens, which leaves no room to answer"
+            raise ContextLengthError(over_context(none, llm.max_model_len))
         if max_tokens is None:
             default = room if default_tokens is None else max(default_tokens, body.min_tokens or 0)
             max_tokens = max(1, min(default, room))
         if max_tokens > room:
+            both = f"the prompt has {len(ids)} tokens and max_tokens={max_tokens}"
             raise bad_request(
-                f"the prompt has {len(ids)} tokens and max_tokens={max_tokens}: together "
-                f"{len(ids) + max_tokens}, over the context of {llm.max_model_len}",
+                over_context(f"{both}, together {len(ids) + max_tokens}", llm.max_model_len),
                 body.limit_name,
                 "context_length_exceeded",
             )

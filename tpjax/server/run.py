@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IDLE_TIMEOUT_S = 15.0
+# Seconds that a connection stays open between two requests: longer than clients keep one, or one would
+# send a request just as the server closes. httpx keeps them 5 s (uvicorn's default), aiohttp 15, load
+# balancers 60.
+KEEP_ALIVE_S = 75
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     """uvicorn's connection with an idle timeout.
 
     uvicorn waits for ever for the head of a request, and for ever for a client to read: idle connections
-    would use up the sockets, and unread responses would hold places in the queue.
+    would use up the sockets, and unread responses would hold places in the queue. Between two requests
+    uvicorn's own timer runs.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:
@@ -77,7 +82,9 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         if self.transport.is_closing() and not self.transport.get_write_buffer_size():
             return
         unread = self.transport.get_write_buffer_size()
-        now = (self.cycle, self.cycle is None or self.cycle.response_complete, unread)
+        # data unsets the timer: a head has begun
+        begun = self.cycle is None or (self.cycle.response_complete and self.timeout_keep_alive_task is None)
+        now = (self.cycle, begun, unread)
         if now == before and (unread or now[1]):
             self.transport.abort()
         else:
@@ -118,6 +125,7 @@ class Server(uvicorn.Server):
                 http=Connection,
                 access_log=False,
                 server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=5,
             )
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import queue
 import threading
 import time
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 State = Literal["loading", "ready", "draining", "failed"]
+_RATE_S = 60.0  # choices that ended within so many seconds say how fast the queue moves
+_MAX_RETRY_AFTER_S = 60  # the official client heeds no longer one
 
 
 class Stream:
@@ -156,6 +159,7 @@ class Service:
         # on the event loop only
         self._streams: set[Stream] = set()
         self._preparing = 0
+        self._ends: deque[float] = deque(maxlen=64)  # when the latest choices ended, seconds
         # on the engine's thread only
         self._active: dict[Generation, tuple[Stream, int]] = {}
         self._commands: queue.SimpleQueue[Callable[[Replica | Router], None] | None] = queue.SimpleQueue()
@@ -217,7 +221,7 @@ class Service:
                 429,
                 f"the queue is full: {self.pending} choices wait or run, {choices} more are over {room}",
                 code="queue_full",
-                headers={"Retry-After": "1"},
+                headers={"Retry-After": str(retry_after_s(self._ends, self.pending + choices - room))},
             )
 
     @contextlib.contextmanager
@@ -277,6 +281,8 @@ class Service:
     def _deliver(self, outputs: list[tuple[Stream, int, Delta]], now: float) -> None:
         for stream, index, delta in outputs:
             self.metrics.record(stream.generations[index].request, stream.timings[index], delta, now)
+            if delta.finish_reason is not None:
+                self._ends.append(now)
             if not stream.put(index, delta):
                 log.warning("a reader was too slow: its request ends")
                 self.close(stream)
@@ -389,3 +395,19 @@ class Service:
             self._loop.call_soon_threadsafe(function)
         except RuntimeError:  # the event loop has closed: there is nothing left to notify
             log.debug("the event loop has closed")
+
+
+def retry_after_s(ends: Sequence[float], excess: int, now: float | None = None) -> int:
+    """Returns when to try again: seconds until so many choices will have ended, 1 to 60.
+
+    Args:
+        ends: when the latest choices ended, by ``time.perf_counter``, oldest first.
+        excess: choices that have to end before there is room.
+        now: the time, if not the present.
+    """
+    now = time.perf_counter() if now is None else now
+    recent = [end for end in ends if now - end < _RATE_S]
+    if not recent:
+        return 1
+    seconds_each = (now - recent[0]) / len(recent)
+    return min(max(math.ceil(excess * seconds_each), 1), _MAX_RETRY_AFTER_S)

@@ -307,7 +307,11 @@ def test_fields_that_would_change_the_model(name: str, raw: Mapping[str, Any]) -
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt='e5m2' is not supported: use e4m3"),
         ({"quant_method": "fp8", "expert_dtype": "fp4"}, "expert_dtype='fp4' is not supported: use fp8"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size=[128] is not supported"),
-        ({"quant_method": "fp8", "kv_cache_scheme": {"bits": 8}}, "kv_cache_scheme={'bits': 8} is not"),
+        ({"quant_method": "fp8", "kv_cache_dtype": "int4"}, "kv_cache_dtype='int4' is not"),
+        ({"quant_method": "awq", "checkpoint_format": "gemv"}, "checkpoint_format='gemv' is not supported"),
+        ({"quant_method": "awq", "w_bit": 3}, "w_bit=3 is not supported: use 4"),
+        ({"quant_method": "gptq", "is_marlin_format": True}, "is_marlin_format=True is not supported"),
+        ({"quant_method": "gptq", "bits": True}, "bits=True is not supported: use 4 or 8"),
         ({"quant_method": "mxfp4", "group_size": 16}, "group_size=16 is not supported"),
     ),
 )  # fmt: skip
@@ -332,6 +336,13 @@ def test_quantization_of() -> None:
     # deepseek-ai/DeepSeek-V3.1, as published
     published = {"activation_scheme": "dynamic", "fmt": "e4m3", "scale_fmt": "ue8m0"}
     assert read(quant_method="fp8", weight_block_size=[64, 32], **published) == Quantization("fp8", (64, 32))
+    # neuralmagic/Meta-Llama-3-8B-Instruct-FP8-KV, as published: the cache is what the user says
+    published = {"activation_scheme": "static", "ignored_layers": ["lm_head"], "kv_cache_scheme": "static"}
+    assert read(quant_method="fp8", weight_block_size=None, **published) == Quantization("fp8", None)
+    # by llm-awq's names
+    assert read(quant_method="awq", w_bit=4, q_group_size=64, zero_point=True) == Quantization(
+        "awq", (1, 64), 4
+    )
     with pytest.raises(ConfigError, match="weight_block_size=0 is not a whole number"):
         read(quant_method="fp8", weight_block_size=[128, 0])
 

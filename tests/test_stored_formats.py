@@ -159,18 +159,19 @@ def packed(zeros: bool, bits: int = 4) -> Callable[[tuple[int, int]], Stored]:
     return stored
 
 
-def gptq(shift: int) -> Callable[[tuple[int, int]], Stored]:
+def gptq(shift: int, bits: int = 4) -> Callable[[tuple[int, int]], Stored]:
     """The first version stores zero points less one: GPTQModel takes 0x11111111 from their words."""
 
     def stored(shape: tuple[int, int]) -> Stored:
         outputs, inputs = shape
-        values, zero = RNG.integers(0, 16, shape), RNG.integers(0, 16, (outputs, inputs // GROUP))
+        values, zero = RNG.integers(0, 2**bits, shape), RNG.integers(0, 2**bits, (outputs, inputs // GROUP))
         scales = uniform(outputs, inputs // GROUP).astype(np.float16)
         worth = (values - spread(zero, 1, GROUP, shape)).astype(np.float32)
         worth = worth * spread(scales.astype(np.float32), 1, GROUP, shape)
+        ones = np.uint32({4: 0x11111111, 8: 0x01010101}[bits] * shift)
         return {
-            "qweight": words(values.T, 0),
-            "qzeros": (words(zero.T, 1).view(np.uint32) - np.uint32(shift * 0x11111111)).view(np.int32),
+            "qweight": words(values.T, 0, bits=bits),
+            "qzeros": (words(zero.T, 1, bits=bits).view(np.uint32) - ones).view(np.int32),
             "scales": np.ascontiguousarray(scales.T),
             "g_idx": (np.arange(inputs) // GROUP).astype(np.int32),
         }, worth
@@ -239,6 +240,7 @@ FORMATS: dict[str, tuple[Callable[[tuple[int, int]], Stored], dict[str, Any], st
     ),
     "ct-w8a16": (packed(False, 8), compressed("pack-quantized", 8, "int", "group", group_size=GROUP), "int8"),
     "gptq": (gptq(1), GPTQ, "int8"),
+    "gptq-8": (gptq(1, 8), {**GPTQ, "bits": 8}, "int8"),
     "gptq-v2": (gptq(0), {**GPTQ, "checkpoint_format": "gptq_v2"}, "int8"),
     "awq": (awq, AWQ, "int8"),
 }  # fmt: skip

@@ -68,14 +68,14 @@ def formats_of(quantization: Quantization, names: WeightMap) -> FormatOf:
 
 def _format_of(quantization: Quantization) -> WeightFormat:
     group = quantization.block[1] if quantization.block is not None and quantization.block_given else None
+    integer = jnp.dtype(jnp.int4 if quantization.bits == 4 else jnp.int8)
     match quantization.method:
         case "fp8":
             return WeightFormat(_E4M3, group, _F32)
         case "mxfp4":
             return WeightFormat(_E2M1, group, _BF16)
         case "gptq" | "awq":
-            return WeightFormat(jnp.dtype(jnp.int4), group, _F16, zeros=True)
+            return WeightFormat(integer, group, _F16, zeros=True)
         case "compressed-tensors":
-            integer = jnp.dtype(jnp.int4 if quantization.bits == 4 else jnp.int8)
             values = _E4M3 if quantization.is_float else integer
             return WeightFormat(values, group, _F32 if group is None else _BF16, quantization.zeros)

@@ -25,6 +25,8 @@ from tpjax.mesh import absent_array, is_local
 from tpjax.model import Decoder
 
 _MOST_ROWS_SHOWN = 20
+# What other tools read how weights are quantised from: NVIDIA ModelOpt, AutoGPTQ, AutoAWQ.
+_OTHER_CONFIGURATIONS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
 def load_decoder(checkpoint: Checkpoint, model: Decoder, mesh: Mesh, *, progress: bool = True) -> Decoder:
@@ -133,6 +135,9 @@ def check_tensors(checkpoint: Checkpoint, declared: Iterable[Parameter]) -> None
     else:
         more = len(problems) - _MOST_ROWS_SHOWN
         shown = problems[:_MOST_ROWS_SHOWN] + ([f"… and {more} more"] if more > 0 else [])
+        if checkpoint.quantization is None:
+            others = (name for name in _OTHER_CONFIGURATIONS if (checkpoint.path / name).is_file())
+            shown += [f"{name} is not read: config.json has no quantization_config" for name in others]
         raise CheckpointError(
             f"{checkpoint.path}: configuration and weights disagree on {len(problems)} tensors:\n  "
             + "\n  ".join(shown)

@@ -18,10 +18,10 @@ METHODS: tuple[str, ...] = get_args(Method)
 _SKIPPED = ("ignored_layers", "modules_to_not_convert", "ignore")
 
 # Which tensors are quantised, the scales' dtype, and activations, which are not quantised here, are read off
-# the tensors themselves or play no part.
+# the tensors themselves or play no part. What a cache is kept in is the user's choice.
 _NOT_NEEDED = frozenset(
     {
-        *("dequantize", "modules_to_convert", "scale_fmt"),
+        *("dequantize", "modules_to_convert", "scale_fmt", "kv_cache_scheme"),
         *("global_compression_ratio", "quantization_status", "version"),  # compressed-tensors
         *(
             "damp_percent",
@@ -128,22 +128,27 @@ def _fp8(settings: Fields) -> Quantization:
 def _gptq(settings: Fields) -> Quantization:
     # with static groups, or one group, inputs stay in their order: the tensors say whether they do
     settings.boolean("desc_act", False)
-    _need(settings, bits=4, pack_dtype="int32", dynamic=None)
+    _need(settings, pack_dtype="int32", dynamic=None, is_marlin_format=False)
+    bits = settings.get("bits", 4)
+    if type(bits) is not int or bits not in (4, 8):
+        raise ConfigError(f"{settings.where}: bits={brief(bits)} is not supported: use 4 or 8")
     settings.get("sym", None)  # zero points are stored in either case
     kind = settings.get("checkpoint_format", settings.get("format", "gptq"))
     if kind not in ("gptq", "gptq_v2"):
         raise ConfigError(
             f"{settings.where}: checkpoint_format={brief(kind)} is not supported: use gptq or gptq_v2"
         )
-    return Quantization("gptq", _group(settings), 4, zero_shift=int(kind == "gptq"))
+    return Quantization("gptq", _group(settings), bits, zero_shift=int(kind == "gptq"))
 
 
 def _awq(settings: Fields) -> Quantization:
-    _need(settings, bits=4, zero_point=True)
-    version = settings.get("version", "gemm")
-    if not isinstance(version, str) or version.lower() != "gemm":
-        raise ConfigError(f"{settings.where}: version={brief(version)} is not supported: use gemm")
-    return Quantization("awq", _group(settings), 4)
+    _need(settings, bits=4, w_bit=4, zero_point=True)  # w_bit, q_group_size: names of the first tool
+    for name in ("version", "checkpoint_format", "format"):
+        version = settings.get(name, "gemm")
+        if not isinstance(version, str) or version.lower() != "gemm":
+            raise ConfigError(f"{settings.where}: {name}={brief(version)} is not supported: use gemm")
+    first = "q_group_size" in settings.raw and "group_size" not in settings.raw
+    return Quantization("awq", _group(settings, "q_group_size" if first else "group_size"), 4)
 
 
 def _compressed_tensors(settings: Fields) -> Quantization:
@@ -215,12 +220,12 @@ def _need(settings: Fields, **known: Any) -> None:
             raise ConfigError(f"{settings.where}: {name}={brief(value)} is not supported: use {only}")
 
 
-def _group(settings: Fields) -> tuple[int, int] | None:
-    """Reads ``group_size``; -1 stands for all inputs."""
-    size = settings.get("group_size", 128)
+def _group(settings: Fields, name: str = "group_size") -> tuple[int, int] | None:
+    """Reads the inputs that share a scale; -1 stands for all."""
+    size = settings.get(name, 128)
     if size == -1:
         return None
-    check_size("group_size", size)
+    check_size(name, size)
     return 1, size
 
 

@@ -6,8 +6,11 @@ what it finds there: a page given to two, reused too early, or not computed, cha
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import random
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +26,7 @@ from tpjax.engine.generation import Generation
 from tpjax.engine.masks import pack_mask
 from tpjax.engine.replica import Replica
 from tpjax.engine.request import Request
+from tpjax.engine.request_builder import RequestBuilder
 from tpjax.errors import RequestError
 from tpjax.runtime.limits import PAGE_SIZE, ChunkShape, Limits, chunk_shapes
 from tpjax.runtime.rows import NO_TOKEN, Chunk, Row
@@ -410,6 +414,60 @@ def test_a_replica_that_failed_gives_its_waiting_requests_to_another() -> None:
     for _ in range(9):
         second.step()
     assert alone(generation.request) == (generation.request.output_token_ids, "length")
+
+
+HANDED_OVER = {"finish", "release", "_release", "_enqueue", "cancel", "step", "_step", "_end", "generate"}
+
+
+@contextlib.contextmanager
+def interrupt_at(number: int) -> Iterator[list[str]]:
+    """Raises a ``KeyboardInterrupt`` in the n-th line that hands over tokens, pages or slots; tells which."""
+    lines, where, before = itertools.count(1), [], sys.gettrace()
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if frame.f_code.co_name not in HANDED_OVER or "/tpjax/" not in frame.f_code.co_filename:
+            return None
+        if event == "line" and next(lines) == number:
+            where.append(f"{frame.f_code.co_qualname}:{frame.f_lineno}")
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield where
+    finally:
+        sys.settrace(before)
+
+
+def test_an_interrupt_at_any_line_leaves_nothing_and_loses_no_token() -> None:
+    """Of one call while another one's stream waits: that goes on, or ends with an error, without a gap."""
+    prompts, params = [[1] * 9 + [k] for k in range(4)], SamplingParams(max_tokens=9, seed=5)
+
+    def make() -> Any:
+        llm: Any = LLM.__new__(LLM)
+        runner: Any = FakeRunner(slots=2, pages=13)
+        llm.front, llm._streams, llm.tokenizer = Replica(Engine(runner)), {}, None
+        llm._requests = RequestBuilder(V, None, frozenset(), {}, 0, GOLDENS)
+        return llm
+
+    wanted = [one.token_ids for one in make().generate(prompts, params)]
+    for number in itertools.count(1, 13):
+        llm = make()
+        stream = llm.stream(prompts[0], params)
+        got = list(next(stream).token_ids)
+        with interrupt_at(number) as where, contextlib.suppress(KeyboardInterrupt):
+            llm.generate(prompts, params)
+        deltas = list(itertools.islice(stream, 20))
+        got += [token for delta in deltas for token in delta.token_ids]
+        assert got == wanted[0][: len(got)], where
+        assert deltas[-1].finish_reason == "error" or got == wanted[0], where
+        scheduler = llm.engine.scheduler
+        assert not llm._streams and not llm.front._running and not scheduler.busy, where
+        assert scheduler.blocks.free == scheduler.blocks.capacity, where
+        assert [one.token_ids for one in llm.generate(prompts, params)] == wanted, where
+        if not where:
+            break
+    assert number > 300
 
 
 def test_the_next_dispatch_starts_before_the_last_is_read() -> None:

@@ -31,7 +31,7 @@ from tpjax.engine.engine import Engine
 from tpjax.engine.generation import Delta as Delta
 from tpjax.engine.generation import Generation
 from tpjax.engine.loading import load_engines
-from tpjax.engine.replica import Replica
+from tpjax.engine.replica import Replica, not_begun
 from tpjax.engine.request import FinishReason, Grammar, Request, TokenLogprobs
 from tpjax.engine.request_builder import CheckedParams, RequestBuilder
 from tpjax.engine.router import Router
@@ -330,8 +330,13 @@ class LLM:
             while unfinished:
                 unfinished.difference_update(self._step())
         finally:
-            for generation in running:
-                self._end(generation)
+            try:
+                for generation in running:
+                    self._end(generation)
+            except BaseException:  # another interrupt
+                for generation in running:
+                    self._end(generation)
+                raise
         return [
             Completion(
                 prompt if isinstance(prompt, str) else None,
@@ -552,16 +557,34 @@ class LLM:
 
     def _step(self) -> list[Generation]:
         """Steps the front and hands out deltas; returns the generations that ended."""
-        self.front.step()
         ended, deltas = [], self.front.deltas
-        while deltas:
-            generation, delta = deltas.popleft()
-            if generation not in self._streams:
-                continue  # an interrupt has ended its call
-            self._streams[generation].append(delta)
-            if delta.finish_reason is not None:
-                ended.append(generation)
+        try:
+            self.front.step()
+            while deltas:
+                generation, delta = deltas.popleft()
+                if generation not in self._streams:
+                    continue  # an interrupt has ended its call
+                self._streams[generation].append(delta)
+                if delta.finish_reason is not None:
+                    ended.append(generation)
+        except BaseException as error:
+            self._fail_streams(f"interrupted ({type(error).__name__}) while this ran")
+            raise
         return ended
+
+    def _fail_streams(self, why: str) -> None:
+        """Ends what has begun with an error, for any call: a step was not handed out to its end.
+
+        What it had for one of them may be lost, and text with a gap would be wrong.
+        """
+        self.front.deltas.clear()
+        for one, deltas in self._streams.items():
+            request = one.request
+            if not_begun(request) or (deltas and deltas[-1].finish_reason is not None):
+                continue
+            self.front.cancel(one)
+            request.finish_reason, request.error = "error", why
+            deltas.append(Delta("", [], "error", error=why))
 
     def _end(self, generation: Generation) -> None:
         """Ends a call's generation, if it has not ended, and its queue of deltas."""

@@ -90,7 +90,7 @@ class Replica:
 
     def withdraw(self) -> list[Generation]:
         """Takes back the generations that have not begun, so that another replica can run them."""
-        waiting = [one for one in self._running.values() if _not_begun(one.request)]
+        waiting = [one for one in self._running.values() if not_begun(one.request)]
         for generation in waiting:
             self.engine.scheduler.finish(generation.request)
             generation.request.dispatched_tokens = 0  # what may be in flight here is never read
@@ -139,5 +139,6 @@ def failed(generation: Generation, why: str) -> Delta:
     return generation.advance([])
 
 
-def _not_begun(request: Request) -> bool:
+def not_begun(request: Request) -> bool:
+    """Whether a request waits, and has output nothing so far."""
     return request.queued and not request.output_token_ids and request.finish_reason is None

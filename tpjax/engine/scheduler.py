@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -219,15 +220,20 @@ class Scheduler:
             self._insert_prefix(chunk.request)
 
     def finish(self, request: Request) -> None:
-        """Releases what an ended or cancelled request holds, if it holds anything."""
-        if request.slot is not None:
-            self.running.remove(request)
-        elif request.queued:
-            request.queued = False
-            self.waiting.remove(request)
+        """Releases what an ended or cancelled request holds, if it holds anything.
+
+        After an interrupt anywhere in it, :meth:`reset` finds the request in a queue, or holding nothing.
+        """
+        runs = request.slot is not None
         if request.finish_reason != "error":
             self._insert_prefix(request)
         self._release(request)
+        if runs:
+            self.running.remove(request)
+        elif request.queued:
+            request.queued = False
+            with contextlib.suppress(ValueError):  # an interrupt came before it was queued
+                self.waiting.remove(request)
 
     def reset(self) -> None:
         """Drops the running requests and the content of all pages; waiting requests keep waiting."""
@@ -501,7 +507,8 @@ class Scheduler:
         if request.history_row is not None:
             self._free_history_rows.append(request.history_row)
             request.history_row = None
-        self.pages.release(request.pages)
+        pages, request.pages = request.pages, []
+        self.pages.release(pages)
 
 
 def _tokens(chunks: Sequence[PromptChunk]) -> int:

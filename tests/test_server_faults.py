@@ -336,10 +336,13 @@ def test_a_full_queue_says_when_to_come_back(http: httpx.Client, server: Running
 
 
 def test_when_to_come_back_follows_from_the_pace_of_the_queue() -> None:
-    ends = [0.0, 40.0, 50.0, 60.0]  # the first is forgotten; since 40 s three have ended
-    assert retry_after_s(ends, 1, now=70.0) == 10 and retry_after_s(ends, 4, now=70.0) == 40
-    assert retry_after_s(ends, 100, now=70.0) == 60 and retry_after_s(ends, 1, now=500.0) == 1
-    assert retry_after_s([9.8, 9.9], 2, now=10.0) == 1 == retry_after_s([], 300)
+    ends = [5.0, 45.0, 55.0]
+    # since 40 s two have ended and the third is to come, in 30 s
+    assert [retry_after_s(ends, 40.0, excess, 70.0) for excess in (0, 1, 4, 100)] == [1, 10, 40, 60]
+    assert retry_after_s(ends, 0.0, 1, 70.0) == 20  # in the last minute
+    assert retry_after_s([], 69.0, 3, 70.0) == 3 and retry_after_s([], 0.0, 300, 0.1) == 30  # none so far
+    fast = [10 + i / 64 for i in range(64)]  # the pace is that of the latest 64
+    assert retry_after_s(fast, 0.0, 640, 11.0) == 10
 
 
 def test_a_slow_reader_is_disconnected(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 State = Literal["loading", "ready", "draining", "failed"]
-_RATE_S = 60.0  # choices that ended within so many seconds say how fast the queue moves
+_RATE_S, _ENDS = 60.0, 64  # of so many seconds and choices the ends say how fast the queue moves
 _MAX_RETRY_AFTER_S = 60  # the official client heeds no longer one
 
 
@@ -159,7 +159,8 @@ class Service:
         # on the event loop only
         self._streams: set[Stream] = set()
         self._preparing = 0
-        self._ends: deque[float] = deque(maxlen=64)  # when the latest choices ended, seconds
+        self._ends: deque[float] = deque(maxlen=_ENDS)  # when the latest choices ended, seconds
+        self._busy_since = 0.0  # when the first of the open streams was submitted, seconds
         # on the engine's thread only
         self._active: dict[Generation, tuple[Stream, int]] = {}
         self._commands: queue.SimpleQueue[Callable[[Replica | Router], None] | None] = queue.SimpleQueue()
@@ -221,8 +222,11 @@ class Service:
                 429,
                 f"the queue is full: {self.pending} choices wait or run, {choices} more are over {room}",
                 code="queue_full",
-                headers={"Retry-After": str(retry_after_s(self._ends, self.pending + choices - room))},
+                headers={"Retry-After": str(self._retry_after_s(self.pending + choices - room))},
             )
+
+    def _retry_after_s(self, excess: int) -> int:
+        return retry_after_s(self._ends, self._busy_since, excess, time.perf_counter())
 
     @contextlib.contextmanager
     def preparing(self, choices: int) -> Iterator[None]:
@@ -246,6 +250,8 @@ class Service:
         """
         self.admit(len(generations))
         stream = Stream(generations, limit)
+        if not self._streams:
+            self._busy_since = time.perf_counter()
         self._streams.add(stream)
         self._command(lambda front: self._add(front, stream))
         return stream
@@ -397,17 +403,16 @@ class Service:
             log.debug("the event loop has closed")
 
 
-def retry_after_s(ends: Sequence[float], excess: int, now: float | None = None) -> int:
+def retry_after_s(ends: Sequence[float], busy_since: float, excess: int, now: float) -> int:
     """Returns when to try again: seconds until so many choices will have ended, 1 to 60.
 
     Args:
-        ends: when the latest choices ended, by ``time.perf_counter``, oldest first.
+        ends: when the latest choices ended, oldest first; seconds.
+        busy_since: since when there are choices; seconds.
         excess: choices that have to end before there is room.
-        now: the time, if not the present.
+        now: the time, seconds.
     """
-    now = time.perf_counter() if now is None else now
-    recent = [end for end in ends if now - end < _RATE_S]
-    if not recent:
-        return 1
-    seconds_each = (now - recent[0]) / len(recent)
-    return min(max(math.ceil(excess * seconds_each), 1), _MAX_RETRY_AFTER_S)
+    oldest = ends[0] if len(ends) >= _ENDS else 0.0
+    start = max(busy_since, oldest, now - _RATE_S)
+    ended = 1 + sum(end > start for end in ends)  # the next one too: none may have ended so far
+    return min(max(math.ceil(excess * (now - start) / ended), 1), _MAX_RETRY_AFTER_S)

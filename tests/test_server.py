@@ -338,4 +338,8 @@ def test_metrics(server: Running, client: openai.OpenAI) -> None:
     assert server.metric("request_success_total") == done + 2
     assert server.metric("num_requests_running") == server.metric("num_requests_waiting") == 0
     assert server.metric("compiles_total") > 0
-    assert server.metric("prefix_cache_queries_total") >= server.metric("prefix_cache_hits_total") > 0
+    queries, hits = (server.metric(f"prefix_cache_{name}_total") for name in ("queries", "hits"))
+    for _ in range(2):
+        client.completions.create(model="tiny", prompt=[9] * 200, max_tokens=1)
+    assert server.metric("prefix_cache_queries_total") == queries + 400
+    assert hits + 100 < server.metric("prefix_cache_hits_total") < hits + 200

@@ -157,7 +157,7 @@ def test_bounds() -> None:
     attention = replace(CONFIG.attention, layer_types=("full_attention",) * 2, sliding_window=None)
     found = estimated(replace(CONFIG, attention=attention))
     layer = (4 * 512 * 512 + 3 * 512 * 1024) // 8
-    cache = 2 * 2 * 300 * 2 * 64 * 2  # sequences, layers, tokens, keys and values, their width, bytes
+    cache = 2 * 2 * 300 * 2 * 128 * 2  # sequences, layers, tokens, keys and values, width in memory, bytes
     weights = 2 * (2 * layer + 1024 * 512 // 8)
     assert found.memory_bound_s == pytest.approx((weights + cache) / 819e9)
     flops = 2 * 2 * (2 * layer + 1024 * 512 // 8) + 2 * 2 * 300 * 4 * 64

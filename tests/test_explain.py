@@ -19,12 +19,16 @@ from rich.console import Console
 from tpjax.checkpoints.opening import read_config
 from tpjax.checkpoints.parameters import abstract_decoder, parameters
 from tpjax.cli import app as cli
+from tpjax.hardware import HARDWARE
 from tpjax.inspect.budget import measured
 from tpjax.inspect.explain import explain_model
 from tpjax.inspect.explain_report import Report
 from tpjax.inspect.reasons import reason
 from tpjax.inspect.tables import source_text
 from tpjax.mesh import make_mesh
+from tpjax.planning.cost_model import CostModel
+from tpjax.planning.workload import Workload
+from tpjax.runtime.counts import Counts
 from tpjax.sharding import Content, HeadPlan, qkv_layout
 
 F32 = jnp.dtype("float32")
@@ -160,6 +164,18 @@ def test_the_budget_is_what_the_compiled_steps_move(report: Report) -> None:
         found = measured(step.collectives)
         assert found == {name: step.budget[name] for name in found}
         assert (found["all_reduces"] > 0) == (report.tp > 1)
+
+
+def test_plan_counts_the_bytes_that_a_compiled_decode_step_moves(report: Report) -> None:
+    """And those of weights and pages."""
+    config, decode = read_config(GOLDENS / Path(report.model).name), measured(report.steps[0].collectives)
+    axis = config.moe.sharded_axis(report.tp) if config.moe else "width"
+    chip = replace(HARDWARE["h200"], shared=True)
+    plan = CostModel(Counts("", config), chip, report.tp, Workload(dtype="float32"), axis)
+    assert plan.reduced_bytes(1) == decode["all_reduce_bytes"] + decode["all_gather_bytes"]
+    assert plan.memory(1, 128).weights == report.weight_bytes_per_device
+    windows = tuple(group["window"] for group in report.cache["page_groups"])
+    assert plan.page_bytes(windows) == report.cache["page_bytes_per_device"]
 
 
 def test_memory_is_what_the_compiler_says(report: Report) -> None:

@@ -31,6 +31,7 @@ from tpjax.errors import CheckpointError, ConfigError
 from tpjax.families.gguf_metadata import GGUFView
 from tpjax.families.registry import config_from_gguf
 from tpjax.mesh import make_mesh
+from tpjax.planning.published import find_model
 
 F32 = jnp.dtype("float32")
 
@@ -314,6 +315,8 @@ def test_types_that_are_kept(kind: str, tp: int, tmp_path: Path) -> None:
     kept = open_checkpoint(path).source.format_of("layers.0.self_attn.q_proj.weight")
     assert kept is not None and (kept.group, kept.scales.name) == (32, "float16")
     assert kept.values.name == {"Q8_0": "int8", "Q4_0": "int4"}[kind]
+    said = find_model(str(path)).stored_bytes  # `plan` counts them so
+    assert said == {"Q8_0": 1 + 2 / 32, "Q4_0": 0.5 + 2 / 32}[kind]
     model = Stepwise(str(path), tp, max_length=64)
     stored = {leaf.get_value().dtype.name for _, leaf in nnx.to_flat_state(model.weights)}
     assert stored == {"float32", "int8", "float16"}  # on a CPU 4 bits take a byte

@@ -106,6 +106,7 @@ def test_a_file_adds_chips_in_either_format(tmp_path):
         ({"like": "h100", "memory": 24}, r"unknown field 'memory'"),
         ({"like": "h100", "memory_gb": float("nan")}, r"memory_gb=nan is not a positive number"),
         ({"like": "h100", "memory_gb": 0}, r"memory_gb=0 is not a positive number"),
+        ({"like": "h100", "bandwidth_gb_s": 1e-320}, r"=1e-320 is not a positive number, 1e-09 to 1e\+15"),
         ({"like": "h100", "link": "wifi"}, r"link='wifi' is not known; known are nvlink"),
         ({"like": "h100", "efficiency": {"speed": 1}}, r"unknown efficiency 'speed'"),
         ({"like": "h100", "efficiency": {"weights": -1}}, r"weights=-1 is not a positive number"),

@@ -7,25 +7,32 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import GOLDENS
 
+from tpjax.attention import XLA
 from tpjax.cache import page_bytes_per_device
+from tpjax.checkpoints.opening import read_config
 from tpjax.checkpoints.parameters import abstract_decoder, parameters
 from tpjax.cli import app as cli
 from tpjax.errors import ConfigError
 from tpjax.families.registry import config_from_hf
 from tpjax.hardware import HARDWARE, Efficiency, Hardware
-from tpjax.interconnect import NVLink
-from tpjax.mesh import make_mesh
+from tpjax.interconnect import ICI, NVLink
+from tpjax.layers.weights import WeightFormat
+from tpjax.mesh import make_mesh, make_stage_meshes
 from tpjax.planning.cost_model import CostModel
-from tpjax.planning.plan import frontier, make_plan, make_plans, recommend
+from tpjax.planning.plan import does_not_fit, frontier, make_plan, make_plans, recommend
 from tpjax.planning.published import published_config
 from tpjax.planning.report import draw_frontier
 from tpjax.planning.strategies import compare
 from tpjax.planning.workload import Workload
+from tpjax.runtime.abstract_stages import AbstractStages
 from tpjax.runtime.counts import Counts
-from tpjax.step_time import Cost, busiest
+from tpjax.runtime.layer_split import split_layers
+from tpjax.step_time import Cost, Itemsizes, StepTokens, busiest
 
 ROOT = Path(cli.__file__).parents[2]
 
@@ -131,13 +138,59 @@ def test_a_long_sequence_gives_back_what_its_windows_passed() -> None:
 def test_a_mixture_reads_the_experts_its_tokens_chose():
     router = 8 * 64
 
-    def read(batch: int) -> float:
-        return CostModel(MIXED, CHIP, 1, Workload()).mixture(batch).weights
+    def read(batch: int, dtype: str = "bf16") -> float:
+        return CostModel(MIXED, CHIP, 1, Workload(dtype=dtype)).mixture(batch).weights
 
-    assert read(1) == pytest.approx(2 * 2 * (2 * MLP + router) / 1e9)
+    assert read(1) == pytest.approx(2 * (2 * 2 * MLP + 4 * router) / 1e9)  # a router is float32
     # two tokens choose 8 (1 - (6/8)^2) = 3.5 different experts on average
-    assert read(2) == pytest.approx(2 * 2 * (3.5 * MLP + router) / 1e9)
-    assert read(1000) == pytest.approx(2 * 2 * (8 * MLP + router) / 1e9)
+    assert read(2) == pytest.approx(2 * (3.5 * 2 * MLP + 4 * router) / 1e9)
+    assert read(1000) == pytest.approx(2 * (8 * 2 * MLP + 4 * router) / 1e9)
+    scales = 4 * (3 * 128 + 64 - 128)  # of an expert's gate, up and down
+    assert read(1, "int8") == pytest.approx(2 * (2 * (MLP + scales) + 4 * router) / 1e9)
+
+
+def test_experts_are_read_as_they_are_stored_and_attention_as_it_is():
+    """A checkpoint of gpt-oss: MXFP4 experts, all else in 16 bits; a GPU's float4 takes a byte each."""
+    kept = WeightFormat(jnp.dtype(jnp.float4_e2m1fn), 32, jnp.dtype(jnp.bfloat16))
+    counts = replace(published("gpt-oss-20b"), format_of=lambda name: kept if ".experts." in name else None)
+    one, workload = counts.on_device(1), Workload(dtype="stored", stored_bytes=0.58)
+    wide = 2 * (one.attention + one.head) + 4 * one.routers
+    for chip, values in (("v6e", 0.5), ("h200", 1)):
+        model = CostModel(counts, replace(HARDWARE[chip], efficiency=IDEAL), 1, workload)
+        experts = (values + 2 / 32) * one.experts
+        read = wide + experts * 4 / 32  # 4 of 32
+        assert model.decode(1, 1).weights * model.hardware.bandwidth_bytes_s == pytest.approx(read)
+        float32 = 24 * (64 + 32)  # sinks, and the router's biases
+        held = experts + wide + 2 * (one.vectors + one.embedding + float32)
+        assert model.memory(1, 1).weights == held
+
+
+def test_learned_positions_are_no_part_of_the_head():
+    names = ("n_embd", "n_layer", "n_head", "n_positions", "vocab_size")
+    sizes = dict(zip(names, (64, 2, 4, 1024, 1000), strict=True))
+    counts = Counts("gpt2", config_from_hf({"model_type": "gpt2", **sizes}))
+    eight = counts.on_device(8)
+    assert (eight.embedding, eight.head) == (64 * 125, 0)
+    assert CostModel(counts, CHIP, 8, Workload()).head(1).weights == pytest.approx(2 * 64 * 125 / 1e9)
+
+
+def test_a_chunk_expands_latents_where_no_kernel_reads_them():
+    """On TPUs a kernel multiplies by latents as they are; elsewhere keys and values are as wide as a head."""
+    counts = published("deepseek-v3")
+    by_latents, expanded, expanding = 2 * 128 * (2 * 512 + 64), 2 * 128 * (192 + 128), 2 * 128 * 256 * 512
+
+    def flops(interconnect: NVLink | ICI, start: int) -> float:
+        chip = replace(CHIP, flops=1.0, bandwidth_bytes_s=1e30, interconnect=interconnect)
+        model = CostModel(counts, chip, 1, Workload())
+        both = (model.step(StepTokens(chunks=((first, first + 128),))).compute for first in (0, start))
+        alone, behind = both
+        dense = model.dense(128).compute + model.mixture(128).compute + model.head(1).compute
+        own = alone - dense - 2 * 128 * model.held.attention
+        assert own == pytest.approx(61 * 128 * 64.5 * (by_latents if start == 1 else expanded), rel=1e-3)
+        return (behind - alone) / 61
+
+    assert flops(ICI(45e9, 2, 16), 1) == pytest.approx(128 * by_latents, rel=1e-3)
+    assert flops(NVLink(1e9), 256) == pytest.approx(256 * (128 * expanded + expanding), rel=1e-3)
 
 
 def test_sharded_experts_wait_for_the_busiest_chip():
@@ -195,31 +248,49 @@ def test_costs_add_up_and_name_their_bound():
 # --- against the layers ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tp", [1, 2, 3, 5])
-def test_memory_is_what_the_layers_declare(tp):
-    raw = {
-        "model_type": "llama",
-        "vocab_size": 1000,
-        "hidden_size": 48,
-        "intermediate_size": 100,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 3,
-        "head_dim": 8,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": False,
-    }
-    config = config_from_hf(raw)
-    mesh = make_mesh(tp)
-    declared = 0
-    for parameter in parameters(abstract_decoder(config, mesh, np.dtype("float32")), mesh):
-        shard = parameter.sharding.shard_shape(parameter.layout.shape)
-        declared += 4 * (shard[0] * (shard[1] if len(shard) > 1 else 1))
-    workload = Workload(dtype="float32")
-    memory = CostModel(Counts("tiny", config), CHIP, tp, workload).memory(2, 256)
-    assert memory.weights == declared
-    assert memory.cache == 2 * 2 * page_bytes_per_device(config, tp, 128, np.dtype("float32"))
+FAMILIES = sorted(path.parent.name for path in GOLDENS.glob("*/config.json"))
+EVERY = [(tp, dtype) for dtype in ("float32", "int8", "fp8", "int4") for tp in (1, 2, 3, 5, 8)]
+
+
+@pytest.mark.parametrize(
+    ("name", "tp", "dtype"),
+    [
+        pytest.param(name, *one, marks=() if (number - at) % len(EVERY) == 0 else pytest.mark.slow)
+        for number, name in enumerate(FAMILIES)
+        for at, one in enumerate(EVERY)
+    ],
+)
+def test_memory_is_what_the_layers_declare(name, tp, dtype):
+    """On a CPU, where 4 bits take a byte; the scales of int4 are for as many inputs as slices allow."""
+    config, mesh = read_config(GOLDENS / name), make_mesh(tp)
+    kind, quantize = np.dtype("float32"), None
+    if dtype != "float32":
+        kind, quantize = jnp.dtype(jnp.bfloat16), dtype
+    declared = parameters(abstract_decoder(config, mesh, kind, quantize), mesh)
+    chip = replace(CHIP, shared=True)
+    axis = config.moe.sharded_axis(tp) if config.moe else "width"
+    memory = CostModel(Counts(name, config), chip, tp, Workload(dtype=dtype), axis).memory(2, 256)
+    assert memory.weights == sum(one.bytes_per_device for one in declared)
+    kept = "auto" if quantize is None else "fp8" if quantize == "fp8" else "int8"
+    assert memory.cache == 2 * 2 * page_bytes_per_device(config, tp, 128, kind, kv_dtype=kept)
+
+
+def test_stages_hold_their_own_layers():
+    """DeepSeek's first layers have no experts; Gemma's have windows of their own."""
+    for name, batch in (("deepseek_v3", 1), ("gemma3", 1), ("gpt2", 3), ("llama-bias-tied", 1)):
+        counts = Counts(name, read_config(GOLDENS / name))
+        workload = Workload(batch, context=300, dtype="float32")
+        found = compare(counts, replace(CHIP, shared=True), 2, workload).strategies
+        (pipeline,) = (one for one in found if one.kind == "pipeline")
+        meshes = make_stage_meshes(1, 1, 2)[0]
+        layers = split_layers(counts.config, [1, 1], Itemsizes(4, 4, 4), replace(CHIP, shared=True))
+        stages = AbstractStages(counts.config, meshes, layers, [XLA, XLA], jnp.dtype("float32"))
+        model = CostModel(counts, replace(CHIP, shared=True), 1, workload)
+        workspace = model.memory(batch, 300).workspace
+        held = [
+            share.weight_bytes + batch * model.sequence_bytes(300, share.config) for share in stages.shares
+        ]
+        assert pipeline.bytes_per_device == max(held) + workspace, name
 
 
 # --- shape of the answers ----------------------------------------------------------------------------------
@@ -334,11 +405,43 @@ def test_what_a_token_moves_in_each_layout():
     strategies = compare(published("llama-3-8b"), HARDWARE["v5e"], 8, Workload(batch=16)).strategies
     moved = {one.layout: (one.reduced_bytes, one.handed_bytes) for one in strategies}
     assert moved == {
-        "tp=8": (65 * 8192 + 8, 0),
-        "2 replicas of tp=4": (65 * 8192 + 8, 0),
-        "2 pipeline stages of tp=4": (65 * 8192 + 8, 8192),
+        "tp=8": (65 * 8192 + 8 * 8, 0),  # of each device a token and its score
+        "2 replicas of tp=4": (65 * 8192 + 4 * 8, 0),
+        "2 pipeline stages of tp=4": (65 * 8192 + 4 * 8, 8192),
         "8 replicas": (0, 0),
     }
+
+
+@pytest.mark.parametrize(("dtype", "itemsize"), [("bf16", 2), ("float32", 4)])
+def test_experts_over_devices_exchange_hidden_states_in_their_dtype(dtype, itemsize):
+    fast = replace(CHIP, bandwidth_bytes_s=1e30, flops=1e30, efficiency=replace(IDEAL, layer_us=0, step_us=0))
+    fast = replace(fast, efficiency=replace(fast.efficiency, expert_us=0))
+    found = compare(MIXED, fast, 4, Workload(batch=8, dtype=dtype)).strategies
+    expert = next(one for one in found if one.kind == "expert")
+    assert expert.step_ms == pytest.approx(2e3 * CHIP.interconnect.all_reduce_s(4, 8 * 64 * itemsize))
+    assert expert.reduced_bytes == 2 * 2 * 64 * itemsize
+
+
+def test_experts_over_devices_hold_the_scales_of_their_own_alone():
+    workload = Workload(batch=4, context=128, dtype="int8")
+    found = compare(MIXED, CHIP, 4, workload).strategies
+    expert = next(one for one in found if one.kind == "expert")
+    whole = CostModel(MIXED, CHIP, 1, workload).memory(1, 128).total
+    an_expert = MLP + 4 * (3 * 128 - 2 * 64 + 64)
+    assert expert.bytes_per_device == whole - 2 * 6 * an_expert  # two layers, two of eight here
+
+
+def test_what_would_fit_keeps_the_dtype_of_the_cache_that_was_asked_for():
+    """In 8 bits the weights would fit, but not beside 16-bit keys and values."""
+    workload = Workload(context=1024, prompt_len=1)
+    rest = CostModel(TINY, CHIP, 1, workload).memory(1, 1024).workspace
+    tight = replace(CHIP, memory_bytes=(rest + 0.55e6) / 0.92)
+    for cache_dtype, fits in (("auto", True), ("bf16", False)):
+        asked = replace(workload, cache_dtype=cache_dtype)
+        plan = make_plan(TINY, tight, 1, 1, asked)
+        assert not plan.fits
+        assert make_plan(TINY, tight, 1, 1, replace(asked, dtype="int8")).fits == fits
+        assert ("--dtype int8" in does_not_fit(plan)) == fits
 
 
 def test_many_sequences_make_expert_parallelism_pay_for_latent_attention():
@@ -482,6 +585,12 @@ def test_a_picture_without_matplotlib_names_the_extra(capsys, tmp_path, monkeypa
         ("llama-3-8b --hardware h100 --plot a.txt", "use a name that ends in .png, .svg, .pdf"),
         ("llama-3-8b --hardware h100 --plot none/a.svg", "none is not a directory"),
         ("llama-3-8b --hardware h100 --hardware-file none.toml", "none.toml: No such file"),
+        ("llama-3-8b --hardware h100 --context 9000", "--context 9000 is over the 8192 tokens of a sequence"),
+        ("llama-3-8b --hardware h100 --prompt-len 8193", "--prompt-len 8193 is over the 8192 tokens of a"),
+        ("llama-3-8b --hardware h100 --rate 2", "--rate means nothing without --serve"),
+        ("llama-3-8b --hardware h100 --lengths 5:5", "--lengths means nothing without --serve"),
+        ("llama-3-8b --hardware h100 --rounds 2", "--rounds means nothing without --measure"),
+        ("llama-3-8b --measure --hardware-file a.toml", "--hardware-file means nothing with --measure"),
     ],
 )
 def test_bad_input_is_one_line(capsys, arguments, message):

@@ -58,8 +58,8 @@ def test_a_long_prompt_runs_in_chunks_beside_decode_rows():
     arrivals = [Arrival(0.0, 30, 40), Arrival(2.5, 700, 1)]
     first, second = simulate(server(seconds), arrivals).result.outcomes
     mixed = [tokens for tokens in seen if tokens.chunks and tokens.rows]
-    assert [tokens.prompt_tokens for tokens in mixed] == [64] * 11  # the last is padded
-    assert all(tokens.total == tokens.rows + 64 for tokens in mixed)
+    assert [tokens.prompt_tokens for tokens in mixed] == [64] * 10 + [700 - 640]  # the last is padded
+    assert all(tokens.total == tokens.rows + tokens.padding_rows + 64 for tokens in mixed)
     assert second.ttft == pytest.approx(4 + 11 - 2.5) and second.output_tokens == 1
     assert first.latency == 40.0  # every step decodes it, whatever runs beside
 
@@ -69,6 +69,25 @@ def test_a_request_that_comes_meanwhile_waits_for_the_dispatches_in_flight():
     first, second = simulate(server(), [Arrival(0.0, 30, 9), Arrival(2.5, 30, 2)]).result.outcomes
     assert second.ttft == pytest.approx(5 - 2.5)
     assert first.output_tokens == 9 and second.output_tokens == 2
+
+
+def test_rows_of_padding_attend_to_nothing_and_choose_no_expert():
+    """Five sequences in a program of sixteen rows: the window is of each, and experts are chosen by five."""
+    seen: list[StepTokens] = []
+
+    def seconds(tokens: StepTokens) -> float:
+        seen.append(tokens)
+        return 1.0
+
+    simulate(server(seconds, slots=64), [Arrival(0.0, 32, 9)] * 5)
+    tokens = next(one for one in seen if one.rows == 5)
+    assert (tokens.context, tokens.total, tokens.sampled) == (33, 16, 16)
+    for name in ("gemma-3-4b", "qwen3-30b-a3b"):
+        model = costs(name)
+        five, sixteen = StepTokens(5, 4096), StepTokens(5, 4096, padding_rows=11)
+        assert model.step(sixteen).cache == model.step(five).cache
+        assert model.step(sixteen).weights == pytest.approx(model.step(five).weights)
+        assert model.step(sixteen).collectives == model.decode(16, 4096).collectives
 
 
 def test_several_steps_of_a_dispatch_come_at_once():
@@ -159,6 +178,11 @@ def test_the_planned_server_fills_the_memory():
     assert need.weights + need.workspace + pages * page <= model.hardware.usable_bytes
     assert need.weights + need.workspace + (pages + 1) * page > model.hardware.usable_bytes
     assert one.limits.max_slots == 256 and one.limits.max_model_len == 8192
+    # unless told, each slot has pages for 1,024 tokens, as in the engine
+    tight = costs("llama-3-8b", "v5e", 2)
+    limits = plan_server(tight).limits
+    assert limits.max_slots == 64 and 64 * 8 < limits.num_pages <= 128 * 8
+    assert plan_server(tight, max_slots=256).limits.max_slots == 256
     with pytest.raises(ConfigError, match=r"llama-3-70b at tp=1 leaves room for 0 cache pages"):
         plan_server(costs("llama-3-70b", tp=1))
 
@@ -327,6 +351,8 @@ def test_a_bad_trace_is_told_by_its_line(tmp_path, line, message):
         ("--goodput itl:3", "'itl:3' is not ttft:MS, tpot:MS or e2el:MS"),
         ("--trace nowhere.csv", "--trace nowhere.csv: No such file"),
         ("--lengths 8000:1000", "together 9000, over max_model_len=8192"),
+        ("--context 4096", "--context means nothing with --serve, whose requests have lengths of their own"),
+        ("--trace a.csv --num-prompts 3", "--num-prompts means nothing with --trace, which has its own"),
     ],
 )
 def test_wrong_values_are_one_line(capsys, arguments, message):

@@ -21,6 +21,8 @@ from tpjax.interconnect import ICI, Interconnect, NVLink
 
 log = logging.getLogger(__name__)
 
+# Elements that rows of an array in the memory of a platform are padded to a multiple of; elsewhere none.
+LANES = {"tpu": 128}
 # The runtime, its programs and fragmentation take the rest.
 USABLE_MEMORY = 0.92
 MOST_CHIPS = 65_536  # beyond any machine that is one mesh
@@ -354,13 +356,14 @@ def _renamed(where: str, field: str) -> str:
     return new
 
 
-_MOST_FIGURE = 1e15  # of anything, in its unit: further ones are slips
+_LEAST_FIGURE, _MOST_FIGURE = 1e-9, 1e15  # of anything, in its unit: further ones are slips
 
 
 def _positive(where: str, field: str, value: Any, *, zero: bool = False) -> float:
-    fine = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MOST_FIGURE
-    if not fine or (value == 0 and not zero):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and (_LEAST_FIGURE <= value <= _MOST_FIGURE or (zero and value == 0))):
         raise ConfigError(
-            f"{where}: {field}={repr(value)[:40]} is not a positive number, {_MOST_FIGURE:g} at most"
+            f"{where}: {field}={repr(value)[:40]} is not a positive number, "
+            f"{_LEAST_FIGURE:g} to {_MOST_FIGURE:g}"
         )
     return float(value)

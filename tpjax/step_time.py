@@ -20,26 +20,26 @@ from collections import Counter
 from dataclasses import asdict, dataclass, fields
 
 from tpjax.config import ExpertAxis, ModelConfig
-from tpjax.hardware import Hardware
+from tpjax.hardware import LANES, Hardware
 from tpjax.interconnect import interpolated
 
 _SAMPLED_BYTES = 8.0  # of a row: a device's best token and its score
+_ROUTER_BYTES = 4.0  # of an element: float32 whatever the dtype
 
 
 @dataclass(frozen=True)
 class Elements:
-    """Weight elements on one device, all layers together.
+    """Weight elements on one device, or their bytes, all layers together.
 
     Attributes:
         attention: attention matrices.
         mlp: matrices of the MLPs that every token goes through, shared experts included.
         routers: router matrices, which are replicated.
         experts: matrices of the routed experts.
-        vectors: norms, biases and everything else that is not a matrix.
+        vectors: norms, biases, position embeddings and everything else that nothing is multiplied by as a
+            matrix.
         embedding: the token embedding.
         head: the vocabulary projection; 0 if it is tied to the embedding.
-        outputs: outputs of the matrices of attention, MLPs and experts: each has a scale if those are
-            quantised; not weights.
     """
 
     attention: int = 0
@@ -49,7 +49,6 @@ class Elements:
     vectors: int = 0
     embedding: int = 0
     head: int = 0
-    outputs: int = 0
 
     @property
     def layer_matrices(self) -> int:
@@ -74,6 +73,9 @@ class DeviceShare:
         cache_vectors: vectors that they form; each has a scale if the cache is quantised.
         attention_flops: FLOPs of one query position with one key and value, one layer.
         expert_axis: the sharded axis of a mixture's experts: each expert's width, or the experts themselves.
+        expanded_flops: FLOPs of one query position with one key and value that are expanded from a latent, as
+            a chunk's are where attention is no kernel; ``None``: there are no latents.
+        expanding_flops: FLOPs of expanding one.
     """
 
     config: ModelConfig
@@ -83,6 +85,8 @@ class DeviceShare:
     cache_vectors: int
     attention_flops: int
     expert_axis: ExpertAxis = "width"
+    expanded_flops: int | None = None
+    expanding_flops: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,12 +94,13 @@ class Itemsizes:
     """Bytes of one element, and how products compute.
 
     Attributes:
-        weights: of a matrix of attention, MLPs or experts; 0.5 for 4 bits.
+        weights: of a matrix of attention or MLPs, scales included; a little over 0.5 for 4 bits.
         activations: of an activation, a norm or the embedding.
         cache: of a key or a value.
         float8: whether products compute in float8, on chips that do.
         cache_scale: of the scale of a vector of the cache; 0 where it has none.
         head: of the head; ``None``: as of an activation.
+        experts: of a matrix of routed experts; ``None``: as of other weights.
     """
 
     weights: float
@@ -104,6 +109,7 @@ class Itemsizes:
     float8: bool = False
     cache_scale: int = 0
     head: float | None = None
+    experts: float | None = None
 
 
 @dataclass(frozen=True)
@@ -114,11 +120,16 @@ class StepTokens:
         rows: decode rows, a token each.
         context: keys that the token of a row attends to, itself included, on average over the rows.
         chunks: start and stop of each prompt chunk in its prompt; a token is sampled after each.
+        padding_rows: rows that fill up the program's: they read no cache and choose no expert, and all else
+            is computed for them.
+        padding_tokens: tokens that fill up the program's chunks, in the same way.
     """
 
     rows: int = 0
     context: float = 0.0
     chunks: tuple[tuple[int, int], ...] = ()
+    padding_rows: int = 0
+    padding_tokens: int = 0
 
     @property
     def prompt_tokens(self) -> int:
@@ -128,12 +139,17 @@ class StepTokens:
     @property
     def total(self) -> int:
         """Tokens that pass through the layers."""
+        return self.present + self.padding_rows + self.padding_tokens
+
+    @property
+    def present(self) -> int:
+        """Those that are no padding."""
         return self.rows + self.prompt_tokens
 
     @property
     def sampled(self) -> int:
         """Rows that a token is sampled for."""
-        return self.rows + len(self.chunks)
+        return self.rows + self.padding_rows + len(self.chunks)
 
 
 @dataclass(frozen=True)
@@ -212,9 +228,10 @@ class StepTime:
 
     @property
     def token_bytes(self) -> float:
-        """Bytes of the cache of one token in one layer on one device."""
-        share, sizes = self.share, self.itemsizes
-        return share.cache_elements * sizes.cache + share.cache_vectors * sizes.cache_scale
+        """Bytes of the cache of one token in one layer on one device, padding of its memory included."""
+        share, sizes, lanes = self.share, self.itemsizes, LANES.get(self.hardware.platform, 1)
+        width = lanes * math.ceil(share.cache_elements / share.cache_vectors / lanes)
+        return share.cache_vectors * (width * sizes.cache + sizes.cache_scale)
 
     def seconds(
         self, decode_rows: int, context_tokens: int, prompt_tokens: int = 0, prompt_context: int = 0
@@ -245,7 +262,7 @@ class StepTime:
     def layers(self, tokens: StepTokens) -> Cost:
         """Computes the cost of all decoder layers."""
         total = tokens.total
-        blocks = self.attention(tokens) + self.dense(total) + self.mixture(total)
+        blocks = self.attention(tokens) + self.dense(total) + self.mixture(tokens.present, total)
         return blocks + self.overhead(tokens) + Cost(collectives=self._collectives(total))
 
     def attention(self, tokens: StepTokens) -> Cost:
@@ -262,8 +279,13 @@ class StepTime:
         """Computes the cost of the dense MLPs and shared experts in all layers."""
         return self._product(self.held.mlp, tokens)
 
-    def mixture(self, tokens: int) -> Cost:
-        """Computes the cost of routed experts in all layers; only weights of chosen experts are read."""
+    def mixture(self, tokens: int, routed: int | None = None) -> Cost:
+        """Computes the cost of routed experts in all layers; only weights of chosen experts are read.
+
+        Args:
+            tokens: tokens that choose experts.
+            routed: tokens that the router scores, padding included; ``None``: the same.
+        """
         moe = self.config.moe
         if moe is None:
             return Cost()
@@ -273,7 +295,8 @@ class StepTime:
         else:
             one, even = self.held.experts * self.tp / count, count * self._chosen(tokens) / self.tp
             computed = tokens * active / self.tp * read / even
-        return self._block(read * one, 2.0 * computed * one) + self._product(self.held.routers, tokens)
+        router = self._product(self.held.routers, tokens if routed is None else routed, _ROUTER_BYTES)
+        return self._block(read * one, 2.0 * computed * one, self.itemsizes.experts) + router
 
     def experts_read(self, tokens: int) -> float:
         """Returns how many experts of a layer a device reads.
@@ -297,7 +320,8 @@ class StepTime:
     def overhead(self, tokens: StepTokens) -> Cost:
         """Computes what all layers cost beyond memory traffic, products and collectives."""
         efficiency = self.hardware.efficiency
-        each = efficiency.row_us * tokens.rows + efficiency.token_us * tokens.prompt_tokens
+        each = efficiency.row_us * (tokens.rows + tokens.padding_rows)
+        each += efficiency.token_us * (tokens.prompt_tokens + tokens.padding_tokens)
         micros = (efficiency.layer_us + each * self._replicas) * self.config.num_layers
         micros += efficiency.expert_us * sum(self.config.sparse_layers)
         return Cost(fixed=1e-6 * micros)
@@ -318,7 +342,8 @@ class StepTime:
     def head(self, rows: int) -> Cost:
         """Computes the cost of the vocabulary projection and of sampling a token for each of ``rows``."""
         itemsize = self.itemsizes.activations if self.itemsizes.head is None else self.itemsizes.head
-        moved = self.hardware.interconnect.all_reduce_s(self.tp, _SAMPLED_BYTES * rows)
+        # an all-gather moves half of what an all-reduce of its result does
+        moved = self.hardware.interconnect.all_reduce_s(self.tp, _SAMPLED_BYTES * self.tp * rows / 2)
         fixed = self.hardware.efficiency.step_us * 1e-6
         projection = self._product(self.held.head or self.held.embedding, rows, itemsize)
         return projection + Cost(collectives=moved, fixed=fixed)
@@ -336,7 +361,7 @@ class StepTime:
             return 0.0
         reduced = sum(count * size for count, size in self._all_reduces(tokens)) * len(part) / len(every)
         reduced += self._message(tokens) if part.start == 0 else 0
-        return reduced + (_SAMPLED_BYTES * tokens if part.stop == every.stop else 0)
+        return reduced + (_SAMPLED_BYTES * self.tp * tokens if part.stop == every.stop else 0)
 
     def _collectives(self, tokens: int) -> float:
         """Returns the seconds of all layers' all-reduces."""
@@ -358,21 +383,25 @@ class StepTime:
     def _attend(self, tokens: StepTokens, window: int | None) -> Cost:
         """Computes the cost of attention scores and weighted sums in one layer, cache traffic included."""
         context = min(tokens.context, window or math.inf)
-        cost = self._cache(tokens.rows * context, tokens.rows * context) if tokens.rows else Cost()
+        share, cost = self.share, Cost()
+        if tokens.rows:
+            cost = self._cache(tokens.rows * context, tokens.rows * context * share.attention_flops)
+        # only TPUs have a kernel for latents: elsewhere a chunk expands those before it, at each step
+        expands = share.expanded_flops is not None and self.hardware.platform != "tpu"
+        flops = (share.expanded_flops or 0) if expands else share.attention_flops
         for start, stop in tokens.chunks:
             length = stop - start
             before = min(start, window or math.inf)  # read from the cache; the chunk itself is written
-            cost += self._cache(before + 2 * length, attended(start, stop, window))
+            products = attended(start, stop, window) * flops + before * share.expanding_flops * expands
+            cost += self._cache(before + 2 * length, products)
         return cost
 
-    def _cache(self, moved: float, pairs: float) -> Cost:
-        """Computes the cost of reading or writing ``moved`` keys, and of ``pairs`` of a query and a key."""
-        hardware, share = self.hardware, self.share
+    def _cache(self, moved: float, flops: float) -> Cost:
+        """Computes the cost of reading or writing ``moved`` keys, and of products with keys and values."""
+        hardware = self.hardware
         moved_bytes = moved * self.token_bytes
         read = self._sharing * moved_bytes / (hardware.bandwidth_bytes_s * hardware.efficiency.cache)
-        return Cost(
-            cache=read, compute=self._beyond(pairs * share.attention_flops, read, low_precision=False)
-        )
+        return Cost(cache=read, compute=self._beyond(flops, read, low_precision=False))
 
     def _product(self, elements: float, tokens: float, itemsize: float | None = None) -> Cost:
         """Computes the cost of matrices that every token is multiplied by."""
@@ -386,7 +415,7 @@ class StepTime:
             first, seconds = hardware.products[0][1], interpolated(hardware.products, flops / (2 * elements))
             return Cost(weights=first, compute=seconds - first) * (self._sharing * elements)
         rate = hardware.bandwidth_bytes_s * efficiency.weights
-        if itemsize <= 1:
+        if itemsize < 2:
             rate *= efficiency.low_precision_weights
         read = self._sharing * elements * itemsize / rate
         return Cost(weights=read, compute=self._beyond(flops, read))

@@ -17,10 +17,9 @@ from tpjax.cache.layer_cache import LatentCache, LayerCache
 from tpjax.cache.layer_places import LayerPlace, layer_places, num_entries
 from tpjax.cache_quantization import QuantizedBuffer, part_width, vector_bytes
 from tpjax.config import KVDtype, ModelConfig
+from tpjax.hardware import LANES
 from tpjax.sharding import PAGES, REPLICATED, head_plan, pad_to_multiple
 from tpjax.windows import ONE_GROUP, Windows
-
-_LANES = {"tpu": 128}  # rows of a buffer are padded to a multiple of this many elements
 
 
 @jax.tree_util.register_dataclass
@@ -92,7 +91,7 @@ def page_bytes_per_device(
     layout = cache_layout(config, tp, 1, page_size)
     devices = tp if layout.spec == PAGES else 1
     *rows, width = layout.shape
-    size = vector_bytes(pad_to_multiple(width, _LANES.get(platform, 1)), kv_dtype, dtype)
+    size = vector_bytes(pad_to_multiple(width, LANES.get(platform, 1)), kv_dtype, dtype)
     return num_entries(config, windows) * layout.count * math.prod(rows) // devices * size
 
 
@@ -159,6 +158,6 @@ def _format(mesh: Mesh, spec: PartitionSpec, ndim: int) -> Format | NamedShardin
     whole cache to write to it.
     """
     sharding = NamedSharding(mesh, spec)
-    if mesh.devices.flat[0].platform not in _LANES:
+    if mesh.devices.flat[0].platform not in LANES:
         return sharding
     return Format(MemoryLayout(tuple(range(ndim))), sharding)

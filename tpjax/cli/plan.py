@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -43,6 +44,7 @@ EXAMPLES = """
 """
 
 DEFAULT_GOALS = {"ttft": 1000.0, "tpot": 100.0}  # milliseconds
+_LENGTHS, _NUM_PROMPTS = "1024:1024", 256
 
 
 def lengths(text: str) -> tuple[int, int]:
@@ -52,6 +54,16 @@ def lengths(text: str) -> tuple[int, int]:
         raise typer.BadParameter(f"{text!r} is not IN:OUT, tokens of a prompt and of its answer")
     tokens = positive_int("tokens")
     return tokens(prompt), tokens(answer)
+
+
+_parse_lengths = lengths  # a parameter of ``run`` has the name of its option
+
+
+def _refuse(why: str, options: Mapping[str, bool], when: bool) -> None:
+    """Raises a ``RequestError`` that names the first option that was given and would change nothing."""
+    for name, given in options.items():
+        if when and given:
+            raise RequestError(f"{name} {why}")
 
 
 def run(
@@ -92,8 +104,14 @@ def run(
         ),
     ] = 1,
     context: Annotated[
-        int, option("--context", help="Tokens in the cache.", parser=positive_int("tokens"), metavar="C")
-    ] = DEFAULT_CONTEXT,
+        int | None,
+        option(
+            "--context",
+            help=f"Tokens in the cache ({DEFAULT_CONTEXT}, or as many as a sequence may have).",
+            parser=positive_int("tokens"),
+            metavar="C",
+        ),
+    ] = None,
     prompt_len: Annotated[
         int | None,
         option(
@@ -118,20 +136,23 @@ def run(
     lengths: Annotated[
         str,
         option("--lengths", help="Tokens of prompts and answers.", parser=lengths, metavar="IN:OUT"),
-    ] = "1024:1024",
+    ] = _LENGTHS,
     trace: Annotated[
         Path | None,
         typer.Option(
             "--trace", metavar="FILE", help="Requests of a trace: Mooncake's JSON lines or Azure's CSV."
         ),
     ] = None,
-    num_prompts: NumPrompts = 256,
+    num_prompts: NumPrompts = _NUM_PROMPTS,
     range_ratio: RangeRatio = 0.0,
     max_concurrency: MaxConcurrency = None,
     max_slots: Annotated[
         int | None,
         option(
-            "--max-slots", help="Requests that run at once (256).", parser=positive_int("slots"), metavar="N"
+            "--max-slots",
+            help="Requests that run at once (as many as fit, up to 256; 8 with --measure).",
+            parser=positive_int("slots"),
+            metavar="N",
         ),
     ] = None,
     goodput: Goodput = None,
@@ -155,9 +176,34 @@ def run(
         check_plot(plot)
     if measure == (hardware is not None):
         raise RequestError("give either --hardware NAME:CHIPS or --measure")
+    sampled = {
+        "--lengths": lengths != _parse_lengths(_LENGTHS),  # type: ignore[comparison-overlap]  # parsed
+        "--num-prompts": num_prompts != _NUM_PROMPTS,
+        "--range-ratio": range_ratio != 0.0,
+    }
+    of_serve = {
+        "--rate": rate is not None,
+        "--trace": trace is not None,
+        "--max-concurrency": max_concurrency is not None,
+        "--max-slots": max_slots is not None,
+        "--goodput": goodput is not None,
+        "--seed": seed != 0,
+        **sampled,
+    }
+    _refuse("means nothing without --serve", of_serve, not serve)
+    _refuse("means nothing with --trace, which has its own requests", sampled, trace is not None)
+    lengths_given = {"--context": context is not None, "--prompt-len": prompt_len is not None}
+    _refuse("means nothing with --serve, whose requests have lengths of their own", lengths_given, serve)
+    _refuse("means nothing with --measure", {"--hardware-file": hardware_file is not None}, measure)
+    _refuse("means nothing without --measure", {"--rounds": rounds is not None}, not measure)
     known = find_named(chosen_model(model, model_option))
-    counts = Counts(known.name, known.config)
-    stored = None if known.quantization is None else known.stored_bytes
+    most = known.config.longest_context
+    for name, tokens in (("--context", context), ("--prompt-len", prompt_len)):
+        if tokens is not None and tokens > most:
+            raise RequestError(f"{name} {tokens} is over the {most} tokens of a sequence of this model")
+    context = context or min(DEFAULT_CONTEXT, most)
+    counts = Counts(known.name, known.config, known.format_of)
+    stored = known.stored_bytes
     load = None
     if serve:
         load = ServingLoad(trace, lengths, num_prompts, range_ratio, seed)  # type: ignore[arg-type]  # parsed

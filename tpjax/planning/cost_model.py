@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
 
 from tpjax.cache import num_entries, page_groups
-from tpjax.config import ExpertAxis
+from tpjax.config import ExpertAxis, ModelConfig, Quantize
 from tpjax.hardware import Hardware
 from tpjax.planning.workload import Workload
-from tpjax.runtime.counts import Counts
+from tpjax.runtime.counts import Counts, WeightBytes
 from tpjax.runtime.limits import MAX_PROMPT_TOKENS, PAGE_SIZE
 from tpjax.runtime.memory import DeviceMemory, max_histories, sampler_bytes
-from tpjax.step_time import StepTime
+from tpjax.step_time import Elements, Itemsizes, StepTime
 from tpjax.windows import ONE_GROUP, Windows, pages_held
 
-_ROUTER_BYTES = _SCALE_BYTES = 4  # an element is float32 whatever the dtype
 _MOST_PAGES = 2**20  # of a sequence
 
 
@@ -35,6 +36,33 @@ class MemoryUse:
     def total(self) -> int:
         """Weights, cache and workspace together, bytes."""
         return self.weights + self.cache + self.workspace
+
+
+def _stored(
+    counts: Counts, tp: int, expert_axis: ExpertAxis, workload: Workload, platform: str
+) -> WeightBytes:
+    """Returns the bytes of the weights on one device in the dtype of a workload."""
+    quantize: Quantize | None = None
+    if workload.dtype in ("int8", "fp8", "int4"):
+        quantize = workload.dtype  # type: ignore[assignment]  # just seen
+    return counts.bytes_on_device(
+        tp,
+        expert_axis,
+        jnp.dtype("float32" if workload.dtype == "float32" else "bfloat16"),
+        quantize,
+        stored=workload.dtype == "stored",
+        platform=platform,
+    )
+
+
+def _as_stored(sizes: Itemsizes, held: Elements, stored: Elements) -> Itemsizes:
+    """Returns the bytes of an element with those of matrices as they are stored, scales included."""
+    dense, experts = held.attention + held.mlp, held.experts
+    return replace(
+        sizes,
+        weights=(stored.attention + stored.mlp) / dense,
+        experts=stored.experts / experts if experts else None,
+    )
 
 
 class CostModel(StepTime):
@@ -59,7 +87,10 @@ class CostModel(StepTime):
         expert_axis: ExpertAxis = "width",
         replicas: int = 1,
     ) -> None:
-        super().__init__(counts.share(tp, expert_axis), hardware, workload.itemsizes, replicas)
+        share = counts.share(tp, expert_axis)
+        self.stored = _stored(counts, tp, expert_axis, workload, hardware.platform)
+        sizes = _as_stored(workload.itemsizes, share.held, self.stored.parts)
+        super().__init__(share, hardware, sizes, replicas)
         self.counts, self.workload = counts, workload
 
     def memory(self, batch: int, context: int) -> MemoryUse:
@@ -69,11 +100,7 @@ class CostModel(StepTime):
         holds the widest activations of a prefill chunk, the logits of a batch, and the sampler's state:
         penalties, biases and masks.
         """
-        config, held, workload = self.config, self.held, self.workload
-        itemsize = workload.activation_bytes
-        weights = (held.attention + held.mlp + held.experts) * workload.weight_bytes
-        weights += held.routers * _ROUTER_BYTES + (held.vectors + held.embedding + held.head) * itemsize
-        weights += held.outputs * _SCALE_BYTES if workload.weight_bytes == 1 else 0
+        config, itemsize = self.config, self.workload.activation_bytes
         rows = max(batch, MAX_PROMPT_TOKENS)
         widest = max(
             2 * config.mlp.intermediate_size, 4 * config.attention.num_heads * config.attention.head_dim
@@ -82,18 +109,25 @@ class CostModel(StepTime):
         workspace = rows * width * itemsize + 8 * batch * math.ceil(config.vocab_size / self.tp)
         histories = max_histories(config, self.tp, batch, DeviceMemory(int(self.hardware.usable_bytes)))
         workspace += sampler_bytes(config, self.tp, batch, histories)
-        return MemoryUse(math.ceil(weights), batch * self.sequence_bytes(context), workspace)
+        return MemoryUse(self.stored.parts.total, batch * self.sequence_bytes(context), workspace)
 
-    def sequence_bytes(self, context: int) -> int:
-        """Returns the cache bytes of one sequence on one device while it decodes."""
-        groups = (ONE_GROUP, page_groups(self.config))
-        return min(
-            pages_held(context, windows, PAGE_SIZE, 1) * self.page_bytes(windows) for windows in groups
-        )
+    def sequence_bytes(self, context: int, layers: ModelConfig | None = None) -> int:
+        """Returns the cache bytes of one sequence on one device while it decodes.
 
-    def page_bytes(self, windows: Windows) -> int:
-        """Returns the bytes of a page on one device."""
-        return int(PAGE_SIZE * num_entries(self.config, windows) * self.token_bytes)
+        Args:
+            context: tokens of the sequence.
+            layers: the architecture with the layers of a pipeline's stage only; ``None``: with all.
+        """
+
+        def held(windows: Windows, layers: ModelConfig) -> int:
+            return pages_held(context, windows, PAGE_SIZE, 1) * self.page_bytes(windows, layers)
+
+        groups = min((ONE_GROUP, page_groups(self.config)), key=lambda windows: held(windows, self.config))
+        return held(groups, layers or self.config)
+
+    def page_bytes(self, windows: Windows, layers: ModelConfig | None = None) -> int:
+        """Returns the bytes of a page on one device; ``layers`` as in :meth:`sequence_bytes`."""
+        return int(PAGE_SIZE * num_entries(layers or self.config, windows) * self.token_bytes)
 
     def largest_batch(self, context: int) -> int:
         """Returns how many sequences of that length fit a replica."""

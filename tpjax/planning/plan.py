@@ -201,7 +201,7 @@ def does_not_fit(plan: Plan) -> str:
         if (context := plan.model.largest_context(plan.batch)) > 0:
             would.append(f"a context of {context}")
     for dtype in ("int8", "int4") if workload.dtype != "stored" else ():  # which is not rounded once more
-        smaller = replace(workload, dtype=dtype, cache_dtype="auto")
+        smaller = replace(workload, dtype=dtype)
         less = smaller.weight_bytes < workload.weight_bytes
         if less and make_plan(counts, hardware, plan.chips, plan.tp, smaller).fits:
             would.append(f"--dtype {dtype}")

@@ -93,7 +93,8 @@ class KnownModel:
     @property
     def stored_bytes(self) -> float | None:
         """Mean bytes of an element of the layers' matrices, scales included; ``None``: not 8 or 4 bits."""
-        return None if self.format_of is None else stored_bytes(self.config, self.format_of)
+        stored = None if self.format_of is None else stored_bytes(self.config, self.format_of)
+        return stored if stored is not None and stored < 2 else None  # a GGUF file may have other types only
 
     def check_quantize(self, quantize: Quantize | None, quantize_head: bool) -> None:
         """Checks how weights are to be kept, as :meth:`Checkpoint.check_quantize` does."""

@@ -22,13 +22,11 @@ from tpjax.planning.arrivals import Arrival
 from tpjax.planning.cost_model import CostModel
 from tpjax.planning.serving_figures import Outcome, Result
 from tpjax.runtime.limits import PAGE_SIZE, STEPS, Limits, chunk_shapes, mixed_chunk_shapes
-from tpjax.runtime.memory import PagePool, windows_of
+from tpjax.runtime.memory import CPU_SLOTS, SLOT_TOKENS, SLOTS, PagePool, windows_of
 from tpjax.sampling_params import SamplingParams
 from tpjax.step_time import StepTokens
 
 StepSeconds = Callable[[StepTokens], float]
-
-_MOST_SLOTS, _SHARED_SLOTS = 256, 8
 
 
 @dataclass(frozen=True)
@@ -81,18 +79,28 @@ def plan_server(
 
     Args:
         model: the model on one replica.
-        max_slots: requests that run at once. ``None``: 256, or 8 where devices are faked on one machine.
+        max_slots: requests that run at once. ``None``: as the engine chooses them, the largest power of two
+            up to 256 of which each has cache pages for 1,024 tokens, or 8 on a CPU.
         max_model_len: tokens of the longest sequence. ``None``: the model's longest context, if it fits.
 
     Raises:
         ConfigError: the model does not fit, or no sequence of that length.
     """
-    slots = max_slots or (_SHARED_SLOTS if model.hardware.shared else _MOST_SLOTS)
-    need, usable = model.memory(slots, 1), model.hardware.usable_bytes
-    windows = windows_of(model.config, max_model_len or model.config.longest_context)
-    pages = int((usable - need.weights - need.workspace) // model.page_bytes(windows)) - 1  # the null page
+    usable, longest = model.hardware.usable_bytes, max_model_len or model.config.longest_context
+    windows = windows_of(model.config, longest)
     pool = PagePool(windows, model.page_bytes(windows))
-    length = max_model_len or pool.longest(pages, model.config.longest_context)
+
+    def room(slots: int) -> int:
+        """Returns how many cache pages fit beside what so many requests need."""
+        need = model.memory(slots, 1)
+        return int((usable - need.weights - need.workspace) // pool.page_bytes) - 1  # the null page
+
+    slots = max_slots or CPU_SLOTS
+    if max_slots is None and not model.hardware.shared:
+        each = pool.held(min(longest, SLOT_TOKENS))
+        slots = next((slots for slots in SLOTS if slots * each <= room(slots)), 1)
+    pages = room(slots)
+    length = max_model_len or pool.longest(pages, longest)
     if pages < pool.held(max(1, length)):
         raise ConfigError(
             f"{model.counts.name} at tp={model.tp} leaves room for {max(pages, 0)} cache pages of "
@@ -317,20 +325,19 @@ def _work(step: Step, server: ServerModel) -> tuple[float, list[tuple[Request, i
     """Returns the seconds of a step, and the tokens that each request gets at its end.
 
     Rows and chunks are padded to the sizes of the compiled programs: what pads them is computed as well, but
-    reads no cache.
+    reads no cache and chooses no expert.
     """
     limits, steps = server.limits, step.steps
-    spans = [(chunk.start, chunk.stop) for chunk in step.chunks]
-    rows, context = 0, 0.0
-    if step.decode:
+    spans = tuple((chunk.start, chunk.stop) for chunk in step.chunks)
+    rows, context, padding_rows, padding_tokens = len(step.decode), 0.0, 0, 0
+    if rows:
         sizes = limits.mixed_batch_sizes if spans else limits.batch_sizes
-        rows = next(size for size in sizes if size >= len(step.decode))
+        padding_rows = next(size for size in sizes if size >= rows) - rows
         keys = sum(one.next_position + 1 for one in step.decode)
         context = keys / rows + (steps - 1) / 2  # of the middle step
     if spans:
         shape = limits.fitting(spans, among=limits.mixed_chunk_shapes if rows else ())
-        padding = shape.tokens - sum(stop - start for start, stop in spans)
-        spans += [(0, padding)] if padding else []
-    seconds = steps * server.step_s(StepTokens(rows, context, tuple(spans)))
+        padding_tokens = shape.tokens - sum(stop - start for start, stop in spans)
+    seconds = steps * server.step_s(StepTokens(rows, context, spans, padding_rows, padding_tokens))
     outputs = [(one, min(steps, one.remaining)) for one in step.decode]
     return seconds, outputs + [(chunk.request, 1) for chunk in step.chunks if chunk.final]

@@ -7,19 +7,24 @@ chapters 7 and 8; Pope et al. 2022, section 3).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import jax.numpy as jnp
+
+from tpjax.config import ExpertAxis, ModelConfig
 from tpjax.errors import ConfigError
 from tpjax.hardware import Hardware
+from tpjax.layers.weights import FORMATS
 from tpjax.mesh import describe_tp
 from tpjax.planning.cost_model import CostModel
 from tpjax.planning.plan import make_plans
 from tpjax.planning.workload import Workload
 from tpjax.runtime.counts import Counts
+from tpjax.runtime.device_speed import itemsizes
 from tpjax.runtime.layer_split import layer_seconds, split_layers
-from tpjax.step_time import StepTokens
+from tpjax.step_time import Itemsizes, StepTokens
 
 
 @dataclass(frozen=True)
@@ -140,16 +145,19 @@ def _pipelines(counts: Counts, device: Hardware, devices: int, workload: Workloa
     for stages in range(2, min(devices, config.num_layers) + 1):
         tp, wider = divmod(devices, stages)
         tps = [tp + (number < wider) for number in range(stages)]
-        parts = split_layers(config, tps, workload.itemsizes, device)
+        parts = split_layers(config, tps, _split_by(workload), device)
+        models = {tp: CostModel(counts, device, tp, workload, _usual_axis(config, tp)) for tp in set(tps)}
 
         def of_stages(
             tokens: StepTokens,
             busy: int,
             tps: Sequence[int] = tps,
             parts: tuple[range, ...] = parts,
+            models: Mapping[int, CostModel] = models,
         ) -> list[float]:
             layers = {
-                tp: layer_seconds(config, tp, workload.itemsizes, device, tokens, busy) for tp in set(tps)
+                tp: layer_seconds(config, tp, model.itemsizes, device, tokens, busy)
+                for tp, model in models.items()
             }
             moved = device.interconnect.transfer_s(tokens.total * hidden_bytes)
             return [sum(layers[tp][i] for i in part) + moved for tp, part in zip(tps, parts, strict=True)]
@@ -158,7 +166,6 @@ def _pipelines(counts: Counts, device: Hardware, devices: int, workload: Workloa
         seconds = of_stages(StepTokens(math.ceil(batch / groups), workload.context), groups)
         step = max(sum(seconds), groups * max(seconds))
         prefill = sum(of_stages(StepTokens(chunks=((0, workload.prompt_len),)), 1))
-        models = {tp: CostModel(counts, device, tp, workload) for tp in set(tps)}
         held = max(_stage_bytes([models[tp] for tp in tps], parts))
         yield Strategy(
             "pipeline",
@@ -174,23 +181,35 @@ def _pipelines(counts: Counts, device: Hardware, devices: int, workload: Workloa
 
 
 def _stage_bytes(models: Sequence[CostModel], parts: Sequence[range]) -> list[float]:
-    """Returns the bytes on a device of each stage of a pipeline that shares out the layers."""
-
-    def ends(model: CostModel) -> tuple[float, float]:
-        """Returns the bytes of embedding and head."""
-        element = model.workload.activation_bytes
-        return element * model.held.embedding, element * model.held.head
+    """Returns the bytes on a device of each stage of a pipeline: of its layers, and of the ends it has."""
 
     def of_layers(model: CostModel, part: range) -> float:
-        memory = model.memory(model.workload.batch, model.workload.context)
-        layers = memory.weights - sum(ends(model)) + memory.cache
-        return layers * len(part) / model.config.num_layers + memory.workspace
+        workload, config = model.workload, model.config.of_layers(part)
+        cache = workload.batch * model.sequence_bytes(workload.context, config)
+        workspace = model.memory(workload.batch, workload.context).workspace
+        return sum(model.stored.layers[part.start : part.stop]) + cache + workspace
 
     stages = [of_layers(model, part) for model, part in zip(models, parts, strict=True)]
-    (embedding, _), (tied, head) = ends(models[0]), ends(models[-1])
-    stages[0] += embedding
-    stages[-1] += head or tied  # a tied embedding is on both
+    first, last = models[0].stored, models[-1].stored
+    stages[0] += first.first
+    stages[-1] += last.last
+    if models[-1].config.tie_word_embeddings:
+        stages[-1] += last.parts.embedding  # it is on both
     return stages
+
+
+def _split_by(workload: Workload) -> Itemsizes:
+    """Returns the bytes of elements by which layers are split when the model runs."""
+    quantize: Any = workload.dtype if workload.dtype in FORMATS else None
+    kept: Any = {"int8": "int8", "fp8": "fp8"}.get(workload.cache_dtype, "auto")
+    if workload.cache_dtype == "auto" and quantize is not None:
+        kept = "fp8" if quantize == "fp8" else "int8"
+    return itemsizes(jnp.dtype("float32" if workload.dtype == "float32" else "bfloat16"), quantize, kept)
+
+
+def _usual_axis(config: ModelConfig, tp: int) -> ExpertAxis:
+    """Returns the axis of the experts that is sharded unless told."""
+    return config.moe.sharded_axis(tp) if config.moe else "width"
 
 
 def _experts(counts: Counts, device: Hardware, devices: int, workload: Workload) -> Iterator[Strategy]:
@@ -212,14 +231,15 @@ def _experts(counts: Counts, device: Hardware, devices: int, workload: Workload)
         # a device computes attention for its own sequences, and its experts for the tokens of all
         cost = replicated.attention(own) + replicated.dense(own.total) + replicated.overhead(own)
         cost += sharded.mixture(tokens) + replicated.embedding_and_head(own.sampled, own.total)
-        exchange = device.interconnect.all_reduce_s(devices, 2.0 * tokens * counts.config.hidden_size)
+        hidden_bytes = counts.config.hidden_size * workload.activation_bytes
+        exchange = device.interconnect.all_reduce_s(devices, float(tokens * hidden_bytes))
         return cost.total + sum(counts.config.sparse_layers) * exchange
 
     part, prompt = math.ceil(workload.batch / devices), workload.prompt_len
     step = seconds(StepTokens(part, workload.context), workload.batch)
     prefill = seconds(StepTokens(chunks=((0, prompt),)), prompt)
-    elsewhere = replicated.held.experts - sharded.held.experts
-    held = replicated.memory(part, workload.context).total - elsewhere * workload.weight_bytes
+    elsewhere = replicated.stored.parts.experts - sharded.stored.parts.experts
+    held = replicated.memory(part, workload.context).total - elsewhere
     yield Strategy(
         "expert",
         f"experts over {devices} devices, DP attention",

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import compress
+from operator import not_
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +65,7 @@ def step_time(
 def stored_itemsizes(
     held: Elements, dtype: jnp.dtype, declared: Iterable[Parameter], kv_dtype: KVDtype = "auto"
 ) -> Itemsizes:
-    """Returns the mean bytes of an element: of layers' matrices, of the head, and of everything else.
+    """Returns the mean bytes of an element: of layers' matrices, of experts, of the head, and of all else.
 
     Args:
         held: elements on a device, of the mesh of the first of these parameters.
@@ -88,12 +90,14 @@ def stored_itemsizes(
         stored = sum(share(one) * one.bytes_per_device for one in parts)
         return (stored + (elements - values) * itemsize) / elements
 
-    of_layers = (one for one in quantized if one.path[0] == "layers")
+    of_layers = [one for one in quantized if one.path[0] == "layers"]
+    routed = [one.path[3] == "experts" for one in of_layers]
     name = "lm_head" if held.head else "embed_tokens"
     of_head = {one.path: one for one in quantized if one.path[0] == name}  # a last stage may have a copy
-    weights = mean(held.attention + held.mlp + held.experts, of_layers)
+    weights = mean(held.attention + held.mlp, compress(of_layers, map(not_, routed)))
+    experts = mean(held.experts, compress(of_layers, routed)) if held.experts else None
     head = mean(held.head or held.embedding, of_head.values()) if of_head else None
-    return replace(itemsizes(dtype, None, kv_dtype), weights=weights, head=head)
+    return replace(itemsizes(dtype, None, kv_dtype), weights=weights, head=head, experts=experts)
 
 
 def split_layers(

@@ -35,9 +35,9 @@ _RESERVED = 0.08
 _HISTORIES = 0.01
 _LEAST_HISTORIES = 8
 # Sequences decoded at once unless told: on a CPU, and elsewhere at most. Each may then have this many tokens.
-_CPU_SLOTS = 8
-_SLOTS = (256, 128, 64, 32, 16, 8, 4, 2)
-_SLOT_TOKENS = 1024
+CPU_SLOTS = 8
+SLOTS = (256, 128, 64, 32, 16, 8, 4, 2)
+SLOT_TOKENS = 1024
 _MOST_TP = 64
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -269,9 +269,9 @@ def _slots_with_room(
 ) -> int:
     """Returns how many sequences the devices have room for; see :func:`plan_stages`."""
     if memory is None or memory.platform == "cpu":
-        return _CPU_SLOTS
-    pages = pools[0].held(min(longest, _SLOT_TOKENS))
-    for slots in _SLOTS:
+        return CPU_SLOTS
+    pages = pools[0].held(min(longest, SLOT_TOKENS))
+    for slots in SLOTS:
         needs = _needs(shares, dtype, memory, slots)
         if all(
             need.total + slots * pages * pool.page_bytes <= memory.free
@@ -368,7 +368,7 @@ class _Misfit:
         pages = (free - need.total + need.cache) // pool.page_bytes - 1
         if self.max_model_len is not None and (fitting := pool.longest(pages, self.max_model_len)):
             yield f"max_model_len={fitting}"
-        for fewer in (slots for slots in _SLOTS if slots < self.max_slots):
+        for fewer in (slots for slots in SLOTS if slots < self.max_slots):
             if self._need(number, max_slots=fewer).total <= free:
                 yield f"max_slots={fewer}"
                 break

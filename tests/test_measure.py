@@ -80,7 +80,7 @@ def test_figures_come_back_from_the_times_they_explain():
     """Times made of known rates, by the formulas of a machine whose two faked devices share it."""
     bandwidth, flops, reduce_s, layer_s, token_s, dispatch_s = 20e9, 100e9, 50e-6, 80e-6, 3e-6, 400e-6
     row_s, element_s = 7e-6, {1: 4 / 20e9, 2: 12 / 20e9, 8: 5 / 20e9, 32: 8 / 20e9}
-    element_s |= {64: 15 / 20e9, 72: 25 / 20e9, 128: 35 / 20e9}
+    element_s |= {64: 15 / 20e9, 80: 25 / 20e9, 128: 35 / 20e9}
     width, inner, prompt = measure._WIDTH, measure._INNER, measure._PROMPT
     elements = 512 * 64 * (2 * 8 + 2 * 4) + 3 * 512 * 1408  # q, k, v, o; gate, up, down
     seconds = {f"reduce {size}": measure._CHAIN * reduce_s for size in measure._MESSAGES}

@@ -37,8 +37,8 @@ _DEPTHS = (3, 8)
 _PROMPT = 256
 _BATCH = 8  # decode rows, besides one
 # Tokens of a product. One token is a vector, and waits for memory; two are a matrix, which XLA on CPUs
-# packs first. Up to 64 they are computed weight first, and so are 72: eight rows beside a chunk of 64.
-_TOKENS = (1, 2, _BATCH, 32, 64, 72, 128, _PROMPT)
+# packs first. From 64 to 80, eight rows beside a chunk of 64 and padding, a token costs more than up to 64.
+_TOKENS = (1, 2, _BATCH, 32, 64, 80, 128, _PROMPT)
 _ROUNDS = 15
 _PAGES = 4  # of 128 positions: the longest sequence of the small decoders
 _CHAIN = 32  # all-reduces timed together

@@ -357,6 +357,13 @@ def test_modules_that_are_not_quantised(tmp_path: Path) -> None:
     assert formats(**fp8, ignored_layers=["o_proj"]) == {name for name in everything if "o_proj" not in name}
     ignored = compressed("int-quantized", 8, "int", "channel") | {"ignore": ["re:.*mlp.*", "lm_head"]}
     assert formats(**ignored) == {name for name in everything if "mlp" not in name}
+    groups = ignored["config_groups"]
+    mlp, queries = (groups["group_0"] | {"targets": one} for one in (["re:.*mlp.*"], ["re:.*0.*q_proj$"]))
+    ignored |= {"ignore": ["lm_head"], "config_groups": {"group_0": mlp, "group_1": queries}}
+    assert formats(**ignored) == {
+        *(name for name in everything if "mlp" in name),
+        "layers.0.self_attn.q_proj",
+    }
 
 
 def by_matching(module: str, entries: tuple[str, ...]) -> bool:
@@ -390,7 +397,7 @@ def test_entries_match_as_the_definition_says() -> None:
     ),
 )
 def test_an_expression_that_cannot_be_used_is_named(entry: str) -> None:
-    with pytest.raises(ConfigError, match="of modules that are not quantised") as error:
+    with pytest.raises(ConfigError, match="of modules that are quantised or not") as error:
         formats_of(Quantization("fp8", skipped=("lm_head", entry)), WeightMap())
     assert brief(entry) in str(error.value)
 

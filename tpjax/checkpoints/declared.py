@@ -53,15 +53,16 @@ def formats_of(quantization: Quantization, names: WeightMap) -> FormatOf:
         names: the checkpoint's names.
 
     Raises:
-        ConfigError: an expression for modules that are not quantised is none.
+        ConfigError: an expression for modules that are quantised, or are not, is none.
     """
     kept, is_skipped = _format_of(quantization), matcher_of(quantization.skipped)
+    is_target = matcher_of(quantization.targets or ("re:",))
 
     def format_of(canonical: str) -> WeightFormat | None:
         if canonical in ENDS or (quantization.method == "mxfp4" and ".experts." not in canonical):
             return None
-        at = names.locate(canonical, names.prefixes[0])
-        return None if is_skipped(at.name.removesuffix(".weight")) else kept
+        module = names.locate(canonical, names.prefixes[0]).name.removesuffix(".weight")
+        return kept if is_target(module) and not is_skipped(module) else None
 
     return format_of
 

@@ -55,7 +55,7 @@ def matcher_of(skipped: Iterable[str]) -> Callable[[str], bool]:
         seconds += time.perf_counter() - begin
         if seconds > _MOST_SECONDS:
             raise ConfigError(
-                f"{len(expressions)} regular expressions for modules that are not quantised, "
+                f"{len(expressions)} regular expressions for modules that are quantised or not, "
                 f"{brief('re:' + expressions[0].pattern)} first, took over {_MOST_SECONDS:.0f} s"
             )
         return found
@@ -83,11 +83,11 @@ def _expression(entry: str) -> re.Pattern[str]:
         compiled = re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise ConfigError(
-            f"{brief(entry)}, of modules that are not quantised, is not a regular expression: {error}"
+            f"{brief(entry)}, of modules that are quantised or not, is not a regular expression: {error}"
         ) from error
     if ways > _MOST_WAYS:
         raise ConfigError(
-            f"{brief(entry)}, of modules that are not quantised, could take exponential time: it repeats "
+            f"{brief(entry)}, of modules that are quantised or not, could take exponential time: it repeats "
             "what repeats or branches, or too often"
         )
     return compiled

@@ -64,6 +64,7 @@ class Quantization:
         zero_shift: GPTQ: what is added to stored zero points.
         is_float: compressed-tensors: values are floating-point numbers.
         skipped: modules that are not quantised, by name, or by a regular expression behind ``re:``.
+        targets: compressed-tensors: modules that are quantised, by the same rules; none: all linear layers.
         block_given: whether the configuration has the block. AutoFP8's have none, and one scale a tensor.
     """
 
@@ -74,6 +75,7 @@ class Quantization:
     zero_shift: int = 0
     is_float: bool = False
     skipped: tuple[str, ...] = field(default=(), compare=False)
+    targets: tuple[str, ...] = field(default=(), compare=False)
     block_given: bool = field(default=True, compare=False)
 
     @property
@@ -161,7 +163,10 @@ def _compressed_tensors(settings: Fields) -> Quantization:
     found = {_of_group(groups.section(name), layout) for name in groups.raw}
     if len(found) != 1:
         raise ConfigError(f"{groups.where} has {len(found)} ways to quantise weights: 1 is supported")
-    return found.pop()
+    lists = (groups.section(name).get("targets", None) for name in groups.raw)
+    targets = [str(target) for one in lists for target in (one if isinstance(one, list) else ["Linear"])]
+    classes = any("." not in target and not target.startswith("re:") for target in targets)
+    return replace(found.pop(), targets=() if classes else tuple(targets))  # classes: Linear, or unknown here
 
 
 def _of_group(group: Fields, layout: Any) -> Quantization:

@@ -35,5 +35,6 @@ def test_as_shipped() -> None:
         env=environment, cwd=HERE.parent, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
+    assert "deselected" not in done.stdout
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed and int(passed[1]) > len(TESTS)

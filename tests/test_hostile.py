@@ -8,7 +8,6 @@ import gzip
 import importlib.util
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -22,277 +21,26 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from conftest import COMPILE_FAST
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from serving import CONTEXT, SLOTS, VOCAB, WAIT_S, Running, load_tiny, running, tiny_checkpoint
+from serving import CONTEXT, LOOP, SLOTS, VOCAB, WAIT_S, Running, load_tiny, running, tiny_checkpoint
 
 from tpjax.engine.generation import Generation
 from tpjax.engine.request_builder import RequestBuilder
-from tpjax.errors import CheckpointError, RequestError
 from tpjax.sampling_params import SamplingParams
-from tpjax.sandbox import NICENESS, Worker, sandbox
 from tpjax.server import conversation, json_bodies, responses
 from tpjax.server.admission_budget import FREE_BYTES, AdmissionBudget, Reservation
 from tpjax.server.completions import CompletionResponse
 from tpjax.server.error_responses import ApiError
 from tpjax.server.grammars import compiler, structured_outputs
-from tpjax.server.grammars.checker import GrammarChecker
 from tpjax.server.protocol import CompletionBody, StreamOptions
-from tpjax.server.worker_pools import ThreadPool, WorkerPool
-from tpjax.text.chat_template import ChatTemplates
-from tpjax.text.loading import load_tokenizer
+from tpjax.server.worker_pools import WorkerPool
 from tpjax.text.tokenizer import Tokenizer
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 QUEUE, BODY = 4, 1 << 20
-LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 TEMPLATE = f"{{% if messages[0].content == 'loop' %}}{LOOP}{{% endif %}}{{{{ messages[0].content }}}}"
-RENDER = "tpjax.text.chat_template:rendered"
-
-
-def job(template: str, content: str = "hi") -> dict[str, Any]:
-    messages = [{"role": "user", "content": content}]
-    return ChatTemplates({"default": template}, {}).job({"messages": messages})
-
-
-# --- what runs in a process of its own ----------------------------------------------------------------------
-
-
-def render(template: str, **more: Any) -> str:
-    return ChatTemplates({"default": template}, {}).render([{"role": "user", "content": "é\n"}], **more)
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    (
-        ("{{ 'a' * 10**9 }}", "needs more memory"),
-        ("{{ '%999999999d' % 3 }}", "needs more memory"),
-        ("{{ 'a'.center(10**9) }}", "needs more memory"),
-        ("{{ [0] * 10**9 }}", "needs more memory"),
-        (
-            "{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-            "memory",
-        ),
-        ("{{ 'a' * 2**23 }}", "has 8388608 characters, over 4194304"),
-    ),
-)
-def test_a_template_has_limits_in_python_too(template: str, message: str) -> None:
-    with pytest.raises(RequestError, match=message):
-        render(template)
-    assert render("{{ messages[0].content }}") == "é\n"  # and the next one has a worker
-
-
-def test_a_worker_ends_at_its_time_limit() -> None:
-    worker = Worker()
-    with pytest.raises(RequestError, match=r"the chat template took over 0\.3 s"):
-        worker.ask(RENDER, job(LOOP), "the chat template", 0.3)
-    assert not worker.usable
-
-
-def test_the_clock_of_a_first_job_starts_after_its_imports() -> None:
-    """Importing Jinja takes 0.07 s of processor time."""
-    worker = Worker()
-    assert worker.ask(RENDER, job("{{ messages[0].content }}"), "the chat template", 0.05) == "hi"
-    worker.kill()
-
-
-def test_what_a_worker_cannot_take_or_give() -> None:
-    with pytest.raises(RequestError, match="JSON only: set is not JSON"):
-        render("{{ x }}", x={1})
-    assert render("{{ x[1] }}{{ x }}", x=(1, 2)) == "2[1, 2]"
-    with pytest.raises(CheckpointError, match="line 1"):
-        render("{% for %}")
-    with pytest.raises(RequestError, match="refused the messages: no"):
-        render("{{ raise_exception('no') }}")
-
-
-def test_workers_let_the_model_go_first() -> None:
-    """A worker has a session of its own; Linux may share the cores among sessions, whatever the niceness."""
-    render("{{ 1 }}")
-    assert sandbox._worker is not None and sandbox._worker._process is not None
-    pid = sandbox._worker._process.pid
-    assert os.getpriority(os.PRIO_PROCESS, pid) == os.getpriority(os.PRIO_PROCESS, 0) + NICENESS
-    group = Path(f"/proc/{pid}/autogroup")
-    if group.exists() and os.geteuid() == 0:  # others may have to wait for their turn to set it
-        assert group.read_text().endswith(f"nice {NICENESS}\n")
-
-
-def test_a_worker_that_died_is_replaced_and_a_fork_has_its_own() -> None:
-    assert render("{{ messages[0].content }}") == "é\n"
-    assert sandbox._worker is not None and sandbox._worker._process is not None
-    process = sandbox._worker._process
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert render("{{ messages[0].content }}") == "é\n"
-    assert sandbox._worker._process is not process
-    sandbox._owner = -1  # as it is in a child of this process
-    mine = sandbox._worker
-    try:
-        assert render("{{ messages[0].content }}") == "é\n"
-        assert sandbox._worker is not mine and mine.usable
-    finally:
-        mine.kill()
-
-
-def test_a_pool_forgets_what_was_cancelled_and_kills_no_other() -> None:
-    async def play() -> None:
-        pool = WorkerPool(2, "the chat template", time_limit_s=60)
-        try:
-            slow = [asyncio.ensure_future(pool.run(RENDER, job(LOOP), "messages")) for _ in range(4)]
-            fast = asyncio.ensure_future(pool.run(RENDER, job("x"), "messages"))
-            while len(pool._busy) < 2:
-                await asyncio.sleep(0.01)
-            slow[3].cancel()  # it waits: nothing of it ever runs
-            first, second = pool._busy
-            slow[0].cancel()
-            await asyncio.gather(slow[0], slow[3], return_exceptions=True)
-            assert first.usable != second.usable  # one worker ended, the other goes on
-            assert not slow[1].done()
-            slow[1].cancel()
-            slow[2].cancel()
-            assert await fast == "x"
-            assert not pool._busy
-        finally:
-            pool.close()
-
-    asyncio.run(play())
-
-
-def test_where_many_wait_slow_jobs_end_sooner() -> None:
-    async def play() -> None:
-        pool = WorkerPool(1, "the chat template", time_limit_s=60, crowded_limit_s=0.1)
-        try:
-            slow = [asyncio.ensure_future(pool.run(RENDER, job(LOOP), "messages")) for _ in range(5)]
-            while not pool._busy:
-                await asyncio.sleep(0.01)
-            slow[0].cancel()  # it began alone, with the full limit; the next has three behind it
-            with pytest.raises(ApiError, match=r"took over 0\.1 s"):
-                await slow[1]
-            while not pool._busy:
-                await asyncio.sleep(0.01)
-            assert not any(one.done() for one in slow[2:])  # two wait for one process: that is no crowd
-            for one in slow[2:]:
-                one.cancel()
-        finally:
-            pool.close()
-
-    asyncio.run(play())
-
-
-def test_a_pool_may_limit_how_many_wait() -> None:
-    async def play() -> None:
-        pool = WorkerPool(1, "rendering", time_limit_s=60, max_waiting=2)
-        try:
-            slow = [asyncio.ensure_future(pool.run(RENDER, job(LOOP), "text")) for _ in range(4)]
-            with pytest.raises(ApiError, match="2 jobs wait") as caught:
-                await slow[3]
-            assert caught.value.status == 429 and not any(one.done() for one in slow[:3])
-            for one in slow:
-                one.cancel()
-        finally:
-            pool.close()
-
-    asyncio.run(play())
-
-
-def test_rendering_ends_with_its_client(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    began, ended = threading.Event(), threading.Event()
-
-    async def run(*_: Any) -> Any:
-        began.set()
-        try:
-            await asyncio.Event().wait()
-        finally:
-            ended.set()
-
-    monkeypatch.setattr(server.server.config.app._app.state.shared.renderer, "run", run)
-    body = b'{"text":"a"}'
-    head = (
-        f"POST /render HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    )
-    with connect(server) as sock:
-        sock.sendall(head.encode() + b"\r\n\r\n" + body)
-        assert began.wait(WAIT_S) and not ended.is_set()
-    assert ended.wait(WAIT_S)
-
-
-def test_a_slow_job_holds_one_place_of_a_pool() -> None:
-    async def play() -> None:
-        pool = WorkerPool(2, "the chat template", time_limit_s=60)
-        try:
-            slow = asyncio.ensure_future(pool.run(RENDER, job(LOOP), "messages"))
-            for text in ("a", "b", "c"):
-                assert await pool.run(RENDER, job("{{ messages[0].content }}", text), "messages") == text
-            assert not slow.done()
-            slow.cancel()
-        finally:
-            pool.close()
-
-    asyncio.run(play())
-
-
-def test_the_clock_of_a_thread_starts_when_it_runs() -> None:
-    async def play() -> None:
-        pool, go = ThreadPool(1, "test"), threading.Event()
-        try:
-            first = asyncio.ensure_future(pool.run(go.wait, 60))
-            second = asyncio.ensure_future(pool.run(lambda: 7, limit_s=2))
-            gone = asyncio.ensure_future(pool.run(pytest.fail, "it was cancelled"))
-            await asyncio.sleep(2.5)  # longer than the limit, in the queue
-            gone.cancel()
-            go.set()
-            assert await first and await second == 7
-            go.clear()
-            with pytest.raises(TimeoutError):
-                await pool.run(go.wait, 60, limit_s=0.05)
-            go.set()
-        finally:
-            pool.close()
-
-    asyncio.run(play())
-
-
-def test_a_grammar_that_ends_its_process() -> None:
-    import llguidance
-
-    async def play() -> None:
-        checker = GrammarChecker()
-        try:
-            crash = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(20_000)}
-            text = json.dumps({"$ref": "#/$defs/a0", "$defs": crash})
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(text)
-            with pytest.raises(ApiError, match="the schema"):
-                await checker.check_grammar(grammar, "response_format")
-            await checker.check_grammar(llguidance.LLMatcher.grammar_from_regex("a+"), "response_format")
-        finally:
-            checker.close()
-
-    asyncio.run(play())
-
-
-def test_a_short_schema_of_a_large_automaton() -> None:
-    """Multiples of a prime have as many states as it: minutes and gigabytes, on a thread that never ends."""
-    import llguidance
-
-    def grammar(multiple: int, before: str = "") -> str:
-        schema = json.dumps({"type": "integer", "multipleOf": multiple})
-        return llguidance.LLMatcher.grammar_from_lark(f"start: {before} %json {schema}")
-
-    async def play() -> None:
-        checker = GrammarChecker(time_limit_s=0.3)
-        try:
-            for before in ("", "<[49000]>", "<[3-5,200000]>"):
-                with pytest.raises(ApiError, match=r"the schema took over 0\.3 s"):
-                    await checker.check_grammar(grammar(9_999_991, before), "response_format")
-                await checker.check_grammar(grammar(97, before), "response_format")
-        finally:
-            checker.close()
-
-    asyncio.run(play())
-
-
-# --- how much text there may be -----------------------------------------------------------------------------
 
 
 def test_a_budget_counts_what_is_large_and_gives_it_back() -> None:
@@ -313,81 +61,6 @@ def test_a_budget_counts_what_is_large_and_gives_it_back() -> None:
     assert budget.used == 4 * FREE_BYTES
     other.release()
     assert budget.used == 0
-
-
-@pytest.fixture(scope="module", params=("tiny", "gguf", "sentencepiece"))
-def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    if request.param == "tiny":
-        path = tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
-    else:
-        path = request.getfixturevalue("smollm2_gguf" if request.param == "gguf" else "gemma3_gguf")
-    loaded = load_tokenizer(path)
-    assert loaded is not None
-    return loaded
-
-
-PIECES = (
-    *("a", "aaaa", " ", "     ", "\n", "\n\n\n", "\t", "▁", "▁▁▁", "é", "e\u0301", "日本語", "가", "\ufb01"),
-    *(
-        "\x00",
-        "\x01",
-        "\u3000",
-        "\u200b",
-        "\U0001f600",
-        "<|im_start|>",
-        "<|im_end|>",
-        "<bos>",
-        "<0x41>",
-        "the ",
-    ),
-    *(
-        "internationalization",
-        "----------------",
-        "0123456789",
-        "=" * 70,
-        "\u1fef",
-        "\r\n",
-        "<start_of_turn>",
-    ),
-)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    parts=st.lists(st.tuples(st.sampled_from(PIECES) | st.text(max_size=4), st.integers(1, 50)), max_size=12)
-)
-def test_no_text_takes_fewer_tokens_than_its_bound(
-    tokenizer: Tokenizer, parts: list[tuple[str, int]]
-) -> None:
-    text = "".join(part * count for part, count in parts)
-    assert tokenizer.fewest_tokens(text) <= len(tokenizer.encode(text))
-
-
-def test_the_bound_is_of_use(tokenizer: Tokenizer) -> None:
-    for text in ("a" * 10_000, "hello, world " * 1000, "日本語" * 1000):
-        assert tokenizer.fewest_tokens(text) * 40 > len(tokenizer.encode(text)) > 0
-
-
-@pytest.mark.parametrize(
-    ("normalizer", "text", "count"),
-    (
-        ('{"type": "Lowercase"}', "AAAA", 0),
-        ('{"type": "Strip", "strip_left": true, "strip_right": true}', "    ", 0),
-        ('{"type": "NFKC"}', "\uff21", 0),
-        ('{"type": "NFC"}', "\u1fef" * 40, None),
-    ),
-)
-def test_a_normaliser_that_shortens_has_no_bound(
-    tmp_path: Path, normalizer: str, text: str, count: int | None
-) -> None:
-    tiny_checkpoint(tmp_path)
-    file = tmp_path / "tokenizer.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": json.loads(normalizer)}))
-    loaded = load_tokenizer(tmp_path)
-    assert loaded is not None
-    fewest = loaded.fewest_tokens(text)
-    assert fewest <= len(loaded.encode(text))
-    assert fewest == count if count is not None else fewest > 0
 
 
 # --- the server ---------------------------------------------------------------------------------------------
@@ -435,10 +108,30 @@ def sent(server: Running, path: str, body: dict[str, Any]) -> socket.socket:
     return sock
 
 
+def test_rendering_ends_with_its_client(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, ended = threading.Event(), threading.Event()
+
+    async def run(*_: Any) -> Any:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(server.server.config.app._app.state.shared.renderer, "run", run)
+    body = b'{"text":"a"}'
+    head = (
+        f"POST /render HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    )
+    with connect(server) as sock:
+        sock.sendall(head.encode() + b"\r\n\r\n" + body)
+        assert began.wait(WAIT_S) and not ended.is_set()
+    assert ended.wait(WAIT_S)
+
+
 def test_a_prompt_that_is_certainly_too_long_is_not_encoded(
     http: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoded: list[int] = []
     monkeypatch.setattr(Tokenizer, "encode", lambda *_, **__: pytest.fail("it was encoded"))
     monkeypatch.setattr(WorkerPool, "run", lambda *_: pytest.fail("it was encoded"))
     error = error_of(http.post(COMPLETIONS, json=completion("a" * 900_000)), 400)
@@ -449,7 +142,7 @@ def test_a_prompt_that_is_certainly_too_long_is_not_encoded(
         error["message"]
         == f"the prompt has 200000 tokens: this model's maximum context length is {CONTEXT} tokens"
     )
-    assert error["code"] == "context_length_exceeded" and not encoded
+    assert error["code"] == "context_length_exceeded"
     assert server.service.pending == 0
 
 

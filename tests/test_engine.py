@@ -192,6 +192,8 @@ class FakeRunner:
 class EveryThird:
     """Allows the tokens that are as many as have been sampled, modulo 3; ends by itself after five."""
 
+    error = None
+
     def __init__(self) -> None:
         self.count = 0
 
@@ -600,7 +602,7 @@ def test_real_grammar(llm: LLM) -> None:
     class Only:
         """Token 40 + i at step i, or nothing."""
 
-        finished = False
+        finished, error = False, None
 
         def __init__(self) -> None:
             self.next = 40

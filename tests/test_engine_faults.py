@@ -164,7 +164,7 @@ def check_after_error(llm: LLM, wanted: list[list[int]]) -> None:
 class Words:
     """A grammar that allows everything."""
 
-    finished = False
+    finished, error = False, None
 
     def mask(self) -> np.ndarray:
         return np.full(5, -1, np.int32).view(np.uint32)

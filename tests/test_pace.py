@@ -147,7 +147,7 @@ def test_real_streams_beside_a_real_grammar(monkeypatch: pytest.MonkeyPatch) -> 
     """The compiled programs: the same tokens as alone, in the steps that they take alone."""
 
     class Even:
-        finished = False
+        finished, error = False, None
 
         def mask(self) -> np.ndarray:
             return np.full(5, 0x55555555, np.uint32)

@@ -127,6 +127,8 @@ def test_stages_of_different_numbers_of_devices(
 class Odd:
     """Allows odd tokens alone, and ends after nine."""
 
+    error = None
+
     def __init__(self, vocab: int) -> None:
         self.count, self.words = 0, -(-vocab // 32)
 

@@ -313,7 +313,7 @@ def test_several_steps_while_a_slot_is_free_but_no_page() -> None:
 class Free:
     """A grammar that allows everything."""
 
-    finished = False
+    finished, error = False, None
 
     def mask(self) -> None: ...
 

@@ -79,7 +79,7 @@ class Replica:
             generation = self._running.get(request)
             if generation is None:
                 continue  # cancelled after its dispatch
-            error = getattr(request.grammar, "error", None)
+            error = None if request.grammar is None else request.grammar.error
             if error and request.finish_reason != "length":
                 request.finish_reason, request.error = "error", error
             if delta := generation.advance(tokens):

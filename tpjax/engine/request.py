@@ -21,6 +21,11 @@ class Grammar(Protocol):
         """Whether nothing may follow: the request ends."""
         ...
 
+    @property
+    def error(self) -> str | None:
+        """Why it cannot go on, if it cannot: the request fails."""
+        ...
+
     def mask(self) -> Any:  # a NumPy array, which this module must not import
         """Returns uint32 [ceil(V / 32)]: bit ``i`` of word ``w`` allows token ``32 * w + i``."""
         ...
@@ -174,12 +179,13 @@ class Request:
 
     def append(self, token: int) -> None:
         """Appends a generated token; ends the request if it is a stop token or the last allowed."""
+        grammar = self.grammar
         self.output_token_ids.append(token)
-        if self.grammar is not None:
-            self.grammar.advance(token)
-        complete = self.grammar is not None and self.grammar.finished
+        if grammar is not None:
+            grammar.advance(token)
+        complete = grammar is not None and grammar.finished
         # a grammar that cannot go on is no error at the last token, after which nothing has to follow
-        stuck = complete and getattr(self.grammar, "error", None) is not None
+        stuck = complete and grammar is not None and grammar.error is not None
         at_limit = len(self.output_token_ids) >= self.params.max_tokens
         if token in self.stop_ids or (complete and not (stuck and at_limit)):
             self.finish_reason = "stop"

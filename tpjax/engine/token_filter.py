@@ -64,7 +64,7 @@ class TokenFilter:
     @property
     def error(self) -> str | None:
         """What went wrong, if it did: the request fails."""
-        error: str | None = getattr(self._grammar, "error", None)
+        error = None if self._grammar is None else self._grammar.error
         if error is None and self.finished and self._grammar is not None and not self._grammar.finished:
             return "bad_words and allowed_token_ids leave no token that the schema allows"
         return error

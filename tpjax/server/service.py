@@ -89,7 +89,7 @@ class Stream:
             if request.state_lost:  # an internal error: the details are for the log
                 why = "the engine failed while this ran; the server's log has it"
                 self.fail(ApiError(500, why, code="engine_failed"))
-            elif getattr(request.grammar, "error", None):  # the client's grammar could not be followed
+            elif request.grammar is not None and request.grammar.error:  # the client's could not be followed
                 self.fail(bad_request(request.error or "", code="grammar_too_complex"))
             else:
                 message = request.error or "the generation failed"

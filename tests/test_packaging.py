@@ -78,6 +78,11 @@ def jax_version() -> str:
     return importlib.metadata.version("jax")
 
 
+def test_the_package_says_that_it_is_typed() -> None:
+    """Without the marker of PEP 561 all of it is ``Any`` to the type checker of a user's program."""
+    assert (ROOT / "tpjax" / "py.typed").is_file()
+
+
 def test_ci_installs_the_extras_themselves() -> None:
     script = ROOT / ".ci" / "run"
     if not script.exists():

@@ -192,6 +192,7 @@ def test_help_starts_neither_jax_nor_anything_else_heavy():
             "--context 9999999 and --prompt-len 5 need sequences of 10000063 tokens, over the model's ",
         ),
         (["explain"], "give either MODEL or --config FILE"),
+        (["explain", "smollm2-135m", "--batch", "64"], "--batch means nothing without --topology"),
         (["explain", "smollm2-135m", "--config", "x.json"], "give either MODEL or --config FILE"),
         (["frobnicate"], "No such command 'frobnicate'. (see `tpjax --help`)"),
         (["generat"], "No such command 'generat'. Did you mean 'generate'? (see `tpjax --help`)"),

@@ -71,7 +71,7 @@ def run(
         int | None,
         option(
             "--prompt-len",
-            help="Tokens of a prompt (the context).",
+            help=f"Tokens of a prompt (the context, at most {LONGEST_DEFAULT_PROMPT}).",
             parser=positive_int("tokens"),
             metavar="P",
         ),

@@ -19,6 +19,7 @@ from tpjax.cli.options import (
     Sharding,
     option,
     positive_int,
+    refuse,
     takes,
 )
 from tpjax.distributed import process_id
@@ -59,32 +60,33 @@ def run(
         ),
     ] = None,
     context: Annotated[
-        int,
+        int | None,
         option(
             "--context",
-            help="Tokens in the cache of each sequence, for a TPU's estimated time.",
+            help="With --topology: tokens in the cache of each sequence, for a TPU's estimated time "
+            f"({DEFAULT_CONTEXT}).",
             parser=positive_int("tokens"),
             metavar="N",
         ),
-    ] = DEFAULT_CONTEXT,
+    ] = None,
     batch: Annotated[
-        int,
+        int | None,
         option(
             "--batch",
-            help="Sequences of the decode step, with --topology (8).",
+            help=f"With --topology: sequences of the decode step ({STEP_BATCH}).",
             parser=positive_int("sequences"),
             metavar="N",
         ),
-    ] = STEP_BATCH,
+    ] = None,
     prompt_len: Annotated[
-        int,
+        int | None,
         option(
             "--prompt-len",
-            help="Tokens of the prefill step, with --topology (512): filled up to a step's chunks.",
+            help=f"With --topology: tokens of the prefill step ({STEP_PROMPT_LEN}), filled up to its chunks.",
             parser=positive_int("tokens"),
             metavar="N",
         ),
-    ] = STEP_PROMPT_LEN,
+    ] = None,
     as_json: Json = False,
     plot: Plot = None,
     *,
@@ -92,6 +94,9 @@ def run(
     processes: Processes,
 ) -> None:
     """Show how a model is sharded, and why: specs, bytes, KV cache, memory, and each step's collectives."""
+    if topology is None:
+        steps = {"--context": context, "--batch": batch, "--prompt-len": prompt_len}
+        refuse({name: given is not None for name, given in steps.items()}, "means nothing without --topology")
     if (model is None and model_option is None) == (config is None):
         raise RequestError("give either MODEL or --config FILE")
     name = config or chosen_model(model, model_option)
@@ -113,7 +118,12 @@ def run(
 
             chips = parse_topology(topology)
             compiled = explain_topology(
-                name, chips, context=context, batch=batch, prompt_len=prompt_len, **asdict(sharding)
+                name,
+                chips,
+                context=context or DEFAULT_CONTEXT,
+                batch=batch or STEP_BATCH,
+                prompt_len=prompt_len or STEP_PROMPT_LEN,
+                **asdict(sharding),
             )
         show_report(compiled, as_json=as_json)
         return

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tpjax.config import AttentionBackend, Dtype, ExpertParallel, KVDtype, Quantize
+from tpjax.errors import RequestError
 
 if TYPE_CHECKING:
     from tpjax.sampling_params import SamplingParams
@@ -173,6 +174,21 @@ def goal(text: str) -> tuple[str, float]:
     except ValueError:
         pass
     raise typer.BadParameter(f"{text!r} is not ttft:MS, tpot:MS or e2el:MS, with a number of milliseconds")
+
+
+def refuse(given: Mapping[str, bool], why: str) -> None:
+    """Refuses options that would change nothing.
+
+    Args:
+        given: by the option's name, whether it was given.
+        why: what an error says after the name.
+
+    Raises:
+        RequestError: about the first that was given.
+    """
+    for name, was_given in given.items():
+        if was_given:
+            raise RequestError(f"{name} {why}")
 
 
 # --- groups ------------------------------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +23,8 @@ from tpjax.cli.options import (
     option,
     positive_int,
     rates,
+    refuse,
+    takes,
 )
 from tpjax.errors import RequestError
 from tpjax.planning.workload import (
@@ -47,7 +49,7 @@ DEFAULT_GOALS = {"ttft": 1000.0, "tpot": 100.0}  # milliseconds
 _LENGTHS, _NUM_PROMPTS = "1024:1024", 256
 
 
-def lengths(text: str) -> tuple[int, int]:
+def in_and_out(text: str) -> tuple[int, int]:
     """Parses ``IN:OUT``, tokens of prompts and of answers."""
     prompt, colon, answer = str(text).partition(":")
     if not colon:
@@ -56,16 +58,62 @@ def lengths(text: str) -> tuple[int, int]:
     return tokens(prompt), tokens(answer)
 
 
-_parse_lengths = lengths  # a parameter of ``run`` has the name of its option
+@dataclass
+class SimulatedLoad:
+    """The requests that ``--serve`` simulates."""
+
+    rate: Annotated[list[float] | None, rates("--rate", "inf, the default, is all at once")] = None
+    lengths: Annotated[
+        Any,  # of prompts and answers
+        option("--lengths", help="Tokens of prompts and answers.", parser=in_and_out, metavar="IN:OUT"),
+    ] = _LENGTHS
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace", metavar="FILE", help="Requests of a trace: Mooncake's JSON lines or Azure's CSV."
+        ),
+    ] = None
+    num_prompts: NumPrompts = _NUM_PROMPTS
+    range_ratio: RangeRatio = 0.0
+    max_concurrency: MaxConcurrency = None
+    max_slots: Annotated[
+        int | None,
+        option(
+            "--max-slots",
+            help="Requests that run at once (as many as fit, up to 256; 8 with --measure).",
+            parser=positive_int("slots"),
+            metavar="N",
+        ),
+    ] = None
+    goodput: Goodput = None
+    seed: Annotated[int, option("--seed", help="Of lengths and arrivals.", parser=any_int, metavar="S")] = 0
+
+    def check(self, serve: bool) -> None:
+        """Checks that no option is given that would change nothing.
+
+        Raises:
+            RequestError: one is.
+        """
+        sampled = {
+            "--lengths": self.lengths != in_and_out(_LENGTHS),
+            "--num-prompts": self.num_prompts != _NUM_PROMPTS,
+            "--range-ratio": self.range_ratio != 0.0,
+        }
+        if not serve:
+            served = {
+                "--rate": self.rate is not None,
+                "--trace": self.trace is not None,
+                "--max-concurrency": self.max_concurrency is not None,
+                "--max-slots": self.max_slots is not None,
+                "--goodput": self.goodput is not None,
+                "--seed": self.seed != 0,
+            }
+            refuse(served | sampled, "means nothing without --serve")
+        if self.trace is not None:
+            refuse(sampled, "means nothing with --trace, which has its own requests")
 
 
-def _refuse(why: str, options: Mapping[str, bool], when: bool) -> None:
-    """Raises a ``RequestError`` that names the first option that was given and would change nothing."""
-    for name, given in options.items():
-        if when and given:
-            raise RequestError(f"{name} {why}")
-
-
+@takes(load=SimulatedLoad)
 def run(
     model: Annotated[
         str | None,
@@ -132,34 +180,11 @@ def run(
     serve: Annotated[
         bool, typer.Option("--serve", help="Simulate a server under load: latencies, goodput, cache use.")
     ] = False,
-    rate: Annotated[list[float] | None, rates("--rate", "inf, the default, is all at once")] = None,
-    lengths: Annotated[
-        str,
-        option("--lengths", help="Tokens of prompts and answers.", parser=lengths, metavar="IN:OUT"),
-    ] = _LENGTHS,
-    trace: Annotated[
-        Path | None,
-        typer.Option(
-            "--trace", metavar="FILE", help="Requests of a trace: Mooncake's JSON lines or Azure's CSV."
-        ),
-    ] = None,
-    num_prompts: NumPrompts = _NUM_PROMPTS,
-    range_ratio: RangeRatio = 0.0,
-    max_concurrency: MaxConcurrency = None,
-    max_slots: Annotated[
-        int | None,
-        option(
-            "--max-slots",
-            help="Requests that run at once (as many as fit, up to 256; 8 with --measure).",
-            parser=positive_int("slots"),
-            metavar="N",
-        ),
-    ] = None,
-    goodput: Goodput = None,
-    seed: Annotated[int, option("--seed", help="Of lengths and arrivals.", parser=any_int, metavar="S")] = 0,
     rounds: Rounds = None,
     as_json: Json = False,
     plot: Plot = None,
+    *,
+    load: SimulatedLoad,
 ) -> None:
     """Say what a model will cost before it runs: memory, time, tokens/s, the best tp; --serve: under load."""
     from tpjax.hardware import parse_hardware
@@ -176,26 +201,14 @@ def run(
         check_plot(plot)
     if measure == (hardware is not None):
         raise RequestError("give either --hardware NAME:CHIPS or --measure")
-    sampled = {
-        "--lengths": lengths != _parse_lengths(_LENGTHS),  # type: ignore[comparison-overlap]  # parsed
-        "--num-prompts": num_prompts != _NUM_PROMPTS,
-        "--range-ratio": range_ratio != 0.0,
-    }
-    of_serve = {
-        "--rate": rate is not None,
-        "--trace": trace is not None,
-        "--max-concurrency": max_concurrency is not None,
-        "--max-slots": max_slots is not None,
-        "--goodput": goodput is not None,
-        "--seed": seed != 0,
-        **sampled,
-    }
-    _refuse("means nothing without --serve", of_serve, not serve)
-    _refuse("means nothing with --trace, which has its own requests", sampled, trace is not None)
-    lengths_given = {"--context": context is not None, "--prompt-len": prompt_len is not None}
-    _refuse("means nothing with --serve, whose requests have lengths of their own", lengths_given, serve)
-    _refuse("means nothing with --measure", {"--hardware-file": hardware_file is not None}, measure)
-    _refuse("means nothing without --measure", {"--rounds": rounds is not None}, not measure)
+    load.check(serve)
+    if serve:
+        lengths = {"--context": context is not None, "--prompt-len": prompt_len is not None}
+        refuse(lengths, "means nothing with --serve, whose requests have lengths of their own")
+    if measure:
+        refuse({"--hardware-file": hardware_file is not None}, "means nothing with --measure")
+    else:
+        refuse({"--rounds": rounds is not None}, "means nothing without --measure")
     known = find_named(chosen_model(model, model_option))
     most = known.config.longest_context
     for name, tokens in (("--context", context), ("--prompt-len", prompt_len)):
@@ -204,10 +217,10 @@ def run(
     context = context or min(DEFAULT_CONTEXT, most)
     counts = Counts(known.name, known.config, known.format_of)
     stored = known.stored_bytes
-    load = None
+    requests = None
     if serve:
-        load = ServingLoad(trace, lengths, num_prompts, range_ratio, seed)  # type: ignore[arg-type]  # parsed
-        context = load.longest  # of the plan that chooses tp
+        requests = ServingLoad(load.trace, load.lengths, load.num_prompts, load.range_ratio, load.seed)
+        context = requests.longest  # of the plan that chooses tp
     prompt = prompt_len or min(context, LONGEST_DEFAULT_PROMPT)
     dtype = dtype or ("stored" if stored is not None else "float32" if measure else "bf16")
     workload = Workload(batch, context, prompt, dtype, cache_dtype, stored)
@@ -221,14 +234,15 @@ def run(
         ]
     else:
         chip, chips = parse_hardware(hardware, hardware_file)
-        if tp:
-            plans = [make_plan(counts, chip, chips, tp, workload)]
-        else:
-            plans = make_plans(counts, chip, chips, workload)
-    if load is not None:
+        plans = (
+            [make_plan(counts, chip, chips, tp, workload)]
+            if tp
+            else make_plans(counts, chip, chips, workload)
+        )
+    if requests is not None:
         best = plans[0] if tp else recommend(plans)[0]
-        goals = dict(goodput or DEFAULT_GOALS)  # type: ignore[arg-type]  # parsed
-        report = serve_load(best, load, rate, goals, max_slots, max_concurrency)
+        goals = dict(load.goodput or DEFAULT_GOALS)  # type: ignore[arg-type]  # parsed
+        report = serve_load(best, requests, load.rate, goals, load.max_slots, load.max_concurrency)
         if plot is not None:
             plot_figures([run.result for run in report.runs], plot)
         show_report(report, as_json=as_json)

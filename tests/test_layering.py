@@ -45,7 +45,6 @@ ALLOWED = {
     ("__init__", "mesh"),
     ("__init__", "sampling_params"),
     ("__init__", "llm"),  # lazily, in __getattr__
-    ("llm", "inspect.explain"),  # lazily, in LLM.explain: DESIGN gives both rank 8
 }
 
 # Plain Python, so that they are tested by themselves and read in one go.

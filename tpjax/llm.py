@@ -106,8 +106,8 @@ class LLM:
         expert_parallel: of a mixture of experts: ``on`` (each device holds some of the experts), ``off``
             (each expert's width is sharded), or ``auto``: ``on`` if ``tp`` divides the number of experts.
         sequence_parallel: whether prefill shards the residual over positions, so that norms compute 1/tp of
-            the rows: ``on`` (chunks that ``tp`` does not divide stay replicated), ``off``, or ``auto``: on
-            TPUs and GPUs. It changes no result.
+            the rows: ``on``, ``off``, or ``auto``: on TPUs, and on GPUs from 8 MiB a device. It changes no
+            result.
         attention: what computes attention: ``xla`` (any platform), ``tpu`` or ``gpu`` (Pallas kernels, not
             checked; on a CPU they are interpreted, which is slow), ``reference`` (the definition, slow), or
             ``auto``: the kernel if it was found right on the chip, and no slower than ``xla``. The kernel of
@@ -539,9 +539,8 @@ class LLM:
             deltas = self._start(generation)
             while not ended:
                 if not deltas:
-                    ended = not self.front.runs(
-                        generation
-                    )  # an interrupt of another call may have lost its end
+                    # an interrupt of another call may have lost its end
+                    ended = not self.front.runs(generation)
                     self._step()
                 while deltas:
                     yield (delta := deltas.popleft())

@@ -181,7 +181,7 @@ def chat(llm: LLM, params: SamplingParams, system: str | None) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Records Ctrl-C instead of raising it: an exception in a step would leave the engine inconsistent."""
+    """Records Ctrl-C in place of raising it: in a step that would drop the cache, and with it this chat's."""
     noted: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
     try:

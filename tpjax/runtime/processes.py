@@ -102,9 +102,8 @@ class Pulse:
         while not self._stopped.wait(BEAT_S):
             now = time.monotonic()
             if now - before > 3 * BEAT_S:
-                self.heard = (
-                    now  # it is this process that was stopped, or had no time: frames wait to be read
-                )
+                # it is this process that was stopped, or had no time: frames wait to be read
+                self.heard = now
             before = now
             if now - self.heard > self._silence_s:
                 self._on_silence()

@@ -35,9 +35,8 @@ log = logging.getLogger(__name__)
 
 Kind = Literal["decode", "step", "step_and_score", "score", "set_history", "set_masks", "layers"]
 
-# Smallest residual for which sequence parallelism pays. Rows per device: a TPU's tile of bfloat16. Bytes per
-# device: between H100s one kernel sums small messages faster than two can (vLLM's issue 27700 has figures).
-_TPU_MIN_ROWS = steps.ROWS_PER_DEVICE
+# Bytes of a device's residual from which sequence parallelism pays on GPUs: between H100s one kernel sums
+# small messages faster than two can (vLLM's issue 27700 has figures).
 _GPU_MIN_BYTES = 8 * 2**20
 # A TPU's compiler may turn a product and its reduce-scatter into a loop over slices of rows, which reads the
 # weight at every trip: for 512 tokens and two layers of Llama-3-8B on v5e:2x4, 2.28 million cycles, not 1.84.
@@ -433,7 +432,7 @@ class Programs:
         """Returns whether sequence parallelism is faster with ``rows`` of a step's tokens on each device."""
         match self._platform:
             case "tpu":
-                return rows >= _TPU_MIN_ROWS
+                return True
             case "gpu":
                 return rows * self._config.hidden_size * self._dtype.itemsize >= _GPU_MIN_BYTES
             case _:  # on CPU, XLA has no reduce-scatter: every device would sum it all, then gather it again

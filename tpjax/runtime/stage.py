@@ -47,8 +47,8 @@ class Stage:
         mesh: ``("tp",)``.
         limits: fixed sizes.
         dtype: of activations.
-        sequence_parallel: whether prefill shards the residual over positions: ``on`` (if tp divides the
-            chunk), ``off``, or ``auto``: if that is faster.
+        sequence_parallel: whether prefill shards the residual over positions: ``on``, ``off``, or ``auto``:
+            if that is faster.
         compile_elsewhere: as :class:`Programs` takes it.
         kv_dtype: what keys and values are kept in: ``int8``, ``fp8`` (e4m3), or ``auto``: ``dtype``.
         following: the next stage's mesh; ``None``: this stage is the only or the last one.

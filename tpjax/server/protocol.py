@@ -376,9 +376,8 @@ class TokenizeBody(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(max_length=4096)] | None = None
-    add_special_tokens: bool | None = (
-        None  # by default for a prompt only: templates write special tokens themselves
-    )
+    # by default for a prompt only: templates write special tokens themselves
+    add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: str | None = None

@@ -498,32 +498,6 @@ def test_doctor_warns_of_a_cache_folder_that_cannot_be_made(monkeypatch):
     assert problem in doctor.examine()["warnings"]
 
 
-@pytest.mark.parametrize(
-    ("version", "flags", "threads", "warns"),
-    [
-        ("0.10.2", "--xla_force_host_platform_device_count=8", None, True),
-        ("0.10.2", "--xla_force_host_platform_device_count=8", "2", True),
-        ("0.10.2", "--xla_force_host_platform_device_count=8", "32", False),
-        ("0.10.2", "--xla_force_host_platform_device_count=16", "32", True),
-        ("0.10.2", "--xla_force_host_platform_device_count=1", None, False),
-        ("0.10.2", "", None, False),
-        ("0.12.0.1", "--xla_force_host_platform_device_count=8", None, False),
-    ],
-)
-def test_doctor_knows_the_deadlock_of_faked_devices(version, flags, threads, warns, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", flags)
-    monkeypatch.delenv("NPROC", raising=False)
-    if threads is not None:
-        monkeypatch.setenv("NPROC", threads)
-    warning = doctor._deadlock(version)
-    assert (warning is not None) == warns
-    if warns:
-        count = flags.rpartition("=")[2]
-        assert warning.startswith(
-            f"{count} faked devices on jax {version} with NPROC={threads or '(unset)'}: "
-        )
-
-
 def test_doctor_reports_a_jax_that_does_not_start():
     done = tpjax("doctor", "--json", JAX_PLATFORMS="abacus")
     assert done.returncode == 0, done.stderr

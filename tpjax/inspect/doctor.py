@@ -43,7 +43,6 @@ _OPTIONAL = _PACKAGES[_PACKAGES.index("transformers") :]
 _SETTINGS = re.compile(r"(XLA|JAX|HF|TPJAX|TPU|CUDA|LIBTPU)_\w+|NPROC|XDG_CACHE_HOME|HUGGING_FACE_HUB_TOKEN")
 _SECRETS = re.compile(r"TOKEN|SECRET|PASSWORD|KEY")
 _CREDENTIALS = re.compile(r"//[^/@\s]+@")  # in an address: //user:password@host
-_FAKED = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 _LITTLE_MEMORY_BYTES = 2 << 30
 _LITTLE_DISK_BYTES = 1 << 30
 
@@ -262,8 +261,6 @@ def _warnings(packages: dict[str, Any], devices: dict[str, Any], memory: dict[st
     for name, version in packages.items():
         if version is None and name not in _OPTIONAL:
             warnings.append(f"{name} is not installed: reinstall tpjax")
-    if (deadlock := _deadlock(packages["jax"])) is not None:
-        warnings.append(deadlock)
     if devices["platform"] == "cpu":
         warnings += _unused_accelerators()
     if importlib.util.find_spec("pip") is None:
@@ -272,24 +269,6 @@ def _warnings(packages: dict[str, Any], devices: dict[str, Any], memory: dict[st
     if available is not None and available < _LITTLE_MEMORY_BYTES:
         warnings.append(f"only {_size(available)} of memory are available")
     return warnings + _cache_problems()
-
-
-def _deadlock(jax_version: str | None) -> str | None:
-    """Warns of faked devices on an old JAX: each needs a thread, or a collective never ends (see mesh.py)."""
-    faked = _FAKED.search(os.environ.get("XLA_FLAGS", ""))
-    if jax_version is None or faked is None or _numbers(jax_version) >= (0, 12):
-        return None
-    count, threads = int(faked[1]), os.environ.get("NPROC", "")
-    if count < 2 or (threads.isdigit() and int(threads) >= 4 * count):
-        return None
-    return (
-        f"{count} faked devices on jax {jax_version} with NPROC={threads or '(unset)'}: a collective can "
-        f"hang for want of threads and abort after 40 s; unset NPROC, or set NPROC={max(32, 4 * count)}"
-    )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def _unused_accelerators() -> list[str]:

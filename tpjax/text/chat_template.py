@@ -202,7 +202,7 @@ def _environment() -> jinja2.Environment:
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks the assistant's text for training; here it only renders its body."""
+        """``{% generation %}`` marks the assistant's text for training; here it only renders its body."""
 
         tags = {"generation"}  # noqa: RUF012 -- as the base class declares it
 

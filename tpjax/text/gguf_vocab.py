@@ -1,14 +1,14 @@
 """Converts the vocabulary of a GGUF file to what the tokenizer libraries load.
 
-Two kinds exist in the models we run, told apart by `tokenizer.ggml.model`:
+Two kinds exist in the models we run, told apart by ``tokenizer.ggml.model``:
 
 - ``gpt2``: byte-level BPE. The file holds tokens and merges, but of the pre-tokenizer only a *name*
-  (`tokenizer.ggml.pre`); `PRE_TOKENIZERS` maps that name to the expressions that split text.
+  (``tokenizer.ggml.pre``); ``PRE_TOKENIZERS`` maps that name to the expressions that split text.
 - ``llama``: SentencePiece BPE, tokens with scores. We write them back into a SentencePiece model, so that
   Google's own implementation does the merging.
 
 The metadata keys, their defaults and the meaning of the pre-tokenizer names follow llama.cpp
-(`src/llama-vocab.cpp`); the expressions are those of the models' own `tokenizer.json`.
+(``src/llama-vocab.cpp``); the expressions are those of the models' own ``tokenizer.json``.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class GGUFVocab:
         model: ``"gpt2"`` or ``"llama"``.
         prefix_ids: ids before a text (BOS, or none).
         suffix_ids: ids after a text (EOS, or none).
-        eos_ids: every id that ends generation (EOS, EOT, EOM and the texts in `END_OF_GENERATION`).
+        eos_ids: every id that ends generation (EOS, EOT, EOM and the texts in ``END_OF_GENERATION``).
         strip_right: ids of special tokens that remove the white space after them (Phi-3).
         chat_templates: name -> Jinja source; the nameless one is ``"default"``.
     """
@@ -145,10 +145,11 @@ class GGUFVocab:
 
 
 def read_vocab(metadata: Mapping[str, Any]) -> GGUFVocab:
-    """Checks the `tokenizer.*` keys of a GGUF file and fills in llama.cpp's defaults.
+    """Checks the ``tokenizer.*`` keys of a GGUF file and fills in llama.cpp's defaults.
 
-    Defaults: BOS 1, EOS 2, unknown 0 for `llama` (none for `gpt2`, where llama.cpp's 11 is Falcon's); BOS is
-    added for `llama` and where the pre-tokenizer asks for it, EOS never; `llama` text gets a leading space.
+    Defaults: BOS 1, EOS 2, unknown 0 for ``llama`` (none for ``gpt2``, where llama.cpp's 11 is Falcon's); BOS
+    is added for ``llama`` and where the pre-tokenizer asks for it, EOS never; ``llama`` text gets a leading
+    space.
 
     Raises:
         CheckpointError: a key is missing, has the wrong type or length, or names something unsupported.
@@ -186,7 +187,7 @@ def read_vocab(metadata: Mapping[str, Any]) -> GGUFVocab:
 
 
 def byte_level_bpe(vocab: GGUFVocab) -> tokenizers.Tokenizer:
-    """Builds the `tokenizers` object of a ``gpt2`` vocabulary.
+    """Builds the ``tokenizers`` object of a ``gpt2`` vocabulary.
 
     Raises:
         CheckpointError: a merge is malformed or joins tokens the vocabulary lacks.
@@ -217,10 +218,10 @@ def byte_level_bpe(vocab: GGUFVocab) -> tokenizers.Tokenizer:
 
 
 def sentencepiece_model(vocab: GGUFVocab) -> bytes:
-    """Serialises a ``llama`` vocabulary as a SentencePiece `ModelProto` of BPE type.
+    """Serialises a ``llama`` vocabulary as a SentencePiece ``ModelProto`` of BPE type.
 
     Written by hand: it needs a handful of fields, and protobuf would be a dependency for those alone.
-    User-defined tokens are declared as control: the caller splits text on them (`special_tokens`), as
+    User-defined tokens are declared as control: the caller splits text on them (``special_tokens``), as
     llama.cpp does, since GGUF spells Gemma's ``▁▁`` with spaces, which SentencePiece would never match.
     """
     unknown = vocab.unk_id or 0

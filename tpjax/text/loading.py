@@ -1,4 +1,4 @@
-"""Loads the tokenizer of a checkpoint: `tokenizer.json`, `tokenizer.model` or a GGUF file."""
+"""Loads the tokenizer of a checkpoint: ``tokenizer.json``, ``tokenizer.model`` or a GGUF file."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(path: Path) -> Tokenizer | None:
-    """Loads the tokenizer of a checkpoint directory or a `.gguf` file.
+    """Loads the tokenizer of a checkpoint directory or a ``.gguf`` file.
 
-    A directory holds `tokenizer.json` (preferred) or `tokenizer.model`, with these optional files beside it:
-    `tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json`, `generation_config.json`,
-    `config.json`, `chat_template.jinja` and `additional_chat_templates/`; or `tokenizer.gguf`.
+    A directory holds ``tokenizer.json`` (preferred) or ``tokenizer.model``, with these optional files beside
+    it: ``tokenizer_config.json``, ``special_tokens_map.json``, ``added_tokens.json``,
+    ``generation_config.json``, ``config.json``, ``chat_template.jinja`` and ``additional_chat_templates/``;
+    or ``tokenizer.gguf``.
 
     Returns:
         The tokenizer, or None if the directory has none.
@@ -61,10 +62,10 @@ def load_tokenizer(path: Path) -> Tokenizer | None:
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     """Builds the tokenizer a GGUF file describes.
 
-    Follows llama.cpp: special and user-defined tokens are found in the text first; a `llama` vocabulary with
-    `add_space_prefix` puts a space before each stretch of text between them; `eos_ids` holds EOS, EOT, EOM
-    and the well-known texts in `gguf_vocab.END_OF_GENERATION`. The NFC normalisation of a model's own
-    tokenizer (Qwen's), which llama.cpp leaves out, is applied.
+    Follows llama.cpp: special and user-defined tokens are found in the text first; a ``llama`` vocabulary
+    with ``add_space_prefix`` puts a space before each stretch of text between them; ``eos_ids`` holds EOS,
+    EOT, EOM and the well-known texts in ``gguf_vocab.END_OF_GENERATION``. The NFC normalisation of a model's
+    own tokenizer (Qwen's), which llama.cpp leaves out, is applied.
 
     Args:
         metadata: the file's key-value pairs, decoded to Python values and lists.
@@ -166,7 +167,7 @@ def _post_processor_edges(library: tokenizers.Tokenizer) -> tuple[list[int], lis
 
 
 def _load_tokenizer_model(path: Path, beside: TokenizerFiles) -> Tokenizer:
-    """Loads a SentencePiece file; as in transformers 5, BOS is on and `legacy` off by default."""
+    """Loads a SentencePiece file; as in transformers 5, BOS is on and ``legacy`` off by default."""
     added = {i: token for i, (token, _) in beside.added.items()}
     legacy = bool(beside.config.get("legacy", False))
     try:

@@ -34,10 +34,10 @@ class SentencePieceBackend:
         """Loads the model.
 
         Args:
-            model: a serialised `ModelProto`.
+            model: a serialised ``ModelProto``.
             added: id -> token that is matched in the text before SentencePiece splits the rest.
             prefix_every_part: put the model's leading space before each stretch of text between added tokens
-                (transformers' `legacy`), not only at the start of the text.
+                (transformers' ``legacy``), not only at the start of the text.
 
         Raises:
             CheckpointError: SentencePiece cannot load the model.

@@ -68,7 +68,7 @@ _SPACES = frozenset(
 
 
 def normalizer(state: Mapping[str, Any] | None) -> dict[str, bool] | None:
-    """Returns the arguments of :class:`TokenBound` that follow from a normaliser of `tokenizers`.
+    """Returns the arguments of :class:`TokenBound` that follow from a normaliser of ``tokenizers``.
 
     Args:
         state: the normaliser, decoded from JSON.
@@ -94,7 +94,7 @@ def normalizer(state: Mapping[str, Any] | None) -> dict[str, bool] | None:
 
 
 def keeps_all_text(state: Mapping[str, Any] | None) -> bool:
-    """Returns whether a pre-tokenizer of `tokenizers` only splits a text, and drops nothing."""
+    """Returns whether a pre-tokenizer of ``tokenizers`` only splits a text, and drops nothing."""
     match state:
         case None:
             return True

@@ -1,13 +1,13 @@
 """Text to token ids and back, the same for every tokenizer library.
 
-Decoding does not use the libraries. A token is a byte string (`Tokenizer.token_bytes`); a text is the
+Decoding does not use the libraries. A token is a byte string (``Tokenizer.token_bytes``); a text is the
 concatenation of its tokens' bytes, decoded as UTF-8, with invalid bytes shown as U+FFFD as Unicode advises.
-That makes streaming exact: `IncrementalDetokenizer` is a UTF-8 decoder fed one token at a time. It agrees
+That makes streaming exact: ``IncrementalDetokenizer`` is a UTF-8 decoder fed one token at a time. It agrees
 with transformers on all valid text; on invalid bytes from a byte-fallback vocabulary, transformers replaces a
-whole run of byte tokens, valid characters included, and this keeps them. `clean_up_tokenization_spaces` is
+whole run of byte tokens, valid characters included, and this keeps them. ``clean_up_tokenization_spaces`` is
 ignored, as transformers 5 does for BPE: it removes spaces that the model wrote.
 
-Nothing here imports JAX or a tokenizer library: `loading.load_tokenizer` chooses the backend.
+Nothing here imports JAX or a tokenizer library: ``loading.load_tokenizer`` chooses the backend.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class Tokenizer:
         bos_id, unk_id, pad_id: ids of these tokens, or None.
         eos_ids: every id that ends generation: the tokenizer's EOS, those in the checkpoint's settings, and
             the special token with which the chat template ends an assistant's turn.
-        special_ids: control tokens, which `decode` leaves out by default.
-        chat_templates: the checkpoint's chat templates, used by `apply_chat_template`.
-        strips_leading_space: `decode` removes the space that the tokenizer puts before every text.
+        special_ids: control tokens, which ``decode`` leaves out by default.
+        chat_templates: the checkpoint's chat templates, used by ``apply_chat_template``.
+        strips_leading_space: ``decode`` removes the space that the tokenizer puts before every text.
     """
 
     def __init__(
@@ -74,16 +74,16 @@ class Tokenizer:
         special_ids: Iterable[int] = (),
         chat_templates: Mapping[str, str],
     ) -> None:
-        """Use `load_tokenizer` or `tokenizer_from_gguf`.
+        """Use ``load_tokenizer`` or ``tokenizer_from_gguf``.
 
         Args:
             backend: turns plain text into ids and ids into bytes.
-            prefix_ids: ids that `encode` puts before a text (usually BOS).
-            suffix_ids: ids that `encode` puts after a text (usually none).
-            roles: `"bos_token"`, `"eos_token"`, ... -> (text, id).
-            eos_ids: ids that end generation, in addition to the one in `roles`.
+            prefix_ids: ids that ``encode`` puts before a text (usually BOS).
+            suffix_ids: ids that ``encode`` puts after a text (usually none).
+            roles: ``"bos_token"``, ``"eos_token"``, ... -> (text, id).
+            eos_ids: ids that end generation, in addition to the one in ``roles``.
             special_ids: further control tokens.
-            chat_templates: name -> Jinja source; `"default"` is the usual one.
+            chat_templates: name -> Jinja source; ``"default"`` is the usual one.
         """
         self._backend = backend
         self._prefix_ids, self._suffix_ids = list(prefix_ids), list(suffix_ids)
@@ -103,7 +103,7 @@ class Tokenizer:
 
     @property
     def edges(self) -> tuple[int, int]:
-        """Number of tokens that `encode` puts before and after a text."""
+        """Number of tokens that ``encode`` puts before and after a text."""
         return len(self._prefix_ids), len(self._suffix_ids)
 
     @property
@@ -119,7 +119,7 @@ class Tokenizer:
         Args:
             text: any valid Unicode; may be empty.
             add_special_tokens: add BOS and EOS as the checkpoint's settings say. Pass False for the output of
-                `apply_chat_template`, which writes its own.
+                ``apply_chat_template``, which writes its own.
 
         Raises:
             RequestError: the text holds a lone surrogate, which has no UTF-8 encoding.
@@ -173,19 +173,20 @@ class Tokenizer:
         """Renders a conversation as the prompt the model was trained on.
 
         The template runs in Jinja's immutable sandbox with transformers' settings and helpers. A template
-        named `tool_use` is preferred when `tools` are given.
+        named ``tool_use`` is preferred when ``tools`` are given.
 
         Args:
-            messages: `{"role": ..., "content": ...}`, oldest first.
+            messages: ``{"role": ..., "content": ...}``, oldest first.
             add_generation_prompt: end with the opening of the assistant's turn.
             continue_final_message: end with the text of the last message, so that the model continues it;
                 pass ``add_generation_prompt=False`` too.
             tools: JSON schemas the template may describe to the model.
             chat_template: Jinja source to use in place of the checkpoint's.
-            **kwargs: further template variables (`enable_thinking=False`).
+            **kwargs: further template variables (``enable_thinking=False``).
 
         Returns:
-            The prompt, BOS included where the template writes it: encode it with `add_special_tokens=False`.
+            The prompt, BOS included where the template writes it: encode it with
+            ``add_special_tokens=False``.
 
         Raises:
             RequestError: there is no template, or it rejects the messages.

@@ -47,7 +47,7 @@ class TokenizerFiles:
         )
 
     def role_texts(self) -> dict[str, str]:
-        """Returns role -> text of BOS, EOS, ...; older files hold `AddedToken` objects, not strings."""
+        """Returns role -> text of BOS, EOS, ...; older files hold ``AddedToken`` objects, not strings."""
         values = {role: self.config.get(role) for role in ROLES}
         texts = {
             role: value.get("content") if isinstance(value, dict) else value for role, value in values.items()
@@ -55,7 +55,7 @@ class TokenizerFiles:
         return {role: text for role, text in texts.items() if isinstance(text, str)}
 
     def edges(self, bos_id: int | None, eos_id: int | None, default_bos: bool) -> tuple[list[int], list[int]]:
-        """Returns the ids before and after a text, from `add_bos_token` and `add_eos_token`."""
+        """Returns the ids before and after a text, from ``add_bos_token`` and ``add_eos_token``."""
         prefix = [bos_id] if bos_id is not None and self.config.get("add_bos_token", default_bos) else []
         suffix = [eos_id] if eos_id is not None and self.config.get("add_eos_token", False) else []
         return prefix, suffix
@@ -81,9 +81,9 @@ def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[int, tuple
 def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Returns templates by name, found as transformers finds them.
 
-    `chat_template.jinja` and `additional_chat_templates/NAME.jinja` override `chat_template` of
+    ``chat_template.jinja`` and ``additional_chat_templates/NAME.jinja`` override ``chat_template`` of
     tokenizer_config.json, which is a template, an object name -> template, or a list of objects with both; a
-    processor's `chat_template.json` is read only if there is nothing else.
+    processor's ``chat_template.json`` is read only if there is nothing else.
     """
     found = _template_files(directory)
     if "default" not in found:

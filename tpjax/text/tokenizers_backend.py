@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class TokenizersBackend:
-    """Encodes with a `tokenizers.Tokenizer` whose decoder is byte-level or SentencePiece-like."""
+    """Encodes with a ``tokenizers.Tokenizer`` whose decoder is byte-level or SentencePiece-like."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         # A file saved in training may truncate or pad, which a prompt must not be.

@@ -1,8 +1,8 @@
 """Incremental parsing of a response while it is generated: the base of the reasoning and tool-call parsers.
 
-A parser is a generator over one text. It asks for what it expects next (`yield from self.until(...)`), pauses
-at the end of the text so far, and resumes when there is more. It decides nothing that more text could change,
-so its output does not depend on how the text was split into deltas.
+A parser is a generator over one text. It asks for what it expects next (``yield from self.until(...)``),
+pauses at the end of the text so far, and resumes when there is more. It decides nothing that more text could
+change, so its output does not depend on how the text was split into deltas.
 """
 
 from __future__ import annotations

@@ -446,7 +446,12 @@ class Sampling:
     ] = None
     temperature: Annotated[
         float | None,
-        option("--temperature", help="0 takes the likeliest token.", parser=any_number, metavar="T"),
+        option(
+            "--temperature",
+            help="0 takes the likeliest token (the model's own; else 1, in a chat 0.7).",
+            parser=any_number,
+            metavar="T",
+        ),
     ] = None
     top_k: Annotated[
         int | None,

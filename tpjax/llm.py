@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -353,11 +353,11 @@ class LLM:
 
     def stream(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, **fields: Any
-    ) -> Iterator[Delta]:
+    ) -> Generator[Delta, None, None]:
         """Continues one prompt and yields the continuation as it is generated.
 
         The text of all deltas together is that of :meth:`generate`; no delta ends inside a character.
-        Closing the iterator early releases the request's slot and pages at once.
+        Closing the generator early releases the request's slot and pages at once.
 
         Args:
             prompt: text, or token ids.
@@ -533,7 +533,7 @@ class LLM:
 
     # --- requests ------------------------------------------------------------------------------------------
 
-    def _stream(self, generation: Generation) -> Iterator[Delta]:
+    def _stream(self, generation: Generation) -> Generator[Delta, None, None]:
         ended = False
         try:
             deltas = self._start(generation)

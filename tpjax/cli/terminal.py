@@ -152,7 +152,7 @@ class Chat:
                 if delta.finish_reason == "error":
                     self._write(f" [{delta.error}]")
                 if interrupted():
-                    stream.close()  # type: ignore[attr-defined]  # it is a generator: its slot is freed now
+                    stream.close()  # its slot is freed now
                     self._write(" [stopped]")
                     break
         self._write("\n")

@@ -146,10 +146,10 @@ def experts(dry: bool) -> Result:
     found: list[Result] = []
     for tokens in (1,) if dry else (1, 8, 64, 256, 2048):
         rng, rows = np.random.default_rng(0), tokens * active
-        chosen = np.concatenate([rng.permutation(count)[:active] for _ in range(tokens)])
+        chosen = np.stack([rng.permutation(count)[:active] for _ in range(tokens)])
         assigned = jnp.asarray(chosen, jnp.int32)
-        x = jax.random.normal(jax.random.key(1), (rows, inner), jnp.bfloat16)
-        distinct = len(set(chosen.tolist()))
+        x = jax.random.normal(jax.random.key(1), (tokens, inner), jnp.bfloat16)
+        distinct = len(np.unique(chosen))
         row: Result = {
             "tokens": tokens,
             "experts": distinct,
@@ -159,11 +159,12 @@ def experts(dry: bool) -> Result:
 
         def by_kernel(x: jax.Array, weights: jax.Array, assigned: jax.Array) -> jax.Array:
             tiles = experts_gpu.lay_out(assigned, count)
-            return experts_gpu.grouped_product(x[tiles.sources], weights, tiles)[tiles.places]
+            return experts_gpu.grouped_product(tiles.take(x), weights, tiles)[tiles.places]
 
         def by_xla(x: jax.Array, weights: jax.Array, assigned: jax.Array) -> jax.Array:
-            order, sizes = jnp.argsort(assigned), jnp.zeros(count, jnp.int32).at[assigned].add(1)
-            return jax.lax.ragged_dot(x[order], weights, sizes, preferred_element_type=x.dtype)
+            flat = assigned.reshape(-1)
+            order, sizes = jnp.argsort(flat), jnp.zeros(count, jnp.int32).at[flat].add(1)
+            return jax.lax.ragged_dot(x[order // active], weights, sizes, preferred_element_type=x.dtype)
 
         ways = {"xla": by_xla} if dry else {"gpu": by_kernel, "xla": by_xla}
         for name, way in ways.items():

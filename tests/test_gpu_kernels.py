@@ -5,6 +5,7 @@ jax 0.12 and later interpret them. On a GPU ``scripts/on_gpu`` runs these tests.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,12 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from tpjax import LLM
-from tpjax.attention import KernelShape, gpu, selftest
-from tpjax.config import KVDtype
+from tpjax.attention import Backend, KernelShape, gpu, selftest
+from tpjax.checkpoints.opening import read_config
+from tpjax.config import KVDtype, MoEConfig
 from tpjax.layers import experts_gpu, quantized_gpu
+from tpjax.layers import selftest as products_selftest
+from tpjax.layers.experts import ExpertWeights, Matrices, Routing, reference_experts, routed_experts
 
 ON_GPU = jax.default_backend() == "gpu"
 CAN_INTERPRET = hasattr(plgpu, "InterpretGPUParams")
@@ -60,11 +64,11 @@ def check_experts(sizes: list[int], inner: int, columns: int, further: int = 0) 
     values = rng.normal(size=(experts, inner, columns)) * inner**-0.5
     values[np.equal(sizes, 0)] = np.nan  # an expert without rows is not read
     weights = jnp.asarray(values, jnp.bfloat16)
-    tiles = experts_gpu.lay_out(jnp.asarray(assigned), experts)
-    out = experts_gpu.grouped_product(x[tiles.sources], weights, tiles, interpret=how())
+    tiles = experts_gpu.lay_out(jnp.asarray(assigned)[:, None], experts)
+    out = experts_gpu.grouped_product(tiles.take(x), weights, tiles, interpret=how())
     owned = assigned < experts
     rows, weights_of = np.asarray(x, np.float32)[owned], np.asarray(weights, np.float32)[assigned[owned]]
-    found = np.asarray(out[tiles.places], np.float32)[owned]
+    found = np.asarray(out[tiles.places[:, 0]], np.float32)[owned]
     np.testing.assert_allclose(found, np.einsum("mi,mic->mc", rows, weights_of), atol=0.02, rtol=0.01)
 
 
@@ -89,20 +93,103 @@ def test_experts_whose_last_block_is_half_full(sizes: list[int]) -> None:
 
 
 @pytest.mark.parametrize("compared", (4096, 4))
-@pytest.mark.parametrize("sizes", ([0, 0], [1], [0, 7, 0, 8, 9], [129, 3]))
+@pytest.mark.parametrize("sizes", ([0, 0], [1], [4, 0, 2] + 9 * [0], [0, 7, 0, 8, 9], [129, 3]))
 def test_layout(sizes: list[int], compared: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row has a place of its own, in a tile of its expert."""
     monkeypatch.setattr(experts_gpu, "_COMPARED", compared)
     assigned = assignments(sizes, further=2)
-    tiles = experts_gpu.lay_out(jnp.asarray(assigned), len(sizes))
-    size = tiles.sources.size // tiles.experts.size
+    tiles = experts_gpu.lay_out(jnp.asarray(assigned)[:, None], len(sizes))
     (owned,) = np.nonzero(assigned < len(sizes))
-    places = np.asarray(tiles.places)[owned]
+    places = np.asarray(tiles.places)[owned, 0]
     assert len(set(places.tolist())) == len(owned)
-    assert (np.asarray(tiles.experts)[places // size] == assigned[owned]).all()
-    assert (np.asarray(tiles.sources)[places] == owned).all()
-    here = np.bincount(places // size, minlength=len(tiles.experts))
-    np.testing.assert_array_equal(tiles.rows, here)
+    assert (np.asarray(tiles.experts)[places // tiles.size] == assigned[owned]).all()
+    tokens = np.arange(len(assigned), dtype=np.float32)[:, None]
+    here = np.asarray(tiles.take(jnp.asarray(tokens)))
+    if tiles.sources is None:  # each tile has all tokens
+        here = np.tile(here, (len(tiles.experts), 1))
+    assert (here[places, 0] == owned).all()
+    rows = np.bincount(places // tiles.size, minlength=len(tiles.experts))
+    np.testing.assert_array_equal(tiles.rows, rows if tiles.sources is not None else len(tokens) * (rows > 0))
+
+
+@pytest.mark.parametrize("experts", (4, 128))  # fewer than assignments, and more
+@pytest.mark.parametrize("tokens", (1, 2, 8))
+def test_experts_of_few_tokens(tokens: int, experts: int) -> None:
+    """An expert of several tokens has one tile, and experts without tokens are not read."""
+    rng = np.random.default_rng(tokens)
+    assigned = np.stack([rng.permutation(experts)[:3] for _ in range(tokens)]).astype(np.int32)
+    assigned[-1, 1] = experts  # another device's
+    values = rng.normal(size=(experts, 128, 128)) * 128**-0.5
+    values[np.setdiff1d(np.arange(experts), assigned)] = np.nan
+    weights = jnp.asarray(values, jnp.bfloat16)
+    x = jnp.asarray(rng.normal(size=(tokens, 128)), jnp.bfloat16)
+    tiles = experts_gpu.lay_out(jnp.asarray(assigned), experts)
+    distinct = len(np.unique(assigned[assigned < experts]))
+    assert np.count_nonzero(np.asarray(tiles.rows)) == distinct
+    out = np.asarray(experts_gpu.grouped_product(tiles.take(x), weights, tiles, interpret=how()), np.float32)
+    here = assigned < experts
+    wide = np.asarray(weights, np.float32)[np.where(here, assigned, 0)]
+    expected = np.einsum("nd,nkdf->nkf", np.asarray(x, np.float32), wide)
+    np.testing.assert_allclose(out[np.asarray(tiles.places)][here], expected[here], atol=0.02, rtol=0.01)
+
+
+@pytest.mark.parametrize("tokens", (1, *(pytest.param(tokens, marks=pytest.mark.slow) for tokens in (7, 40))))
+def test_routed_experts(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are defined, in all a model does with them: with biases, padding and experts elsewhere."""
+    moe = MoEConfig(
+        num_experts=8,
+        experts_per_token=3,
+        expert_width=128,
+        sparse_layers=(True, True),
+        norm_topk_prob=True,
+        expert_bias=True,
+    )
+    config = replace(read_config(GOLDENS / "mixtral"), moe=moe)
+    rng = np.random.default_rng(tokens)
+
+    def normal(*shape: int, size: float = 1.0) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape) * size, jnp.bfloat16)
+
+    stack = ExpertWeights(
+        normal(8, 128, 256, size=128**-0.5),
+        normal(8, 128, 128, size=128**-0.5),
+        normal(8, 256),
+        normal(8, 128),
+    )
+    experts = jnp.asarray([rng.permutation(14)[:3] - 3 for _ in range(tokens)], jnp.int32)
+    routing = Routing(experts, jnp.asarray(rng.uniform(size=experts.shape), jnp.float32))
+    x, calls = normal(tokens, 128), []
+    product = experts_gpu.grouped_product
+
+    def counted(*arguments: Any, **named: Any) -> jax.Array:
+        calls.append(arguments)
+        return product(*arguments, **named)
+
+    monkeypatch.setattr(experts_gpu, "grouped_product", counted)
+    found = routed_experts(x, routing, stack, config, Backend("gpu", interpret=how()))
+    assert len(calls) == 2
+    wide = jax.tree.map(lambda one: one.astype(jnp.float32), stack)
+    expected = reference_experts(x.astype(jnp.float32), routing, wide, config)
+    assert np.abs(found - expected).max() <= 0.02 * np.abs(expected).max()
+
+
+@pytest.mark.slow
+def test_experts_are_checked_before_they_are_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(selftest, "_CALLS", 1)
+    monkeypatch.setattr(selftest, "_ROUNDS", 1)
+    monkeypatch.setattr(products_selftest, "_EXPERTS_TOKENS", (3, 20))
+    check = partial(
+        products_selftest.experts_verdict,
+        Backend("gpu", interpret=how()),
+        Matrices(128, 128, "bfloat16"),
+        jax.devices()[0],
+    )
+    found = check(tmp_path)
+    assert found.right and "where XLA's grouped product takes" in str(found)
+    assert check(tmp_path) == found and selftest.verdicts(tmp_path) == [found]
+    product = experts_gpu.grouped_product
+    monkeypatch.setattr(experts_gpu, "grouped_product", lambda *a, **named: 1.1 * product(*a, **named))
+    assert not check(tmp_path / "wrong").right
 
 
 # --- weights of 8 and 4 bits ------------------------------------------------------------------------------

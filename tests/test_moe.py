@@ -438,8 +438,9 @@ def test_tiles_on_a_device_with_some_of_the_experts() -> None:
 
     assigned = np.random.default_rng(0).integers(0, 32, 256)
     local = np.where(assigned < 4, assigned, 4)
-    experts, _, places, sources = (np.asarray(x) for x in lay_out(jnp.asarray(local), 4, 32))
-    size = len(sources) // len(experts)
+    tiles = lay_out(jnp.asarray(local)[:, None], 4, 32)
+    experts, places, sources = (np.asarray(x) for x in (tiles.experts, tiles.places[:, 0], tiles.sources))
+    size = tiles.size
     assert size == 16
     here = np.flatnonzero(local < 4)
     np.testing.assert_array_equal(experts[places[here] // size], local[here])

@@ -19,7 +19,7 @@ from tpjax.attention import XLA, Backend, KernelShape, Verdict, selftest
 from tpjax.checkpoints.opening import read_config
 from tpjax.engine import loading
 from tpjax.layers import quantized_tpu
-from tpjax.layers.experts import ExpertWeights, tiled_experts
+from tpjax.layers.experts import ExpertWeights, Matrices, tiled_experts
 from tpjax.layers.selftest import product_verdict
 from tpjax.layers.weights import QuantizedWeight
 
@@ -114,26 +114,35 @@ def test_a_verdict_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert product_verdict(INTERPRETED, jax.devices()[0], tmp_path) == found
 
 
-@pytest.mark.parametrize("asked", ("auto", "tpu"))
+@pytest.mark.parametrize(
+    ("asked", "name"), (("auto", "tpu"), ("tpu", "tpu"), ("auto", "gpu"), ("gpu", "gpu"))
+)
 def test_products_are_checked_however_attention_was_chosen(
-    asked: Any, monkeypatch: pytest.MonkeyPatch
+    asked: Any, name: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a chip, and where weights may have scales for groups: nobody asked for the kernel of products."""
-    checked: list[Backend] = []
+    """On a chip, and where they may be multiplied by: nobody asked for the kernels of products."""
+    checked: list[str] = []
 
-    def verdict(backend: Backend, *_: Any) -> Verdict:
-        checked.append(backend)
+    def verdict(kernel: str, *_: Any) -> Verdict:
+        checked.append(kernel)
         return Verdict("a chip", 1.0, 0.02, 1.0, 2.0)
 
-    monkeypatch.setattr(loading, "choose_backend", lambda *_: Backend("tpu"))
-    monkeypatch.setattr("tpjax.layers.selftest.product_verdict", verdict)
+    monkeypatch.setattr(loading, "choose_backend", lambda *_: Backend(name))
+    for kernel in ("product", "experts"):
+        monkeypatch.setattr(f"tpjax.layers.selftest.{kernel}_verdict", partial(verdict, kernel))
     shape = KernelShape.of(read_config(GOLDENS / "llama"), 1, jnp.dtype("bfloat16"), 128)
-    choose = partial(loading._backends, asked, [shape], jax.devices()[0])
-    for grouped, products in ((True, False), (False, True)):
-        assert choose(grouped=grouped) == [Backend("tpu", products=products)]
-    assert checked == [Backend("tpu")]
+    device, narrow, wide = jax.devices()[0], Matrices(64, 96, "bfloat16"), Matrices(64, 128, "bfloat16")
+    assert loading._backends(asked, [shape] * 2, [None, narrow], device, grouped=False) == [Backend(name)] * 2
+    assert checked == []
+    wrong = Backend(name, products=False), Backend(name, products=False, experts=name == "tpu")
+    assert loading._backends(asked, [shape] * 3, [None, wide, wide], device, grouped=True) == [
+        wrong[0],
+        wrong[1],
+        wrong[1],
+    ]
+    assert checked == ["product", "product", *(["experts"] if name == "gpu" else [])]
     monkeypatch.setattr(loading, "choose_backend", lambda *_: INTERPRETED)
-    assert choose(grouped=True) == [INTERPRETED]
+    assert loading._backends(asked, [shape], [wide], device, grouped=True) == [INTERPRETED]
 
 
 @pytest.mark.parametrize("wrong", (0.0, np.nan))

@@ -97,6 +97,7 @@ class Backend:
         in_rows: whether tokens are written in rows of one head, as on TPUs: else XLA lays out the cache in
             other ways for some layers, and copies it for each.
         products: where it is a kernel, whether products of weights with scales for groups of inputs are, too.
+        experts: where it is the kernel for GPUs, whether products of routed experts are one's, too.
     """
 
     name: Literal["reference", "xla", "tpu", "gpu"]
@@ -107,6 +108,7 @@ class Backend:
     fixed_trips: bool = False
     in_rows: bool = False
     products: bool = True
+    experts: bool = True
 
     @property
     def is_kernel(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from tpjax.checkpoints.load import load_replicas
 from tpjax.checkpoints.opening import Checkpoint
 from tpjax.config import AttentionBackend, KVDtype, Quantize, SequenceParallel
 from tpjax.engine.engine import Engine
+from tpjax.layers.experts import Matrices, expert_matrices
 from tpjax.runtime.abstract_stages import AbstractStages
 from tpjax.runtime.device_speed import split_layers, step_time
 from tpjax.runtime.limits import PAGE_SIZE
@@ -68,8 +70,9 @@ def load_engines(
     device = first[0].devices.flat[0]
     grouped = quantize == "int4" or (quantize is None and format_of is not None)
     shapes = [KernelShape.of(config, mesh.size, dtype, PAGE_SIZE, kv_dtype) for mesh in first]
+    experts = [None if quantize else expert_matrices(config, mesh.size, dtype) for mesh in first]
     memory, backends = role.decide(
-        lambda: _backends(attention, shapes, first[0].local_devices[0], grouped=grouped)
+        lambda: _backends(attention, shapes, experts, first[0].local_devices[0], grouped=grouped)
     )
     for backend in dict.fromkeys(backends):
         log.info("attention: %s", backend)
@@ -101,35 +104,49 @@ def load_engines(
 
 
 def _backends(
-    asked: AttentionBackend, shapes: Sequence[KernelShape], device: jax.Device, *, grouped: bool
+    asked: AttentionBackend,
+    shapes: Sequence[KernelShape],
+    experts: Sequence[Matrices | None],
+    device: jax.Device,
+    *,
+    grouped: bool,
 ) -> list[Backend]:
     """Chooses what computes attention in each stage; checks the platform's kernels once on each chip.
 
-    Who asks for a kernel of attention gets that unchecked. Nobody asks for the one of products: it is checked
-    wherever it is compiled.
+    Who asks for a kernel of attention gets that unchecked. Nobody asks for those of products: they are
+    checked wherever they are compiled.
 
     Args:
         asked: the user's choice.
         shapes: what a kernel would compute in each stage.
+        experts: the matrices of routed experts on a device of each, if these are of 16 bits.
         device: a device of this process.
         grouped: whether weights may have scales for groups of inputs, whose product is a kernel's then.
     """
     folder = cache_dir() / "attention"
 
-    def choose(shape: KernelShape) -> Backend:
+    @functools.cache
+    def choose(shape: KernelShape, experts: Matrices | None) -> Backend:
         def verify() -> Verdict:
             from tpjax.attention.selftest import verdict
 
             return verdict(device.platform, shape, device, folder)
 
         backend = choose_backend(asked, device, shape, verify)
-        if grouped and backend.is_kernel and backend.interpret is None:
+        if not backend.is_kernel or backend.interpret is not None:
+            return backend
+        if grouped:
             from tpjax.layers.selftest import product_verdict
 
             products = product_verdict(backend, device, folder)
             log.info("products of quantised weights: %s", products)
             backend = replace(backend, products=products.use_kernel)
+        if backend.name == "gpu" and experts is not None and experts.kernel_takes:
+            from tpjax.layers.selftest import experts_verdict
+
+            products = experts_verdict(backend, experts, device, folder)
+            log.info("products of routed experts: %s", products)
+            backend = replace(backend, experts=products.use_kernel)
         return backend
 
-    chosen = {shape: choose(shape) for shape in dict.fromkeys(shapes)}
-    return [chosen[shape] for shape in shapes]
+    return [choose(shape, one) for shape, one in zip(shapes, experts, strict=True)]

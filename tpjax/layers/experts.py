@@ -75,6 +75,29 @@ class ExpertWeights(NamedTuple):
         )
 
 
+class Matrices(NamedTuple):
+    """What the products of routed experts depend on, on a device.
+
+    Attributes:
+        hidden: D.
+        width: F of an expert, or of the part of it that is here.
+        dtype: of the weights.
+    """
+
+    hidden: int
+    width: int
+    dtype: str
+
+    @property
+    def kernel_takes(self) -> bool:
+        """Whether the kernel for GPUs multiplies by them: of 16 bits, in whole rows of its layout."""
+        from tpjax.layers.experts_gpu import (
+            supports,
+        )  # Pallas is imported where it is used: that takes a while
+
+        return supports(self.hidden, self.width, jnp.dtype(self.dtype))
+
+
 def gated_expert(x: Float[Array, "T D"], expert: ExpertWeights, config: ModelConfig) -> Float[Array, "T D"]:
     """Computes one expert on some rows."""
     gate_up = dot(x, expert.gate_up, "td,df->tf")
@@ -101,26 +124,27 @@ def routed_experts(
         config: the architecture.
         backend: where it is a kernel for GPUs, so is the grouped product.
     """
-    tokens, per_token = routing.experts.shape
     count = experts.gate_up.shape[0]
     local = (routing.experts >= 0) & (routing.experts < count)
-    assigned = jnp.where(local, routing.experts, count).reshape(-1)
-    if backend.name == "gpu" and _kernel_multiplies(experts):
+    assigned = jnp.where(local, routing.experts, count)
+    if backend.name == "gpu" and backend.experts and _kernel_multiplies(experts):
         out = _experts_by_kernel(x, assigned, experts, config, backend.interpret)
     else:
         out = _experts_in_order(x, assigned, experts, config)
-    outputs = out.reshape(tokens, per_token, -1).astype(jnp.float32)
-    outputs = jnp.where(local[..., None], outputs, 0)  # rows of other devices were not computed
+    outputs = jnp.where(
+        local[..., None], out.astype(jnp.float32), 0
+    )  # rows of other devices were not computed
     return jnp.einsum("nk,nkd->nd", routing.weights, outputs, precision=jax.lax.Precision.HIGHEST)
 
 
 def _experts_in_order(
-    x: Float[Array, "N D"], assigned: Int[Array, " M"], experts: ExpertWeights, config: ModelConfig
-) -> Float[Array, "M D"]:
+    x: Float[Array, "N D"], assigned: Int[Array, "N k"], experts: ExpertWeights, config: ModelConfig
+) -> Float[Array, "N k D"]:
     """Computes each assignment of a token to an expert, by rows sorted by expert."""
-    count, per_token = experts.gate_up.shape[0], len(assigned) // len(x)
-    order = jnp.argsort(assigned)  # experts of other devices come last
-    group_sizes = jnp.zeros(count, jnp.int32).at[assigned].add(1, mode="drop")
+    count, per_token = experts.gate_up.shape[0], assigned.shape[1]
+    flat = assigned.reshape(-1)
+    order = jnp.argsort(flat)  # experts of other devices come last
+    group_sizes = jnp.zeros(count, jnp.int32).at[flat].add(1, mode="drop")
     # A grouped product is one instruction on TPU and GPU. XLA's CPU backend computes it for every expert, and
     # a TPU would first write experts of 8 bits to memory in 16 bits: 350 MB a layer of Mixtral at tp=8. It
     # takes no scales for groups of inputs.
@@ -133,29 +157,28 @@ def _experts_in_order(
         x[order // per_token], group_sizes, experts, cpu=tiled, tpu=tpu, default=default
     )
     inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
-    return out[inverse]
+    return out[inverse].reshape(*assigned.shape, -1)
 
 
 def _experts_by_kernel(
     x: Float[Array, "N D"],
-    assigned: Int[Array, " M"],
+    assigned: Int[Array, "N k"],
     experts: ExpertWeights,
     config: ModelConfig,
     interpret: Any,
-) -> Float[Array, "M D"]:
+) -> Float[Array, "N k D"]:
     """Computes what :func:`_experts_in_order` computes, by the kernel for Hopper GPUs."""
-    from tpjax.layers import experts_gpu  # Pallas is imported where it is used: that takes a while
+    from tpjax.layers import experts_gpu
 
     count = experts.gate_up.shape[0]
     tiles = experts_gpu.lay_out(assigned, count, moe_of(config).num_experts)
-    of_place = jnp.repeat(tiles.experts, tiles.sources.size // tiles.experts.size)
+    of_place = jnp.repeat(tiles.experts, tiles.size)
 
-    def product(x: Float[Array, "places D"], weights: Weight) -> Float[Array, "places F"]:
+    def product(x: Float[Array, "rows D"], weights: Weight) -> Float[Array, "places F"]:
         assert not isinstance(weights, QuantizedWeight)
         return experts_gpu.grouped_product(x, weights, tiles, interpret=interpret)
 
-    rows = x[tiles.sources // (len(assigned) // len(x))]
-    return _grouped_experts(rows, experts, of_place, product, config)[tiles.places]
+    return _grouped_experts(tiles.take(x), experts, of_place, product, config)[tiles.places]
 
 
 def tiled_experts(
@@ -205,13 +228,16 @@ def ragged_experts(
 
 
 def _grouped_experts(
-    x: Float[Array, "M D"],
+    x: Float[Array, "rows D"],
     experts: ExpertWeights,
     of_row: Int[Array, " M"],
     product: Callable[[Array, Weight], Array],
     config: ModelConfig,
 ) -> Float[Array, "M D"]:
-    """Computes the expert of each row, given the product of all rows with the weights of their experts."""
+    """Computes the expert of each row, given the product of all rows with the weights of their experts.
+
+    The rows that come out may be more than those of ``x``: each of these then counts for several experts.
+    """
     gate_up = product(x, experts.gate_up)
     if experts.gate_up_bias is not None:
         gate_up = gate_up + experts.gate_up_bias[of_row]
@@ -219,12 +245,26 @@ def _grouped_experts(
     return out if experts.down_bias is None else out + experts.down_bias[of_row]
 
 
-def _kernel_multiplies(experts: ExpertWeights) -> bool:
-    """Returns whether the kernel takes such weights: of 16 bits, in rows of its layout."""
-    from tpjax.layers import experts_gpu
+def expert_matrices(config: ModelConfig, tp: int, dtype: jnp.dtype) -> Matrices | None:
+    """Returns the matrices of routed experts on a device; ``None``: there are none.
 
-    stacks = experts.gate_up, experts.down
-    return all(not isinstance(stack, QuantizedWeight) and experts_gpu.supports(stack) for stack in stacks)
+    Args:
+        config: the architecture.
+        tp: devices.
+        dtype: of weights that are not quantised.
+    """
+    if config.moe is None:
+        return None
+    parts = tp if config.moe.sharded_axis(tp) == "width" else 1
+    return Matrices(config.hidden_size, -(-config.moe.expert_width // parts), str(dtype))
+
+
+def _kernel_multiplies(experts: ExpertWeights) -> bool:
+    """Returns whether the kernel for GPUs takes such weights."""
+    gate_up, down = experts.gate_up, experts.down
+    if isinstance(gate_up, QuantizedWeight) or isinstance(down, QuantizedWeight):
+        return False
+    return Matrices(gate_up.shape[1], down.shape[1], str(down.dtype)).kernel_takes
 
 
 def reference_experts(

@@ -7,7 +7,9 @@ and only about as many of its rows are read and multiplied as there are. XLA's o
 over all experts there (jaxlib 0.10.2, ahead of time).
 
 A product of the tensor cores has 64 rows, and 8 columns or more. Where experts have few rows, these are the
-columns: the product is computed transposed, and 8 rows take the room of 8.
+columns: the product is computed transposed, and 8 rows take the room of 8. So up to 8 tokens are laid out
+nowhere: all of them are the tile of each expert that one of them is assigned to. That costs no more and needs
+two small kernels where a layout needs ten, each of which takes as long as reading an expert.
 """
 
 from __future__ import annotations
@@ -42,18 +44,29 @@ class Tiles(NamedTuple):
         experts: expert of each tile; their number for tiles without one.
         rows: rows of each tile that there are, the first ones.
         places: place of each assignment among the rows of all tiles.
-        sources: assignment at each place; any where there is none.
+        sources: token at each place, any where there is none; ``None``: each tile has all tokens.
     """
 
     experts: Int[Array, " tiles"]
     rows: Int[Array, " tiles"]
-    places: Int[Array, " M"]
-    sources: Int[Array, " places"]
+    places: Int[Array, "N k"]
+    sources: Int[Array, " places"] | None
+
+    def take(self, x: Float[Array, "N D"]) -> Float[Array, "rows D"]:
+        """Returns the rows of all tiles, or of the one that is all of them."""
+        if self.sources is None:
+            return jnp.pad(x, ((0, _LEAST_ROWS - len(x)), (0, 0)))
+        return x[self.sources]
+
+    @property
+    def size(self) -> int:
+        """Rows of a tile."""
+        return _LEAST_ROWS if self.sources is None else self.sources.size // self.experts.size
 
 
-def supports(weights: Float[Array, "E D F"]) -> bool:
-    """Returns whether the kernel multiplies by such weights: of 16 bits, in whole rows of its layout."""
-    return weights.dtype.itemsize == 2 and all(width % _INNER == 0 for width in weights.shape[1:])
+def supports(hidden: int, width: int, dtype: jnp.dtype) -> bool:
+    """Returns whether the kernel multiplies by such experts: of 16 bits, in whole rows of its layout."""
+    return dtype.itemsize == 2 and hidden % _INNER == 0 and width % _INNER == 0
 
 
 def tile_rows(assignments: int, experts: int) -> int:
@@ -107,21 +120,24 @@ def work(sizes: Sequence[int], size: int, inner: int, columns: int, itemsize: in
     return Work(moved * itemsize, flops)
 
 
-def lay_out(assigned: Int[Array, " M"], count: int, total: int | None = None) -> Tiles:
+def lay_out(assigned: Int[Array, "N k"], count: int, total: int | None = None) -> Tiles:
     """Returns the tiles of assignments.
 
     Sums of comparisons take the place of prefix sums and searches: each is one small kernel, those are many.
 
     Args:
-        assigned: expert of each assignment; ``count``: it is in no tile, and its place means nothing.
+        assigned: experts of each token; ``count``: it is in no tile, and its place means nothing.
         count: experts.
         total: experts on all devices, to which these are the assignments; ``None``: ``count``.
     """
-    rows = len(assigned)
+    tokens, per_token = assigned.shape
+    if tokens <= _LEAST_ROWS:
+        return _all_tokens(assigned, count)
+    flat, rows = assigned.reshape(-1), assigned.size
     size = tile_rows(rows, total or count)
     num_tiles = min(count, rows) + rows // size
     every = jnp.arange(count, dtype=jnp.int32)
-    sizes = (assigned[:, None] == every).sum(axis=0, dtype=jnp.int32)
+    sizes = (flat[:, None] == every).sum(axis=0, dtype=jnp.int32)
     tiles_of = -(-sizes // size)
     ends = jnp.where(every[:, None] >= every, tiles_of, 0).sum(axis=1, dtype=jnp.int32)
     tile = jnp.arange(num_tiles, dtype=jnp.int32)
@@ -129,13 +145,32 @@ def lay_out(assigned: Int[Array, " M"], count: int, total: int | None = None) ->
     here = jnp.minimum(experts, count - 1)
     left = sizes[here] - (tile - (ends - tiles_of)[here]) * size
     held = jnp.where(experts < count, jnp.clip(left, 0, size), 0)
-    present = assigned < count
-    owner = jnp.minimum(assigned, count - 1)
-    places = (ends - tiles_of)[owner] * size + _earlier(assigned)
+    present = flat < count
+    owner = jnp.minimum(flat, count - 1)
+    places = (ends - tiles_of)[owner] * size + _earlier(flat)
     at = jnp.where(present, places, num_tiles * size)
-    row = jnp.arange(rows, dtype=jnp.int32)
-    sources = jnp.zeros(num_tiles * size, jnp.int32).at[at].set(row, mode="drop", unique_indices=False)
-    return Tiles(experts, held, jnp.where(present, places, 0), sources)
+    token = jnp.arange(rows, dtype=jnp.int32) // per_token
+    sources = jnp.zeros(num_tiles * size, jnp.int32).at[at].set(token, mode="drop", unique_indices=False)
+    return Tiles(experts, held, jnp.where(present, places, 0).reshape(assigned.shape), sources)
+
+
+def _all_tokens(assigned: Int[Array, "N k"], count: int) -> Tiles:
+    """Returns tiles that each have all tokens: for each expert one, or if they are fewer each assignment."""
+    tokens = len(assigned)
+    flat, present = assigned.reshape(-1), assigned < count
+    if flat.size < count:  # of assignments to the same expert the first has the tile
+        row = jnp.arange(flat.size, dtype=jnp.int32)
+        same = flat[:, None] == flat
+        tile = jnp.where(same, row, flat.size).min(axis=1) if tokens > 1 else row
+        experts = jnp.where(tile == row, flat, count)
+    else:
+        every = jnp.arange(count, dtype=jnp.int32)
+        tile = flat
+        experts = jnp.where((flat[:, None] == every).any(axis=0), every, count)
+    held = jnp.where(experts < count, tokens, 0)
+    token = jnp.arange(tokens, dtype=jnp.int32)[:, None]
+    places = jnp.where(present, tile.reshape(assigned.shape) * _LEAST_ROWS + token, 0)
+    return Tiles(experts, held, places, None)
 
 
 def _earlier(assigned: Int[Array, " M"]) -> Int[Array, " M"]:
@@ -152,7 +187,7 @@ def _earlier(assigned: Int[Array, " M"]) -> Int[Array, " M"]:
 
 
 def grouped_product(
-    x: Float[Array, "places D"],
+    x: Float[Array, "rows D"],
     weights: Float[Array, "E D F"],
     tiles: Tiles,
     *,
@@ -161,14 +196,13 @@ def grouped_product(
     """Multiplies each tile of rows by the weights of its expert; other rows are undefined.
 
     Args:
-        x: rows, tile after tile.
+        x: rows, tile after tile, or of one tile that all have.
         weights: of all experts.
         tiles: the tiles.
         interpret: interpret the kernel on a CPU, with these parameters of the installed jax.
     """
-    places, inner = x.shape
-    columns = weights.shape[2]
-    size = places // len(tiles.experts)
+    inner, columns = weights.shape[1:]
+    size, places = tiles.size, tiles.size * len(tiles.experts)
     transposed, block = size < _MOST_ROWS, _columns(size, columns)
     shape = (columns, places) if transposed else (places, columns)
     stage = (size + block) * _INNER * x.dtype.itemsize
@@ -177,8 +211,9 @@ def grouped_product(
     out = plgpu.kernel(
         functools.partial(_kernel, stages, transposed, size),
         out_type=jax.ShapeDtypeStruct(shape, x.dtype),
-        grid=(-(-columns // block), len(tiles.experts)),
-        grid_names=("column", "tile"),
+        # the last axis runs first: a tile's rows, and the neighbours in its expert's rows, are read together
+        grid=(len(tiles.experts), -(-columns // block)),
+        grid_names=("tile", "column"),
         num_threads=_COMPUTING + 1,
         thread_name="warp_group",
         scratch_types=(
@@ -245,7 +280,7 @@ def _product(
                 weights_smem.at[slot],
                 weights_here.at[slot],
             )
-            rows = pl.ds(tile * size, used)
+            rows = pl.ds(tile * size if x.shape[0] > size else 0, used)
             plgpu.copy_gmem_to_smem(x.at[rows, at], x_smem.at[slot, first], x_here.at[slot])
 
         jax.lax.fori_loop(0, steps, copy_block, None)

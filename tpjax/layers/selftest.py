@@ -1,4 +1,7 @@
-"""Holds the kernel of quantised products to the definition on the chip that it is to run on, and times it."""
+"""Holds the kernels of products to the definition on the chip that they are to run on, and times them.
+
+They are those of weights with scales for groups of inputs, and of routed experts.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from tpjax import mosaic_gpu
 from tpjax.attention import XLA, Backend, Verdict
 from tpjax.attention.selftest import kept_verdict, time_ms
 from tpjax.layers import widening
-from tpjax.layers.linear import dot
+from tpjax.layers.experts import Matrices
+from tpjax.layers.linear import dot, grouped_dot
 from tpjax.layers.weights import QuantizedWeight
 
 _TOKENS, _INPUTS, _OUTPUTS, _GROUP = 48, 1024, 640, 128
 _ALLOWED = 0.02  # largest difference, of outputs of about 1
+_EXPERTS, _CHOSEN = 12, 8  # experts, of which so many have rows
+_EXPERTS_TOKENS = 4, 40, 600  # all in each tile, tiles of some of them, tiles as large as there are
+_LARGE = 2048  # of a matrix: a larger one is checked at about this size, with as much in its last block
 
 
 def product_verdict(backend: Backend, device: jax.Device, folder: Path) -> Verdict:
@@ -31,9 +39,31 @@ def product_verdict(backend: Backend, device: jax.Device, folder: Path) -> Verdi
         device: a device of the mesh.
         folder: where verdicts are kept.
     """
-    source = Path(__file__).with_name(f"quantized_{backend.name}.py").read_bytes()
-    about = {"kernel": hashlib.sha256(source).hexdigest(), "shape": "product"}
+    about = {"kernel": _source(f"quantized_{backend.name}"), "shape": "product"}
     return kept_verdict(about, device, folder, lambda: _check(backend, device))
+
+
+def experts_verdict(backend: Backend, matrices: Matrices, device: jax.Device, folder: Path) -> Verdict:
+    """Checks the kernel of routed experts, or returns what an earlier check found.
+
+    Args:
+        backend: ``gpu``.
+        matrices: of an expert.
+        device: a device of the mesh.
+        folder: where verdicts are kept.
+    """
+    about = {"kernel": _source("experts_gpu"), "shape": {"experts": matrices._asdict()}}
+    return kept_verdict(about, device, folder, lambda: _check_experts(backend, matrices, device))
+
+
+def _checked(size: int) -> int:
+    return size if size <= _LARGE else _LARGE + size % 128
+
+
+def _source(name: str) -> str:
+    """Returns the hash of a module of kernels, and of what it shares with others."""
+    modules = Path(__file__).with_name(f"{name}.py"), Path(mosaic_gpu.__file__)
+    return hashlib.sha256(b"".join(module.read_bytes() for module in modules)).hexdigest()
 
 
 def _check(backend: Backend, device: jax.Device) -> Verdict:
@@ -59,3 +89,43 @@ def _check(backend: Backend, device: jax.Device) -> Verdict:
             kernel_ms += time_ms(partial(kernel, dtype=jnp.bfloat16), x, weight)
             xla_ms += time_ms(by_xla, x)
     return Verdict(device.device_kind, error, _ALLOWED, kernel_ms, xla_ms, "XLA's product")
+
+
+def _check_experts(backend: Backend, matrices: Matrices, device: jax.Device) -> Verdict:
+    """Computes the products of an expert's matrices, of few tokens and of many, each by two experts."""
+    from tpjax.layers import experts_gpu
+
+    rng, error, kernel_ms, xla_ms = np.random.default_rng(0), 0.0, 0.0, 0.0
+    chosen = {
+        count: np.stack([rng.permutation(_CHOSEN)[:2] for _ in range(count)]) for count in _EXPERTS_TOKENS
+    }
+
+    def by_kernel(x: jax.Array, weights: jax.Array, assigned: jax.Array) -> jax.Array:
+        tiles = experts_gpu.lay_out(assigned, _EXPERTS)
+        out = experts_gpu.grouped_product(tiles.take(x), weights, tiles, interpret=backend.interpret)
+        return out[tiles.places]
+
+    def by_xla(x: jax.Array, weights: jax.Array, assigned: jax.Array) -> jax.Array:
+        flat = assigned.reshape(-1)
+        order, sizes = jnp.argsort(flat), jnp.zeros(_EXPERTS, jnp.int32).at[flat].add(1)
+        return grouped_dot(x[order // assigned.shape[1]], weights, sizes)
+
+    with jax.default_device(device):
+        hidden, width, dtype = _checked(matrices.hidden), matrices.width, jnp.dtype(matrices.dtype)
+        for inputs, outputs in ((hidden, _checked(2 * width)), (_checked(width), hidden)):
+            weights = jax.random.normal(jax.random.key(inputs), (_EXPERTS, inputs, outputs), dtype)
+            # experts without rows are not read
+            weights = (weights * inputs**-0.5).at[_CHOSEN:].set(jnp.nan)
+            for count, assigned in chosen.items():
+                x = jnp.asarray(rng.normal(size=(count, inputs)) / 4, dtype)
+                with jax.default_matmul_precision("highest"):
+                    every = jnp.einsum("nd,edf->nef", *(one.astype(jnp.float32) for one in (x, weights)))
+                expected = jnp.take_along_axis(every, jnp.asarray(assigned)[..., None], axis=1)
+                arguments = x, weights, jnp.asarray(assigned, jnp.int32)
+                found = jax.jit(by_kernel)(*arguments).astype(jnp.float32)
+                difference = float(jnp.max(jnp.abs(found - expected)))
+                error = max(error, difference if np.isfinite(difference) else np.inf)
+                if count == _EXPERTS_TOKENS[0]:
+                    kernel_ms += time_ms(by_kernel, *arguments)
+                    xla_ms += time_ms(by_xla, *arguments)
+    return Verdict(device.device_kind, error, _ALLOWED, kernel_ms, xla_ms, "XLA's grouped product")

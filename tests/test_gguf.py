@@ -371,8 +371,11 @@ BAD_FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "alignment a string": (build((pair("general.alignment", STRING, text("32")),)), ("general.alignment",)),
     "split": (
         build((pair("split.count", 2, b"\3\0"),)),
-        ("split.count 3", "unsupported", "llama-gguf-split --merge"),
+        ("part 1 of 3", "must end with -00001-of-00003.gguf"),
     ),
+    "parts a string": (build((pair("split.count", STRING, text("3")),)), ("split.count is '3'", "65535")),
+    "too many parts": (build((pair("split.count", U32, u32(65536)),)), ("split.count is 65536", "65535")),
+    "part of none": (build((pair("split.no", I32, u32(2**32 - 1)),)), ("split.no is -1", "65534")),
     "tensor twice": (build((), (tensor("a", [4]), tensor("a", [4], offset=32)), bytes(64)), ("'a'", "twice")),
     "no axes": (build((), (tensor("a", []),), SIXTEEN), ("'a'", "0 axes", "1 to 4")),
     "five axes": (build((), (tensor("a", [1] * 5),), SIXTEEN), ("'a'", "5 axes", "1 to 4")),

@@ -22,6 +22,7 @@ from stepwise import Stepwise
 
 from tpjax.checkpoints import convert as converting
 from tpjax.checkpoints.convert import write_vocabulary
+from tpjax.checkpoints.digests import digest_of_edges
 from tpjax.checkpoints.gguf import GGUFFile
 from tpjax.checkpoints.opening import open_checkpoint
 from tpjax.checkpoints.parameters import abstract_decoder, parameters
@@ -43,12 +44,19 @@ ARCHITECTURES = {
 }
 
 
-def convert(name: str, path: Path, **added: np.ndarray) -> Path:
-    """Writes a golden as a GGUF file, and tensors besides, by their names in GGUF."""
+def convert(name: str, path: Path, split: dict[str, Any] | None = None, **added: np.ndarray) -> Path:
+    """Writes a golden as a GGUF file, and tensors besides, by their names in GGUF.
+
+    Args:
+        name: the golden.
+        path: the file; of a split model its parts' names are made from it.
+        split: the writer's settings of a split model.
+        added: other tensors.
+    """
     raw = json.loads((GOLDENS / name / "config.json").read_text())
     files = SafetensorsCheckpoint(GOLDENS / name)
     config = open_checkpoint(GOLDENS / name).config
-    writer = gguf.GGUFWriter(path, name)
+    writer = gguf.GGUFWriter(path, name, **(split or {}))
     writer.add_context_length(raw["max_position_embeddings"])
     writer.add_embedding_length(raw["hidden_size"])
     writer.add_block_count(raw["num_hidden_layers"])
@@ -132,6 +140,76 @@ def test_a_converted_golden_is_the_same_model(name: str, tmp_path: Path) -> None
             bias = f"layers.1.self_attn.{part}_proj.bias"
             values = [c.source.read(bias, everything[:1]) for c in (original, found)]
             np.testing.assert_array_equal(*values)
+
+
+@pytest.mark.parametrize("first", ("with tensors", "without"))
+def test_a_model_in_parts(first: str, tmp_path: Path) -> None:
+    """As the gguf package splits it: the first part, with tensors or metadata alone, stands for all."""
+    whole = open_checkpoint(convert("qwen3", tmp_path / "tiny.gguf"))
+    parts = {"split_max_tensors": 8, "small_first_shard": first == "without"}
+    convert("qwen3", tmp_path / "tiny.gguf", parts)
+    paths = sorted(tmp_path.glob("tiny-*.gguf"))
+    assert paths[0].name == f"tiny-00001-of-{len(paths):05}.gguf" and len(paths) > 2
+    found = open_checkpoint(paths[0])
+    assert found.config == whole.config
+    assert dict(found.source.stored) == dict(whole.source.stored)
+    assert (GGUFFile(paths[0]).file_of("token_embd.weight") == paths[0]) == (first == "with tensors")
+    for name, info in whole.source.stored.items():
+        box = tuple(slice(size // 3, size) for size in info.shape)
+        np.testing.assert_array_equal(
+            GGUFFile(paths[0]).read(name, box), GGUFFile(whole.path).read(name, box), name
+        )
+    before = digest_of_edges(paths[0])
+    assert len({before, *map(digest_of_edges, (paths[1], whole.path))}) == 3
+    content = bytearray(paths[-1].read_bytes())
+    content[-1] ^= 1
+    paths[-1].write_bytes(content)
+    assert digest_of_edges(paths[0]) != before
+
+
+def test_parts_that_do_not_fit(tmp_path: Path) -> None:
+    convert("qwen3", tmp_path / "tiny.gguf", {"split_max_tensors": 8})
+    paths = sorted(tmp_path.glob("tiny-*.gguf"))
+    count, first = len(paths), paths[0]
+    total = len(GGUFFile(first).tensors)
+
+    def refused(path: Path) -> str:
+        with pytest.raises(CheckpointError) as error:
+            open_checkpoint(path)
+        return str(error.value)
+
+    assert (
+        refused(paths[1])
+        == f"{paths[1]}: is part 2 of {count} of a split model: give the first, {first.name}"
+    )
+    other = first.rename(tmp_path / "other.gguf")
+    assert refused(other) == (
+        f"{other}: is part 1 of {count} of a split model, and the others are found by its name, which must "
+        f"end with -00001-of-{count:05}.gguf"
+    )
+    other.rename(first)
+    kept = paths[1].read_bytes()
+    paths[1].unlink()
+    assert refused(first) == (
+        f"{first}: is part 1 of {count} of a split model, of which {count - 1} are there: {paths[1].name} is "
+        "missing"
+    )
+    paths[1].write_bytes(paths[2].read_bytes())
+    assert refused(first) == f"{paths[1]}: says that it is part 3 of {count}, its name says 2 of {count}"
+    paths[1].write_bytes(kept)
+    own, others = ({one.name for one in gguf.GGUFReader(path).tensors} for path in paths[:2])
+    moved, twice = next((a, b) for a in sorted(others) for b in sorted(own) if len(a) == len(b))
+    paths[1].write_bytes(kept.replace(moved.encode(), twice.encode()))
+    assert refused(first) == f"{paths[1]}: tensor '{twice}' is in {first.name} too"
+    paths[1].write_bytes(kept[:-7])
+    assert refused(first).startswith(f"{paths[1]}: truncated: tensor ")
+    paths[1].write_bytes(kept)
+    content = first.read_bytes()
+    key = content.index(b"split.tensors.count") + len("split.tensors.count") + 4
+    first.write_bytes(content[:key] + (total + 1).to_bytes(4, "little") + content[key + 4 :])
+    assert refused(first) == (
+        f"{first}: split.tensors.count is {total + 1}, the {count} parts have {total} tensors"
+    )
 
 
 @pytest.mark.parametrize("same", (True, False))

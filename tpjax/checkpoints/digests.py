@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeAlias
 
+from tpjax.checkpoints import gguf_parts
 from tpjax.errors import CheckpointError
 
 MANIFEST = "MANIFEST.sha256"
@@ -40,14 +41,18 @@ def digest_of_edges(path: Path) -> str:
     """Returns a digest of names, sizes, and both ends of files: it tells checkpoints apart, quickly.
 
     Args:
-        path: a file, or a directory with all that is in it.
+        path: a file, with the other parts of a split model, or a directory with all that is in it.
     """
-    files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+    if path.is_dir():
+        folder, files = path, sorted(one for one in path.rglob("*") if one.is_file())
+    else:
+        folder, parts = path.parent, (path.with_name(name) for name in gguf_parts.names_of(path.name))
+        files = [part for part in parts if part == path or part.is_file()]
     with ThreadPoolExecutor(_THREADS) as pool:
         edges = list(pool.map(_edges, files))
     digest = hashlib.sha256()
     for file, edge in zip(files, edges, strict=True):
-        name = file.relative_to(path).as_posix() if file != path else ""
+        name = file.relative_to(folder).as_posix() if file != path else ""
         digest.update(f"{name}\0{file.stat().st_size}\0{edge}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 

@@ -5,6 +5,8 @@ here rather than by `gguf.GGUFReader`, which trusts every count in the file and 
 large vocabulary; the arithmetic of each quantisation comes from the `gguf` package.
 """
 
+from __future__ import annotations
+
 import mmap
 import struct
 from collections.abc import Mapping
@@ -17,6 +19,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from tpjax.checkpoints import gguf_parts
 from tpjax.checkpoints.source import (
     Box,
     TensorInfo,
@@ -43,6 +46,7 @@ SUPPORTED_TYPES: tuple[str, ...] = tuple(
 _KINDS = {kind.value: kind for kind in GGMLQuantizationType}
 _VERSIONS = (2, 3)  # these differ only in that 3 allows big-endian files
 _MAX_AXES = 4
+_MAX_PARTS = 0xFFFF  # of a split model: the keys are 16 bits wide, names have five digits
 # Values in all metadata arrays together; gemma 3's vocabulary of 262,144 tokens takes about 800,000.
 MAX_METADATA_VALUES = 4 * 1024 * 1024
 # Elements dequantised at once. gguf.quants makes several temporaries of this size: at 128k elements they
@@ -60,8 +64,9 @@ _MIN_PAIR_BYTES, _MIN_TENSOR_BYTES = 13, 32
 
 
 class _Tensor(NamedTuple):
-    """A tensor as the header describes it; `start` counts from the beginning of the file once placed."""
+    """A tensor as its file's header describes it; `start` counts from the file's beginning once placed."""
 
+    path: Path
     info: TensorInfo
     kind: GGMLQuantizationType
     start: int
@@ -79,36 +84,38 @@ class _Tensor(NamedTuple):
 
 
 class GGUFFile:
-    """One GGUF file, versions 2 and 3, little-endian.
+    """A GGUF file, versions 2 and 3, little-endian, or the parts that it is the first of.
 
     Attributes:
         path: the file.
-        metadata: every key with its value as str, int, float, bool or a list of one of these.
+        metadata: every key with its value as str, int, float, bool or a list of one of these; of the first
+            part.
         tensors: every tensor by its GGUF name, numpy-order shape, always float32.
     """
 
     def __init__(self, path: Path) -> None:
-        """Reads and checks the header; no tensor is read.
+        """Reads and checks the headers; no tensor is read.
 
         Raises:
-            CheckpointError: the file is not GGUF, is truncated or inconsistent, is one part of several,
-                or has a tensor of a type that cannot be dequantised.
+            CheckpointError: a file is not GGUF, is truncated or inconsistent, or has a tensor of a type that
+                cannot be dequantised; a part is missing, or it is not the first that is named.
         """
         self.path = Path(path)
-        file, size = open_regular(self.path)
-        with file:
-            if size < 24:
-                raise CheckpointError(f"{self.path}: {size} bytes is too short for a GGUF file")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                header = _Header(self.path, data)
+        header = _header(self.path)
         self.metadata: dict[str, Any] = header.metadata
         self._tensors = header.tensors
+        if header.parts > 1:
+            self._tensors = _tensors_of_parts(self.path, header)
         self.tensors: Mapping[str, TensorInfo] = {name: t.info for name, t in self._tensors.items()}
 
     def quantization(self, name: str) -> str:
         """Returns the ggml name of the tensor's stored type, such as `"Q4_K"` or `"F32"`."""
         lookup(self.tensors, name, self.path)
         return self._tensors[name].kind.name
+
+    def file_of(self, name: str) -> Path:
+        """Returns the file that has the tensor."""
+        return self._tensors[name].path
 
     def read(
         self, name: str, index: tuple[slice, ...] | None = None, memory: np.ndarray | None = None
@@ -128,7 +135,7 @@ class GGUFFile:
         *lead, (first, last) = box
         # The last axis counted in blocks: full blocks are read, then cropped to the selected columns.
         blocks = (*lead, (first // block_size, -(-last // block_size)))
-        file, _ = open_regular(self.path)
+        file, _ = open_regular(tensor.path)
         with file:
             for part in split_box(blocks, max(1, _CHUNK_ELEMENTS // block_size)):
                 *rows, (low, high) = part
@@ -151,7 +158,7 @@ class GGUFFile:
             The bytes of each block along a new last axis, uint8.
         """
         tensor = self._tensors[name]
-        file, _ = open_regular(self.path)
+        file, _ = open_regular(tensor.path)
         with file:
             raw = self._blocks(file, tensor, tuple((one.start, one.stop) for one in index))
         return raw.reshape(*raw.shape[:-1], -1, GGML_QUANT_SIZES[tensor.kind][1])
@@ -162,7 +169,7 @@ class GGUFFile:
         *rows, (low, high) = box
         shape = (*tensor.info.shape[:-1], tensor.row_bytes)
         in_bytes = (*rows, (low * type_size, high * type_size))
-        return read_box(file, self.path, tensor.start, shape, np.dtype(np.uint8), in_bytes)
+        return read_box(file, tensor.path, tensor.start, shape, np.dtype(np.uint8), in_bytes)
 
 
 def _dequantize(raw: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
@@ -172,10 +179,70 @@ def _dequantize(raw: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
         return dequantize(raw.reshape(1, -1), kind).reshape(*raw.shape[:-1], -1)
 
 
+def _header(path: Path) -> _Header:
+    """Reads the header of one file."""
+    file, size = open_regular(path)
+    with file:
+        if size < 24:
+            raise CheckpointError(f"{path}: {size} bytes is too short for a GGUF file")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Header(path, data)
+
+
+def _tensors_of_parts(first: Path, header: _Header) -> dict[str, _Tensor]:
+    """Returns the tensors of all parts of a model, by the rules of llama.cpp's loader.
+
+    Args:
+        first: path of the first part.
+        header: its header.
+    """
+    count, names = header.parts, gguf_parts.names_of(first.name)
+    if header.part != 1:
+        shown_name = f", {names[0]}" if gguf_parts.number_of(first.name) == (header.part, count) else ""
+        raise CheckpointError(
+            f"{first}: is part {header.part} of {count} of a split model: give the first{shown_name}"
+        )
+    if gguf_parts.number_of(first.name) != (1, count):
+        raise CheckpointError(
+            f"{first}: is part 1 of {count} of a split model, and the others are found by its name, which "
+            f"must end with -00001-of-{count:05}.gguf"
+        )
+    paths = [first.with_name(name) for name in names]
+    absent = [path for path in paths if not path.exists()]
+    if absent:
+        raise CheckpointError(
+            f"{first}: is part 1 of {count} of a split model, of which {count - len(absent)} are there: "
+            f"{absent[0].name} is missing"
+        )
+    tensors = dict(header.tensors)
+    for number, path in enumerate(paths[1:], 2):
+        part = _header(path)
+        if (part.part, part.parts) != (number, count):
+            raise CheckpointError(
+                f"{path}: says that it is part {part.part} of {part.parts}, its name says {number} of {count}"
+            )
+        for name, tensor in part.tensors.items():
+            if name in tensors:
+                raise CheckpointError(f"{path}: tensor {shown(name)} is in {tensors[name].path.name} too")
+            tensors[name] = tensor
+    said = header.metadata.get("split.tensors.count")
+    if said != len(tensors):
+        raise CheckpointError(
+            f"{first}: split.tensors.count is {said!a:.40}, the {count} parts have {len(tensors)} tensors"
+        )
+    return tensors
+
+
 class _Header:
     """Parses and checks everything before the tensors' bytes.
 
     Each count and length is compared with the bytes that are left before anything is allocated for it.
+
+    Attributes:
+        metadata: see `GGUFFile`.
+        tensors: the file's own.
+        part: which part of a split model it is, from 1.
+        parts: how many there are.
     """
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
@@ -188,7 +255,7 @@ class _Header:
             if key in self.metadata:
                 raise self._error(f"metadata key {shown(key)} appears twice")
             self.metadata[key] = self._value(key, self._unpack(_U32, shown(key)))
-        self._check_split()
+        self.part, self.parts = self._split()
         self.tensors: dict[str, _Tensor] = {}
         for _ in range(tensor_count):
             name = self._string("a tensor name")
@@ -280,13 +347,13 @@ class _Header:
         begin, self._at = self._at, self._at + count * form.size
         return list(struct.unpack(f"<{count}{form.format[1:]}", self._data[begin : self._at]))
 
-    def _check_split(self) -> None:
-        parts = self.metadata.get("split.count", 1)
-        if parts not in (0, 1):
-            raise self._error(
-                f"is part of a split model (split.count {parts!a:.40}), which is unsupported: "
-                "join the parts first with llama.cpp's `llama-gguf-split --merge`"
-            )
+    def _split(self) -> tuple[int, int]:
+        """Returns which part of a split model it is, and of how many; the key counts from 0."""
+        parts, part = self.metadata.get("split.count", 1), self.metadata.get("split.no", 0)
+        for key, value, most in (("split.count", parts, _MAX_PARTS), ("split.no", part, _MAX_PARTS - 1)):
+            if type(value) is not int or not 0 <= value <= most:
+                raise self._error(f"{key} is {value!a:.40}, not a whole number up to {most}")
+        return part + 1, max(parts, 1)
 
     def _tensor(self, what: str) -> _Tensor:
         """Reads one tensor's description; its start still counts from the beginning of the data."""
@@ -306,7 +373,7 @@ class _Header:
             raise self._error(
                 f"{what} has rows of {shape[-1]}, not a multiple of the {block_size} in a {kind.name} block"
             )
-        return _Tensor(TensorInfo(shape, np.dtype(np.float32)), kind, start)
+        return _Tensor(self._path, TensorInfo(shape, np.dtype(np.float32)), kind, start)
 
     def _place_tensors(self) -> None:
         """Converts starts to file offsets, and checks that tensors are aligned, apart and inside the file."""

@@ -53,7 +53,7 @@ class GGUFBlocks:
         first = np.argwhere(~np.isfinite(values))[0]
         place = [start + int(at) for (start, _), at in zip(bounds, first, strict=True)]
         raise CheckpointError(
-            f"{self._file.path}: tensor {shown(name)} has a scale that is no finite number: "
+            f"{self._file.file_of(name)}: tensor {shown(name)} has a scale that is no finite number: "
             f"the value at {place} is {values[tuple(first)]}"
         )
 
@@ -63,7 +63,7 @@ class GGUFBlocks:
         if part == "scales":
             blocks = self._file.read_blocks(name, index)
             scales = np.ascontiguousarray(blocks[..., :_SCALE_BYTES]).view(np.float16)[..., 0]
-            check_scales(scales, index, f"{self._file.path}: tensor {shown(name)}")
+            check_scales(scales, index, f"{self._file.file_of(name)}: tensor {shown(name)}")
             return scales
         groups = slice(columns.start // _BLOCK, -(-columns.stop // _BLOCK))
         blocks = self._file.read_blocks(name, (*lead, groups))

@@ -23,7 +23,10 @@ from tpjax.errors import RequestError
 if TYPE_CHECKING:
     from tpjax.sampling_params import SamplingParams
 
-MODEL_HELP = "An alias, a directory, a .gguf file or a Hugging Face id (org/name): see `tpjax models`."
+MODEL_HELP = (
+    "An alias, a directory, a .gguf file (the first, where there are parts) or a Hugging Face id (org/name): "
+    "see `tpjax models`."
+)
 
 
 def takes(**groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -292,7 +292,7 @@ def test_fields_that_would_change_the_model(name: str, raw: Mapping[str, Any]) -
     (
         (
             {"quant_method": "hqq"},
-            "quant_method='hqq' is not supported; supported are fp8, mxfp4, compressed-tensors, gptq, awq",
+            "quant_method='hqq' is not supported; supported are fp8, fbgemm_fp8, modelopt, mxfp4",
         ),
         ({"bits": 4}, "field 'quant_method' is missing"),
         ({"quant_method": "fp8", "activation_scheme": "token"}, "activation_scheme='token' is not supp"),
@@ -333,7 +333,7 @@ def test_quantization_of() -> None:
     assert read(quant_method="fp8", weight_block_size=None, **published) == Quantization("fp8", None)
     # by llm-awq's names
     assert read(quant_method="awq", w_bit=4, q_group_size=64, zero_point=True) == Quantization(
-        "awq", (1, 64), 4
+        "awq", (1, 64), 4, is_float=False
     )
     with pytest.raises(ConfigError, match="weight_block_size=0 is not a whole number"):
         read(quant_method="fp8", weight_block_size=[128, 0])

@@ -494,6 +494,8 @@ class FakeHub(BaseHTTPRequestHandler):
             "README.md",
         ],
         "org/quantised": ["README.md", "config.json", "a-Q4.gguf", "a-Q8.gguf"],
+        "org/split": ["Q4/a-00001-of-00002.gguf", "Q4/a-00002-of-00002.gguf", "b-00001-of-00002.gguf"],
+        "org/modelopt": ["config.json", "hf_quant_config.json", "model.safetensors"],
         "org/pickled": ["config.json", "pytorch_model.bin"],
     }
 
@@ -562,12 +564,34 @@ def test_only_the_configuration_is_downloaded_where_no_more_is_needed(tmp_path, 
     assert done.returncode == 0, done.stdout + done.stderr
     file = Path(done.stdout.strip())
     assert [path.name for path in file.parent.iterdir()] == ["config.json"]
+    done = resolve_elsewhere("org/modelopt", configuration=True, HF_HOME=str(tmp_path), HF_ENDPOINT=endpoint)
+    names = {path.name for path in Path(done.stdout.strip()).parent.iterdir()}
+    assert names == {"config.json", "hf_quant_config.json"}, done.stderr
 
 
 def test_one_gguf_file_is_downloaded(tmp_path, endpoint):
     done = resolve_elsewhere("org/quantised:a-Q8.gguf", HF_HOME=str(tmp_path), HF_ENDPOINT=endpoint)
     assert done.returncode == 0, done.stdout + done.stderr
     assert Path(done.stdout.strip()).read_text() == "{}"
+
+
+def test_all_parts_of_a_gguf_file_are_downloaded(tmp_path, endpoint):
+    hub_at = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": endpoint}
+    done = resolve_elsewhere("org/split:Q4/a-00001-of-00002.gguf", **hub_at)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first = Path(done.stdout.strip())
+    assert sorted(path.name for path in first.parent.iterdir()) == [
+        first.name,
+        "a-00002-of-00002.gguf",
+    ]
+    done = resolve_elsewhere("org/split:b-00001-of-00002.gguf", **hub_at)
+    assert done.stdout == "DownloadError org/split has no file b-00002-of-00002.gguf\n"
+    done = resolve_elsewhere("org/split:b-00002-of-00002.gguf", **hub_at)
+    message = "is part 2 of 2 of a split model: give the first, b-00001-of-00002.gguf"
+    assert done.stdout == f"CheckpointError org/split:b-00002-of-00002.gguf {message}\n"
+    done = resolve_elsewhere("org/split", **hub_at)
+    names = "org/split:Q4/a-00001-of-00002.gguf, org/split:b-00001-of-00002.gguf"
+    assert done.stdout.endswith(f"name one of its GGUF files: {names}\n")
 
 
 @pytest.mark.parametrize(

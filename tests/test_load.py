@@ -315,9 +315,9 @@ def test_every_difference_in_one_message(tmp_path: Path) -> None:
         name = f"model.layers.{layer}.mlp.down_proj.weight"
         wrong[name] = wrong[name].astype(kind)
     path = save(tmp_path / "wrong", wrong)
-    (path / "hf_quant_config.json").write_text("{}")
+    (path / "quant_config.json").write_text("{}")
     lines = error_message(path).splitlines()
-    assert lines.pop() == "  hf_quant_config.json is not read: config.json has no quantization_config"
+    assert lines.pop() == "  quant_config.json is not read: config.json has no quantization_config"
     assert lines[0] == f"{path}: configuration and weights disagree on 8 tensors:"
     assert sorted(line.strip() for line in lines[1:]) == sorted(
         (

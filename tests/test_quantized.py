@@ -161,6 +161,23 @@ def test_float8_scales_that_are_no_numbers(wrong: float) -> None:
         source.read("weight", (slice(5, 9), slice(3, 8)))
 
 
+def test_float8_blocks_of_modelopt() -> None:
+    """FP8_PB_WO: scales [blocks of rows, 1, blocks of columns, 1]."""
+    rng = np.random.default_rng(2)
+    weight = rng.normal(size=(300, 260)).astype(np.float32).astype(E4M3)
+    scale = rng.uniform(0.1, 9, (3, 3)).astype(np.float32)
+    expected = weight.astype(np.float32) * np.kron(scale, np.ones((128, 128), np.float32))[:300, :260]
+    modelopt = Quantization("modelopt", (128, 128))
+    memory = ArraySource(weight=weight, weight_scale=scale[:, None, :, None])
+    source = dequantized(memory, modelopt, WHERE)
+    read_every_box(source, "weight", expected)
+    box = (slice(130, 250), slice(100, 200))
+    np.testing.assert_array_equal(source.read("weight", box), expected[box])
+    assert memory.shapes == {"weight": (120, 100), "weight_scale": (1, 1, 2, 1)}
+    with pytest.raises(CheckpointError, match=r"scales of shape \[3, 3\], 'weight_scale' has \[3, 1, 2, 1\]"):
+        dequantized(ArraySource(weight=weight, weight_scale=scale[:, None, :2, None]), modelopt, WHERE)
+
+
 # --- MXFP4 -------------------------------------------------------------------------------------------------
 
 MXFP4 = Quantization("mxfp4", (1, 32), 4)
@@ -246,6 +263,30 @@ def test_mxfp4_misfits(change: dict[str, np.ndarray | None], message: str) -> No
     with pytest.raises(CheckpointError, match=re.escape(message)) as error:
         dequantized(ArraySource(**{k: v for k, v in arrays.items() if v is not None}), MXFP4, WHERE)
     assert str(error.value).startswith("somewhere: tensor ")
+
+
+# --- NVFP4 -------------------------------------------------------------------------------------------------
+
+
+def test_nvfp4_values() -> None:
+    """Stacked too; element (i, j) is the low half of byte (i, j // 2) where j is even."""
+    rng = np.random.default_rng(5)
+    pairs = rng.integers(0, 256, (2, 5, 20), dtype=np.uint8)
+    scale = rng.uniform(0.1, 400, (2, 5, 3)).astype(np.float32).astype(E4M3)
+    shared = np.float32(0.37)
+    expected = np.zeros((2, 5, 40), np.float32)
+    for at in np.ndindex(expected.shape):
+        byte = int(pairs[(*at[:2], at[2] // 2)])
+        product = np.float32(e4m3_by_hand(int(scale.view(np.uint8)[(*at[:2], at[2] // 16)]))) * shared
+        expected[at] = np.float32(fp4_by_hand(byte >> 4 if at[2] % 2 else byte & 15)) * product
+    arrays = {"weight": pairs, "weight_scale": scale, "weight_scale_2": np.full(1, shared)}
+    memory = ArraySource(**arrays)
+    source = dequantized(memory, Quantization("modelopt", (1, 16), 4), WHERE)
+    assert list(source.tensors) == ["weight"]
+    read_every_box(source, "weight", expected)
+    memory.shapes.clear()
+    source.read("weight", (slice(1, 2), slice(0, 3), slice(17, 24)))
+    assert memory.shapes == {"weight": (1, 3, 4), "weight_scale": (1, 3, 1), "weight_scale_2": (1,)}
 
 
 def test_unknown_tensor() -> None:

@@ -110,6 +110,48 @@ def fp8_static(shape: tuple[int, int]) -> Stored:
     return {**tensors, "activation_scale": np.ones((), np.float32)}, worth
 
 
+def fbgemm(shape: tuple[int, int]) -> Stored:
+    tensors, worth = fp8_of(-1, 1)(shape)
+    bound = np.full(1, 1200, np.float32)  # of activations, which are not quantised here
+    return {
+        "weight": tensors["weight"],
+        "weight_scale": tensors["weight_scale"],
+        "input_scale_ub": bound,
+    }, worth
+
+
+def modelopt(*scale_shape: int) -> Callable[[tuple[int, int]], Stored]:
+    """With the scales of a quantised cache: each projection has them here, keys' and values' in files."""
+
+    def stored(shape: tuple[int, int]) -> Stored:
+        tensors, worth = fp8_of(*scale_shape)(shape)
+        one = np.ones((), np.float32)
+        cache = {"k_scale": one, "v_scale": one} if shape == (16, 48) else {}
+        return {
+            "weight": tensors["weight"],
+            "weight_scale": tensors["weight_scale"],
+            "input_scale": one,
+        } | cache, worth
+
+    return stored
+
+
+def nvfp4(shape: tuple[int, int]) -> Stored:
+    """NVFP4QTensor of Model Optimizer: a byte is two values, the first in the low half."""
+    codes = RNG.integers(0, 16, shape).astype(np.uint8)
+    scales, shared = uniform(shape[0], shape[1] // 16) * 4096, np.float32(uniform()) / 64
+    scales = scales.astype(E4M3)
+    magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)[codes & 7]
+    values = np.where(codes & 8, -magnitudes, magnitudes)
+    worth = values * spread(scales.astype(np.float32) * shared, 1, 16, shape)
+    return {
+        "weight": codes[:, ::2] + 16 * codes[:, 1::2],
+        "weight_scale": scales,
+        "weight_scale_2": np.asarray(shared),
+        "input_scale": np.ones((), np.float32),
+    }, worth
+
+
 def int8_channels(shape: tuple[int, int]) -> Stored:
     values, scales = RNG.integers(-128, 128, shape).astype(np.int8), uniform(shape[0], 1)
     scales = scales.astype(ml_dtypes.bfloat16)
@@ -214,6 +256,14 @@ def compressed(layout: str, bits: int, kind: str, strategy: str, **more: Any) ->
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
+FBGEMM = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]}
+MODELOPT = {
+    "quant_method": "modelopt",
+    "quant_algo": "FP8",
+    "ignore": ["lm_head"],
+    "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
+    "producer": {"name": "modelopt", "version": "0.29.0"},
+}
 FP8_BLOCKS = {"quant_method": "fp8", "weight_block_size": [12, GROUP]}
 FORMATS: dict[str, tuple[Callable[[tuple[int, int]], Stored], dict[str, Any], str]] = {
     "fp8-blocks": (fp8_blocks(12), FP8_BLOCKS, "float8_e4m3fn"),
@@ -224,6 +274,14 @@ FORMATS: dict[str, tuple[Callable[[tuple[int, int]], Stored], dict[str, Any], st
         {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None},
         "float8_e4m3fn",
     ),
+    "fbgemm": (fbgemm, FBGEMM, "float8_e4m3fn"),
+    "modelopt-fp8": (modelopt(), MODELOPT, "float8_e4m3fn"),
+    "modelopt-fp8-channel": (
+        modelopt(-1),
+        {**MODELOPT, "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
+        "float8_e4m3fn",
+    ),
+    "modelopt-nvfp4": (nvfp4, {**MODELOPT, "quant_algo": "NVFP4"}, "float8_e4m3fn"),
     "ct-fp8-tensor": (fp8_of(1), compressed("float-quantized", 8, "float", "tensor"), "float8_e4m3fn"),
     "ct-fp8-channel": (fp8_of(-1, 1), compressed("float-quantized", 8, "float", "channel"), "float8_e4m3fn"),
     "ct-int8": (int8_channels, compressed("int-quantized", 8, "int", "channel"), "int8"),
@@ -244,7 +302,13 @@ FORMATS: dict[str, tuple[Callable[[tuple[int, int]], Stored], dict[str, Any], st
     "gptq-v2": (gptq(0), {**GPTQ, "checkpoint_format": "gptq_v2"}, "int8"),
     "awq": (awq, AWQ, "int8"),
 }  # fmt: skip
-FAST = {("gptq", 3), ("fp8-blocks", 3), ("awq", 3), ("ct-int4-zeros", 3), ("ct-fp8-tensor", 3)}
+FAST = {("gptq", 3), ("fp8-blocks", 3), ("awq", 3), ("ct-int4-zeros", 3), ("modelopt-nvfp4", 3)}
+# Formats that are kept as another one is, which is tried at every tp.
+SAME = {
+    *("fp8-tensor", "fp8-auto", "fp8-static", "fbgemm", "ct-fp8-tensor"),  # ct-fp8-channel
+    *("modelopt-fp8", "modelopt-fp8-channel"),
+    *("gptq", "gptq-v2"),  # awq
+}
 
 
 def tensors_of(stored: Callable[[tuple[int, int]], Stored]) -> tuple[Tensors, Tensors]:
@@ -426,7 +490,7 @@ def test_expressions_that_take_too_long_together(monkeypatch: pytest.MonkeyPatch
     (
         pytest.param(name, tp, marks=() if (name, tp) in FAST else pytest.mark.slow)
         for name in FORMATS
-        for tp in (1, 3, 5, 8)
+        for tp in ((3,) if name in SAME else (1, 3, 5, 8))
     ),
     indirect=["model"],
 )
@@ -507,10 +571,11 @@ def test_misfits(tmp_path: Path) -> None:
     assert refusal(tmp_path, "ct-int8", without("weight_scale")) == (
         f"{tensor}.weight' is int8, but '{O_PROJ}.weight_scale' is missing"
     )
-    assert refusal(tmp_path, "ct-int8", cut("weight_scale")) == (
-        f"{tensor}.weight' of shape [48, 48] in blocks of [1, 48] needs scales of shape [48, 1], "
-        f"'{O_PROJ}.weight_scale' has [47, 1]"
-    )
+    for name, size in (("ct-int8", [47, 1]), ("fbgemm", [47, 1]), ("modelopt-fp8-channel", [47])):
+        assert refusal(tmp_path, name, cut("weight_scale")) == (
+            f"{tensor}.weight' of shape [48, 48] needs one scale or one for each of 48 outputs: "
+            f"'{O_PROJ}.weight_scale' has shape {size}"
+        )
     assert refusal(tmp_path, "fp8-blocks", cut("weight_scale_inv")) == (
         f"{tensor}.weight' of shape [48, 48] in blocks of [12, 16] needs scales of shape [4, 3], "
         f"'{O_PROJ}.weight_scale_inv' has [3, 3]"
@@ -527,6 +592,75 @@ def test_misfits(tmp_path: Path) -> None:
         f"{tmp_path}: tensor 'model.layers.0.mlp.down_proj.qweight' of shape [12, 48] needs "
         "'model.layers.0.mlp.down_proj.scales' of shape [3, 48], which has [6, 48]"
     )
+
+
+def test_misfits_of_fbgemm_and_modelopt(tmp_path: Path) -> None:
+    """Missing, of another shape or dtype, or no number: each is named."""
+
+    def changed(name: str, part: str, values: np.ndarray | None) -> str:
+        def change(files: Tensors) -> None:
+            files.pop(f"{O_PROJ}.{part}")
+            if values is not None:
+                files[f"{O_PROJ}.{part}"] = values
+
+        message = refusal(tmp_path, name, change)
+        return message.replace(f"{tmp_path}: tensor ", "").replace(f"{O_PROJ}.", "")
+
+    nan, scales = np.full((), np.nan, np.float32), np.ones((48, 1), np.float32)
+    spoilt, blocks = scales.copy(), np.ones((48, 3), np.float32).astype(E4M3)
+    spoilt[40] = np.nan
+    no_number = blocks.copy()
+    no_number.view(np.uint8)[40, 2] = 0x7F
+    of_dtype = "use float8_e4m3fn with scales of float32, bfloat16, float16, float8_e8m0fnu"
+    one_or_all = "'weight' of shape [48, 48] needs one scale or one for each of 48 outputs: 'weight_scale'"
+    for name, part, values, message in (
+        ("fbgemm", "weight_scale", None, "'weight' is float8, but 'weight_scale' is missing"),
+        ("fbgemm", "weight_scale", scales.T, f"{one_or_all} has shape [1, 48]"),
+        ("fbgemm", "weight_scale", spoilt, "'weight' has a scale that is no finite number: nan at [40, 0]"),
+        (
+            *("fbgemm", "weight_scale", scales.astype(np.float64)),
+            f"'weight' of float8_e4m3fn with scales of float64 is not supported: {of_dtype}",
+        ),
+        (
+            *("fbgemm", "weight", np.ones((48, 48), np.int8)),
+            f"'weight' of int8 with scales of float32 is not supported: {of_dtype}",
+        ),
+        (
+            *("modelopt-fp8", "weight", np.ones((48, 48), np.uint8)),
+            f"'weight' of uint8 with scales of float32 is not supported: {of_dtype}",
+        ),
+        ("modelopt-fp8", "weight_scale", None, "'weight' is float8, but 'weight_scale' is missing"),
+        ("modelopt-fp8", "weight_scale", np.ones(3, np.float32), f"{one_or_all} has shape [3]"),
+        ("modelopt-fp8", "weight_scale", nan, "'weight' has a scale that is no finite number: nan at [0, 0]"),
+        ("modelopt-nvfp4", "weight_scale_2", None, "'weight' is uint8, but 'weight_scale_2' is missing"),
+        ("modelopt-nvfp4", "weight_scale", None, "'weight' has no 'weight_scale' beside it"),
+        ("modelopt-nvfp4", "weight", None, "'weight_scale_2' has no 'weight' beside it"),
+        (
+            *("modelopt-nvfp4", "weight_scale", blocks[:, :2]),
+            "'weight' of shape [48, 24] needs 'weight_scale' of shape [48, 3], which has [48, 2]",
+        ),
+        (
+            *("modelopt-nvfp4", "weight_scale", blocks.view(np.uint8)),
+            "'weight_scale' is uint8, not float8_e4m3fn",
+        ),
+        (
+            *("modelopt-nvfp4", "weight", np.ones((48, 48), np.int8)),
+            "'weight' of int8 and shape [48, 48] is no matrix of uint8, 2 values each",
+        ),
+        (
+            *("modelopt-nvfp4", "weight_scale_2", scales),
+            "'weight_scale_2' of float32 and shape [48, 1] is not one number of float32",
+        ),
+        (
+            *("modelopt-nvfp4", "weight_scale_2", nan),
+            "'weight' has a scale that is no finite number: nan at [0, 0]",
+        ),
+        (
+            *("modelopt-nvfp4", "weight_scale", no_number),
+            "'weight' has a scale that is no finite number: nan at [40, 2]",
+        ),
+    ):
+        assert changed(name, part, values) == message
 
 
 def test_what_else_would_be_another_number(tmp_path: Path) -> None:
@@ -665,10 +799,19 @@ def test_settings_that_are_not_known(tmp_path: Path) -> None:
 
     file = f"{tmp_path}/config.json"
     assert refused("gptq", group_size=0) == f"{file}: group_size=0 is not a whole number, 1 or more"
-    methods = "supported are fp8, mxfp4, compressed-tensors, gptq, awq"
+    methods = "supported are fp8, fbgemm_fp8, modelopt, mxfp4, compressed-tensors, gptq, awq"
     assert refused("gptq", quant_method="quip") == (
         f"{file}: quantization_config: quant_method='quip' is not supported; {methods}"
     )
+    algorithms = "supported are FP8, FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO, NVFP4, W4A16_NVFP4"
+    for algorithm in ("MIXED_PRECISION", "W4A16_AWQ", "nvfp4_awq", 8):
+        assert refused("modelopt-fp8", quant_algo=algorithm) == (
+            f"{file}: quantization_config: quant_algo={algorithm!r} is not supported; {algorithms}"
+        )
+    assert refused("modelopt-nvfp4", group_size=32) == (
+        f"{file}: quantization_config: group_size=32 is not supported: use 16"
+    )
+    assert refused("modelopt-fp8", pre_quant_scale=True).endswith("pre_quant_scale=True is not supported")
     strange = compressed("int-quantized", 8, "int", "token")
     message = "strategy='token' is not supported: use tensor, channel, group or block"
     assert message in refused("ct-int8", **strange)
@@ -676,6 +819,64 @@ def test_settings_that_are_not_known(tmp_path: Path) -> None:
     other = compressed("pack-quantized", 4, "int", "group", group_size=GROUP)["config_groups"]["group_0"]
     mixed["config_groups"] = {**mixed["config_groups"], "group_1": {**other, "format": "pack-quantized"}}
     assert "has 2 ways to quantise weights: 1 is supported" in refused("ct-int8", **mixed)
+
+
+def test_where_the_settings_are(tmp_path: Path) -> None:
+    """In the text part alone, where transformers looks next, or in ModelOpt's file beside ``config.json``."""
+    files, weights = tensors_of(modelopt())
+    inner = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head", "*layers.1*"]}
+    written = {"producer": MODELOPT["producer"], "quantization": inner}
+    path = save(tmp_path, files, {})
+    name, box = "layers.0.mlp.up_proj.weight", (slice(3, 7), slice(5, 40))
+    beside = path / "hf_quant_config.json"
+    for settings in ({}, {**inner, "quant_algo": None}):  # a cache alone is quantised
+        beside.write_text(json.dumps({**written, "quantization": settings}))
+        assert declared_formats(path, read_config(path)) is None
+    beside.write_text(json.dumps(written))
+    checkpoint = open_checkpoint(path)
+    np.testing.assert_array_equal(checkpoint.source.read(name, box), weights[name][box])
+    for file in (path, path / "config.json"):  # of a directory, and of a configuration alone
+        declared = declared_formats(file, checkpoint.config)
+        assert declared is not None and declared(name) == checkpoint.source.format_of(name)
+        assert declared(name.replace("0", "1")) is None  # a wildcard crosses dots
+    beside.write_text(json.dumps({**written, "quantization": {**inner, "quant_algo": "W4A8_AWQ"}}))
+    with pytest.raises(
+        ConfigError, match=r"hf_quant_config\.json: quantization: quant_algo='W4A8_AWQ' is not"
+    ):
+        open_checkpoint(path)
+    save(tmp_path, files, MODELOPT)  # config.json counts
+    assert open_checkpoint(path).quantization == checkpoint.quantization
+    beside.write_text("[]")
+    save(tmp_path, files, {})
+    with pytest.raises(ConfigError, match=r"hf_quant_config\.json: a list is not an object"):
+        open_checkpoint(path)
+
+
+def test_a_text_part_that_is_quantised(tmp_path: Path) -> None:
+    """transformers takes the outer settings, and where there are none those of the text part."""
+    fields, files = random_files("gemma3-with-vision")
+    plain = dict(files)
+    modules = [name for name, x in files.items() if "_proj." in name and x.ndim == 2]
+    for name in modules:
+        scales = uniform(len(files[name]), 1)
+        files[name], files[f"{name}_scale"] = files[name].astype(E4M3), scales
+        plain[name] = files[name].astype(np.float32) * scales
+    inside = {**fields, "text_config": {**fields["text_config"], "quantization_config": FBGEMM}}
+    (tmp_path / "plain").mkdir()
+    want = open_checkpoint(save(tmp_path / "plain", plain, {}, fields)).source
+    name = "layers.1.mlp.down_proj.weight"
+    for outer, config in (({}, inside), (FBGEMM, fields), (FBGEMM, inside)):
+        checkpoint = open_checkpoint(save(tmp_path, files, outer, config))
+        assert checkpoint.source.format_of(name) == WeightFormat(jnp.dtype(jnp.float8_e4m3fn))
+        declared = declared_formats(tmp_path / "config.json", checkpoint.config)
+        assert declared is not None and declared(name) == checkpoint.source.format_of(name)
+        whole = (slice(None), slice(None))
+        np.testing.assert_array_equal(checkpoint.source.read(name, whole), want.read(name, whole))
+    other = {**fields["text_config"], "quantization_config": {"quant_method": "quip"}}
+    with pytest.raises(ConfigError, match="text_config: quantization_config: quant_method='quip' is not"):
+        open_checkpoint(save(tmp_path, files, {}, {**fields, "text_config": other}))
+    with pytest.raises(ConfigError, match=r"text_config=\{.* is not supported"):  # Llama has no such part
+        open_checkpoint(save(tmp_path, files, {}, {**CONFIG, "text_config": inside["text_config"]}))
 
 
 # --- read by transformers ----------------------------------------------------------------------------------

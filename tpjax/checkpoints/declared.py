@@ -71,8 +71,10 @@ def _format_of(quantization: Quantization) -> WeightFormat:
     group = quantization.block[1] if quantization.block is not None and quantization.block_given else None
     integer = jnp.dtype(jnp.int4 if quantization.bits == 4 else jnp.int8)
     match quantization.method:
-        case "fp8":
+        case "fp8" | "fbgemm_fp8":
             return WeightFormat(_E4M3, group, _F32)
+        case "modelopt":
+            return WeightFormat(_E4M3 if quantization.bits == 8 else _E2M1, group, _F32)
         case "mxfp4":
             return WeightFormat(_E2M1, group, _BF16)
         case "gptq" | "awq":

@@ -18,13 +18,14 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from tpjax.checkpoints import digests
+from tpjax.checkpoints import digests, gguf_parts
 from tpjax.errors import CheckpointError, DownloadError
+from tpjax.families.quantization import HF_QUANT_CONFIG, SECTION
 
 _CHUNK_BYTES = 1 << 20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -130,7 +131,8 @@ def resolve(name: str, *, configuration: bool = False) -> Path:
 
     Args:
         name: tried in this order: a built-in alias; an existing directory or ``.gguf`` file; a Hugging Face
-            id ``org/name``, or ``org/name:file.gguf`` for one GGUF file of a repository.
+            id ``org/name``, or ``org/name:file.gguf`` for one GGUF file of a repository, or the first part of
+            one that is split.
         configuration: fetch only ``config.json`` of a Hugging Face id.
 
     Raises:
@@ -146,7 +148,7 @@ def resolve(name: str, *, configuration: bool = False) -> Path:
     if _HUB_ID.fullmatch(repo) and not repo.endswith((".gguf", ".json")):
         if file and not file.endswith(".gguf"):
             raise CheckpointError(f"{name}: only a .gguf file can be named; leave out the part after ':'")
-        return _from_hub(repo, "config.json" if configuration and not file else file)
+        return _configuration_from_hub(repo) if configuration and not file else _from_hub(repo, file)
     if os.sep in name or path.suffix in (".gguf", ".json"):
         raise CheckpointError(f"{name}: no such file or directory")
     raise CheckpointError(_unknown(name))
@@ -369,14 +371,43 @@ def _from_hub(repo: str, file: str) -> Path:
     """Downloads a repository's safetensors, configuration and tokenizer, or one file of it."""
     import huggingface_hub
 
+    if file:
+        return _files_from_hub(repo, file)
     with _hub_errors(repo, file):
-        if file:
-            return Path(huggingface_hub.hf_hub_download(repo, file))
         snapshot = huggingface_hub.snapshot_download(repo, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
     folder = Path(snapshot)
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(_no_safetensors(repo))
     return folder
+
+
+@functools.cache
+def _configuration_from_hub(repo: str) -> Path:
+    """Downloads ``config.json``, and the file that may say instead of it how weights are quantised."""
+    import huggingface_hub
+
+    path = _files_from_hub(repo, "config.json")
+    if f'"{SECTION}"' not in path.read_text(errors="replace"):
+        with _hub_errors(repo, HF_QUANT_CONFIG), suppress(huggingface_hub.errors.EntryNotFoundError):
+            huggingface_hub.hf_hub_download(repo, HF_QUANT_CONFIG)
+    return path
+
+
+def _files_from_hub(repo: str, file: str) -> Path:
+    """Downloads a file of a repository; of a split model all parts. Returns the path of the first."""
+    import huggingface_hub
+
+    number = gguf_parts.number_of(file)
+    names = gguf_parts.names_of(file)
+    if names[0] != file and number is not None:
+        raise CheckpointError(
+            f"{repo}:{file} is part {number[0]} of {number[1]} of a split model: give the first, {names[0]}"
+        )
+    paths = []
+    for name in names:
+        with _hub_errors(repo, name):
+            paths.append(Path(huggingface_hub.hf_hub_download(repo, name)))
+    return paths[0]
 
 
 @contextmanager
@@ -422,7 +453,9 @@ def _no_safetensors(repo: str) -> str:
         files = [] if _offline() else huggingface_hub.HfApi().list_repo_files(repo)
     except (OSError, ValueError):
         files = []
-    ggufs = sorted(file for file in files if file.endswith(".gguf"))
+    ggufs = sorted(
+        file for file in files if file.endswith(".gguf") and (gguf_parts.number_of(file) or (1, 1))[0] == 1
+    )
     if ggufs:
         more = f" and {len(ggufs) - 3} more" if len(ggufs) > 3 else ""
         names = ", ".join(f"{repo}:{file}" for file in ggufs[:3])

@@ -26,7 +26,7 @@ from tpjax.model import Decoder
 
 _MOST_ROWS_SHOWN = 20
 # What other tools read how weights are quantised from: NVIDIA ModelOpt, AutoGPTQ, AutoAWQ.
-_OTHER_CONFIGURATIONS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+_OTHER_CONFIGURATIONS = ("quantize_config.json", "quant_config.json")
 
 
 def load_decoder(checkpoint: Checkpoint, model: Decoder, mesh: Mesh, *, progress: bool = True) -> Decoder:

@@ -19,7 +19,12 @@ from tpjax.errors import CheckpointError, ConfigError
 from tpjax.families.config_reader import Fields
 from tpjax.families.family import GGUFArchitecture
 from tpjax.families.gguf_metadata import GGUFView
-from tpjax.families.quantization import Quantization, quantization_of
+from tpjax.families.quantization import (
+    HF_QUANT_CONFIG,
+    Quantization,
+    modelopt_quantization,
+    quantization_of,
+)
 from tpjax.families.registry import FAMILIES, config_from_gguf, config_from_hf, gguf_architecture
 from tpjax.families.tensor_names import WeightMap
 from tpjax.layers.weights import (
@@ -136,7 +141,7 @@ def _open_safetensors(path: Path, raw: Mapping[str, Any], config: ModelConfig) -
     if (path / "adapter_config.json").is_file():
         log.warning("%s: the adapter beside the weights, adapter_config.json, is not applied", path)
     names = FAMILIES[config.model_type].names(config)
-    return _opened_stored(path, config, stored, names, quantization_of(Fields(raw)), stored.unlisted)
+    return _opened_stored(path, config, stored, names, _quantization(path, raw), stored.unlisted)
 
 
 def _opened_stored(
@@ -194,7 +199,19 @@ def read_quantization(path: Path) -> Quantization | None:
     """Returns how the weights of a directory, or of a bare ``config.json``, are quantised, if they are."""
     if orbax.is_orbax(path):
         return orbax.read_quantization(path)
-    return quantization_of(Fields(_read_json(path)))
+    return _quantization(path, _read_json(path))
+
+
+def _quantization(path: Path, raw: Mapping[str, Any]) -> Quantization | None:
+    """Reads how weights are quantised from ``config.json``, else from ModelOpt's file beside it."""
+    found = quantization_of(Fields(raw))
+    beside = (path if path.is_dir() else path.parent) / HF_QUANT_CONFIG
+    if found is not None or not beside.is_file():
+        return found
+    settings = _decoded(beside)
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{beside}: a {type(settings).__name__} is not an object")
+    return modelopt_quantization(Fields(settings, str(beside)))
 
 
 def _read_hf_config(path: Path) -> tuple[Mapping[str, Any], ModelConfig]:
@@ -214,6 +231,11 @@ def _read_json(path: Path) -> Any:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(f"{path} has no config.json")
+    return _decoded(file)
+
+
+def _decoded(file: Path) -> Any:
+    """Returns a decoded JSON file."""
     size = file.stat().st_size
     if size > MAX_JSON_BYTES:
         raise CheckpointError(f"{file}: JSON of {size} bytes, at most {MAX_JSON_BYTES} are read")

@@ -226,7 +226,10 @@ def dequantized(source: TensorSource, quantization: Quantization, where: Path) -
     """
     find = {"mxfp4": _mxfp4_tensors, "gptq": _gptq_tensors, "awq": _awq_tensors}
     reader = _Reader(source, quantization, where)
-    found = find.get(quantization.method, _scaled_tensors)(reader)
+    if quantization.method == "modelopt" and quantization.bits == 4:
+        found = _nvfp4_tensors(reader)
+    else:
+        found = find.get(quantization.method, _scaled_tensors)(reader)
     for name, one in found.items():
         if name in source.tensors and name not in one.encoding.names:
             raise CheckpointError(
@@ -296,6 +299,7 @@ def _of_activations(name: str) -> Iterator[str]:
     module = name.removesuffix(".weight")
     for part in ("input", "output", "activation"):
         yield from (f"{module}.{part}{suffix}" for suffix in (SCALE_SUFFIX, ZERO_SUFFIX))
+    yield f"{module}.input_scale_ub"  # their largest one: fbgemm_fp8
 
 
 @dataclass(frozen=True)
@@ -335,13 +339,16 @@ class _Scaled:
     def _of_blocks(self, name: str, lead: tuple[slice, ...], rows: slice, groups: slice) -> np.ndarray:
         shape, height = self.source.tensors[name].shape, self.block[0]
         first = rows.start // height
+        wanted = slice(first, -(-rows.stop // height))
         if len(shape) == len(lead) + 2:
-            part = self.source.read(name, (*lead, slice(first, -(-rows.stop // height)), groups))
+            part = self.source.read(name, (*lead, wanted, groups))
+        elif len(shape) == len(lead) + 4:  # ModelOpt's: blocks of rows, 1, blocks of columns, 1
+            part = self.source.read(name, (*lead, wanted, slice(0, 1), groups))[..., 0, :, 0]
         else:  # a number for each row, for each of a stack, or for all of it
             part, stack = self.source.read(name), self.source.tensors[self.name].shape[: len(lead)]
             if part.size == 1:
                 part = np.broadcast_to(part.reshape(-1), (*stack, 1))
-            part = part.reshape(*stack, -1, 1)[(*lead, slice(first, -(-rows.stop // height)))]
+            part = part.reshape(*stack, -1, 1)[(*lead, wanted)]
         return part[..., np.arange(rows.start, rows.stop) // height - first, :]
 
 
@@ -365,10 +372,11 @@ def _scaled_tensors(reader: _Reader) -> dict[str, Encoded]:
             raise CheckpointError(
                 f"{reader.tensor(name)} of shape {list(size)} has no rows and columns to scale"
             )
-        if info.dtype not in (_E4M3, np.int8) or scales.dtype not in _SCALE_DTYPES:
+        stored = _E4M3 if quantization.is_float else _I8
+        if info.dtype != stored or scales.dtype not in _SCALE_DTYPES:
             raise CheckpointError(
                 f"{reader.tensor(name)} of {info.dtype} with scales of {scales.dtype} is not supported: use "
-                f"{_E4M3} or int8 with scales of {', '.join(map(str, _SCALE_DTYPES))}"
+                f"{stored} with scales of {', '.join(map(str, _SCALE_DTYPES))}"
             )
         block = _block_of(reader, name, scale)
         zero = f"{name}{ZERO_SUFFIX}" if quantization.zeros else None
@@ -397,9 +405,14 @@ def _block_of(reader: _Reader, name: str, scale: str) -> tuple[int, int]:
         return whole
     if block is None and scales.shape in ((*lead, rows), (*lead, rows, 1)):
         return 1, columns
-    height, width = block or (1, columns)
+    if block is None:
+        raise CheckpointError(
+            f"{reader.tensor(name)} of shape {list(info.shape)} needs one scale or one for each of {rows} "
+            f"outputs: {shown(scale)} has shape {list(scales.shape)}"
+        )
+    height, width = block
     grid = (*lead, -(-rows // height), -(-columns // width))
-    if scales.shape != grid:
+    if scales.shape not in (grid, (*grid[:-1], 1, grid[-1], 1)):
         raise CheckpointError(
             f"{reader.tensor(name)} of shape {list(info.shape)} in blocks of {[height, width]} needs scales "
             f"of shape {list(grid)}, {shown(scale)} has {list(scales.shape)}"
@@ -595,7 +608,12 @@ def _words_tensor(reader: _Reader, module: str, *, packed_inputs: bool) -> Encod
     return Encoded(packing, (outputs, inputs), by_outputs=True)
 
 
-# --- MXFP4 -------------------------------------------------------------------------------------------------
+# --- MXFP4 and NVFP4 ---------------------------------------------------------------------------------------
+
+
+def _codes(pairs: np.ndarray) -> np.ndarray:
+    """Returns the two values of each byte along a new last axis, the low half first."""
+    return np.stack([pairs & 15, pairs >> 4], axis=-1).view(_E2M1)
 
 
 _MXFP4_FORMAT = WeightFormat(jnp.dtype(jnp.float4_e2m1fn), _FP4_PER_GROUP, jnp.dtype(jnp.bfloat16))
@@ -616,7 +634,7 @@ class _MXFP4:
     def values(self, lead: tuple[slice, ...], rows: slice, columns: slice) -> np.ndarray:
         first, last = columns.start // _FP4_PER_GROUP, -(-columns.stop // _FP4_PER_GROUP)
         pairs = self.source.read(self.names[0], (*lead, rows, slice(first, last)))
-        codes = np.stack([pairs & 15, pairs >> 4], axis=-1).view(_E2M1)
+        codes = _codes(pairs)
         flat = codes.reshape(*codes.shape[: len(lead) + 1], -1)
         return flat[..., columns.start - first * _FP4_PER_GROUP : columns.stop - first * _FP4_PER_GROUP]
 
@@ -653,4 +671,65 @@ def _mxfp4_tensors(reader: _Reader) -> dict[str, Encoded]:
         experts, rows, groups, _ = blocks.shape
         shape = (experts, groups * _FP4_PER_GROUP, rows)
         found[name] = Encoded(_MXFP4(reader.source, names), shape, transposed=True)
+    return found
+
+
+@dataclass(frozen=True)
+class _NVFP4:
+    """ModelOpt's ``N`` [..., out, in / 2], ``N_scale`` [..., out, groups], e4m3, and ``N_scale_2``, a number.
+
+    A byte holds two neighbours along the input axis, the low half first. The product of a scale with the
+    number for all is rounded to float32 once, as ModelOpt's ``NVFP4QTensor.dequantize`` does.
+    """
+
+    source: TensorSource
+    name: str
+    kept: WeightFormat
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, f"{self.name}_scale", f"{self.name}_scale_2", *_of_activations(self.name))
+
+    def values(self, lead: tuple[slice, ...], rows: slice, columns: slice) -> np.ndarray:
+        first = columns.start // 2
+        codes = _codes(self.source.read(self.name, (*lead, rows, slice(first, -(-columns.stop // 2)))))
+        flat = codes.reshape(*codes.shape[:-2], -1)
+        return flat[..., columns.start - 2 * first : columns.stop - 2 * first]
+
+    def scales(self, lead: tuple[slice, ...], rows: slice, groups: slice) -> np.ndarray:
+        stored = self.source.read(self.names[1], (*lead, rows, groups))
+        with np.errstate(all="ignore"):  # what is no finite number is found by `check_scales`
+            return E4M3_VALUES[stored.view(np.uint8)] * self.source.read(self.names[2]).reshape(())
+
+    def zeros(self, lead: tuple[slice, ...], rows: slice, groups: slice) -> np.ndarray:
+        raise NotImplementedError
+
+
+def _nvfp4_tensors(reader: _Reader) -> dict[str, Encoded]:
+    assert reader.quantization.block is not None
+    group = reader.quantization.block[1]
+    found = {}
+    for name in reader.ends("_scale_2"):
+        info, tensor = reader.info(name), reader.tensor(name)
+        if info is None:
+            raise CheckpointError(f"{reader.tensor(f'{name}_scale_2')} has no {shown(name)} beside it")
+        if info.dtype != np.uint8 or len(info.shape) < 2:
+            raise CheckpointError(
+                f"{tensor} of {info.dtype} and shape {list(info.shape)} is no matrix of uint8, 2 values each"
+            )
+        *lead, rows, pairs = info.shape
+        reader.beside(name, f"{name}_scale", (*lead, rows, -(-2 * pairs // group)), _E4M3)
+        shared = reader.source.tensors[f"{name}_scale_2"]
+        if shared.shape not in ((), (1,)) or shared.dtype != _F32:
+            raise CheckpointError(
+                f"{reader.tensor(f'{name}_scale_2')} of {shared.dtype} and shape {list(shared.shape)} is not "
+                "one number of float32"
+            )
+        kept = WeightFormat(jnp.dtype(jnp.float4_e2m1fn), group)
+        found[name] = Encoded(_NVFP4(reader.source, name, kept), (*lead, rows, 2 * pairs))
+    for name, info in reader.source.tensors.items():
+        if info.dtype == np.uint8 and name.endswith(".weight") and name not in found:
+            raise CheckpointError(
+                f"{reader.tensor(name)} is uint8, but {shown(f'{name}_scale_2')} is missing"
+            )
     return found

@@ -19,6 +19,7 @@ from tpjax.families.config_reader import (
 from tpjax.families.family import Family, GGUFArchitecture, model_config
 from tpjax.families.gguf_metadata import GGUFView, gguf_sizes
 from tpjax.families.llama import GGUF_LAYER
+from tpjax.families.quantization import SECTION
 from tpjax.families.rope_variants import gguf_rope, rope_from, rope_of
 from tpjax.families.tensor_names import TensorMapping, WeightMap
 
@@ -151,6 +152,7 @@ def _gemma3(fields: Fields) -> ModelConfig:
     tied = fields.boolean("tie_word_embeddings", True)  # the outer field counts: the text part has no head
     filled = Fields({**sizes, **text.raw, "tie_word_embeddings": tied}, text.where)
     config = replace(_gemma3_text(filled), model_type="gemma3")
+    filled.read.add(SECTION)  # `quantization_of` reads it
     filled.finish()
     return config
 

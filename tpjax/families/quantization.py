@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,10 +13,12 @@ from tpjax.errors import ConfigError
 from tpjax.families.config_reader import Fields
 from tpjax.families.unread import QUANTIZATION_NUMERIC
 
-Method: TypeAlias = Literal["fp8", "mxfp4", "compressed-tensors", "gptq", "awq"]
+Method: TypeAlias = Literal["fp8", "fbgemm_fp8", "modelopt", "mxfp4", "compressed-tensors", "gptq", "awq"]
 METHODS: tuple[str, ...] = get_args(Method)
 
-_SKIPPED = ("ignored_layers", "modules_to_not_convert", "ignore")
+SECTION = "quantization_config"
+HF_QUANT_CONFIG = "hf_quant_config.json"  # beside config.json: older checkpoints of ModelOpt have only this
+_SKIPPED = ("ignored_layers", "modules_to_not_convert", "ignore", "exclude_modules")
 
 # Which tensors are quantised, the scales' dtype, and activations, which are not quantised here, are read off
 # the tensors themselves or play no part. What a cache is kept in is the user's choice.
@@ -42,6 +45,7 @@ _NOT_NEEDED = frozenset(
             "lm_head",
         ),
         *("do_fuse", "fuse_max_seq_len", "modules_to_fuse"),  # AWQ
+        "producer",  # ModelOpt
     }
 )
 
@@ -54,15 +58,16 @@ class Quantization:
     """How a checkpoint's weights are quantised. They stay so in memory.
 
     Attributes:
-        method: ``fp8`` (float8 e4m3 with a scale per block: DeepSeek-V3 report, section 3.3), ``mxfp4``
-            (OCP Microscaling Formats 1.0: 32 values of FP4 e2m1 with a scale of e8m0), ``gptq``, ``awq``, or
-            ``compressed-tensors``.
+        method: ``fp8`` (float8 e4m3 with a scale per block: DeepSeek-V3 report, section 3.3), ``fbgemm_fp8``
+            (with one per output), ``mxfp4`` (OCP Microscaling Formats 1.0: 32 values of FP4 e2m1 with a scale
+            of e8m0), ``gptq``, ``awq``, ``compressed-tensors``, or NVIDIA's ``modelopt``: float8 e4m3, or
+            NVFP4 (16 values of FP4 e2m1 with a scale of e4m3, and one of float32 for all).
         block: rows and columns that share a scale; ``None``: all columns, of one row or all rows, as the
             shape of the scales says.
         bits: of a value.
         zeros: compressed-tensors: scales have zero points.
         zero_shift: GPTQ: what is added to stored zero points.
-        is_float: compressed-tensors: values are floating-point numbers.
+        is_float: values are floating-point numbers.
         skipped: modules that are not quantised, by name, or by a regular expression behind ``re:``.
         targets: compressed-tensors: modules that are quantised, by the same rules; none: all linear layers.
         block_given: whether the configuration has the block. AutoFP8's have none, and one scale a tensor.
@@ -73,7 +78,7 @@ class Quantization:
     bits: int = 8
     zeros: bool = False
     zero_shift: int = 0
-    is_float: bool = False
+    is_float: bool = True
     skipped: tuple[str, ...] = field(default=(), compare=False)
     targets: tuple[str, ...] = field(default=(), compare=False)
     block_given: bool = field(default=True, compare=False)
@@ -87,32 +92,48 @@ class Quantization:
             if self.block is None:
                 return "float8 with a scale for each tensor"
             return f"float8 with a scale for each block of {self.block[0]} × {self.block[1]}"
-        shared = "each output or tensor" if self.block is None else f"{self.block[1]} inputs"
+        shared = "each output or tensor"
+        if self.block is not None:
+            height, width = self.block
+            shared = f"{width} inputs" if height == 1 else f"each block of {height} × {width}"
         return f"{self.method}, {self.bits} bits with a scale for {shared}"
 
 
 def quantization_of(fields: Fields) -> Quantization | None:
-    """Reads ``quantization_config``; returns ``None`` if there is none.
+    """Reads ``quantization_config`` of a configuration or, where it has none, of its text part.
+
+    Returns:
+        ``None`` if there is none, or it is switched off.
 
     Raises:
         ConfigError: the method, or a setting that changes what the bytes mean, is not supported.
     """
-    settings = fields.section("quantization_config")
-    if not settings.raw:
-        return None
+    settings, text = fields.section(SECTION), fields.raw.get("text_config")
+    if not settings.raw and isinstance(text, Mapping):  # where transformers looks next
+        settings = Fields(text, f"{fields.where}: text_config").section(SECTION)
+    return _quantization(settings) if settings.raw else None
+
+
+def _quantization(settings: Fields) -> Quantization | None:
     method = settings.get("quant_method")
     if method == "bitsandbytes" and not any(settings.get(name, False) for name in _BITSANDBYTES_SWITCHES):
         return None  # switched off: transformers loads plain weights then
-    readers = {"fp8": _fp8, "gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed_tensors}
-    if method == "mxfp4":
-        found = Quantization("mxfp4", (1, 32), 4)
-    elif isinstance(method, str) and method in readers:
-        found = readers[method](settings)
-    else:
+    if isinstance(method, str) and method.startswith("modelopt"):
+        return modelopt_quantization(settings)
+    readers = {
+        **{"fp8": _fp8, "fbgemm_fp8": _fbgemm_fp8, "mxfp4": _mxfp4},
+        **{"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed_tensors},
+    }
+    if not isinstance(method, str) or method not in readers:
         raise ConfigError(
             f"{settings.where}: quant_method={brief(method)} is not supported; "
             f"supported are {', '.join(METHODS)}"
         )
+    return _finished(settings, readers[method](settings))
+
+
+def _finished(settings: Fields, found: Quantization) -> Quantization:
+    """Adds the modules that are not quantised, and checks the settings that nobody has read."""
     lists = (settings.get(name, None) for name in _SKIPPED)
     skipped = tuple(str(name) for one in lists if isinstance(one, list) for name in one)
     settings.finish(_NOT_NEEDED, QUANTIZATION_NUMERIC)
@@ -124,7 +145,68 @@ def _fp8(settings: Fields) -> Quantization:
     _need(settings, fmt="e4m3", expert_dtype="fp8")
     block = settings.nullable("weight_block_size", [128, 128])
     sizes = None if block is None else _block(settings, "weight_block_size", block)
-    return Quantization("fp8", sizes, block_given="weight_block_size" in settings.raw)
+    given = "weight_block_size" in settings.raw
+    return Quantization("fp8", sizes, block_given=given)
+
+
+def _fbgemm_fp8(settings: Fields) -> Quantization:
+    settings.number("activation_scale_ub", None)  # of activations, which are not quantised here
+    return Quantization("fbgemm_fp8", None)
+
+
+def _mxfp4(settings: Fields) -> Quantization:
+    return Quantization("mxfp4", (1, 32), 4)
+
+
+# What NVIDIA's Model Optimizer names its formats, which vLLM reads by these names too
+# (https://github.com/NVIDIA/Model-Optimizer, modelopt/torch/export/quant_utils.py): bits and block.
+_MODELOPT: dict[str, tuple[int, tuple[int, int] | None]] = {
+    "FP8": (8, None),
+    "FP8_PER_CHANNEL_PER_TOKEN": (8, None),
+    "FP8_PB_WO": (8, (128, 128)),
+    "NVFP4": (4, (1, 16)),
+    "W4A16_NVFP4": (4, (1, 16)),
+}
+
+
+def modelopt_quantization(settings: Fields) -> Quantization | None:
+    """Reads what NVIDIA's Model Optimizer writes: ``quantization_config``, or a ``hf_quant_config.json``.
+
+    The file has the settings in ``quantization``, the section of ``config.json`` beside ``quant_method``.
+
+    Returns:
+        ``None`` if only a cache was to be quantised.
+
+    Raises:
+        ConfigError: the format, or a setting that changes what the bytes mean, is not supported.
+    """
+    if settings.raw.get("quantization"):
+        settings.get("quant_method", None)
+        inner = settings.section("quantization")
+        settings.finish(_NOT_NEEDED, QUANTIZATION_NUMERIC)
+        settings = inner
+    settings.get("quant_method", None)
+    for name in ("kv_cache_quant_algo", "config_groups"):  # the latter say again what quant_algo does
+        settings.get(name, None)
+    algorithm = settings.get("quant_algo", None)
+    if algorithm is None:
+        return None
+    known = algorithm.upper() if isinstance(algorithm, str) else ""  # FP8_PB_WO is written in small letters
+    if known not in _MODELOPT:
+        raise ConfigError(
+            f"{settings.where}: quant_algo={brief(algorithm)} is not supported; "
+            f"supported are {', '.join(_MODELOPT)}"
+        )
+    bits, block = _MODELOPT[known]
+    if block is not None:
+        _need(settings, group_size=block[1])
+    found = _finished(settings, Quantization("modelopt", block, bits))
+    return replace(found, skipped=tuple(map(_wildcard, found.skipped)))
+
+
+def _wildcard(name: str) -> str:
+    """Returns a module's name, or the expression for a name with wildcards, whose ``*`` crosses dots."""
+    return f"re:{fnmatch.translate(name)}" if set(name) & set("*?[") else name
 
 
 def _gptq(settings: Fields) -> Quantization:
@@ -140,7 +222,7 @@ def _gptq(settings: Fields) -> Quantization:
         raise ConfigError(
             f"{settings.where}: checkpoint_format={brief(kind)} is not supported: use gptq or gptq_v2"
         )
-    return Quantization("gptq", _group(settings), bits, zero_shift=int(kind == "gptq"))
+    return Quantization("gptq", _group(settings), bits, zero_shift=int(kind == "gptq"), is_float=False)
 
 
 def _awq(settings: Fields) -> Quantization:
@@ -150,7 +232,8 @@ def _awq(settings: Fields) -> Quantization:
         if not isinstance(version, str) or version.lower() != "gemm":
             raise ConfigError(f"{settings.where}: {name}={brief(version)} is not supported: use gemm")
     first = "q_group_size" in settings.raw and "group_size" not in settings.raw
-    return Quantization("awq", _group(settings, "q_group_size" if first else "group_size"), 4)
+    group = _group(settings, "q_group_size" if first else "group_size")
+    return Quantization("awq", group, 4, is_float=False)
 
 
 def _compressed_tensors(settings: Fields) -> Quantization:

@@ -129,12 +129,13 @@ ROPE_NUMERIC = _names(
 # Inside a quantisation: what defines how stored bytes become numbers, in any method.
 QUANTIZATION_NUMERIC = _names(
     """
-    activation_scale_ub activation_scheme axis bits block_size channel_scale config_for_layers
-    config_groups dynamic_config expert_dtype fmt format forward_dtype forward_method group_size
-    hadamard_group_size hadamard_size in_group_size is_static kv_cache_dtype linear_class
-    llm_int8_threshold nbits nbits_per_codebook num_codebooks out_group_size p pseudoquantization
-    quant_type quantization_mode rms_norm_eps shared_layer_config sparsity_config sym transform_config
-    transform_init use_rms_norm view_as_float weights weight_block_size zero_point
+    activation_scale_ub activation_scheme axis bits block_size channel_scale config_for_layers config_groups
+    dynamic_config expert_dtype fmt format forward_dtype forward_method group_size hadamard_group_size
+    hadamard_size has_zero_point in_group_size is_static kv_cache_dtype linear_class llm_int8_threshold
+    nbits nbits_per_codebook num_codebooks nvfp4_embed out_group_size p pre_quant_scale pseudoquantization
+    quant_algo quant_type quantization quantization_mode quantized_layers rms_norm_eps shared_layer_config
+    sparsity_config sym transform_config transform_init use_rms_norm view_as_float weight_block_size weights
+    zero_point
     """
 )
 

@@ -213,7 +213,11 @@ def test_fields_of_the_parameters_as_keywords(tiny: LLM) -> None:
         ),
         ({"max_token": 4}, "max_token=4 is no sampling parameter: is max_tokens meant?"),
         ({"temprature": 0}, "temprature=0 is no sampling parameter: is temperature meant?"),
-        ({"n": 2}, "n=2 is no sampling parameter: is min_p meant?"),
+        ({"n": 2}, f"n=2 is no sampling parameter: there are {', '.join(vars(SamplingParams()))}"),
+        (
+            {"params": {"max_tokens": 4}},
+            "params is a dict, not SamplingParams or a list of them; fields go by name: max_tokens=4",
+        ),
         ({"max_tokens": -1}, "max_tokens=-1 is not a whole number, 0 or more"),
     ),
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tpjax.errors import CheckpointError, ConfigError
+from tpjax.errors import CheckpointError, ConfigError, DownloadError
 from tpjax.inspect.budget import measured
 from tpjax.inspect.explain import explain_model
 from tpjax.planning import published
@@ -29,6 +29,20 @@ def test_a_checkpoint_comes_first() -> None:
     assert is_published("llama-3-8b")
     assert not is_published("smollm2-135m")  # an alias: its checkpoint can be had
     assert not is_published("llama-3-9b")
+
+
+def test_who_cannot_download_is_told_of_the_published_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(name: str, *, configuration: bool) -> Path:
+        assert configuration
+        raise DownloadError(f"{name}: access is restricted")
+
+    monkeypatch.setattr(published, "resolve", refused)
+    with pytest.raises(DownloadError) as caught:
+        find_config("meta-llama/llama-3.1-8B")
+    refusal = "meta-llama/llama-3.1-8B: access is restricted"
+    assert str(caught.value) == f"{refusal}; 'llama-3.1-8b' is the same architecture, and needs no file"
+    with pytest.raises(DownloadError, match=r"restricted$"):
+        find_config("meta-llama/Llama-9")
 
 
 def test_explained_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:

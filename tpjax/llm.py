@@ -271,6 +271,9 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        return f"<LLM: {self.name} at {self.layout}>"
+
     @property
     def engine(self) -> Engine:
         """The engine, of the first replica that has not failed."""

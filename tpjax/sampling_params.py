@@ -203,18 +203,28 @@ class SamplingParams:
             fields: values by field name.
 
         Raises:
-            RequestError: both are given, or a field does not exist; the message names the nearest one.
+            RequestError: both are given, or ``params`` is something else, or a field does not exist; the
+                message has a near one, or all.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
             if name not in known:
-                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-                raise RequestError(f"{name}={fields[name]!r} is no sampling parameter: is {nearest} meant?")
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"is {near[0]} meant?" if near else f"there are {', '.join(known)}"
+                raise RequestError(f"{name}={fields[name]!r} is no sampling parameter: {hint}")
         if params is not None and fields:
             raise RequestError(
                 f"params and {', '.join(fields)} are both given: give all sampling parameters in one way"
             )
-        return cls(**fields) if params is None else params
+        if params is None:
+            return cls(**fields)
+        each: Any = [params] if isinstance(params, SamplingParams) else params
+        if not isinstance(each, Sequence) or not all(isinstance(one, SamplingParams) for one in each):
+            kind = type(params).__name__
+            raise RequestError(
+                f"params is a {kind}, not SamplingParams or a list of them; fields go by name: max_tokens=4"
+            )
+        return params
 
     def _check_containers(self) -> None:
         kinds: dict[str, Any] = {

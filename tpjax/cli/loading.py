@@ -101,7 +101,7 @@ def ensure(
     """
     from tpjax.checkpoints import hub
     from tpjax.mesh import devices_of_stages, ensure_devices
-    from tpjax.planning.published import check_name, hub_id, is_published
+    from tpjax.planning.published import check_name, hub_id, is_published, resolve_configuration
 
     if num_processes() > 1:  # JAX starts in all of them at once, before one that has no model yet fetches it
         ensure_devices(tp or 1, dp, pp)
@@ -114,6 +114,6 @@ def ensure(
                 f"{model!r} names a published model, whose weights are at Hugging Face: use {hub_id(model)}"
             )
     else:
-        hub.resolve(model, configuration=configuration)
+        (resolve_configuration if configuration else hub.resolve)(model)
     if sum(devices_of_stages(tp or 1, pp)) * dp > 1:
         ensure_devices(tp or 1, dp, pp)

@@ -20,7 +20,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tpjax.attention import Backend, KernelShape, choose_backend
 from tpjax.cache import cache_layout, layer_places, num_entries, page_bytes_per_device
 from tpjax.cache_quantization import vector_bytes
-from tpjax.checkpoints.hub import resolve
 from tpjax.checkpoints.load import check_tensors
 from tpjax.checkpoints.opening import check_quantize, open_checkpoint
 from tpjax.checkpoints.parameters import Parameter, parameters
@@ -41,7 +40,7 @@ from tpjax.inspect.reasons import cache_reason, experts_reason, reason
 from tpjax.layers.weights import dtype_bits
 from tpjax.mesh import describe_tp, is_local, make_stage_meshes
 from tpjax.old_spellings import accepts_old_spellings
-from tpjax.planning.published import find_model, is_published
+from tpjax.planning.published import find_model, is_published, resolve_configuration
 from tpjax.runtime.abstract_stages import AbstractStages
 from tpjax.runtime.device_speed import split_layers
 from tpjax.runtime.limits import PAGE_SIZE, resolve_dtype
@@ -174,7 +173,7 @@ def explain_model(
     check_choice("kv_dtype", kv_dtype, KVDtype)
     checkpoint = None
     if not is_published(model):
-        path = resolve(model, configuration=True)
+        path = resolve_configuration(model)
         bare = path.suffix == ".json" or (path.is_dir() and not any(path.glob("*.safetensors*")))
         checkpoint = None if bare else open_checkpoint(path)
     if checkpoint is None:

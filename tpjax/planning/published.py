@@ -19,7 +19,7 @@ from tpjax.checkpoints.declared import declared_formats
 from tpjax.checkpoints.hub import ALIASES, resolve
 from tpjax.checkpoints.opening import check_stored, read_config, read_quantization
 from tpjax.config import ModelConfig, Quantize
-from tpjax.errors import CheckpointError
+from tpjax.errors import CheckpointError, DownloadError
 from tpjax.families.quantization import Quantization
 from tpjax.families.registry import config_from_hf
 from tpjax.layers.weights import FormatOf
@@ -74,6 +74,23 @@ def check_name(model: str) -> None:
     raise CheckpointError(f"{model!r} is neither a checkpoint nor a built-in model; {hint}")
 
 
+def resolve_configuration(model: str) -> Path:
+    """Returns the path of a model's configuration: of a Hugging Face id ``config.json`` alone is downloaded.
+
+    Raises:
+        CheckpointError: as :func:`tpjax.checkpoints.hub.resolve`.
+        DownloadError: it cannot be downloaded; the message names the published model of that id, if there is
+            one.
+    """
+    try:
+        return resolve(model, configuration=True)
+    except DownloadError as error:
+        known = next((name for name in published_names() if hub_id(name).lower() == model.lower()), None)
+        if known is None:
+            raise
+        raise DownloadError(f"{error}; {known!r} is the same architecture, and needs no file") from error
+
+
 @dataclass(frozen=True)
 class KnownModel:
     """A model that is known by its configuration.
@@ -113,7 +130,7 @@ def find_model(model: str) -> KnownModel:
         return KnownModel(model, published_config(model))
     path = Path(model).expanduser()
     name = path.name if path.exists() else model
-    found = resolve(model, configuration=True)
+    found = resolve_configuration(model)
     config = read_config(found)
     quantization = None if found.suffix.lower() == ".gguf" else read_quantization(found)
     return KnownModel(name, config, quantization, declared_formats(found, config))

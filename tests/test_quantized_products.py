@@ -132,17 +132,20 @@ def test_products_are_checked_however_attention_was_chosen(
         monkeypatch.setattr(f"tpjax.layers.selftest.{kernel}_verdict", partial(verdict, kernel))
     shape = KernelShape.of(read_config(GOLDENS / "llama"), 1, jnp.dtype("bfloat16"), 128)
     device, narrow, wide = jax.devices()[0], Matrices(64, 96, "bfloat16"), Matrices(64, 128, "bfloat16")
-    assert loading._backends(asked, [shape] * 2, [None, narrow], device, grouped=False) == [Backend(name)] * 2
+    assert (
+        loading.choose_backends(asked, [shape] * 2, [None, narrow], device, grouped=False)
+        == [Backend(name)] * 2
+    )
     assert checked == []
     wrong = Backend(name, products=False), Backend(name, products=False, experts=name == "tpu")
-    assert loading._backends(asked, [shape] * 3, [None, wide, wide], device, grouped=True) == [
+    assert loading.choose_backends(asked, [shape] * 3, [None, wide, wide], device, grouped=True) == [
         wrong[0],
         wrong[1],
         wrong[1],
     ]
     assert checked == ["product", "product", *(["experts"] if name == "gpu" else [])]
     monkeypatch.setattr(loading, "choose_backend", lambda *_: INTERPRETED)
-    assert loading._backends(asked, [shape], [wide], device, grouped=True) == [INTERPRETED]
+    assert loading.choose_backends(asked, [shape], [wide], device, grouped=True) == [INTERPRETED]
 
 
 @pytest.mark.parametrize("wrong", (0.0, np.nan))

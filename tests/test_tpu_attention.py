@@ -321,6 +321,22 @@ def test_a_wrong_kernel_is_found(
     assert not found.right and not found.use_kernel
 
 
+def test_a_kernel_that_does_not_compile_is_not_used(
+    short_check: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A start goes on without it, and tries again the next time: memory may have been short."""
+
+    def attend(*_: Any, **__: Any) -> jax.Array:
+        raise NotImplementedError("no such layout\nin this version")
+
+    monkeypatch.setattr(tpu, "attend", attend)
+    found = verdict_of("llama", tmp_path)
+    assert not found.right and not found.use_kernel and not list(tmp_path.iterdir())
+    assert str(found) == "the kernel does not run on cpu: NotImplementedError: no such layout"
+    chosen = choose_backend("auto", TPU, SHAPE, lambda: found)
+    assert (chosen.name, chosen.why) == ("xla", str(found))
+
+
 def test_pages_that_are_written_elsewhere_are_found(
     short_check: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -135,6 +136,7 @@ class Verdict:
         kernel_ms: time of the kernel: decode rows, one layer of each kind.
         walk_ms: time of what it stands in for.
         walk: what that is.
+        problem: why it could not be checked.
     """
 
     device: str
@@ -143,6 +145,12 @@ class Verdict:
     kernel_ms: float
     walk_ms: float
     walk: str = "the page walk"
+    problem: str | None = None
+
+    @classmethod
+    def failed(cls, device: str, problem: str) -> Verdict:
+        """Returns the verdict on a kernel that does not compile or run."""
+        return cls(device, math.inf, 0.0, math.inf, 0.0, problem=problem)
 
     @property
     def right(self) -> bool:
@@ -155,6 +163,8 @@ class Verdict:
         return self.right and self.kernel_ms <= self.walk_ms
 
     def __str__(self) -> str:
+        if self.problem is not None:
+            return f"the kernel does not run on {self.device}: {self.problem}"
         if not self.right:
             return f"the kernel is wrong on {self.device}: off by {self.error:.3g}, {self.allowed:g} allowed"
         times = f"{self.kernel_ms:.3g} ms where {self.walk} takes {self.walk_ms:.3g}"

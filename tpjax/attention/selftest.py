@@ -64,6 +64,8 @@ def kept_verdict(
 ) -> Verdict:
     """Returns what a check of a kernel found, now or earlier. One that hangs ends the process.
 
+    A kernel that does not compile or run is not used. That is not kept: memory may have been short.
+
     Args:
         about: what the verdict depends on beside the device and its compiler, as plain data.
         device: what the kernel runs on.
@@ -81,7 +83,12 @@ def kept_verdict(
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return Verdict(**json.loads(file.read_text())["verdict"])
     with _watchdog(_HANGS_AFTER_S):
-        found = check()
+        try:
+            found = check()
+        except Exception as error:  # of a compiler, or of a version of Pallas that was not tried
+            log.warning("the check of a kernel failed", exc_info=log.isEnabledFor(logging.DEBUG))
+            lines = str(error).strip().splitlines()
+            return Verdict.failed(device.device_kind, ": ".join([type(error).__name__, *lines[:1]]))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated
 
-from tpjax.cli.console import show, show_report
+from tpjax.cli.console import note, show, show_report
 from tpjax.cli.options import Json, option
 
 EXAMPLES = """
@@ -29,7 +29,9 @@ def run(
     if measure:
         from tpjax.inspect import chip_benchmark
 
-        show_report(chip_benchmark.measure(), as_json=as_json)
+        # figures as they come: a kernel or a collective that hangs keeps the report from its end
+        report = chip_benchmark.measure(found=lambda figure: note(str(figure)))
+        show_report(report, as_json=as_json)
         return
     from tpjax.inspect import doctor
 

@@ -72,7 +72,7 @@ def load_engines(
     shapes = [KernelShape.of(config, mesh.size, dtype, PAGE_SIZE, kv_dtype) for mesh in first]
     experts = [None if quantize else expert_matrices(config, mesh.size, dtype) for mesh in first]
     memory, backends = role.decide(
-        lambda: _backends(attention, shapes, experts, first[0].local_devices[0], grouped=grouped)
+        lambda: choose_backends(attention, shapes, experts, first[0].local_devices[0], grouped=grouped)
     )
     for backend in dict.fromkeys(backends):
         log.info("attention: %s", backend)
@@ -103,7 +103,7 @@ def load_engines(
     ]
 
 
-def _backends(
+def choose_backends(
     asked: AttentionBackend,
     shapes: Sequence[KernelShape],
     experts: Sequence[Matrices | None],

@@ -6,12 +6,12 @@ many as leave half of the memory free. ``scripts/on_gpu.py`` measures published 
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -22,17 +22,19 @@ from jax.sharding import Mesh, NamedSharding
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from tpjax.attention import Backend, KernelShape, Verdict, choose_backend, paged_attention
-from tpjax.attention.selftest import verdict
+from tpjax.attention import Backend, KernelShape, Verdict, paged_attention
 from tpjax.cache import LayerCache, TokenGroup
+from tpjax.checkpoints.hub import cache_dir
 from tpjax.checkpoints.parameters import abstract_decoder
 from tpjax.config import KVDtype, ModelConfig, Quantize
+from tpjax.engine.loading import choose_backends
 from tpjax.families.registry import config_from_hf
 from tpjax.hardware import Hardware, known_device
+from tpjax.layers.experts import expert_matrices
 from tpjax.layers.weights import dtype_bits
 from tpjax.mesh import AXIS, make_mesh
 from tpjax.planning.plain_table import plain_table
-from tpjax.planning.plan import make_plan
+from tpjax.planning.plan import Plan, make_plan
 from tpjax.planning.workload import Workload
 from tpjax.runtime.counts import Counts
 from tpjax.runtime.limits import PAGE_SIZE
@@ -50,23 +52,37 @@ _CONTEXT, _PROMPT = 1024, 512
 _BATCHES = (1, 8)
 _MESSAGES = (1 << 14, 1 << 18, 1 << 22)  # bytes
 _CHAIN = 16  # all-reduces, or layers' attention, of one program
+_BEYOND_CACHES = 1 << 28  # bytes of memory that are read in turn, so that no cache of a chip holds them
+_LAST_START_S = 120.0  # of a figure: compiling for one takes up to a minute, and all are to take three
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured figure.
+    """One figure.
 
     Attributes:
         name: what was measured.
-        measured: the median of several rounds.
+        measured: the median of several rounds; ``None``: it could not be measured.
         expected: of the data sheet, or what ``plan`` predicts; ``None``: the chip is not known.
         unit: of both.
+        problem: why it could not be measured.
     """
 
     name: str
-    measured: float
+    measured: float | None
     expected: float | None
     unit: str
+    problem: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain data, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if self.measured is None:
+            return f"{self.name}: {self.problem}"
+        expected = "" if self.expected is None else f" ({self.expected:.4g} expected)"
+        return f"{self.name}: {self.measured:.4g} {self.unit}{expected}"
 
 
 @dataclass(frozen=True)
@@ -75,10 +91,11 @@ class ChipReport:
 
     Attributes:
         device: kind of the devices.
-        devices: their number, all used at once.
+        devices: their number, all used at once; reading memory, products and attention are of one.
         jax: its version.
         compiler: its version, and of the driver.
         attention: what computes attention here, and why.
+        products: what computes products of weights with scales for groups of inputs, and why.
         figures: the figures.
         seconds: that all of it took.
     """
@@ -88,6 +105,7 @@ class ChipReport:
     jax: str
     compiler: str
     attention: str
+    products: str
     figures: tuple[Figure, ...]
     seconds: float
 
@@ -102,55 +120,100 @@ class ChipReport:
             numbers=("measured", "expected", "measured / expected"),
         )
         for one in self.figures:
-            known = one.expected is not None
+            known, measured = one.expected is not None, one.measured
             table.add_row(
                 one.name,
-                f"{one.measured:.4g} {one.unit}",
+                "not measured" if measured is None else f"{measured:.4g} {one.unit}",
                 f"{one.expected:.4g} {one.unit}" if known else "not known",
-                f"{one.measured / one.expected:.2f}" if one.expected else "",
+                f"{measured / one.expected:.2f}" if measured is not None and one.expected else "",
             )
-        return Group(table, Text(f"attention: {self.attention}"))
+        lines = [f"attention: {self.attention}", f"products of quantised weights: {self.products}"]
+        lines += [str(one) for one in self.figures if one.measured is None]
+        return Group(table, *map(Text, lines))
 
 
-def measure(tp: int | None = None) -> ChipReport:
-    """Measures the devices here: a minute or three.
+def measure(tp: int | None = None, found: Callable[[Figure], None] | None = None) -> ChipReport:
+    """Measures the devices here, in three minutes at most.
+
+    One figure that cannot be measured takes none of the others along; nor is one begun after two minutes.
 
     Args:
         tp: devices; ``None``: all.
+        found: called with each figure as soon as it is known.
 
     Raises:
         DeviceError: there are fewer.
     """
-    started = time.perf_counter()
+    started, figures = time.perf_counter(), list[Figure]()
     mesh = make_mesh(tp)
     device = mesh.local_devices[0]
     chip = known_device(device.device_kind)
     dtype = jnp.dtype("float32" if device.platform == "cpu" else "bfloat16")
-    memory = device_memory(mesh.size)
-    config = _model(device.platform, None if memory is None else memory.free * mesh.size // 2, dtype)
-    shape = KernelShape.of(config, mesh.size, dtype, PAGE_SIZE)
-    found: list[Verdict] = []
 
-    def check() -> Verdict:
-        found.append(_checked(device, shape))
-        return found[0]
+    def take(probes: Iterable[_Probe]) -> None:
+        for probe in probes:
+            late = time.perf_counter() - started > _LAST_START_S
+            figures.append(
+                probe.failed(f"not begun after {_LAST_START_S:.0f} s") if late else probe.figure(chip)
+            )
+            if found is not None:
+                found(figures[-1])
 
-    backend = choose_backend("auto", device, shape, check)
-    figures = [
-        *_device_figures(mesh, chip, dtype),
-        *_all_reduce_figures(mesh, chip),
-        _attention_figure(backend, shape, chip),
-        *_model_figures(config, mesh, dtype, backend, chip),
-    ]
+    take(_device_probes(mesh, dtype))
+    take(_all_reduce_probes(mesh))
+    # a kernel that hangs ends the process: what was found is told by now
+    one_layer = _model(device.platform, 0, dtype)
+    backend, checked = checked_backend(one_layer, mesh, dtype, quantize="int4")
+    take([_attention_probe(backend, KernelShape.of(one_layer, mesh.size, dtype, PAGE_SIZE))])
+    take(_model_probes(mesh, dtype, backend))
     return ChipReport(
         device.device_kind,
         mesh.size,
         jax.__version__,
         device.client.platform_version,
-        str(backend),
-        tuple(figures),
-        time.perf_counter() - started,
+        checked["attention"],
+        checked["products"],
+        figures=tuple(figures),
+        seconds=time.perf_counter() - started,
     )
+
+
+def checked_backend(
+    config: ModelConfig,
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    kv_dtype: KVDtype = "auto",
+    quantize: Quantize | None = None,
+) -> tuple[Backend, dict[str, str]]:
+    """Chooses what computes attention and products as a model that is loaded does, kernels checked.
+
+    Args:
+        config: the architecture.
+        mesh: the devices.
+        dtype: of activations.
+        kv_dtype: what keys and values are kept in.
+        quantize: what weights are.
+
+    Returns:
+        The choice; ``attention``, ``products`` (of weights in groups) and ``experts``, each in a sentence.
+    """
+    device, folder = mesh.local_devices[0], cache_dir() / "attention"
+    shape = KernelShape.of(config, mesh.size, dtype, PAGE_SIZE, kv_dtype)
+    experts, grouped = None if quantize else expert_matrices(config, mesh.size, dtype), quantize == "int4"
+    (backend,) = choose_backends("auto", [shape], [experts], device, grouped=grouped)
+    found = {"attention": str(backend), "products": "xla", "experts": "xla"}
+    if not backend.is_kernel:
+        return backend, found
+    from tpjax.layers.selftest import experts_verdict, product_verdict  # Pallas takes a while
+
+    def told(taken: bool, verdict: Verdict) -> str:  # as it was kept just now
+        return f"{backend.name if taken else 'xla'}: {verdict}"
+
+    if grouped:
+        found["products"] = told(backend.products, product_verdict(backend, device, folder))
+    if backend.name == "gpu" and experts is not None and experts.kernel_takes:
+        found["experts"] = told(backend.experts, experts_verdict(backend, experts, device, folder))
+    return backend, found
 
 
 def seconds(call: Callable[[], Any], rounds: int = 5, calls: int = 1) -> float:
@@ -179,6 +242,8 @@ def product_rate(side: int, dtype: jnp.dtype) -> float:
 def attention_s(backend: Backend, shape: KernelShape, batch: int, context: int) -> float:
     """Returns the time in which one device computes attention of decode rows in a layer.
 
+    Layers have caches of their own, as in a model: one alone may fit into the chip's.
+
     Args:
         backend: what computes it.
         shape: of the model.
@@ -186,12 +251,19 @@ def attention_s(backend: Backend, shape: KernelShape, batch: int, context: int) 
         context: tokens in the cache of each.
     """
     columns = -(-context // shape.page_size)
-    keys, values = (
-        jax.random.normal(
-            jax.random.key(key), (1 + batch * columns, shape.heads, shape.page_size, width), shape.dtype
+    pages = 1 + batch * columns, shape.heads, shape.page_size
+
+    def made(layer: int) -> LayerCache:
+        widths = enumerate((shape.width, shape.value_dim))
+        return LayerCache(
+            *(
+                jax.random.normal(jax.random.key(2 * layer + at), (*pages, width), shape.dtype)
+                for at, width in widths
+            )
         )
-        for key, width in enumerate((shape.width, shape.value_dim))
-    )
+
+    size = math.prod(pages) * (shape.width + shape.value_dim) * jnp.dtype(shape.dtype).itemsize
+    caches = [made(layer) for layer in range(min(_CHAIN, -(-_BEYOND_CACHES // size)))]
     tables = 1 + jax.random.permutation(jax.random.key(2), batch * columns).reshape(batch, columns)
     positions = jnp.full((batch, 1), context - 1, jnp.int32)
     group = TokenGroup(tables.astype(jnp.int32), positions, jnp.ones(batch, jnp.int32))
@@ -207,12 +279,12 @@ def attention_s(backend: Backend, shape: KernelShape, batch: int, context: int) 
         return query + output
 
     @jax.jit
-    def layers(query: jax.Array, cache: LayerCache, group: TokenGroup) -> jax.Array:
-        for _ in range(_CHAIN):  # each waits for the one before
-            query = layer(query, cache, group)
+    def layers(query: jax.Array, caches: list[LayerCache], group: TokenGroup) -> jax.Array:
+        for number in range(_CHAIN):  # each waits for the one before
+            query = layer(query, caches[number % len(caches)], group)
         return query
 
-    return seconds(partial(layers, query, LayerCache(keys, values), group)) / _CHAIN
+    return seconds(partial(layers, query, caches, group)) / _CHAIN
 
 
 def random_runner(
@@ -324,30 +396,79 @@ def _model(platform: str, room: int | None, dtype: jnp.dtype) -> ModelConfig:
     return config_from_hf({**fields, "num_hidden_layers": next(fitting, 1)})
 
 
-def _checked(device: jax.Device, shape: KernelShape) -> Verdict:
-    from tpjax.checkpoints.hub import cache_dir
+@dataclass(frozen=True)
+class _Probe:
+    """What is measured for one figure.
 
-    return verdict(device.platform, shape, device, Path(cache_dir()) / "attention")
+    Attributes:
+        name: of the figure.
+        unit: of the figure.
+        measured: measures it.
+        expected: what is expected of the chip.
+    """
+
+    name: str
+    unit: str
+    measured: Callable[[], float]
+    expected: Callable[[Hardware], float]
+
+    def figure(self, chip: Hardware | None) -> Figure:
+        """Measures; whatever goes wrong is the figure's problem."""
+        try:
+            expected = None if chip is None else self.expected(chip)
+            return Figure(self.name, self.measured(), expected, self.unit)
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            return self.failed(": ".join([type(error).__name__, *lines[:1]]))
+
+    def failed(self, problem: str) -> Figure:
+        """Returns the figure of what could not be measured."""
+        return Figure(self.name, None, None, self.unit, problem)
 
 
-def _device_figures(mesh: Mesh, chip: Hardware | None, dtype: jnp.dtype) -> list[Figure]:
-    cpu = mesh.local_devices[0].platform == "cpu"
-    with jax.default_device(mesh.local_devices[0]):
-        bandwidth = read_bandwidth(1 << (26 if cpu else 30))
-        rate = product_rate(1024 if cpu else 8192, dtype)
+def _device_probes(mesh: Mesh, dtype: jnp.dtype) -> list[_Probe]:
+    cpu, device = mesh.local_devices[0].platform == "cpu", mesh.local_devices[0]
+
+    def on_one(measured: Callable[..., float], *arguments: Any) -> float:
+        with jax.default_device(device):
+            return measured(*arguments)
+
+    size, side = 1 << (26 if cpu else 30), 1024 if cpu else 8192
     return [
-        Figure("reading memory", bandwidth / 1e9, _of(chip, "bandwidth_bytes_s", 1e9), "GB/s"),
-        Figure(f"product in {dtype}", rate / 1e12, _of(chip, "flops", 1e12), "TFLOP/s"),
+        _Probe("reading memory", "GB/s", lambda: on_one(read_bandwidth, size) / 1e9, _data_sheet_gb_s),
+        _Probe(
+            f"product in {dtype}",
+            "TFLOP/s",
+            lambda: on_one(product_rate, side, dtype) / 1e12,
+            lambda chip: chip.flops / 1e12,
+        ),
     ]
 
 
-def _of(chip: Hardware | None, figure: str, unit: float) -> float | None:
-    return None if chip is None else getattr(chip, figure) / unit
+def _data_sheet_gb_s(chip: Hardware) -> float:
+    return chip.bandwidth_bytes_s / 1e9
 
 
-def _all_reduce_figures(mesh: Mesh, chip: Hardware | None) -> list[Figure]:
-    if mesh.size == 1:
-        return []
+def _all_reduce_probes(mesh: Mesh) -> list[_Probe]:
+    return [
+        _Probe(
+            f"all-reduce of {size >> 10} KiB",
+            "µs",
+            partial(lambda size: 1e6 * all_reduce_s(mesh, size), size),
+            partial(lambda size, chip: 1e6 * chip.interconnect.all_reduce_s(mesh.size, size), size),
+        )
+        for size in (_MESSAGES if mesh.size > 1 else ())
+    ]
+
+
+def all_reduce_s(mesh: Mesh, size: int) -> float:
+    """Returns the time in which a mesh adds up ``size`` bytes of each device."""
+    program, x = _all_reduces(mesh, size)
+    return seconds(partial(program, x)) / _CHAIN
+
+
+def _all_reduces(mesh: Mesh, size: int) -> tuple[Any, jax.Array]:
+    """Returns a program of several that wait for each other, and its argument."""
 
     def summed(x: jax.Array) -> jax.Array:
         for _ in range(_CHAIN):
@@ -355,45 +476,46 @@ def _all_reduce_figures(mesh: Mesh, chip: Hardware | None) -> list[Figure]:
         return x
 
     program = jax.jit(jax.shard_map(summed, mesh=mesh, in_specs=REPLICATED, out_specs=REPLICATED))
-    figures = []
-    for size in _MESSAGES:
-        x = jax.device_put(jnp.ones(size // 4, jnp.float32), NamedSharding(mesh, REPLICATED))
-        taken = seconds(partial(program, x)) / _CHAIN
-        expected = None if chip is None else chip.interconnect.all_reduce_s(mesh.size, size) * 1e6
-        figures.append(Figure(f"all-reduce of {size >> 10} KiB", taken * 1e6, expected, "µs"))
-    return figures
+    return program, jax.device_put(jnp.ones(size // 4, jnp.float32), NamedSharding(mesh, REPLICATED))
 
 
-def _attention_figure(backend: Backend, shape: KernelShape, chip: Hardware | None) -> Figure:
+def _attention_probe(backend: Backend, shape: KernelShape) -> _Probe:
     batch = 8
     cache = batch * _CONTEXT * shape.heads * (shape.width + shape.value_dim) * jnp.dtype(shape.dtype).itemsize
-    reached = cache / attention_s(backend, shape, batch, _CONTEXT) / 1e9
-    name = f"attention ({backend.name}) reading {batch} x {_CONTEXT} tokens"
-    return Figure(name, reached, _of(chip, "bandwidth_bytes_s", 1e9), "GB/s")
+    return _Probe(
+        f"attention ({backend.name}) reading {batch} x {_CONTEXT} tokens",
+        "GB/s",
+        lambda: cache / attention_s(backend, shape, batch, _CONTEXT) / 1e9,
+        _data_sheet_gb_s,
+    )
 
 
-def _model_figures(
-    config: ModelConfig, mesh: Mesh, dtype: jnp.dtype, backend: Backend, chip: Hardware | None
-) -> list[Figure]:
-    longest = _CONTEXT + PAGE_SIZE
-    runner, _ = random_runner(config, mesh, dtype, backend, max_model_len=longest, max_slots=max(_BATCHES))
-    counts, kind = Counts(f"{config.num_layers} layers", config), "bf16" if dtype.itemsize == 2 else "float32"
+def _model_probes(mesh: Mesh, dtype: jnp.dtype, backend: Backend) -> Iterator[_Probe]:
+    memory, kind = device_memory(mesh.size), "bf16" if dtype.itemsize == 2 else "float32"
+    room = None if memory is None else memory.free * mesh.size // 2
+    config = _model(mesh.local_devices[0].platform, room, dtype)
+    counts = Counts(f"{config.num_layers} layers", config)
 
-    def planned(batch: int) -> tuple[float | None, float | None]:
-        if chip is None:
-            return None, None
-        plan = make_plan(counts, chip, mesh.size, mesh.size, Workload(batch, _CONTEXT, _PROMPT, kind))
-        return plan.decode.total * 1e3, plan.prefill.total * 1e3
+    @cache
+    def runner() -> Runner:
+        longest, most = _CONTEXT + PAGE_SIZE, max(_BATCHES)
+        return random_runner(config, mesh, dtype, backend, max_model_len=longest, max_slots=most)[0]
 
-    figures = [
-        Figure(
+    def planned(chip: Hardware, batch: int = 1) -> Plan:
+        return make_plan(counts, chip, mesh.size, mesh.size, Workload(batch, _CONTEXT, _PROMPT, kind))
+
+    for batch in _BATCHES:
+        yield _Probe(
             f"decode of {config.num_layers} layers, {batch} x {_CONTEXT} tokens",
-            decode_s(runner, batch, _CONTEXT) * 1e3,
-            planned(batch)[0],
             "ms",
+            partial(lambda batch: 1e3 * decode_s(runner(), batch, _CONTEXT), batch),
+            partial(lambda batch, chip: 1e3 * planned(chip, batch).decode.total, batch),
         )
-        for batch in _BATCHES
-    ]
-    prefill = prefill_s(runner, _PROMPT) * 1e3
-    runner.close()
-    return [*figures, Figure(f"prompt of {_PROMPT} tokens", prefill, planned(1)[1], "ms")]
+    yield _Probe(
+        f"prompt of {_PROMPT} tokens",
+        "ms",
+        lambda: 1e3 * prefill_s(runner(), _PROMPT),
+        lambda chip: 1e3 * planned(chip).prefill.total,
+    )
+    if runner.cache_info().currsize:
+        runner().close()

@@ -136,20 +136,52 @@ def modelopt(*scale_shape: int) -> Callable[[tuple[int, int]], Stored]:
     return stored
 
 
+def fp4_values(codes: np.ndarray) -> np.ndarray:
+    magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)[codes & 7]
+    return np.where(codes & 8, -magnitudes, magnitudes)
+
+
 def nvfp4(shape: tuple[int, int]) -> Stored:
     """NVFP4QTensor of Model Optimizer: a byte is two values, the first in the low half."""
     codes = RNG.integers(0, 16, shape).astype(np.uint8)
     scales, shared = uniform(shape[0], shape[1] // 16) * 4096, np.float32(uniform()) / 64
     scales = scales.astype(E4M3)
-    magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)[codes & 7]
-    values = np.where(codes & 8, -magnitudes, magnitudes)
-    worth = values * spread(scales.astype(np.float32) * shared, 1, 16, shape)
+    worth = fp4_values(codes) * spread(scales.astype(np.float32) * shared, 1, 16, shape)
     return {
         "weight": codes[:, ::2] + 16 * codes[:, 1::2],
         "weight_scale": scales,
         "weight_scale_2": np.asarray(shared),
         "input_scale": np.ones((), np.float32),
     }, worth
+
+
+def ct_nvfp4(shape: tuple[int, int]) -> Stored:
+    """As compressed-tensors has it: the number for all is the other's inverse."""
+    tensors, _ = nvfp4(shape)
+    scales, shared = tensors["weight_scale"], np.float32(1 / tensors["weight_scale_2"])
+    codes = np.stack([tensors["weight"] % 16, tensors["weight"] // 16], axis=-1).reshape(shape)
+    worth = fp4_values(codes) * spread(scales.astype(np.float32) / shared, 1, 16, shape)
+    one = np.ones(1, np.float32)
+    stored = {"weight_packed": tensors["weight"], "weight_scale": scales, "weight_global_scale": shared * one}
+    return {**stored, "input_global_scale": one}, worth
+
+
+def mx_scales(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Exponents of 2, a byte for 32 inputs, and what they stand for. The last group may be half a one."""
+    exponents = RNG.integers(118, 124, (shape[0], -(-shape[1] // 32))).astype(np.uint8)
+    return exponents, spread(np.exp2(exponents.astype(np.float32) - 127), 1, 32, shape)
+
+
+def mxfp8(shape: tuple[int, int]) -> Stored:
+    values, (exponents, scales) = float8(shape), mx_scales(shape)
+    return {"weight": values, "weight_scale": exponents}, values.astype(np.float32) * scales
+
+
+def ct_mxfp4(shape: tuple[int, int]) -> Stored:
+    codes = RNG.integers(0, 16, shape).astype(np.uint8)
+    exponents, scales = mx_scales(shape)
+    packed = codes[:, ::2] + 16 * codes[:, 1::2]
+    return {"weight_packed": packed, "weight_scale": exponents}, fp4_values(codes) * scales
 
 
 def int8_channels(shape: tuple[int, int]) -> Stored:
@@ -284,6 +316,18 @@ FORMATS: dict[str, tuple[Callable[[tuple[int, int]], Stored], dict[str, Any], st
     "modelopt-nvfp4": (nvfp4, {**MODELOPT, "quant_algo": "NVFP4"}, "float8_e4m3fn"),
     "ct-fp8-tensor": (fp8_of(1), compressed("float-quantized", 8, "float", "tensor"), "float8_e4m3fn"),
     "ct-fp8-channel": (fp8_of(-1, 1), compressed("float-quantized", 8, "float", "channel"), "float8_e4m3fn"),
+    "ct-nvfp4": (
+        ct_nvfp4,
+        compressed("nvfp4-pack-quantized", 4, "float", "tensor_group", group_size=16),
+        "float8_e4m3fn",
+    ),
+    "ct-mxfp4": (
+        ct_mxfp4,
+        compressed("mxfp4-pack-quantized", 4, "float", "group", group_size=32),
+        "float8_e4m3fn",
+    ),
+    "ct-mxfp8": (mxfp8, compressed("mxfp8-quantized", 8, "float", "group", group_size=32), "float8_e4m3fn"),
+    "modelopt-mxfp8": (mxfp8, {**MODELOPT, "quant_algo": "MXFP8"}, "float8_e4m3fn"),
     "ct-int8": (int8_channels, compressed("int-quantized", 8, "int", "channel"), "int8"),
     "ct-int8-zeros": (
         int8_zeros,
@@ -307,6 +351,7 @@ FAST = {("gptq", 3), ("fp8-blocks", 3), ("awq", 3), ("ct-int4-zeros", 3), ("mode
 SAME = {
     *("fp8-tensor", "fp8-auto", "fp8-static", "fbgemm", "ct-fp8-tensor"),  # ct-fp8-channel
     *("modelopt-fp8", "modelopt-fp8-channel"),
+    *("ct-nvfp4", "ct-mxfp4", "ct-mxfp8", "modelopt-mxfp8"),  # modelopt-nvfp4, gpt-oss, fp8-blocks
     *("gptq", "gptq-v2"),  # awq
 }
 
@@ -374,22 +419,23 @@ def test_what_is_read(model: tuple[str, Path, Tensors]) -> None:
 
 def test_a_configuration_alone(model: tuple[str, Path, Tensors]) -> None:
     """It says the same formats, up to the dtype of scales, and the same bytes."""
-    _, path, weights = model
+    name, path, weights = model
     checkpoint = open_checkpoint(path)
     declared = declared_formats(path / "config.json", checkpoint.config)
     assert declared is not None
-    for name in weights:
-        if "norm" not in name:
-            said, stored = declared(name), checkpoint.source.format_of(name)
+    for key in weights:
+        if "norm" not in key:
+            said, stored = declared(key), checkpoint.source.format_of(key)
             said = said and replace(said, scales=F32)
-            assert said == (stored and replace(stored, scales=F32)), name
+            assert said == (stored and replace(stored, scales=F32)), key
     wide = partial(_with_scales_of, declared, checkpoint.source.format_of)
     mesh = make_mesh(1)
     kept = abstract_decoder(checkpoint.config, mesh, jnp.dtype("bfloat16"), format_of=wide)
     held = Counts("", checkpoint.config).on_device(1)
     sizes = stored_itemsizes(held, jnp.dtype("bfloat16"), parameters(kept, mesh))
     bits = {p.quantized.kept.values for p in parameters(kept, mesh) if p.quantized is not None}
-    if dtype_bits(bits.pop()) == 8:  # on a CPU 4 bits take a byte
+    # on a CPU 4 bits take a byte, and a group that ends early is counted as the part of one that it is
+    if dtype_bits(bits.pop()) == 8 and not name.endswith("mxfp8"):
         assert stored_bytes(checkpoint.config, wide) == pytest.approx(sizes.weights)
     known = find_model(str(path / "config.json"))
     assert known.quantization == checkpoint.quantization and known.stored_bytes is not None
@@ -594,7 +640,7 @@ def test_misfits(tmp_path: Path) -> None:
     )
 
 
-def test_misfits_of_fbgemm_and_modelopt(tmp_path: Path) -> None:
+def test_misfits_of_float_formats(tmp_path: Path) -> None:
     """Missing, of another shape or dtype, or no number: each is named."""
 
     def changed(name: str, part: str, values: np.ndarray | None) -> str:
@@ -658,6 +704,29 @@ def test_misfits_of_fbgemm_and_modelopt(tmp_path: Path) -> None:
         (
             *("modelopt-nvfp4", "weight_scale", no_number),
             "'weight' has a scale that is no finite number: nan at [40, 2]",
+        ),
+        ("ct-nvfp4", "weight_global_scale", None, "'weight_packed' has no 'weight_global_scale' beside it"),
+        (
+            *("ct-nvfp4", "weight_global_scale", np.zeros(1, np.float32)),
+            "'weight' has a scale that is no finite number: inf at [0, 0]",
+        ),
+        ("ct-mxfp4", "weight_scale", scales[:, :1] * [1, 1], "'weight_scale' is float64, not uint8"),
+        (
+            *("ct-mxfp4", "weight_packed", np.ones((48, 24), np.int32)),
+            "'weight_packed' of int32 and shape [48, 24] is no matrix of uint8, 2 values each",
+        ),
+        (
+            *("ct-mxfp8", "weight_scale", np.full((48, 2), 255, np.uint8)),
+            "'weight' has a scale that is no finite number: nan at [0, 0]",
+        ),
+        (
+            *("modelopt-mxfp8", "weight_scale", np.ones((48, 3), np.uint8)),
+            "'weight' of shape [48, 48] in blocks of [1, 32] needs scales of shape [48, 2], "
+            "'weight_scale' has [48, 3]",
+        ),
+        (
+            *("modelopt-fp8", "weight_scale", np.ones((), np.uint8)),
+            f"'weight' of float8_e4m3fn with scales of uint8 is not supported: {of_dtype}",
         ),
     ):
         assert changed(name, part, values) == message
@@ -803,7 +872,7 @@ def test_settings_that_are_not_known(tmp_path: Path) -> None:
     assert refused("gptq", quant_method="quip") == (
         f"{file}: quantization_config: quant_method='quip' is not supported; {methods}"
     )
-    algorithms = "supported are FP8, FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO, NVFP4, W4A16_NVFP4"
+    algorithms = "supported are FP8, FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO, MXFP8, NVFP4, W4A16_NVFP4"
     for algorithm in ("MIXED_PRECISION", "W4A16_AWQ", "nvfp4_awq", 8):
         assert refused("modelopt-fp8", quant_algo=algorithm) == (
             f"{file}: quantization_config: quant_algo={algorithm!r} is not supported; {algorithms}"
@@ -812,6 +881,11 @@ def test_settings_that_are_not_known(tmp_path: Path) -> None:
         f"{file}: quantization_config: group_size=32 is not supported: use 16"
     )
     assert refused("modelopt-fp8", pre_quant_scale=True).endswith("pre_quant_scale=True is not supported")
+    wide = compressed("nvfp4-pack-quantized", 4, "float", "tensor_group", group_size=32)
+    assert refused("ct-nvfp4", **wide).endswith(
+        "strategy='tensor_group' and group_size=32 with format=nvfp4-pack-quantized are not supported: use "
+        "tensor_group and 16"
+    )
     strange = compressed("int-quantized", 8, "int", "token")
     message = "strategy='token' is not supported: use tensor, channel, group or block"
     assert message in refused("ct-int8", **strange)
@@ -897,20 +971,24 @@ def test_transformers_reads_the_same(name: str, tmp_path: Path) -> None:
     """Its logits are those of the weights that tpjax reads, and the library's weights are these bit by bit.
 
     Scales are float32: the library returns weights in the dtype of the scales, and rounds them to bfloat16
-    where those are.
+    where those are, and all of those of NVFP4 and the MX formats, which no model of float32 can have then.
     """
     torch = pytest.importorskip("torch", reason="pip install -e '.[parity]'")
     compressors = pytest.importorskip("compressed_tensors.compressors", reason="pip install -e '.[parity]'")
     quantization = pytest.importorskip("compressed_tensors.quantization")
     stored, settings, _ = FORMATS[name]
     files, weights = tensors_of(stored)
-    files = {key: x.astype(np.float32) if key.endswith("_scale") else x for key, x in files.items()}
+    in_bfloat16 = name in ("ct-nvfp4", "ct-mxfp4", "ct-mxfp8")  # whatever the dtype of scales
+    if not in_bfloat16:
+        files = {key: x.astype(np.float32) if key.endswith("_scale") else x for key, x in files.items()}
     path = save(tmp_path, files, settings)
     scheme = quantization.QuantizationScheme(**settings["config_groups"]["group_0"])
     compressor = compressors.BaseCompressor.get_value_from_registry(settings["format"])
     modules = [key.removesuffix(".weight_scale") for key in files if key.endswith(".weight_scale")]
     assert len(modules) == 14
     for module in modules:
+        if name.startswith("ct-mx") and not module.endswith("down_proj"):
+            continue  # it wants a multiple of 32 inputs
         parts = {
             key.removeprefix(f"{module}."): x for key, x in files.items() if key.startswith(f"{module}.")
         }
@@ -920,11 +998,12 @@ def test_transformers_reads_the_same(name: str, tmp_path: Path) -> None:
             else torch.from_numpy(x)
             for part, x in parts.items()
         }
-        found = compressor.decompress(tensors, scheme)["weight"].numpy()
-        np.testing.assert_array_equal(found, weights[f"{module.removeprefix('model.')}.weight"], module)
+        found = compressor.decompress(tensors, scheme)["weight"].float().numpy()
+        want = weights[f"{module.removeprefix('model.')}.weight"]
+        np.testing.assert_allclose(found, want, rtol=2**-7 if in_bfloat16 else 0, err_msg=module)
     # transformers 5.23 looks for packed integers where activations are not quantised too, and for zero points
     # that are not packed
-    if name in ("ct-int8", "ct-int8-zeros", "ct-int4-zeros"):
+    if in_bfloat16 or name in ("ct-int8", "ct-int8-zeros", "ct-int4-zeros"):
         return
     got = logits_of_transformers(path)
     want = reference.logits(open_checkpoint(path).config, weights, PROMPT)

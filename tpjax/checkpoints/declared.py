@@ -74,11 +74,15 @@ def _format_of(quantization: Quantization) -> WeightFormat:
         case "fp8" | "fbgemm_fp8":
             return WeightFormat(_E4M3, group, _F32)
         case "modelopt":
-            return WeightFormat(_E4M3 if quantization.bits == 8 else _E2M1, group, _F32)
+            exponents = quantization.block == (1, 32)
+            return WeightFormat(
+                _E4M3 if quantization.bits == 8 else _E2M1, group, _BF16 if exponents else _F32
+            )
         case "mxfp4":
             return WeightFormat(_E2M1, group, _BF16)
         case "gptq" | "awq":
             return WeightFormat(integer, group, _F16, zeros=True)
         case "compressed-tensors":
-            values = _E4M3 if quantization.is_float else integer
-            return WeightFormat(values, group, _F32 if group is None else _BF16, quantization.zeros)
+            values = integer if not quantization.is_float else _E4M3 if quantization.bits == 8 else _E2M1
+            wide = group is None or (values == _E2M1 and group == 16)
+            return WeightFormat(values, group, _F32 if wide else _BF16, quantization.zeros)

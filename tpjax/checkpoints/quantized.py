@@ -27,10 +27,13 @@ Part: TypeAlias = Literal["values", "scales", "zeros"]
 _F32 = np.dtype(np.float32)
 _BYTES = np.arange(256, dtype=np.uint8)
 _E4M3, _E2M1 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float4_e2m1fn)
+_U8 = np.dtype(np.uint8)
 _BF16, _I8, _I32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.int8), np.dtype(np.int32)
 # Values by byte: the look-up converts 540 million values a second, ml_dtypes 170 million.
 E4M3_VALUES = _BYTES.view(_E4M3).astype(_F32)
 E2M1_VALUES = (_BYTES & 15).view(_E2M1).astype(_F32)
+# Of these a byte is an exponent of 2: OCP Microscaling Formats 1.0, whose scales are e8m0.
+_MX_BLOCK = (1, 32)
 _SCALE_DTYPES = tuple(map(np.dtype, (_F32, ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e8m0fnu)))
 _FP4_PER_GROUP = 32
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the place of each output's 4 bits in a word of 8 outputs
@@ -300,6 +303,7 @@ def _of_activations(name: str) -> Iterator[str]:
     for part in ("input", "output", "activation"):
         yield from (f"{module}.{part}{suffix}" for suffix in (SCALE_SUFFIX, ZERO_SUFFIX))
     yield f"{module}.input_scale_ub"  # their largest one: fbgemm_fp8
+    yield f"{module}.input_global_scale"  # NVFP4
 
 
 @dataclass(frozen=True)
@@ -330,7 +334,9 @@ class _Scaled:
         return self.source.read(self.name, (*lead, rows, columns))
 
     def scales(self, lead: tuple[slice, ...], rows: slice, groups: slice) -> np.ndarray:
-        return self._of_blocks(self.scale, lead, rows, groups).astype(self.kept.scales)
+        stored = self._of_blocks(self.scale, lead, rows, groups)
+        exponents = stored.dtype == _U8
+        return (stored.view(ml_dtypes.float8_e8m0fnu) if exponents else stored).astype(self.kept.scales)
 
     def zeros(self, lead: tuple[slice, ...], rows: slice, groups: slice) -> np.ndarray:
         assert self.zero is not None
@@ -356,8 +362,15 @@ def _scaled_tensors(reader: _Reader) -> dict[str, Encoded]:
     quantization = reader.quantization
     found = {}
     for name in reader.ends("_packed"):
-        found[name] = _packed_tensor(reader, name)
+        if quantization.is_float:
+            shared = None if quantization.block == _MX_BLOCK else f"{name}_global_scale"
+            found[name] = _float4_tensor(reader, name, f"{name}_packed", shared, divided=True)
+        else:
+            found[name] = _packed_tensor(reader, name)
+    packed = {part for one in found.values() for part in one.encoding.names}
     for name, info in reader.source.tensors.items():
+        if name in packed:
+            continue
         scale = next(
             (f"{name}{suffix}" for suffix in ("_scale_inv", "_scale") if reader.info(f"{name}{suffix}")), None
         )
@@ -373,10 +386,12 @@ def _scaled_tensors(reader: _Reader) -> dict[str, Encoded]:
                 f"{reader.tensor(name)} of shape {list(size)} has no rows and columns to scale"
             )
         stored = _E4M3 if quantization.is_float else _I8
-        if info.dtype != stored or scales.dtype not in _SCALE_DTYPES:
+        exponents = quantization.is_float and quantization.block == _MX_BLOCK
+        of_scales = (*_SCALE_DTYPES, _U8) if exponents else _SCALE_DTYPES
+        if info.dtype != stored or scales.dtype not in of_scales:
             raise CheckpointError(
                 f"{reader.tensor(name)} of {info.dtype} with scales of {scales.dtype} is not supported: use "
-                f"{stored} with scales of {', '.join(map(str, _SCALE_DTYPES))}"
+                f"{stored} with scales of {', '.join(map(str, of_scales))}"
             )
         block = _block_of(reader, name, scale)
         zero = f"{name}{ZERO_SUFFIX}" if quantization.zeros else None
@@ -422,7 +437,7 @@ def _block_of(reader: _Reader, name: str, scale: str) -> tuple[int, int]:
 
 def _scale_dtype(dtype: np.dtype) -> jnp.dtype:
     """Returns the dtype that scales are kept in: powers of two in bfloat16, which holds them."""
-    return jnp.dtype(jnp.bfloat16 if dtype == np.dtype(ml_dtypes.float8_e8m0fnu) else dtype)
+    return jnp.dtype(jnp.bfloat16 if dtype in (_U8, np.dtype(ml_dtypes.float8_e8m0fnu)) else dtype)
 
 
 # --- integers packed in words: compressed-tensors, GPTQ, AWQ -----------------------------------------------
@@ -675,58 +690,79 @@ def _mxfp4_tensors(reader: _Reader) -> dict[str, Encoded]:
 
 
 @dataclass(frozen=True)
-class _NVFP4:
-    """ModelOpt's ``N`` [..., out, in / 2], ``N_scale`` [..., out, groups], e4m3, and ``N_scale_2``, a number.
+class _Float4:
+    """Values of e2m1, two a byte, and scales of e4m3 with a number for all (NVFP4), or of e8m0 (MXFP4).
 
-    A byte holds two neighbours along the input axis, the low half first. The product of a scale with the
-    number for all is rounded to float32 once, as ModelOpt's ``NVFP4QTensor.dequantize`` does.
+    A byte holds two neighbours along the input axis, the low half first.
+
+    Attributes:
+        source: the stored tensors.
+        names: the values [..., out, in / 2], the scales [..., out, groups] and all others of the weight.
+        shared: the number for all; ``None``: there is none.
+        divided: scales are divided by it, as compressed-tensors does; else multiplied, as ModelOpt does. Both
+            round to float32 once.
+        kept: the format.
     """
 
     source: TensorSource
-    name: str
+    names: tuple[str, ...]
+    shared: str | None
+    divided: bool
     kept: WeightFormat
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.name, f"{self.name}_scale", f"{self.name}_scale_2", *_of_activations(self.name))
 
     def values(self, lead: tuple[slice, ...], rows: slice, columns: slice) -> np.ndarray:
         first = columns.start // 2
-        codes = _codes(self.source.read(self.name, (*lead, rows, slice(first, -(-columns.stop // 2)))))
+        codes = _codes(self.source.read(self.names[0], (*lead, rows, slice(first, -(-columns.stop // 2)))))
         flat = codes.reshape(*codes.shape[:-2], -1)
         return flat[..., columns.start - 2 * first : columns.stop - 2 * first]
 
     def scales(self, lead: tuple[slice, ...], rows: slice, groups: slice) -> np.ndarray:
         stored = self.source.read(self.names[1], (*lead, rows, groups))
+        if self.shared is None:
+            return stored.view(ml_dtypes.float8_e8m0fnu).astype(_BF16)
+        scales, shared = E4M3_VALUES[stored.view(np.uint8)], self.source.read(self.shared).reshape(())
         with np.errstate(all="ignore"):  # what is no finite number is found by `check_scales`
-            return E4M3_VALUES[stored.view(np.uint8)] * self.source.read(self.names[2]).reshape(())
+            return scales / shared if self.divided else scales * shared
 
     def zeros(self, lead: tuple[slice, ...], rows: slice, groups: slice) -> np.ndarray:
         raise NotImplementedError
 
 
-def _nvfp4_tensors(reader: _Reader) -> dict[str, Encoded]:
+def _float4_tensor(
+    reader: _Reader, name: str, values: str, shared: str | None, *, divided: bool = False
+) -> Encoded:
     assert reader.quantization.block is not None
-    group = reader.quantization.block[1]
+    group, info, tensor = reader.quantization.block[1], reader.source.tensors[values], reader.tensor(values)
+    if info.dtype != np.uint8 or len(info.shape) < 2:
+        raise CheckpointError(
+            f"{tensor} of {info.dtype} and shape {list(info.shape)} is no matrix of uint8, 2 values each"
+        )
+    *lead, rows, pairs = info.shape
+    grid = (*lead, rows, -(-2 * pairs // group))
+    reader.beside(values, f"{name}_scale", grid, _U8 if shared is None else _E4M3)
+    if shared is not None:
+        number = reader.info(shared)
+        if number is None:
+            raise CheckpointError(f"{tensor} has no {shown(shared)} beside it")
+        if number.shape not in ((), (1,)) or number.dtype != _F32:
+            raise CheckpointError(
+                f"{reader.tensor(shared)} of {number.dtype} and shape {list(number.shape)} is not one number "
+                "of float32"
+            )
+    of_all = () if shared is None else (shared,)
+    names = (values, f"{name}_scale", *of_all, f"{name}_shape", *_of_activations(name))
+    scales = jnp.dtype(jnp.bfloat16 if shared is None else jnp.float32)
+    kept = WeightFormat(jnp.dtype(jnp.float4_e2m1fn), group, scales)
+    return Encoded(_Float4(reader.source, names, shared, divided, kept), (*lead, rows, 2 * pairs))
+
+
+def _nvfp4_tensors(reader: _Reader) -> dict[str, Encoded]:
+    """ModelOpt's: the number for all is ``N_scale_2``."""
     found = {}
     for name in reader.ends("_scale_2"):
-        info, tensor = reader.info(name), reader.tensor(name)
-        if info is None:
+        if reader.info(name) is None:
             raise CheckpointError(f"{reader.tensor(f'{name}_scale_2')} has no {shown(name)} beside it")
-        if info.dtype != np.uint8 or len(info.shape) < 2:
-            raise CheckpointError(
-                f"{tensor} of {info.dtype} and shape {list(info.shape)} is no matrix of uint8, 2 values each"
-            )
-        *lead, rows, pairs = info.shape
-        reader.beside(name, f"{name}_scale", (*lead, rows, -(-2 * pairs // group)), _E4M3)
-        shared = reader.source.tensors[f"{name}_scale_2"]
-        if shared.shape not in ((), (1,)) or shared.dtype != _F32:
-            raise CheckpointError(
-                f"{reader.tensor(f'{name}_scale_2')} of {shared.dtype} and shape {list(shared.shape)} is not "
-                "one number of float32"
-            )
-        kept = WeightFormat(jnp.dtype(jnp.float4_e2m1fn), group)
-        found[name] = Encoded(_NVFP4(reader.source, name, kept), (*lead, rows, 2 * pairs))
+        found[name] = _float4_tensor(reader, name, name, f"{name}_scale_2")
     for name, info in reader.source.tensors.items():
         if info.dtype == np.uint8 and name.endswith(".weight") and name not in found:
             raise CheckpointError(

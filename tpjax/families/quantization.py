@@ -164,6 +164,7 @@ _MODELOPT: dict[str, tuple[int, tuple[int, int] | None]] = {
     "FP8": (8, None),
     "FP8_PER_CHANNEL_PER_TOKEN": (8, None),
     "FP8_PB_WO": (8, (128, 128)),
+    "MXFP8": (8, (1, 32)),
     "NVFP4": (4, (1, 16)),
     "W4A16_NVFP4": (4, (1, 16)),
 }
@@ -199,7 +200,7 @@ def modelopt_quantization(settings: Fields) -> Quantization | None:
         )
     bits, block = _MODELOPT[known]
     if block is not None:
-        _need(settings, group_size=block[1])
+        _need(settings, group_size=block[1])  # only formats of groups say it
     found = _finished(settings, Quantization("modelopt", block, bits))
     return replace(found, skipped=tuple(map(_wildcard, found.skipped)))
 
@@ -265,6 +266,9 @@ def _of_group(group: Fields, layout: Any) -> Quantization:
         "int-quantized": ("int", (8,)),
         "float-quantized": ("float", (8,)),
         "naive-quantized": (kind, (8,)),
+        "nvfp4-pack-quantized": ("float", (4,)),
+        "mxfp4-pack-quantized": ("float", (4,)),
+        "mxfp8-quantized": ("float", (8,)),
     }
     if (
         not isinstance(layout, str)
@@ -275,7 +279,8 @@ def _of_group(group: Fields, layout: Any) -> Quantization:
     ):
         raise ConfigError(
             f"{weights.where}: {bits} bits of type {brief(kind)} with format={brief(layout)} are not "
-            "supported: use 8 bits in int-quantized or float-quantized, 4 or 8 in pack-quantized"
+            "supported: use 8 bits in int-quantized, float-quantized or mxfp8-quantized, 4 or 8 in "
+            "pack-quantized, 4 in nvfp4-pack-quantized or mxfp4-pack-quantized"
         )
     size = weights.get("group_size", None)
     strategy = strategy or ("channel" if size in (None, -1) else "group")
@@ -287,7 +292,13 @@ def _of_group(group: Fields, layout: Any) -> Quantization:
     if weights.get("dynamic", False):
         raise ConfigError(f"{weights.where}: dynamic=True is not supported: weights have scales")
     block: tuple[int, int] | None = None
-    if strategy == "group":
+    only = {"nvfp4": ("tensor_group", 16), "mxfp4": ("group", 32), "mxfp8": ("group", 32)}.get(layout[:5])
+    if only is not None and (strategy, size) != only:
+        raise ConfigError(
+            f"{weights.where}: strategy={brief(strategy)} and group_size={brief(size)} with format={layout} "
+            f"are not supported: use {only[0]} and {only[1]}"
+        )
+    if strategy == "group" or only is not None:
         check_size("group_size", size)
         block = (1, size)
     elif strategy == "block":

@@ -45,6 +45,7 @@ _BLOCK_KEYS = 64
 _WIDTH_MULTIPLE, _MOST_WIDTH = 16, 256  # of heads: a row of a product's layout, and what registers hold
 _COLUMNS = 128  # of values in one product, whose sums have to fit into registers beside those so far
 _MOST_STAGES = 6
+_SCALES_ALIGNED = 4 << 10  # bytes of shared memory at most: its buffers begin at multiples of 1,024
 _GOOD_WAVES = 0.85  # share of the processors that work, at which a context is not split further
 
 
@@ -132,7 +133,7 @@ def choose_tiling(
     tiles = -(-rows // tile)
     fixed, block = _TILE_ROWS * (widths[0] * itemsize + 8), _BLOCK_KEYS * sum(widths) * itemsize
     if quantized:  # one block is widened at a time
-        fixed, block = fixed + block, _BLOCK_KEYS * (sum(widths) + 2 * SCALE_DTYPE.itemsize)
+        fixed, block = fixed + block + _SCALES_ALIGNED, _BLOCK_KEYS * (sum(widths) + 2 * SCALE_DTYPE.itemsize)
     stages = (mosaic_gpu.SHARED_BYTES - fixed) // block
     programs = batch * heads * tiles
     most = max(1, min(mosaic_gpu.PROCESSORS // programs, positions // (2 * _BLOCK_KEYS)))

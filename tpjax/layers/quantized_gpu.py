@@ -112,7 +112,7 @@ def quantized_product(
         x: activations, of 16 bits.
         values: int8, float8 e4m3 or int4.
         scales: of each group of inputs and output; groups have 32, 64 or a multiple of 128 inputs.
-            ``None``: the values are multiplied as they are.
+            ``None``: the values are multiplied as they are, and 128 divides the inputs, if they are more.
         interpret: interpret the kernel on a CPU, with these parameters of the installed jax.
     """
     tokens, inputs = x.shape

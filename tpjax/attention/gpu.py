@@ -229,6 +229,8 @@ def _merge(
     length: int,
 ) -> Float[Array, "B K R v"]:
     """Merges the softmaxes of the parts; scores are powers of two."""
+    if weighted.shape[2] == 1 and sinks is None:  # the sums of all keys
+        return weighted[:, :, 0] / jnp.maximum(total[:, :, 0], _TINY)[..., None]
     most = highest.max(axis=2)
     if sinks is not None:  # a key with this score and a value of zero
         scores = jnp.tile(sinks * _LOG2_E, (1, length))

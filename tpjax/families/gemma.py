@@ -181,7 +181,9 @@ def _gguf_modules(config: ModelConfig) -> Mapping[str, TensorMapping]:
 
 def _gguf_query_scalar(sizes: dict[str, Any], largest: int) -> float:
     """Returns the query scalar: llama.cpp recognises 27B, which does not scale by head_dim, by its depth."""
-    return sizes["hidden_size"] / sizes["num_heads"] if sizes["num_layers"] == largest else sizes["head_dim"]
+    deepest: bool = sizes["num_layers"] == largest
+    scalar: float = sizes["hidden_size"] / sizes["num_heads"] if deepest else sizes["head_dim"]
+    return scalar
 
 
 def _gguf_gemma2(view: GGUFView) -> ModelConfig:

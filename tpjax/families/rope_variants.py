@@ -163,7 +163,7 @@ def _yarn_attention_factor(parameters: Fields) -> float:
         return 1.0 if factor <= 1 else 0.1 * coefficient * math.log(factor) + 1.0
 
     factor = parameters.number("factor")
-    given = parameters.number("attention_factor", None)
+    given: float | None = parameters.number("attention_factor", None)
     coefficients = [parameters.number(name, 0) for name in ("mscale", "mscale_all_dim")]
     check_positive("rope factor", factor)
     if given is not None:

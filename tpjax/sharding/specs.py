@@ -30,7 +30,8 @@ PAGES = P(None, AXIS, None, None)  # [pages, K, page_size, h]
 
 def constrain(x: jax.Array, spec: P) -> jax.Array:
     """Fixes the layout of ``x`` at this point of the program; the partitioner moves data as needed."""
-    return jax.lax.with_sharding_constraint(x, spec)
+    fixed: jax.Array = jax.lax.with_sharding_constraint(x, spec)
+    return fixed
 
 
 def reduce_partials(partial_sums: jax.Array, spec: P) -> jax.Array:

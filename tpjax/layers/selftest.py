@@ -92,13 +92,13 @@ def _check(backend: Backend, device: jax.Device) -> Verdict:
 
 
 def _check_experts(backend: Backend, matrices: Matrices, device: jax.Device) -> Verdict:
-    """Computes the products of an expert's matrices, of few tokens and of many, each by two experts."""
+    """Computes the products of an expert's matrices, each token by two experts.
+
+    Few tokens by both, as a decode step has them, more by the first alone: compiling takes most of the time.
+    """
     from tpjax.layers import experts_gpu
 
     rng, error, kernel_ms, xla_ms = np.random.default_rng(0), 0.0, 0.0, 0.0
-    chosen = {
-        count: np.stack([rng.permutation(_CHOSEN)[:2] for _ in range(count)]) for count in _EXPERTS_TOKENS
-    }
 
     def by_kernel(x: jax.Array, weights: jax.Array, assigned: jax.Array) -> jax.Array:
         tiles = experts_gpu.lay_out(assigned, _EXPERTS)
@@ -111,21 +111,29 @@ def _check_experts(backend: Backend, matrices: Matrices, device: jax.Device) -> 
         return grouped_dot(x[order // assigned.shape[1]], weights, sizes)
 
     with jax.default_device(device):
-        hidden, width, dtype = _checked(matrices.hidden), matrices.width, jnp.dtype(matrices.dtype)
-        for inputs, outputs in ((hidden, _checked(2 * width)), (_checked(width), hidden)):
-            weights = jax.random.normal(jax.random.key(inputs), (_EXPERTS, inputs, outputs), dtype)
-            # experts without rows are not read
-            weights = (weights * inputs**-0.5).at[_CHOSEN:].set(jnp.nan)
-            for count, assigned in chosen.items():
-                x = jnp.asarray(rng.normal(size=(count, inputs)) / 4, dtype)
-                with jax.default_matmul_precision("highest"):
-                    every = jnp.einsum("nd,edf->nef", *(one.astype(jnp.float32) for one in (x, weights)))
-                expected = jnp.take_along_axis(every, jnp.asarray(assigned)[..., None], axis=1)
-                arguments = x, weights, jnp.asarray(assigned, jnp.int32)
-                found = jax.jit(by_kernel)(*arguments).astype(jnp.float32)
-                difference = float(jnp.max(jnp.abs(found - expected)))
-                error = max(error, difference if np.isfinite(difference) else np.inf)
-                if count == _EXPERTS_TOKENS[0]:
-                    kernel_ms += time_ms(by_kernel, *arguments)
-                    xla_ms += time_ms(by_xla, *arguments)
+        hidden, width = _checked(matrices.hidden), matrices.width
+        gate_up, down = (
+            _random_experts(number, *shape, jnp.dtype(matrices.dtype))
+            for number, shape in enumerate(((hidden, _checked(2 * width)), (_checked(width), hidden)))
+        )
+        few, *more = _EXPERTS_TOKENS
+        for weights, count in ((gate_up, few), (down, few), *((gate_up, count) for count in more)):
+            x = jnp.asarray(rng.normal(size=(count, weights.shape[1])) / 4, weights.dtype)
+            assigned = np.stack([rng.permutation(_CHOSEN)[:2] for _ in range(count)])
+            with jax.default_matmul_precision("highest"):
+                every = jnp.einsum("nd,edf->nef", *(one.astype(jnp.float32) for one in (x, weights)))
+            expected = jnp.take_along_axis(every, jnp.asarray(assigned)[..., None], axis=1)
+            arguments = x, weights, jnp.asarray(assigned, jnp.int32)
+            found = jax.jit(by_kernel)(*arguments).astype(jnp.float32)
+            difference = float(jnp.max(jnp.abs(found - expected)))
+            error = max(error, difference if np.isfinite(difference) else np.inf)
+            if count == few:
+                kernel_ms += time_ms(by_kernel, *arguments)
+                xla_ms += time_ms(by_xla, *arguments)
     return Verdict(device.device_kind, error, _ALLOWED, kernel_ms, xla_ms, "XLA's grouped product")
+
+
+def _random_experts(number: int, inputs: int, outputs: int, dtype: jnp.dtype) -> jax.Array:
+    """Returns weights, of which those of experts without rows are not numbers: they are not read."""
+    weights = jax.random.normal(jax.random.key(number), (_EXPERTS, inputs, outputs), dtype)
+    return (weights * inputs**-0.5).at[_CHOSEN:].set(jnp.nan)

@@ -65,11 +65,11 @@ def steps(rows: int, count: int, grammars: bool) -> Iterator[list[tuple[int, tup
 def follow(port: int, rows: int) -> None:
     """Decodes what arrives, and answers when a decode step has."""
     from tpjax.runtime.channel import Kind, connect
-    from tpjax.runtime.replay_codec import Decoder
+    from tpjax.runtime.replay_codec import DispatchDecoder
 
     connection = connect("127.0.0.1", port, b"secret")
     examples = next(steps(rows, 1, True))
-    decoders = {number: Decoder(arguments) for number, arguments in examples}
+    decoders = {number: DispatchDecoder(arguments) for number, arguments in examples}
     while (frame := connection.receive()) is not None:
         number = int.from_bytes(frame.body[:4], "little")
         decoders[number].decode(frame.body[4:])
@@ -80,7 +80,7 @@ def follow(port: int, rows: int) -> None:
 def measure(rows: int, count: int, grammars: bool) -> tuple[list[float], list[float], float]:
     """Returns times of process 0 and of both, milliseconds a step, and the bytes of a step."""
     from tpjax.runtime.channel import Kind, accept, listen
-    from tpjax.runtime.replay_codec import Encoder
+    from tpjax.runtime.replay_codec import DispatchEncoder
 
     own, both, sent = [], [], 0
     with listen("127.0.0.1") as sock:
@@ -89,7 +89,7 @@ def measure(rows: int, count: int, grammars: bool) -> tuple[list[float], list[fl
         with subprocess.Popen(words) as process:
             connection = accept(sock, b"secret")
             assert connection is not None
-            encoders = {0: Encoder(), 1: Encoder()}
+            encoders = {0: DispatchEncoder(), 1: DispatchEncoder()}
             for step in steps(rows, count, grammars):
                 start = time.perf_counter()
                 for number in (1, 0):  # as the runner does: the masks at once, then the decode step

@@ -19,7 +19,7 @@ from tpjax.runtime.channel import Connection, Kind, accept, connect, listen
 from tpjax.runtime.leader import _Acknowledgements
 from tpjax.runtime.memory import DeviceMemory
 from tpjax.runtime.processes import differences
-from tpjax.runtime.replay_codec import Decoder, Encoder
+from tpjax.runtime.replay_codec import DispatchDecoder, DispatchEncoder
 from tpjax.runtime.role import Role
 
 SECRET = b"s" * 32
@@ -140,15 +140,15 @@ def arrays(random: np.random.Generator, step: int) -> tuple[Any, ...]:
     )
 
 
-def encoded(encoder: Encoder, *calls: tuple[Any, ...]) -> memoryview:
+def encoded(encoder: DispatchEncoder, *calls: tuple[Any, ...]) -> memoryview:
     """The arguments of dispatches as they arrive."""
     return memoryview(b"".join(bytes(part) for part in encoder.encode(calls)))
 
 
 def test_arguments_are_decoded_as_they_were() -> None:
     """One dispatch or several at once; also with rows that are sent by number and were replaced meanwhile."""
-    random, encoder, sizes = np.random.default_rng(0), Encoder(), []
-    decoder = Decoder(arrays(random, 0))
+    random, encoder, sizes = np.random.default_rng(0), DispatchEncoder(), []
+    decoder = DispatchDecoder(arrays(random, 0))
     for step in range(300):
         given = [arrays(random, step + i) for i in range(1 if step % 3 else random.integers(1, 5))]
         body = encoded(encoder, *given)
@@ -163,8 +163,8 @@ def test_arguments_are_decoded_as_they_were() -> None:
 
 def test_arrays_of_one_dispatch_are_not_those_of_the_next() -> None:
     """A program may still read them, also if every row is one that was sent before."""
-    encoder, rows = Encoder(), np.arange(800, dtype=np.uint32).reshape(2, 400)
-    decoder = Decoder((rows,))
+    encoder, rows = DispatchEncoder(), np.arange(800, dtype=np.uint32).reshape(2, 400)
+    decoder = DispatchDecoder((rows,))
     first = [decoder.decode(encoded(encoder, (rows,), (rows,))) for _ in range(2)][-1]
     before = [arguments[0].copy() for arguments in first]
     decoder.decode(encoded(encoder, (rows + np.uint32(1),), (rows[::-1].copy(),)))
@@ -173,8 +173,8 @@ def test_arrays_of_one_dispatch_are_not_those_of_the_next() -> None:
 
 
 def test_equal_sums_are_not_taken_for_equal_rows() -> None:
-    encoder, zeros = Encoder(), np.zeros((2, 400), np.uint32)
-    decoder = Decoder((zeros,))
+    encoder, zeros = DispatchEncoder(), np.zeros((2, 400), np.uint32)
+    decoder = DispatchDecoder((zeros,))
     one, two = zeros + np.uint32(1), zeros + np.uint32(1)
     two[:, 0], two[:, 2] = 0, 2
     for rows in (zeros, one, two, one, two, zeros):
@@ -183,17 +183,17 @@ def test_equal_sums_are_not_taken_for_equal_rows() -> None:
 
 
 def test_arguments_of_another_program_are_refused() -> None:
-    body = encoded(Encoder(), (np.zeros(8, np.int32),))
+    body = encoded(DispatchEncoder(), (np.zeros(8, np.int32),))
     with pytest.raises(ValueError, match="a dispatch has 40 bytes, but its program takes 24"):
-        Decoder((np.zeros(4, np.int32),)).decode(body)
+        DispatchDecoder((np.zeros(4, np.int32),)).decode(body)
 
 
 def test_rows_that_were_never_sent_are_refused() -> None:
     rows = np.zeros((2, 400), np.uint32)
-    body = bytearray(encoded(Encoder(), (rows,), (rows,)))
+    body = bytearray(encoded(DispatchEncoder(), (rows,), (rows,)))
     body[8:12] = (256).to_bytes(4, "little")  # the number of the first row
     with pytest.raises(ValueError, match="rows 0 to 256 of 256 are kept"):
-        Decoder((rows,)).decode(memoryview(body))
+        DispatchDecoder((rows,)).decode(memoryview(body))
 
 
 def test_differences_are_named_with_both_values() -> None:

@@ -27,7 +27,7 @@ from tpjax.runtime.processes import (
     to_json,
 )
 from tpjax.runtime.programs import ProgramSpec
-from tpjax.runtime.replay_codec import Decoder
+from tpjax.runtime.replay_codec import DispatchDecoder
 
 if TYPE_CHECKING:
     from tpjax.runtime.runner import Runner
@@ -58,7 +58,7 @@ class Follower:
         self._decisions: queue.SimpleQueue[Frame] = queue.SimpleQueue()
         self._dispatches: queue.SimpleQueue[Frame] = queue.SimpleQueue()
         self._specs: dict[int, ProgramSpec] = {}
-        self._decoders: dict[int, Decoder] = {}
+        self._decoders: dict[int, DispatchDecoder] = {}
         self._runner: Runner | None = None
         self._explain: Callable[[], Facts] | None = None
         self._decided = False
@@ -134,7 +134,9 @@ class Follower:
                 number = int.from_bytes(frame.body[:4], "little")
                 spec = self._specs[number]
                 if (decoder := self._decoders.get(number)) is None:
-                    decoder = self._decoders[number] = Decoder(runner.programs.program(spec).arguments)
+                    decoder = self._decoders[number] = DispatchDecoder(
+                        runner.programs.program(spec).arguments
+                    )
                 for arguments in decoder.decode(frame.body[4:]):
                     runner.dispatch(spec, *arguments)
             case Kind.ALLOCATE:

@@ -35,7 +35,7 @@ from tpjax.runtime.processes import (
     to_json,
 )
 from tpjax.runtime.programs import ProgramSpec
-from tpjax.runtime.replay_codec import Encoder
+from tpjax.runtime.replay_codec import DispatchEncoder
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Leader:
         self._order = threading.Lock()
         self._asking = threading.Lock()
         self._specs: dict[ProgramSpec, int] = {}
-        self._encoders: dict[ProgramSpec, Encoder] = {}
+        self._encoders: dict[ProgramSpec, DispatchEncoder] = {}
         self._compiling: dict[int, _Acknowledgements] = {}
         self._lost: str | None = None
         self._closing = False
@@ -158,7 +158,7 @@ class Leader:
     def dispatch(self, spec: ProgramSpec, calls: Sequence[Sequence[Any]]) -> None:
         """Sends dispatches of a program, each with its host arguments; the caller then runs them here."""
         if (encoder := self._encoders.get(spec)) is None:
-            encoder = self._encoders[spec] = Encoder()
+            encoder = self._encoders[spec] = DispatchEncoder()
         number = self._specs[spec].to_bytes(4, "little")
         self._send(Kind.DISPATCH, [number, *encoder.encode(calls)])
 

@@ -28,7 +28,7 @@ _WIDE_BYTES = 1024  # a row of so many is worth its number
 _KEPT_ROWS = 256
 
 
-class Encoder:
+class DispatchEncoder:
     """Encodes the arguments of one program's dispatches, in order."""
 
     def __init__(self) -> None:
@@ -45,8 +45,8 @@ class Encoder:
         return parts
 
 
-class Decoder:
-    """Decodes what an :class:`Encoder` of the same program wrote.
+class DispatchDecoder:
+    """Decodes what an :class:`DispatchEncoder` of the same program wrote.
 
     Args:
         arguments: arguments of the program's shapes and dtypes.

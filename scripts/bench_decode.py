@@ -136,7 +136,7 @@ def start_seconds(model: str) -> dict[str, float]:
     """`import tpjax`, and the first token of `tpjax generate` at tp=4, each in a fresh process."""
     source = "import time; t = time.perf_counter(); import tpjax; print(time.perf_counter() - t)"
     imports = [float(subprocess.check_output([sys.executable, "-c", source])) for _ in range(5)]
-    command = [sys.executable, "-m", "tpjax.cli", "generate", "The capital of France is"]
+    command = [sys.executable, "-m", "tpjax", "generate", "The capital of France is"]
     command += ["--model", model, "--tp", "4", "--temperature", "0", "--max-tokens", "1"]
     first = [seconds(partial(subprocess.run, command, check=True, capture_output=True)) for _ in range(3)]
     return {"import": statistics.median(imports), "first_token": statistics.median(first)}

@@ -123,7 +123,7 @@ def _last_of_programs(line: str) -> bool:
 @contextmanager
 def served(model: str, tp: int, *options: str) -> Iterator[Served]:
     """Starts a server on a free port; SIGTERM ends it."""
-    command = [sys.executable, "-m", "tpjax.cli", "serve", "--model", model, "--tp", str(tp), "--port", "0"]
+    command = [sys.executable, "-m", "tpjax", "serve", "--model", model, "--tp", str(tp), "--port", "0"]
     with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         said = iter(process.stderr)

@@ -45,7 +45,7 @@ def tpjax(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
     """Runs the command in a process of its own, as a user does: without the faked devices of the tests."""
     kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
     return subprocess.run(
-        [sys.executable, "-m", "tpjax.cli", *arguments],
+        [sys.executable, "-m", "tpjax", *arguments],
         env={**kept, "XLA_FLAGS": " ".join(COMPILE_FAST), "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
@@ -269,7 +269,7 @@ def test_an_unforeseen_error_is_one_line_and_status_1():
 
 
 def test_a_reader_that_leaves_is_no_error():
-    program = f"{sys.executable} -m tpjax.cli doctor --json"
+    program = f"{sys.executable} -m tpjax doctor --json"
     script = f"set -o pipefail; {program} | true; echo status ${{PIPESTATUS[0]}}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -295,7 +295,7 @@ def test_interrupting_a_compilation_ends_at_once():
 
 
 def test_a_full_disk_is_one_line():
-    program = f"{sys.executable} -m tpjax.cli models > /dev/full"
+    program = f"{sys.executable} -m tpjax models > /dev/full"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         ["bash", "-c", program], env=environment, capture_output=True, text=True, timeout=300
@@ -317,7 +317,7 @@ def test_plugins_for_chips_that_are_not_there_do_not_start(tmp_path, platforms):
     (plugin / "__init__.py").write_text("def initialize():\n    raise RuntimeError('no CUDA')\n")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("XLA", "JAX"))}
     done = subprocess.run(
-        [sys.executable, "-m", "tpjax.cli", "explain", str(LLAMA), "--tp", "2"],
+        [sys.executable, "-m", "tpjax", "explain", str(LLAMA), "--tp", "2"],
         env={
             **kept,
             **platforms,

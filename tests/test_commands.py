@@ -131,7 +131,7 @@ def start(arguments: list[str], places: dict[str, Any], **pipes: Any) -> subproc
         "XLA_FLAGS": " ".join(COMPILE_FAST),
         "TPJAX_CACHE": str(places["cache"]),
     }
-    command = [sys.executable, "-m", "tpjax.cli", *arguments]
+    command = [sys.executable, "-m", "tpjax", *arguments]
     return subprocess.Popen(command, env=environment, text=True, **pipes)
 
 

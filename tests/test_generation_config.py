@@ -161,7 +161,7 @@ def test_the_server_asks_the_model(llm: LLM, greedy: list[int]) -> None:
 
 @pytest.mark.slow
 def test_the_command_asks_the_model(directory: Path, llm: LLM, greedy: list[int]) -> None:
-    command = [sys.executable, "-m", "tpjax.cli", "generate", PROMPT, "--model", str(directory), "--tp", "1"]
+    command = [sys.executable, "-m", "tpjax", "generate", PROMPT, "--model", str(directory), "--tp", "1"]
     command += ["--max-tokens", "12", "--ignore-eos", "--seed", "3"]
 
     def run(*options: str) -> subprocess.CompletedProcess[str]:

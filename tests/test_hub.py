@@ -258,7 +258,7 @@ def test_a_killed_pull_leaves_no_child(tmp_path, silent_index, by):
     root = Path(hub.__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "TPJAX_CACHE": str(tmp_path)}
     environment |= {"PIP_INDEX_URL": silent_index, "PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull}
-    command = [sys.executable, "-m", "tpjax.cli", "pull", "smollm2-135m"]
+    command = [sys.executable, "-m", "tpjax", "pull", "smollm2-135m"]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
         started = wait_for(lambda: children(process.pid))
         wait_for(lambda: any(b"pip" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in started))

@@ -279,7 +279,7 @@ def start(*arguments: str, **options: object) -> subprocess.Popen[str]:
 
 
 def start_convert(target: Path) -> subprocess.Popen[str]:
-    return start("-m", "tpjax.cli", "convert", str(GOLDENS / "llama"), str(target))
+    return start("-m", "tpjax", "convert", str(GOLDENS / "llama"), str(target))
 
 
 @SLOW

@@ -500,7 +500,7 @@ def test_a_drain_has_a_limit(directory: Path) -> None:
 @contextlib.contextmanager
 def serve(directory: Path, *options: str, stderr: int = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
     """``tpjax serve`` as a process of its own, which ends with the block."""
-    command = [sys.executable, "-m", "tpjax.cli", "serve", "--model", str(directory), "--port", "0"]
+    command = [sys.executable, "-m", "tpjax", "serve", "--model", str(directory), "--port", "0"]
     limits = ["--max-model-len", "256", "--max-slots", "1", "--tp", "1"]
     with subprocess.Popen([*command, *limits, *options], stderr=stderr, text=True) as process:
         try:
@@ -526,7 +526,7 @@ def test_signals_and_a_taken_port(directory: Path) -> None:
             assert http.post(COMPLETIONS, json=completion(model="m")).status_code == 200
         port = url.rpartition(":")[2]
         second = subprocess.run(
-            [sys.executable, "-m", "tpjax.cli", "serve", "--model", str(directory), "--port", port],
+            [sys.executable, "-m", "tpjax", "serve", "--model", str(directory), "--port", port],
             capture_output=True, text=True,
         )  # fmt: skip
         assert second.returncode == 2

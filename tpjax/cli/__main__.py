@@ -1,7 +1,0 @@
-"""``python -m tpjax.cli``."""
-
-import sys
-
-from tpjax.cli.app import main
-
-sys.exit(main())

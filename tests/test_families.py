@@ -292,7 +292,7 @@ def test_fields_that_would_change_the_model(name: str, raw: Mapping[str, Any]) -
     (
         (
             {"quant_method": "hqq"},
-            "quant_method='hqq' is not supported; supported are fp8, fbgemm_fp8, modelopt, mxfp4",
+            "quant_method='hqq' is not supported; supported are fp8, fbgemm_fp8, mxfp4, gptq",
         ),
         ({"bits": 4}, "field 'quant_method' is missing"),
         ({"quant_method": "fp8", "activation_scheme": "token"}, "activation_scheme='token' is not supp"),
@@ -335,6 +335,22 @@ def test_quantization_of() -> None:
     assert read(quant_method="awq", w_bit=4, q_group_size=64, zero_point=True) == Quantization(
         "awq", (1, 64), 4, is_float=False
     )
+    # AutoRound's are in GPTQ's or AWQ's packing
+    settings = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False, "data_type": "int"}
+    settings |= {"autoround_version": "0.16.1", "block_name_to_quantize": "model.layers"}
+    for packing, method, extra in (
+        ("auto_round:auto_gptq", "gptq", {"model.layers.0.mlp.gate": {"bits": 16}, ".*q_proj": {"bits": 16}}),
+        ("auto_round:auto_awq", "awq", {"model.layers.0.mlp.gate": {"bits": 16, "data_type": "fp"}}),
+    ):
+        found = read(**settings, packing_format=packing, extra_config=extra)
+        assert found == read(quant_method=method, bits=4, group_size=32) and found is not None
+        assert found.skipped == ("model.layers.0.mlp.gate", "re:.*q_proj")[: len(extra)]
+    with pytest.raises(ConfigError, match="packing_format='auto_round:llm_compressor' is not supported"):
+        read(**settings, packing_format="auto_round:llm_compressor")
+    message = "extra_config: model.layers.1.mlp.down_proj: bits=8 is not supported: use 4"
+    with pytest.raises(ConfigError, match=message):
+        extra = {"model.layers.1.mlp.down_proj": {"bits": 8}}
+        read(**settings, packing_format="auto_round:auto_gptq", extra_config=extra)
     with pytest.raises(ConfigError, match="weight_block_size=0 is not a whole number"):
         read(quant_method="fp8", weight_block_size=[128, 0])
 

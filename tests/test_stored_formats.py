@@ -868,7 +868,7 @@ def test_settings_that_are_not_known(tmp_path: Path) -> None:
 
     file = f"{tmp_path}/config.json"
     assert refused("gptq", group_size=0) == f"{file}: group_size=0 is not a whole number, 1 or more"
-    methods = "supported are fp8, fbgemm_fp8, modelopt, mxfp4, compressed-tensors, gptq, awq"
+    methods = "supported are fp8, fbgemm_fp8, mxfp4, gptq, awq, auto-round, compressed-tensors, modelopt"
     assert refused("gptq", quant_method="quip") == (
         f"{file}: quantization_config: quant_method='quip' is not supported; {methods}"
     )

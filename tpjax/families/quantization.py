@@ -6,7 +6,7 @@ import fnmatch
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 from tpjax.config import brief, check_size
 from tpjax.errors import ConfigError
@@ -14,7 +14,6 @@ from tpjax.families.config_reader import Fields
 from tpjax.families.unread import QUANTIZATION_NUMERIC
 
 Method: TypeAlias = Literal["fp8", "fbgemm_fp8", "modelopt", "mxfp4", "compressed-tensors", "gptq", "awq"]
-METHODS: tuple[str, ...] = get_args(Method)
 
 SECTION = "quantization_config"
 HF_QUANT_CONFIG = "hf_quant_config.json"  # beside config.json: older checkpoints of ModelOpt have only this
@@ -46,6 +45,8 @@ _NOT_NEEDED = frozenset(
         ),
         *("do_fuse", "fuse_max_seq_len", "modules_to_fuse"),  # AWQ
         "producer",  # ModelOpt
+        *("autoround_version", "enable_quanted_input", "enable_minmax_tuning", "iters", "lr"),  # AutoRound
+        *("minmax_lr", "nsamples", "seqlen", "low_gpu_mem_usage", "gradient_accumulate_steps"),
     }
 )
 
@@ -122,12 +123,12 @@ def _quantization(settings: Fields) -> Quantization | None:
         return modelopt_quantization(settings)
     readers = {
         **{"fp8": _fp8, "fbgemm_fp8": _fbgemm_fp8, "mxfp4": _mxfp4},
-        **{"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed_tensors},
+        **{"gptq": _gptq, "awq": _awq, "auto-round": _auto_round, "compressed-tensors": _compressed_tensors},
     }
     if not isinstance(method, str) or method not in readers:
         raise ConfigError(
             f"{settings.where}: quant_method={brief(method)} is not supported; "
-            f"supported are {', '.join(METHODS)}"
+            f"supported are {', '.join((*readers, 'modelopt'))}"
         )
     return _finished(settings, readers[method](settings))
 
@@ -137,7 +138,7 @@ def _finished(settings: Fields, found: Quantization) -> Quantization:
     lists = (settings.get(name, None) for name in _SKIPPED)
     skipped = tuple(str(name) for one in lists if isinstance(one, list) for name in one)
     settings.finish(_NOT_NEEDED, QUANTIZATION_NUMERIC)
-    return replace(found, skipped=skipped)
+    return replace(found, skipped=(*found.skipped, *skipped))
 
 
 def _fp8(settings: Fields) -> Quantization:
@@ -235,6 +236,28 @@ def _awq(settings: Fields) -> Quantization:
     first = "q_group_size" in settings.raw and "group_size" not in settings.raw
     group = _group(settings, "q_group_size" if first else "group_size")
     return Quantization("awq", group, 4, is_float=False)
+
+
+def _auto_round(settings: Fields) -> Quantization:
+    """Reads AutoRound's settings: it packs as GPTQ or as AWQ (https://github.com/intel/auto-round)."""
+    _need(settings, data_type="int")
+    packing = settings.get("packing_format")
+    kinds = {"auto_round:auto_gptq": _gptq, "auto_round:gptq": _gptq, "auto_round:auto_awq": _awq}
+    if not isinstance(packing, str) or packing not in kinds:
+        raise ConfigError(
+            f"{settings.where}: packing_format={brief(packing)} is not supported: use auto_round:auto_gptq "
+            "or auto_round:auto_awq"
+        )
+    settings.get("sym", None)  # zero points are stored in either case
+    found, layers = kinds[packing](settings), settings.section("extra_config")
+    skipped = []
+    for name in layers.raw:
+        own = layers.section(name)
+        if own.integer("bits", found.bits) >= 16:
+            skipped.append(f"re:{name}" if set(name) & set("*?[(^$|+\\\\") else name)
+        else:
+            _need(own, bits=found.bits, data_type="int", group_size=settings.raw.get("group_size", 128))
+    return replace(found, skipped=tuple(skipped))
 
 
 def _compressed_tensors(settings: Fields) -> Quantization:

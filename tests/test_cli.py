@@ -268,6 +268,11 @@ def test_an_unforeseen_error_is_one_line_and_status_1():
     assert line.endswith(" (a bug, or the machine's; --debug shows where)")
 
 
+def test_a_terminal_without_a_character_shows_another():
+    done = tpjax("plan", "--help", PYTHONIOENCODING="ascii", COLUMNS="80")
+    assert (done.returncode, done.stderr) == (0, "") and "--cache-dt?" in done.stdout
+
+
 def test_a_reader_that_leaves_is_no_error():
     program = f"{sys.executable} -m tpjax doctor --json"
     script = f"set -o pipefail; {program} | true; echo status ${{PIPESTATUS[0]}}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import sys
@@ -157,6 +158,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None:
         warnings.showwarning = _show_warning
+        if isinstance(
+            sys.stdout, io.TextIOWrapper
+        ):  # a terminal without some character must not end the work
+            sys.stdout.reconfigure(errors="replace")
     words, renamed = translate_arguments(sys.argv[1:] if argv is None else argv)
     for message in renamed:
         print(f"tpjax: warning: {message}", file=sys.stderr)

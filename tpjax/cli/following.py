@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
@@ -34,7 +34,8 @@ def interrupt() -> None:
 
 def keep_stdout() -> None:
     """Sends what libraries write to stdout, such as gloo, to stderr: stdout is for the text."""
-    own = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding=sys.stdout.encoding)
+    encoding: dict[str, Any] = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors}
+    own = os.fdopen(os.dup(sys.stdout.fileno()), "w", **encoding)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     sys.stdout = own
 

@@ -151,14 +151,14 @@ def _all(
     figures.tokens_per_s = figures.tokens / seconds
     figures.finish_reason = f"{len(completions)} prompts"
     for one in completions:
-        print(json.dumps(_plain(one), ensure_ascii=False) if as_json else _text(one, as_ids))
+        print(_json(one) if as_json else _text(one, as_ids))
     if failed := [one for one in completions if one.finish_reason == "error"]:
         sys.stdout.flush()
         raise EngineError(f"{len(failed)} of {len(completions)} prompts failed; the first: {failed[0].error}")
 
 
-def _plain(one: Completion) -> dict[str, Any]:
-    """Returns a completion as plain data."""
+def _json(one: Completion) -> str:
+    """Writes a completion as JSON, in ASCII where stdout may not have all characters."""
     data: dict[str, Any] = {
         "prompt": one.prompt,
         "prompt_token_ids": one.prompt_token_ids,
@@ -172,7 +172,8 @@ def _plain(one: Completion) -> dict[str, Any]:
         ]
     if one.error is not None:
         data["error"] = one.error
-    return data
+    encoding = sys.stdout.encoding or "ascii"
+    return json.dumps(data, ensure_ascii=encoding.lower() != "utf-8")
 
 
 def _text(one: Completion, as_ids: bool) -> str:
@@ -282,8 +283,6 @@ class Figures:
 
 def print_stream(deltas: Iterable[Any], figures: Figures, *, as_ids: bool = False) -> None:
     """Writes deltas as they come and fills in the figures."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without an emoji must not end the generation
     start = time.perf_counter()
     first = last = start
     first_tokens = 0

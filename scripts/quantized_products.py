@@ -118,7 +118,7 @@ def by_kernel(chips: Topology, form: WeightFormat, rows: int, inputs: int, outpu
     found = re.search(r"total scheduled bundles:\s+(\d+)", dump.read_text())
     assert found is not None
     tiling = quantized_tpu.choose_tiling(rows, outputs, groups, form.group)
-    programs = -(-rows // tiling.tokens) * -(-outputs // tiling.outputs) * (inputs // tiling.inputs)
+    programs = -(-rows // tiling.tokens) * -(-outputs // tiling.outputs) * -(-inputs // tiling.inputs)
     size = inputs * outputs * dtype_bits(form.values) // 8
     size += groups * outputs * (form.scales.itemsize + form.zeros)
     moved = quantized_tpu.work((rows, inputs), outputs, size, groups, 8).bytes

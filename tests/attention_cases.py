@@ -35,6 +35,7 @@ class Shape(NamedTuple):
         dtype: of everything but a quantised cache.
         kv_dtype: what keys and values are kept in; ``auto``: ``dtype``.
         part: elements of a part of a vector in 8 bits; ``None``: vectors are whole.
+        magnitude: of values, which are drawn; the tolerance is as large.
     """
 
     lengths: tuple[int, ...]
@@ -52,6 +53,7 @@ class Shape(NamedTuple):
     dtype: str = "float32"
     kv_dtype: KVDtype = "auto"
     part: int | None = None
+    magnitude: float = 1.0
 
 
 class Pages(NamedTuple):
@@ -93,6 +95,7 @@ def case(shape: Shape, seed: int) -> tuple[jax.Array, Pages, TokenGroup, jax.Arr
             count = min(stops[row] - block * page, page)
             for buffer in buffers:
                 buffer[at, :, :count] = rng.normal(size=(heads, count, buffer.shape[3]))
+    buffers[-1] *= shape.magnitude
     dtype = jnp.dtype(shape.dtype)
     value_dim = shape.width // 2 if shape.value_dim is None else shape.value_dim
     parts: list[Buffer] = [jnp.asarray(buffer, dtype) for buffer in buffers]
@@ -139,4 +142,5 @@ def check(kernel: ModuleType, shape: Shape, seed: int = 0, *, interpret: Any = N
     assert np.isfinite(result).all()
     assert not result[~present.any(axis=1)].any()  # rows without a token
     tolerance = 2e-5 if shape.dtype == "float32" else 2e-2
-    np.testing.assert_allclose(result[present], np.asarray(expected)[present], atol=tolerance, rtol=tolerance)
+    atol = tolerance * shape.magnitude
+    np.testing.assert_allclose(result[present], np.asarray(expected)[present], atol=atol, rtol=tolerance)

@@ -142,6 +142,24 @@ def test_blocks_of_all_sequences(
         np.testing.assert_array_equal(*found)  # what others left behind does not count
 
 
+@pytest.mark.parametrize("walk", (0, 9))
+def test_rows_of_fewer_tokens(walk: int) -> None:
+    """Where the others would be is what an earlier user left behind, which may not be a number."""
+    rng = np.random.default_rng(0)
+    query, keys, values, cache, _, group = case(rng, np.array([[13, 14, 15], [9, 10, 11]]))
+    parts = [np.array(part) for part in (cache.keys, cache.values)]
+    for row, first in ((0, 14), (1, 10)):  # beyond the first token of each
+        for part in parts:
+            part[np.asarray(group.block_tables)[row, 1], :, first % PAGE :] = np.nan
+    lengths = jnp.asarray([1, 1], jnp.int32)
+    group = replace(group, lengths=lengths, chunks=False, walk=walk)
+    attend = jax.jit(functools.partial(paged_attention, scale=SCALE, window=None, backend=BLOCKWISE))
+    cache = LayerCache(*map(jnp.asarray, parts))
+    found = attend(query, own(keys, group), own(values, group), cache, group)
+    expected = refer(query, keys, values, group.positions, scale=SCALE, window=None)
+    np.testing.assert_allclose(found[:, 0], expected[:, 0], atol=1e-5)
+
+
 @pytest.mark.parametrize("length", (1, 16))
 def test_sinks(length: int) -> None:
     """A key without a value in every softmax: against the definition, and worked out for the first token."""

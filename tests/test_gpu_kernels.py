@@ -186,7 +186,8 @@ def test_experts_are_checked_before_they_are_used(monkeypatch: pytest.MonkeyPatc
     )
     found = check(tmp_path)
     assert found.right and "where XLA's grouped product takes" in str(found)
-    assert check(tmp_path) == found and selftest.verdicts(tmp_path) == [found]
+    what = "gpu products of experts, hidden 128, width 128, dtype bfloat16"
+    assert check(tmp_path) == found and selftest.verdicts(tmp_path, jax.devices()[0]) == [(what, found)]
     product = experts_gpu.grouped_product
     monkeypatch.setattr(experts_gpu, "grouped_product", lambda *a, **named: 1.1 * product(*a, **named))
     assert not check(tmp_path / "wrong").right
@@ -281,9 +282,15 @@ def test_a_model_in_int4_multiplies_by_the_kernel(tmp_path: Path, monkeypatch: p
         ),
         pytest.param(
             shape_of(
-                lengths=(1, 1), first=(200, 63), width=256, value_dim=256, kv_dtype="fp8", dtype="float16"
+                lengths=(1, 1),
+                first=(200, 63),
+                width=256,
+                value_dim=256,
+                kv_dtype="fp8",
+                dtype="float16",
+                magnitude=1e-4,
             ),
-            id="wide heads in fp8",
+            id="wide heads of small values in fp8 and float16",
             marks=pytest.mark.slow,
         ),
         pytest.param(
@@ -315,6 +322,18 @@ def test_self_test(shape: KernelShape, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(selftest, constant, value)
         shape = shape._replace(heads=1, windows=shape.windows[:1])
     verdict = selftest._check("gpu", shape, jax.devices()[0], how())
+    print(verdict)
+    assert verdict.right
+
+
+@pytest.mark.slow
+def test_self_test_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not ON_GPU:
+        for constant in ("_CALLS", "_ROUNDS"):
+            monkeypatch.setattr(selftest, constant, 1)
+        for constant in ("_INPUTS", "_OUTPUTS"):
+            monkeypatch.setattr(products_selftest, constant, 256)
+    verdict = products_selftest._check(Backend("gpu", interpret=how()), jax.devices()[0])
     print(verdict)
     assert verdict.right
 

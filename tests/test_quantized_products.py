@@ -32,6 +32,7 @@ from tpjax.layers.weights import QuantizedWeight
         pytest.param(3, 1344, 128, 64, False, id="an odd number of half lanes"),
         pytest.param(40, 1536, 128, 128, True, id="zero points, two blocks"),
         pytest.param(1030, 128, 136, 128, False, id="two tiles of tokens"),
+        pytest.param(9, 4160, 136, 64, False, id="a last block that is not full"),
     ),
 )
 def test_product(kind: str, tokens: int, inputs: int, outputs: int, group: int, zeros: bool) -> None:
@@ -50,6 +51,16 @@ def test_product(kind: str, tokens: int, inputs: int, outputs: int, group: int, 
     expected = np.asarray(x, np.float32) @ wide
     # a value times its scale is rounded once, and so is the output
     np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=0.006 * np.abs(expected).max())
+
+
+def test_which_products() -> None:
+    """Llama-3-8B's down projection over three devices has 75 groups of 64 inputs on each."""
+    assert quantized_tpu.takes(64, jnp.dtype(jnp.int4), 75, 64)
+    assert quantized_tpu.choose_tiling(64, 4096, 75, 64) == (64, 1024, 512)
+    assert quantized_tpu.choose_tiling(64, 4096, 45, 64) == (64, 45 * 64, 128)  # all at once
+    assert quantized_tpu.choose_tiling(64, 4096, 112, 128) == (64, 1024, 512)
+    assert not quantized_tpu.takes(64, jnp.dtype(jnp.int4), 75, 4)
+    assert not quantized_tpu.takes(64, jnp.dtype(jnp.int4), 31, 136)
 
 
 @pytest.mark.parametrize("tp", (1, 2))
@@ -110,7 +121,8 @@ def test_a_verdict_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     monkeypatch.setattr(selftest, "_ROUNDS", 1)
     found = product_verdict(INTERPRETED, jax.devices()[0], tmp_path)
     assert found.right and "where XLA's product takes" in str(found)
-    assert selftest.verdicts(tmp_path) == [found]
+    what = "tpu products with scales for groups"
+    assert selftest.verdicts(tmp_path, jax.devices()[0]) == [(what, found)]
     assert product_verdict(INTERPRETED, jax.devices()[0], tmp_path) == found
 
 
@@ -148,11 +160,22 @@ def test_products_are_checked_however_attention_was_chosen(
     assert loading.choose_backends(asked, [shape], [wide], device, grouped=True) == [INTERPRETED]
 
 
-@pytest.mark.parametrize("wrong", (0.0, np.nan))
-def test_a_wrong_kernel_is_found(wrong: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def product(x: jax.Array, values: jax.Array, *_: Any, **__: Any) -> jax.Array:
-        return jnp.full((len(x), values.shape[2]), wrong, x.dtype)
+@pytest.mark.parametrize("wrong", (0.0, np.nan, "no zero points", "no second tile"))
+def test_a_wrong_kernel_is_found(wrong: float | str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Among zero points and prompts, which it computes in other ways than a few rows, too."""
+    right = quantized_tpu.quantized_product
+    monkeypatch.setattr(selftest, "_CALLS", 1)
+    monkeypatch.setattr(selftest, "_ROUNDS", 1)
+
+    def product(
+        x: jax.Array, values: jax.Array, scales: jax.Array, zeros: jax.Array | None, *rest: Any, **named: Any
+    ) -> jax.Array:
+        if isinstance(wrong, float):
+            return jnp.full((len(x), values.shape[2]), wrong, x.dtype)
+        zeros = None if wrong == "no zero points" else zeros
+        y: jax.Array = right(x, values, scales, zeros, *rest, **named)
+        return y.at[128:].set(0) if wrong == "no second tile" else y
 
     monkeypatch.setattr(quantized_tpu, "quantized_product", product)
     found = product_verdict(INTERPRETED, jax.devices()[0], tmp_path)
-    assert not found.right and not found.use_kernel
+    assert not found.right and not found.use_kernel and not found.problem

@@ -47,6 +47,7 @@ _COLUMNS = 128  # of values in one product, whose sums have to fit into register
 _MOST_STAGES = 6
 _SCALES_ALIGNED = 4 << 10  # bytes of shared memory at most: its buffers begin at multiples of 1,024
 _GOOD_WAVES = 0.85  # share of the processors that work, at which a context is not split further
+_RAISED = 64.0  # times the largest scale of float16, 65504 / 127, is still a float16
 
 
 class Tiling(NamedTuple):
@@ -81,6 +82,14 @@ class _Static(NamedTuple):
     dtype: jnp.dtype
     quantized: bool
     interpreted: bool
+
+    @property
+    def raised(self) -> float:
+        """What weights times the scales of values are multiplied by: a product's factors of the dtype.
+
+        Of float16, whose smallest normal number is 6e-5, they would lose digits.
+        """
+        return _RAISED if self.quantized and self.dtype == jnp.float16 else 1.0
 
 
 def unsupported(shape: KernelShape) -> str | None:
@@ -198,8 +207,8 @@ def attend(
     weighted, highest, total = _call(static, partial, width, vectors[0].dtype, interpret)(
         _programs(static, first, stop, length), tables, queries, *vectors, *scales
     )
-    output = _merge(weighted, highest, total, sinks, length)[:, :, :rows].astype(query.dtype)
-    return output.reshape(batch, heads, length, per_head, value_dim).swapaxes(1, 2)
+    output = _merge(weighted, highest, total, sinks, length)[:, :, :rows] / static.raised
+    return output.astype(query.dtype).reshape(batch, heads, length, per_head, value_dim).swapaxes(1, 2)
 
 
 def _vectors(buffer: Buffer) -> Shaped[Array, "pages K page_size h"]:
@@ -385,6 +394,8 @@ def _kernel(
             if static.quantized:
                 value_scale = _of_tokens(scales_smem[1].at[slot], stop - begin_key)
                 _widen(values_smem.at[slot], block_values, stop - begin_key)
+                if static.raised != 1:
+                    value_scale = value_scale * static.raised
                 weights = weights * jax.lax.broadcast_in_dim(value_scale, weights.shape, [1])
                 plgpu.barrier_arrive(values_done.at[slot])
             else:

@@ -1,7 +1,7 @@
 """Holds a kernel to the definition on the chip that it is to run on, and times it beside the page walk.
 
-A kernel that was never run on a kind of chip, by a version of the compiler, may be wrong there, slow, or
-hang. So it is used unasked only after this. The verdict is kept in a file.
+A kernel that was never run on a kind of chip, by a version of the compiler, may be wrong there, slow, refused
+by the compiler, or hang. So it is used unasked only after this. The verdict is kept in a file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
@@ -34,10 +35,20 @@ from tpjax.cache_quantization import QuantizedBuffer, part_width
 log = logging.getLogger(__name__)
 
 _CONTEXT = 1000  # tokens of the longest sequence
+_WINDOW = 250  # keys that a query sees, at most, where the kernel is held to the definition: windows end then
 _ROWS = 8  # sequences, the last of them padding
 _ALLOWED = {"bfloat16": 0.02, "float16": 0.01, "float32": 1e-3}  # largest difference, of outputs of about 1
 _CALLS, _ROUNDS = 8, 5
-_HANGS_AFTER_S = 60.0  # compiling included
+_HANGS_AFTER_S = 60.0  # a call, compiling included
+_NO_MEMORY = "RESOURCE_EXHAUSTED"  # of an error: at the next start there may be some
+_PACKAGE = Path(__file__).parents[1]
+_LAYERS = "experts_gpu", "quantized_gpu", "quantized_tpu", "selftest", "weights", "widening"
+# a verdict is of the kernels, of what they are held to and timed beside, and of the check
+_SOURCES = (
+    *(f"attention/{file.name}" for file in sorted(_PACKAGE.glob("attention/*.py"))),
+    *(f"layers/{name}.py" for name in _LAYERS),
+    *(f"{name}.py" for name in ("activations", "cache_quantization", "mosaic_gpu")),
+)
 
 
 def verdict(
@@ -52,46 +63,46 @@ def verdict(
         folder: where verdicts are kept.
         interpret: how the kernel is interpreted, on a CPU.
     """
-    about = {
-        "kernel": hashlib.sha256(_source(kernel)).hexdigest(),
-        "shape": shape._asdict(),
-    }
-    return kept_verdict(about, device, folder, lambda: _check(kernel, shape, device, interpret))
+    return kept_verdict(
+        f"{kernel} attention",
+        shape._asdict(),
+        device,
+        folder,
+        lambda: _check(kernel, shape, device, interpret),
+    )
 
 
 def kept_verdict(
-    about: dict[str, Any], device: jax.Device, folder: Path, check: Callable[[], Verdict]
+    kernel: str, shape: Mapping[str, Any], device: jax.Device, folder: Path, check: Callable[[], Verdict]
 ) -> Verdict:
-    """Returns what a check of a kernel found, now or earlier. One that hangs ends the process.
+    """Returns what a check of a kernel found, now or earlier.
 
-    A kernel that does not compile or run is not used. That is not kept: memory may have been short.
+    A kernel that does not compile or run is not used, nor tried again: after some errors a device does
+    nothing more in a process. Where memory was short it is tried.
 
     Args:
-        about: what the verdict depends on beside the device and its compiler, as plain data.
+        kernel: what is checked.
+        shape: what it depends on beside the device, the compiler and its source, as plain data.
         device: what the kernel runs on.
         folder: where verdicts are kept.
-        check: checks it.
+        check: checks it; calls the kernel by :func:`called`.
     """
-    about = {
-        "device": device.device_kind,
-        "jax": jax.__version__,
-        "compiler": device.client.platform_version,
-        **about,
-    }
+    about = {**_present(device), "kernel": kernel, "shape": dict(shape)}
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
     file = folder / f"{name}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return Verdict(**json.loads(file.read_text())["verdict"])
-    with _watchdog(_HANGS_AFTER_S):
-        try:
-            found = check()
-        except Exception as error:  # of a compiler, or of a version of Pallas that was not tried
-            log.warning("the check of a kernel failed", exc_info=log.isEnabledFor(logging.DEBUG))
-            lines = str(error).strip().splitlines()
-            return Verdict.failed(device.device_kind, ": ".join([type(error).__name__, *lines[:1]]))
+    if (known := _read(file)) is not None:
+        return known[1]
+    try:
+        found = check()
+    except Exception as error:  # of a compiler, of a chip, or of a version of Pallas that was not tried
+        lines = str(error).strip().splitlines()
+        found = Verdict.failed(device.device_kind, ": ".join([type(error).__name__, *lines[:1]]))
+        log.warning("%s", found, exc_info=log.isEnabledFor(logging.DEBUG))
+        if _NO_MEMORY in str(error):
+            return found
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
+        part = file.with_suffix(f".{uuid.uuid4().hex}")  # processes of two containers may have one number
         part.write_text(json.dumps({**about, "verdict": asdict(found)}, indent=1))
         part.replace(file)
     except OSError as error:
@@ -99,13 +110,44 @@ def kept_verdict(
     return found
 
 
-def verdicts(folder: Path) -> list[Verdict]:
-    """Returns the verdicts that a folder keeps."""
-    found = []
-    for file in sorted(folder.glob("*.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            found.append(Verdict(**json.loads(file.read_text())["verdict"]))
+def verdicts(folder: Path, device: jax.Device) -> list[tuple[str, Verdict]]:
+    """Returns the verdicts of a folder that count for a device here and now, and what each is of."""
+    present, found = _present(device), []
+    for known in map(_read, sorted(folder.glob("*.json"))):
+        if known is not None and present.items() <= known[0].items():
+            about, verdict = known
+            plain = (None, False, "auto", [None])
+            shape = [f"{name} {value}" for name, value in about["shape"].items() if value not in plain]
+            found.append((", ".join([about["kernel"], *shape]), verdict))
     return found
+
+
+def _present(device: jax.Device) -> dict[str, str]:
+    """Returns what every verdict depends on."""
+    source = b"".join((_PACKAGE / name).read_bytes() for name in _SOURCES)
+    return {
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "compiler": device.client.platform_version,
+        "source": hashlib.sha256(source).hexdigest(),
+    }
+
+
+def _read(file: Path) -> tuple[dict[str, Any], Verdict] | None:
+    """Returns what a verdict is of, and the verdict; ``None``: there is none that this version can read."""
+    try:
+        about = json.loads(file.read_text())
+        verdict = Verdict(**about.pop("verdict"))
+        str(verdict)  # its figures are numbers
+        return about, verdict
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def called(function: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
+    """Calls a compiled function and waits for it. If it hangs, or its compiler, the process is ended."""
+    with _watchdog(_HANGS_AFTER_S):
+        return function(*arguments).block_until_ready()
 
 
 @contextlib.contextmanager
@@ -114,8 +156,8 @@ def _watchdog(seconds: float) -> Iterator[None]:
 
     def end() -> None:
         sys.stderr.write(
-            f"tpjax: error: a kernel has not returned after {seconds:.0f} s: start again with "
-            "--attention xla\n"
+            f"tpjax: error: a kernel, or its compiler, has not returned after {seconds:.0f} s: start again "
+            "with --attention xla\n"
         )
         sys.stderr.flush()
         os._exit(1)
@@ -129,12 +171,6 @@ def _watchdog(seconds: float) -> Iterator[None]:
         timer.cancel()
 
 
-def _source(kernel: str) -> bytes:
-    """Returns the source of a kernel, and of what writes pages for it."""
-    module = Path(str(kernel_module(kernel).__file__))
-    return b"".join(file.read_bytes() for file in sorted(module.parent.glob(f"{kernel}*.py")))
-
-
 def _check(kernel_name: str, shape: KernelShape, device: jax.Device, interpret: Any) -> Verdict:
     """Runs the kernel, the page walk and the definition on random data."""
     module, kernel_ms, walk_ms = kernel_module(kernel_name), 0.0, 0.0
@@ -142,27 +178,29 @@ def _check(kernel_name: str, shape: KernelShape, device: jax.Device, interpret: 
     with jax.default_device(device):
         error = _write_error(kernels.cache_writer(kernel_name, interpret), shape, rng)
         for window in shape.windows:
+            sinks = None
+            if shape.sinks:
+                sinks = jnp.asarray(rng.normal(size=(shape.heads, shape.per_head)), jnp.float32)
             attend: dict[str, Any] = {
                 "scale": shape.width**-0.5,
                 "window": window,
                 "softcap": shape.softcap,
-                "sinks": None,
+                "sinks": sinks,
             }
-            if shape.sinks:
-                attend["sinks"] = jnp.asarray(rng.normal(size=(shape.heads, shape.per_head)), jnp.float32)
-            kernel = functools.partial(_kernel, module, shape.value_dim, interpret=interpret, **attend)
+            near = attend | {"window": window and min(window, _WINDOW)}
+            kernel = functools.partial(_kernel, module, shape.value_dim, interpret=interpret)
+            define = functools.partial(_other, reference.paged_attention, shape.value_dim, **near)
+            for length in (1, shape.page_size):
+                rows = _rows(shape, rng, length, near["window"])
+                error = max(error, _difference(functools.partial(kernel, **near), define, *rows))
+            group, query, buffers = _rows(shape, rng, 1)
+            kernel_ms += time_ms(functools.partial(kernel, **attend), query, buffers, group)
             pages = WALK_PAGES.get(device.platform, 1)
             walked = functools.partial(xla.paged_attention, pages=(pages,))
+            if device.platform in FIXED_TRIPS:  # as decode steps walk there
+                group = replace(group, walk=_ROWS * -(-group.block_tables.shape[1] // pages))
             walk = functools.partial(_other, walked, shape.value_dim, **attend)
-            define = functools.partial(_other, reference.paged_attention, shape.value_dim, **attend)
-            for length in (1, shape.page_size):
-                group, query, buffers = _rows(shape, rng, length)
-                error = max(error, _difference(kernel, define, query, buffers, group))
-                if length == 1:
-                    kernel_ms += time_ms(kernel, query, buffers, group)
-                    if device.platform in FIXED_TRIPS:  # as decode steps walk there
-                        group = replace(group, walk=_ROWS * -(-group.block_tables.shape[1] // pages))
-                    walk_ms += time_ms(walk, query, buffers, group)
+            walk_ms += time_ms(walk, query, buffers, group)
     return Verdict(device.device_kind, error, _ALLOWED[shape.dtype], kernel_ms, walk_ms)
 
 
@@ -177,18 +215,19 @@ def _write_error(writer: CacheWriter | None, shape: KernelShape, rng: np.random.
             for count in (8, len(pages))
         )
         values, new = _vectors(buffer), _vectors(content)
-        if not jnp.array_equal(jax.jit(writer.write_pages)(values, new, pages), values.at[pages].set(new)):
+        written = called(jax.jit(writer.write_pages), values, new, pages)
+        if not jnp.array_equal(written, values.at[pages].set(new)):
             return np.inf
         offsets = jnp.asarray([0, shape.page_size // 2 + 1, shape.page_size - 1], jnp.int32)
         tokens, put = new[:, :, 0], values.at[pages, :, offsets]
         write_tokens = None if shape.page_size % 32 else writer.write_tokens
-        if write_tokens is not None and not jnp.array_equal(
-            jax.jit(write_tokens)(values, tokens, pages, offsets), put.set(tokens)
-        ):
-            return np.inf
+        if write_tokens is not None:
+            written = called(jax.jit(write_tokens), values, tokens, pages, offsets)
+            if not jnp.array_equal(written, put.set(tokens)):
+                return np.inf
         if isinstance(buffer, QuantizedBuffer) and isinstance(content, QuantizedBuffer):
             scales, of_pages = buffer.scales, content.scales
-            written = jax.jit(writer.write_scales)(scales, of_pages.swapaxes(0, 1), pages)
+            written = called(jax.jit(writer.write_scales), scales, of_pages.swapaxes(0, 1), pages)
             if not jnp.array_equal(written, scales.at[:, pages].set(of_pages)):
                 return np.inf
     return 0.0
@@ -197,20 +236,20 @@ def _write_error(writer: CacheWriter | None, shape: KernelShape, rng: np.random.
 def _difference(
     kernel: Callable[..., jax.Array],
     define: Callable[..., jax.Array],
+    group: TokenGroup,
     query: jax.Array,
     buffers: list[Buffer],
-    group: TokenGroup,
 ) -> float:
-    """Returns the largest difference of a kernel from the definition; infinite if it is not a number."""
+    """Returns the largest difference of a kernel from the definition; infinite if any output is no number."""
     with jax.default_matmul_precision("highest"):
         exact = list(map(_exact, buffers))
         expected = jax.jit(define)(query.astype(jnp.float32), exact, group)
-    found = jax.jit(kernel)(query, buffers, group).astype(jnp.float32)
+    found = called(jax.jit(kernel), query, buffers, group).astype(jnp.float32)
     present = group.present[..., None, None, None]
     difference = float(jnp.max(jnp.where(present, jnp.abs(found - expected), 0)))
     if bool(jnp.any(found[jnp.logical_not(jnp.any(group.present, axis=1))] != 0)):
         return np.inf
-    return difference if np.isfinite(difference) else np.inf
+    return difference if bool(jnp.isfinite(found).all()) else np.inf  # of padding too, which experts see
 
 
 def _exact(buffer: Buffer) -> jax.Array:
@@ -220,18 +259,20 @@ def _exact(buffer: Buffer) -> jax.Array:
 
 
 def _rows(
-    shape: KernelShape, rng: np.random.Generator, length: int
+    shape: KernelShape, rng: np.random.Generator, length: int, window: int | None = None
 ) -> tuple[TokenGroup, jax.Array, list[Buffer]]:
     """Returns rows of ``length`` tokens, their queries, and a cache in which all else is not a number.
 
-    A row of several tokens is a prompt chunk, which begins at a page and of which some is padding.
+    A row of several tokens is a prompt chunk, which begins at a page and of which some is padding. With a
+    window, block tables are cyclic and have no page before it.
     """
     page = shape.page_size
     first = np.append(rng.integers(1, _CONTEXT, _ROWS - 1), 0)
     lengths = np.where(first > 0, rng.integers(1, length, _ROWS, endpoint=True), 0)
     if length > 1:
         first = first // page * page
-    tables = np.full((_ROWS, -(-(_CONTEXT + page + length) // page)), NULL_PAGE)
+    seen = _CONTEXT + page + length if window is None else window + length - 2 + page
+    tables = np.full((_ROWS, -(-seen // page)), NULL_PAGE)
     order = iter(rng.permutation(np.arange(1, 1 + tables.size)))
     heads = 1 if shape.latent else shape.heads
     buffers = [
@@ -239,15 +280,17 @@ def _rows(
         for width in ((shape.width,) if shape.latent else (shape.width, shape.value_dim))
     ]
     for row, stop in enumerate(np.where(lengths > 0, first + lengths, 0)):
-        for block in range(-(-stop // page)):
-            at = tables[row, block] = next(order)
+        start = 0 if window is None else max(first[row] - window + 1, 0) // page
+        for block in range(start, -(-stop // page)):
+            at = tables[row, block % tables.shape[1]] = next(order)
             count = min(stop - block * page, page)
             for buffer in buffers:
                 buffer[at, :, :count] = rng.normal(size=(heads, count, buffer.shape[3]))
     query = rng.normal(size=(_ROWS, length, shape.heads, shape.per_head, shape.width))
     positions = first[:, None] + np.arange(length)
     arrays = [jnp.asarray(x, jnp.int32) for x in (tables, positions, lengths)]
-    group = TokenGroup(arrays[0], arrays[1], arrays[2], chunks=length > 1)
+    cyclic = window is not None
+    group = TokenGroup(arrays[0], arrays[1], arrays[2], chunks=length > 1, cyclic=cyclic)
     return group, jnp.asarray(query, shape.dtype), [_stored(x, shape) for x in buffers]
 
 
@@ -294,6 +337,8 @@ def _other(
     """Computes attention by the walk or the definition; the tokens' own keys are those in the cache."""
     pages = _pages(value_dim, buffers)
     blocks, offsets = jnp.divmod(group.positions, pages.page_size)
+    if group.cyclic:
+        blocks %= group.block_tables.shape[1]
     at = jnp.take_along_axis(group.block_tables, blocks, axis=1)
     batch, length = group.shape
     rows = jnp.arange(batch * length).reshape(batch, length)
@@ -317,10 +362,11 @@ def time_ms(function: Callable[..., jax.Array], first: jax.Array, *rest: Any) ->
 
         return jax.lax.fori_loop(0, _CALLS, again, first)
 
-    several(first, *rest).block_until_ready()
+    called(several, first, *rest)
     times = []
-    for _ in range(_ROUNDS):
-        started = time.perf_counter()
-        several(first, *rest).block_until_ready()
-        times.append(time.perf_counter() - started)
+    with _watchdog(_HANGS_AFTER_S):
+        for _ in range(_ROUNDS):
+            started = time.perf_counter()
+            several(first, *rest).block_until_ready()
+            times.append(time.perf_counter() - started)
     return min(times) / _CALLS * 1e3

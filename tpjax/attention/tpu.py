@@ -39,7 +39,7 @@ _MASKED = -1e30  # finite, so that a block with no visible key gives no NaN
 _BLOCK_BYTES = 1 << 20  # of keys and values in one of the two buffers: large beside the start of a copy
 _BLOCK_KEYS = 1024  # and no more: the part of a block beyond a context is computed in vain
 _SCORES = 1 << 18  # of one head and block of keys, float32
-_ROWS_PER_HEAD, _ROWS = 512, 2048  # queries times group size, in one program
+_ROWS_PER_HEAD, _ROWS = 512, 2048  # queries times group size, in one program; in float32 half as many
 _TABLE_ENTRIES = 1 << 16  # of block tables, in the memory for scalars; larger ones take several calls
 _MOST_HEADS = 8  # KV heads of a program, whose code is unrolled
 
@@ -107,13 +107,13 @@ def choose_tiling(
         length: queries of a sequence.
         page_size: positions per page.
         widths: of keys and of values; 0: the beginning of each key is the value.
-        itemsize: bytes of an element of the cache.
+        itemsize: bytes of an element of a block: :func:`_block_itemsize`.
     """
     key_bytes = sum(pad_to_multiple(width, LANES) for width in widths) * itemsize
     page_bytes = key_bytes * page_size
     most_heads = min(_MOST_HEADS, max(1, _BLOCK_BYTES // page_bytes))
     together = max(one for one in _divisors(heads) if one <= most_heads)
-    most_rows = min(_ROWS_PER_HEAD, _ROWS // together)
+    most_rows = min(_ROWS_PER_HEAD, (_ROWS if itemsize < 4 else _ROWS // 2) // together)
     # a block of part of the rows is whole tiles
     whole = [one for one in _divisors(length) if one == length or one * per_head % 16 == 0]
     queries = max((one for one in whole if one * per_head <= most_rows), default=whole[0])
@@ -164,7 +164,8 @@ def work(
         dtype: dtype of queries and outputs.
         kv_dtype: what keys and values are kept in; ``auto``: ``dtype``.
     """
-    tiling = choose_tiling(heads, per_head, length, page_size, widths, element_bytes(kv_dtype, dtype))
+    itemsize = _block_itemsize(element_bytes(kv_dtype, dtype), dtype)
+    tiling = choose_tiling(heads, per_head, length, page_size, widths, itemsize)
     pages = blocks = 0
     for start in range(context - length, context, tiling.queries):
         first = 0 if window is None else max(start - window + 1, 0) // page_size
@@ -177,6 +178,19 @@ def work(
     moved = pages * page_size * key_bytes + activations
     products = tiling.queries * per_head * blocks * tiling.pages * page_size * width
     return Work(batch * heads * moved, 2 * batch * heads * products, batch * heads * activations)
+
+
+def _block_itemsize(stored: int, dtype: jnp.dtype) -> int:
+    """Returns the bytes of an element of a block on the chip.
+
+    Blocks of 8 bits are widened there. In float32, four times as large, those of all heads of a program take
+    more memory than it has.
+
+    Args:
+        stored: bytes of an element of the cache.
+        dtype: of queries.
+    """
+    return max(stored, 4) if jnp.dtype(dtype).itemsize == 4 else stored
 
 
 def _divisors(number: int) -> list[int]:
@@ -227,7 +241,8 @@ def _attend(
         sinks = None if sinks is None else sinks.reshape(heads, -1)
     per_head, page_size = query.shape[3], keys.shape[2]
     widths = keys.shape[3], 0 if stored.values is None else value_dim
-    tiling = choose_tiling(heads, per_head, length, page_size, widths, _vectors(keys).dtype.itemsize)
+    itemsize = _block_itemsize(_vectors(keys).dtype.itemsize, query.dtype)
+    tiling = choose_tiling(heads, per_head, length, page_size, widths, itemsize)
     query_blocks, head_blocks = length // tiling.queries, heads // tiling.heads
     static = _Static(tiling, query_blocks, head_blocks, widths[0], value_dim, scale, window, softcap, cyclic)
     rows, block_rows = length * per_head, tiling.queries * per_head

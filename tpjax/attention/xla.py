@@ -149,7 +149,9 @@ def paged_attention(
     rows = query.swapaxes(1, 2).reshape(batch, heads, length * per_head, head_dim)
     row_positions = jnp.repeat(group.positions, per_head, axis=1)[:, None, :, None]
     # other tokens find their own keys in the cache; a chunk takes its own keys from its arguments
-    stop = group.positions[:, 0] + (0 if group.chunks else length)
+    stop = group.positions[:, 0]
+    if not group.chunks:
+        stop = stop + (length if group.lengths is None else group.lengths)
     if group.lengths is not None:  # padding walks nothing
         stop = jnp.where(group.lengths > 0, stop, 0)
     devices = max(1, jax.sharding.get_abstract_mesh().size) if key.shape[2] == heads else 1

@@ -155,8 +155,12 @@ def _attention(platform: str | None) -> list[str]:
 
     # Llama-3-8B's: what other models have can keep a kernel from them
     usual = KernelShape(8, 4, 128, 128, False, (None,), None, False, PAGE_SIZE, "bfloat16")
-    kept = [f"checked: {verdict}" for verdict in verdicts(hub.cache_dir() / "attention")]
-    return [f"auto: {choose_backend('auto', jax.local_devices()[0], usual)}", *kept]
+    device = jax.local_devices()[0]
+    kept = verdicts(hub.cache_dir() / "attention", device)
+    return [
+        f"auto: {choose_backend('auto', device, usual)}",
+        *(f"checked: {what}: {verdict}" for what, verdict in kept),
+    ]
 
 
 def _environment() -> dict[str, str]:

@@ -4,10 +4,13 @@ XLA computes a product with scales for groups of inputs as a product for each gr
 v5e, by its compiler's estimate, that takes 2.4 times as long as the product in bfloat16 for 64 tokens and 5
 times for 256 and more. Here a program widens a block of the weight on the chip, each value times its scale,
 and multiplies all tokens of its tile by it at once. Of few tokens it scales the sums of each group instead.
+Where no number of groups divides the inputs and fills lanes, the last block is partly beyond the weight.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -67,14 +70,22 @@ def takes(tokens: int, values: jnp.dtype, groups: int, group: int) -> bool:
         group: inputs that share a scale.
     """
     sooner = values in (jnp.int4, jnp.int8) or (values == jnp.float8_e4m3fn and tokens > _FEW_TOKENS)
-    return sooner and group % _ROW_MULTIPLE == 0 and bool(_block_groups(groups, group))
+    return sooner and group % _ROW_MULTIPLE == 0 and _block_groups(groups, group) > 0
 
 
-def _block_groups(groups: int, group: int) -> list[int]:
-    """Returns how many groups a block may have: whole lanes of activations, or all there are."""
+def _block_groups(groups: int, group: int) -> int:
+    """Returns the groups of a block: whole lanes of activations, or all there are; 0: there are too many.
+
+    The last of several blocks may have groups beyond the weight.
+    """
     whole = (some for some in range(1, groups + 1) if groups % some == 0 and some * group % _LANES == 0)
     found = [some for some in whole if some * group <= _INPUTS]
-    return found or [groups] * (groups * group <= _MOST_INPUTS)
+    if found:
+        return max(found)
+    if groups * group <= _MOST_INPUTS:
+        return groups
+    least = math.lcm(group, _LANES) // group
+    return _INPUTS // (least * group) * least
 
 
 def choose_tiling(tokens: int, outputs: int, groups: int, group: int) -> Tiling:
@@ -86,7 +97,7 @@ def choose_tiling(tokens: int, outputs: int, groups: int, group: int) -> Tiling:
         groups: of inputs.
         group: inputs that share a scale.
     """
-    inputs = max(_block_groups(groups, group)) * group
+    inputs = _block_groups(groups, group) * group
     smaller = -(-inputs // _INPUTS)  # where a block of inputs is large, the other sides of tiles are not
     tile = min(_MOST_TOKENS // smaller // _LANES * _LANES, pad_to_multiple(tokens, _TOKEN_MULTIPLE))
     return Tiling(tile, inputs, min(_OUTPUTS // smaller // _LANES * _LANES, outputs))
@@ -135,20 +146,25 @@ def quantized_product(
         interpret: interpret the kernel on a CPU, with these parameters of the installed jax.
     """
     (tokens, inputs), (count, groups, outputs) = x.shape, scales.shape
-    tiling = choose_tiling(tokens, outputs, groups, inputs // groups)
-    together = tiling.inputs * groups // inputs  # groups of a block
+    group = inputs // groups
+    tiling = choose_tiling(tokens, outputs, groups, group)
+    together = tiling.inputs // group
+    blocks = -(-groups // together)
+    beyond = blocks * together - groups
     if scales.dtype == jnp.float16:  # which TPUs do not load
         scales = scales.astype(jnp.float32)
     given = [scales] if zeros is None else [scales, zeros]
     # whole rows of an axis of their own: a block may have fewer than a tile has
-    per_group = [one.reshape(count, groups // together, together, outputs) for one in given]
+    per_group = [
+        jnp.pad(one, ((0, 0), (0, beyond), (0, 0))).reshape(count, blocks, together, outputs) for one in given
+    ]
     padded = pad_to_multiple(tokens, _TOKEN_MULTIPLE)
     of_groups = pl.BlockSpec(
         (None, 1, together, tiling.outputs), lambda token, output, step, number: (number[0], step, 0, output)
     )
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
-        grid=(-(-padded // tiling.tokens), -(-outputs // tiling.outputs), groups // together),
+        grid=(-(-padded // tiling.tokens), -(-outputs // tiling.outputs), blocks),
         in_specs=[
             pl.BlockSpec((tiling.tokens, tiling.inputs), lambda token, output, step, number: (token, step)),
             pl.BlockSpec(
@@ -163,20 +179,40 @@ def quantized_product(
         scratch_shapes=[pltpu.VMEM((tiling.tokens, tiling.outputs), jnp.float32)],
     )
     out = pl.pallas_call(
-        _kernel,
+        functools.partial(_kernel, inputs if beyond else None),
         out_shape=jax.ShapeDtypeStruct((padded, outputs), x.dtype),
         grid_spec=grid,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret or False,
         name=KERNEL_NAME,
-    )(jnp.full(1, number, jnp.int32), jnp.pad(x, ((0, padded - tokens), (0, 0))), values, *per_group)
+    )(
+        jnp.full(1, number, jnp.int32),
+        jnp.pad(x, ((0, padded - tokens), (0, beyond * group))),
+        values,
+        *per_group,
+    )
     return out[:tokens]
 
 
-def _kernel(_: Any, x: Any, values: Any, scales: Any, *refs: Any) -> None:
-    """Computes one program: a block of inputs of a tile of tokens and outputs."""
+def _kernel(inputs: int | None, _: Any, x: Any, values: Any, scales: Any, *refs: Any) -> None:
+    """Computes one program: a block of inputs of a tile of tokens and outputs.
+
+    Args:
+        inputs: of the weight, if the last block is partly beyond them.
+        x: activations; beyond the weight, zeros.
+        values: of the weight; beyond it, anything.
+        scales: of its groups; beyond it, zeros.
+        refs: zero points, if there are, as scales; the output; the sums so far.
+    """
     *zeros, out, sums = refs
     step = pl.program_id(2)
+
+    def widened(dtype: Any) -> Any:
+        wide = values[...].astype(dtype)
+        if inputs is None or jnp.issubdtype(values.dtype, jnp.integer):
+            return wide
+        row = step * wide.shape[0] + jax.lax.broadcasted_iota(jnp.int32, wide.shape, 0)
+        return jnp.where(row < inputs, wide, jnp.zeros_like(wide))  # 0 times what is no number is not 0
 
     @pl.when(step == 0)
     def begin() -> None:
@@ -185,13 +221,13 @@ def _kernel(_: Any, x: Any, values: Any, scales: Any, *refs: Any) -> None:
     together, outputs = scales.shape[1:]
     group = values.shape[0] // together
     if zeros or group % _LANES or x.shape[0] > _MOST_SCALED_TOKENS:
-        wide = values[...].astype(jnp.float32).reshape(together, group, outputs)
+        wide = widened(jnp.float32).reshape(together, group, outputs)
         for one in zeros:
             wide = wide - one[0].astype(jnp.float32)[:, None]
         wide = (wide * scales[0].astype(jnp.float32)[:, None]).reshape(-1, outputs).astype(x.dtype)
         sums[...] += jnp.dot(x[...], wide, preferred_element_type=jnp.float32)
     else:
-        total, wide = sums[...], values[...].astype(x.dtype)
+        total, wide = sums[...], widened(x.dtype)
         for at in range(together):
             own = slice(at * group, (at + 1) * group)
             product = jnp.dot(x[:, own], wide[own], preferred_element_type=jnp.float32)

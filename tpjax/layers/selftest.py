@@ -5,30 +5,41 @@ They are those of weights with scales for groups of inputs, and of routed expert
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from tpjax import mosaic_gpu
 from tpjax.attention import XLA, Backend, Verdict
-from tpjax.attention.selftest import kept_verdict, time_ms
+from tpjax.attention.selftest import called, kept_verdict, time_ms
 from tpjax.layers import widening
 from tpjax.layers.experts import Matrices
 from tpjax.layers.linear import dot, grouped_dot
 from tpjax.layers.weights import QuantizedWeight
 
-_TOKENS, _INPUTS, _OUTPUTS, _GROUP = 48, 1024, 640, 128
+_INPUTS, _OUTPUTS = 1024, 640
 _ALLOWED = 0.02  # largest difference, of outputs of about 1
 _EXPERTS, _CHOSEN = 12, 8  # experts, of which so many have rows
 _EXPERTS_TOKENS = 4, 40, 600  # all in each tile, tiles of some of them, tiles as large as there are
 _LARGE = 2048  # of a matrix: a larger one is checked at about this size, with as much in its last block
+
+
+class _Case(NamedTuple):
+    """A product; kernels compute those of other values, groups, zero points and tokens in other ways."""
+
+    values: Any
+    group: int = 128
+    zeros: bool = False
+    tokens: int = 48
+
+
+_TIMED = _Case(jnp.int4), _Case(jnp.float8_e4m3fn)
+_UNTIMED = _Case(jnp.int8, 32, zeros=True), _Case(jnp.int4, tokens=136), _Case(jnp.int4, 64)
 
 
 def product_verdict(backend: Backend, device: jax.Device, folder: Path) -> Verdict:
@@ -39,8 +50,8 @@ def product_verdict(backend: Backend, device: jax.Device, folder: Path) -> Verdi
         device: a device of the mesh.
         folder: where verdicts are kept.
     """
-    about = {"kernel": _source(f"quantized_{backend.name}"), "shape": "product"}
-    return kept_verdict(about, device, folder, lambda: _check(backend, device))
+    what = f"{backend.name} products with scales for groups"
+    return kept_verdict(what, {}, device, folder, lambda: _check(backend, device))
 
 
 def experts_verdict(backend: Backend, matrices: Matrices, device: jax.Device, folder: Path) -> Verdict:
@@ -52,42 +63,44 @@ def experts_verdict(backend: Backend, matrices: Matrices, device: jax.Device, fo
         device: a device of the mesh.
         folder: where verdicts are kept.
     """
-    about = {"kernel": _source("experts_gpu"), "shape": {"experts": matrices._asdict()}}
-    return kept_verdict(about, device, folder, lambda: _check_experts(backend, matrices, device))
+    what, shape = f"{backend.name} products of experts", matrices._asdict()
+    return kept_verdict(what, shape, device, folder, lambda: _check_experts(backend, matrices, device))
 
 
 def _checked(size: int) -> int:
     return size if size <= _LARGE else _LARGE + size % 128
 
 
-def _source(name: str) -> str:
-    """Returns the hash of a module of kernels, and of what it shares with others."""
-    modules = Path(__file__).with_name(f"{name}.py"), Path(mosaic_gpu.__file__)
-    return hashlib.sha256(b"".join(module.read_bytes() for module in modules)).hexdigest()
-
-
 def _check(backend: Backend, device: jax.Device) -> Verdict:
-    """Computes a product in int4 and in float8 by the kernel, by XLA and in float32."""
+    """Computes products by the kernel and in float32, and times some beside XLA's."""
     rng, error, kernel_ms, xla_ms = np.random.default_rng(0), 0.0, 0.0, 0.0
     first = backend.name == "gpu"  # outputs first
     with jax.default_device(device):
-        x = jnp.asarray(rng.normal(size=(_TOKENS, _INPUTS)) / 32, jnp.bfloat16)
-        for kind in (jnp.int4, jnp.float8_e4m3fn):
-            values = jnp.asarray(rng.integers(-8, 8, (_INPUTS, _OUTPUTS)), jnp.int8).astype(kind)
-            scales = jnp.asarray(rng.uniform(0.1, 0.4, (_INPUTS // _GROUP, _OUTPUTS)), jnp.bfloat16)
-            wide = values.astype(jnp.float32) * jnp.repeat(scales.astype(jnp.float32), _GROUP, axis=0)
+        for case in (*_TIMED, *_UNTIMED):
+            x = jnp.asarray(rng.normal(size=(case.tokens, _INPUTS)) / 32, jnp.bfloat16)
+            most = 4 if case.zeros else 8  # outputs are as large
+            values = jnp.asarray(rng.integers(-most, most, (_INPUTS, _OUTPUTS)), jnp.int8)
+            of_groups = _INPUTS // case.group, _OUTPUTS
+            scales = jnp.asarray(rng.uniform(0.05, 0.2, of_groups), jnp.bfloat16)
+            zeros = jnp.asarray(rng.integers(-most, most, of_groups), jnp.int8) if case.zeros else None
+            wide = values.astype(jnp.float32)
+            if zeros is not None:
+                wide = wide - jnp.repeat(zeros.astype(jnp.float32), case.group, axis=0)
+            wide = wide * jnp.repeat(scales.astype(jnp.float32), case.group, axis=0)
             with jax.default_matmul_precision("highest"):
                 expected = x.astype(jnp.float32) @ wide
-            stored = (values.T, scales.T) if first else (values, scales)
-            weight = QuantizedWeight(*stored, None, PartitionSpec(), -1 if first else -2, backend)
-            subscripts = "...i,oi->...o" if first else "...i,io->...o"
-            by_xla = partial(dot, weight=replace(weight, backend=XLA), subscripts=subscripts)
+            weight = QuantizedWeight(values.astype(case.values), scales, zeros, PartitionSpec(), -2, backend)
+            if first:
+                weight = replace(jax.tree.map(jnp.transpose, weight), inputs=-1)
             kernel: Any = partial(widening.product_on_gpu, scaled=True) if first else widening.product_on_tpu
-            found = jax.jit(partial(kernel, dtype=jnp.float32))(x, weight)
+            found = called(jax.jit(partial(kernel, dtype=jnp.float32)), x, weight)
             difference = float(jnp.max(jnp.abs(found - expected)))
             error = max(error, difference if np.isfinite(difference) else np.inf)
-            kernel_ms += time_ms(partial(kernel, dtype=jnp.bfloat16), x, weight)
-            xla_ms += time_ms(by_xla, x)
+            if case in _TIMED:
+                subscripts = "...i,oi->...o" if first else "...i,io->...o"
+                by_xla = partial(dot, weight=replace(weight, backend=XLA), subscripts=subscripts)
+                kernel_ms += time_ms(partial(kernel, dtype=jnp.bfloat16), x, weight)
+                xla_ms += time_ms(by_xla, x)
     return Verdict(device.device_kind, error, _ALLOWED, kernel_ms, xla_ms, "XLA's product")
 
 
@@ -124,7 +137,7 @@ def _check_experts(backend: Backend, matrices: Matrices, device: jax.Device) -> 
                 every = jnp.einsum("nd,edf->nef", *(one.astype(jnp.float32) for one in (x, weights)))
             expected = jnp.take_along_axis(every, jnp.asarray(assigned)[..., None], axis=1)
             arguments = x, weights, jnp.asarray(assigned, jnp.int32)
-            found = jax.jit(by_kernel)(*arguments).astype(jnp.float32)
+            found = called(jax.jit(by_kernel), *arguments).astype(jnp.float32)
             difference = float(jnp.max(jnp.abs(found - expected)))
             error = max(error, difference if np.isfinite(difference) else np.inf)
             if count == few:

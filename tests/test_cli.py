@@ -24,7 +24,6 @@ from tpjax import __version__
 from tpjax.checkpoints import hub
 from tpjax.cli import app as cli
 from tpjax.cli import batch, console, generate
-from tpjax.cli.serve import name_in_api
 from tpjax.errors import EngineError
 from tpjax.inspect import doctor
 from tpjax.inspect.accelerators import has_nvidia_gpu, has_tpu
@@ -32,6 +31,7 @@ from tpjax.llm import Completion
 from tpjax.planning.arrivals import Arrival, read_trace
 from tpjax.sampling_params import SamplingParams
 from tpjax.server.app import create_app
+from tpjax.server.service import name_in_api
 
 SUBCOMMANDS = (
     *("generate", "chat", "serve", "batch", "models", "pull", "convert", "explain", "plan", "bench"),

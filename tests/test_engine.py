@@ -27,7 +27,8 @@ from tpjax.engine.masks import pack_mask
 from tpjax.engine.replica import Replica
 from tpjax.engine.request import Request
 from tpjax.engine.request_builder import RequestBuilder
-from tpjax.errors import RequestError
+from tpjax.engine.router import Router
+from tpjax.errors import EngineError, RequestError
 from tpjax.runtime.limits import PAGE_SIZE, ChunkShape, Limits, chunk_shapes
 from tpjax.runtime.rows import NO_TOKEN, Chunk, Row
 from tpjax.runtime.runner import StepOutput
@@ -355,7 +356,8 @@ def test_the_same_in_any_mix(
             continue
         assert (one.output_token_ids, one.finish_reason) == (tokens, reason)
         assert (one.error is None) == (reason != "error")
-        assert one.cached_tokens % PAGE == 0 and one.cached_tokens < len(one.prompt_token_ids)
+        if (cached := one.cached_tokens) is not None:
+            assert cached % PAGE == 0 and cached < len(one.prompt_token_ids)
         if one.params.logprobs is not None and reason != "error":
             assert [entry.token_id for entry in one.logprobs] == tokens
         if one.params.prompt_logprobs is not None:
@@ -402,6 +404,22 @@ def test_prompt_log_probabilities_survive_preemption_beside_decode_rows() -> Non
     assert beside
     assert [(one.output_token_ids, one.finish_reason) for one in requests] == [alone(one) for one in requests]
     assert [entry and entry.token_id for entry in requests[2].prompt_logprobs] == [None, *[3] * 6]
+
+
+def test_replicas_that_all_fail_while_a_request_is_routed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two looks at them: it ends as if they had failed a moment later."""
+    router = Router([Engine(FakeRunner(slots=1, pages=12)) for _ in range(2)])  # type: ignore[arg-type]
+    looks = itertools.count()
+    failing = property(lambda member: None if next(looks) < 2 else "it failed")
+    monkeypatch.setattr("tpjax.engine.router._Member.error", failing, raising=False)
+    generation = Generation(Request([1, 2, 3], SamplingParams(max_tokens=3), 0), None)
+    router.add(generation)
+    router.step()
+    ((ended, delta),) = router.deltas
+    assert ended is generation and delta.error == "all 2 replicas have failed: it failed"
+    assert not router.runs(generation)
+    with pytest.raises(EngineError, match="all 2 replicas have failed"):
+        router.run(lambda engine: None)
 
 
 def test_a_replica_that_failed_gives_its_waiting_requests_to_another() -> None:

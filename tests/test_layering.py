@@ -223,6 +223,7 @@ def test_every_error_is_a_tpjax_error() -> None:
         "CheckpointError",
         "DeviceError",
         "DistributedError",
+        "LostProcessError",
         "DownloadError",
         "EngineError",
         "RequestError",

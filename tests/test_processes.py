@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,7 +27,9 @@ from serving import WAIT_S, free_port, load_tiny, tiny_checkpoint
 from test_measure import FIGURES, SMALL
 
 from tpjax import LLM, SamplingParams
+from tpjax.checkpoints.digests import digest_of_edges
 from tpjax.planning import measure
+from tpjax.runtime.processes import flags
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 30  # by which streams have an error and all processes have ended
@@ -520,14 +523,113 @@ def test_another_model_checkpoint_version_and_options_are_refused_by_name(
     one[one.index("MODEL")], two[two.index("MODEL")] = str(directory), str(other)
     two += ["--max-model-len", "64"]
     two[1] = "import tpjax._version; tpjax._version.__version__ = '9'\n" + two[1]
-    with processes(tmp_path, [one, two]) as started:
-        assert all(process.ended() for process in started)
+    flags = " ".join((*COMPILE_FAST, "--xla_cpu_enable_fast_math=true"))
+    with processes(tmp_path, [one, two], [{}, {"XLA_FLAGS": flags, "JAX_ENABLE_X64": "1"}]) as started:
+        assert [process.ended() for process in started] == [1, 1]  # recipes start them again
     for process in started:
         said = process.err.read_text()
         assert "tpjax: error: process 1 is refused: version is '9' in process 1 and '" in said
-        assert "; max_model_len is 64 in process 1 and None in process 0\n" in said
+        assert "; max_model_len is 64 in process 1 and None in process 0; " in said
+        assert "; --xla_cpu_enable_fast_math is 'true' in process 1 and None in process 0\n" in said
+        assert "; jax_enable_x64 is 'True' in process 1 and 'False' in process 0; " in said
         assert f"; model is 'other' in process 1 and '{directory.name}' in process 0; " in said
         assert re.search("; checkpoint is '[0-9a-f]{64}' in process 1 and '[0-9a-f]{64}' in process 0", said)
+
+
+def test_what_may_differ_between_processes(tmp_path: Path) -> None:
+    """Devices that are faked, what goes to a path, and what a client of a hub leaves beside a checkpoint."""
+    kept = {"--xla_a": "2", "--xla_b": "", "--xla_c": "x"}
+    assert flags("--xla_a=1 --xla_b  --xla_a=2 --xla_c=x") == kept
+    assert flags("--xla_force_host_platform_device_count=2 --xla_dump_hlo_as_text --xla_kept_at=/a/b") == {}
+    (tmp_path / "config.json").write_text("{}")
+    digest = digest_of_edges(tmp_path)
+    (tmp_path / ".cache" / "huggingface").mkdir(parents=True)
+    (tmp_path / ".cache" / "huggingface" / "config.json.metadata").write_text("2026-11-27")
+    assert digest_of_edges(tmp_path) == digest
+    (tmp_path / "config.json").write_text("[]")
+    assert digest_of_edges(tmp_path) != digest
+
+
+@pytest.mark.slow
+def test_one_that_differs_ends_all_and_those_too_that_have_not_come(directory: Path, tmp_path: Path) -> None:
+    """With the reason, and not with JAX's trace of a coordinator that is gone."""
+    own = ((), ("--max-model-len", "64"), ())
+    words = commands(["generate", "fox", str(directory), "--tp", "3", "--max-tokens", "1"], 3, own)
+    words[2][1] = SLOW + words[2][1]
+    with processes(tmp_path, words, [{}, {}, {"SLOW": "resolve"}]) as started:
+        assert [one.ended() for one in started] == [1, 1, 1]
+    why = "process 1 is refused: max_model_len is 64 in process 1 and None in process 0\n"
+    for one in started:
+        said = one.err.read_text()
+        assert f"tpjax: error: {why}" in said and "Check failure" not in said
+
+
+# what SLOW names takes longer than anybody waits
+SLOW = """
+import os, sys, time
+import tpjax.llm
+from tpjax.checkpoints.safetensors import SafetensorsCheckpoint
+from tpjax.runtime.programs import Programs
+
+def slow(where, name):
+    real = getattr(where, name)
+    def call(*arguments):
+        if os.environ.get("SLOW") == name:
+            print(name, "begins", file=sys.stderr, flush=True)
+            time.sleep(4 if name == "read" else 300)  # those that have begun are waited for
+        return real(*arguments)
+    setattr(where, name, call)
+
+slow(tpjax.llm, "resolve")
+slow(SafetensorsCheckpoint, "read")
+slow(Programs, "_compile")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("subcommand", "phase", "signalled", "statuses"),
+    [
+        ("serve", "resolve", (0,), [0, 0]),
+        ("serve", "read", (1,), [0, 0]),
+        ("serve", "_compile", (0, 1), [0, 0]),
+        ("generate", "resolve", (1,), [130, 0]),
+        ("generate", "read", (0, 1), [130, 0]),
+    ],
+)
+def test_a_signal_while_a_model_loads_ends_all(
+    subcommand: str,
+    phase: str,
+    signalled: Sequence[int],
+    statuses: list[int],
+    directory: Path,
+    tmp_path: Path,
+) -> None:
+    """To one or to all: nobody waits for a process that does not come, and recipes start nothing again."""
+    words = [subcommand, *(("fox",) if subcommand == "generate" else ("--port", "0"))]
+    both = commands([*words, "--model", str(directory), "--tp", "2"], 2)
+    both = [[option, SLOW + command, *rest] for option, command, *rest in both]
+    with processes(tmp_path, both, [{"SLOW": phase}] * 2) as started:
+        for one in started[: 1 if phase == "_compile" else 2]:  # process 1 compiles when it is told to
+            one.until(f"{phase} begins")
+        for number in signalled:
+            started[number].popen.send_signal(signal.SIGTERM)
+        assert [one.ended(20) for one in started] == statuses, started[0].err.read_text()
+    assert "Traceback" not in started[0].err.read_text() + started[1].err.read_text()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_process_that_waits_for_the_others(directory: Path, tmp_path: Path) -> None:
+    words, _ = commands(["generate", "fox", str(directory)], 2)
+    host, port = words[words.index("--coordinator") + 1].split(":")
+    with processes(tmp_path, [words]) as (only,):
+        deadline = time.monotonic() + WAIT_S
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection((host, int(port))):
+                break
+            time.sleep(0.05)
+        only.popen.send_signal(signal.SIGINT)
+        assert only.ended(10) == 128 + signal.SIGINT
 
 
 @pytest.mark.slow
@@ -568,7 +670,7 @@ def test_a_process_that_does_not_load_is_waited_for_no_longer_than_the_limit(
     address = one[one.index("--coordinator") + 1]
     idle = f"import time, tpjax; tpjax.initialize_distributed('{address}', 2, 1); {last}\ntime.sleep(100)"
     with processes(tmp_path, [one, ["-c", idle]]) as started:
-        assert started[0].ended() != 0
+        assert started[0].ended() == 1
     assert said in started[0].err.read_text()
 
 

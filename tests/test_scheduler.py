@@ -427,6 +427,22 @@ def test_equal_beginnings_are_computed_once() -> None:
     assert (of.prefix_hits, of.prefix_queries) == (8 + 8 + 12, 10 + 14 + 12 + 13 + 13)
 
 
+def test_what_a_preempted_request_finds_again_counts_for_nothing() -> None:
+    """Neither as its cached tokens nor in the cache's counters: it is its own, before its first token too."""
+    of = scheduler()
+    finish_alone(of, request(4, 1))
+    one = request(20, 2)
+    of.add(one)
+    run(of, of.schedule())
+    of._preempt(one)
+    again = of.schedule()
+    assert again is not None and again.chunks[0].start > 4 and not one.output_token_ids
+    run(of, again)
+    while not one.finished:
+        run(of, of.schedule())
+    assert one.cached_tokens == 4 and (of.prefix_hits, of.prefix_queries) == (4, 4 + 20)
+
+
 def test_output_is_found_too() -> None:
     """The next turn of a conversation begins with all of the last one, the last token excepted."""
     of = scheduler()

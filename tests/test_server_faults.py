@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,12 @@ from serving import CONTEXT, SLOTS, WAIT_S, Running, load_tiny, running, tiny_ch
 
 from tpjax import LLM
 from tpjax.errors import CheckpointError, RequestError
+from tpjax.server.admission_budget import FREE_BYTES, AdmissionBudget, Reservation
+from tpjax.server.error_responses import ApiError
 from tpjax.server.logs import JsonLines, PlainLines
 from tpjax.server.middleware import ServerMiddleware
-from tpjax.server.service import retry_after_s
+from tpjax.server.pace import Pace
+from tpjax.server.service import Service, State
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -336,6 +340,13 @@ def test_a_full_queue_says_when_to_come_back(http: httpx.Client, server: Running
 
 
 def test_when_to_come_back_follows_from_the_pace_of_the_queue() -> None:
+    def retry_after_s(ends: Sequence[float], busy_since: float, excess: int, now: float) -> int:
+        pace = Pace()
+        pace.begin(busy_since)
+        for end in ends:
+            pace.end(1, end)
+        return pace.retry_after_s(excess, 1, now)
+
     ends = [5.0, 45.0, 55.0]
     # since 40 s two have ended and the third is to come, in 30 s
     assert [retry_after_s(ends, 40.0, excess, 70.0) for excess in (0, 1, 4, 100)] == [1, 10, 40, 60]
@@ -343,6 +354,70 @@ def test_when_to_come_back_follows_from_the_pace_of_the_queue() -> None:
     assert retry_after_s([], 69.0, 3, 70.0) == 3 and retry_after_s([], 0.0, 300, 0.1) == 30  # none so far
     fast = [10 + i / 64 for i in range(64)]  # the pace is that of the latest 64
     assert retry_after_s(fast, 0.0, 640, 11.0) == 10
+
+
+def refused_at(monkeypatch: pytest.MonkeyPatch, now: float, ask: Callable[[], object]) -> ApiError:
+    """The error of what is asked for at a time."""
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    with pytest.raises(ApiError) as caught:
+        ask()
+    return caught.value
+
+
+def test_when_to_come_back_with_a_long_text_follows_from_the_pace_of_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unit, budget = FREE_BYTES, AdmissionBudget(10 * FREE_BYTES)
+    one, other, third, fourth = (Reservation(budget) for _ in range(4))
+
+    def retry_after(now: float, units: int) -> str:
+        refused = refused_at(monkeypatch, now, lambda: fourth.grow(units * unit))
+        assert (refused.status, refused.code) == (429, "text_budget_full")
+        return refused.headers["Retry-After"]
+
+    monkeypatch.setattr(time, "perf_counter", lambda: 100.0)
+    one.grow(4 * unit)
+    one.grow(6 * unit)
+    other.grow(4 * unit)
+    assert retry_after(100.0, 5) == "1"
+    # five units are wanted, and one of two requests, which have five on an average, will have ended
+    assert retry_after(110.0, 5) == "10"
+    one.release()
+    third.grow(6 * unit)
+    assert retry_after(120.0, 5) == "10"  # of 20 s, in which six and five units become free
+    other.release()
+    third.release()
+    assert budget.used == 0
+    monkeypatch.setattr(time, "perf_counter", lambda: 150.0)
+    other = Reservation(budget)
+    other.grow(10 * unit)
+    assert retry_after(152.0, 5) == "1"  # what ended before this began says nothing
+    too_long = refused_at(monkeypatch, 152.0, lambda: fourth.grow(11 * unit))
+    assert (too_long.status, too_long.headers) == (413, {})  # it would be refused for ever
+
+
+def test_when_to_come_back_to_a_server_that_takes_no_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def play() -> None:
+        def headers(state: State, now: float) -> dict[str, str]:
+            service.state = state
+            refused = refused_at(monkeypatch, now, lambda: service.llm)
+            assert (refused.status, refused.code) == (503, state)
+            return refused.headers
+
+        monkeypatch.setattr(time, "perf_counter", lambda: 1000.0)
+        go = threading.Event()
+        service = Service(lambda: go.wait(WAIT_S) and None, "m")  # type: ignore[arg-type, return-value]
+        service.start()
+        try:
+            # as long again as it has loaded
+            assert [headers("loading", 1000.0 + s)["Retry-After"] for s in (0, 7.5, 90)] == ["1", "8", "60"]
+            await service.drain(30)  # nothing runs: it is over at once
+            assert headers("draining", 1100.0) == {"Retry-After": "20"}
+            assert headers("failed", 1100.0) == {}
+        finally:
+            go.set()
+
+    asyncio.run(play())
 
 
 def test_a_slow_reader_is_disconnected(

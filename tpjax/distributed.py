@@ -10,19 +10,25 @@ import contextlib
 import itertools
 import os
 import re
+import select
+import signal
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
-from tpjax.errors import DistributedError
+from tpjax.errors import DistributedError, LostProcessError
 
 START_TIMEOUT_S = 300.0
-_FAILURES = "tpjax/failed/"
+_ENDS, _ASKED = "tpjax/ended/", "tpjax/asked/"
 _POLL_S = 0.5
+_SEEN_S = 1.5  # in which the others have looked
 _start_timeout_s = START_TIMEOUT_S  # as asked for
-_joining = threading.Event()
+_connected = _joining = _parting = False
+_polling = threading.Lock()
+_asked_to_end: Callable[[], object] | None = None
 _barriers = itertools.count()
 _gatherings = itertools.count()
 _NOTE_EVERY_S = 10.0
@@ -53,7 +59,7 @@ def initialize_distributed(
     """
     from jax._src import xla_bridge
 
-    global _start_timeout_s
+    global _start_timeout_s, _connected, _joining
     _check(coordinator, num_processes, process_id)
     _start_timeout_s = timeout_s
     if _state().client is not None:
@@ -77,8 +83,8 @@ def initialize_distributed(
         except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
             raise DistributedError(_failure(error, coordinator)) from error
     if _state().num_processes > 1:
-        _joining.set()
-        threading.Thread(target=_watch, name="tpjax-failures", daemon=True).start()
+        _connected = _joining = True
+        threading.Thread(target=_watch, name="tpjax-notices", daemon=True).start()
 
 
 def allow_transfers() -> None:
@@ -103,9 +109,12 @@ def allow_transfers() -> None:
 
 def shut_down() -> None:
     """Leaves the other processes, and waits until all do; before a process ends other than by itself."""
+    global _parting
     if num_processes() > 1:
         import jax
 
+        with _polling:
+            _parting = True
         jax.distributed.shutdown()
 
 
@@ -135,30 +144,91 @@ def publish(name: str, value: bytes) -> None:
 
 
 def report_failure(why: str) -> None:
-    """Tells the other processes, which may wait for this one, that it will not come: they end."""
-    publish(f"{_FAILURES}{process_id()}", f"process {process_id()} failed: {why}".encode())
+    """Ends the other processes with status 1, because this one cannot go on.
+
+    In process 0, which has the store that they look in, it waits until they have.
+
+    Args:
+        why: what they print.
+    """
+    _report(1, why)
+
+
+def report_end(why: str) -> None:
+    """Ends the other processes as :func:`report_failure`, with status 0: one of them was asked to end."""
+    _report(0, why)
+
+
+def _report(status: int, why: str) -> None:
+    global _parting
+    if _parting:
+        return
+    _parting = True
+    publish(f"{_ENDS}{process_id()}", f"{status}{why}".encode())
+    if process_id() == 0:
+        time.sleep(_SEEN_S)
+
+
+def await_notice() -> None:
+    """Waits as long as it may take to see what another process has reported, which ends this one."""
+    time.sleep(_SEEN_S)
+
+
+def parting() -> bool:
+    """Whether this process has ended the others: that they go is no loss."""
+    return _parting
+
+
+def ask_to_end() -> None:
+    """Asks process 0 to end all processes, when what runs has ended: a signal asks this one to end."""
+    publish(f"{_ASKED}{process_id()}", b"")
+
+
+def when_asked_to_end(end: Callable[[], object]) -> None:
+    """Sets what process 0 does when another process asks it to end all; it is called once, on any thread."""
+    global _asked_to_end
+    _asked_to_end = end
 
 
 def joining(now: bool) -> None:
-    """Says whether this process waits for others, and thus ends if one of them reports a failure."""
-    (_joining.set if now else _joining.clear)()
+    """Says whether this process has not met the others for the model that it loads."""
+    global _joining
+    _joining = now
 
 
 def is_joining() -> bool:
     """Whether this process has not met the others for a model yet."""
-    return _joining.is_set()
+    return _joining
 
 
 def _watch() -> None:
-    """Ends the process when another reports a failure: nothing interrupts JAX, which waits for it."""
+    """Looks for what another process has reported, and ends this one: nothing interrupts JAX, which may wait.
+
+    In process 0, it also looks for who asks it to end.
+    """
+    from jax.errors import JaxRuntimeError
+
+    asked = False
     while True:
-        _joining.wait()
-        if (client := _state().client) is None:  # the processes have parted
-            return
-        reports = [value for _, value in client.key_value_dir_get_bytes(_FAILURES)]
-        if reports and _joining.is_set():
-            print(f"tpjax: error: {reports[0].decode()}", file=sys.stderr, flush=True)
-            os._exit(1)
+        with _polling:
+            if _parting or (client := _state().client) is None:
+                return
+            try:
+                ends = client.key_value_dir_get_bytes(_ENDS)
+                asks = [] if process_id() or asked else client.key_value_dir_get_bytes(_ASKED)
+            except JaxRuntimeError:  # the processes part
+                return
+        if ends:
+            status, why = ends[0][1][:1], ends[0][1][1:].decode()
+            print(f"tpjax: {why}" if status == b"0" else f"tpjax: error: {why}", file=sys.stderr, flush=True)
+            os._exit(int(status))
+        if asks:
+            asked = True
+            time.sleep(_POLL_S)  # a launcher signals all processes at once: the own signal comes first
+            number = asks[0][0].removeprefix(_ASKED)
+            print(f"tpjax: process {number} was asked to end: all end", file=sys.stderr, flush=True)
+            if _asked_to_end is not None:
+                _asked_to_end()
         time.sleep(_POLL_S)
 
 
@@ -186,7 +256,7 @@ def gather(value: bytes) -> list[bytes]:
     """Returns what each process gives, in the order of their numbers; all call it equally often.
 
     Raises:
-        DistributedError: one has not come in time, or is lost.
+        LostProcessError: one has not come in time, or is lost.
     """
     if num_processes() == 1:
         return [value]
@@ -200,7 +270,7 @@ def barrier() -> None:
     """Waits until all processes have come here; all call it equally often. One alone does not wait.
 
     Raises:
-        DistributedError: one has not come in time, or is lost.
+        LostProcessError: one has not come in time, or is lost.
     """
     from jax.errors import JaxRuntimeError
 
@@ -210,7 +280,7 @@ def barrier() -> None:
     try:
         _state().client.wait_at_barrier(name, timeout_in_ms=int(1000 * start_timeout_s()))
     except JaxRuntimeError as error:
-        raise DistributedError(f"the other processes did not come: {str(error).splitlines()[0]}") from error
+        raise LostProcessError(f"the other processes did not come: {str(error).splitlines()[0]}") from error
 
 
 def _state() -> Any:
@@ -258,7 +328,10 @@ def _failure(error: Exception, coordinator: str | None) -> str:
 
 
 class _TimeLimit(contextlib.AbstractContextManager[None]):
-    """Says that a block waits, and ends the process if it does for too long: nothing interrupts JAX."""
+    """Says that a block waits, and ends the process if it does for too long, or at a signal.
+
+    Nothing interrupts JAX: a handler in Python would run when it returns.
+    """
 
     def __init__(
         self, coordinator: str | None, processes: int | None, process: int | None, timeout_s: float
@@ -266,12 +339,30 @@ class _TimeLimit(contextlib.AbstractContextManager[None]):
         self._where = coordinator or "the cluster's coordinator"
         self._count, self._process, self._timeout_s = processes, process, timeout_s
         self._done = threading.Event()
+        self._main = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> None:
+        if self._main:  # the bytes that arrive are the numbers of signals
+            self._signals, self._written = socket.socketpair()
+            for end in (self._signals, self._written):
+                end.setblocking(False)
+            self._before = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._heed_signals, name="tpjax-signals", daemon=True).start()
         threading.Thread(target=self._watch, name="tpjax-start", daemon=True).start()
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
+        if self._main:
+            signal.set_wakeup_fd(self._before)
+            self._written.close()
+
+    def _heed_signals(self) -> None:
+        with self._signals:
+            while select.select([self._signals], [], []) and (numbers := self._signals.recv(1)):
+                if numbers[0] in (signal.SIGINT, signal.SIGTERM) and not self._done.is_set():
+                    if _connected:
+                        report_end(f"process {process_id()} was asked to end: all end")
+                    os._exit(128 + numbers[0])
 
     def _watch(self) -> None:
         start = time.monotonic()

@@ -1,7 +1,8 @@
 """The exceptions tpjax raises on bad input.
 
-Every message names the thing and, if two numbers disagree, both numbers. The command line prints
-the message on one line and exits with status 2; nothing half-written is left behind.
+Every message names the thing and, if two numbers disagree, both numbers. The command line prints the message
+on one line and exits with status 2, or with 1 where the input was not what was wrong (:class:`EngineError`,
+:class:`LostProcessError`); nothing half-written is left behind.
 """
 
 
@@ -23,6 +24,10 @@ class DeviceError(TpjaxError, RuntimeError):
 
 class DistributedError(TpjaxError, RuntimeError):
     """Several processes cannot run one model together: they do not find each other, or differ."""
+
+
+class LostProcessError(DistributedError):
+    """A process of the model is missing, late, differs, has failed or was lost: all have to start again."""
 
 
 class DownloadError(TpjaxError):

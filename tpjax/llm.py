@@ -448,7 +448,7 @@ class LLM:
 
         Raises:
             EngineError: the model is closed.
-            DistributedError: another process could not tell, or is lost.
+            LostProcessError: another process could not tell, or is lost.
         """
         from tpjax.inspect.explain import explain
 

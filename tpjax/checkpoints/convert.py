@@ -65,7 +65,7 @@ def convert(
     Raises:
         CheckpointError: the checkpoint is incomplete, or ``target`` exists or cannot be written.
         ConfigError: its architecture is not supported, it is quantised already, or cannot be written so.
-        DistributedError: another process is lost.
+        LostProcessError: another process is lost.
     """
     check_choice("target_format", target_format, TargetFormat)
     if target_format == "safetensors" and quantize is None:

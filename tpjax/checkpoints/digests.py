@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeAlias
@@ -41,10 +41,11 @@ def digest_of_edges(path: Path) -> str:
     """Returns a digest of names, sizes, and both ends of files: it tells checkpoints apart, quickly.
 
     Args:
-        path: a file, with the other parts of a split model, or a directory with all that is in it.
+        path: a file, with the other parts of a split model, or a directory with all that is in it but hidden
+            files: where Hugging Face's client has downloaded, ``.cache`` says when.
     """
     if path.is_dir():
-        folder, files = path, sorted(one for one in path.rglob("*") if one.is_file())
+        folder, files = path, sorted(_shown_files(path))
     else:
         folder, parts = path.parent, (path.with_name(name) for name in gguf_parts.names_of(path.name))
         files = [part for part in parts if part == path or part.is_file()]
@@ -55,6 +56,12 @@ def digest_of_edges(path: Path) -> str:
         name = file.relative_to(folder).as_posix() if file != path else ""
         digest.update(f"{name}\0{file.stat().st_size}\0{edge}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
+
+
+def _shown_files(directory: Path) -> Iterator[Path]:
+    for file in directory.rglob("*"):
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(directory).parts):
+            yield file
 
 
 def _edges(file: Path) -> str:

@@ -34,9 +34,9 @@ from tpjax.cli import (
     serve,
 )
 from tpjax.cli.console import EXIT_INTERRUPTED
-from tpjax.cli.following import abandon
+from tpjax.cli.following import abandon, abandon_interrupted
 from tpjax.cli.options import goal, rate, token_bias
-from tpjax.errors import EngineError, TpjaxError
+from tpjax.errors import EngineError, LostProcessError, TpjaxError
 from tpjax.inspect.accelerators import leave_out_absent
 from tpjax.old_spellings import translate_arguments
 
@@ -169,13 +169,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = app([word for word in words if word != "--debug"], prog_name="tpjax", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
+        abandon_interrupted(EXIT_INTERRUPTED)
         return EXIT_INTERRUPTED
     except _ReaderLeft:
         _discard_stdout()  # the reader has gone: `tpjax generate ... | head -1`
         return EXIT_BROKEN_PIPE
     except TyperException as error:
         return _usage_error(error)
-    except EngineError as error:
+    except (EngineError, LostProcessError) as error:
         return _fail(str(error), EXIT_INTERNAL, debug)
     except TpjaxError as error:
         return _fail(str(error), EXIT_BAD_INPUT, debug)
@@ -189,6 +190,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         hint = "" if debug else " (a bug, or the machine's; --debug shows where)"
         return _fail(f"{type(error).__name__}: {error}{hint}", EXIT_INTERNAL, debug)
+    if status == EXIT_INTERRUPTED:  # that is what typer makes of an interrupt
+        abandon_interrupted(EXIT_INTERRUPTED)
     return status if isinstance(status, int) else 0
 
 

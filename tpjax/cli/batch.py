@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tpjax.cli.console import check_writable, decoded, note, read_lines
-from tpjax.cli.following import interrupt
 from tpjax.cli.loading import chosen_model, ensure, load
 from tpjax.cli.options import (
     GenerationConfig,
@@ -116,7 +115,7 @@ def run(
         return
     ahead = _AHEAD * (max_slots or _MOST_SLOTS)  # how many there will be is known once it is loaded
     # what is in flight is counted here: no request is refused for those before it
-    service = Service(loaded, Path(name).name, max_queue=sys.maxsize, on_drain=interrupt)
+    service = Service(loaded, Path(name).name, max_queue=sys.maxsize)
     answers = _answer(service, create_app(service), waiting, output_file, ahead)
     try:
         statuses = asyncio.run(answers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -49,8 +49,13 @@ def run(
     llm = load(name, sharding, max_slots=1, generation_config=generation_config)
     note_defaults(llm)
     if processes.several:  # Ctrl-C stops an answer, SIGTERM, of this process or another, all of them
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_INTERRUPTED))
+        signal.signal(signal.SIGTERM, _end)
     if params.temperature is None and "temperature" not in llm.sampling_defaults:
         params = dataclasses.replace(params, temperature=TEMPERATURE)
     note(f"{name} at {llm.layout}; /help shows the commands")
     chat(llm, params, system)
+
+
+def _end(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one more, from another process, changes nothing
+    sys.exit(EXIT_INTERRUPTED)

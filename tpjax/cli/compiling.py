@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from tpjax.cli.console import EXIT_INTERRUPTED
+from tpjax.cli.following import abandon_interrupted, end_now
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,8 +57,7 @@ def wait_for(call: Callable[[], None], what: str) -> None:
                     thread.join(0.2)
                     status.update(f"{what}, {time.perf_counter() - start:.0f} s")
     except KeyboardInterrupt:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(EXIT_INTERRUPTED)
+        abandon_interrupted(EXIT_INTERRUPTED)
+        end_now(EXIT_INTERRUPTED)
     if errors:
         raise errors[0]

@@ -117,6 +117,7 @@ def run(
     """Serve a model to many: the OpenAI API, metrics, and a web page at /."""
     try:
         from tpjax.server.run import Options, serve
+        from tpjax.server.service import name_in_api
     except ImportError as error:
         raise ConfigError(f"serving needs more packages ({error}): pip install 'tpjax[serve]'") from error
     name = chosen_model(model, model_option)
@@ -149,11 +150,6 @@ def run(
     if process_id():
         loaded()  # follows process 0, which has the server
     serve(loaded, options, note)
-
-
-def name_in_api(model: str) -> str:
-    """Returns the name that clients ask for: an alias or a Hugging Face id, or the last part of a path."""
-    return Path(model).name if Path(model).exists() else model
 
 
 def _keys(file: Path) -> list[str]:

@@ -69,7 +69,8 @@ class Request:
         finish_reason: ``None`` while it runs.
         error: what went wrong, if ``finish_reason`` is ``error``.
         state_lost: whether it failed because the device state was lost; the cause may be another request.
-        cached_tokens: prompt tokens whose keys and values were found in the prefix cache.
+        cached_tokens: prompt tokens that were found in the prefix cache when it first got a slot; ``None``
+            before that. What it finds again after preemption is mostly its own.
         rope_scaling_key: requests share cached keys only if it is equal: the frequencies of some rotary
             embeddings depend on the maximum length.
         arrival: its number in order of arrival.
@@ -101,7 +102,7 @@ class Request:
     finish_reason: FinishReason | None = None
     error: str | None = None
     state_lost: bool = False
-    cached_tokens: int = 0
+    cached_tokens: int | None = None
     rope_scaling_key: tuple[int, ...] = ()
     arrival: int = 0
     queued: bool = False

@@ -96,12 +96,11 @@ class Router:
         Raises:
             EngineError: all replicas have failed or are closed.
         """
-        self.check_open()
-        loads = [None if one.error else one.load(generation.request) for one in self._members]
+        working = self._working()
+        loads = [one.load(generation.request) for one in working]
         chosen = choose(loads)
-        load, member = loads[chosen], self._members[chosen]
-        assert load is not None
-        self._open[generation] = _Place(member, member.pages(generation.request) - load.cached)
+        member = working[chosen]
+        self._open[generation] = _Place(member, member.pages(generation.request) - loads[chosen].cached)
         member.add(generation)
 
     def cancel(self, generation: Generation) -> None:
@@ -133,8 +132,7 @@ class Router:
         Raises:
             EngineError: all replicas have failed or are closed.
         """
-        self.check_open()
-        return self._alive()[0].submit(function).result()
+        return self._working()[0].submit(function).result()
 
     def run_on_all(self, function: Callable[[Engine], None]) -> None:
         """Calls a function with each working replica's engine, at the same time."""
@@ -147,10 +145,7 @@ class Router:
 
     def check_open(self) -> None:
         """Raises an ``EngineError`` if the replicas are closed, or have all failed."""
-        if self._closed:
-            self._members[0].replica.engine.check_open()
-        if not self._alive():
-            raise EngineError(f"all {len(self._members)} replicas have failed: {self._members[-1].error}")
+        self._working()
 
     def close(self) -> None:
         """Ends all generations with an error, and frees the memory of the devices."""
@@ -161,6 +156,18 @@ class Router:
 
     def _alive(self) -> list[_Member]:
         return [one for one in self._members if one.error is None]
+
+    def _working(self) -> list[_Member]:
+        """Returns the replicas that have not failed; each may fail from now on, on its own thread.
+
+        Raises:
+            EngineError: there are none, or they are closed.
+        """
+        if self._closed:
+            self._members[0].replica.engine.check_open()
+        if alive := self._alive():
+            return alive
+        raise EngineError(f"all {len(self._members)} replicas have failed: {self._members[-1].error}")
 
     def _take(self, news: _News) -> None:
         for generation, delta in news.deltas:

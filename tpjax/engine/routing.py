@@ -20,7 +20,7 @@ class ReplicaLoad(NamedTuple):
     cached: int
 
 
-def choose(loads: Sequence[ReplicaLoad | None]) -> int:
+def choose(loads: Sequence[ReplicaLoad]) -> int:
     """Returns the index of the replica that a request goes to; the first of several that are as good.
 
     One with a free slot, if there is any; of those the one with the least work to do before the request's
@@ -29,10 +29,6 @@ def choose(loads: Sequence[ReplicaLoad | None]) -> int:
     more than another; then another one computes it, too.
 
     Args:
-        loads: what the request would meet at each replica; ``None``: the replica has failed.
-
-    Raises:
-        ValueError: all have failed.
+        loads: what the request would meet at each replica; at least one.
     """
-    alive = [(not load.free_slot, load.queued - load.cached, i) for i, load in enumerate(loads) if load]
-    return min(alive)[2]
+    return min((not load.free_slot, load.queued - load.cached, i) for i, load in enumerate(loads))[2]

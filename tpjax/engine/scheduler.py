@@ -118,7 +118,7 @@ class Scheduler:
         waiting: queued requests, in order of rank.
         running: requests that hold a slot, in order of rank.
         preemptions: number of preemptions so far.
-        prefix_queries: prompt tokens looked up in the prefix cache so far.
+        prefix_queries: prompt tokens looked up in the prefix cache so far; those of preempted requests once.
         prefix_hits: prompt tokens found there so far.
     """
 
@@ -302,7 +302,7 @@ class Scheduler:
         request.prefill_start = request.prefilled = found.blocks * page_size
         request.inserted_pages = found.blocks
         request.dispatched_tokens = len(request.output_token_ids)
-        if not request.output_token_ids:
+        if request.cached_tokens is None:
             request.cached_tokens = request.prefilled
             self.prefix_queries += tokens
             self.prefix_hits += request.prefilled

@@ -59,7 +59,7 @@ def explain(runner: Runner, name: str, dp: int = 1) -> Report | PipelineReport:
     are described by these, which follow process 0 with :func:`explain_own_stages`; they know their own alone.
 
     Raises:
-        DistributedError: another process could not tell, or is lost.
+        LostProcessError: another process could not tell, or is lost.
     """
     if len(runner.stages) == 1:
         return explain_stage(runner, name, dp)

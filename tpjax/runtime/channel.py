@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple, TypeAlias
 
-from tpjax.errors import DistributedError
+from tpjax.errors import DistributedError, LostProcessError
 
 SECRET_BYTES = 32
 MAX_FRAME_BYTES = 1 << 30
@@ -37,7 +37,7 @@ class Kind(IntEnum):
     """
 
     DECISIONS = 1  # JSON: what process 0 has chosen for all
-    REFUSED = 2  # text: why
+    REFUSED = 2  # text: why all end
     COMPILE = 3  # JSON: number and key of a program
     DISPATCH = 4  # number of a program, and its host arguments
     ALLOCATE = 5  # allocate the device state
@@ -48,11 +48,10 @@ class Kind(IntEnum):
     HELLO = 9  # JSON: what this process would run
     COMPILED = 10  # JSON: number of a program, and the error if there was one
     FAILED = 11  # text: why this process cannot go on
-    DRAIN = 12  # a signal asked this process to end
-    LEAVING = 13  # the answer to STOP
-    EXPLAINED = 14  # JSON: what EXPLAIN asked for, and the error if there was one
+    LEAVING = 12  # the answer to STOP
+    EXPLAINED = 13  # JSON: what EXPLAIN asked for, and the error if there was one
 
-    BEAT = 15
+    BEAT = 14
 
 
 class Frame(NamedTuple):
@@ -161,13 +160,13 @@ def connect(host: str, port: int, secret: bytes) -> Connection:
     """Connects to process 0.
 
     Raises:
-        DistributedError: it cannot be reached, or does not prove the secret.
+        LostProcessError: it cannot be reached, or does not prove the secret.
     """
     try:
         sock = socket.create_connection((host, port), timeout=_PROOF_TIMEOUT_S)
     except OSError as error:
         why = f"process 0 cannot be reached at {host}, port {port}: {error.strerror or error}"
-        raise DistributedError(f"{why}; are all ports between the machines open?") from error
+        raise LostProcessError(f"{why}; are all ports between the machines open?") from error
     try:
         nonce, own = _receive(sock, SECRET_BYTES), secrets.token_bytes(SECRET_BYTES)
         sock.sendall(own + _proof(secret, b"follower", nonce, own))
@@ -175,7 +174,7 @@ def connect(host: str, port: int, secret: bytes) -> Connection:
             raise DistributedError("wrong proof")
     except (OSError, DistributedError) as error:
         sock.close()
-        raise DistributedError(f"what listens at {host}, port {port}, is not process 0 of these") from error
+        raise LostProcessError(f"what listens at {host}, port {port}, is not process 0 of these") from error
     return Connection(sock)
 
 

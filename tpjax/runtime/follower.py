@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from tpjax.distributed import process_id, stored
-from tpjax.errors import DistributedError
+from tpjax.distributed import await_notice, process_id, stored
+from tpjax.errors import DistributedError, LostProcessError
 from tpjax.runtime.channel import Frame, Kind, connect
 from tpjax.runtime.limits import ChunkShape
 from tpjax.runtime.processes import (
@@ -47,12 +47,16 @@ class Follower:
         timeout_s: seconds to wait for process 0.
 
     Raises:
-        DistributedError: process 0 cannot be reached, or refuses this process.
+        LostProcessError: process 0 cannot be reached.
     """
 
     def __init__(self, facts: Facts, own: Facts, timeout_s: float) -> None:
         where = _place(next_place(), timeout_s)
-        self._connection = connect(where["host"], where["port"], bytes.fromhex(where["secret"]))
+        try:
+            self._connection = connect(where["host"], where["port"], bytes.fromhex(where["secret"]))
+        except LostProcessError:
+            await_notice()  # process 0 may have refused another process, and gone
+            raise
         self._process = process_id()
         self._pulse = Pulse(self._connection, FOLLOWER_SILENCE_S, self._silent)
         self._decisions: queue.SimpleQueue[Frame] = queue.SimpleQueue()
@@ -73,12 +77,12 @@ class Follower:
         """Returns what process 0 has chosen for all; waits for it.
 
         Raises:
-            DistributedError: process 0 refuses this process.
+            LostProcessError: process 0 refuses this process.
         """
         frame = self._decisions.get()
         if frame.kind == Kind.REFUSED:
             atexit.register(os._exit, EXIT_LOST)  # JAX would wait for the others
-            raise DistributedError(_text(frame))
+            raise LostProcessError(_text(frame))
         decisions: dict[str, Any] = from_json(frame.body)
         return decisions
 
@@ -121,10 +125,6 @@ class Follower:
     def compiling(self) -> bool:
         """Whether a thread compiles a program."""
         return bool(self._compilations)
-
-    def ask_to_drain(self) -> None:
-        """Asks process 0 to finish what runs and to end all processes."""
-        self._connection.send(Kind.DRAIN)
 
     def _replay(self, frame: Frame) -> None:
         runner = self._runner
@@ -217,7 +217,7 @@ def _place(name: str, timeout_s: float) -> dict[str, Any]:
     deadline = time.monotonic() + timeout_s
     while (found := stored(name)) is None:
         if time.monotonic() > deadline:
-            raise DistributedError(f"process 0 did not begin to load the model within {timeout_s:g} s")
+            raise LostProcessError(f"process 0 did not begin to load the model within {timeout_s:g} s")
         time.sleep(_POLL_S)
     place: dict[str, Any] = from_json(memoryview(found))
     return place

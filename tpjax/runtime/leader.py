@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
-from tpjax.distributed import coordinator_host, num_processes, publish
-from tpjax.errors import DistributedError
+from tpjax.distributed import coordinator_host, num_processes, parting, publish, report_failure
+from tpjax.errors import DistributedError, LostProcessError
 from tpjax.runtime.channel import SECRET_BYTES, Buffer, Connection, Frame, Kind, accept, listen
 from tpjax.runtime.processes import (
     EXIT_LOST,
@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 
 _NOTE_EVERY_S = 10.0
 _LEAVE_S = 10.0  # a follower has this long to finish what was sent before STOP
+_TELL_S = 0.5  # for the followers to read why they end, before the connection does
 _ANSWER_S = 3.0  # for the streams to be answered, and /health to be asked, before the process ends
-_DRAIN_DELAY_S = 0.5  # a launcher signals all processes at once: the own signal comes first
 
 
 class _Follower:
@@ -66,15 +66,14 @@ class Leader:
     Attributes:
         on_lost: called once, on any thread, with the reason, if all processes have to end; they do so seconds
             later.
-        on_drain: called, on any thread, when a follower was asked to end.
 
     Raises:
-        DistributedError: a follower is missing or differs.
+        LostProcessError: a follower is missing or differs.
+        DistributedError: the coordinator's address is not of this machine.
     """
 
     def __init__(self, facts: Facts, own: Facts, timeout_s: float) -> None:
         self.on_lost: Callable[[str], None] = lambda reason: None
-        self.on_drain: Callable[[], None] = lambda: None
         self._own = dict(own)
         self._count = num_processes()
         self._lock = threading.Lock()
@@ -106,7 +105,7 @@ class Leader:
                 late = f"process {', '.join(map(str, sorted(missing)))}"
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise DistributedError(f"{late} did not begin to load the model within {timeout_s:g} s")
+                    raise LostProcessError(f"{late} did not begin to load the model within {timeout_s:g} s")
                 sock.settimeout(min(left, _NOTE_EVERY_S))
                 try:
                     connection = accept(sock, secret)
@@ -119,16 +118,24 @@ class Leader:
                     continue
                 self._followers.append(follower)
                 if wrong := differences(facts, follower.facts["same"], follower.process):
-                    raise DistributedError(f"process {follower.process} is refused: {'; '.join(wrong)}")
+                    raise LostProcessError(f"process {follower.process} is refused: {'; '.join(wrong)}")
                 self._listen_to(follower)  # it hears from this process while others are waited for
         self._followers.sort(key=lambda one: one.process)
 
     def refuse(self, why: str) -> None:
-        """Ends the followers at the start, with a reason."""
+        """Ends the other processes at the start, with a reason; those, too, that have not come so far."""
         self._closing = self._refused = True
+        self._tell(why)
+        report_failure(why)
+
+    def _tell(self, why: str) -> None:
+        """Tells the followers why they end, without waiting for one that reads nothing."""
         for follower in self._followers:
-            with contextlib.suppress(OSError):  # it has gone already
-                follower.connection.send(Kind.REFUSED, [why.encode()])
+            threading.Thread(target=self._tell_one, args=(follower, why), daemon=True).start()
+
+    def _tell_one(self, follower: _Follower, why: str) -> None:
+        with contextlib.suppress(OSError):  # it has gone already
+            follower.connection.send(Kind.REFUSED, [why.encode()])
 
     def gathered(self, name: str) -> list[Any]:
         """Returns what every process has under a name in what may differ, process 0 first."""
@@ -143,7 +150,7 @@ class Leader:
     def compile(self, spec: ProgramSpec) -> Callable[[], None]:
         """Starts to compile a program in all other processes; returns what waits for them.
 
-        That raises a ``DistributedError`` if one of them fails.
+        That raises a ``LostProcessError`` if one of them fails.
         """
         with self._lock:
             number = self._specs.setdefault(spec, len(self._specs))
@@ -166,14 +173,14 @@ class Leader:
         """Returns what each follower says of its stages, plain data; waits for them, who may compile.
 
         Raises:
-            DistributedError: one of them could not tell, or is lost.
+            LostProcessError: one of them could not tell, or is lost.
         """
         with self._asking:
             for follower in self._followers:
                 follower.explained = Future()
             self._send(Kind.EXPLAIN)
             if self._lost is not None:
-                raise DistributedError(self._lost)
+                raise LostProcessError(self._lost)
             return [follower.explained.result() for follower in self._followers]
 
     def allocate(self) -> None:
@@ -243,7 +250,7 @@ class Leader:
                 self._handle(follower, frame)
         except (OSError, ValueError, DistributedError) as error:
             why = str(error)
-        if not self._closing:
+        if not (self._closing or parting()):
             self._lose(f"process {follower.process} was lost: {why}")
         follower.left.set()
 
@@ -257,17 +264,9 @@ class Leader:
                 follower.explained.set_result(found)
             else:
                 why = f"process {follower.process} could not explain its stages: {error}"
-                follower.explained.set_exception(DistributedError(why))
+                follower.explained.set_exception(LostProcessError(why))
         elif frame.kind == Kind.FAILED:
             self._lose(f"process {follower.process} failed: {bytes(frame.body).decode('utf-8', 'replace')}")
-        elif frame.kind == Kind.DRAIN:
-            log.info("process %d was asked to end: all end", follower.process)
-            threading.Thread(target=self._drain, daemon=True).start()
-
-    def _drain(self) -> None:
-        time.sleep(_DRAIN_DELAY_S)
-        if not self._closing:
-            self.on_drain()
 
     def _send(self, kind: Kind, body: Sequence[Buffer] = ()) -> None:
         with self._order:  # all followers get all frames in one order
@@ -289,13 +288,15 @@ class Leader:
             waiting.fail(reason)
         for follower in self._followers:
             with contextlib.suppress(InvalidStateError):  # it has answered
-                follower.explained.set_exception(DistributedError(reason))
+                follower.explained.set_exception(LostProcessError(reason))
         threading.Thread(target=self._end, args=(reason,), name="tpjax-end").start()
 
     def _end(self, reason: str) -> None:
         try:
             self.on_lost(reason)
             time.sleep(_ANSWER_S)
+            self._tell(reason)
+            time.sleep(_TELL_S)
         finally:
             leave(reason)
 
@@ -324,7 +325,7 @@ class _Acknowledgements:
         with self._done:
             self._done.wait_for(lambda: not self._missing or self._error is not None)
         if self._error is not None:
-            raise DistributedError(f"{what} could not be compiled everywhere: {self._error}")
+            raise LostProcessError(f"{what} could not be compiled everywhere: {self._error}")
 
 
 def _introduced(connection: Connection) -> _Follower | None:

@@ -8,15 +8,22 @@ lost. JAX has a heartbeat of its own, but it takes 100 s, and ends every process
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
+import platform
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
+
+from tpjax._version import __version__
 from tpjax.runtime.channel import Connection, Kind
 
 BEAT_S = 1.0
@@ -46,6 +53,51 @@ def from_json(body: memoryview) -> Any:
         ValueError: it is not JSON.
     """
     return json.loads(bytes(body))
+
+
+# Settings of JAX that decide what a program computes.
+_SETTINGS = (
+    *("jax_enable_x64", "jax_default_matmul_precision", "jax_disable_jit", "jax_debug_nans"),
+    *("jax_use_shardy_partitioner", "jax_threefry_partitionable", "jax_default_prng_impl"),
+)
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+_OWN_FLAGS = ("--xla_force_host_platform_device_count", "--xla_dump_")  # that each process may choose
+
+
+def surroundings() -> dict[str, Any]:
+    """Returns what besides the model decides what programs are compiled: versions, code, flags, settings."""
+    device = jax.local_devices()[0]
+    return {
+        "version": __version__,
+        "code": _digest_of_code(),
+        "jax": jax.__version__,
+        "python": platform.python_version_tuple()[:2],
+        "device": device.device_kind,
+        "compiler": " ".join(device.client.platform_version.split()),
+        **flags(" ".join(os.environ.get(name, "") for name in _FLAGS)),
+        **{name: str(getattr(jax.config, name, None)) for name in _SETTINGS},
+    }
+
+
+def flags(text: str) -> dict[str, str]:
+    """Returns the values of the flags in a text that have to be the same in all processes.
+
+    Of a flag that is repeated the last counts. One with a path is of its machine.
+    """
+    given = dict(word.partition("=")[::2] for word in text.split())
+    return {
+        name: value for name, value in given.items() if not name.startswith(_OWN_FLAGS) and "/" not in value
+    }
+
+
+@cache
+def _digest_of_code() -> str:
+    """Returns a digest of tpjax's source: two checkouts may have one version."""
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]
 
 
 def differences(own: Facts, others: Facts, process: int) -> list[str]:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 
-from tpjax._version import __version__
 from tpjax.attention import Backend
 from tpjax.distributed import joining, num_processes, process_id, report_failure, start_timeout_s
 from tpjax.errors import DistributedError, TpjaxError
 from tpjax.runtime.follower import Follower
 from tpjax.runtime.leader import Leader
 from tpjax.runtime.memory import DeviceMemory
-from tpjax.runtime.processes import Facts
+from tpjax.runtime.processes import Facts, surroundings
 
 if TYPE_CHECKING:
     from tpjax.runtime.runner import Runner
@@ -68,7 +66,7 @@ class Role:
             decide: called in process 0.
 
         Raises:
-            DistributedError: process 0 cannot go on.
+            LostProcessError: process 0 cannot go on.
         """
         if self.follower is not None:
             return self.follower.decisions()
@@ -109,7 +107,7 @@ class Role:
         elif self.leader is not None:
             self.leader.refuse(f"process 0 failed: {why}")
         elif num_processes() > 1:
-            report_failure(why)  # they have not met yet
+            report_failure(f"process {process_id()} failed: {why}")  # they have not met yet
 
 
 def tells_failure(load: _Load) -> _Load:
@@ -144,7 +142,7 @@ def together(facts: Facts, memory: DeviceMemory | None = None) -> Iterator[Role]
         The part of this process.
 
     Raises:
-        DistributedError: a process is missing, or would do something else.
+        LostProcessError: a process is missing, or would do something else.
     """
     role = join(facts, memory)
     with role.telling():
@@ -160,11 +158,12 @@ def join(facts: Facts, memory: DeviceMemory | None) -> Role:
     """Joins the other processes, if there are any.
 
     Args:
-        facts: what must be the same in all of them; versions and the kind of device are added.
+        facts: what must be the same in all of them; versions, device, flags and code are added.
         memory: memory of this process's devices.
 
     Raises:
-        DistributedError: a process is missing, or would run something else.
+        LostProcessError: a process is missing, or would run something else.
+        DistributedError: JAX sees other processes than those that met.
     """
     if jax.process_count() != num_processes():  # hosts of a TPU slice see each other in any case
         raise DistributedError(
@@ -173,13 +172,7 @@ def join(facts: Facts, memory: DeviceMemory | None) -> Role:
         )
     if num_processes() == 1:
         return Role(memory)
-    same = {
-        "version": __version__,
-        "jax": jax.__version__,
-        "python": platform.python_version_tuple()[:2],
-        "device": jax.local_devices()[0].device_kind,
-        **facts,
-    }
+    same = {**surroundings(), **facts}
     own: dict[str, Any] = {"memory": None if memory is None else asdict(memory)}
     same = {name: list(value) if isinstance(value, tuple) else value for name, value in same.items()}
     joining(True)

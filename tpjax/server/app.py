@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from tpjax._version import __version__
-from tpjax.errors import DistributedError
+from tpjax.errors import LostProcessError
 from tpjax.server.app_state import AppState
 from tpjax.server.chat import ChatResponse
 from tpjax.server.completions import CompletionResponse
@@ -129,7 +129,7 @@ def _add_monitoring(app: FastAPI, state: AppState) -> None:
     @app.get("/health")
     async def health() -> Response:
         """Returns 200 unless the engine, or every replica, has failed; and which replicas work."""
-        lost = {"error": f"{service.error}"} if isinstance(service.error, DistributedError) else {}
+        lost = {"error": f"{service.error}"} if isinstance(service.error, LostProcessError) else {}
         return JsonResponse(
             {"status": service.state, "replicas": state.replicas()} | lost,
             status_code=503 if service.state == "failed" else 200,

@@ -10,6 +10,7 @@ import re
 import time
 import uuid
 from base64 import b64decode
+from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -35,6 +36,7 @@ OPEN_PATHS = ("/health", "/ping", "/ready", "/metrics")  # probes and scrapers h
 # The web page and its files: the same for everybody, and nothing in them is the model's. It asks for the key.
 PAGE_PATH = re.compile(r"/|/page/[a-z]+\.(css|js)")
 POLLED_PATHS = (*OPEN_PATHS, "/stats")  # requested every second or so: logged at debug level if successful
+_CONTROLS = (*range(32), 127)  # that no header's value has
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 
@@ -49,7 +51,7 @@ class ServerMiddleware:
         protect_metrics: ``/metrics`` needs a key too.
 
     Raises:
-        RequestError: a key is empty, as that of a variable that is not set.
+        RequestError: a key is none that a client could send.
     """
 
     def __init__(
@@ -59,11 +61,10 @@ class ServerMiddleware:
         max_body_bytes: int = MAX_BODY_BYTES,
         protect_metrics: bool = False,
     ) -> None:
-        if not all(api_keys):
-            raise RequestError("an API key is empty")
+        check_keys(api_keys)
         self._app = app
         self._open = set(OPEN_PATHS) - ({"/metrics"} if protect_metrics else set())
-        self._keys = [key.encode() for key in api_keys]
+        self._keys = [key.encode("utf-8", "surrogateescape") for key in api_keys]
         self._max_body_bytes = max_body_bytes
         self._budget = AdmissionBudget(MAX_PREPARED_BODIES * max_body_bytes)
 
@@ -189,6 +190,21 @@ class ServerMiddleware:
                         return bytes(body)
         except TimeoutError as error:
             raise ApiError(408, f"the body did not come within {BODY_LIMIT_S:g} s") from error
+
+
+def check_keys(api_keys: Sequence[str]) -> None:
+    """Checks that clients could send these keys.
+
+    Raises:
+        RequestError: one is empty, as that of a variable that is not set, or no header could have it.
+    """
+    for key in api_keys:
+        if not key.strip():
+            raise RequestError("an API key is empty")
+        if key != key.strip() or not set(map(ord, key)).isdisjoint(_CONTROLS):
+            raise RequestError(
+                "an API key has white space at an end, or a control character: no client sends that"
+            )
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -249,7 +249,7 @@ def usage(stream: Stream, n: int) -> JsonObject:
     requests = [generation.request for generation in stream.generations]
     prompt = sum(len(request.prompt_token_ids) for request in requests[::n])
     completion = sum(len(request.output_token_ids) for request in requests)
-    cached = sum(request.cached_tokens for request in requests[::n])
+    cached = sum(request.cached_tokens or 0 for request in requests[::n])
     return _counts(prompt, completion) | {"prompt_tokens_details": {"cached_tokens": cached}}
 
 

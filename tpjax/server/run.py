@@ -18,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from tpjax.distributed import shut_down
+from tpjax.distributed import num_processes, report_end, shut_down, when_asked_to_end
 from tpjax.errors import ConfigError
 from tpjax.server.app import create_app
 from tpjax.server.logs import log_to_stderr
@@ -133,6 +133,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts to listen."""
         await super().startup(sockets)
+        loop = asyncio.get_running_loop()
+        when_asked_to_end(lambda: loop.call_soon_threadsafe(self.finish))
         self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -200,7 +202,6 @@ def serve(load: Callable[[], LLM], options: Options, announce: Callable[[str], N
             + (f" ({service.compiling} compiles in the background)" if service.compiling else "")
         ),
         on_failure=lambda: server.finish(),
-        on_drain=lambda: server.finish(),
     )
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{host}:{sock.getsockname()[1]}"
@@ -209,6 +210,9 @@ def serve(load: Callable[[], LLM], options: Options, announce: Callable[[str], N
     server.run(sockets=[sock])
     if service.error is not None:
         raise service.error
+    if not service.loaded and num_processes() > 1:  # the others load, or compile what this one asked for
+        report_end("process 0 was asked to end: all end")
+        os._exit(0)
     shut_down()
     if not service.loaded or service.compiling:
         os._exit(0)  # a thread is in the compiler: the interpreter could not finalise

@@ -10,19 +10,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tpjax.engine.generation import Delta, Generation
-from tpjax.errors import DistributedError
+from tpjax.errors import LostProcessError
 from tpjax.server.error_responses import ApiError, bad_request, internal_error
 from tpjax.server.json_types import JsonObject
 from tpjax.server.metrics import ChoiceTimings, Metrics
+from tpjax.server.pace import Pace, at_most_a_minute
 from tpjax.server.shards import shards
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 State = Literal["loading", "ready", "draining", "failed"]
-_RATE_S, _ENDS = 60.0, 64  # of so many seconds and choices the ends say how fast the queue moves
-_MAX_RETRY_AFTER_S = 60  # the official client heeds no longer one
 
 
 class Stream:
@@ -120,7 +119,6 @@ class Service:
         warm_up: compile programs before requests are accepted, and the rest in the background.
         on_ready: called once, on the event loop, when requests are accepted.
         on_failure: called once, on the event loop, if an exception ends the engine's thread.
-        on_drain: called on the event loop if another process of the model was asked to end.
 
     Attributes:
         state: requests are accepted while it is ``ready``.
@@ -140,7 +138,6 @@ class Service:
         warm_up: bool = False,
         on_ready: Callable[[], None] = lambda: None,
         on_failure: Callable[[], None] = lambda: None,
-        on_drain: Callable[[], None] = lambda: None,
     ) -> None:
         self.state: State = "loading"
         self.error: BaseException | None = None
@@ -154,13 +151,12 @@ class Service:
         self._compiling: LLM | None = None
         self._on_ready = on_ready
         self._on_failure = on_failure
-        self._on_drain = on_drain
         self._llm: LLM | None = None
         # on the event loop only
         self._streams: set[Stream] = set()
         self._preparing = 0
-        self._ends: deque[float] = deque(maxlen=_ENDS)  # when the latest choices ended, seconds
-        self._busy_since = 0.0  # when the first of the open streams was submitted, seconds
+        self._pace = Pace()  # of choices
+        self._loading_since = self._drained_at = 0.0  # seconds of ``time.perf_counter``
         # on the engine's thread only
         self._active: dict[Generation, tuple[Stream, int]] = {}
         self._commands: queue.SimpleQueue[Callable[[Replica | Router], None] | None] = queue.SimpleQueue()
@@ -169,8 +165,11 @@ class Service:
     # --- on the event loop -------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Starts the engine's thread; the model is loaded when ``state`` is ``ready``."""
+        """Starts the engine's thread, once; the model is loaded when ``state`` is ``ready``."""
+        if self._thread.ident is not None:
+            return
         self._loop = asyncio.get_running_loop()
+        self._loading_since = time.perf_counter()
         self._thread.start()
 
     @property
@@ -184,8 +183,23 @@ class Service:
             why = f"the server is not ready: {self.state}"
             if self.compiling:
                 why += f", {self.compiling}"
-            raise ApiError(503, why, code=self.state, headers={"Retry-After": "1"})
+            raise ApiError(503, why, code=self.state, headers=self._retry_when_ready())
         return self._llm
+
+    def _retry_when_ready(self) -> Mapping[str, str]:
+        """Returns the headers of a response while no requests are accepted.
+
+        A model that loads may take as long again as it has so far. Where a server drains, the next one can
+        be here when this one has ended; one that has failed does not know of a next.
+        """
+        match self.state:
+            case "loading":
+                seconds = time.perf_counter() - self._loading_since
+            case "draining":
+                seconds = self._drained_at - time.perf_counter()
+            case _:
+                return {}
+        return {"Retry-After": str(at_most_a_minute(seconds))}
 
     @property
     def replicas(self) -> Sequence[ReplicaStatus]:
@@ -217,16 +231,13 @@ class Service:
             ApiError: 429, the queue is full; 503, no requests are accepted.
         """
         room = self.llm.front.slots + self.max_queue
-        if self.pending + choices > room:
+        if (excess := self.pending + choices - room) > 0:
             raise ApiError(
                 429,
                 f"the queue is full: {self.pending} choices wait or run, {choices} more are over {room}",
                 code="queue_full",
-                headers={"Retry-After": str(self._retry_after_s(self.pending + choices - room))},
+                headers={"Retry-After": str(self._pace.retry_after_s(excess, 1, time.perf_counter()))},
             )
-
-    def _retry_after_s(self, excess: int) -> int:
-        return retry_after_s(self._ends, self._busy_since, excess, time.perf_counter())
 
     @contextlib.contextmanager
     def preparing(self, choices: int) -> Iterator[None]:
@@ -251,7 +262,7 @@ class Service:
         self.admit(len(generations))
         stream = Stream(generations, limit)
         if not self._streams:
-            self._busy_since = time.perf_counter()
+            self._pace.begin(time.perf_counter())
         self._streams.add(stream)
         self._command(lambda front: self._add(front, stream))
         return stream
@@ -266,8 +277,8 @@ class Service:
         """Stops accepting requests and waits for the running ones; after ``limit_s`` seconds they fail."""
         if self.state != "failed":
             self.state = "draining"
-        deadline = time.monotonic() + limit_s
-        while self._streams and time.monotonic() < deadline:
+        self._drained_at = time.perf_counter() + limit_s
+        while self._streams and time.perf_counter() < self._drained_at:
             await asyncio.sleep(0.02)
         self._fail_streams(ApiError(503, f"the server stopped after {limit_s:g} s", code="draining"))
 
@@ -288,7 +299,7 @@ class Service:
         for stream, index, delta in outputs:
             self.metrics.record(stream.generations[index].request, stream.timings[index], delta, now)
             if delta.finish_reason is not None:
-                self._ends.append(now)
+                self._pace.end(1, now)
             if not stream.put(index, delta):
                 log.warning("a reader was too slow: its request ends")
                 self.close(stream)
@@ -309,7 +320,7 @@ class Service:
 
     def _lost(self, reason: str) -> None:
         """Answers all streams: another process is lost, and this one ends in seconds."""
-        self.state, self.error = "failed", DistributedError(reason)
+        self.state, self.error = "failed", LostProcessError(reason)
         self._fail_streams(ApiError(500, f"the model has stopped: {reason}", code="process_lost"))
 
     # --- on the engine's thread --------------------------------------------------------------------------
@@ -319,7 +330,6 @@ class Service:
             llm = self._load()
             if llm.role.leader is not None:
                 llm.role.leader.on_lost = lambda reason: self._call(lambda: self._lost(reason))
-                llm.role.leader.on_drain = lambda: self._call(self._on_drain)
             if self._warm_up:
                 self._compiling = llm
                 llm.warm_up(background=True)
@@ -403,16 +413,6 @@ class Service:
             log.debug("the event loop has closed")
 
 
-def retry_after_s(ends: Sequence[float], busy_since: float, excess: int, now: float) -> int:
-    """Returns when to try again: seconds until so many choices will have ended, 1 to 60.
-
-    Args:
-        ends: when the latest choices ended, oldest first; seconds.
-        busy_since: since when there are choices; seconds.
-        excess: choices that have to end before there is room.
-        now: the time, seconds.
-    """
-    oldest = ends[0] if len(ends) >= _ENDS else 0.0
-    start = max(busy_since, oldest, now - _RATE_S)
-    ended = 1 + sum(end > start for end in ends)  # the next one too: none may have ended so far
-    return min(max(math.ceil(excess * (now - start) / ended), 1), _MAX_RETRY_AFTER_S)
+def name_in_api(model: str) -> str:
+    """Returns the name that clients ask for: an alias or a Hugging Face id, or the last part of a path."""
+    return Path(model).name if Path(model).exists() else model

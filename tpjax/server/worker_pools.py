@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -17,6 +18,7 @@ from tpjax.errors import CheckpointError, RequestError, TpjaxError
 from tpjax.sandbox import MEMORY_LIMIT_BYTES, TIME_LIMIT_S, TimeLimitError, Worker
 from tpjax.server.error_responses import ApiError, bad_request
 from tpjax.server.json_types import Json
+from tpjax.server.pace import Pace
 
 T = TypeVar("T")
 
@@ -52,6 +54,7 @@ class WorkerPool:
         self._memory_limit_bytes = memory_limit_bytes
         self._size = size
         self._waiting = 0
+        self._pace = Pace()  # of jobs
         self._places = asyncio.Semaphore(size)
         self._idle: list[Worker] = []
         self._busy: set[Worker] = set()
@@ -99,15 +102,19 @@ class WorkerPool:
     async def _place(self) -> AsyncIterator[None]:
         if self._max_waiting is not None and self._waiting >= self._max_waiting:
             message = f"{self._what}: {self._waiting} jobs wait, the most that may"
-            raise ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
+            wait_s = self._pace.retry_after_s(1, 1, time.perf_counter())
+            raise ApiError(429, message, code="queue_full", headers={"Retry-After": str(wait_s)})
         self._waiting += 1
         try:
             await self._places.acquire()
         finally:
             self._waiting -= 1
+        if not self._busy:
+            self._pace.begin(time.perf_counter())
         try:
             yield
         finally:
+            self._pace.end(1, time.perf_counter())
             self._places.release()
 
     def _limit_s(self) -> float:

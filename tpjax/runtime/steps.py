@@ -149,8 +149,8 @@ def step(
         greedy: as in :func:`decode`.
         mesh: the mesh.
     """
-    state, hidden, metadata = _run_last(model, state, batch, hidden, residual)
-    return _sample_step(model, state, batch, hidden, metadata, greedy, mesh)
+    state, hidden, _ = _run_last(model, state, batch, hidden, residual)
+    return _sample_step(model, state, batch, hidden, greedy, mesh)
 
 
 def step_and_score(
@@ -172,7 +172,7 @@ def step_and_score(
     of_chunks = constrain(metadata.split(hidden)[-1], REPLICATED)  # all-gather with sequence parallelism
     logits = model.logits(of_chunks.reshape(targets.size, -1))
     scored = score_tokens(logits, targets.reshape(-1), mesh)
-    return *_sample_step(model, state, batch, hidden, metadata, greedy, mesh), scored
+    return *_sample_step(model, state, batch, hidden, greedy, mesh), scored
 
 
 def score(
@@ -307,7 +307,6 @@ def _sample_step(
     state: DeviceState,
     batch: PackedStep,
     hidden: Float[Array, "N D"],
-    metadata: BatchMetadata,
     greedy: bool,
     mesh: Mesh,
 ) -> tuple[DeviceState, Sampled]:

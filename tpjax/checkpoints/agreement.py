@@ -1,6 +1,6 @@
 """Compares a configuration with a checkpoint's tensors: sizes first, then names and shapes, then ties.
 
-The rule for tensors is that for fields (`tpjax.families.unread`): what a model needs must be there in the
+The rule for tensors is that for fields (``tpjax.families.unread``): what a model needs must be there in the
 right shape; what could change a number if it were used is rejected; anything else is named and ignored.
 """
 

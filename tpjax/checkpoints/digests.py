@@ -1,7 +1,8 @@
 """SHA-256 of files: a directory's manifest, and a record of files that were checked and have not changed.
 
-A manifest has the format of `sha256sum`, so that `sha256sum -c` checks it too. A file whose digest was right
-is recorded in the cache folder by its size, times and inode: it is read again only after one has changed.
+A manifest has the format of ``sha256sum``, so that ``sha256sum -c`` checks it too. A file whose digest was
+right is recorded in the cache folder by its size, times and inode: it is read again only after one has
+changed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Reads GGUF files: metadata decoded, tensors dequantised to float32 a block of rows at a time.
 
 The layout is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is parsed
-here rather than by `gguf.GGUFReader`, which trusts every count in the file and takes seconds over a
-large vocabulary; the arithmetic of each quantisation comes from the `gguf` package.
+here rather than by ``gguf.GGUFReader``, which trusts every count in the file and takes seconds over a
+large vocabulary; the arithmetic of each quantisation comes from the ``gguf`` package.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _MIN_PAIR_BYTES, _MIN_TENSOR_BYTES = 13, 32
 
 
 class _Tensor(NamedTuple):
-    """A tensor as its file's header describes it; `start` counts from the file's beginning once placed."""
+    """A tensor as its file's header describes it; ``start`` counts from the file's beginning once placed."""
 
     path: Path
     info: TensorInfo
@@ -109,7 +109,7 @@ class GGUFFile:
         self.tensors: Mapping[str, TensorInfo] = {name: t.info for name, t in self._tensors.items()}
 
     def quantization(self, name: str) -> str:
-        """Returns the ggml name of the tensor's stored type, such as `"Q4_K"` or `"F32"`."""
+        """Returns the ggml name of the tensor's stored type, such as ``"Q4_K"`` or ``"F32"``."""
         lookup(self.tensors, name, self.path)
         return self._tensors[name].kind.name
 
@@ -120,7 +120,7 @@ class GGUFFile:
     def read(
         self, name: str, index: tuple[slice, ...] | None = None, memory: np.ndarray | None = None
     ) -> np.ndarray:
-        """Reads a tensor or a box of it, dequantised to float32; see `TensorSource.read`.
+        """Reads a tensor or a box of it, dequantised to float32; see ``TensorSource.read``.
 
         Only the rows asked for are read, and of each row only the quantisation blocks that the columns
         touch (but for gaps too short for the disk to notice). Temporaries stay under a few megabytes.
@@ -173,7 +173,7 @@ class GGUFFile:
 
 
 def _dequantize(raw: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-    """Dequantises uint8 `[..., bytes]` to float32 `[..., elements]`."""
+    """Dequantises uint8 ``[..., bytes]`` to float32 ``[..., elements]``."""
     # As one long row: gguf.quants loops in Python over groups of 16 rows.
     with np.errstate(all="ignore"):  # a file may have infinite scales
         return dequantize(raw.reshape(1, -1), kind).reshape(*raw.shape[:-1], -1)
@@ -239,7 +239,7 @@ class _Header:
     Each count and length is compared with the bytes that are left before anything is allocated for it.
 
     Attributes:
-        metadata: see `GGUFFile`.
+        metadata: see ``GGUFFile``.
         tensors: the file's own.
         part: which part of a split model it is, from 1.
         parts: how many there are.
@@ -302,7 +302,7 @@ class _Header:
         return self._strings(1, what)[0]
 
     def _strings(self, count: int, what: str) -> list[str]:
-        """Reads `count` strings. This loop takes most of the time to open a file with a large vocabulary."""
+        """Reads ``count`` strings: most of the time that opening a file with a large vocabulary takes."""
         data, at, end = self._data, self._at, len(self._data)
         result = []
         for _ in range(count):
@@ -320,7 +320,7 @@ class _Header:
         return result
 
     def _value(self, key: str, code: int) -> Any:
-        """Reads one metadata value of the type that `code` stands for."""
+        """Reads one metadata value of the type that ``code`` stands for."""
         if code == _STRING:
             return self._string(f"metadata {shown(key)}")
         if code == _ARRAY:

@@ -41,7 +41,7 @@ class GGUFBlocks:
     def read(
         self, name: str, index: tuple[slice, ...] | None = None, memory: np.ndarray | None = None
     ) -> np.ndarray:
-        """Reads a tensor or a box of it, dequantised; see `TensorSource.read`.
+        """Reads a tensor or a box of it, dequantised; see ``TensorSource.read``.
 
         Raises:
             CheckpointError: it has no finite number where it is quantised: a scale is none.
@@ -58,7 +58,7 @@ class GGUFBlocks:
         )
 
     def read_part(self, name: str, part: Part, index: tuple[slice, ...]) -> np.ndarray:
-        """Reads a box of stored values or of scales; see `QuantizedSource.read_part`."""
+        """Reads a box of stored values or of scales; see ``QuantizedSource.read_part``."""
         *lead, columns = index
         if part == "scales":
             blocks = self._file.read_blocks(name, index)

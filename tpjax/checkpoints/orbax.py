@@ -1,10 +1,10 @@
 """Orbax directories: the weights of any other checkpoint under canonical names.
 
-``tpjax convert`` writes one: `model_config.json` (the architecture), `weights/` (an Orbax pytree of
+``tpjax convert`` writes one: ``model_config.json`` (the architecture), ``weights/`` (an Orbax pytree of
 canonical, unpadded tensors, so that what was converted once loads at every tp) and the tokenizer's own files.
 Quantised weights are in it as compressed-tensors stores them, under canonical names.
-A GGUF file's vocabulary becomes `tokenizer.gguf`, a GGUF file without tensors, as llama.cpp's vocabulary
-files are. `MANIFEST.sha256` has the digest of each: Orbax has no checksums of its own.
+A GGUF file's vocabulary becomes ``tokenizer.gguf``, a GGUF file without tensors, as llama.cpp's vocabulary
+files are. ``MANIFEST.sha256`` has the digest of each: Orbax has no checksums of its own.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class OrbaxCheckpoint:
     def read(
         self, name: str, index: tuple[slice, ...] | None = None, memory: np.ndarray | None = None
     ) -> np.ndarray:
-        """Reads a tensor or a box of it; see `TensorSource.read`."""
+        """Reads a tensor or a box of it; see ``TensorSource.read``."""
         info = lookup(self.tensors, name, self.directory)
         box = tuple(slice(start, stop) for start, stop in to_box(info.shape, index))
         with _reported(self._weights):

@@ -199,7 +199,7 @@ class QuantizedTensors:
     def read(
         self, name: str, index: tuple[slice, ...] | None = None, memory: np.ndarray | None = None
     ) -> np.ndarray:
-        """Reads a tensor or a box of it, dequantised; see `TensorSource.read`."""
+        """Reads a tensor or a box of it, dequantised; see ``TensorSource.read``."""
         info = lookup(self.tensors, name, self._where)
         if name not in self._encoded:
             return self._source.read(name, index, memory)

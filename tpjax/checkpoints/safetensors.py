@@ -1,4 +1,4 @@
-"""Reads Hugging Face checkpoint directories: `model.safetensors`, or an index and its shards.
+"""Reads Hugging Face checkpoint directories: ``model.safetensors``, or an index and its shards.
 
 The format is eight bytes of little-endian header length, a JSON header, and the tensors' bytes
 (https://huggingface.co/docs/safetensors, "Format"). Headers are checked here, then once more by the
@@ -57,7 +57,7 @@ _DTYPES: dict[str, np.dtype] = {
 
 
 class _Entry(NamedTuple):
-    """Where a tensor's bytes are: `path` from byte `start` of the file."""
+    """Where a tensor's bytes are: ``path`` from byte ``start`` of the file."""
 
     path: Path
     start: int
@@ -65,7 +65,7 @@ class _Entry(NamedTuple):
 
 
 class SafetensorsCheckpoint:
-    """A directory with `model.safetensors`, or `model.safetensors.index.json` and its shards.
+    """A directory with ``model.safetensors``, or ``model.safetensors.index.json`` and its shards.
 
     If both exist, the single file is read, as in transformers. Only headers are read at first. If several
     shards have a tensor, the one in the shard that the index names counts; if it names none of them, they
@@ -98,7 +98,7 @@ class SafetensorsCheckpoint:
     def read(
         self, name: str, index: tuple[slice, ...] | None = None, memory: np.ndarray | None = None
     ) -> np.ndarray:
-        """Reads a tensor or a box of it; see `TensorSource.read`."""
+        """Reads a tensor or a box of it; see ``TensorSource.read``."""
         info = lookup(self.tensors, name, self.directory)
         entry = self._entries[name]
         values = _read_entry(entry, index, memory)
@@ -159,7 +159,7 @@ def has_weights(directory: Path) -> bool:
 
 
 def _read_index(directory: Path) -> dict[str, str] | None:
-    """Returns the index's map from tensor to shard, or None if `model.safetensors` is to be read."""
+    """Returns the index's map from tensor to shard, or None if ``model.safetensors`` is to be read."""
     if os.path.exists(directory / _SINGLE):  # unlike Path.exists, never raises
         return None
     path = directory / _INDEX

@@ -1,7 +1,7 @@
 """The interface of checkpoint readers, and the byte-level reading that they share.
 
 A reader lists its tensors at once and reads any box of one of them on demand. Files are read with
-`seek` and `readinto`, never left memory-mapped: a mapped page counts as resident memory until it is
+``seek`` and ``readinto``, never left memory-mapped: a mapped page counts as resident memory until it is
 unmapped, so that all of a mapped checkpoint ends up in memory. This module knows nothing of file formats.
 """
 
@@ -32,8 +32,8 @@ class TensorInfo:
     """Shape and dtype of a stored tensor.
 
     Attributes:
-        shape: shape in numpy and torch: `[out, in]` for a linear layer.
-        dtype: dtype of what `TensorSource.read` returns: float32 for a quantised tensor.
+        shape: shape in numpy and torch: ``[out, in]`` for a linear layer.
+        dtype: dtype of what ``TensorSource.read`` returns: float32 for a quantised tensor.
         columns_first: the last axis of a matrix is stored slice after slice, not the one before it.
     """
 
@@ -53,21 +53,21 @@ class TensorSource(Protocol):
     def read(
         self, name: str, index: tuple[slice, ...] | None = None, memory: np.ndarray | None = None
     ) -> np.ndarray:
-        """Reads one tensor, or the box of it that `index` selects.
+        """Reads one tensor, or the box of it that ``index`` selects.
 
         Args:
-            name: a key of `tensors`.
+            name: a key of ``tensors``.
             index: slices of step 1, one per leading axis; axes left out, and None, are read in full.
             memory: an array for the result, which is read straight into it if that can be done: if it is
                 contiguous and of the result's shape and dtype, and the reader computes nothing.
 
         Returns:
-            A contiguous array, equal to `full[index]`, of the dtype that `tensors` gives: `memory`, or a new
-            one.
+            A contiguous array, equal to ``full[index]``, of the dtype that ``tensors`` gives: ``memory``, or a
+            new one.
 
         Raises:
             CheckpointError: the tensor does not exist, or the file changed since it was opened.
-            IndexError: `index` has more axes than the tensor, or a step other than 1.
+            IndexError: ``index`` has more axes than the tensor, or a step other than 1.
         """
         ...
 
@@ -78,7 +78,7 @@ def shown(name: str) -> str:
 
 
 def lookup(tensors: Mapping[str, TensorInfo], name: str, where: Path) -> TensorInfo:
-    """Returns the tensor's entry, or raises a `CheckpointError` that names the checkpoint."""
+    """Returns the tensor's entry, or raises a ``CheckpointError`` that names the checkpoint."""
     if name not in tensors:
         raise CheckpointError(f"{where}: no tensor {shown(name)} among its {len(tensors)} tensors")
     return tensors[name]
@@ -103,7 +103,7 @@ def open_regular(path: Path) -> tuple[FileIO, int]:
 
 
 def read_exactly(file: FileIO, offset: int, out: np.ndarray, path: Path) -> None:
-    """Fills the contiguous array `out` with the file's bytes from `offset` on.
+    """Fills the contiguous array ``out`` with the file's bytes from ``offset`` on.
 
     Raises:
         CheckpointError: the file ends first, or cannot be read.
@@ -145,7 +145,7 @@ def extents(box: Box) -> tuple[int, ...]:
 
 
 def array_for(box: Box, dtype: np.dtype, memory: np.ndarray | None) -> np.ndarray:
-    """Returns `memory` if it can hold a box's values contiguously, otherwise a new array."""
+    """Returns ``memory`` if it can hold a box's values contiguously, otherwise a new array."""
     shape = extents(box)
     if memory is not None and (memory.shape, memory.dtype) == (shape, dtype) and memory.flags.c_contiguous:
         return memory
@@ -153,7 +153,7 @@ def array_for(box: Box, dtype: np.dtype, memory: np.ndarray | None) -> np.ndarra
 
 
 def split_box(box: Box, limit: int) -> Iterator[Box]:
-    """Splits a box, in row-major order, into boxes of at most `limit` elements."""
+    """Splits a box, in row-major order, into boxes of at most ``limit`` elements."""
     if not box:
         yield box
         return
@@ -175,12 +175,12 @@ def read_box(
     box: Box,
     memory: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Reads a box of a row-major array that starts at byte `offset` of the file.
+    """Reads a box of a row-major array that starts at byte ``offset`` of the file.
 
     Unwanted bytes are skipped, except gaps too short for the disk to notice.
 
     Returns:
-        A contiguous array of shape `extents(box)`: `memory` if it fits, see `TensorSource.read`.
+        A contiguous array of shape ``extents(box)``: ``memory`` if it fits, see ``TensorSource.read``.
 
     Raises:
         CheckpointError: the file is shorter than the array.
@@ -203,7 +203,7 @@ def read_box(
 def _read_runs(
     file: FileIO, path: Path, offset: int, shape: tuple[int, ...], box: Box, axis: int, out: np.ndarray
 ) -> None:
-    """Seeks to each run of `out[i, j, ...]`, one index per axis before `axis`, and reads it in place."""
+    """Seeks to each run of ``out[i, j, ...]``, one index per axis before ``axis``, and reads it in place."""
     starts = tuple(start for start, _ in box)
     skip = starts[axis] * prod(shape[axis + 1 :]) if shape else 0
     for at in np.ndindex(out.shape[:axis]):
@@ -214,7 +214,7 @@ def _read_runs(
 def _read_through(
     file: FileIO, path: Path, offset: int, shape: tuple[int, ...], box: Box, axis: int, out: np.ndarray
 ) -> None:
-    """Reads full rows of the axis before `axis` through a small buffer and keeps the selected columns."""
+    """Reads full rows of the axis before ``axis`` through a small buffer and keeps the selected columns."""
     starts = tuple(start for start, _ in box)
     pitch = prod(shape[axis:])
     rows = min(out.shape[axis - 1], max(1, _BUFFER_BYTES // (pitch * out.itemsize)))
@@ -229,7 +229,7 @@ def _read_through(
 
 
 def _flat(starts: tuple[int, ...], at: tuple[int, ...], shape: tuple[int, ...]) -> int:
-    """Returns the row-major position, in an array of `shape`, of the element at `starts + at`."""
+    """Returns the row-major position, in an array of ``shape``, of the element at ``starts + at``."""
     position = 0
     for start, i, size in zip(starts, at, shape, strict=True):
         position = position * size + start + i

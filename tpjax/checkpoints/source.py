@@ -62,8 +62,8 @@ class TensorSource(Protocol):
                 contiguous and of the result's shape and dtype, and the reader computes nothing.
 
         Returns:
-            A contiguous array, equal to ``full[index]``, of the dtype that ``tensors`` gives: ``memory``, or a
-            new one.
+            A contiguous array, equal to ``full[index]``, of the dtype that ``tensors`` gives: ``memory``, or
+            a new one.
 
         Raises:
             CheckpointError: the tensor does not exist, or the file changed since it was opened.

@@ -32,6 +32,7 @@ from tpjax.planning.workload import Workload
 from tpjax.runtime.abstract_stages import AbstractStages
 from tpjax.runtime.counts import Counts
 from tpjax.runtime.layer_split import split_layers
+from tpjax.runtime.memory import DeviceMemory, plan_limits
 from tpjax.step_time import Cost, Itemsizes, StepTokens, busiest
 
 ROOT = Path(cli.__file__).parents[2]
@@ -431,6 +432,27 @@ def test_experts_over_devices_hold_the_scales_of_their_own_alone():
     assert expert.bytes_per_device == whole - 2 * 6 * an_expert  # two layers, two of eight here
 
 
+@pytest.mark.parametrize("name", ("llama-3-8b", "qwen3-30b-a3b", "deepseek-v3"))
+@pytest.mark.parametrize("chip", ("h100-sxm", "v5e"))
+def test_the_engine_has_room_for_the_batch_that_is_planned(name, chip):
+    """Of the largest batch each sequence has all its pages, of a larger one not; the null page takes one."""
+    hardware, counts, tp = HARDWARE[chip].device, published(name), 16
+    model = CostModel(counts, hardware, tp, Workload())
+    memory = DeviceMemory(int(hardware.usable_bytes), platform=hardware.platform)
+    weights, largest = model.memory(1, 1).weights, model.largest_batch(1024)
+    if weights > hardware.usable_bytes:
+        assert largest == 0
+        return
+
+    def pages(batch):
+        sizes = {"weight_bytes": weights, "memory": memory, "max_model_len": 1024, "max_slots": batch}
+        return plan_limits(counts.config, tp, jnp.dtype("bfloat16"), **sizes).num_pages - 1
+
+    assert largest > 8
+    assert pages(largest - 1) == 8 * (largest - 1)
+    assert pages(largest + 1) < 8 * (largest + 1)
+
+
 def test_what_would_fit_keeps_the_dtype_of_the_cache_that_was_asked_for():
     """In 8 bits the weights would fit, but not beside 16-bit keys and values."""
     workload = Workload(context=1024, prompt_len=1)
@@ -449,7 +471,7 @@ def test_many_sequences_make_expert_parallelism_pay_for_latent_attention():
     one = compare(published("deepseek-v3"), HARDWARE["h200"], 16, workload)
     assert one.strategies[0].kind == "expert"  # a latent cache cannot be sharded by heads; sequences can
     with pytest.raises(
-        ConfigError, match=r"llama-3-8b fits ideal:1 in no way: the least is 16\.5 GB a device"
+        ConfigError, match=r"llama-3-8b fits ideal:1 in no way: the least is 17\.2 GB a device"
     ):
         compare(published("llama-3-8b"), CHIP, 1, workload=Workload())
 
@@ -577,8 +599,8 @@ def test_a_picture_without_matplotlib_names_the_extra(capsys, tmp_path, monkeypa
         ("llama-3-8b --hardware h100:8 --tp 0", "'0' is not a whole number of devices"),
         ("llama-3-8b --hardware h100:8 --batch -1", "'-1' is not a whole number of sequences"),
         ("llama-3-8b --hardware h100:8 --context nan", "'nan' is not a whole number of tokens"),
-        ("llama-3-70b --hardware h100:1", "has 73.6 GB usable of 80; --dtype int8 or tp=2 would fit"),
-        ("llama-3-70b --hardware h100:2 --tp 1", "needs 142.2 GB a device (141.1 of weights"),
+        ("llama-3-70b --hardware h100:1", "has 73.6 GB usable of 80; --dtype int4 or tp=2 would fit"),
+        ("llama-3-70b --hardware h100:2 --tp 1", "needs 143.4 GB a device (141.1 of weights"),
         ("llama-9 --hardware h100:1", "neither a checkpoint nor a built-in model"),
         ("llama-3-8b", "give either --hardware NAME:CHIPS or --measure"),
         ("llama-3-8b --hardware h100 --measure", "give either --hardware NAME:CHIPS or --measure"),

@@ -5,7 +5,6 @@ The formulas of time are in :mod:`tpjax.step_time`, which the engine uses too; t
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from dataclasses import dataclass, replace
 
@@ -16,8 +15,8 @@ from tpjax.config import ExpertAxis, ModelConfig, Quantize
 from tpjax.hardware import Hardware
 from tpjax.planning.workload import Workload
 from tpjax.runtime.counts import Counts, WeightBytes
-from tpjax.runtime.limits import MAX_PROMPT_TOKENS, PAGE_SIZE
-from tpjax.runtime.memory import DeviceMemory, max_histories, sampler_bytes
+from tpjax.runtime.limits import PAGE_SIZE
+from tpjax.runtime.memory import DeviceMemory, MeshShare, memory_need
 from tpjax.step_time import Elements, Itemsizes, StepTime
 from tpjax.windows import ONE_GROUP, Windows, pages_held
 
@@ -38,6 +37,11 @@ class MemoryUse:
         return self.weights + self.cache + self.workspace
 
 
+def _dtype(workload: Workload) -> jnp.dtype:
+    """Returns the dtype of activations, and of weights that are not quantised."""
+    return jnp.dtype("float32" if workload.dtype == "float32" else "bfloat16")
+
+
 def _stored(
     counts: Counts, tp: int, expert_axis: ExpertAxis, workload: Workload, platform: str
 ) -> WeightBytes:
@@ -48,7 +52,7 @@ def _stored(
     return counts.bytes_on_device(
         tp,
         expert_axis,
-        jnp.dtype("float32" if workload.dtype == "float32" else "bfloat16"),
+        _dtype(workload),
         quantize,
         stored=workload.dtype == "stored",
         platform=platform,
@@ -96,20 +100,13 @@ class CostModel(StepTime):
     def memory(self, batch: int, context: int) -> MemoryUse:
         """Computes the memory of one device of a replica with ``batch`` sequences.
 
-        The cache consists of full pages; sliding layers give back those that no query sees. The workspace
-        holds the widest activations of a prefill chunk, the logits of a batch, and the sampler's state:
-        penalties, biases and masks.
+        The cache consists of full pages; sliding layers give back those that no query sees. The workspace is
+        what the engine sets aside: temporaries of its largest program, and the sampler's state.
         """
-        config, itemsize = self.config, self.workload.activation_bytes
-        rows = max(batch, MAX_PROMPT_TOKENS)
-        widest = max(
-            2 * config.mlp.intermediate_size, 4 * config.attention.num_heads * config.attention.head_dim
-        )
-        width = math.ceil(widest / self.tp) + 4 * config.hidden_size
-        workspace = rows * width * itemsize + 8 * batch * math.ceil(config.vocab_size / self.tp)
-        histories = max_histories(config, self.tp, batch, DeviceMemory(int(self.hardware.usable_bytes)))
-        workspace += sampler_bytes(config, self.tp, batch, histories)
-        return MemoryUse(self.stored.parts.total, batch * self.sequence_bytes(context), workspace)
+        device = DeviceMemory(int(self.hardware.usable_bytes), platform=self.hardware.platform)
+        share = MeshShare(self.config, self.tp, self.stored.parts.total)
+        need = memory_need(share, _dtype(self.workload), device, batch)
+        return MemoryUse(need.weights, batch * self.sequence_bytes(context), need.workspace + need.sampler)
 
     def sequence_bytes(self, context: int, layers: ModelConfig | None = None) -> int:
         """Returns the cache bytes of one sequence on one device while it decodes.

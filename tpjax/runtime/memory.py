@@ -285,13 +285,21 @@ def _needs(
     shares: Sequence[MeshShare], dtype: jnp.dtype, memory: DeviceMemory, max_slots: int
 ) -> list[MemoryNeed]:
     """Returns what each stage needs on each device besides the cache."""
-    return [_need(one, dtype, memory, max_slots, samples=one is shares[-1]) for one in shares]
+    return [memory_need(one, dtype, memory, max_slots, samples=one is shares[-1]) for one in shares]
 
 
-def _need(
-    share: MeshShare, dtype: jnp.dtype, memory: DeviceMemory, max_slots: int, *, samples: bool
+def memory_need(
+    share: MeshShare, dtype: jnp.dtype, memory: DeviceMemory, max_slots: int, *, samples: bool = True
 ) -> MemoryNeed:
-    """Returns what is needed on each device besides the cache."""
+    """Returns what is needed on each device besides the cache.
+
+    Args:
+        share: what the mesh has of the model.
+        dtype: dtype of activations.
+        memory: memory of each device.
+        max_slots: sequences decoded at once.
+        samples: whether the mesh samples: a pipeline's stages before the last do not.
+    """
     config, tp = share.config, share.tp
     histories = max_histories(config, tp, max_slots, memory)
     return MemoryNeed(
@@ -403,7 +411,7 @@ class _Misfit:
         page_bytes = pool.page_bytes
         if share.tp != given.tp:
             page_bytes = _page_bytes(share, self.dtype, self.memory.platform, pool.windows, pool.kv_dtype)
-        need = _need(share, self.dtype, self.memory, max_slots or self.max_slots, samples=samples)
+        need = memory_need(share, self.dtype, self.memory, max_slots or self.max_slots, samples=samples)
         return replace(need, cache=(self.pages + 1) * page_bytes)  # with the null page
 
 

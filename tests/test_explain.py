@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDENS
+from huggingface_hub.errors import EntryNotFoundError
 from rich.console import Console
 
 from tpjax.checkpoints.opening import read_config
@@ -329,6 +330,8 @@ def test_of_a_hub_id_nothing_but_its_configuration_is_fetched(capsys: Any, monke
 
     def download(repo: str, file: str) -> str:
         asked.append((repo, file))
+        if file != "config.json":
+            raise EntryNotFoundError(f"404: {file}")
         return str(GOLDENS / "llama" / file)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
@@ -337,4 +340,5 @@ def test_of_a_hub_id_nothing_but_its_configuration_is_fetched(capsys: Any, monke
     assert (status, json.loads(out)["model_type"]) == (0, "llama")
     assert cli.main(["plan", "org/planned", "--hardware", "h100:2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tp"] in (1, 2)
-    assert asked == [("org/explained", "config.json"), ("org/planned", "config.json")]
+    files = ("config.json", "hf_quant_config.json")  # the latter says how some checkpoints are quantised
+    assert asked == [(repo, file) for repo in ("org/explained", "org/planned") for file in files]

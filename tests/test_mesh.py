@@ -219,3 +219,20 @@ tpjax.LLM, tpjax.Completion, tpjax.Delta  # importing all of it starts none eith
 print(json.dumps(xla_bridge.backends_are_initialized()))
 """
     assert result(program) is False
+
+
+@pytest.mark.parametrize(("setting", "share"), ((None, "0.9"), ("XLA_PYTHON_CLIENT_MEM_FRACTION", None)))
+def test_jax_may_have_most_of_a_gpu(
+    setting: str | None, share: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it starts, unless told otherwise; nothing is left in the environment, where two would be refused."""
+    name, seen = "XLA_CLIENT_MEM_FRACTION", list[str | None]()
+    if setting is not None:
+        monkeypatch.setenv(setting, "0.5")
+    monkeypatch.setattr("tpjax.mesh._backend_started", lambda: False)
+    monkeypatch.setattr(jax, "devices", lambda: seen.append(os.environ.get(name)))
+    tpjax.mesh.start_jax()
+    assert seen == [share] and name not in os.environ
+    monkeypatch.setattr("tpjax.mesh._backend_started", lambda: True)
+    tpjax.mesh.start_jax()
+    assert seen[1] is None

@@ -31,6 +31,14 @@ _COUNT_PATTERN = re.compile(rf"{_COUNT_FLAG}=(\d+)")
 # cores, 4,000 asynchronous steps: with 2 threads per device all finish, with one thread fewer all hang. More
 # threads cost time, since every product is then split into more pieces.
 _POOL_THREADS_PER_DEVICE = 2
+# What tells JAX how it allocates a GPU's memory, and the share that it may have if none does.
+_MEMORY_SETTINGS = (
+    "XLA_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
+    "XLA_PYTHON_CLIENT_ALLOCATOR",
+)
+_MEMORY_SHARE = "0.9"
 _MAX_FAKED = 64  # each takes memory and threads: with many more JAX does not start
 
 
@@ -86,8 +94,7 @@ def make_stage_meshes(
     check_dp(dp)
     check_pp(pp)
     _allow_transfers(pp)
-    with time_limit():
-        devices = jax.devices()
+    devices = start_jax()
     _check_one_process(dp, jax.process_count())
     each = _shared_out(len(devices), dp, pp) if tp is None else devices_of_stages(tp, pp)
     if sum(each) * dp > len(devices):
@@ -193,8 +200,7 @@ def ensure_devices(tp: int | Sequence[int], dp: int = 1, pp: int = 1) -> None:
         fake_devices(_of_a_process(each, dp))
         import jax
 
-        with time_limit():
-            jax.devices()
+        start_jax()
         if count > 1 and jax.default_backend() == "cpu" and not process_id():
             print(f"tpjax: the only device is a CPU: faking {jax.device_count()} devices", file=sys.stderr)
     import jax
@@ -333,6 +339,25 @@ def _check_no_idle_process(tp: int, devices: list[jax.Device]) -> None:
             f"tp={tp} leaves process {min(idle)} without a device: the {num_processes()} "
             f"processes have {len(devices)}; use tp={len(devices)}, or fewer processes"
         )
+
+
+def start_jax() -> list[jax.Device]:
+    """Starts JAX, unless it has started, and returns its devices.
+
+    Of a GPU's memory it may take nine tenths then, if the environment says nothing about that: by itself it
+    takes three quarters, and models that fit a GPU would not load.
+    """
+    import jax
+
+    told = _backend_started() or any(name in os.environ for name in _MEMORY_SETTINGS)
+    try:
+        if not told:
+            os.environ[_MEMORY_SETTINGS[0]] = _MEMORY_SHARE
+        with time_limit():
+            return jax.devices()
+    finally:
+        if not told:  # another process may be told by another of the names, and JAX takes only one
+            os.environ.pop(_MEMORY_SETTINGS[0], None)
 
 
 def _backend_started() -> bool:

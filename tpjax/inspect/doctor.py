@@ -15,6 +15,7 @@ from tpjax._version import __version__
 from tpjax.checkpoints import hub
 from tpjax.inspect import accelerators
 from tpjax.inspect.packages import installed_version
+from tpjax.mesh import start_jax
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -129,6 +130,7 @@ def _devices() -> dict[str, Any]:
     try:
         import jax
 
+        start_jax()
         devices = jax.local_devices()
         stats = devices[0].memory_stats() or {}
     except (ImportError, RuntimeError, AssertionError, OSError) as error:

@@ -352,7 +352,7 @@ def time_ms(function: Callable[..., jax.Array], first: jax.Array, *rest: Any) ->
     Args:
         function: what is timed.
         first: its first argument, which each call waits for.
-        rest: the others.
+        *rest: the others.
     """
 
     @jax.jit

@@ -202,7 +202,7 @@ def _kernel(inputs: int | None, _: Any, x: Any, values: Any, scales: Any, *refs:
         x: activations; beyond the weight, zeros.
         values: of the weight; beyond it, anything.
         scales: of its groups; beyond it, zeros.
-        refs: zero points, if there are, as scales; the output; the sums so far.
+        *refs: zero points, if there are, as scales; the output; the sums so far.
     """
     *zeros, out, sums = refs
     step = pl.program_id(2)

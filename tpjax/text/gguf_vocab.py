@@ -109,13 +109,23 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
 
 @dataclass(frozen=True)
 class GGUFVocab:
-    """A checked vocabulary: every list has one entry per token, every id is inside it.
+    """A checked vocabulary: ids are inside it; ``tokens``, ``types`` and ``scores`` have an entry per token.
 
     Attributes:
         model: ``"gpt2"`` or ``"llama"``.
+        tokens: the spelling of each token.
+        types: what each token is, such as ``CONTROL``.
+        scores: SentencePiece's scores; ``None``: the file has none, as ``gpt2`` needs none.
+        merges: pairs of tokens that BPE merges, the first first; ``None``: of ``llama``.
+        pre: how text is split before merging.
+        bos_id: id of BOS; ``None``: there is none, and so of the next three.
+        eos_id: id of EOS.
+        unk_id: id of the token for what is unknown.
+        pad_id: id of padding.
         prefix_ids: ids before a text (BOS, or none).
         suffix_ids: ids after a text (EOS, or none).
         eos_ids: every id that ends generation (EOS, EOT, EOM and the texts in ``END_OF_GENERATION``).
+        add_space_prefix: a text gets a leading space.
         strip_right: ids of special tokens that remove the white space after them (Phi-3).
         chat_templates: name -> Jinja source; the nameless one is ``"default"``.
     """

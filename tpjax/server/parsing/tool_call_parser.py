@@ -94,7 +94,7 @@ class ToolCallParser(IncrementalParser):
         """Reads an object, an array of objects, or several objects with separators.
 
         Args:
-            between: separators, besides white space and commas.
+            *between: separators, besides white space and commas.
             known: accept only names of offered tools, since other JSON may be text.
         """
         listed = yield from self.accept("[")

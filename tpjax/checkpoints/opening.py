@@ -89,6 +89,9 @@ def check_stored(
         format_of: how it stores canonical tensors.
         quantize: what weights are to be rounded to.
         quantize_head: whether embedding and head are to be quantised.
+
+    Raises:
+        ConfigError: the two do not go together.
     """
     check_quantize(quantize)
     if quantize is not None and quantization is not None:

@@ -282,7 +282,11 @@ class Figures:
 
 
 def print_stream(deltas: Iterable[Any], figures: Figures, *, as_ids: bool = False) -> None:
-    """Writes deltas as they come and fills in the figures."""
+    """Writes deltas as they come and fills in the figures.
+
+    Raises:
+        EngineError: the generation ended with an error.
+    """
     start = time.perf_counter()
     first = last = start
     first_tokens = 0

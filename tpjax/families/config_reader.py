@@ -35,7 +35,7 @@ _COUNTS = {
 
 @dataclass
 class Fields:
-    """The fields of a ``config.json``, read with clear errors.
+    """The fields of a ``config.json``; methods raise a ``ConfigError`` about one that is missing or wrong.
 
     Attributes:
         raw: the decoded JSON object.

@@ -80,6 +80,7 @@ class Connection:
 
         Raises:
             OSError: the other end is gone.
+            DistributedError: it is larger than a frame may be.
         """
         body = [memoryview(part).cast("B") for part in parts if len(part)]
         size = sum(map(len, body))

@@ -128,7 +128,11 @@ class AppState:
         }
 
     async def tokenized(self, body: TokenizeBody) -> Response:
-        """Returns the response of ``/tokenize``."""
+        """Returns the response of ``/tokenize``.
+
+        Raises:
+            ApiError: 400, neither prompt nor messages are given, or both, or they cannot be encoded.
+        """
         llm, tokenizer = self.service.llm, self.tokenizer
         if (body.prompt is None) == (body.messages is None):
             raise bad_request("give prompt or messages, one of them", "prompt")
@@ -150,7 +154,11 @@ class AppState:
         return Response(data, media_type="application/json")
 
     async def detokenized(self, body: DetokenizeBody) -> Response:
-        """Returns the response of ``/detokenize``."""
+        """Returns the response of ``/detokenize``.
+
+        Raises:
+            ApiError: 400, a token is not in the vocabulary, or the model has no tokenizer.
+        """
         vocab, tokenizer = self.service.llm.config.vocab_size, self.tokenizer
 
         def text() -> str:

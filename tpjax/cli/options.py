@@ -305,7 +305,7 @@ class Sharding:
         int,
         option(
             "--dp",
-            help="Replicas, each on --tp devices of its own (1).",
+            help="Replicas, each on --tp devices of its own.",
             parser=positive_int("replicas"),
             metavar="N",
         ),
@@ -314,7 +314,7 @@ class Sharding:
         int,
         option(
             "--pp",
-            help="Pipeline stages of a replica, each with some of the layers on --tp devices of its own (1).",
+            help="Pipeline stages of a replica, each with some of the layers on --tp devices of its own.",
             parser=positive_int("stages"),
             metavar="N",
         ),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import attention_cases
@@ -30,6 +31,7 @@ from tpjax.attention import Backend, KernelShape, Verdict, choose_backend, selft
 from tpjax.checkpoints.opening import read_config
 from tpjax.config import KVDtype
 from tpjax.errors import ConfigError
+from tpjax.inspect import doctor
 
 
 @pytest.fixture(autouse=True)
@@ -434,6 +436,30 @@ def test_a_verdict_of_other_versions_is_not_shown(
     (file,) = tmp_path.iterdir()
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: "another"}))
     assert selftest.verdicts(tmp_path, DEVICE) == []
+
+
+class Client(NamedTuple):
+    """What is asked of a device's client."""
+
+    platform_version: str = "a compiler"
+
+
+def test_doctor_says_what_auto_does_and_what_was_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    device: Any = SimpleNamespace(**TPU._asdict(), client=Client())
+    monkeypatch.setenv("TPJAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    auto = "auto: tpu where a model's first start finds it right and no slower, else xla"
+    assert doctor._attention("tpu") == [auto]
+    monkeypatch.setattr(selftest, "_check", lambda *_: RIGHT)
+    selftest.verdict("tpu", SHAPE._replace(windows=(None, 512)), device, tmp_path / "attention")
+    shape = (
+        "heads 8, per_head 4, width 128, value_dim 128, windows [None, 512], page_size 128, dtype bfloat16"
+    )
+    assert doctor._attention("tpu") == [auto, f"checked: tpu attention, {shape}: {RIGHT}"]
+    device.platform, device.compute_capability = "gpu", "8.0"
+    assert doctor._attention("gpu")[0].startswith("auto: xla: the kernel is for compute capability 9")
 
 
 def test_a_verdict_that_cannot_be_kept_counts_all_the_same(

@@ -206,6 +206,7 @@ def _kernel(static: _Static, each: int, blocks: int, x: Any, values: Any, *refs:
                     scale = plgpu.layout_cast(ref[slot, part, own], plgpu.Layout.WGMMA.reduce(1))
                     product = product * jax.lax.broadcast_in_dim(scale.astype(jnp.float32), shape, [0])
                 total = total + product
+            plgpu.commit_smem()  # orders what was read before the next copies to the slot
             plgpu.barrier_arrive(done.at[slot])
             return total
 

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import random
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -404,6 +405,37 @@ def test_prompt_log_probabilities_survive_preemption_beside_decode_rows() -> Non
     assert beside
     assert [(one.output_token_ids, one.finish_reason) for one in requests] == [alone(one) for one in requests]
     assert [entry and entry.token_id for entry in requests[2].prompt_logprobs] == [None, *[3] * 6]
+
+
+class SlowRunner(FakeRunner):
+    """A step takes as long as a small model's: a replica's thread does not run ahead of the front."""
+
+    def decode(self, rows: Sequence[Row], steps: int) -> Sampled:
+        time.sleep(0.005)
+        return super().decode(rows, steps)
+
+
+def test_a_replica_with_free_slots_takes_what_waits_at_another() -> None:
+    """A burst with a long common beginning is routed to where that is cached: the other would idle."""
+    router = Router([Engine(SlowRunner(slots=2, pages=60)) for _ in range(2)])  # type: ignore[arg-type]
+
+    def generations(count: int) -> list[Generation]:
+        params = SamplingParams(max_tokens=7)
+        return [Generation(Request(list(range(40)), params, seed), None) for seed in range(count)]
+
+    def run(all_of: list[Generation]) -> None:
+        for one in all_of:
+            router.add(one)
+        while router.busy:
+            router.step()
+            router.deltas.clear()
+        assert [one.request.output_token_ids for one in all_of] == [alone(one.request)[0] for one in all_of]
+
+    run(generations(1))  # it is cached in the first
+    run(generations(20))
+    ran = [status.stats.prefix_queries // 40 for status in router.status()]
+    assert sum(ran) == 21 and min(ran) >= 6
+    assert [(one.requests, one.prompt_pages, one.recalled) for one in router._members] == [(0, 0, 0)] * 2
 
 
 def test_replicas_that_all_fail_while_a_request_is_routed(monkeypatch: pytest.MonkeyPatch) -> None:

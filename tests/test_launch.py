@@ -98,8 +98,7 @@ def test_ray_s_own_command_line_takes_what_its_script_gives_it(tmp_path: Path) -
     pytest.importorskip("ray", reason="pip install -e '.[ray]'")
     from ray.scripts.scripts import cli as ray
     from ray.serve.scripts import cli as serve
-
-    from tpjax.deploy.ray import Arguments
+    from test_ray import as_serve_run
 
     stand_ins = {"ray": "", "serve": ""}
     given = ["tp=4", "accelerator=GPU", "max_replicas=8"]
@@ -111,7 +110,8 @@ def test_ray_s_own_command_line_takes_what_its_script_gives_it(tmp_path: Path) -
         {"ray": ray, "serve": serve}[name].commands[subcommand].make_context(subcommand, list(words))
     application, *arguments = calls[-1][2:]
     assert application == "tpjax.deploy.ray:build_app"
-    assert Arguments(**dict(one.split("=") for one in arguments)).max_replicas == 8
+    (made,) = as_serve_run(dict(one.split("=") for one in arguments))._bound_deployment.init_args
+    assert made.max_replicas == 8
 
 
 def documents(manifest: Path) -> list[dict[str, Any]]:
@@ -225,6 +225,7 @@ def test_kuberay_s_application_takes_its_arguments() -> None:
     pytest.importorskip("ray", reason="pip install -e '.[ray]'")
     import yaml
     from ray.serve.schema import ServeDeploySchema
+    from test_ray import as_serve_run
 
     from tpjax.deploy import ray as deploy
 
@@ -232,8 +233,7 @@ def test_kuberay_s_application_takes_its_arguments() -> None:
     (application,) = ServeDeploySchema(**yaml.safe_load(document["spec"]["serveConfigV2"])).applications
     module, function = application.import_path.split(":")
     assert (module, getattr(deploy, function)) == (deploy.__name__, deploy.build_app)
-    arguments = deploy.Arguments(**application.args)
-    deploy.build_app(arguments)
+    (arguments,) = as_serve_run(application.args)._bound_deployment.init_args
     (workers,) = document["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     (container,) = workers["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == arguments.tp * arguments.pp

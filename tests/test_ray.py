@@ -17,19 +17,22 @@ from serving import WAIT_S, load_tiny, tiny_checkpoint
 
 pytest.importorskip("ray", reason="pip install -e '.[ray]'")
 
-from tpjax.deploy.ray import Arguments, build_app
-from tpjax.errors import ConfigError
+from tpjax.deploy.ray import build_app
+from tpjax.errors import TpjaxError
 from tpjax.server.run import listen
 
 pytestmark = pytest.mark.slow  # a cluster is half a dozen processes
 
 STREAMS, TOKENS = 8, 900
+# Ray sends nothing to a replica that takes longer to say how much it has to do, as one may on busy cores.
+PATIENT = ("RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S", "RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S")
+RAY = dict.fromkeys(PATIENT, "20") | {"JAX_PLATFORMS": "cpu", "RAY_USAGE_STATS_ENABLED": "0"}
 # A line on stdin kills one of the replicas that there are, whose number it prints.
 CLUSTER = """
 import json, sys
 import ray
 from ray import serve
-from tpjax.deploy.ray import Arguments, build_app
+from tpjax.deploy.ray import build_app
 
 def replicas():
     actors = ray.util.list_named_actors(all_namespaces=True)
@@ -37,7 +40,7 @@ def replicas():
 
 ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
 serve.start(http_options={"port": int(sys.argv[1])})
-serve.run(build_app(Arguments(**json.loads(sys.argv[2]))))
+serve.run(build_app(json.loads(sys.argv[2])))
 print("replicas:", len(replicas()), flush=True)
 for _ in sys.stdin:
     before = replicas()
@@ -94,7 +97,7 @@ def cluster(directory: Path) -> Iterator[Cluster]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=environment | {"JAX_PLATFORMS": "cpu", "RAY_USAGE_STATS_ENABLED": "0"},
+        env=environment | RAY,
     )
     cluster = Cluster(process, f"http://127.0.0.1:{port}/v1")
     try:
@@ -159,15 +162,53 @@ def test_answers_and_streams_and_the_loss_of_a_replica(cluster: Cluster, directo
 
 
 def test_what_a_deployment_asks_ray_for() -> None:
-    arguments = Arguments(
-        model="m", tp=2, pp=2, accelerator="TPU", max_slots=64, max_queue=100, min_replicas=2, max_replicas=6
-    )
-    deployment = build_app(arguments)._bound_deployment
-    assert deployment.max_ongoing_requests == 164
+    texts = {
+        "model": "m",
+        "tp": "3,1",
+        "pp": "2",
+        "accelerator": "TPU",
+        "max_slots": "64",
+        "max_queue": "100",
+    }
+    deployment = as_serve_run(texts | {"min_replicas": "2", "max_replicas": "6"})._bound_deployment
+    assert (deployment.max_ongoing_requests, deployment.max_queued_requests) == (164, 100)
+    assert deployment._deployment_config.graceful_shutdown_timeout_s == 600
     assert deployment.ray_actor_options["resources"] == {"TPU": 4}
     scaling = deployment._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.get_target_ongoing_requests()) == (2, 6, 64)
-    with pytest.raises(ConfigError, match="min_replicas=2 is over max_replicas=1"):
-        build_app(Arguments(model="m", min_replicas=2))
-    with pytest.raises(ValueError, match="max_slot\n"):
-        Arguments(model="m", max_slot=3)
+
+
+def as_serve_run(texts: dict[str, Any]) -> Any:
+    """What ``serve run`` and KubeRay make of their arguments."""
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+
+    return call_user_app_builder_with_args_if_necessary(build_app, texts)
+
+
+def test_arguments_are_those_of_a_command_line(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("two\nthree\n")
+    texts = {"model": "m", "api_keys": "zero,one", "options": '{"dtype": "float32"}', "drain_s": "5"}
+    application = as_serve_run(texts | {"api_key_file": str(tmp_path / "keys")})
+    (arguments,) = application._bound_deployment.init_args
+    assert arguments.api_keys == ("zero", "one", "two", "three") and arguments.options == {"dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"min_replicas": 2}, "min_replicas=2 is over max_replicas=1"),
+        ({"max_slot": "3"}, "max_slot='3': Extra inputs"),
+        ({"tp": "x"}, "tp='x': Input should be a valid integer"),
+        ({"tp": "3,1"}, "tp=3,1 is of 2 stages, but pp=1"),
+        ({"options": '{"max_len": 3}'}, "'max_len' is none of attention, dtype, "),
+        ({"options": {"tp": 3}}, "'tp' is none of attention"),
+        ({"options": "{"}, "options='{': Expecting property name"),
+        ({"api_keys": [""]}, "an API key is empty"),
+        ({"api_keys": "one, two"}, "an API key has white space at an end"),
+        ({"api_key_file": "nowhere"}, "api_key_file=nowhere: .*No such file"),
+        ({"model": None}, "model=None: Input should be a valid string"),
+    ],
+)
+def test_a_wrong_argument_is_named_before_a_replica_starts(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(TpjaxError, match=message):
+        as_serve_run({"model": "m"} | given)

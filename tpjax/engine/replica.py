@@ -92,10 +92,21 @@ class Replica:
         """Takes back the generations that have not begun, so that another replica can run them."""
         waiting = [one for one in self._running.values() if not_begun(one.request)]
         for generation in waiting:
-            self.engine.scheduler.finish(generation.request)
             generation.request.dispatched_tokens = 0  # what may be in flight here is never read
+        return self._taken_back(waiting)
+
+    def recall(self, count: int) -> list[Generation]:
+        """Takes back the last generations that wait, at most so many; none that ever had a slot."""
+        waiting = [one for one in self._running.values() if one.request.queued]
+        never_ran = [one for one in waiting if one.request.cached_tokens is None]
+        never_ran.sort(key=lambda one: one.request.rank)
+        return self._taken_back(never_ran[-count:])
+
+    def _taken_back(self, generations: list[Generation]) -> list[Generation]:
+        for generation in generations:
+            self.engine.scheduler.finish(generation.request)
             del self._running[generation.request]
-        return waiting
+        return generations
 
     def fail(self, why: str) -> None:
         """Ends all generations with an error."""

@@ -38,11 +38,13 @@ class _News(NamedTuple):
 
     Attributes:
         deltas: what generations have got.
-        returned: generations that the replica has not begun, and cannot run any more.
+        returned: generations that the replica has not begun and gives up: it failed, or was asked for them.
+        recalled: the replica that was asked for some, and for how many.
     """
 
     deltas: Sequence[tuple[Generation, Delta]] = ()
     returned: Sequence[Generation] = ()
+    recalled: tuple[_Member, int] | None = None
 
 
 class Router:
@@ -51,7 +53,8 @@ class Router:
     Only one thread at a time may use it.
 
     A generation goes where its prefix is cached, or where least is queued: see :mod:`tpjax.engine.routing`.
-    The seed is in its request, so that its tokens do not depend on the replica.
+    The seed is in its request, so that its tokens do not depend on the replica. Where slots are free and
+    others have a queue, the last in it move there: what was known when they were routed may not have lasted.
 
     Where a dispatch fails, the requests that ran on that replica end with an error, and a step of nothing is
     tried there. If it fails too, the replica has failed: its memory is freed, what it has not begun goes to
@@ -183,6 +186,20 @@ class Router:
             if place is not None:
                 place.leave()
                 self._route_again(generation)
+        if news.recalled is not None:
+            member, count = news.recalled
+            member.recalled -= count
+        self._level()
+
+    def _level(self) -> None:
+        """Asks for what waits at some replicas, as far as others have free slots for it."""
+        working = self._alive()
+        free = sum(max(0, one.replica.slots - one.requests) - one.recalled for one in working)
+        for one in working:
+            count = min(free, one.requests - one.replica.slots - one.recalled)
+            if count > 0:
+                one.recall(count)
+                free -= count
 
     def _route_again(self, generation: Generation) -> None:
         try:
@@ -230,13 +247,14 @@ class _Member:
         status: load and counters after its last step, or up to 50 ms before.
         requests: those that have been routed to it and have not ended; used by the front alone.
         prompt_pages: pages of their prompts that have not run, as far as the front knows.
+        recalled: how many of them it has been asked for; used by the front alone.
     """
 
     def __init__(self, number: int, engine: Engine, news: SimpleQueue[_News]) -> None:
         self.replica = Replica(engine)
         self.error: str | None = None
         self.status = ReplicaStatus(engine.stats())
-        self.requests = self.prompt_pages = 0
+        self.requests = self.prompt_pages = self.recalled = 0
         self._status_at = time.monotonic()
         self._number = number
         self._news = news
@@ -269,6 +287,16 @@ class _Member:
                 replica.refuse(generation, f"{type(error).__name__}: {error}")
 
         self.post(add)
+
+    def recall(self, count: int) -> None:
+        """Asks for the last generations that wait; at most so many are returned."""
+        self.recalled += count
+
+        def recall(replica: Replica) -> None:
+            returned = [] if self.error is not None else replica.recall(count)
+            self._news.put(_News(returned=returned, recalled=(self, count)))
+
+        self.post(recall)
 
     def submit(self, function: Callable[[Engine], Result]) -> Future[Result]:
         """Calls a function with the engine between two steps; returns its result to come."""

@@ -65,7 +65,7 @@ def check_experts(sizes: list[int], inner: int, columns: int, further: int = 0) 
     values[np.equal(sizes, 0)] = np.nan  # an expert without rows is not read
     weights = jnp.asarray(values, jnp.bfloat16)
     tiles = experts_gpu.lay_out(jnp.asarray(assigned)[:, None], experts)
-    out = experts_gpu.grouped_product(tiles.take(x), weights, tiles, interpret=how())
+    out = experts_gpu.grouped_product(tiles.take(x), weights, tiles, interpret=how(races=True))
     owned = assigned < experts
     rows, weights_of = np.asarray(x, np.float32)[owned], np.asarray(weights, np.float32)[assigned[owned]]
     found = np.asarray(out[tiles.places[:, 0]], np.float32)[owned]
@@ -115,18 +115,23 @@ def test_layout(sizes: list[int], compared: int, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("experts", (4, 128))  # fewer than assignments, and more
 @pytest.mark.parametrize("tokens", (1, 2, 8))
 def test_experts_of_few_tokens(tokens: int, experts: int) -> None:
-    """An expert of several tokens has one tile, and experts without tokens are not read."""
+    """An expert of several tokens has one tile, and experts without tokens are not read.
+
+    Rows are longer than all stages hold, so that these are filled again.
+    """
     rng = np.random.default_rng(tokens)
     assigned = np.stack([rng.permutation(experts)[:3] for _ in range(tokens)]).astype(np.int32)
     assigned[-1, 1] = experts  # another device's
-    values = rng.normal(size=(experts, 128, 128)) * 128**-0.5
+    values = rng.normal(size=(experts, 640, 128)) * 640**-0.5
     values[np.setdiff1d(np.arange(experts), assigned)] = np.nan
     weights = jnp.asarray(values, jnp.bfloat16)
-    x = jnp.asarray(rng.normal(size=(tokens, 128)), jnp.bfloat16)
+    x = jnp.asarray(rng.normal(size=(tokens, 640)), jnp.bfloat16)
     tiles = experts_gpu.lay_out(jnp.asarray(assigned), experts)
     distinct = len(np.unique(assigned[assigned < experts]))
     assert np.count_nonzero(np.asarray(tiles.rows)) == distinct
-    out = np.asarray(experts_gpu.grouped_product(tiles.take(x), weights, tiles, interpret=how()), np.float32)
+    out = np.asarray(
+        experts_gpu.grouped_product(tiles.take(x), weights, tiles, interpret=how(races=True)), np.float32
+    )
     here = assigned < experts
     wide = np.asarray(weights, np.float32)[np.where(here, assigned, 0)]
     expected = np.einsum("nd,nkdf->nkf", np.asarray(x, np.float32), wide)

@@ -337,7 +337,8 @@ def test_who_waits_for_a_template_waits_in_the_queue(
             ("/tokenize", {"prompt": "hi"}),
         ):
             refused = http.post(path, json=body)
-            assert error_of(refused, 429)["code"] == "queue_full" and refused.headers["retry-after"] == "1"
+            assert error_of(refused, 429)["code"] == "queue_full"
+            assert 1 <= int(refused.headers["retry-after"]) <= 60
     assert http.post(CHAT, json=chat("hi")).status_code == 200
 
 
@@ -368,7 +369,8 @@ def test_text_over_the_budget_comes_back_later(http: httpx.Client, server: Runni
         held_bytes = 4 * len(body)
         server.until(lambda: server.server.config.app._budget.used == held_bytes)
         answer = http.post(COMPLETIONS, content=body, headers=large)
-        assert error_of(answer, 429)["code"] == "text_budget_full" and answer.headers["retry-after"] == "1"
+        assert error_of(answer, 429)["code"] == "text_budget_full"
+        assert 1 <= int(answer.headers["retry-after"]) <= 60
         assert http.post(COMPLETIONS, json=completion("hi")).status_code == 200
         assert http.post(CHAT, json=chat("hi")).status_code == 200
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -134,7 +135,12 @@ class Server(uvicorn.Server):
         """Starts to listen."""
         await super().startup(sockets)
         loop = asyncio.get_running_loop()
-        when_asked_to_end(lambda: loop.call_soon_threadsafe(self.finish))
+
+        def finish() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
+                loop.call_soon_threadsafe(self.finish)
+
+        when_asked_to_end(finish)
         self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

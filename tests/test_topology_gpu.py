@@ -146,7 +146,7 @@ def test_gpu_experts() -> None:
     assert program.temporary_bytes < 8 * 2**20  # all experts take 1.2 GB
     _, _, entry = text.partition("ENTRY ")
     kernels = re.findall(r" (?:fusion|custom-call)\(.*/mlp/experts/", entry)
-    assert len(kernels) <= 8  # a layout of tiles takes six more, as long as reading an expert each
+    assert len(kernels) <= 8  # laying the tokens out in tiles made it 11
 
 
 @needs_gpu
